@@ -1,0 +1,242 @@
+"""A stand-in for the Hugging Face hub on loopback, and a tiny model and data set to serve from it.
+
+It answers the REST paths that huggingface_hub, datasets and transformers ask for when they load a model
+or a data set, so that a test runs the real loading code with no network:
+
+    GET       /api/{models,datasets}/ID[/revision/REV]         commit, files
+    GET       /api/{models,datasets}/ID/tree/REV[/FOLDER]      entries of a folder, ?recursive
+    POST      /api/{models,datasets}/ID/paths-info/REV         entries of the named paths
+    GET HEAD  [/datasets]/ID/resolve/REV/FILE                  bytes, with ETag and X-Repo-Commit
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from hashlib import sha1, sha256
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+from pathlib import Path
+from threading import Thread
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import numpy as np
+
+MODEL = "google/vit-base-patch16-224-in21k"
+DATASET = "uoft-cs/cifar10"
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+class StandInHub:
+    """Serves the repositories root/models/ORG/NAME and root/datasets/ORG/NAME while a `with` lasts.
+
+    A repository has one commit, the hash of its contents, which `main` names too. `requests` lists
+    what was asked for, as `GET /path`.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.requests: list[str] = []
+
+    def __enter__(self) -> "StandInHub":
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.daemon_threads = True
+        self._thread = Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    @property
+    def url(self) -> str:
+        """What HF_ENDPOINT is set to."""
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def sha(self, kind: str, name: str) -> str:
+        """The commit of a repository; kind is `models` or `datasets`."""
+        folder = self.root / kind / name
+        contents = [path.relative_to(folder).as_posix().encode() + path.read_bytes() for path in _files(folder)]
+        return sha1(b"\0".join(contents)).hexdigest()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One request, answered from the folders of `hub`."""
+
+    hub: StandInHub
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:  # noqa: N802
+        length = int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(length)
+        self.hub.requests.append(f"{self.command} {self.path}")
+        address = urlsplit(self.path)
+        path, query = unquote(address.path), parse_qs(address.query, keep_blank_values=True)
+        if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+            kind, name, revision = found.groups()
+            if self._known(kind, name, revision):
+                self._json(self._description(kind, name))
+        elif found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", path):
+            kind, name, revision, inside = found.groups()
+            if self._known(kind, name, revision, inside):
+                recursive = query.get("recursive", ["false"])[0].lower() in ("true", "1")
+                self._json(self._tree(kind, name, inside or "", recursive))
+        elif found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/paths-info/([^/]+)", path):
+            kind, name, revision = found.groups()
+            if self._known(kind, name, revision):
+                folder = self.hub.root / kind / name
+                asked = _asked_paths(body, self.headers.get("Content-Type", ""))
+                self._json([_entry(folder, folder / p) for p in asked if (folder / p).exists()])
+        elif found := re.fullmatch(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            kind, name, revision, file = found.groups(default="models")
+            if self._known(kind, name, revision, file):
+                self._file(kind, name, file)
+        else:
+            self._missing("RepoNotFound", "Repository not found")
+
+    do_HEAD = do_POST = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing on standard error."""
+
+    def _known(self, kind: str, name: str, revision: str | None, inside: str | None = None) -> bool:
+        """Whether this exists here; if not, answer so."""
+        folder = self.hub.root / kind / name
+        if not folder.is_dir():
+            self._missing("RepoNotFound", "Repository not found")
+        elif revision not in (None, "main", self.hub.sha(kind, name)):
+            self._missing("RevisionNotFound", f"Invalid rev id: {revision}")
+        elif inside and not (folder / inside).exists():
+            self._missing("EntryNotFound", "Entry not found", self.hub.sha(kind, name))
+        else:
+            return True
+        return False
+
+    def _description(self, kind: str, name: str) -> dict[str, Any]:
+        folder = self.hub.root / kind / name
+        siblings = [{"rfilename": path.relative_to(folder).as_posix()} for path in _files(folder)]
+        described = {"_id": "0" * 24, "id": name, "sha": self.hub.sha(kind, name), "siblings": siblings}
+        return described | {"private": False, "gated": False, "disabled": False, "tags": [], "downloads": 0}
+
+    def _tree(self, kind: str, name: str, inside: str, recursive: bool) -> list[dict[str, Any]]:
+        folder = self.hub.root / kind / name
+        paths = (folder / inside).rglob("*") if recursive else (folder / inside).iterdir()
+        return [_entry(folder, path) for path in sorted(paths)]
+
+    def _file(self, kind: str, name: str, file: str) -> None:
+        content = (self.hub.root / kind / name / file).read_bytes()
+        headers = {"ETag": f'"{sha256(content).hexdigest()}"', "X-Repo-Commit": self.hub.sha(kind, name)}
+        headers |= {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes"}
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if not wanted:
+            return self._answer(HTTPStatus.OK, content, headers)
+        first, last = int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1)
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+        return self._answer(HTTPStatus.PARTIAL_CONTENT, content[first : last + 1], headers)
+
+    def _json(self, document: Any) -> None:
+        self._answer(HTTPStatus.OK, json.dumps(document).encode(), {"Content-Type": "application/json"})
+
+    def _missing(self, code: str, message: str, commit: str | None = None) -> None:
+        headers = {"X-Error-Code": code, "X-Error-Message": message, "Content-Type": "application/json"}
+        headers |= {"X-Repo-Commit": commit} if commit else {}
+        self._answer(HTTPStatus.NOT_FOUND, json.dumps({"error": message}).encode(), headers)
+
+    def _answer(self, status: HTTPStatus, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(content))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def _entry(folder: Path, path: Path) -> dict[str, Any]:
+    name = path.relative_to(folder).as_posix()
+    if path.is_dir():
+        return {"type": "directory", "oid": sha1(name.encode()).hexdigest(), "size": 0, "path": name}
+    content = path.read_bytes()
+    return {"type": "file", "oid": sha1(content).hexdigest(), "size": len(content), "path": name}
+
+
+def _asked_paths(body: bytes, content_type: str) -> list[str]:
+    asked = json.loads(body) if "json" in content_type else parse_qs(body.decode())
+    paths = asked.get("paths", [])
+    return paths if isinstance(paths, list) else [paths]
+
+
+def make_model(folder: Path) -> None:
+    """A tiny random ViT without a head, stored as google/vit-base-patch16-224-in21k is."""
+    import torch
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    ViTModel(ViTConfig(image_size=32, patch_size=16, **sizes)).save_pretrained(folder)
+    half = [0.5, 0.5, 0.5]
+    document = {"do_normalize": True, "do_resize": True, "image_mean": half, "image_std": half}
+    document |= {"size": 32, "resample": 2}  # An int, as in the days of ViTFeatureExtractor.
+    (folder / "preprocessor_config.json").write_text(json.dumps(document))
+
+
+def make_dataset(folder: Path) -> None:
+    """40 training and 20 test images with the columns, names and files of uoft-cs/cifar10."""
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageColumn
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    features = Features({"img": ImageColumn(), "label": ClassLabel(names=list(CIFAR10))})
+    (folder / "plain_text").mkdir(parents=True)
+    for split, count in (("train", 40), ("test", 20)):
+        rows: dict[str, list[Any]] = {"img": [], "label": []}
+        for i in range(count):
+            pixels = random.integers(0, 256, (32, 32, 3)) // 4 + 18 * (i % 10)  # A class has its brightness.
+            png = BytesIO()
+            Image.fromarray(pixels.astype(np.uint8)).save(png, "png")
+            rows["img"].append({"bytes": png.getvalue(), "path": None})
+            rows["label"].append(i % 10)
+        file = folder / "plain_text" / f"{split}-00000-of-00001.parquet"
+        Dataset.from_dict(rows, features=features).to_parquet(file)
+    names = "\n".join(f"          '{i}': {name}" for i, name in enumerate(CIFAR10))
+    (folder / "README.md").write_text(_CARD.format(names=names))
+
+
+_CARD = """---
+task_categories:
+- image-classification
+pretty_name: Cifar10
+dataset_info:
+  config_name: plain_text
+  features:
+  - name: img
+    dtype: image
+  - name: label
+    dtype:
+      class_label:
+        names:
+{names}
+  splits:
+  - name: train
+    num_examples: 40
+  - name: test
+    num_examples: 20
+configs:
+- config_name: plain_text
+  data_files:
+  - split: train
+    path: plain_text/train-*
+  - split: test
+    path: plain_text/test-*
+  default: true
+---
+# A stand-in for CIFAR-10
+"""

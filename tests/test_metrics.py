@@ -1,0 +1,229 @@
+"""metrics: against scikit-learn and by hand, offline, leaving nothing behind; what people see of them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from io import StringIO
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from rich.console import Console
+from sklearn.metrics import (
+    accuracy_score,
+    confusion_matrix,
+    f1_score,
+    precision_recall_fscore_support,
+    top_k_accuracy_score,
+)
+
+from vitft.console import metrics_report
+from vitft.errors import DataError, ModelError
+from vitft.figures import plot_confusion
+from vitft.metrics import Metrics, score, wilson_interval
+
+
+def scored(truth: np.ndarray, outputs: np.ndarray, labels: list[str]) -> Metrics:
+    """Score (n,) true classes and (n, C) outputs, as evaluation does."""
+    top = np.argsort(-outputs, axis=1)[:, : min(5, len(labels))]
+    losses = np.linspace(0, 2, len(truth))
+    return score(truth, top, losses, labels, split="test", split_hash="0123456789abcdef", elapsed_s=0.5)
+
+
+def random_scores(count: int, labels: list[str], seed: int = 0, skill: float = 3.0) -> Metrics:
+    random = np.random.default_rng(seed)
+    truth = random.integers(0, len(labels), count)
+    outputs = random.normal(size=(count, len(labels)))
+    outputs[np.arange(count), truth] += skill
+    return scored(truth, outputs, labels)
+
+
+@pytest.mark.filterwarnings("ignore:A single label")
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**32 - 1))
+def test_scores_are_those_of_scikit_learn(count: int, classes: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    truth = random.integers(0, classes, count)
+    outputs = random.normal(size=(count, classes))
+    best = outputs.argmax(axis=1)
+    every = list(range(classes))
+    metrics = scored(truth, outputs, [f"c{i}" for i in every])
+
+    # Both sides do the same few divisions in float64, so all but the last bits agree.
+    assert metrics.accuracy == pytest.approx(accuracy_score(truth, best), abs=1e-12)
+    assert metrics.macro_f1 == pytest.approx(f1_score(truth, best, average="macro"), abs=1e-12)
+    assert metrics.loss == pytest.approx(np.linspace(0, 2, count).mean(), abs=1e-12)
+    assert metrics.confusion["matrix"] == confusion_matrix(truth, best, labels=every).tolist()
+    if classes > 5:
+        expected = top_k_accuracy_score(truth, outputs, k=5, labels=every)
+        assert metrics.top5 == pytest.approx(expected, abs=1e-12)
+    else:
+        assert metrics.top5 == 1.0
+    expected = precision_recall_fscore_support(truth, best, labels=every, zero_division=0)
+    got = [(c.precision, c.recall, c.f1, c.count) for c in metrics.per_class]
+    np.testing.assert_allclose(np.array(got).T, expected, atol=1e-12)
+
+
+def test_a_class_that_never_occurs_is_listed_but_not_averaged() -> None:
+    truth, outputs = np.array([0, 0, 1]), np.eye(3)[[0, 1, 1]]
+    metrics = scored(truth, outputs, ["a", "b", "absent"])
+    assert (metrics.per_class[2].f1, metrics.per_class[2].count) == (0.0, 0)
+    assert metrics.macro_f1 == pytest.approx(2 / 3)  # Both occurring classes have F1 2/3.
+
+
+def test_the_json_document_has_the_promised_names() -> None:
+    metrics = random_scores(100, ["cat", "dog"])
+    document = json.loads(json.dumps(metrics.to_dict(), allow_nan=False))
+    assert list(document) == [
+        *("accuracy", "accuracy_interval", "top5", "loss", "macro_f1", "count", "split", "split_hash"),
+        *("images_per_s", "per_class", "confusion"),
+    ]
+    assert list(document["per_class"][0]) == ["label", "precision", "recall", "f1", "count"]
+    assert document["confusion"]["labels"] == ["cat", "dog"]
+    assert np.sum(document["confusion"]["matrix"]) == document["count"] == 100
+    assert document["images_per_s"] == 200
+    low, high = document["accuracy_interval"]
+    assert 0 <= low < document["accuracy"] < high <= 1
+    assert (document["split"], document["split_hash"]) == ("test", "0123456789abcdef")
+
+
+def test_rows_of_the_confusion_matrix_are_true_classes() -> None:
+    metrics = scored(np.array([0, 0]), np.array([[0.0, 1.0], [1.0, 0.0]]), ["cat", "dog"])
+    assert metrics.confusion["matrix"] == [[1, 1], [0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("correct", "count", "expected"),
+    # Newcombe 1998, Statistics in Medicine 17, table I, method 3 (score, without continuity correction).
+    [
+        (81, 263, (0.2553, 0.3662)),
+        (15, 148, (0.0624, 0.1605)),
+        (0, 20, (0.0, 0.1611)),
+        (1, 29, (0.0061, 0.1718)),
+    ],
+)
+def test_wilson_interval_is_the_published_one(
+    correct: int, count: int, expected: tuple[float, float]
+) -> None:
+    assert wilson_interval(correct, count) == pytest.approx(expected, abs=5e-5)
+
+
+@given(st.integers(1, 10**6), st.data())
+def test_wilson_interval_holds_the_share_within_0_and_1(count: int, data: st.DataObject) -> None:
+    correct = data.draw(st.integers(0, count))
+    low, high = wilson_interval(correct, count)
+    assert 0 <= low <= correct / count + 1e-12
+    assert correct / count - 1e-12 <= high <= 1
+    mirrored = wilson_interval(count - correct, count)
+    assert mirrored == pytest.approx((1 - high, 1 - low), abs=1e-9)
+
+
+@pytest.mark.parametrize(("correct", "count"), [(0, 0), (3, 2), (-1, 2)])
+def test_wilson_interval_refuses_what_is_no_share(correct: int, count: int) -> None:
+    with pytest.raises(ValueError, match="no share"):
+        wilson_interval(correct, count)
+
+
+def test_an_empty_split_is_a_data_error() -> None:
+    with pytest.raises(DataError, match="split test has no images"):
+        scored(np.zeros(0, np.int64), np.zeros((0, 3)), ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("loss", [np.nan, np.inf])
+def test_a_loss_that_is_no_number_is_a_model_error(loss: float) -> None:
+    top, losses = np.array([[0, 1], [1, 0]]), np.array([0.1, loss])
+    with pytest.raises(ModelError, match="loss on test is"):
+        score(np.array([0, 1]), top, losses, ["a", "b"], split="test", split_hash="0", elapsed_s=1)
+
+
+@pytest.mark.parametrize(
+    ("truth", "top"),
+    [([0, 2], [[0, 1], [1, 0]]), ([0, -1], [[0, 1], [1, 0]]), ([0], [[0, 1], [1, 0]]), ([0, 1], [[0], [1]])],
+)
+def test_arrays_that_do_not_belong_together_are_refused(truth: list[int], top: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match=r"outside|got truth"):
+        score(
+            np.array(truth),
+            np.array(top),
+            np.zeros(len(truth)),
+            ["a", "b"],
+            split="test",
+            split_hash="0",
+            elapsed_s=1.0,
+        )
+
+
+def test_scoring_needs_no_network_and_leaves_no_file(tmp_path) -> None:
+    """The metric library is given nowhere to write but its own temporary folder, which goes again."""
+    home, temporary = tmp_path / "home", tmp_path / "temporary"
+    home.mkdir()
+    temporary.mkdir()
+    code = (
+        "import numpy as np; from vitft.metrics import score;"
+        "m = score(np.array([0, 1]), np.array([[0, 1], [0, 1]]), np.zeros(2), ['a', 'b'],"
+        " split='test', split_hash='0', elapsed_s=1.0); print(m.accuracy)"
+    )
+    place = {"HOME": str(home), "HF_HOME": str(home / "hf"), "TMPDIR": str(temporary)}
+    offline = {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(
+        command, env=os.environ | place | offline, capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "0.5\n"
+    left = [path for folder in (home, temporary) for path in folder.rglob("*") if path.is_file()]
+    assert left == []
+
+
+def rendered(metrics: Metrics) -> str:
+    console = Console(width=80, file=StringIO(), highlight=False)
+    console.print(metrics_report(metrics))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 7, 10, 12, 13, 30, 31, 100])
+def test_the_report_fits_80_columns(classes: int) -> None:
+    labels = [f"{i} has a name that is longer than any column of a table" for i in range(classes)]
+    text = rendered(random_scores(20_000, labels))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" in text  # Names are cut,
+    assert not re.search(r"\d…", text)  # numbers never.
+    assert "20000 images of test [01234567]" in text
+
+
+def test_the_report_names_score_interval_split_and_hash() -> None:
+    truth = np.array([0] * 6 + [1] * 4)
+    outputs = np.eye(2)[[0] * 6 + [1, 1, 1, 0]]
+    text = rendered(scored(truth, outputs, ["cat", "[red]dog\x1b[0m"]))
+    lines = text.splitlines()
+    assert lines[0] == "accuracy 90.0 % (95 % interval 59.6–98.2) on 10 images of test [01234567]"
+    assert lines[1] == "top-5 100.0 %, loss 1.0000, macro F1 89.0 %, 20 images/s"
+    assert "[red]dog\\x1b[0m" in text  # A name is neither markup nor steers the terminal.
+    assert [line.split() for line in lines if line.startswith("cat")] == [
+        ["cat", "85.7", "%", "100.0", "%", "92.3", "%", "6"],
+        ["cat", "6", "·"],
+    ]
+
+
+def test_of_many_classes_the_report_shows_the_worst() -> None:
+    labels = [f"c{i}" for i in range(40)]
+    truth = np.repeat(np.arange(40), 4)
+    outputs = np.eye(40)[truth]
+    outputs[8:11] = np.eye(40)[7]  # Three of four c2 are taken for c7.
+    text = rendered(scored(truth, outputs, labels))
+    assert "The 10 lowest F1 of 40 classes" in text
+    after_title = text.split("Most frequent confusions")[1].splitlines()
+    assert [line.split() for line in after_title[1:]] == [["c2", "→", "c7", "3"]]
+
+
+@pytest.mark.parametrize("classes", [1, 2, 10, 20, 100, 130])
+def test_the_picture_of_any_size_opens(classes: int, tmp_path, recwarn) -> None:
+    labels = [f"$name_{i} \\frac{{ 猫 of quite some length" for i in range(classes)]
+    plot_confusion(random_scores(500, labels), tmp_path / "confusion.png")
+    with Image.open(tmp_path / "confusion.png") as picture:
+        assert picture.format == "PNG"
+        assert 400 < min(picture.size) <= max(picture.size) < 2400
+    assert [str(w.message) for w in recwarn if "Glyph" in str(w.message)] == []

@@ -1,0 +1,27 @@
+"""vitft fine-tunes Vision Transformers for image classification, and shows how they work."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vitft.config import TrainConfig
+    from vitft.evaluation import evaluate
+    from vitft.prediction import predict
+    from vitft.trainer import train
+
+__version__ = "0.1.0"
+__all__ = ["TrainConfig", "__version__", "evaluate", "predict", "train"]
+
+_ROOMS = {"TrainConfig": "config", "evaluate": "evaluation", "predict": "prediction", "train": "trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for, so that `import vitft` costs nothing."""
+    if name in _ROOMS:
+        from importlib import import_module
+
+        return getattr(import_module(f"vitft.{_ROOMS[name]}"), name)
+    raise AttributeError(f"module 'vitft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,5 @@
+"""`python -m vitft`, and what `accelerate launch -m vitft` and `torchrun -m vitft` start."""
+
+from vitft.cli import main
+
+main()

@@ -1,0 +1,238 @@
+"""The run folder: write, read, newest. Everything in it is whole or absent, and nothing is a pickle.
+
+    config.yaml  environment.json  splits.json  metrics.jsonl
+    checkpoints/step-000400/   a model folder, optimizer.safetensors, state.json; manifest.json last
+    last/ best/                plain Transformers model folders
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from vitft import __version__
+from vitft.config import TrainConfig
+from vitft.data.augment import Preprocess
+from vitft.errors import ModelError, UsageError
+from vitft.files import new_folder, write_json, write_text
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a checkpoint knows of itself; stored as `vitft.json`."""
+
+    config: TrainConfig
+    labels: tuple[str, ...]
+    step: int
+    epoch: float
+    splits: dict[str, dict[str, Any]]  # of each split its source, count and hash
+    scores: dict[str, Any]  # the scores of this step, by split
+
+    def to_json(self) -> dict[str, Any]:
+        """As stored: settings that were not given are left out."""
+        document = asdict(self) | {"config": self.config.model_dump(exclude_none=True)}
+        return {"vitft": __version__} | document
+
+
+@dataclass
+class State:
+    """Where a run stands, beside weights and optimizer; stored as `state.json`."""
+
+    step: int = 0
+    best_step: int | None = None
+    best_accuracy: float = -1.0
+    evaluations_since_best: int = 0
+    stopped_early: bool = False
+    scaler: dict[str, Any] | None = None
+
+
+def create_run(path: Path, *, overwrite: bool) -> None:
+    """Make an empty run folder. Raises UsageError if something stands there."""
+    check_free(path, overwrite=overwrite)
+    if path.exists() and any(path.iterdir()):
+        shutil.rmtree(path)
+    (path / "checkpoints").mkdir(parents=True)
+
+
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """Raise UsageError unless a run may be written to this folder."""
+    if path.is_file():
+        raise UsageError(f"output {path}: a file; choose a folder.")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not overwrite:
+        remedy = f"--resume {path} goes on with it, --overwrite replaces it" if is_run(path) else "choose another"
+        raise UsageError(f"output {path}: the folder exists and is not empty; {remedy}.")
+    if not is_run(path):
+        raise UsageError(f"output {path}: --overwrite replaces run folders only, and this is none; choose another.")
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run folder."""
+    return (path / "config.yaml").is_file() and (path / "checkpoints").is_dir()
+
+
+def write_config(run: Path, config: TrainConfig) -> None:
+    """Write `config.yaml`, a recipe of every setting as resolved."""
+    text = yaml.safe_dump(config.model_dump(exclude_none=True), sort_keys=False)
+    write_text(run / "config.yaml", text)
+
+
+def save_model(folder: Path, model: Any, how: Preprocess, card: Card) -> None:
+    """Write a plain Transformers model folder in place of `folder`, whole."""
+    with new_folder(folder) as fresh:
+        _fill(fresh, model, how, card)
+
+
+def _fill(folder: Path, model: Any, how: Preprocess, card: Card) -> None:
+    model.save_pretrained(folder)
+    write_json(folder / "preprocessor_config.json", how.to_json())
+    write_json(folder / "vitft.json", card.to_json())
+    write_text(folder / "README.md", _readme(card))
+
+
+def save_step(run: Path, model: Any, optimizer: torch.optim.Optimizer, how: Preprocess, card: Card, state: State) -> Path:  # fmt: skip
+    """Write all that resume needs as `checkpoints/step-N`, and drop the oldest over `keep`."""
+    folder = run / "checkpoints" / f"step-{state.step:06d}"
+    with new_folder(folder) as fresh:
+        _fill(fresh, model, how, card)
+        save_file(optimizer_tensors(model, optimizer), fresh / "optimizer.safetensors")
+        write_json(fresh / "state.json", asdict(state))
+        manifest = {f.name: {"size": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(fresh.iterdir())}
+        write_json(fresh / "manifest.json", manifest)
+    for old in step_folders(run)[card.config.keep :]:
+        shutil.rmtree(old)
+    return folder
+
+
+def step_folders(run: Path) -> list[Path]:
+    """The step checkpoints of a run, newest first."""
+    found = (run / "checkpoints").glob("step-*")
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")), reverse=True)
+
+
+def newest_whole(run: Path) -> tuple[Path, list[str]]:
+    """The newest step checkpoint that matches its manifest, and why newer ones were passed over.
+
+    Raises ModelError if there is none.
+    """
+    passed: list[str] = []
+    for folder in step_folders(run):
+        fault = fault_of(folder)
+        if fault is None:
+            return folder, passed
+        passed.append(f"{folder.name}: {fault}")
+    why = f" ({'; '.join(passed)})" if passed else ""
+    raise ModelError(f"{run}: no whole checkpoint to resume from{why}; start anew with another --output.")
+
+
+def fault_of(folder: Path) -> str | None:
+    """What is wrong with a step checkpoint's files, by size and SHA-256; None if nothing is."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for name, wanted in manifest.items():
+            file = folder / name
+            if file.stat().st_size != wanted["size"]:
+                return f"{name} has {file.stat().st_size} bytes, not {wanted['size']}"
+            if _sha256(file) != wanted["sha256"]:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def read_state(folder: Path) -> State:
+    """Where the run of a step checkpoint stood."""
+    return State(**json.loads((folder / "state.json").read_text()))
+
+
+def read_card(folder: Path) -> Card | None:
+    """What a checkpoint knows of itself; None if vitft did not write it. Raises ModelError."""
+    file = folder / "vitft.json"
+    if not file.is_file():
+        return None
+    try:
+        document = json.loads(file.read_text())
+        document.pop("vitft")
+        config = TrainConfig.parse(document.pop("config"), str(file))
+        return Card(config=config, **document | {"labels": tuple(document["labels"])})
+    except (ValueError, KeyError, TypeError, UsageError) as error:
+        raise ModelError(f"{file}: not readable ({error}); was it edited?") from error
+
+
+def find_model(path: Path) -> Path:
+    """The model folder behind a path: itself, or a run's best, last or newest step checkpoint."""
+    if is_run(path):
+        candidates = [path / "best", path / "last", *step_folders(path)]
+        found = next((folder for folder in candidates if (folder / "config.json").is_file()), None)
+        if found is None:
+            raise ModelError(f"{path}: this run has no checkpoint yet.")
+        return found
+    if path.name in ("best", "last") and not path.exists() and is_run(path.parent):
+        there = ", ".join(f.name for f in find_model(path.parent).parent.iterdir() if f.is_dir())
+        raise ModelError(f"{path}: this run has none; there is {there}.")
+    return path
+
+
+def optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's state as tensors named `<parameter>|<quantity>`."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[id(parameter)]}|{quantity}": value.contiguous()
+        for parameter, quantities in optimizer.state.items()
+        for quantity, value in quantities.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def load_optimizer(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Put a step checkpoint's optimizer state back. Raises ModelError."""
+    try:
+        stored = load_file(folder / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder}: optimizer.safetensors cannot be read: {error}.") from error
+    parameters = dict(model.named_parameters())
+    for name, value in stored.items():
+        parameter_name, quantity = name.split("|")
+        parameter = parameters[parameter_name]
+        # Adam's step counters stay where they were; moments live beside their parameter.
+        optimizer.state[parameter][quantity] = value.to(parameter.device)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _readme(card: Card) -> str:
+    score = "\n".join(
+        f"- {split}: accuracy {100 * values['accuracy']:.2f} % on {values['count']} images (split {values['split_hash']})"
+        for split, values in card.scores.items()
+    )
+    config = card.config
+    start = f"{config.model}, new weights" if config.from_scratch else config.model
+    header = yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "image-classification"})
+    return f"""---
+{header}---
+
+# An image classifier
+
+Classes: {", ".join(card.labels[:50])}{", ..." if len(card.labels) > 50 else ""}
+
+Started from {start}; trained on {config.dataset} for {card.step} steps ({card.epoch:.2f} epochs) with vitft {__version__}.
+
+{score or "Not scored at this step."}
+
+```python
+from transformers import pipeline
+
+classify = pipeline("image-classification", model="path/to/this/folder")
+```
+"""

@@ -1,0 +1,202 @@
+"""The command line: a command is a docstring, options and one call.
+
+Rooms are imported inside commands, so that `vitft --help` needs neither torch nor transformers.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from vitft import console
+from vitft.config import TrainConfig
+from vitft.errors import UsageError, VitftError
+from vitft.options import options_from
+
+
+class _Group(TyperGroup):
+    """Turns an error into one line and an exit code; the only place that does."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except VitftError as error:
+            self._debug(ctx)
+            console.fail(str(error))
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            console.fail("interrupted")
+            raise typer.Exit(130) from error
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if hasattr(error, "show"):  # wrong usage: Typer shows it, in a box of its own
+                raise
+            self._debug(ctx)
+            console.fail(f"{type(error).__name__}: {error} (unexpected; `vitft --debug ...` shows where)")
+            raise typer.Exit(1) from error
+
+    @staticmethod
+    def _debug(ctx: Any) -> None:
+        if ctx.params.get("debug"):
+            console.traceback()
+
+
+app = typer.Typer(cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+                  context_settings={"help_option_names": ["-h", "--help"]})  # fmt: skip
+recipes_app = typer.Typer(no_args_is_help=True, help="List, show and copy recipes: one experiment a file.")
+data_app = typer.Typer(no_args_is_help=True, help="Look at a data set.")
+app.add_typer(recipes_app, name="recipes")
+app.add_typer(data_app, name="data")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from vitft import __version__
+
+        console.say(f"vitft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:  # fmt: skip
+    """Fine-tune Vision Transformers for image classification, and see how they work.
+
+    Try it with no network: [bold]vitft train --recipe digits[/]
+    """
+
+
+@app.command()
+@options_from(TrainConfig)
+def train(
+    recipe: Annotated[str | None, typer.Option(help="A recipe's name or file; flags override it.", rich_help_panel="Run")] = None,
+    output: Annotated[Path | None, typer.Option(help="Run folder; runs/<dataset>-<model>-<number> by default.", rich_help_panel="Run")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run folder if it exists.", rich_help_panel="Run")] = False,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.", rich_help_panel="Run")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the run would do and cost; start nothing.", rich_help_panel="Run")] = False,
+    *, overrides: dict[str, Any],
+) -> None:  # fmt: skip
+    """Fine-tune a ViT on a data set.
+
+    Settings come from the defaults, then the recipe, then the flags.
+    """
+    from vitft import commands
+
+    commands.train(recipe, output, overwrite, resume, dry_run, overrides)
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="Run folder, one of its checkpoints, or a Transformers folder or hub id.")],
+    dataset: Annotated[str | None, typer.Option(help="The checkpoint's own data set by default.")] = None,
+    dataset_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub data set.")] = None,
+    split: Annotated[str | None, typer.Option(help="test by default, else validation, else train.")] = None,
+    max_eval_samples: Annotated[int | None, typer.Option(min=1, help="Evaluate at most this many images, stratified.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of one forward pass.")] = 64,
+    device: Device = "auto",
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; as it was trained by default.")] = None,
+    on_bad_image: Annotated[str | None, typer.Option(help="error or skip; as it was trained by default.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the confusion matrix as a PNG.")] = None,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Score a checkpoint: accuracy with its interval, top-5, F1 by class, confusion matrix."""
+    from vitft import commands
+
+    options = {"dataset": dataset, "dataset_revision": dataset_revision, "split": split, "device": device,
+               "max_eval_samples": max_eval_samples, "batch_size": batch_size, "precision": precision,
+               "on_bad_image": on_bad_image}  # fmt: skip
+    commands.evaluate(checkpoint, options, plot, json)
+
+
+@app.command()
+def predict(
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Image files, folders and globs.")],
+    checkpoint: Annotated[str, typer.Option(help="Run folder, one of its checkpoints, or a Transformers folder or hub id.")],
+    top_k: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 3,
+    device: Device = "auto",
+    format: Annotated[str, typer.Option(help="table, csv or jsonl.")] = "table",
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Classify images. An unreadable one gets a row of its own, and exit code 3 at the end."""
+    from vitft import commands
+
+    commands.predict(paths, checkpoint, top_k, device, "json" if json else format)
+
+
+@app.command()
+def explain(
+    model: Annotated[str | None, typer.Option(help="Preset, local folder or hub id; ViT-B/16 at 224 by default.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Side of the image in pixels.")] = None,
+    patch_size: Annotated[int | None, typer.Option(help="Side of a patch in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Length of a token vector.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Number of encoder blocks.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads in a block.")] = None,
+    mlp: Annotated[int | None, typer.Option(help="Hidden width of a block's MLP.")] = None,
+    classes: Annotated[int | None, typer.Option(help="Number of classes.")] = None,
+    pre_logits: Annotated[int | None, typer.Option(help="Width of a tanh layer before the head.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 1,
+    all_blocks: Annotated[bool, typer.Option("--all-blocks", help="List every encoder block.")] = False,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Show a ViT stage by stage: shapes, parameters, FLOPs and memory."""
+    from vitft.explain.table import document, resolve_spec, stage_table
+
+    spec = resolve_spec(model, image_size=image_size, patch_size=patch_size, width=width, layers=layers,
+                        heads=heads, mlp=mlp, classes=classes, pre_logits=pre_logits)  # fmt: skip
+    console.say_json(document(spec, batch_size)) if json else console.say(stage_table(spec, batch_size, all_blocks))
+
+
+@recipes_app.command("ls")
+def recipes_ls() -> None:
+    """List the recipes that come with vitft."""
+    from vitft.recipe import recipes
+
+    console.say(console.recipe_table(recipes()))
+
+
+@recipes_app.command("show")
+def recipes_show(name: Annotated[str, typer.Argument(help="A recipe's name.")]) -> None:
+    """Print a recipe."""
+    from vitft.recipe import find_recipe
+
+    console.say_text(find_recipe(name).read_text(encoding="utf-8"))
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    name: Annotated[str, typer.Argument(help="A recipe's name.")],
+    target: Annotated[Path, typer.Argument(help="File or folder to copy to.")] = Path(),
+) -> None:
+    """Copy a recipe, to change it."""
+    from vitft.recipe import copy_recipe
+
+    console.say(f"copied to {copy_recipe(name, target)}; run it with: vitft train --recipe {target}")
+
+
+@data_app.command("info")
+def data_info(
+    dataset: Annotated[str, typer.Argument(help="Alias, hub id, folder, CSV, JSONL or parquet.")],
+    dataset_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub data set.")] = None,
+    preview: Annotated[Path | None, typer.Option(help="Write a grid of example images as a PNG.")] = None,
+    json: Json = False,
+) -> None:
+    """Show a data set's splits, classes, counts and image sizes."""
+    from vitft import commands
+
+    commands.data_info(dataset, dataset_revision, preview, json)
+
+
+def main() -> None:
+    """Run the command line; `--debug` may stand anywhere."""
+    if "--debug" in sys.argv[2:]:
+        sys.argv.remove("--debug")
+        sys.argv.insert(1, "--debug")
+    app()

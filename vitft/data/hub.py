@@ -1,0 +1,130 @@
+"""Data sets from the Hugging Face hub, and the commit that was really used."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.utils import logging as datasets_logging
+from huggingface_hub import constants
+from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+from vitft.errors import DataError
+
+_SHA = re.compile(r"[0-9a-f]{40}")
+
+
+def read(
+    repo: str, config: str | None, revision: str | None
+) -> tuple[dict[str, datasets.Dataset], str | None]:
+    """Load a hub data set: its raw splits and the commit they came from (None if it cannot be known).
+
+    Without a network, what an earlier run left in the cache is used, if it is the revision asked for.
+    Raises DataError for all that can go wrong on the way.
+    """
+    if Path(repo).exists():  # datasets would read this folder, whatever it holds
+        raise DataError(f"hub data set {repo} is hidden by the folder {repo} here; work in another folder.")
+    try:
+        with _quiet():
+            # What datasets.load_dataset does, keeping the builder, which knows the commit.
+            builder = datasets.load_dataset_builder(repo, config, revision=revision)
+            used = _commit(builder)
+            _check_revision(repo, revision, used, builder)
+            builder.download_and_prepare()
+            splits = builder.as_dataset()
+    except DataError:
+        raise
+    except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow each have their own tree
+        raise DataError(_failure(repo, config, revision, error)) from error
+    return dict(splits), used
+
+
+def _commit(builder: Any) -> str | None:
+    """The commit of a builder: its hash, or in older caches what the file addresses say."""
+    if _SHA.fullmatch(str(builder.hash)):
+        return str(builder.hash)
+    addresses = [builder.base_path or "", *(builder.info.download_checksums or {})]
+    found = (re.search(r"@([0-9a-f]{40})(/|$)", str(address)) for address in addresses)
+    return next((match[1] for match in found if match), None)
+
+
+def _check_revision(repo: str, revision: str | None, used: str | None, builder: Any) -> None:
+    """Refuse a cached copy of another revision: without a network, datasets takes the newest it finds."""
+    from_cache = "packaged_modules.cache" in type(builder).__module__
+    if revision is None or not from_cache:
+        return
+    name = constants.REPO_ID_SEPARATOR.join(["datasets", *repo.split("/")])
+    ref = Path(constants.HF_HUB_CACHE, name, "refs", revision)
+    wanted = ref.read_text().strip() if ref.is_file() else revision
+    if used is None or not used.startswith(wanted):
+        raise DataError(
+            f"hub data set {repo} at revision {revision} is not in the cache "
+            f"({_cache()} has {used or 'another'}) and {_endpoint()} cannot be reached; "
+            "go online once or leave the revision out."
+        )
+
+
+def _failure(repo: str, config: str | None, revision: str | None, error: Exception) -> str:
+    what = repo + (f":{config}" if config else "") + (f" at revision {revision}" if revision else "")
+    return (
+        f"hub data set {what} cannot be loaded: {_reason(error)}; looked at {_endpoint()} and in {_cache()}; "
+        "offline, use a local folder or --dataset digits."
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """The cause in a few words: the first line of the innermost error that says more than its wrapper."""
+    chain: list[BaseException] = [error]
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
+        chain.append(inner)
+    kinds = {kind.__name__ for link in chain for kind in type(link).__mro__}
+    if constants.HF_HUB_OFFLINE or "OfflineModeIsEnabled" in kinds:
+        return "offline mode is on and it is not in the cache"
+    if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        return _first_line(error).replace("on the Hub", "there")
+    if "GatedRepoError" in kinds:
+        return "it is gated; accept its terms on its page and log in with `hf auth login`"
+    if kinds & {"ConnectionError", "TransportError", "TimeoutError", "LocalEntryNotFoundError"}:
+        return "the hub cannot be reached"
+    if isinstance(error, datasets.exceptions.DatasetGenerationError) and len(chain) > 1:
+        error = chain[1]
+    return f"{type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # A missing or unknown configuration is explained over two lines.
+    return " ".join(lines[:2] if isinstance(error, ValueError) else lines[:1]).rstrip(".")
+
+
+def _endpoint() -> str:
+    return str(datasets.config.HF_ENDPOINT)
+
+
+def _cache() -> str:
+    cache, home = str(datasets.config.HF_DATASETS_CACHE), str(Path.home())
+    return "~" + cache[len(home) :] if cache.startswith(home + os.sep) else cache
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the progress bars and log lines of datasets and huggingface_hub, and put them back."""
+    verbosity = datasets_logging.get_verbosity(), hub_logging.get_verbosity()
+    bars = datasets.utils.are_progress_bars_disabled(), are_progress_bars_disabled()
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
+    hub_logging.set_verbosity(datasets_logging.CRITICAL)
+    datasets.disable_progress_bars()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets_logging.set_verbosity(verbosity[0])
+        hub_logging.set_verbosity(verbosity[1])
+        if not bars[0]:
+            datasets.enable_progress_bars()
+        if not bars[1]:
+            enable_progress_bars()

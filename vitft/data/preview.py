@@ -1,0 +1,95 @@
+"""A contact sheet of a data set: one row per class, drawn with Pillow."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from vitft.data.images import BadImage, decode
+from vitft.data.sources import Source, class_indices
+from vitft.data.splits import split_for
+from vitft.randomness import order
+
+CLASSES, IMAGES = 20, 8
+_CELL, _GAP, _MARGIN = 96, 6, 20  # pixels
+_PAPER, _EMPTY, _INK, _FAINT = "#ffffff", "#f1f1f3", "#1c1c1f", "#74747c"
+
+
+def preview(source: Source, path: Path, seed: int = 0) -> None:
+    """Draw up to 8 random images of up to 20 evenly spaced classes of the train split, and save a PNG.
+
+    Images keep their shape; small ones are enlarged by whole factors, so their pixels stay visible.
+    An unreadable image is a crossed-out cell. The folder of `path` is made where needed.
+    """
+    name = split_for(source, "train") or next(iter(source.splits))
+    split = source.splits[name]
+    labels = class_indices(split)
+    count = len(source.labels)
+    shown = np.linspace(0, count - 1, min(CLASSES, count)).round().astype(int)
+    font, title_font, note_font = _font(15), _font(19), _font(13)
+    names = [_short(source.labels[label], font, 240) for label in shown]
+    of_all = f"{len(shown)} of {count}" if len(shown) < count else str(count)
+    note = f"{name}: {len(split):,} images; {of_all} classes, up to {IMAGES} images of each, drawn at random"
+    columns = min(IMAGES, int(np.bincount(labels).max()))
+    left = _MARGIN + round(max(font.getlength(text) for text in names)) + 14
+    top = _MARGIN + 56
+    width = max(left + columns * (_CELL + _GAP) - _GAP, _MARGIN + round(note_font.getlength(note))) + _MARGIN
+    height = top + len(shown) * (_CELL + _GAP) - _GAP + _MARGIN
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_MARGIN, _MARGIN), source.name, _INK, title_font, anchor="lt")
+    draw.text((_MARGIN, _MARGIN + 28), note, _FAINT, note_font, anchor="lt")
+    for line, (label, text) in enumerate(zip(shown, names, strict=True)):
+        y = top + line * (_CELL + _GAP)
+        draw.text((left - 14, y + _CELL // 2), text, _INK, font, anchor="rm")
+        rows = np.flatnonzero(labels == label)
+        drawn = rows[order(seed, f"preview {source.labels[label]}", 0, len(rows))[:IMAGES]]
+        for column, row in enumerate(drawn):
+            x = left + column * (_CELL + _GAP)
+            _draw_cell(sheet, x, y, split[int(row)]["image"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, "PNG")
+
+
+def _draw_cell(sheet: Image.Image, x: int, y: int, image: dict[str, Any]) -> None:
+    draw = ImageDraw.Draw(sheet)
+    box = (x, y, x + _CELL - 1, y + _CELL - 1)
+    try:
+        pixels = decode(image["bytes"] if image["bytes"] is not None else Path(image["path"]))
+    except BadImage:
+        draw.rectangle(box, _EMPTY)
+        draw.line((x + 32, y + 32, x + 63, y + 63), _FAINT, 2)
+        draw.line((x + 63, y + 32, x + 32, y + 63), _FAINT, 2)
+        return
+    picture = _fit(Image.fromarray(pixels))
+    if picture.size != (_CELL, _CELL):
+        draw.rectangle(box, _EMPTY)
+    sheet.paste(picture, (x + (_CELL - picture.width) // 2, y + (_CELL - picture.height) // 2))
+
+
+def _fit(picture: Image.Image) -> Image.Image:
+    """The picture as large as a cell allows, at least one pixel wide and high."""
+    scale = _CELL / max(picture.size)
+    if scale >= 2:
+        whole = int(scale)
+        return picture.resize((picture.width * whole, picture.height * whole), Image.Resampling.NEAREST)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def _font(size: int) -> Any:
+    """DejaVu Sans, which comes with matplotlib and knows more scripts than Pillow's own font."""
+    file = files("matplotlib") / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(str(file), size) if file.is_file() else ImageFont.load_default(size)
+
+
+def _short(text: str, font: Any, width: int) -> str:
+    """The text on one line, cut with an ellipsis to fit the width in pixels."""
+    text = " ".join(text.split())
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

@@ -1,0 +1,133 @@
+"""A name or a path -> the splits of a data set, always with columns `image` and `label`."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+import datasets
+import numpy as np
+from numpy.typing import NDArray
+
+from vitft.data import hub, local, pixels
+from vitft.data.schema import standardize
+from vitft.data.tables import TABLE_SUFFIXES
+from vitft.errors import DataError, UsageError, nearest
+
+
+class Alias(NamedTuple):
+    """Where a well-known data set lies on the hub, and what its columns alone do not tell."""
+
+    repo: str
+    config: str | None = None
+    label: str | None = None
+
+
+ALIASES = {
+    "beans": Alias("AI-Lab-Makerere/beans"),
+    "cats_vs_dogs": Alias("microsoft/cats_vs_dogs"),
+    "cifar10": Alias("uoft-cs/cifar10"),
+    "cifar100": Alias("uoft-cs/cifar100", label="fine_label"),
+    "fashion_mnist": Alias("zalando-datasets/fashion_mnist"),
+    "food101": Alias("ethz/food101"),
+    "imagenet-1k": Alias("ILSVRC/imagenet-1k"),
+    "mnist": Alias("ylecun/mnist"),
+    "oxford-iiit-pet": Alias("timm/oxford-iiit-pet", label="label"),
+    "svhn": Alias("ufldl-stanford/svhn", "cropped_digits"),
+    "tiny-imagenet": Alias("zh-plus/tiny-imagenet"),
+}
+DIGITS = "digits"
+_HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::(.+))?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set, opened: nothing is decoded yet.
+
+    Every split has columns `image` (rows of {"bytes", "path"}, one of them set) and `label` (ClassLabel).
+    """
+
+    name: str  # short, for run folders: "cifar10", the folder's name
+    splits: datasets.DatasetDict
+    labels: tuple[str, ...]  # class names in index order
+    revision: str | None  # the hub commit that was really used
+
+
+def open_source(
+    dataset: str,
+    *,
+    revision: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Source:
+    """Open an alias, `digits`, a hub id with optional `:config`, or anything `local.read` knows.
+
+    An alias wins over a file or folder of the same name; `./cifar10` means the folder. Raises
+    DataError where nothing usable is found, UsageError for a revision of what has none.
+    """
+    path = Path(dataset).expanduser() if dataset else Path()
+    hub_id = _HUB_ID.fullmatch(dataset)
+    alias = ALIASES.get(dataset)
+    is_here = bool(dataset.strip()) and os.path.exists(path)  # noqa: PTH110  (False, too, for impossible names)
+    if revision is not None and alias is None and (is_here or dataset == DIGITS):
+        raise UsageError(f"revision {revision} asked of {dataset}, which is not on the hub; leave it out.")
+    used = None
+    if alias is not None:
+        name = dataset
+        raw, used = hub.read(alias.repo, alias.config, revision)
+        label_column = label_column or alias.label
+    elif dataset == DIGITS:
+        name, raw = DIGITS, pixels.read_digits()
+    elif is_here:
+        name = path.resolve().stem if path.is_file() else path.resolve().name
+        raw = local.read(path, image_column, label_column)
+        if (path.is_dir() and pixels.cifar_folder(path)) or path.suffix.lower() in TABLE_SUFFIXES:
+            image_column = label_column = None  # the reader has chosen, and named them image and label
+    elif hub_id is not None:
+        name = hub_id[1].split("/")[1]
+        raw, used = hub.read(hub_id[1], hub_id[2], revision)
+    else:
+        raise DataError(_unknown(dataset))
+    splits, labels = standardize(raw, image_column, label_column)
+    return Source(re.sub(r"[^\w.-]+", "-", name) or "data", splits, labels, used)
+
+
+def sample_id(split: datasets.Dataset, row: int) -> str:
+    """What a person needs to find an image: its path relative to the data set's folder, or `row 17`."""
+    found = sample_ids(split, np.array([row]))[0]
+    return found if isinstance(found, str) else f"row {found}"
+
+
+def sample_ids(split: datasets.Dataset, rows: NDArray[np.int64]) -> Sequence[str | int]:
+    """The name of each of these rows: relative paths (with /) of files, or the row numbers.
+
+    Of a selection of a source's split, the numbers are those of the split it was selected from.
+    """
+    if split._indices is not None:
+        rows = split._indices.column(0).to_numpy()[rows]
+    if not (split.info.homepage or "").startswith("file:"):
+        return [int(row) for row in rows]
+    root = url2pathname(urlsplit(split.info.homepage).path) + os.sep
+    images = split.data.column("image")
+    found = (images[int(row)]["path"].as_py() for row in rows)
+    return [str(path).removeprefix(root).replace(os.sep, "/") for path in found]
+
+
+def class_indices(split: datasets.Dataset) -> NDArray[np.int64]:
+    """The class index of every row of a split: (n,)."""
+    labels = split.select_columns(["label"]).with_format("arrow")[:].column("label")
+    return np.asarray(labels.combine_chunks(), np.int64)
+
+
+def _unknown(dataset: str) -> str:
+    known = sorted([*ALIASES, DIGITS])
+    if dataset.startswith((".", "~", os.sep)) or dataset.count("/") > 1:
+        return f"no file or folder {dataset}; give one that exists, or one of {', '.join(known)}."
+    return (
+        f"no data set {dataset!r}{nearest(dataset, known)}; it is no file or folder here, no hub id "
+        f"(owner/name) and none of {', '.join(known)}; offline, use a local folder or --dataset digits."
+    )

@@ -1,0 +1,147 @@
+"""Decoded images, once: uint8, in memory or, when large, in a temporary file that is mapped.
+
+Small images keep their own size. Larger ones are reduced, never enlarged: to the exact model size
+where that is what the model will see, to a shorter side a little over it where training crops.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vitft.data.augment import Images, Preprocess, fit, resize, workers
+from vitft.data.images import BadImage, decode
+from vitft.data.sources import sample_id
+from vitft.errors import DataError
+
+_IN_MEMORY = 2_000_000_000  # bytes; more goes to a file, which the system may page out
+_CHUNK = 256  # rows that are read and decoded at a time
+
+
+@dataclass(frozen=True)
+class Store:
+    """The images of one split: `gather` gives any of them; `digest` names their pixels."""
+
+    pixels: Tensor  # uint8, all images end to end
+    offsets: NDArray[np.int64]  # (N + 1,)
+    shapes: NDArray[np.int64]  # (N, 2) height, width
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all images have one size."""
+        return len(self) > 0 and bool((self.shapes == self.shapes[0]).all())
+
+    def gather(self, index: NDArray[np.int64]) -> Images:
+        """The images of these positions: (B, H, W, 3) when all have one size, else a list."""
+        if self.uniform:
+            height, width = self.shapes[0].tolist()
+            return self.pixels.view(len(self), height, width, 3)[torch.from_numpy(index)]
+        return [self._image(int(i)) for i in index]
+
+    def _image(self, position: int) -> Tensor:
+        height, width = self.shapes[position].tolist()
+        start, end = self.offsets[position : position + 2].tolist()
+        return self.pixels[start:end].view(height, width, 3)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An image that could not be read, and why."""
+
+    position: int
+    name: str
+    reason: str
+
+
+def decode_all(
+    rows: datasets.Dataset,
+    how: Preprocess,
+    *,
+    crops: bool,
+    max_pixels: int,
+    skip_bad: bool,
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[Store, list[Skipped]]:
+    """Decode every row of a split, reduced for evaluation or, with `crops`, for training crops.
+
+    Raises DataError for the first image that cannot be read, unless `skip_bad`.
+    """
+    offsets, shapes, skipped = [0], [], []
+    hashed = hashlib.blake2b(digest_size=8)
+    # Bytes go to a spooled file, which moves from memory to disk by itself when it grows.
+    spool = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 (its mapping outlives us)
+    for position, name, result in _decoded(rows, how, crops, max_pixels):
+        if isinstance(result, BadImage):
+            if not skip_bad:
+                raise DataError(f"{name}: {result}; mend or remove it, or add --on-bad-image skip.")
+            skipped.append(Skipped(position, name, str(result)))
+            continue
+        raw = result.tobytes()
+        hashed.update(np.array(result.shape).tobytes() + raw)
+        spool.write(raw)
+        shapes.append(result.shape[:2])
+        offsets.append(offsets[-1] + len(raw))
+        progress(position + 1)
+    store = Store(
+        _mapped(spool, offsets[-1]),
+        np.array(offsets, np.int64),
+        np.array(shapes, np.int64).reshape(-1, 2),
+        hashed.hexdigest(),
+    )
+    return store, skipped
+
+
+def reduced(image: NDArray[np.uint8], how: Preprocess, crops: bool) -> NDArray[np.uint8]:
+    """The image as stored: its own size if small, else what training crops or the model need of it."""
+    height, width = image.shape[:2]
+    if height * width <= how.height * how.width:
+        return image
+    tensor = torch.from_numpy(image)[None]
+    if not crops:
+        return fit(tensor, how)[0].contiguous().numpy()
+    scale = max(how.height, how.width) * 8 / 7 / min(height, width)  # 256 for 224, as is usual
+    if scale >= 1:
+        return image
+    return resize(tensor, round(height * scale), round(width * scale), how.resample)[0].numpy()
+
+
+def _decoded(
+    rows: datasets.Dataset, how: Preprocess, crops: bool, max_pixels: int
+) -> Iterator[tuple[int, str, NDArray[np.uint8] | BadImage]]:
+    def work(cell: dict[str, bytes | str | None]) -> NDArray[np.uint8] | BadImage:
+        try:
+            from pathlib import Path
+
+            source = cell["bytes"] if cell["bytes"] is not None else Path(str(cell["path"]))
+            assert not isinstance(source, str)
+            return reduced(decode(source, max_pixels), how, crops)
+        except BadImage as error:
+            return error
+
+    for start in range(0, len(rows), _CHUNK):
+        cells: Sequence[dict[str, bytes | str | None]] = rows[start : start + _CHUNK]["image"]
+        futures: list[Future[NDArray[np.uint8] | BadImage]] = [workers().submit(work, cell) for cell in cells]
+        for position, future in enumerate(futures, start):
+            yield position, sample_id(rows, position), future.result()
+
+
+def _mapped(spool: "tempfile.SpooledTemporaryFile[bytes]", nbytes: int) -> Tensor:
+    if nbytes == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    if nbytes <= _IN_MEMORY:
+        spool.seek(0)
+        return torch.frombuffer(bytearray(spool.read()), dtype=torch.uint8)
+    spool.flush()
+    # The mapping keeps the unlinked file alive; it goes with the process, however that ends.
+    return torch.from_numpy(np.memmap(spool.fileno(), np.uint8, "r+", shape=(nbytes,)))  # type: ignore[call-overload]

@@ -1,0 +1,101 @@
+"""Data sets given as a table: CSV, TSV or JSONL of image path and label."""
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+from vitft.data.schema import LABEL_NAMES, image_structs, make_split
+from vitft.errors import DataError, nearest
+
+PATH_NAMES = ("path", "file", "filename", "file_name", "filepath", "image_path", "image", "img")
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
+
+
+def read_table(path: Path, image_column: str | None, label_column: str | None) -> dict[str, datasets.Dataset]:
+    """Read a CSV, TSV or JSONL file of image path (relative to its own folder), label and perhaps split."""
+    try:
+        rows = list(_json_rows(path) if path.suffix.lower() in (".jsonl", ".ndjson") else _csv_rows(path))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text in columns: {error}.") from error
+    if not rows:
+        raise DataError(f"{path} has no rows; give one line an image, with its path and label.")
+    columns = {name: None for row in rows for name in row}
+    path_column = _column(path, columns, image_column, PATH_NAMES, "--image-column")
+    rest = [name for name in columns if name not in (path_column, "split")]
+    known = LABEL_NAMES if len(rest) != 1 else (*LABEL_NAMES, rest[0])
+    label_column = _column(path, dict.fromkeys(rest), label_column, known, "--label-column")
+    splits: dict[str, list[tuple[Path, Any]]] = {}
+    for number, row in enumerate(rows, 1):
+        file = _inside(path.parent, row.get(path_column), f"{path} row {number}")
+        splits.setdefault(str(row.get("split") or "train"), []).append((file, row.get(label_column)))
+    return {name: file_split(path.parent, found) for name, found in splits.items()}
+
+
+def file_split(
+    root: Path, rows: list[tuple[Path, Any]], names: Iterable[str] | None = None
+) -> datasets.Dataset:
+    """A raw split of files and their labels: values, or indices into `names`; `root` lies above all files."""
+    paths = [str(file.absolute()) for file, _ in rows]
+    labels = [label for _, label in rows]
+    try:
+        images = image_structs(None, paths)
+        return make_split(images, labels, names, root)
+    except UnicodeEncodeError as error:
+        raise DataError(f"the file name {error.object!r} is not UTF-8; rename it.") from error
+    except pa.ArrowException as error:
+        raise DataError(f"the labels under {root} are of several kinds: {error}") from error
+
+
+def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+        for row in csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True):
+            yield {name: value for name, value in row.items() if name is not None}
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict):
+                raise DataError(
+                    f"{path} line {number} is no JSON object; expected " + '{"path": ..., "label": ...}.'
+                )
+            yield row
+
+
+def _column(
+    path: Path, columns: dict[str, None], wanted: str | None, known: tuple[str, ...], flag: str
+) -> str:
+    listed = f"the columns are {', '.join(columns) or 'none'}"
+    if wanted is not None and wanted not in columns:
+        raise DataError(f"{path} has no column {wanted!r}{nearest(wanted, columns)}; {listed}.")
+    found = wanted or next((name for name in known if name in columns), None)
+    if found is None:
+        raise DataError(
+            f"{path} has none of the columns {', '.join(known[:3])} ...; {listed}; name one with {flag}."
+        )
+    return found
+
+
+def _inside(folder: Path, relative: Any, where: str) -> Path:
+    if not isinstance(relative, str) or not relative.strip() or "\0" in relative:
+        raise DataError(f"{where}: {relative!r} is no path of an image.")
+    # By name alone: a link that the folder's owner put there may lead where it likes.
+    inner = os.path.normpath(relative)
+    if os.path.isabs(inner) or Path(inner).parts[0] == "..":  # noqa: PTH117
+        raise DataError(
+            f"{where}: {relative} leads out of {folder}; paths must stay within the file's folder."
+        )
+    return folder / inner

@@ -1,0 +1,136 @@
+"""Score a model on a split: during a run, or a finished checkpoint from its folder."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from vitft.checkpoint import find_model, read_card
+from vitft.config import TrainConfig
+from vitft.data.loader import EvalLoader
+from vitft.data.sources import Source, open_source
+from vitft.data.splits import Split, make_splits
+from vitft.data.store import Skipped, decode_all
+from vitft.errors import DataError, UsageError
+from vitft.hardware import find_device, find_precision
+from vitft.metrics import Metrics, score
+from vitft.models import load_trained
+
+Progress = Callable[[int, int], None]
+"""Called with the number done and the number in all."""
+
+
+def measure(
+    model: Any, loader: EvalLoader, labels: Sequence[str], split: Split,
+    *, gather: Callable[[list[Any]], list[Any]] = lambda parts: parts, progress: Progress = lambda done, count: None,
+) -> Metrics:  # fmt: skip
+    """Score the model on this loader's images, joined over all processes by `gather`."""
+    model.eval()
+    started = time.perf_counter()
+    tops, losses, truths = [], [], []
+    with torch.inference_mode():
+        for number, batch in enumerate(loader, 1):
+            logits = model(pixel_values=batch.pixels).logits.float()
+            tops.append(logits.topk(min(5, len(labels)), dim=1).indices)
+            losses.append(F.cross_entropy(logits, batch.labels, reduction="none"))
+            truths.append(batch.labels)
+            progress(number, len(loader))
+    mine = tuple(torch.cat(parts).cpu().numpy() if parts else None for parts in (truths, tops, losses))
+    parts = [part for part in gather([mine]) if part[0] is not None]
+    truth, top, loss = (np.concatenate(column) for column in zip(*parts, strict=True))
+    elapsed_s = time.perf_counter() - started
+    return score(truth, top, loss, labels, split=split.name, split_hash=split.hash, elapsed_s=elapsed_s)
+
+
+def evaluate(
+    checkpoint: str | Path, *, dataset: str | None = None, dataset_revision: str | None = None,
+    split: str | None = None, max_eval_samples: int | None = None, batch_size: int = 64, device: str = "auto",
+    precision: str | None = None, on_bad_image: str | None = None, progress: Progress = lambda done, count: None,
+    report_skipped: Callable[[list[Skipped]], None] = lambda skipped: None,
+) -> Metrics:  # fmt: skip
+    """Score a checkpoint: a run folder, one of its checkpoints, or a Transformers folder or hub id.
+
+    vitft's own checkpoints know their data set and splits; for others name a `dataset`. Without
+    `split` it is test, else validation, else train. Raises VitftError.
+    """
+    where = find_model(Path(checkpoint).expanduser())
+    card = read_card(where) if where.is_dir() else None
+    if dataset is None and (card is None or card.config.dataset is None):
+        raise UsageError(f"{checkpoint}: it does not say what data it was trained on; add --dataset.")
+    config = card.config if card else TrainConfig(val_fraction=0)
+    if dataset is not None:
+        own = card is not None and card.config.dataset == dataset
+        config = config.model_copy(update={"dataset": dataset, "dataset_revision": dataset_revision}
+                                   | ({} if own else {"val_fraction": 0.0, "image_column": None, "label_column": None}))  # fmt: skip
+    loaded = load_trained(where if where.is_dir() else str(checkpoint))
+    source = open_source(str(config.dataset), revision=config.dataset_revision,
+                         image_column=config.image_column, label_column=config.label_column)  # fmt: skip
+    chosen = choose_split(source, config, split, max_eval_samples)
+    truth = matched(chosen.labels, source.labels, loaded.labels, name=str(checkpoint))
+    skip_bad = (on_bad_image or config.on_bad_image) == "skip"
+    rows = source.splits[chosen.source].select(chosen.rows)
+    store, skipped = decode_all(rows, loaded.preprocess, crops=False, max_pixels=config.max_pixels, skip_bad=skip_bad)
+    chosen, truth = without(chosen, skipped, source), np.delete(truth, [s.position for s in skipped])
+    report_skipped(skipped)
+    device = find_device(device)
+    recorded = config.precision if card and config.device == device else "fp32"
+    precision = find_precision(precision or recorded, device)
+    model = loaded.model.to(device)
+    loader = EvalLoader(store, truth, loaded.preprocess, batch_size=batch_size, device=torch.device(device))
+    with autocast(device, precision):
+        return measure(model, loader, loaded.labels, chosen, progress=progress)
+
+
+def autocast(device: str, precision: str) -> Any:
+    """The context in which matrix products have this precision."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def choose_split(source: Source, config: TrainConfig, name: str | None, max_eval_samples: int | None) -> Split:
+    """The split to evaluate: by role, or by the data set's own name for it. Raises UsageError."""
+    limit = max_eval_samples or config.max_eval_samples
+    splits = make_splits(source, val_fraction=config.val_fraction, max_train_samples=config.max_train_samples,
+                         max_eval_samples=limit, seed=config.seed)  # fmt: skip
+    if name is None:
+        return next(splits[role] for role in ("test", "validation", "train") if role in splits)
+    by_source = {split.source: split for split in splits.values() if split.name != "train"}
+    found = splits.get(name) or by_source.get(name)
+    if found is None:
+        raise UsageError(f"split {name}: {source.name} has {', '.join(splits)}.")
+    return found
+
+
+def matched(
+    labels: NDArray[np.int64], given: Sequence[str], known: Sequence[str], *, name: str
+) -> NDArray[np.int64]:  # fmt: skip
+    """Class indices of a data set as the model numbers them, matched by name. Raises DataError."""
+    if set(given) - set(known):
+        def listed(names: Sequence[str]) -> str:
+            return ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
+
+        raise DataError(
+            f"labels do not match: the data has [{listed(given)}], {name} knows [{listed(known)}]; "
+            "evaluate on data with these classes, or fine-tune on yours."
+        )
+    position = {label: index for index, label in enumerate(known)}
+    return np.array([position[label] for label in given], np.int64)[labels]
+
+
+def without(split: Split, skipped: Sequence[Skipped], source: Source) -> Split:
+    """The split less the images that could not be read; its hash names what is left."""
+    if not skipped:
+        return split
+    gone = [s.position for s in skipped]
+    rows, labels = np.delete(split.rows, gone), np.delete(split.labels, gone)
+    if len(rows) == 0:
+        raise DataError(f"{split.name} split: no readable image is left of {len(split.rows)}.")
+    return replace(split, rows=rows, labels=labels, hash=f"{split.hash}-{len(gone)}")

@@ -1,0 +1,1 @@
+"""Tables and pages that show a ViT, stage by stage."""

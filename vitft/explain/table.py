@@ -1,0 +1,211 @@
+"""A ViT as a table: what each stage does to shapes, and what it costs in parameters, FLOPs and memory."""
+
+import json
+from dataclasses import asdict, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from vitft.console import size
+from vitft.errors import ModelError, UsageError
+from vitft.spec import PRESETS, Stage, ViTSpec, preset, spec_from_config, stages, total, training_flops
+
+DEFAULT_MODEL = "vit-base-patch16-224"
+
+
+def resolve_spec(
+    model: str | None = None,
+    *,
+    image_size: int | None = None,
+    patch_size: int | None = None,
+    width: int | None = None,
+    layers: int | None = None,
+    heads: int | None = None,
+    mlp: int | None = None,
+    classes: int | None = None,
+    pre_logits: int | None = None,
+) -> ViTSpec:
+    """The ViT to explain: a preset, a local folder's or a hub model's config.json, and sizes of one's own.
+
+    Without a model the sizes are DEFAULT_MODEL's. Each size that is given replaces the model's; image
+    and patch sides are in pixels, and a given patch side is the stride too. Only a hub id
+    (`owner/name`) touches the cache or the network; a preset or sizes import no torch.
+
+    Raises UsageError for an unknown preset or sizes that do not fit together, ModelError for a
+    config.json that is missing, unreadable or no plain ViT's.
+    """
+    spec = _model_spec(model or DEFAULT_MODEL)
+    given: dict[str, Any] = {
+        "width": width,
+        "layers": layers,
+        "heads": heads,
+        "mlp": mlp,
+        "classes": classes,
+        "pre_logits": pre_logits,
+    }
+    if image_size is not None:
+        given |= {"image_height": image_size, "image_width": image_size}
+    if patch_size is not None:
+        given |= dict.fromkeys(("patch_height", "patch_width", "stride_height", "stride_width"), patch_size)
+    return replace(spec, **{name: value for name, value in given.items() if value is not None})
+
+
+def _model_spec(model: str) -> ViTSpec:
+    """The sizes of a preset, a local folder or a hub id, looked for in that order."""
+    folder = Path(model).expanduser()
+    if model in PRESETS:
+        return PRESETS[model]
+    if folder.is_dir():
+        return _read_config(folder / "config.json", model)
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        return _read_config(_hub_config(model), model)
+    if "/" in model:
+        raise ModelError(f"no folder {model}; give a local model folder, a hub id (owner/name) or a preset.")
+    try:
+        # A mistyped preset is no reason to ask the hub.
+        return preset(model)
+    except UsageError as error:
+        raise UsageError(f"{error} A local folder or a hub id (owner/name) will do too.") from None
+
+
+def _hub_config(model: str) -> Path:
+    """The cached or downloaded config.json of a hub model; raises ModelError where neither can be had."""
+    import huggingface_hub as hub
+
+    try:
+        cached = hub.try_to_load_from_cache(model, "config.json")
+        if isinstance(cached, str):
+            return Path(cached)
+        # Asked once, for without a network the download would first retry for 20 s.
+        hub.get_hf_file_metadata(hub.hf_hub_url(model, "config.json"))
+        return Path(hub.hf_hub_download(model, "config.json"))
+    except Exception as error:  # a bad id, no such model, no network: the hub has no common error for them
+        cache = hub.constants.HF_HUB_CACHE.replace(str(Path.home()), "~", 1)
+        raise ModelError(
+            f"config.json of {model} is neither in {cache} nor to be had from {hub.constants.ENDPOINT} "
+            f"({type(error).__name__}); offline, give a local folder or a preset such as {DEFAULT_MODEL}."
+        ) from None
+
+
+def _read_config(path: Path, model: str) -> ViTSpec:
+    """The sizes in a config.json."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        nested = sorted(path.parent.glob("*/config.json"))
+        remedy = f"try {nested[0].parent}" if nested else "give a Transformers model folder"
+        raise ModelError(f"no config.json in {model}; {remedy}.") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"config.json of {model} is unreadable ({error}); save the model again.") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"config.json of {model} holds no settings; save the model again.")
+    return spec_from_config(config)
+
+
+def document(spec: ViTSpec, batch_size: int = 1) -> dict[str, Any]:
+    """All stages, JSON-ready: {"spec": fields of ViTSpec, "stages": [fields of Stage], "total": sums}.
+
+    Shapes are lists; FLOPs and activation bytes are of one forward pass of the batch (see `stages`).
+    Raises UsageError for a batch below 1.
+    """
+    every = [_as_json(stage) for stage in stages(spec, batch_size)]
+    sums = _as_json(total(spec, batch_size))
+    return {"spec": asdict(spec), "stages": every, "total": {name: sums[name] for name in _COSTS}}
+
+
+_COSTS = ("parameters", "flops", "activation_bytes")
+
+
+def _as_json(stage: Stage) -> dict[str, Any]:
+    return {**asdict(stage), "input": list(stage.input), "output": list(stage.output)}
+
+
+def stage_table(spec: ViTSpec, batch_size: int = 1, all_blocks: bool = False) -> Group:
+    """The ViT in words, the table of its stages, and what the columns mean; 80 columns are enough.
+
+    The blocks after the first are one row, unless `all_blocks`. Names are those of `stages`, shapes
+    start with the batch. Raises UsageError for a batch below 1.
+    """
+    sums = total(spec, batch_size)
+    table = Table(
+        box=box.SIMPLE_HEAD, show_edge=False, show_footer=True, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    table.add_column("stage", "total", no_wrap=True)
+    table.add_column("shape in", _shape(sums.input), style="dim", overflow="fold")
+    table.add_column("shape out", _shape(sums.output), overflow="fold")
+    for heading, cost in zip(("params", "FLOPs", "kept"), _costs([sums]), strict=True):
+        table.add_column(heading, cost, justify="right", no_wrap=True)
+
+    repeated: list[Stage] = []
+    for block, steps in groupby(stages(spec, batch_size), key=_block):
+        if block > 1 and not all_blocks:
+            repeated += steps
+            if block == spec.layers:
+                name = "block 2" if block == 2 else f"blocks 2-{block}"
+                table.add_row(Text(name, "bold cyan"), "as block 1", "", *_costs(repeated))
+        else:
+            if block:
+                table.add_row(Text(f"block {block}", "bold cyan"))
+            for step in steps:
+                name = step.name.replace(f"block.{block}.", "  ")
+                table.add_row(name, _shape(step.input), _shape(step.output), *_costs([step]))
+        table.add_section()
+    return Group(_in_words(spec), table, _legend(spec, batch_size))
+
+
+def _block(stage: Stage) -> int:
+    """Number of the encoder block a stage is in; 0 before the first and after the last."""
+    return int(stage.name.split(".")[1]) if stage.name.startswith("block.") else 0
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "×".join(str(side) for side in shape)
+
+
+def _costs(some: list[Stage]) -> list[str]:
+    """Parameters, FLOPs and activation bytes of some stages together; a dot stands for 0."""
+    parameters, flops, kept = (sum(getattr(stage, cost) for stage in some) for cost in _COSTS)
+    return [_count(parameters) or "·", _count(flops) or "·", size(kept) if kept else "·"]
+
+
+def _count(number: float) -> str:
+    """A count in three or four digits: 769, 590.6 k, 35.1 G; nothing for 0."""
+    if number < 1000:
+        return f"{number:.0f}" if number else ""
+    for unit in ("k", "M", "G", "T"):
+        number /= 1000
+        if round(number, 1) < 1000:
+            return f"{number:.1f} {unit}"
+    return f"{number / 1000:.1f} P"
+
+
+def _in_words(spec: ViTSpec) -> Text:
+    """One sentence that follows an image through the model."""
+    blocks = "1 block" if spec.layers == 1 else f"{spec.layers} blocks"
+    prefix = {0: "", 1: " with the class token"}.get(
+        spec.prefix_tokens, f" with {spec.prefix_tokens} prefix tokens"
+    )
+    steps = (
+        f"{spec.image_height}×{spec.image_width} pixels",
+        f"{spec.patches} patches of {spec.patch_height}×{spec.patch_width}",
+        f"{spec.tokens} tokens of {spec.width} numbers{prefix}",
+        f"{blocks} of attention (tokens look at each other) and mlp (each token alone)",
+        "the class token" if spec.pooling == "cls" else "the mean of the patch tokens",
+        f"{spec.classes} logits, one a class",
+    )
+    return Text(" → ", "bold cyan").join(Text(step) for step in steps).append("\n")
+
+
+def _legend(spec: ViTSpec, batch_size: int) -> Text:
+    images = "1 image" if batch_size == 1 else f"{batch_size} images"
+    training = _count(training_flops(spec, batch_size))
+    return Text(
+        f"\nShapes and costs are of {images}. FLOPs are those of the matrix products, 2 a multiply-add; a "
+        f"training step takes {training}. kept: float32 outputs that wait in memory for the backward pass.",
+        style="dim",
+    )

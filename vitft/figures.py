@@ -1,0 +1,56 @@
+"""Pictures for people, as PNG files. matplotlib is imported where one is drawn."""
+
+import warnings
+from pathlib import Path
+
+from vitft.console import percent, safe
+from vitft.metrics import Metrics
+
+NUMBERED_CLASSES = 20  # Up to so many classes, each cell shows its number.
+NAMED_CLASSES = 120  # Up to so many, each row and column has its name.
+NAME_LENGTH = 24  # Characters of a name that are shown.
+
+
+def plot_confusion(metrics: Metrics, path: Path) -> None:
+    """Draw the confusion matrix into a PNG: rows are true classes, columns predicted ones.
+
+    The colour of a cell is its share of its row (on a root scale, so that rare mistakes are seen), the
+    number in it a count of images.
+    """
+    import numpy as np
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+
+    matrix = np.array(metrics.confusion["matrix"])  # (C, C)
+    classes = len(matrix)
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    side = min(max(5.0, 0.55 * classes), 8.0) if classes <= NUMBERED_CLASSES else 16.0  # inches
+    shown = range(0, classes, -(-classes // NAMED_CLASSES))
+    font = min(10.0, 40 * side / len(shown))  # points: 3/4 of a row's height
+
+    figure = Figure(figsize=(side, side), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
+    figure.colorbar(picture, ax=axes, fraction=0.04, pad=0.02, format=lambda share, _: percent(share, 0))
+    axes.set_title(f"{percent(metrics.accuracy)} of {metrics.count} images of {metrics.split} are right")
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    names = [_short(metrics.confusion["labels"][i]) for i in shown]
+    turn = 45 if classes <= NUMBERED_CLASSES else 90
+    axes.set_xticks(shown, names, rotation=turn, rotation_mode="anchor", ha="right", va="center")
+    axes.set_yticks(shown, names)
+    for name in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+        name.set(fontsize=font, parse_math=False)
+    if classes <= NUMBERED_CLASSES:
+        for (row, column), number in np.ndenumerate(matrix):
+            if number:
+                ink = "white" if shares[row, column] > 0.35 else "black"
+                axes.text(column, row, str(number), color=ink, fontsize=0.85 * font, ha="center", va="center")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # A letter that the font lacks becomes a box.
+        figure.savefig(path, format="png", bbox_inches="tight")
+
+
+def _short(name: str) -> str:
+    name = safe(name).replace("\n", " ")
+    return name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"

@@ -1,0 +1,78 @@
+"""What runs where: device, precision and threads, chosen once at the start of a run."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitft.config import TrainConfig
+from vitft.errors import UsageError
+from vitft.hub import shown
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """The settings with `auto` replaced by what this machine has. Raises UsageError."""
+    device = find_device(config.device)
+    return config.model_copy(update={"device": device, "precision": find_precision(config.precision, device)})
+
+
+def find_device(wanted: str) -> str:
+    """cuda, mps or cpu; `auto` takes the first of these that is there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        return next(name for name, is_there in there.items() if is_there)
+    if not there[wanted]:
+        raise UsageError(f"device {wanted}: torch {torch.__version__} sees none here; use --device auto.")
+    return wanted
+
+
+def find_precision(wanted: str, device: str) -> str:
+    """fp32, bf16 or fp16; `auto` takes bf16 where matrix products of it are fast in hardware.
+
+    Elsewhere bf16 is emulated: on a CPU without it a product was measured 300 times slower.
+    """
+    if wanted == "auto":
+        if device == "cuda":
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return "bf16" if device == "cpu" and _cpu_has_bf16() else "fp32"
+    if wanted == "fp16" and device != "cuda":
+        raise UsageError(f"precision fp16 needs a CUDA device, got {device}; use fp32 or auto.")
+    return wanted
+
+
+def _cpu_has_bf16() -> bool:
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, and they may move
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware, git commit and command line, for `environment.json`."""
+    from importlib.metadata import version
+
+    packages = ("vitft", "torch", "transformers", "datasets", "accelerate", "evaluate", "numpy", "pillow")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "command": [shown(Path(word)) if os.sep in word else word for word in sys.argv],
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "hardware": {
+            "system": platform.platform(),
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "gpus": gpus,
+        },
+        "threads": torch.get_num_threads(),
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,45 @@
+"""Why something could not be had from the hub, in words for a person."""
+
+import os
+from pathlib import Path
+
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+
+def reason(error: BaseException) -> str:
+    """A clause for an error message: what the hub said, or that it could not be reached."""
+    cache = shown(Path(constants.HF_HUB_CACHE))
+    causes = _chain(error)
+    for cause in causes:
+        if isinstance(cause, GatedRepoError):
+            return "the hub wants you to ask for access first (then `hf auth login`)"
+        if isinstance(cause, RepositoryNotFoundError):
+            return f"the hub at {constants.ENDPOINT} has none that you may read"
+        if isinstance(cause, RevisionNotFoundError):
+            return "the hub has it, but not at that revision"
+    names = " ".join(type(cause).__name__ for cause in causes) + str(error)
+    if constants.HF_HUB_OFFLINE:
+        return f"offline mode is set and the cache {cache} does not have it"
+    if any(word in names for word in ("Connect", "LocalEntryNotFound", "Timeout", "Offline", "couldn't", "Max")):
+        return f"the hub at {constants.ENDPOINT} could not be reached and the cache {cache} does not have it"
+    return f"the hub's copy cannot be used: {(str(error).splitlines() or [type(error).__name__])[0][:300]}"
+
+
+def shown(path: Path) -> str:
+    """A path as a person writes it, the home folder as `~`."""
+    home = os.path.expanduser("~")  # noqa: PTH111 (Path.home() raises where there is none)
+    text = str(path)
+    return "~" + text.removeprefix(home) if home != "/" and text.startswith(home) else text
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return found

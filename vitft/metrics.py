@@ -1,0 +1,165 @@
+"""Scores of a classifier: from (label, best classes, loss) of every image to a `Metrics`.
+
+The sums are made in `Classification`, a metric of the `evaluate` library that is defined here, since
+`evaluate.load` fetches its code from the network. On several processes the arrays are gathered first
+and scored on the main one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import isfinite, sqrt
+from tempfile import TemporaryDirectory
+from typing import Any, TypedDict
+
+import evaluate
+import numpy as np
+from datasets import Features, List, Value
+from numpy.typing import NDArray
+
+from vitft.errors import DataError, ModelError
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """Precision, recall and F1 of one class as fractions, and how many images are of this class."""
+
+    label: str
+    precision: float
+    recall: float
+    f1: float
+    count: int
+
+
+class Confusion(TypedDict):
+    """matrix[i][j] counts the images of class labels[i] that were taken for labels[j]."""
+
+    labels: list[str]
+    matrix: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The scores of one model on one named split. Scores and the interval are fractions."""
+
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    top5: float
+    loss: float
+    macro_f1: float
+    count: int
+    split: str
+    split_hash: str
+    images_per_s: float
+    per_class: list[ClassScore]
+    confusion: Confusion
+
+    def to_dict(self) -> dict[str, Any]:
+        """The scores as plain JSON values, under the names of the fields."""
+        return asdict(self) | {"accuracy_interval": list(self.accuracy_interval)}
+
+
+class Classification(evaluate.Metric):  # type: ignore[misc]
+    """Accuracy, top-5, mean loss, F1 and confusion matrix of a classifier over C classes.
+
+    `compute(references=(n,), predictions=(n, k), losses=(n,), classes=C)` takes the true classes, the
+    k best classes of each image, best first, and the loss of each image. Top-5 looks at the k given.
+    Precision and recall are 0 where nothing was predicted or nothing is true, and macro F1 is the
+    mean over the classes that are true or predicted somewhere: scikit-learn's `f1_score` does both.
+    """
+
+    def _info(self) -> Any:
+        return evaluate.MetricInfo(
+            description="Scores of an image classifier.",
+            citation="",
+            inputs_description=self.__doc__,
+            features=Features(
+                predictions=List(Value("int64")), references=Value("int64"), losses=Value("float64")
+            ),
+        )
+
+    def _compute(
+        self,
+        predictions: list[list[int]],
+        references: list[int],
+        losses: list[float],
+        classes: int,
+    ) -> dict[str, Any]:
+        top, truth = np.array(predictions), np.array(references)  # (n, k), (n,)
+        cells = truth * classes + top[:, 0]
+        matrix = np.bincount(cells, minlength=classes**2).reshape(classes, classes)
+        hits, true, predicted = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
+        f1 = 2 * hits / np.maximum(true + predicted, 1)
+        return {
+            "correct": int(hits.sum()),
+            "top5": float((top == truth[:, None]).any(axis=1).mean()),
+            "loss": float(np.mean(losses)),
+            "macro_f1": float(f1[true + predicted > 0].mean()),
+            "precision": (hits / np.maximum(predicted, 1)).tolist(),
+            "recall": (hits / np.maximum(true, 1)).tolist(),
+            "f1": f1.tolist(),
+            "count": true.tolist(),
+            "matrix": matrix.tolist(),
+        }
+
+
+def score(
+    truth: NDArray[np.int64],
+    top: NDArray[np.int64],
+    losses: NDArray[np.floating[Any]],
+    labels: Sequence[str],
+    *,
+    split: str,
+    split_hash: str,
+    elapsed_s: float,
+) -> Metrics:
+    """Score a split of n images: truth is (n,), top (n, k) best class first, losses (n,) in nats.
+
+    k is 5, or the number of classes where there are fewer. `labels` names the classes in the order of
+    their indices; `elapsed_s` is the time that reading and classifying the n images took.
+
+    Raises DataError if n is 0, ModelError if the mean loss is not a finite number, and ValueError if
+    the arrays do not belong together.
+    """
+    count, classes = len(truth), len(labels)
+    if count == 0:
+        raise DataError(f"split {split} has no images to evaluate; name another split")
+    if top.shape != (count, min(5, classes)) or losses.shape != (count,):
+        raise ValueError(f"got truth {truth.shape}, top {top.shape}, losses {losses.shape}, {classes} labels")
+    if min(truth.min(), top.min()) < 0 or max(truth.max(), top.max()) >= classes:
+        raise ValueError(f"a class index lies outside 0..{classes - 1}")
+    with TemporaryDirectory() as folder:  # evaluate makes a folder even when it keeps all in memory.
+        metric = Classification(keep_in_memory=True, cache_dir=folder)
+        got = metric.compute(references=truth, predictions=top, losses=losses, classes=classes)
+    if not isfinite(got["loss"]):
+        raise ModelError(f"loss on {split} is {got['loss']}: the weights or inputs are not finite numbers")
+    return Metrics(
+        accuracy=got["correct"] / count,
+        accuracy_interval=wilson_interval(got["correct"], count),
+        top5=got["top5"],
+        loss=got["loss"],
+        macro_f1=got["macro_f1"],
+        count=count,
+        split=split,
+        split_hash=split_hash,
+        images_per_s=count / max(elapsed_s, 1e-9),
+        per_class=[
+            ClassScore(*row)
+            for row in zip(labels, got["precision"], got["recall"], got["f1"], got["count"], strict=True)
+        ],
+        confusion={"labels": list(labels), "matrix": got["matrix"]},
+    )
+
+
+def wilson_interval(correct: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The score interval of Wilson (1927) for a share of `correct` in `count`: 95 % for z = 1.96.
+
+    Unlike share ± z·sqrt(p(1-p)/n) it stays within 0..1 and is honest near 0 and 1 and for few images.
+    Raises ValueError unless 0 <= correct <= count and count > 0.
+    """
+    if not 0 <= correct <= count or count == 0:
+        raise ValueError(f"{correct} of {count} is no share")
+    share = correct / count
+    scale = 1 + z**2 / count
+    centre = (share + z**2 / (2 * count)) / scale
+    half = z / scale * sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return max(0.0, centre - half), min(1.0, centre + half)

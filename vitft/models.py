@@ -1,0 +1,292 @@
+"""A model from a name or a folder: load or create, new head, other input size, freeze.
+
+Weights are float32 whatever was stored: precision is the matrix products', not the weights'.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+from vitft.config import TrainConfig
+from vitft.data.augment import Preprocess
+from vitft.errors import ModelError, nearest
+from vitft.hub import reason
+from vitft.randomness import seed_of
+from vitft.spec import PRESETS, ViTSpec
+
+BUNDLED = "vit-micro"
+_ELSEWHERE = f"--model {BUNDLED} is bundled, a local folder needs no network, --from-scratch no weights"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, what turns an image into its input, and where both came from."""
+
+    model: Any  # a transformers PreTrainedModel for image classification
+    preprocess: Preprocess
+    labels: tuple[str, ...]
+    revision: str | None  # the hub commit that was used
+    new_head: bool
+
+
+def load_for_training(config: TrainConfig, labels: Sequence[str]) -> Loaded:
+    """The model of a run: pretrained or new, with a head for `labels`, at the run's input size.
+
+    A checkpoint whose labels are these by name keeps its head and its order of labels; any other
+    head is new, seeded. Raises ModelError.
+    """
+    _quiet()
+    torch.manual_seed(seed_of(config.seed, "weights"))
+    if config.from_scratch:
+        return _from_scratch(config, labels)
+    where = locate(config.model)
+    stored = read_config(where, config.model_revision)
+    # A label map that is the library's own numbering says nothing of what the classes are.
+    known = tuple(stored.id2label[i] for i in range(stored.num_labels)) if stored.id2label else ()
+    keeps_head = len(set(known)) == len(known) and set(known) == set(labels) and _has_head(stored)
+    names = known if keeps_head else tuple(labels)
+    _label(stored, names)
+    model = _weights(where, stored, config.model_revision, fresh_head=not keeps_head)
+    how = _preprocess(where, config.model_revision, stored)
+    if config.image_size is not None and config.image_size != how.height:
+        model = at_image_size(model, config.image_size)
+        how = how.at(config.image_size)
+    if config.freeze == "backbone":
+        model.base_model.requires_grad_(False)
+    return Loaded(model, how, names, getattr(stored, "_commit_hash", None), not keeps_head)
+
+
+def load_trained(where: str | Path, revision: str | None = None) -> Loaded:
+    """A finished image classifier, as it is: a folder or a hub id. Raises ModelError."""
+    where = locate(str(where))
+    stored = read_config(where, revision)
+    if not _has_head(stored):
+        raise ModelError(f"{where}: a backbone with no classification head; fine-tune it first: vitft train.")
+    model = _weights(where, stored, revision, fresh_head=False)
+    labels = tuple(stored.id2label[i] for i in range(stored.num_labels))
+    commit = getattr(stored, "_commit_hash", None)
+    return Loaded(model.eval(), _preprocess(where, revision, stored), labels, commit, False)
+
+
+def locate(model: str) -> str:
+    """The folder or hub id behind a name; the bundled checkpoint has a name of its own."""
+    if Path(model).expanduser().is_dir():
+        return str(Path(model).expanduser())
+    if model == BUNDLED:
+        return str(files("vitft") / "assets" / BUNDLED)
+    if model in PRESETS:
+        raise ModelError(f"{model} is a shape without weights; add --from-scratch, or use a checkpoint of it.")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model:
+        raise ModelError(f"model {model}: no such folder; {_ELSEWHERE}.")
+    if "/" not in model and (hint := nearest(model, PRESETS)):
+        raise ModelError(f"model {model}: neither a folder here nor a known shape{hint}")
+    return model
+
+
+def read_config(where: str, revision: str | None = None) -> Any:
+    """The Transformers configuration of a folder or hub id. Raises ModelError."""
+    _quiet()
+    _check_folder(where)
+    try:
+        return transformers.AutoConfig.from_pretrained(where, revision=revision)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(where, error) from error
+
+
+def vit_config(spec: ViTSpec) -> Any:
+    """The Transformers configuration of a specification."""
+    return transformers.ViTConfig(
+        image_size=spec.image_height,
+        patch_size=spec.patch_height,
+        num_channels=spec.channels,
+        hidden_size=spec.width,
+        num_attention_heads=spec.heads,
+        num_hidden_layers=spec.layers,
+        intermediate_size=spec.mlp,
+    )
+
+
+def spec_of(config: TrainConfig) -> ViTSpec:
+    """The shape of a new model: a preset, with the sizes that were given in place of its own."""
+    base = PRESETS[config.model] if config.model in PRESETS else PRESETS["vit-micro"]
+    width = config.width or base.width
+    return ViTSpec.square(
+        image_size=config.image_size or base.image_height,
+        patch_size=config.patch_size or base.patch_height,
+        width=width,
+        layers=config.layers or base.layers,
+        heads=config.heads or base.heads,
+        mlp=config.mlp or (4 * width if config.width else base.mlp),
+        classes=base.classes,
+    )
+
+
+def _from_scratch(config: TrainConfig, labels: Sequence[str]) -> Loaded:
+    sizes = (config.patch_size, config.width, config.layers, config.heads, config.mlp)
+    if config.model in PRESETS or (any(sizes) and config.model == TrainConfig().model):
+        stored = vit_config(spec_of(config))
+        how = Preprocess(stored.image_size, stored.image_size)
+    else:  # the shape of a checkpoint, without its weights
+        if any(sizes):
+            raise ModelError(f"sizes are for presets ({', '.join(PRESETS)}); {config.model} has its own.")
+        where = locate(config.model)
+        stored = read_config(where, config.model_revision)
+        how = _preprocess(where, config.model_revision, stored)
+        if config.image_size is not None:
+            stored.image_size, how = config.image_size, how.at(config.image_size)
+    _label(stored, labels)
+    _check_size(stored, how.height)
+    model = _classifier_class(stored)(stored)
+    return Loaded(model, how, tuple(labels), getattr(stored, "_commit_hash", None), True)
+
+
+def _weights(where: str, stored: Any, revision: str | None, *, fresh_head: bool) -> Any:
+    classifier = _classifier_class(stored)
+    torch_state = torch.get_rng_state()
+    try:
+        model, info = classifier.from_pretrained(
+            where, config=stored, revision=revision, dtype=torch.float32,
+            ignore_mismatched_sizes=True, output_loading_info=True, weights_only=True,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise _unreadable(where, error) from error
+    except Exception as error:  # safetensors raises a type of its own for a torn file
+        raise ModelError(f"{where}: its weights cannot be read: {_first_line(error)}.") from error
+    heads = tuple(name for name, _ in model.named_children() if name != model.base_model_prefix)
+    wrong = [key for key in info["missing_keys"] if not key.startswith(heads)]
+    wrong += [key for key, *_ in info["mismatched_keys"] if not key.startswith(heads)]
+    if wrong:
+        raise ModelError(
+            f"{where}: {len(wrong)} tensors of a {stored.model_type} are missing or of another shape "
+            f"({wrong[0]}, ...); is this the right folder?"
+        )
+    if fresh_head:
+        torch.set_rng_state(torch_state)  # the head depends on the seed alone, not on what loading drew
+        for name in heads:
+            for module in getattr(model, name).modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.trunc_normal_(module.weight, std=getattr(stored, "initializer_range", 0.02))
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+    elif any(key.startswith(heads) for key in info["missing_keys"]):
+        raise ModelError(f"{where}: a backbone with no classification head; fine-tune it first: vitft train.")
+    return model.float()
+
+
+def at_image_size(model: Any, image_size: int) -> Any:
+    """The same weights for another input size: position embeddings are resized once, bicubically.
+
+    (Dosovitskiy et al. 2020, section 3.2.) The new size stands in the model's configuration.
+    """
+    old, config = model.config.image_size, model.config.__class__.from_dict(model.config.to_dict())
+    config.image_size = image_size
+    _check_size(config, image_size)
+    resized = type(model)(config)
+    wanted, weights = resized.state_dict(), model.state_dict()
+    for name, tensor in weights.items():
+        if tensor.shape == wanted[name].shape:
+            continue
+        patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
+        before, after = (old if isinstance(old, int) else old[0]) // patch, image_size // patch
+        if name.endswith("position_embeddings"):  # (1, prefix tokens + patches, D)
+            prefix = tensor.shape[1] - before**2
+            grid = _resize_grid(tensor[0, prefix:], before, after)
+            weights[name] = torch.cat([tensor[:, :prefix], grid[None]], dim=1)
+        elif name.endswith("relative_position_bias_table"):  # (offsets + 3 for the class token, A)
+            grid = _resize_grid(tensor[:-3], 2 * before - 1, 2 * after - 1)
+            weights[name] = torch.cat([grid, tensor[-3:]])
+        else:
+            raise ModelError(f"image_size {image_size}: {config.model_type}'s {name} cannot be resized; use {old}.")
+    resized.load_state_dict(weights)
+    return resized
+
+
+def _resize_grid(rows: Tensor, before: int, after: int) -> Tensor:
+    """(before², D) -> (after², D)."""
+    grid = rows.reshape(1, before, before, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, (after, after), mode="bicubic", align_corners=False)
+    return grid.permute(0, 2, 3, 1).reshape(after**2, -1)
+
+
+def set_training(model: Any, *, frozen_backbone: bool) -> None:
+    """Training mode; a frozen backbone stays in evaluation mode, without dropout."""
+    model.train()
+    if frozen_backbone:
+        model.base_model.eval()
+
+
+def _check_size(config: Any, image_size: int) -> None:
+    patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
+    if image_size % patch:
+        low = max(image_size // patch, 1) * patch
+        raise ModelError(
+            f"image_size {image_size} is not a multiple of patch_size {patch}; try {low} or {low + patch}."
+        )
+
+
+def _label(stored: Any, names: Sequence[str]) -> None:
+    stored.num_labels = len(names)
+    stored.id2label = dict(enumerate(names))
+    stored.label2id = {name: i for i, name in enumerate(names)}
+    stored.problem_type = None
+
+
+def _has_head(stored: Any) -> bool:
+    return any("ForImageClassification" in name for name in stored.architectures or ())
+
+
+def _classifier_class(stored: Any) -> Any:
+    mapping = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    if type(stored) not in mapping:
+        raise ModelError(f"a {stored.model_type} model cannot classify images; use a ViT, DeiT, BEiT, DINOv2 or Swin.")
+    found = mapping[type(stored)]
+    return found[0] if isinstance(found, tuple | list) else found
+
+
+def _preprocess(where: str, revision: str | None, stored: Any) -> Preprocess:
+    try:
+        found = transformers.utils.cached_file(
+            where, "preprocessor_config.json", revision=revision, _raise_exceptions_for_missing_entries=False
+        )
+        document = json.loads(Path(found).read_text()) if found else None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{where}: preprocessor_config.json cannot be read: {_first_line(error)}.") from error
+    size = stored.image_size if isinstance(stored.image_size, int) else stored.image_size[0]
+    how = Preprocess.from_json(document) if document else Preprocess(size, size)
+    # DINOv2 checkpoints state the size they were trained at, and take smaller images too.
+    return how if how.height == size or stored.model_type.startswith("dinov2") else how.at(size)
+
+
+def _check_folder(where: str) -> None:
+    folder = Path(where)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        held = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+        raise ModelError(f"{where}: no config.json here (it holds {held}); point to a Transformers model folder.")
+
+
+def _unreadable(where: str, error: Exception) -> ModelError:
+    if Path(where).is_dir():
+        return ModelError(f"{where}: not a readable Transformers model: {_first_line(error)}.")
+    return ModelError(f"model {where}: no folder of that name here, and {reason(error)}; {_ELSEWHERE}.")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:300]
+
+
+@cache
+def _quiet() -> None:
+    """Transformers' own messages name things a person here cannot act on; ours say what matters."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -1,0 +1,62 @@
+"""Parameter groups, the optimizer, and the learning rate as a function of the step."""
+
+from collections.abc import Iterable
+from math import cos, pi
+from typing import TYPE_CHECKING
+
+from vitft.config import TrainConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+_NO_DECAY = ("cls_token", "mask_token", "distillation_token", "position_embeddings", "relative_position_bias_table")
+
+
+def lr_at(step: int, config: TrainConfig, *, total_steps: int, steps_per_epoch: int) -> float:
+    """The rate of optimizer step `step` (from 0) of `total_steps`: warm-up, then the schedule.
+
+    linear and cosine (Loshchilov & Hutter 2017, eq. 5) reach 0 just after the last step; step
+    multiplies by `decay_factor` every `decay_epochs`.
+    """
+    warm = round(config.warmup * total_steps)
+    if step < warm:
+        return config.lr * (step + 1) / (warm + 1)
+    done = (step - warm) / max(1, total_steps - warm)
+    match config.schedule:
+        case "constant":
+            return config.lr
+        case "linear":
+            return config.lr * (1 - done)
+        case "cosine":
+            return config.lr * (1 + cos(pi * done)) / 2
+        case "step":
+            # Whole steps, so that a decay after each epoch falls on the epoch's first step exactly.
+            return config.lr * config.decay_factor ** (step // max(1, round(config.decay_epochs * steps_per_epoch)))
+
+
+def parameter_groups(
+    named: Iterable[tuple[str, "Tensor"]], weight_decay: float
+) -> list[dict[str, object]]:
+    """Trainable parameters in two groups: matrices decay; biases, norms, tokens and positions do not."""
+    trainable = [(name, p) for name, p in named if p.requires_grad]
+    spared = [(name, p) for name, p in trainable if p.ndim <= 1 or name.endswith(_NO_DECAY)]
+    names = {name for name, _ in spared}
+    decayed = [(name, p) for name, p in trainable if name not in names]
+    groups = [(decayed, weight_decay), (spared, 0.0)]
+    return [{"params": [p for _, p in group], "weight_decay": decay} for group, decay in groups if group]
+
+
+def make_optimizer(named: Iterable[tuple[str, "Tensor"]], config: TrainConfig) -> "Optimizer":
+    """AdamW (Loshchilov & Hutter 2019), Adam (Kingma & Ba 2015) or SGD with momentum, fused."""
+    import torch
+
+    decay = 0.0 if config.optimizer == "adam" else config.weight_decay
+    groups = parameter_groups(named, decay)
+    match config.optimizer:
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+        case "adam":
+            return torch.optim.Adam(groups, lr=config.lr, fused=True)
+        case "sgd":
+            return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True)

@@ -1,0 +1,97 @@
+"""Files, folders and globs to rows of (path, label, score)."""
+
+import glob
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitft.checkpoint import find_model
+from vitft.data.augment import preprocess, workers
+from vitft.data.images import BadImage, decode
+from vitft.data.local import image_files
+from vitft.errors import DataError
+from vitft.hardware import find_device
+from vitft.models import load_trained
+
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An image's classes, best first, each with its probability; or why it could not be read."""
+
+    path: str
+    top: tuple[tuple[str, float], ...] = ()
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in JSON."""
+        if self.error is not None:
+            return {"path": self.path, "error": self.error}
+        return {"path": self.path, "top": [{"label": label, "score": score} for label, score in self.top]}
+
+
+def predict(
+    paths: Sequence[str | Path] | str | Path, checkpoint: str | Path, *, top_k: int = 5, device: str = "auto",
+    max_pixels: int = 100_000_000,
+) -> list[Prediction]:  # fmt: skip
+    """Classify images, in the order given; an unreadable one gets a row with its error.
+
+    `paths` are files, folders (every image below them) and globs. Raises VitftError for a checkpoint
+    that cannot be used, or when no image is found at all.
+    """
+    given = [paths] if isinstance(paths, str | Path) else paths
+    found = list(find_images(given))
+    loaded = load_trained(find_model(Path(checkpoint).expanduser()) if Path(checkpoint).expanduser().exists() else checkpoint)
+    device = find_device(device)
+    model = loaded.model.to(device)
+
+    def read(path: Path) -> torch.Tensor | str:
+        try:
+            return torch.from_numpy(decode(path, max_pixels))
+        except BadImage as error:
+            return str(error)
+        except OSError as error:
+            return error.strerror or str(error)
+
+    rows: list[Prediction] = []
+    for start in range(0, len(found), _BATCH):
+        part = found[start : start + _BATCH]
+        read_part = list(workers().map(read, part))
+        images = [image.to(device) for image in read_part if isinstance(image, torch.Tensor)]
+        tops = _top(model, preprocess(images, loaded.preprocess), top_k) if images else iter(())
+        for path, result in zip(part, read_part, strict=True):
+            if isinstance(result, str):
+                rows.append(Prediction(str(path), error=result))
+            else:
+                top = tuple((loaded.labels[index], score) for index, score in next(tops))
+                rows.append(Prediction(str(path), top))
+    return rows
+
+
+def _top(model: Any, pixels: torch.Tensor, top_k: int) -> Iterator[list[tuple[int, float]]]:
+    with torch.inference_mode():
+        scores = model(pixel_values=pixels).logits.float().softmax(dim=1)
+    best = scores.topk(min(top_k, scores.shape[1]), dim=1)
+    for index, value in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+        yield list(zip(index, value, strict=True))
+
+
+def find_images(given: Sequence[str | Path]) -> Iterator[Path]:
+    """The image files behind files, folders and globs, in order. Raises DataError if there are none."""
+    count = 0
+    for word in given:
+        path = Path(word).expanduser()
+        if path.is_dir():
+            found = image_files(path)
+        elif not path.exists() and glob.has_magic(str(word)):
+            found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
+        else:
+            found = [path]  # a file that is not there gets its own row
+        count += len(found)
+        yield from found
+    if count == 0:
+        raise DataError(f"no image found in {', '.join(map(str, given))}; give image files, folders or globs.")

@@ -1,0 +1,77 @@
+"""What a run starts from: settings resolved, splits made, model loaded. Nothing is decoded or written."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vitft.config import TrainConfig
+from vitft.data.sources import ALIASES, Source, open_source
+from vitft.data.splits import Split, make_splits
+from vitft.data.store import Skipped, Store, decode_all
+from vitft.errors import DataError, UsageError
+from vitft.evaluation import matched, without
+from vitft.hardware import resolved
+from vitft.hub import shown
+from vitft.models import Loaded, load_for_training
+from vitft.spec import PRESETS
+
+
+@dataclass
+class Prepared:
+    """A run before its first step."""
+
+    config: TrainConfig  # as resolved: device, precision, revisions, absolute paths
+    source: Source
+    splits: dict[str, Split]
+    loaded: Loaded
+
+    def decode(self, role: str, report: Callable[[str, list[Skipped]], None]) -> tuple[Store, NDArray[np.int64]]:
+        """Decode a split's images; its labels as the model numbers them. Skipped ones leave the split."""
+        split = self.splits[role]
+        config = self.config
+        crops = role == "train" and config.augment == "crop"
+        store, skipped = decode_all(
+            self.source.splits[split.source].select(split.rows), self.loaded.preprocess, crops=crops,
+            max_pixels=config.max_pixels, skip_bad=config.on_bad_image == "skip",
+        )  # fmt: skip
+        if skipped:
+            report(role, skipped)
+        self.splits[role] = split = without(split, skipped, self.source)
+        return store, matched(split.labels, self.source.labels, self.loaded.labels, name=config.model)
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Resolve the settings, open the data, split it and load the model. Raises VitftError."""
+    if config.dataset is None:
+        raise UsageError("no data set; add --dataset: digits needs no network, or cifar10, a hub id, a folder.")
+    config = resolved(config)
+    source = open_source(
+        config.dataset, revision=config.dataset_revision,
+        image_column=config.image_column, label_column=config.label_column,
+    )  # fmt: skip
+    splits = make_splits(
+        source, val_fraction=config.val_fraction, max_train_samples=config.max_train_samples,
+        max_eval_samples=config.max_eval_samples, seed=config.seed,
+    )  # fmt: skip
+    if "train" not in splits or len(splits["train"].rows) == 0:
+        raise DataError(f"{config.dataset}: no training images; its splits are {', '.join(source.splits)}.")
+    if len(source.labels) < 2:
+        raise DataError(f"{config.dataset}: one class ({source.labels[0]}) leaves nothing to tell apart; add another.")
+    if config.early_stopping and "validation" not in splits:
+        raise UsageError("early_stopping needs a validation split, and there is none; set --val-fraction above 0.")
+    loaded = load_for_training(config, source.labels)
+    pinned = {"model_revision": loaded.revision or config.model_revision,
+              "dataset_revision": source.revision or config.dataset_revision,
+              "image_size": loaded.preprocess.height}  # fmt: skip
+    return Prepared(absolute(config.model_copy(update=pinned)), source, splits, loaded)
+
+
+def absolute(config: TrainConfig) -> TrainConfig:
+    """The settings with local paths made absolute, so that they hold from any folder."""
+    names = {"dataset": ALIASES, "model": PRESETS}
+    given = {name: getattr(config, name) for name, known in names.items() if getattr(config, name) not in known}
+    paths = {name: Path(value).expanduser() for name, value in given.items() if value is not None}
+    return config.model_copy(update={n: shown(p.resolve()) for n, p in paths.items() if p.exists()})

@@ -1,0 +1,446 @@
+"""train(config): set-up, loop, save, in reading order.
+
+A step is a function of its number: its batch, its learning rate and its dropout follow from (seed,
+step). So a run that is resumed from step N ends bit for bit where an undisturbed one does.
+"""
+
+import glob
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from vitft import checkpoint as ckpt
+from vitft import console
+from vitft.checkpoint import Card, State
+from vitft.config import TrainConfig
+from vitft.data.loader import Batch, EvalLoader, TrainLoader
+from vitft.data.splits import manifest
+from vitft.data.store import Skipped
+from vitft.errors import DataError, ModelError, Stopped, TrainingError, UsageError
+from vitft.evaluation import measure
+from vitft.files import write_json, write_text
+from vitft.hardware import environment, resolved
+from vitft.metrics import Metrics
+from vitft.models import load_trained, set_training
+from vitft.optim import lr_at, make_optimizer
+from vitft.preparation import Prepared, absolute, prepare
+from vitft.randomness import seed_of
+from vitft.recipe import read_recipe
+from vitft.signals import StopSignals
+
+EVAL_BATCH = 64  # images; evaluation keeps no activations, so this fits wherever training does
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its folder, its best checkpoint, and the score of that by split."""
+
+    run: Path
+    checkpoint: Path
+    step: int
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def train(config: TrainConfig, *, output: Path | str | None = None, overwrite: bool = False) -> Result:
+    """Fine-tune a model as `config` says, into a new run folder.
+
+    Raises VitftError; Stopped after a signal, when everything is saved.
+    """
+    accelerator = _accelerator(config)
+    if output is not None:
+        ckpt.check_free(Path(output), overwrite=overwrite)
+    with accelerator.main_process_first():
+        prepared = prepare(config)
+    run = _new_run(accelerator, prepared, output, overwrite)
+    return _Run(accelerator, prepared, run).train(State())
+
+
+def resume(run: Path | str, changes: dict[str, Any] | None = None) -> Result:
+    """Go on with a run from its newest whole checkpoint; it ends where an undisturbed one would.
+
+    `changes` may hold only settings that steer a run without changing its weights (save_every, keep,
+    log_every, tracker). Raises UsageError naming any other.
+    """
+    run = Path(run).expanduser()
+    if not ckpt.is_run(run):
+        raise ModelError(f"{run}: no run folder (no config.yaml and checkpoints/ in it); give the folder of a run.")
+    config = _changed(run, changes or {})
+    folder, passed = ckpt.newest_whole(run)
+    for fault in passed:
+        console.warn(f"passed over {fault}")
+    accelerator = _accelerator(config)
+    torch.set_num_threads(json.loads((run / "environment.json").read_text())["threads"])
+    with accelerator.main_process_first():
+        prepared = prepare(config)
+    card = ckpt.read_card(folder)
+    assert card is not None, "a whole step checkpoint has a card"
+    if set(card.labels) != set(prepared.source.labels):
+        raise DataError(f"the classes of {config.dataset} are not those the run began with; start a new run.")
+    # The step's weights take the place of those the run began from.
+    trained = load_trained(folder)
+    if config.freeze == "backbone":
+        trained.model.base_model.requires_grad_(False)
+    prepared.loaded = trained
+    state = ckpt.read_state(folder)
+    console.note(f"resuming {run} at step {state.step}, from {folder.name}")
+    return _Run(accelerator, prepared, run, resumed_from=folder).train(state)
+
+
+class _Run:
+    """One run while it trains: what every part of the loop needs."""
+
+    def __init__(self, accelerator: Any, prepared: Prepared, run: Path, resumed_from: Path | None = None) -> None:
+        self.accelerator, self.prepared, self.run = accelerator, prepared, run
+        self.config, self.how = prepared.config, prepared.loaded.preprocess
+        self.labels, self.resumed_from = prepared.loaded.labels, resumed_from
+        self.stores = {role: prepared.decode(role, _report_skipped) for role in prepared.splits}
+        self._write_or_check_splits()
+        self.loader = TrainLoader(
+            *self.stores["train"], self.how, kind=self.config.augment, seed=self.config.seed,
+            batch_size=self.config.batch_size, device=accelerator.device,
+            rank=accelerator.process_index, world=accelerator.num_processes,
+        )  # fmt: skip
+        self.steps_per_epoch = self.loader.steps_per_epoch
+        self.total_steps = total_steps(self.config, self.steps_per_epoch)
+        model = prepared.loaded.model.to(accelerator.device)
+        self.bare = model
+        self.model, self.optimizer = accelerator.prepare(model, make_optimizer(model.named_parameters(), self.config))
+        card = ckpt.read_card(resumed_from) if resumed_from else None
+        self.scores: dict[str, dict[str, Any]] = card.scores if card else {}
+
+    # -- the loop ---------------------------------------------------------------------------------
+
+    def train(self, state: State) -> Result:
+        """Run the steps that are left, then score the chosen checkpoint."""
+        config = self.config
+        if self.resumed_from is not None:
+            ckpt.load_optimizer(self.resumed_from, self.bare, self.optimizer.optimizer)
+            if state.scaler and self.accelerator.scaler:
+                self.accelerator.scaler.load_state_dict(state.scaler)
+            _forget_after(self.run / "metrics.jsonl", state.step)
+        eval_every = config.eval_every or self.steps_per_epoch
+        save_every = config.save_every or self.steps_per_epoch
+        window = _Window(self.accelerator)
+        with StopSignals(self.accelerator) as signals, _tracker(self) as track, self._progress(state) as bar:
+            while state.step < self.total_steps and not state.stopped_early:
+                waited = time.perf_counter()
+                batch = self.loader.batch(state.step)
+                window.data_wait_s += time.perf_counter() - waited
+                lr = lr_at(state.step, config, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch)
+                window.add(*self._step(state.step, batch, lr), count=len(self.loader.samples(state.step)))
+                state.step += 1
+                last = state.step == self.total_steps
+                stopping = signals.received()
+                evaluates = "validation" in self.stores and (state.step % eval_every == 0 or last)
+                saves = state.step % save_every == 0 or last or stopping
+                if state.step % config.log_every == 0 or evaluates or saves:
+                    try:
+                        line = window.close()
+                    except FloatingPointError as error:
+                        raise self._diverged(state.step - len(window) + error.args[0] + 1, error.args[1]) from error
+                    line = {"step": state.step, "epoch": self._epoch(state.step), "split": "train"} | line | {"lr": lr}
+                    bar.update(line)
+                    track(line)
+                    self._record(line)
+                if evaluates:
+                    self._validate(state, bar, track)
+                    saves = saves or state.stopped_early
+                if saves:
+                    self._save(state)
+                if evaluates or saves:
+                    window = _Window(self.accelerator)
+                if stopping and not last:
+                    raise self._stopped(state, stopping)
+        return self._finish(state)
+
+    def _step(self, step: int, batch: Batch, lr: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One optimizer step; this process's share of loss and correct answers, and the gradient's norm."""
+        config, accelerator = self.config, self.accelerator
+        set_training(self.bare, frozen_backbone=config.freeze == "backbone")
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        whole = len(self.loader.samples(step))
+        world = accelerator.num_processes
+        # Every process takes as many micro-steps, even where its share of a tail is empty.
+        share = -(-whole // world)
+        micro = min(config.micro_batch_size or share, share)
+        starts = range(0, share, micro)
+        loss_sum = torch.zeros((), device=accelerator.device)
+        correct = torch.zeros((), device=accelerator.device)
+        for number, start in enumerate(starts):
+            pixels, labels = batch.pixels[start : start + micro], batch.labels[start : start + micro]
+            weight = 1.0
+            if len(labels) == 0:  # gradients are exchanged by all processes, so an idle one adds zeros
+                pixels = torch.zeros((1, *batch.pixels.shape[1:]), device=accelerator.device)
+                labels, weight = torch.zeros(1, dtype=torch.long, device=accelerator.device), 0.0
+            torch.manual_seed(seed_of(config.seed, "dropout", step, number, accelerator.process_index))
+            exchange = number == len(starts) - 1
+            with nullcontext() if exchange else accelerator.no_sync(self.model):
+                logits = self.model(pixel_values=pixels).logits.float()
+                # Divided by the whole batch, not by this part: a tail or an uneven share weighs what it is.
+                loss = weight * F.cross_entropy(logits, labels, reduction="sum", label_smoothing=config.label_smoothing) / whole  # fmt: skip
+                accelerator.backward(loss * world)  # the processes' gradients are averaged
+            loss_sum += loss.detach()
+            correct += weight * (logits.detach().argmax(dim=1) == labels).sum()
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss_sum, correct, norm
+
+    def _validate(self, state: State, bar: "console.TrainingProgress", track: Any) -> None:
+        metrics = self._measure("validation", bar)
+        self.scores = {"validation": _summary(metrics)}
+        line = {"step": state.step, "epoch": self._epoch(state.step)} | _summary(metrics)
+        self._record(line)
+        track(line)
+        better = metrics.accuracy > state.best_accuracy
+        bar.evaluated(metrics, better)
+        if better:
+            state.best_step, state.best_accuracy, state.evaluations_since_best = state.step, metrics.accuracy, 0
+            self._write_model("best", state)
+        else:
+            state.evaluations_since_best += 1
+            patience = self.config.early_stopping
+            state.stopped_early = patience is not None and state.evaluations_since_best >= patience
+
+    def _measure(self, role: str, bar: "console.TrainingProgress") -> Metrics:
+        accelerator = self.accelerator
+        loader = EvalLoader(
+            *self.stores[role], self.how, batch_size=EVAL_BATCH, device=accelerator.device,
+            rank=accelerator.process_index, world=accelerator.num_processes,
+        )  # fmt: skip
+        with bar.evaluating(role) as progress:
+            # The bare model: processes may have different numbers of batches, and must not wait for each other.
+            return measure(self.bare, loader, self.labels, self.prepared.splits[role],
+                           gather=gather_object, progress=progress)  # fmt: skip
+
+    # -- what is written --------------------------------------------------------------------------
+
+    def _epoch(self, step: int) -> float:
+        return step / self.steps_per_epoch
+
+    def _card(self, state: State) -> Card:
+        splits = {
+            role: {"source": split.source, "count": len(split.rows), "hash": split.hash}
+            for role, split in self.prepared.splits.items()
+        }
+        return Card(self.config, self.labels, state.step, self._epoch(state.step), splits, self.scores)
+
+    def _save(self, state: State) -> None:
+        scaler = self.accelerator.scaler
+        state.scaler = scaler.state_dict() if scaler else None
+        if self.accelerator.is_main_process:
+            ckpt.save_step(self.run, self.bare, self.optimizer.optimizer, self.how, self._card(state), state)
+        self.accelerator.wait_for_everyone()
+
+    def _write_model(self, name: str, state: State) -> None:
+        if self.accelerator.is_main_process:
+            ckpt.save_model(self.run / name, self.bare, self.how, self._card(state))
+        self.accelerator.wait_for_everyone()
+
+    def _record(self, line: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            with (self.run / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def _write_or_check_splits(self) -> None:
+        document = manifest(self.prepared.source, self.prepared.splits)
+        for role, (store, _) in self.stores.items():
+            document["splits"][role]["pixels"] = store.digest
+        file = self.run / "splits.json"
+        if self.resumed_from is None:
+            if self.accelerator.is_main_process:
+                write_json(file, document)
+            return
+        before = json.loads(file.read_text())["splits"]
+        for role, split in document["splits"].items():
+            if any(split[key] != before.get(role, {}).get(key) for key in ("hash", "pixels")):
+                raise DataError(
+                    f"the {role} split is not the one the run began with ({split['hash']} now, "
+                    f"{before.get(role, {}).get('hash')} then): the data set has changed; start a new run "
+                    f"from its weights with --model {self.run / 'last'}."
+                )
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def _stopped(self, state: State, signal_number: int) -> Stopped:
+        self._write_model("last", state)
+        name = "Ctrl-C" if signal_number == 2 else "SIGTERM"
+        return Stopped(
+            f"stopped by {name} at step {state.step} of {self.total_steps}; everything is saved. "
+            f"Go on with: vitft train --resume {self.run}",
+            signal_number,
+        )
+
+    def _diverged(self, step: int, value: float) -> TrainingError:
+        folders = ckpt.step_folders(self.run)
+        good = f"the last good checkpoint is {folders[0]}" if folders else "no checkpoint was saved before it"
+        return TrainingError(f"the loss or its gradient is {value} at step {step}; {good}. Try a lower --lr or more --warmup.")  # fmt: skip
+
+    def _finish(self, state: State) -> Result:
+        """Score the best checkpoint, or the last where there was nothing to choose by, on the test split."""
+        chosen = "last" if state.best_step is None else "best"
+        if chosen == "best" and state.best_step != state.step:
+            self._write_model("last", state)
+            card = ckpt.read_card(self.run / "best")
+            assert card is not None, "best/ is written by vitft"
+            self.bare.load_state_dict(load_trained(self.run / "best").model.state_dict())
+            state, self.scores = State(step=card.step), card.scores
+            names = ["best"]
+        else:
+            names = list({"last", chosen})
+        if "test" in self.stores:
+            with self._progress(state) as bar:
+                metrics = self._measure("test", bar)
+            self.scores = self.scores | {"test": _summary(metrics)}
+            self._record({"step": state.step, "epoch": self._epoch(state.step)} | _summary(metrics))
+        for name in names:
+            self._write_model(name, state)
+        return Result(self.run, self.run / chosen, state.step, self.scores)
+
+    def _progress(self, state: State) -> "console.TrainingProgress":
+        return console.TrainingProgress(state.step, self.total_steps, self.steps_per_epoch)
+
+
+class _Window:
+    """What happened since the last line of metrics; the device is asked for numbers once a window."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+        self.started = time.perf_counter()
+        self.steps: list[torch.Tensor] = []
+        self.images, self.data_wait_s = 0, 0.0
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def add(self, loss: torch.Tensor, correct: torch.Tensor, norm: torch.Tensor, *, count: int) -> None:
+        """Keep one step: this process's shares of loss and correct answers, and the gradient's norm."""
+        self.steps.append(torch.stack([loss, correct, norm.detach() / self.accelerator.num_processes]))
+        self.images += count
+
+    def close(self) -> dict[str, float]:
+        """Means over the window, over all processes; then begin the next one.
+
+        Raises FloatingPointError(place in the window, value) for the first loss or norm that is not finite.
+        """
+        table = self.accelerator.reduce(torch.stack(self.steps), "sum").double().cpu()
+        # Under fp16 an overflowing gradient is ordinary: the scaler skips that step and halves its scale.
+        checked = table[:, :1] if self.accelerator.scaler else table[:, ::2]
+        bad = (~checked.isfinite()).nonzero()
+        if len(bad):
+            place, column = bad[0].tolist()
+            raise FloatingPointError(place, checked[place, column].item())
+        elapsed = time.perf_counter() - self.started
+        line = {
+            "loss": table[:, 0].mean().item(),
+            "accuracy": table[:, 1].sum().item() / self.images,
+            "grad_norm": table[:, 2].mean().item(),
+            "images_per_s": self.images / elapsed,
+            "data_wait": self.data_wait_s / elapsed,
+        }
+        self.__init__(self.accelerator)  # type: ignore[misc]
+        return line
+
+
+def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of a whole run: the epochs', at least one, bounded by `max_steps`."""
+    wanted = max(1, math.ceil(config.epochs * steps_per_epoch - 1e-9))
+    return min(wanted, config.max_steps or wanted)
+
+
+def _accelerator(config: TrainConfig) -> Any:
+    if config.tracker != "none" and find_spec(config.tracker) is None:
+        raise UsageError(f"tracker {config.tracker}: not installed; pip install 'vitft[{config.tracker}]'.")
+    known = resolved(config)
+    precision = "no" if known.precision == "fp32" else known.precision
+    tracker = None if config.tracker == "none" else config.tracker
+    return Accelerator(cpu=known.device == "cpu", mixed_precision=precision, log_with=tracker)
+
+
+@contextmanager
+def _tracker(run: _Run) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that sends a line of metrics to the run's tracker."""
+    accelerator = run.accelerator
+    if run.config.tracker == "none":
+        yield lambda line: None
+        return
+    accelerator.project_configuration.set_directories(str(run.run))
+    accelerator.init_trackers("vitft", config=run.config.model_dump(exclude_none=True))
+
+    def track(line: dict[str, Any]) -> None:
+        values = {f"{line['split']}/{key}": value for key, value in line.items() if isinstance(value, float)}
+        accelerator.log(values, step=line["step"])
+
+    yield track
+    accelerator.end_training()
+
+
+def _new_run(accelerator: Any, prepared: Prepared, output: Path | str | None, overwrite: bool) -> Path:
+    """Make the run folder, on the main process, and write what the run is."""
+    chosen: list[Any] = [None]
+    if accelerator.is_main_process:
+        config = prepared.config
+        run = Path(output) if output is not None else _free_name(prepared)
+        ckpt.create_run(run, overwrite=overwrite)
+        ckpt.write_config(run, config)
+        revisions = {"model_revision": prepared.loaded.revision, "dataset_revision": prepared.source.revision}
+        processes = {"processes": accelerator.num_processes}
+        write_json(run / "environment.json", environment() | revisions | processes)
+        chosen = [run]
+    return Path(broadcast_object_list(chosen)[0])
+
+
+def _free_name(prepared: Prepared) -> Path:
+    """runs/<dataset>-<model>-<number>, with the first number that is free."""
+    model = Path(prepared.config.model).name or "model"
+    stem = f"{prepared.source.name}-{model}{'-scratch' if prepared.config.from_scratch else ''}"
+    taken = {path.name for path in Path("runs").glob(f"{glob.escape(stem)}-*")}
+    return Path("runs") / next(name for n in count(1) if (name := f"{stem}-{n}") not in taken)
+
+
+def _changed(run: Path, changes: dict[str, Any]) -> TrainConfig:
+    """The run's settings with the changes that may be made to it. Raises UsageError naming any other."""
+    before = TrainConfig.parse(read_recipe(run / "config.yaml"), str(run / "config.yaml"))
+    after = absolute(TrainConfig.parse(before.model_dump() | changes, "flags"))
+    for name in changes:
+        extra = TrainConfig.model_fields[name].json_schema_extra
+        assert isinstance(extra, dict)
+        was, now = getattr(before, name), getattr(after, name)
+        if was != now and not extra["steers"]:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"{run} began with {name} {was}, got {now}: it would no longer be the same run. Leave {flag} out, "
+                f"or start anew from its weights: vitft train --model {run / 'last'} {flag} {now}"
+            )
+    return after
+
+
+def _forget_after(metrics: Path, step: int) -> None:
+    """Drop the lines of steps that will be run again."""
+    if metrics.exists():
+        lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
+        write_text(metrics, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+
+
+def _summary(metrics: Metrics) -> dict[str, Any]:
+    """The scores of a split, without the per-class table."""
+    whole = metrics.to_dict()
+    return {key: value for key, value in whole.items() if key not in ("per_class", "confusion")}
+
+
+def _report_skipped(role: str, skipped: list[Skipped]) -> None:
+    for one in skipped:
+        console.warn(f"skipped {one.name} ({role}): {one.reason}")
