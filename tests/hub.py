@@ -60,7 +60,9 @@ class StandInHub:
     def sha(self, kind: str, name: str) -> str:
         """The commit of a repository; kind is `models` or `datasets`."""
         folder = self.root / kind / name
-        contents = [path.relative_to(folder).as_posix().encode() + path.read_bytes() for path in _files(folder)]
+        contents = [
+            path.relative_to(folder).as_posix().encode() + path.read_bytes() for path in _files(folder)
+        ]
         return sha1(b"\0".join(contents)).hexdigest()
 
 
@@ -70,7 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
     hub: StandInHub
     protocol_version = "HTTP/1.1"
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         length = int(self.headers.get("Content-Length", 0))
         body = self.rfile.read(length)
         self.hub.requests.append(f"{self.command} {self.path}")
@@ -98,7 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._missing("RepoNotFound", "Repository not found")
 
-    do_HEAD = do_POST = do_GET  # noqa: N815
+    do_HEAD = do_POST = do_GET
 
     def log_message(self, *_: object) -> None:
         """Say nothing on standard error."""
@@ -196,6 +198,7 @@ def make_dataset(folder: Path) -> None:
     random = np.random.default_rng(0)
     features = Features({"img": ImageColumn(), "label": ClassLabel(names=list(CIFAR10))})
     (folder / "plain_text").mkdir(parents=True)
+    sizes = []
     for split, count in (("train", 40), ("test", 20)):
         rows: dict[str, list[Any]] = {"img": [], "label": []}
         for i in range(count):
@@ -206,8 +209,9 @@ def make_dataset(folder: Path) -> None:
             rows["label"].append(i % 10)
         file = folder / "plain_text" / f"{split}-00000-of-00001.parquet"
         Dataset.from_dict(rows, features=features).to_parquet(file)
+        sizes.append(file.stat().st_size)
     names = "\n".join(f"          '{i}': {name}" for i, name in enumerate(CIFAR10))
-    (folder / "README.md").write_text(_CARD.format(names=names))
+    (folder / "README.md").write_text(_CARD.format(names=names, sizes=sizes, total=sum(sizes)))
 
 
 _CARD = """---
@@ -226,9 +230,13 @@ dataset_info:
 {names}
   splits:
   - name: train
+    num_bytes: {sizes[0]}
     num_examples: 40
   - name: test
+    num_bytes: {sizes[1]}
     num_examples: 20
+  download_size: {total}
+  dataset_size: {total}
 configs:
 - config_name: plain_text
   data_files:

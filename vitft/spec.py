@@ -243,7 +243,7 @@ def training_flops(spec: ViTSpec, batch_size: int = 1) -> int:
 # Rows of (image side, patch side, width, layers, heads, mlp, classes): Table 1 of Dosovitskiy et al.
 # 2020, tiny and small of Touvron et al. 2020, and our own micro, which learns in minutes on a laptop.
 PRESETS: dict[str, ViTSpec] = {
-    "vit-micro": ViTSpec.square(28, 4, 64, 6, 4, 256, 10),
+    "vit-micro": ViTSpec.square(28, 4, 64, 4, 4, 256, 10),
     "vit-tiny-patch16-224": ViTSpec.square(224, 16, 192, 12, 3, 768, 1000),
     "vit-small-patch16-224": ViTSpec.square(224, 16, 384, 12, 6, 1536, 1000),
     "vit-small-patch14-224": ViTSpec.square(224, 14, 384, 12, 6, 1536, 1000),

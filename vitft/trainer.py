@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.tracking import filter_trackers
 from accelerate.utils import broadcast_object_list, gather_object
 
 from vitft import checkpoint as ckpt
@@ -366,8 +367,7 @@ def _accelerator(config: TrainConfig) -> Any:
         raise UsageError(f"tracker {config.tracker}: not installed; pip install 'vitft[{config.tracker}]'.")
     known = resolved(config)
     precision = "no" if known.precision == "fp32" else known.precision
-    tracker = None if config.tracker == "none" else config.tracker
-    return Accelerator(cpu=known.device == "cpu", mixed_precision=precision, log_with=tracker)
+    return Accelerator(cpu=known.device == "cpu", mixed_precision=precision)
 
 
 @contextmanager
@@ -377,7 +377,7 @@ def _tracker(run: _Run) -> Iterator[Callable[[dict[str, Any]], None]]:
     if run.config.tracker == "none":
         yield lambda line: None
         return
-    accelerator.project_configuration.set_directories(str(run.run))
+    accelerator.log_with = filter_trackers(run.config.tracker, str(run.run))  # the folder was not known before
     accelerator.init_trackers("vitft", config=run.config.model_dump(exclude_none=True))
 
     def track(line: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ def read(path: Path, image_column: str | None, label_column: str | None) -> Spli
     try:
         if path.is_file():
             if path.suffix.lower() == ".parquet":
-                return read_parquet({"train": [path]}, image_column, label_column)
+                return read_parquet(_by_split([path]), image_column, label_column)
             if path.suffix.lower() in TABLE_SUFFIXES:
                 return read_table(path, image_column, label_column)
             raise DataError(f"{path} is no data set; give a folder, or a .csv, .jsonl or .parquet file.")

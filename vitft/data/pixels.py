@@ -116,7 +116,8 @@ def _unpickle(file: Path) -> dict[bytes, Any]:
     except OSError:
         raise
     except Exception as error:  # a broken or hostile pickle makes the unpickler raise almost anything
-        raise DataError(f"{file} is no CIFAR batch: {error}; unpack the archive again.") from error
+        reason = " ".join(str(error).split())
+        raise DataError(f"{file} is no CIFAR batch: {reason}; unpack the archive again.") from error
     if not isinstance(content, dict):
         raise DataError(
             f"{file} is no CIFAR batch: it holds {type(content).__name__}; unpack the archive again."

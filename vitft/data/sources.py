@@ -11,6 +11,7 @@ from urllib.request import url2pathname
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from vitft.data import hub, local, pixels
@@ -108,7 +109,7 @@ def sample_ids(split: datasets.Dataset, rows: NDArray[np.int64]) -> Sequence[str
     Of a selection of a source's split, the numbers are those of the split it was selected from.
     """
     if split._indices is not None:
-        rows = split._indices.column(0).to_numpy()[rows]
+        rows = split._indices.column(0).take(pa.array(rows)).to_numpy()
     if not (split.info.homepage or "").startswith("file:"):
         return [int(row) for row in rows]
     root = url2pathname(urlsplit(split.info.homepage).path) + os.sep

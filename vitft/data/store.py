@@ -6,9 +6,10 @@ where that is what the model will see, to a shorter side a little over it where 
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -81,8 +82,9 @@ def decode_all(
     hashed = hashlib.blake2b(digest_size=8)
     # Bytes go to a spooled file, which moves from memory to disk by itself when it grows.
     spool = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 (its mapping outlives us)
-    for position, name, result in _decoded(rows, how, crops, max_pixels):
+    for position, result in enumerate(_decoded(rows, how, crops, max_pixels)):
         if isinstance(result, BadImage):
+            name = sample_id(rows, position)
             if not skip_bad:
                 raise DataError(f"{name}: {result}; mend or remove it, or add --on-bad-image skip.")
             skipped.append(Skipped(position, name, str(result)))
@@ -118,22 +120,16 @@ def reduced(image: NDArray[np.uint8], how: Preprocess, crops: bool) -> NDArray[n
 
 def _decoded(
     rows: datasets.Dataset, how: Preprocess, crops: bool, max_pixels: int
-) -> Iterator[tuple[int, str, NDArray[np.uint8] | BadImage]]:
-    def work(cell: dict[str, bytes | str | None]) -> NDArray[np.uint8] | BadImage:
+) -> Iterator[NDArray[np.uint8] | BadImage]:
+    def work(cell: dict[str, Any]) -> NDArray[np.uint8] | BadImage:
         try:
-            from pathlib import Path
-
-            source = cell["bytes"] if cell["bytes"] is not None else Path(str(cell["path"]))
-            assert not isinstance(source, str)
+            source = Path(cell["path"]) if cell["bytes"] is None else cell["bytes"]
             return reduced(decode(source, max_pixels), how, crops)
         except BadImage as error:
             return error
 
     for start in range(0, len(rows), _CHUNK):
-        cells: Sequence[dict[str, bytes | str | None]] = rows[start : start + _CHUNK]["image"]
-        futures: list[Future[NDArray[np.uint8] | BadImage]] = [workers().submit(work, cell) for cell in cells]
-        for position, future in enumerate(futures, start):
-            yield position, sample_id(rows, position), future.result()
+        yield from workers().map(work, rows[start : start + _CHUNK]["image"])
 
 
 def _mapped(spool: "tempfile.SpooledTemporaryFile[bytes]", nbytes: int) -> Tensor:

@@ -1,0 +1,90 @@
+"""What `data info` shows: the description and the contact sheet."""
+
+import json
+
+import numpy as np
+from PIL import Image
+
+from vitft.data.info import describe
+from vitft.data.preview import CLASSES, preview
+from vitft.data.sources import open_source
+
+
+def photos(root, classes, sizes=((40, 30), (200, 100), (90, 300)), color="red"):
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for i, size in enumerate(sizes):
+            Image.new("RGB", size, color).save(root / name / f"{i}.jpg")
+    return root
+
+
+def test_describe(tmp_path):
+    photos(tmp_path / "train", ["cat", "dog"])
+    photos(tmp_path / "val", ["dog"], sizes=[(5, 6)])
+    Image.new("L", (1, 1)).save(tmp_path / "train" / "cat" / "tiny.png")
+    (tmp_path / "train" / "cat" / "bad.png").write_bytes(b"bad")
+    document = describe(open_source(str(tmp_path)))
+    assert json.loads(json.dumps(document)) == document
+    assert document["labels"] == ["cat", "dog"]
+    train, val = document["splits"]
+    assert train == {
+        "name": "train",
+        "count": 8,
+        "classes": {"cat": 5, "dog": 3},
+        "looked_at": 8,
+        "unreadable": 1,
+        "sizes": {"smallest": [1, 1], "largest": [90, 300], "median": [90, 100]},
+        "formats": {"JPEG": 6, "PNG": 1},
+    }
+    assert (val["name"], val["classes"], val["sizes"]["median"]) == ("val", {"cat": 0, "dog": 1}, [5, 6])
+
+
+def test_describe_looks_at_no_more_than_its_limit(monkeypatch):
+    monkeypatch.setattr("vitft.data.info.LOOK_AT", 50)
+    train, _ = describe(open_source("digits"))["splits"]
+    assert (train["count"], train["looked_at"], train["formats"]) == (1438, 50, {"PNG": 50})
+
+
+def test_describe_without_a_readable_image(tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "bad.png").write_bytes(b"")
+    (split,) = describe(open_source(str(tmp_path)))["splits"]
+    assert (split["unreadable"], split["sizes"], split["formats"]) == (1, None, {})
+
+
+def test_preview_shows_every_class_in_a_row(tmp_path):
+    root = photos(tmp_path / "pets", ["cat"], color="red")
+    photos(root, ["dog with a name that is far too long to stand beside a row of pictures"], color="blue")
+    (root / "cat" / "bad.jpg").write_bytes(b"bad")
+    preview(open_source(str(root)), tmp_path / "new" / "sheet.png")
+    sheet = np.asarray(Image.open(tmp_path / "new" / "sheet.png").convert("RGB")).astype(int)
+    red = (sheet[..., 0] > 200) & (sheet[..., 1:].max(-1) < 60)
+    blue = (sheet[..., 2] > 200) & (sheet[..., :2].max(-1) < 60)
+    assert red.sum() > 3000
+    assert blue.sum() > 3000
+    assert np.nonzero(red.any(1))[0].max() < np.nonzero(blue.any(1))[0].min()  # rows in class order
+    assert sheet.shape[1] < 1000
+
+
+def test_preview_is_the_same_for_the_same_seed_and_other_for_another(tmp_path):
+    source = open_source("digits")
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        preview(source, tmp_path / f"{name}.png", seed)
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_preview_of_many_classes_stops_at_its_limit(tmp_path):
+    few = photos(tmp_path / "few", [f"{i:02}" for i in range(CLASSES)], sizes=[(1, 1)])
+    many = photos(tmp_path / "many", [f"{i:02}" for i in range(CLASSES + 15)], sizes=[(1, 1)])
+    heights = []
+    for root in (few, many):
+        preview(open_source(str(root)), tmp_path / "sheet.png")
+        heights.append(Image.open(tmp_path / "sheet.png").height)
+    assert heights[0] == heights[1]
+
+
+def test_preview_without_a_train_split(tmp_path):
+    photos(tmp_path / "test", ["cat"])
+    preview(open_source(str(tmp_path)), tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").is_file()

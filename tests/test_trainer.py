@@ -1,0 +1,267 @@
+"""The loop: what a step does, what a run leaves behind, and when it stops."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors.torch import load_file
+
+from vitft import TrainConfig, train
+from vitft.checkpoint import read_card
+from vitft.data.loader import TrainLoader
+from vitft.errors import DataError, TrainingError, UsageError
+from vitft.optim import lr_at, make_optimizer
+from vitft.preparation import prepare
+from vitft.trainer import resume
+
+# 64 training images in batches of 24: two whole batches and a tail of 16.
+TINY = {
+    "dataset": "digits", "model": "vit-micro", "from_scratch": True, "patch_size": 14, "width": 16, "layers": 1,
+    "heads": 2, "mlp": 32, "max_train_samples": 64, "max_eval_samples": 50, "batch_size": 24, "epochs": 2,
+    "lr": 3e-3, "device": "cpu", "precision": "fp32", "log_every": 1,
+}  # fmt: skip
+
+
+def config(**changes: object) -> TrainConfig:
+    return TrainConfig.parse(TINY | changes)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def lines(run: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    one, other = weights(a), weights(b)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def plain_loop(settings: TrainConfig) -> dict[str, torch.Tensor]:
+    """The same training as one reads it in a textbook: the whole batch's mean loss, step by step."""
+    prepared = prepare(settings)
+    store, labels = prepared.decode("train", lambda role, skipped: None)
+    loader = TrainLoader(
+        store, labels, prepared.loaded.preprocess, kind=settings.augment, seed=settings.seed,
+        batch_size=settings.batch_size, device=torch.device("cpu"),
+    )  # fmt: skip
+    model = prepared.loaded.model.train()
+    optimizer = make_optimizer(model.named_parameters(), settings)
+    total = int(settings.epochs * loader.steps_per_epoch)
+    for step in range(total):
+        batch = loader.batch(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, settings, total_steps=total, steps_per_epoch=loader.steps_per_epoch)
+        F.cross_entropy(model(pixel_values=batch.pixels).logits, batch.labels).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict(model.state_dict())
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 5])
+def test_it_trains_as_a_plain_loop_does_whatever_the_micro_batch(tmp_path: Path, micro_batch_size: int | None) -> None:
+    settings = config(micro_batch_size=micro_batch_size, val_fraction=0)
+    result = train(settings, output=tmp_path / "run")
+    expected = plain_loop(settings)
+    model = __import__("transformers").ViTForImageClassification.from_pretrained(result.checkpoint)
+    for name, value in model.state_dict().items():
+        # Sums in another order; Adam divides small gradients by small numbers.
+        assert torch.allclose(value, expected[name], atol=2e-5), name
+
+
+def test_the_loss_of_a_tail_is_its_own_mean(tmp_path: Path) -> None:
+    """A mean over 24 places for 16 images would be a third too small."""
+    result = train(config(val_fraction=0, lr=1e-9), output=tmp_path / "run")
+    losses = [line["loss"] for line in lines(result.run) if line["split"] == "train"]
+    assert losses[2] == pytest.approx(np.log(10), abs=0.1)
+
+
+def test_the_run_folder_holds_what_it_should(tmp_path: Path) -> None:
+    run = train(config(save_every=2, keep=1), output=tmp_path / "run").run
+    names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    folder = {"config.json", "model.safetensors", "preprocessor_config.json", "vitft.json", "README.md"}
+    step = "checkpoints/step-000006"
+    assert names == {
+        "config.yaml", "environment.json", "splits.json", "metrics.jsonl",
+        *(f"{model}/{name}" for model in ("best", "last", step) for name in folder),
+        f"{step}/optimizer.safetensors", f"{step}/state.json", f"{step}/manifest.json",
+    }  # fmt: skip
+    assert TrainConfig.parse(yaml.safe_load((run / "config.yaml").read_text())).width == 16
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__
+    splits = json.loads((run / "splits.json").read_text())["splits"]
+    assert {role: split["count"] for role, split in splits.items()} == {"train": 64, "validation": 50, "test": 50}
+
+
+def test_without_validation_there_is_no_best_and_early_stopping_is_refused(tmp_path: Path) -> None:
+    result = train(config(val_fraction=0), output=tmp_path / "run")
+    assert result.checkpoint.name == "last"
+    assert not (result.run / "best").exists()
+    assert set(result.scores) == {"test"}
+    with pytest.raises(UsageError, match="early_stopping needs a validation split"):
+        train(config(val_fraction=0, early_stopping=1), output=tmp_path / "other")
+
+
+def test_early_stopping_stops_and_the_best_is_what_is_scored(tmp_path: Path) -> None:
+    result = train(config(early_stopping=2, epochs=50, lr=1e-12), output=tmp_path / "run")
+    evaluated = [line for line in lines(result.run) if line["split"] == "validation"]
+    # Nothing is learnt at such a rate: the first evaluation stays the best, and two more end the run.
+    assert [line["step"] for line in evaluated] == [3, 6, 9]
+    assert result.step == 3
+    card = read_card(result.run / "best")
+    assert card is not None
+    assert card.scores["test"]["accuracy"] == result.scores["test"]["accuracy"]
+    last = read_card(result.run / "last")
+    assert last is not None
+    assert last.step == 9
+    assert "test" not in last.scores
+
+
+def test_a_run_that_diverges_stops_and_says_where(tmp_path: Path) -> None:
+    wild = config(optimizer="sgd", lr=100, clip_norm=0, epochs=20, save_every=1, val_fraction=0)
+    with pytest.raises(TrainingError, match=r"(inf|nan) at step \d+; (the last good|no) checkpoint") as caught:
+        train(wild, output=tmp_path / "run")
+    assert caught.value.exit_code == 5
+    for folder in (tmp_path / "run" / "checkpoints").iterdir():
+        assert all(value.isfinite().all() for value in weights(folder).values())
+
+
+def test_dropout_is_the_same_on_every_run(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    transformers = __import__("transformers")
+    shape = transformers.ViTConfig(
+        image_size=28, patch_size=14, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, hidden_dropout_prob=0.5,
+    )  # fmt: skip
+    transformers.ViTModel(shape).save_pretrained(model)
+    sizes = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp"))
+    runs = [config(model=str(model), from_scratch=False, **sizes, seed=seed) for seed in (0, 0, 1)]
+    a, b, c = (train(one, output=tmp_path / str(i)).run / "last" for i, one in enumerate(runs))
+    assert_same_weights(a, b)
+    assert not torch.equal(weights(a)["classifier.weight"], weights(c)["classifier.weight"])
+
+
+def test_a_fine_tuned_run_can_be_gone_on_from_with_its_head(tmp_path: Path) -> None:
+    first = train(config(epochs=6), output=tmp_path / "first")
+    sizes = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp"))
+    again = config(model=str(first.run / "last"), from_scratch=False, **sizes, lr=1e-9)
+    second = train(again, output=tmp_path / "second")
+    head = weights(first.run / "last")["classifier.weight"]
+    assert torch.allclose(head, weights(second.run / "last")["classifier.weight"], atol=1e-6)
+
+
+def test_frozen_backbone_trains_the_head_alone(tmp_path: Path) -> None:
+    first = train(config(), output=tmp_path / "first").run / "last"
+    sizes = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp"))
+    probe = config(model=str(first), from_scratch=False, **sizes, freeze="backbone", max_steps=4)
+    before, after = weights(first), weights(train(probe, output=tmp_path / "probe").run / "last")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+
+
+# -- resume ---------------------------------------------------------------------------------------
+
+
+class PowerCut(Exception):  # noqa: N818
+    pass
+
+
+def interrupted(settings: TrainConfig, run: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train, and lose power in the middle of a step."""
+    batch = TrainLoader.batch
+
+    def until(self: TrainLoader, number: int) -> object:
+        if number == step:
+            raise PowerCut
+        return batch(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainLoader, "batch", until)
+        with pytest.raises(PowerCut):
+            train(settings, output=run)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    settings = config(save_every=2, epochs=3, augment="crop", optimizer=optimizer)
+    whole = train(settings, output=tmp_path / "whole")
+    interrupted(settings, tmp_path / "cut", 5, monkeypatch)
+    resumed = resume(tmp_path / "cut")
+    assert_same_weights(whole.run / "last", resumed.run / "last")
+    assert_same_weights(whole.run / "best", resumed.run / "best")
+    assert resumed.scores["test"]["loss"] == whole.scores["test"]["loss"]
+
+    def story(run: Path) -> list[tuple[object, ...]]:
+        return [(line["step"], line["split"], line["loss"], line["accuracy"]) for line in lines(run)]
+
+    assert story(resumed.run) == story(whole.run)
+
+
+def test_resume_refuses_a_changed_setting_and_names_the_way_to_start_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    interrupted(config(save_every=2), run, 3, monkeypatch)
+    for change in ({"lr": 1e-4}, {"batch_size": 8}, {"seed": 5}, {"epochs": 9}, {"dataset": "mnist"}):
+        with pytest.raises(UsageError, match=f"began with {next(iter(change))} .*start anew") as caught:
+            resume(run, change)
+        assert str(next(iter(change.values()))) in str(caught.value)
+    assert resume(run, {"keep": 5, "log_every": 2}).run == run
+
+
+def test_resume_refuses_data_that_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    data = tmp_path / "data"
+    for label in ("cat", "dog"):
+        (data / label).mkdir(parents=True)
+        for i in range(40):
+            Image.new("RGB", (8, 8), (i, 2 * i, 200)).save(data / label / f"{i}.png")
+    run = tmp_path / "run"
+    interrupted(config(dataset=str(data), save_every=2), run, 3, monkeypatch)
+    for i in range(40):
+        Image.new("RGB", (8, 8), (i, i, 100)).save(data / "cat" / f"{i}.png")
+    with pytest.raises(DataError, match="the train split is not the one the run began with"):
+        resume(run)
+
+
+def test_resume_passes_over_a_torn_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(save_every=2, epochs=3)
+    whole = train(settings, output=tmp_path / "whole")
+    run = tmp_path / "cut"
+    interrupted(settings, run, 5, monkeypatch)
+    newest = run / "checkpoints" / "step-000004" / "model.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    resume(run)
+    said = capsys.readouterr().err
+    assert "passed over step-000004: model.safetensors is not what was written" in said
+    assert "at step 2" in said
+    assert_same_weights(whole.run / "last", run / "last")
+
+
+def test_a_finished_run_can_be_resumed_and_stays_as_it_is(tmp_path: Path) -> None:
+    done = train(config(), output=tmp_path / "run")
+    again = resume(done.run)
+    assert again.scores["test"]["accuracy"] == done.scores["test"]["accuracy"]
+    assert again.step == done.step
+
+
+def test_tensorboard_gets_the_metrics(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    run = train(config(tracker="tensorboard"), output=tmp_path / "run").run
+    assert list(run.rglob("events.out.tfevents.*"))
