@@ -100,7 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._missing("RepoNotFound", "Repository not found")
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_GET  # noqa: N815
 
     def log_message(self, *_: object) -> None:
         """Say nothing on standard error."""

@@ -1,14 +1,15 @@
 """The run folder: write, read, newest. Everything in it is whole or absent, and nothing is a pickle.
 
-    config.yaml  environment.json  splits.json  metrics.jsonl
-    checkpoints/step-000400/   a model folder, optimizer.safetensors, state.json; manifest.json last
-    last/ best/                plain Transformers model folders
+config.yaml  environment.json  splits.json  metrics.jsonl
+checkpoints/step-000400/   a model folder, optimizer.safetensors, state.json; manifest.json last
+last/ best/                plain Transformers model folders
 """
 
 import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,13 @@ def create_run(path: Path, *, overwrite: bool) -> None:
     (path / "checkpoints").mkdir(parents=True)
 
 
+def free_name(config: TrainConfig, data: str) -> Path:
+    """runs/<dataset>-<model>-<number>, with the first number that is free."""
+    stem = f"{data}-{Path(config.model).name or 'model'}{'-scratch' if config.from_scratch else ''}"
+    names = (f"{stem}-{number}" for number in count(1))
+    return next(path for name in names if not (path := Path("runs") / name).exists())
+
+
 def check_free(path: Path, *, overwrite: bool) -> None:
     """Raise UsageError unless a run may be written to this folder."""
     if path.is_file():
@@ -98,7 +106,9 @@ def _fill(folder: Path, model: Any, how: Preprocess, card: Card) -> None:
     write_text(folder / "README.md", _readme(card))
 
 
-def save_step(run: Path, model: Any, optimizer: torch.optim.Optimizer, how: Preprocess, card: Card, state: State) -> Path:  # fmt: skip
+def save_step(
+    run: Path, model: Any, optimizer: torch.optim.Optimizer, how: Preprocess, card: Card, state: State
+) -> Path:
     """Write all that resume needs as `checkpoints/step-N`, and drop the oldest over `keep`."""
     folder = run / "checkpoints" / f"step-{state.step:06d}"
     with new_folder(folder) as fresh:
@@ -212,9 +222,9 @@ def _sha256(file: Path) -> str:
 
 
 def _readme(card: Card) -> str:
-    score = "\n".join(
-        f"- {split}: accuracy {100 * values['accuracy']:.2f} % on {values['count']} images (split {values['split_hash']})"
-        for split, values in card.scores.items()
+    scores = "\n".join(
+        f"- {split}: accuracy {100 * score['accuracy']:.2f} % on {score['count']} images (split {score['split_hash']})"
+        for split, score in card.scores.items()
     )
     config = card.config
     start = f"{config.model}, new weights" if config.from_scratch else config.model
@@ -226,9 +236,10 @@ def _readme(card: Card) -> str:
 
 Classes: {", ".join(card.labels[:50])}{", ..." if len(card.labels) > 50 else ""}
 
-Started from {start}; trained on {config.dataset} for {card.step} steps ({card.epoch:.2f} epochs) with vitft {__version__}.
+Started from {start}; trained on {config.dataset} for {card.step} steps ({card.epoch:.2f} epochs)
+with vitft {__version__}.
 
-{score or "Not scored at this step."}
+{scores or "Not scored at this step."}
 
 ```python
 from transformers import pipeline

@@ -2,22 +2,38 @@
 
 Rooms are imported inside commands, so that `vitft --help` needs neither torch nor transformers.
 """
+# ruff: noqa: E501  (an option is a line, however long)
 
-import sys
+import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
 from vitft import console
-from vitft.config import TrainConfig
-from vitft.errors import UsageError, VitftError
-from vitft.options import options_from
+from vitft.errors import VitftError
+from vitft.options import options_from, with_flags
 
 
 class _Group(TyperGroup):
     """Turns an error into one line and an exit code; the only place that does."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        if "--debug" in args[:end]:  # it may stand anywhere
+            args = ["--debug", *(word for word in args[:end] if word != "--debug"), *args[end:]]
+        return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _switches_shown_bare(super().get_params(ctx))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        command = command and with_flags(command)
+        if command is not None:
+            _switches_shown_bare(command.get_params(ctx))
+        return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -40,19 +56,42 @@ class _Group(TyperGroup):
 
     @staticmethod
     def _debug(ctx: Any) -> None:
-        if ctx.params.get("debug"):
+        if ctx.find_root().params.get("debug"):
             console.traceback()
+
+
+def _switches_shown_bare(options: list[Any]) -> list[Any]:
+    """Options that take no value, without the `<bool>` that Typer's help puts beside them."""
+    for option in options:
+        if getattr(option, "is_flag", False):
+            option.metavar = ""
+    return options
 
 
 app = typer.Typer(cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   context_settings={"help_option_names": ["-h", "--help"]})  # fmt: skip
-recipes_app = typer.Typer(no_args_is_help=True, help="List, show and copy recipes: one experiment a file.")
-data_app = typer.Typer(no_args_is_help=True, help="Look at a data set.")
+recipes_app = typer.Typer(cls=_Group, no_args_is_help=True, help="List, show and copy recipes: one experiment a file.")
+data_app = typer.Typer(cls=_Group, no_args_is_help=True, help="Look at a data set.")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="auto: a GPU if there is one.")]
+
+
+def _recipe_names(incomplete: str) -> list[str]:
+    from vitft.recipe import recipes
+
+    return [recipe.name for recipe in recipes() if recipe.name.startswith(incomplete)]
+
+
+def _train_settings() -> Any:
+    from vitft.config import TrainConfig
+
+    return TrainConfig
+
+
+RecipeName = Annotated[str, typer.Argument(metavar="NAME", help="A recipe's name.", autocompletion=_recipe_names)]
 
 
 def _version(wanted: bool) -> None:
@@ -70,17 +109,17 @@ def root(
 ) -> None:  # fmt: skip
     """Fine-tune Vision Transformers for image classification, and see how they work.
 
-    Try it with no network: [bold]vitft train --recipe digits[/]
+    Try it with no network: [bold]vitft train --dataset digits --model vit-micro[/]
     """
 
 
 @app.command()
-@options_from(TrainConfig)
+@options_from(_train_settings)
 def train(
-    recipe: Annotated[str | None, typer.Option(help="A recipe's name or file; flags override it.", rich_help_panel="Run")] = None,
-    output: Annotated[Path | None, typer.Option(help="Run folder; runs/<dataset>-<model>-<number> by default.", rich_help_panel="Run")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A recipe's name or file; flags override it.", rich_help_panel="Run", autocompletion=_recipe_names)] = None,
+    output: Annotated[Path | None, typer.Option(help="Run folder; by default the next free number in runs/.", rich_help_panel="Run")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run folder if it exists.", rich_help_panel="Run")] = False,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.", rich_help_panel="Run")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder, as it was set.", rich_help_panel="Run")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the run would do and cost; start nothing.", rich_help_panel="Run")] = False,
     *, overrides: dict[str, Any],
 ) -> None:  # fmt: skip
@@ -95,15 +134,15 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="Run folder, one of its checkpoints, or a Transformers folder or hub id.")],
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Run folder, one of its checkpoints, or a Transformers folder or hub id.")],
     dataset: Annotated[str | None, typer.Option(help="The checkpoint's own data set by default.")] = None,
     dataset_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub data set.")] = None,
     split: Annotated[str | None, typer.Option(help="test by default, else validation, else train.")] = None,
-    max_eval_samples: Annotated[int | None, typer.Option(min=1, help="Evaluate at most this many images, stratified.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of one forward pass.")] = 64,
+    max_eval_samples: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Evaluate at most this many images, stratified.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="<int>", help="Images of one forward pass.")] = 64,
     device: Device = "auto",
-    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; as it was trained by default.")] = None,
-    on_bad_image: Annotated[str | None, typer.Option(help="error or skip; as it was trained by default.")] = None,
+    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="As it was trained by default.")] = None,
+    on_bad_image: Annotated[Literal["error", "skip"] | None, typer.Option(help="As it was trained by default.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the confusion matrix as a PNG.")] = None,
     json: Json = False,
 ) -> None:  # fmt: skip
@@ -118,11 +157,11 @@ def evaluate(
 
 @app.command()
 def predict(
-    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Image files, folders and globs.")],
+    paths: Annotated[list[str], typer.Argument(metavar="PATH", help="Image files, folders and globs.")],
     checkpoint: Annotated[str, typer.Option(help="Run folder, one of its checkpoints, or a Transformers folder or hub id.")],
-    top_k: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 3,
+    top_k: Annotated[int, typer.Option(min=1, metavar="<int>", help="Classes to show for each image.")] = 3,
     device: Device = "auto",
-    format: Annotated[str, typer.Option(help="table, csv or jsonl.")] = "table",
+    format: Annotated[Literal["table", "csv", "jsonl"], typer.Option(help="How the rows are printed.")] = "table",
     json: Json = False,
 ) -> None:  # fmt: skip
     """Classify images. An unreadable one gets a row of its own, and exit code 3 at the end."""
@@ -142,7 +181,7 @@ def explain(
     mlp: Annotated[int | None, typer.Option(help="Hidden width of a block's MLP.")] = None,
     classes: Annotated[int | None, typer.Option(help="Number of classes.")] = None,
     pre_logits: Annotated[int | None, typer.Option(help="Width of a tanh layer before the head.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="<int>", help="Images at a time.")] = 1,
     all_blocks: Annotated[bool, typer.Option("--all-blocks", help="List every encoder block.")] = False,
     json: Json = False,
 ) -> None:  # fmt: skip
@@ -163,7 +202,7 @@ def recipes_ls() -> None:
 
 
 @recipes_app.command("show")
-def recipes_show(name: Annotated[str, typer.Argument(help="A recipe's name.")]) -> None:
+def recipes_show(name: RecipeName) -> None:
     """Print a recipe."""
     from vitft.recipe import find_recipe
 
@@ -172,18 +211,19 @@ def recipes_show(name: Annotated[str, typer.Argument(help="A recipe's name.")]) 
 
 @recipes_app.command("copy")
 def recipes_copy(
-    name: Annotated[str, typer.Argument(help="A recipe's name.")],
-    target: Annotated[Path, typer.Argument(help="File or folder to copy to.")] = Path(),
+    name: RecipeName,
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="File or folder to copy to.")] = Path(),
 ) -> None:
     """Copy a recipe, to change it."""
     from vitft.recipe import copy_recipe
 
-    console.say(f"copied to {copy_recipe(name, target)}; run it with: vitft train --recipe {target}")
+    copy = copy_recipe(name, target)
+    console.say_text(f"copied to {copy}; run it with: vitft train --recipe {shlex.quote(str(copy))}\n")
 
 
 @data_app.command("info")
 def data_info(
-    dataset: Annotated[str, typer.Argument(help="Alias, hub id, folder, CSV, JSONL or parquet.")],
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="Alias, hub id, folder, CSV, JSONL or parquet.")],
     dataset_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub data set.")] = None,
     preview: Annotated[Path | None, typer.Option(help="Write a grid of example images as a PNG.")] = None,
     json: Json = False,
@@ -195,8 +235,5 @@ def data_info(
 
 
 def main() -> None:
-    """Run the command line; `--debug` may stand anywhere."""
-    if "--debug" in sys.argv[2:]:
-        sys.argv.remove("--debug")
-        sys.argv.insert(1, "--debug")
+    """Run the command line."""
     app()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vitft import console
-from vitft.errors import DataError, UsageError, nearest
+from vitft.errors import DataError, UsageError
 
 
 def train(
@@ -17,7 +17,9 @@ def train(
     """Train, resume, or say what training would do."""
     if resume is not None:
         if recipe is not None or output is not None or overwrite or dry_run:
-            raise UsageError("--resume goes on with a run as it is; leave --recipe, --output, --overwrite, --dry-run out.")
+            raise UsageError(
+                "--resume goes on with a run as it is; leave --recipe, --output, --overwrite, --dry-run out."
+            )
         from vitft import trainer
 
         console.say(console.training_report(trainer.resume(resume, overrides)))
@@ -42,8 +44,7 @@ def evaluate(checkpoint: str, options: dict[str, Any], plot: Path | None, as_jso
     from vitft.evaluation import evaluate as score
 
     _writable(plot)
-    metrics = score(checkpoint, **options, report_skipped=lambda skipped: [
-        console.warn(f"skipped {one.name}: {one.reason}") for one in skipped] and None)  # fmt: skip
+    metrics = score(checkpoint, **options, report_skipped=_report_skipped)
     if plot is not None:
         from vitft.figures import plot_confusion
 
@@ -54,9 +55,6 @@ def evaluate(checkpoint: str, options: dict[str, Any], plot: Path | None, as_jso
 
 def predict(paths: list[str], checkpoint: str, top_k: int, device: str, form: str) -> None:
     """Classify images and show the rows; an unreadable image makes it exit code 3."""
-    forms = ("table", "csv", "jsonl", "json")
-    if form not in forms:
-        raise UsageError(f"format {form}: one of {', '.join(forms)}{nearest(form, forms)}")
     from vitft.prediction import predict as classify
 
     rows = classify(paths, checkpoint, top_k=top_k, device=device)
@@ -71,7 +69,8 @@ def predict(paths: list[str], checkpoint: str, top_k: int, device: str, form: st
             console.say(console.predictions_report(rows))
     bad = [row for row in rows if row.error is not None]
     if bad:
-        raise DataError(f"{len(bad)} of {len(rows)} images could not be read; the first is {bad[0].path}: {bad[0].error}")
+        first = f"the first is {bad[0].path}: {bad[0].error}"
+        raise DataError(f"{len(bad)} of {len(rows)} images could not be read; {first}")
 
 
 def data_info(dataset: str, revision: str | None, preview: Path | None, as_json: bool) -> None:
@@ -90,6 +89,11 @@ def data_info(dataset: str, revision: str | None, preview: Path | None, as_json:
     console.say_json(described) if as_json else console.say(console.data_report(described))
 
 
+def _report_skipped(skipped: list[Any]) -> None:
+    for one in skipped:
+        console.warn(f"skipped {one.name}: {one.reason}")
+
+
 def _writable(picture: Path | None) -> None:
     """A picture's path is checked before the work, not after. Raises UsageError."""
     if picture is not None and (picture.suffix.lower() != ".png" or not picture.parent.is_dir()):
@@ -104,4 +108,3 @@ def _csv(rows: list[Any], top_k: int) -> str:
         cells = [cell for label, score in row.top for cell in (label, f"{score:.6f}")]
         writer.writerow([row.path, *cells, *[""] * (2 * top_k - len(cells)), row.error or ""])
     return text.getvalue()
-

@@ -3,17 +3,22 @@
 `options.py` makes the command line's flags from these fields, `recipe.py` reads the same names from
 YAML, and the trainer reads `config.<name>`. No default is written anywhere else.
 """
+# ruff: noqa: E501  (an option is a line, however long)
 
-from typing import Any, Literal, Self
+import reprlib
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vitft.errors import UsageError, nearest
 
+_brief = reprlib.Repr()
+_brief.maxlevel, _brief.maxstring = 2, 60  # what was got, in an error of one line
+
 
 def _setting(default: Any, panel: str, description: str, *, steers: bool = False, **bounds: Any) -> Any:
     """A field of TrainConfig. `steers`: it may differ when a run is resumed, for it changes no weight."""
-    extra = {"panel": panel, "steers": steers}
+    extra: dict[str, Any] = {"panel": panel, "steers": steers}
     return Field(default, description=description, json_schema_extra=extra, **bounds)
 
 
@@ -90,11 +95,14 @@ class TrainConfig(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        key, got = ".".join(str(part) for part in first["loc"]), first["input"]
         if first["type"] == "extra_forbidden":
             hint = nearest(key, cls.model_fields) or "; `vitft train --help` lists the settings"
             raise UsageError(f"{origin}: unknown setting {key!r}{hint}")
-        message = first["msg"].removeprefix("Value error, ")
-        got = f", got {first['input']!r}" if key else ""
-        raise UsageError(f"{origin}: {key + ': ' if key else ''}{message[0].lower()}{message[1:]}{got}")
-
+        message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        if not key:  # settings that do not agree with each other
+            raise UsageError(f"{origin}: {message}")
+        name = f"--{key.replace('_', '-')}" if origin == "flags" else f"{origin}: {key}"
+        choices = get_args(cls.model_fields[key].annotation) if first["type"] == "literal_error" else ()
+        hint = nearest(got, choices) if isinstance(got, str) else ""
+        raise UsageError(f"{name} {message}, got {_brief.repr(got)}{hint}")

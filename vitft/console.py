@@ -50,7 +50,8 @@ def warn(message: str) -> None:
 
 def fail(message: str) -> None:
     """Print the one line of an error; plain text, not markup. Every process may speak here."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/] {escape(safe(message))}")
+    line = " ".join(message.split())
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/] {escape(safe(line))}")
 
 
 def traceback() -> None:
@@ -246,8 +247,12 @@ def plan_report(plan: Any) -> RenderableType:
     from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
-    for name, value in plan.rows():
-        table.add_row(Text(name, "dim"), Text(safe(value)))
+    for number, (title, rows) in enumerate(plan.groups()):
+        if number:
+            table.add_row()
+        table.add_row(Text(title, "bold"))
+        for name, value in rows:
+            table.add_row(Text(f"  {name}"), Text(safe(value)))
     return table
 
 
@@ -289,7 +294,8 @@ def predictions_report(predictions: Sequence[Any]) -> RenderableType:
     table.add_column("prediction", overflow="fold")
     for one in predictions:
         best = Text("  ").join(
-            Text(f"{safe(label)} {percent(score)}", "bold" if place == 0 else "") for place, (label, score) in enumerate(one.top)
+            Text(f"{safe(label)} {percent(score)}", "bold" if place == 0 else "")
+            for place, (label, score) in enumerate(one.top)
         )
         table.add_row(Text(safe(one.path)), Text(f"error: {safe(one.error)}", "red") if one.error else best)
     return table

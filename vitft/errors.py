@@ -1,11 +1,11 @@
 """What can go wrong, and with which exit code a command then ends.
 
-    VitftError             a person can mend it: one line says what, got, remedy
-    ├── UsageError     2   a flag, a recipe key or a combination of settings
-    ├── DataError      3   a data set, a split or an image
-    ├── ModelError     4   a model or a checkpoint
-    ├── TrainingError  5   the run itself: non-finite loss, out of memory
-    └── Stopped        130 by SIGINT, 143 by SIGTERM; everything is saved
+VitftError             a person can mend it: one line says what, got, remedy
+├── UsageError     2   a flag, a recipe key or a combination of settings
+├── DataError      3   a data set, a split or an image
+├── ModelError     4   a model or a checkpoint
+├── TrainingError  5   the run itself: non-finite loss, out of memory
+└── Stopped        130 by SIGINT, 143 by SIGTERM; everything is saved
 """
 
 from collections.abc import Iterable
@@ -42,7 +42,7 @@ class TrainingError(VitftError):
     exit_code = 5
 
 
-class Stopped(VitftError):
+class Stopped(VitftError):  # noqa: N818 (not a fault: the run was asked to stop)
     """A run that a signal ended, after saving."""
 
     def __init__(self, message: str, signal_number: int) -> None:

@@ -29,7 +29,8 @@ Progress = Callable[[int, int], None]
 
 def measure(
     model: Any, loader: EvalLoader, labels: Sequence[str], split: Split,
-    *, gather: Callable[[list[Any]], list[Any]] = lambda parts: parts, progress: Progress = lambda done, count: None,
+    *, gather: Callable[[list[Any]], list[Any]] = lambda parts: parts,
+    progress: Progress = lambda done, count: None,
 ) -> Metrics:  # fmt: skip
     """Score the model on this loader's images, joined over all processes by `gather`."""
     model.eval()
@@ -52,7 +53,8 @@ def measure(
 def evaluate(
     checkpoint: str | Path, *, dataset: str | None = None, dataset_revision: str | None = None,
     split: str | None = None, max_eval_samples: int | None = None, batch_size: int = 64, device: str = "auto",
-    precision: str | None = None, on_bad_image: str | None = None, progress: Progress = lambda done, count: None,
+    precision: str | None = None, on_bad_image: str | None = None,
+    progress: Progress = lambda done, count: None,
     report_skipped: Callable[[list[Skipped]], None] = lambda skipped: None,
 ) -> Metrics:  # fmt: skip
     """Score a checkpoint: a run folder, one of its checkpoints, or a Transformers folder or hub id.
@@ -65,10 +67,12 @@ def evaluate(
     if dataset is None and (card is None or card.config.dataset is None):
         raise UsageError(f"{checkpoint}: it does not say what data it was trained on; add --dataset.")
     config = card.config if card else TrainConfig(val_fraction=0)
-    if dataset is not None:
-        own = card is not None and card.config.dataset == dataset
-        config = config.model_copy(update={"dataset": dataset, "dataset_revision": dataset_revision}
-                                   | ({} if own else {"val_fraction": 0.0, "image_column": None, "label_column": None}))  # fmt: skip
+    if dataset is not None and dataset != config.dataset:
+        # What the checkpoint's own data set was split and read by says nothing of another one.
+        anew = {"dataset_revision", "image_column", "label_column", "max_train_samples", "max_eval_samples"}
+        config = config.model_copy(update=dict.fromkeys(anew) | {"dataset": dataset, "val_fraction": 0.0})
+    if dataset_revision is not None:
+        config = config.model_copy(update={"dataset_revision": dataset_revision})
     loaded = load_trained(where if where.is_dir() else str(checkpoint))
     source = open_source(str(config.dataset), revision=config.dataset_revision,
                          image_column=config.image_column, label_column=config.label_column)  # fmt: skip
@@ -76,7 +80,9 @@ def evaluate(
     truth = matched(chosen.labels, source.labels, loaded.labels, name=str(checkpoint))
     skip_bad = (on_bad_image or config.on_bad_image) == "skip"
     rows = source.splits[chosen.source].select(chosen.rows)
-    store, skipped = decode_all(rows, loaded.preprocess, crops=False, max_pixels=config.max_pixels, skip_bad=skip_bad)
+    store, skipped = decode_all(
+        rows, loaded.preprocess, crops=False, max_pixels=config.max_pixels, skip_bad=skip_bad
+    )
     chosen, truth = without(chosen, skipped, source), np.delete(truth, [s.position for s in skipped])
     report_skipped(skipped)
     device = find_device(device)
@@ -95,7 +101,9 @@ def autocast(device: str, precision: str) -> Any:
     return torch.autocast(device, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
-def choose_split(source: Source, config: TrainConfig, name: str | None, max_eval_samples: int | None) -> Split:
+def choose_split(
+    source: Source, config: TrainConfig, name: str | None, max_eval_samples: int | None
+) -> Split:
     """The split to evaluate: by role, or by the data set's own name for it. Raises UsageError."""
     limit = max_eval_samples or config.max_eval_samples
     splits = make_splits(source, val_fraction=config.val_fraction, max_train_samples=config.max_train_samples,
@@ -113,7 +121,10 @@ def matched(
     labels: NDArray[np.int64], given: Sequence[str], known: Sequence[str], *, name: str
 ) -> NDArray[np.int64]:  # fmt: skip
     """Class indices of a data set as the model numbers them, matched by name. Raises DataError."""
+    if tuple(given) == tuple(known):
+        return labels  # also where two classes share a name, as two of ImageNet's do
     if set(given) - set(known):
+
         def listed(names: Sequence[str]) -> str:
             return ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
 

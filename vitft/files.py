@@ -12,8 +12,9 @@ from typing import Any
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file's text, whole."""
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:  # fmt: skip
-        temporary = Path(file.name)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
         try:
             file.write(text)
             file.flush()

@@ -3,12 +3,36 @@
 import os
 from pathlib import Path
 
+import huggingface_hub as hub
 from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+
+def ask(repo: str, file: str, revision: str | None = None) -> None:
+    """Ask the hub for a file's metadata once; where there is no network, downloads first retry for 20 s.
+
+    Raises what huggingface_hub raises; OfflineModeIsEnabled in offline mode.
+    """
+    hub.get_hf_file_metadata(hub.hf_hub_url(repo, file, revision=revision))
+
+
+def answers(repo: str, revision: str | None = None) -> bool:
+    """Whether the hub can be asked about a model now; otherwise the cache is all there is."""
+    try:
+        ask(repo, "config.json", revision)
+    except HFValidationError:
+        return True  # a name that no hub has; whoever loads it says so
+    except HfHubHTTPError as error:
+        return error.response.status_code < 500  # no such model, no access: that is an answer
+    except Exception:  # refused, timed out, no such host, offline mode: each client has its own errors
+        return False
+    return True
 
 
 def reason(error: BaseException) -> str:
@@ -25,7 +49,9 @@ def reason(error: BaseException) -> str:
     names = " ".join(type(cause).__name__ for cause in causes) + str(error)
     if constants.HF_HUB_OFFLINE:
         return f"offline mode is set and the cache {cache} does not have it"
-    if any(word in names for word in ("Connect", "LocalEntryNotFound", "Timeout", "Offline", "couldn't", "Max")):
+    if any(
+        word in names for word in ("Connect", "LocalEntryNotFound", "Timeout", "Offline", "couldn't", "Max")
+    ):
         return f"the hub at {constants.ENDPOINT} could not be reached and the cache {cache} does not have it"
     return f"the hub's copy cannot be used: {(str(error).splitlines() or [type(error).__name__])[0][:300]}"
 

@@ -72,9 +72,7 @@ class Classification(evaluate.Metric):  # type: ignore[misc]
             description="Scores of an image classifier.",
             citation="",
             inputs_description=self.__doc__,
-            features=Features(
-                predictions=List(Value("int64")), references=Value("int64"), losses=Value("float64")
-            ),
+            features=Features(predictions=List(Value("int64")), references=Value("int64"), losses=Value("float64")),
         )
 
     def _compute(

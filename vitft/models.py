@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vitft.config import TrainConfig
 from vitft.data.augment import Preprocess
 from vitft.errors import ModelError, nearest
-from vitft.hub import reason
+from vitft.hub import answers, reason
 from vitft.randomness import seed_of
 from vitft.spec import PRESETS, ViTSpec
 
@@ -46,18 +46,18 @@ def load_for_training(config: TrainConfig, labels: Sequence[str]) -> Loaded:
     head is new, seeded. Raises ModelError.
     """
     _quiet()
-    torch.manual_seed(seed_of(config.seed, "weights"))
+    torch.manual_seed(seed_of(config.seed, "weights", 0))
     if config.from_scratch:
         return _from_scratch(config, labels)
-    where = locate(config.model)
-    stored = read_config(where, config.model_revision)
-    # A label map that is the library's own numbering says nothing of what the classes are.
-    known = tuple(stored.id2label[i] for i in range(stored.num_labels)) if stored.id2label else ()
-    keeps_head = len(set(known)) == len(known) and set(known) == set(labels) and _has_head(stored)
+    origin = _origin(locate(config.model), config.model_revision)
+    stored = _stored(origin)
+    known = _labels_of(stored)
+    same = known == tuple(labels) or (len(set(known)) == len(known) and set(known) == set(labels))
+    keeps_head = same and _has_head(stored)
     names = known if keeps_head else tuple(labels)
     _label(stored, names)
-    model = _weights(where, stored, config.model_revision, fresh_head=not keeps_head)
-    how = _preprocess(where, config.model_revision, stored)
+    model = _weights(origin, stored, fresh_head=not keeps_head)
+    how = _preprocess(origin, stored)
     if config.image_size is not None and config.image_size != how.height:
         model = at_image_size(model, config.image_size)
         how = how.at(config.image_size)
@@ -68,39 +68,33 @@ def load_for_training(config: TrainConfig, labels: Sequence[str]) -> Loaded:
 
 def load_trained(where: str | Path, revision: str | None = None) -> Loaded:
     """A finished image classifier, as it is: a folder or a hub id. Raises ModelError."""
-    where = locate(str(where))
-    stored = read_config(where, revision)
+    origin = _origin(locate(str(where)), revision)
+    stored = _stored(origin)
     if not _has_head(stored):
-        raise ModelError(f"{where}: a backbone with no classification head; fine-tune it first: vitft train.")
-    model = _weights(where, stored, revision, fresh_head=False)
-    labels = tuple(stored.id2label[i] for i in range(stored.num_labels))
+        raise _headless(origin)
+    model = _weights(origin, stored, fresh_head=False)
     commit = getattr(stored, "_commit_hash", None)
-    return Loaded(model.eval(), _preprocess(where, revision, stored), labels, commit, False)
+    return Loaded(model.eval(), _preprocess(origin, stored), _labels_of(stored), commit, False)
 
 
 def locate(model: str) -> str:
     """The folder or hub id behind a name; the bundled checkpoint has a name of its own."""
-    if Path(model).expanduser().is_dir():
-        return str(Path(model).expanduser())
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_file():
+        raise ModelError(f"model {model}: a file; give the folder that holds its config.json and weights.")
     if model == BUNDLED:
         return str(files("vitft") / "assets" / BUNDLED)
     if model in PRESETS:
-        raise ModelError(f"{model} is a shape without weights; add --from-scratch, or use a checkpoint of it.")
+        raise ModelError(
+            f"{model} is a shape without weights; add --from-scratch, or use a checkpoint of it."
+        )
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model:
         raise ModelError(f"model {model}: no such folder; {_ELSEWHERE}.")
     if "/" not in model and (hint := nearest(model, PRESETS)):
         raise ModelError(f"model {model}: neither a folder here nor a known shape{hint}")
     return model
-
-
-def read_config(where: str, revision: str | None = None) -> Any:
-    """The Transformers configuration of a folder or hub id. Raises ModelError."""
-    _quiet()
-    _check_folder(where)
-    try:
-        return transformers.AutoConfig.from_pretrained(where, revision=revision)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _unreadable(where, error) from error
 
 
 def vit_config(spec: ViTSpec) -> Any:
@@ -139,9 +133,9 @@ def _from_scratch(config: TrainConfig, labels: Sequence[str]) -> Loaded:
     else:  # the shape of a checkpoint, without its weights
         if any(sizes):
             raise ModelError(f"sizes are for presets ({', '.join(PRESETS)}); {config.model} has its own.")
-        where = locate(config.model)
-        stored = read_config(where, config.model_revision)
-        how = _preprocess(where, config.model_revision, stored)
+        origin = _origin(locate(config.model), config.model_revision)
+        stored = _stored(origin)
+        how = _preprocess(origin, stored)
         if config.image_size is not None:
             stored.image_size, how = config.image_size, how.at(config.image_size)
     _label(stored, labels)
@@ -150,25 +144,63 @@ def _from_scratch(config: TrainConfig, labels: Sequence[str]) -> Loaded:
     return Loaded(model, how, tuple(labels), getattr(stored, "_commit_hash", None), True)
 
 
-def _weights(where: str, stored: Any, revision: str | None, *, fresh_head: bool) -> Any:
+@dataclass(frozen=True)
+class _Origin:
+    """Where a model is read from: a folder or a hub id, and from the cache alone where no hub answers."""
+
+    where: str
+    revision: str | None
+    cache_only: bool
+
+    def arguments(self) -> dict[str, Any]:
+        """What every reader of Transformers takes."""
+        return {"revision": self.revision, "local_files_only": self.cache_only}
+
+
+def _origin(where: str, revision: str | None) -> _Origin:
+    _quiet()
+    folder = Path(where)
+    if not folder.is_dir():
+        return _Origin(where, revision, not answers(where, revision))
+    if not (folder / "config.json").is_file():
+        held = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+        raise ModelError(
+            f"{where}: no config.json here (it holds {held}); point to a Transformers model folder."
+        )
+    return _Origin(where, revision, True)
+
+
+def _stored(origin: _Origin) -> Any:
+    """The model's Transformers configuration, of an architecture that classifies images."""
+    try:
+        stored = transformers.AutoConfig.from_pretrained(origin.where, **origin.arguments())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(origin, error) from error
+    except Exception as error:  # Transformers checks the values with an error of its own
+        raise ModelError(f"{origin.where}: config.json is not usable: {_first_line(error)}.") from error
+    _classifier_class(stored)
+    return stored
+
+
+def _weights(origin: _Origin, stored: Any, *, fresh_head: bool) -> Any:
     classifier = _classifier_class(stored)
     torch_state = torch.get_rng_state()
     try:
         model, info = classifier.from_pretrained(
-            where, config=stored, revision=revision, dtype=torch.float32,
-            ignore_mismatched_sizes=True, output_loading_info=True, weights_only=True,
+            origin.where, config=stored, dtype=torch.float32, ignore_mismatched_sizes=True,
+            output_loading_info=True, weights_only=True, **origin.arguments(),
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise _unreadable(where, error) from error
-    except Exception as error:  # safetensors raises a type of its own for a torn file
-        raise ModelError(f"{where}: its weights cannot be read: {_first_line(error)}.") from error
+        raise _unreadable(origin, error) from error
+    except Exception as error:  # safetensors and pickle raise types of their own for a torn file
+        raise ModelError(f"{origin.where}: its weights cannot be read: {_first_line(error)}.") from error
     heads = tuple(name for name, _ in model.named_children() if name != model.base_model_prefix)
     wrong = [key for key in info["missing_keys"] if not key.startswith(heads)]
     wrong += [key for key, *_ in info["mismatched_keys"] if not key.startswith(heads)]
     if wrong:
         raise ModelError(
-            f"{where}: {len(wrong)} tensors of a {stored.model_type} are missing or of another shape "
-            f"({wrong[0]}, ...); is this the right folder?"
+            f"{origin.where}: {len(wrong)} tensors of a {stored.model_type} are missing or of another shape "
+            f"({sorted(wrong)[0]}, ...); is this the right folder?"
         )
     if fresh_head:
         torch.set_rng_state(torch_state)  # the head depends on the seed alone, not on what loading drew
@@ -178,8 +210,8 @@ def _weights(where: str, stored: Any, revision: str | None, *, fresh_head: bool)
                     nn.init.trunc_normal_(module.weight, std=getattr(stored, "initializer_range", 0.02))
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
-    elif any(key.startswith(heads) for key in info["missing_keys"]):
-        raise ModelError(f"{where}: a backbone with no classification head; fine-tune it first: vitft train.")
+    elif info["missing_keys"] or info["mismatched_keys"]:
+        raise _headless(origin)
     return model.float()
 
 
@@ -188,7 +220,10 @@ def at_image_size(model: Any, image_size: int) -> Any:
 
     (Dosovitskiy et al. 2020, section 3.2.) The new size stands in the model's configuration.
     """
-    old, config = model.config.image_size, model.config.__class__.from_dict(model.config.to_dict())
+    config = model.config.__class__.from_dict(model.config.to_dict())
+    old = getattr(config, "image_size", None)
+    if old is None:
+        return model  # a convolutional network takes any size
     config.image_size = image_size
     _check_size(config, image_size)
     resized = type(model)(config)
@@ -196,8 +231,8 @@ def at_image_size(model: Any, image_size: int) -> Any:
     for name, tensor in weights.items():
         if tensor.shape == wanted[name].shape:
             continue
-        patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
-        before, after = (old if isinstance(old, int) else old[0]) // patch, image_size // patch
+        patch = _side(config.patch_size)
+        before, after = _side(old) // patch, image_size // patch
         if name.endswith("position_embeddings"):  # (1, prefix tokens + patches, D)
             prefix = tensor.shape[1] - before**2
             grid = _resize_grid(tensor[0, prefix:], before, after)
@@ -206,7 +241,9 @@ def at_image_size(model: Any, image_size: int) -> Any:
             grid = _resize_grid(tensor[:-3], 2 * before - 1, 2 * after - 1)
             weights[name] = torch.cat([grid, tensor[-3:]])
         else:
-            raise ModelError(f"image_size {image_size}: {config.model_type}'s {name} cannot be resized; use {old}.")
+            raise ModelError(
+                f"image_size {image_size}: {config.model_type}'s {name} cannot be resized; use {old}."
+            )
     resized.load_state_dict(weights)
     return resized
 
@@ -226,7 +263,7 @@ def set_training(model: Any, *, frozen_backbone: bool) -> None:
 
 
 def _check_size(config: Any, image_size: int) -> None:
-    patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
+    patch = _side(getattr(config, "patch_size", 1))
     if image_size % patch:
         low = max(image_size // patch, 1) * patch
         raise ModelError(
@@ -241,6 +278,14 @@ def _label(stored: Any, names: Sequence[str]) -> None:
     stored.problem_type = None
 
 
+def _labels_of(stored: Any) -> tuple[str, ...]:
+    return tuple(str(stored.id2label.get(i, f"LABEL_{i}")) for i in range(stored.num_labels))
+
+
+def _side(size: int | Sequence[int]) -> int:
+    return size if isinstance(size, int) else size[0]
+
+
 def _has_head(stored: Any) -> bool:
     return any("ForImageClassification" in name for name in stored.architectures or ())
 
@@ -248,36 +293,47 @@ def _has_head(stored: Any) -> bool:
 def _classifier_class(stored: Any) -> Any:
     mapping = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
     if type(stored) not in mapping:
-        raise ModelError(f"a {stored.model_type} model cannot classify images; use a ViT, DeiT, BEiT, DINOv2 or Swin.")
+        raise ModelError(
+            f"a {stored.model_type} model cannot classify images; use a ViT, DeiT, BEiT, DINOv2 or Swin."
+        )
     found = mapping[type(stored)]
-    return found[0] if isinstance(found, tuple | list) else found
+    known = found if isinstance(found, tuple | list) else [found]
+    # As AutoModelForImageClassification does: a distilled DeiT keeps its two heads.
+    return next((one for one in known if one.__name__ in (stored.architectures or ())), known[0])
 
 
-def _preprocess(where: str, revision: str | None, stored: Any) -> Preprocess:
+def _preprocess(origin: _Origin, stored: Any) -> Preprocess:
+    file = "preprocessor_config.json"
     try:
         found = transformers.utils.cached_file(
-            where, "preprocessor_config.json", revision=revision, _raise_exceptions_for_missing_entries=False
-        )
+            origin.where, file, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=not origin.cache_only, **origin.arguments(),
+        )  # fmt: skip
         document = json.loads(Path(found).read_text()) if found else None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{where}: preprocessor_config.json cannot be read: {_first_line(error)}.") from error
-    size = stored.image_size if isinstance(stored.image_size, int) else stored.image_size[0]
-    how = Preprocess.from_json(document) if document else Preprocess(size, size)
+        size = _side(getattr(stored, "image_size", None) or 224)
+        how = Preprocess.from_json(document) if document else Preprocess(size, size)
+    except ModelError as error:
+        raise ModelError(f"{origin.where}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{origin.where}: {file} cannot be read: {_first_line(error)}.") from error
     # DINOv2 checkpoints state the size they were trained at, and take smaller images too.
-    return how if how.height == size or stored.model_type.startswith("dinov2") else how.at(size)
+    fixed = hasattr(stored, "image_size") and not stored.model_type.startswith("dinov2")
+    return how.at(size) if fixed and how.height != size else how
 
 
-def _check_folder(where: str) -> None:
-    folder = Path(where)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        held = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-        raise ModelError(f"{where}: no config.json here (it holds {held}); point to a Transformers model folder.")
+def _headless(origin: _Origin) -> ModelError:
+    return ModelError(
+        f"{origin.where}: a backbone with no classification head; fine-tune it first: vitft train."
+    )
 
 
-def _unreadable(where: str, error: Exception) -> ModelError:
-    if Path(where).is_dir():
-        return ModelError(f"{where}: not a readable Transformers model: {_first_line(error)}.")
-    return ModelError(f"model {where}: no folder of that name here, and {reason(error)}; {_ELSEWHERE}.")
+def _unreadable(origin: _Origin, error: Exception) -> ModelError:
+    if Path(origin.where).is_dir():
+        return ModelError(f"{origin.where}: not a readable Transformers model: {_first_line(error)}.")
+    at = f" at revision {origin.revision}" if origin.revision else ""
+    return ModelError(
+        f"model {origin.where}{at}: no folder of that name here, and {reason(error)}; {_ELSEWHERE}."
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """Parameter groups, the optimizer, and the learning rate as a function of the step."""
 
 from collections.abc import Iterable
-from math import cos, pi
+from math import ceil, cos, pi
 from typing import TYPE_CHECKING
 
 from vitft.config import TrainConfig
@@ -10,7 +10,15 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-_NO_DECAY = ("cls_token", "mask_token", "distillation_token", "position_embeddings", "relative_position_bias_table")
+_NO_DECAY = (
+    "cls_token", "mask_token", "distillation_token", "position_embeddings", "relative_position_bias_table",
+)  # fmt: skip
+
+
+def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of a whole run: the epochs', at least one, bounded by `max_steps`."""
+    wanted = max(1, ceil(config.epochs * steps_per_epoch - 1e-9))
+    return min(wanted, config.max_steps or wanted)
 
 
 def lr_at(step: int, config: TrainConfig, *, total_steps: int, steps_per_epoch: int) -> float:
@@ -19,7 +27,7 @@ def lr_at(step: int, config: TrainConfig, *, total_steps: int, steps_per_epoch: 
     linear and cosine (Loshchilov & Hutter 2017, eq. 5) reach 0 just after the last step; step
     multiplies by `decay_factor` every `decay_epochs`.
     """
-    warm = round(config.warmup * total_steps)
+    warm = min(round(config.warmup * total_steps), total_steps - 1)  # the peak is reached in any run
     if step < warm:
         return config.lr * (step + 1) / (warm + 1)
     done = (step - warm) / max(1, total_steps - warm)
@@ -32,12 +40,11 @@ def lr_at(step: int, config: TrainConfig, *, total_steps: int, steps_per_epoch: 
             return config.lr * (1 + cos(pi * done)) / 2
         case "step":
             # Whole steps, so that a decay after each epoch falls on the epoch's first step exactly.
-            return config.lr * config.decay_factor ** (step // max(1, round(config.decay_epochs * steps_per_epoch)))
+            every = max(1, round(config.decay_epochs * steps_per_epoch))
+            return config.lr * config.decay_factor ** (step // every)
 
 
-def parameter_groups(
-    named: Iterable[tuple[str, "Tensor"]], weight_decay: float
-) -> list[dict[str, object]]:
+def parameter_groups(named: Iterable[tuple[str, "Tensor"]], weight_decay: float) -> list[dict[str, object]]:
     """Trainable parameters in two groups: matrices decay; biases, norms, tokens and positions do not."""
     trainable = [(name, p) for name, p in named if p.requires_grad]
     spared = [(name, p) for name, p in trainable if p.ndim <= 1 or name.endswith(_NO_DECAY)]

@@ -2,72 +2,109 @@
 
 import inspect
 from collections.abc import Callable
-from functools import wraps
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
+import typer.main
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
+
+    Settings = Callable[[], type[BaseModel]]
+    Command = Callable[..., Any]
 
 
-def options_from(config: type[BaseModel]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def options_from(settings: "Settings") -> "Callable[[Command], Command]":
     """Give a command one flag for each field; it receives those that were typed, as `overrides`.
 
-    A flag's default is None, so that what was not typed is told from what was: help shows the
-    field's own default. Bounds are checked by the field alone.
+    `settings` gives the class of the fields when the command is asked for (see `with_flags`), so that
+    the help of the others needs no pydantic. A flag's default is None, so that what was not typed is
+    told from what was: help shows the field's own default. Bounds are checked by the field alone.
     """
 
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(command)
-        def wrapper(**given: Any) -> Any:
-            overrides = {name: value for name in config.model_fields if (value := given.pop(name)) is not None}
-            return command(**given, overrides=overrides)
-
+    def decorate(command: "Command") -> "Command":
         signature = inspect.signature(command)
         own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.name != "overrides"]
-        flags = [_parameter(name, field) for name, field in config.model_fields.items()]
-        wrapper.__signature__ = signature.replace(parameters=[*flags, *own])  # type: ignore[attr-defined]
-        wrapper.__annotations__ = {p.name: p.annotation for p in [*own, *flags]}
-        return wrapper
+        _sign(command, own)
+        command.make_flags = lambda: _flagged(command, own, settings())  # type: ignore[attr-defined]
+        return command
 
     return decorate
 
 
-def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+def with_flags(command: Any) -> Any:
+    """The command as Typer built it, with its flags if `options_from` promised it some."""
+    make_flags = getattr(command.callback, "make_flags", None)
+    if make_flags is None:
+        return command
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+    alone.command(command.name, help=command.help)(make_flags())
+    return typer.main.get_command(alone)
+
+
+def _flagged(command: "Command", own: list[inspect.Parameter], config: "type[BaseModel]") -> "Command":
+    fields = config.model_fields
+
+    def wrapper(**given: Any) -> Any:
+        values = {name: given.pop(name) for name in fields}
+        undone = {name: False for name in fields if given.pop(f"no_{name}", None)}
+        overrides = {name: value for name, value in values.items() if value is not None} | undone
+        return command(**given, overrides=overrides)
+
+    flags = [flag for name, field in fields.items() for flag in _parameters(name, field)]
+    last = _panel([*fields.values()][-1])
+    # The command's own options open the last panel, for they steer the run as a whole.
+    place = next(i for i, flag in enumerate(flags) if flag.annotation.__metadata__[0].rich_help_panel == last)
+    _sign(wrapper, [*flags[:place], *own, *flags[place:]])
+    return wrapper
+
+
+def _sign(command: "Command", parameters: list[inspect.Parameter]) -> None:
+    """Typer reads a command's options from its signature."""
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+
+
+def _parameters(name: str, field: "FieldInfo") -> list[inspect.Parameter]:
+    """A field's flag; a switch has a second one that undoes a recipe's, and that help does not list."""
+    kinds = [kind for kind in get_args(field.annotation) if kind is not NoneType]
+    kind: Any = kinds[0] if NoneType in get_args(field.annotation) else field.annotation
+    flag = name.replace("_", "-")
+    choices = [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
+    option = typer.Option(
+        f"--{flag}",
+        help=_help(field, f" --no-{flag} undoes it." if kind is bool else ""),
+        show_default=False,  # the flag's own default is always None
+        rich_help_panel=_panel(field),
+        metavar="|".join(choices) or None,
+        autocompletion=completion(choices) if choices else None,
+    )
+    # A choice is a string to Typer: the field checks it, and names the nearest.
+    flags = [_parameter(name, str if choices else kind, option)]
+    if kind is bool:
+        flags.append(_parameter(f"no_{name}", bool, typer.Option(f"--no-{flag}", hidden=True)))
+    return flags
+
+
+def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
+    annotation = Annotated[kind | None, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _panel(field: "FieldInfo") -> str:
     extra = field.json_schema_extra
     assert isinstance(extra, dict)
-    kind = next(t for t in get_args(field.annotation) if t is not NoneType) if _optional(field) else field.annotation
-    flag = f"--{name.replace('_', '-')}"
-    option = typer.Option(
-        f"{flag}/--no-{flag.removeprefix('--')}" if kind is bool else flag,
-        help=_help(field),
-        show_default=False,  # the flag's own default is always None
-        rich_help_panel=str(extra["panel"]),
-        metavar="|".join(get_args(kind)) if get_origin(kind) is Literal else None,
-        autocompletion=_completion(kind),
-    )
-    # Typer has no Literal with a default of None in every version: a string, checked by the field.
-    typed = str if get_origin(kind) is Literal else kind
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[typed | None, option]
-    )
+    return str(extra["panel"])
 
 
-def _help(field: FieldInfo) -> str:
+def _help(field: "FieldInfo", undo: str) -> str:
     default = field.default
-    return f"{field.description}" + (f" [dim]\\[default: {default}][/]" if default not in (None, False) else "")
+    shown = "" if default is None or default is False else f" [dim]\\[default: {default}][/]"
+    return f"{field.description}{undo}{shown}"
 
 
-def _optional(field: FieldInfo) -> bool:
-    return NoneType in get_args(field.annotation)
-
-
-def _completion(kind: Any) -> Callable[[str], list[str]] | None:
-    if get_origin(kind) is not Literal:
-        return None
-
-    def complete(incomplete: str) -> list[str]:
-        return [choice for choice in get_args(kind) if choice.startswith(incomplete)]
-
-    return complete
+def completion(choices: list[str]) -> Callable[[str], list[str]]:
+    """What the shell offers for an option's value, or an argument."""
+    return lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)]

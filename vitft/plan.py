@@ -2,21 +2,22 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from vitft import console
 from vitft.config import TrainConfig
 from vitft.console import duration, size
 from vitft.errors import VitftError
 from vitft.evaluation import autocast
 from vitft.models import set_training
+from vitft.optim import total_steps
 from vitft.preparation import Prepared, prepare
 from vitft.spec import spec_from_config
 from vitft.spec import total as stage_total
-from vitft.trainer import total_steps
 
 LONG_S = 2 * 3600.0  # a run longer than this says so before it starts
 
@@ -27,6 +28,7 @@ class Plan:
 
     prepared: Prepared
     steps: int
+    steps_per_epoch: int
     trainable: int
     parameters: int
     memory_bytes: int | None  # None where the architecture has no stage table
@@ -38,90 +40,154 @@ class Plan:
         """Training and evaluation together."""
         return self.train_s + self.evaluate_s
 
-    def rows(self) -> Iterator[tuple[str, str]]:
-        """Names and values, in reading order."""
-        config = self.prepared.config
-        splits = self.prepared.splits
-        yield "data set", f"{config.dataset}" + (f" at {self.prepared.source.revision[:12]}" if self.prepared.source.revision else "")  # fmt: skip
-        for role, split in splits.items():
-            yield role, f"{len(split.rows):,} images of {split.source}"
-        labels = self.prepared.source.labels
-        yield "classes", f"{len(labels)}: {', '.join(labels[:8])}{', ...' if len(labels) > 8 else ''}"
-        yield "model", f"{config.model}{', new weights' if config.from_scratch else ''}, {config.image_size} px, {'new' if self.prepared.loaded.new_head else 'its own'} head"  # fmt: skip
-        yield "parameters", f"{self.parameters:,}, of which {self.trainable:,} are trained"
-        yield "steps", f"{self.steps:,} of {config.batch_size} images"
-        yield "device", f"{config.device}, {config.precision}"
-        yield "memory", f"about {size(self.memory_bytes)}" if self.memory_bytes else "not known for this architecture"
-        yield "time", f"about {duration(self.train_s)} of training and {duration(self.evaluate_s)} of evaluation"
-        for name, value in config.model_dump(exclude_none=True).items():
-            if name not in ("dataset", "model", "image_size", "device", "precision"):
-                yield name, str(value)
+    def groups(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+        """Titled groups of names and values, in reading order; the settings come last, by help panel."""
+        config, source, splits = self.prepared.config, self.prepared.source, self.prepared.splits
+        labels = source.labels
+        revision = f" at {source.revision[:12]}" if source.revision else ""
+        yield (
+            "Data",
+            [
+                ("data set", f"{config.dataset}{revision}"),
+                ("classes", f"{len(labels)}: {', '.join(labels[:8])}{', ...' if len(labels) > 8 else ''}"),
+                *((role, f"{len(split.rows):,} images of {split.source}") for role, split in splits.items()),
+            ],
+        )
+        head = "new head" if self.prepared.loaded.new_head else "its own head"
+        start = "new weights" if config.from_scratch else head
+        memory = f"about {size(self.memory_bytes)}" if self.memory_bytes else "unknown for this architecture"
+        took = f"about {duration(self.train_s)} of training and {duration(self.evaluate_s)} of evaluation"
+        yield (
+            "Model",
+            [
+                ("model", f"{config.model}, {config.image_size} px, {start}"),
+                ("parameters", f"{self.parameters:,}, of which {self.trainable:,} are trained"),
+            ],
+        )
+        yield (
+            "Cost",
+            [
+                ("steps", f"{self.steps:,} of {config.batch_size} images, {self.steps_per_epoch:,} an epoch"),
+                ("device", f"{config.device}, {config.precision}"),
+                ("memory", memory),
+                ("time", took),
+            ],
+        )
+        panels: dict[str, list[str]] = {}
+        for name, field in TrainConfig.model_fields.items():
+            assert isinstance(field.json_schema_extra, dict)
+            value = getattr(config, name)
+            if value is not None:
+                panels.setdefault(str(field.json_schema_extra["panel"]), []).append(f"{name}: {value}")
+        yield "Settings", [(panel, "\n".join(settings)) for panel, settings in panels.items()]
 
 
 def plan(config: TrainConfig) -> Plan:
     """Prepare a run and probe the machine with its model; nothing is decoded or written."""
     prepared = prepare(config)
+    return _plan(prepared, *probe(prepared))
+
+
+def warn_if_long(prepared: Prepared, processes: int = 1) -> None:
+    """Say that a run will take hours, before it does, and what would be cheaper."""
+    first = first_image_s(prepared)
+    # Alone an image takes longer than in a batch, and longest the first: most runs are cleared by this one.
+    if _plan(prepared, first, first).total_s / processes <= LONG_S:
+        return
+    found = _plan(prepared, *probe(prepared))
+    if found.total_s / processes > LONG_S:
+        console.warn(advice(found, processes))
+
+
+def _plan(prepared: Prepared, train_image_s: float, evaluate_image_s: float) -> Plan:
     config, model = prepared.config, prepared.loaded.model
     splits = {role: len(split.rows) for role, split in prepared.splits.items()}
     steps_per_epoch = -(-splits["train"] // config.batch_size)
     steps = total_steps(config, steps_per_epoch)
-    train_image_s, evaluate_image_s = probe(prepared)
     validations = -(-steps // (config.eval_every or steps_per_epoch))
     evaluated = splits.get("validation", 0) * validations + splits.get("test", 0)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Plan(
-        prepared, steps, trainable, sum(p.numel() for p in model.parameters()), _memory(prepared, trainable),
-        train_image_s * min(steps * config.batch_size, steps / steps_per_epoch * splits["train"]),
-        evaluate_image_s * evaluated,
+        prepared, steps, steps_per_epoch, trainable, sum(p.numel() for p in model.parameters()),
+        _memory(prepared, trainable),
+        train_s=train_image_s * steps / steps_per_epoch * splits["train"],
+        evaluate_s=evaluate_image_s * evaluated,
     )  # fmt: skip
 
 
 def probe(prepared: Prepared) -> tuple[float, float]:
     """Seconds an image takes in training and in evaluation, by doing so for about a second."""
-    config, how = prepared.config, prepared.loaded.preprocess
-    model = prepared.loaded.model.to(config.device)
-    state = torch.get_rng_state()
-
-    def training(count: int) -> float:
-        set_training(model, frozen_backbone=config.freeze == "backbone")
-        pixels = torch.randn(count, 3, how.height, how.width, device=config.device)
-        labels = torch.zeros(count, dtype=torch.long, device=config.device)
-        started = time.perf_counter()
-        with autocast(config.device, config.precision):
-            F.cross_entropy(model(pixel_values=pixels).logits.float(), labels).backward()
-        _wait(config.device)
-        return (time.perf_counter() - started) / count
-
-    def evaluating(count: int) -> float:
-        model.eval()
-        pixels = torch.randn(count, 3, how.height, how.width, device=config.device)
-        started = time.perf_counter()
-        with torch.inference_mode(), autocast(config.device, config.precision):
-            model(pixel_values=pixels)
-        _wait(config.device)
-        return (time.perf_counter() - started) / count
-
+    config = prepared.config
     share = min(config.batch_size, config.micro_batch_size or config.batch_size)
-    training(1)  # the first call pays for threads and kernels
-    count = max(1, min(share, int(1 / training(1))))
-    result = min(training(count) for _ in range(2)), evaluating(count)
+    with _untouched(prepared):
+        count, image_s = 1, _train(prepared, 1)  # the first call pays for threads and kernels
+        while count < share and count * image_s < 0.5:
+            count = min(share, 4 * count)  # alone an image says little of a batch
+            image_s = _train(prepared, count)
+        return min(image_s, _train(prepared, count)), _evaluate(prepared, count)
+
+
+def first_image_s(prepared: Prepared) -> float:
+    """Seconds that training takes for one image, the first one: an upper bound, and a cheap one."""
+    with _untouched(prepared):
+        return _train(prepared, 1)
+
+
+@contextmanager
+def _untouched(prepared: Prepared) -> Iterator[None]:
+    """Lets a probe train the model and leaves no trace: a run is the same with and without it."""
+    model = prepared.loaded.model.to(prepared.config.device)
+    random, buffers = torch.get_rng_state(), {name: buffer.clone() for name, buffer in model.named_buffers()}
+    yield
     model.zero_grad(set_to_none=True)
-    torch.set_rng_state(state)
-    return result
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    torch.set_rng_state(random)
 
 
-def advice(plan: Plan) -> str:
+def _train(prepared: Prepared, count: int) -> float:
+    config, model = prepared.config, prepared.loaded.model
+    set_training(model, frozen_backbone=config.freeze == "backbone")
+    pixels = _noise(prepared, count)
+    labels = torch.zeros(count, dtype=torch.long, device=config.device)
+    started = time.perf_counter()
+    with autocast(config.device, config.precision):
+        loss = F.cross_entropy(model(pixel_values=pixels).logits.float(), labels)
+    torch.autograd.backward(loss)
+    _wait(config.device)
+    return (time.perf_counter() - started) / count
+
+
+def _evaluate(prepared: Prepared, count: int) -> float:
+    config, model = prepared.config, prepared.loaded.model
+    model.eval()
+    pixels = _noise(prepared, count)
+    started = time.perf_counter()
+    with torch.inference_mode(), autocast(config.device, config.precision):
+        model(pixel_values=pixels)
+    _wait(config.device)
+    return (time.perf_counter() - started) / count
+
+
+def _noise(prepared: Prepared, count: int) -> torch.Tensor:
+    how = prepared.loaded.preprocess
+    return torch.randn(count, 3, how.height, how.width, device=prepared.config.device)
+
+
+def advice(plan: Plan, processes: int = 1) -> str:
     """The warning of a long run, naming cheaper ways."""
-    config = plan.prepared.config
-    ways = ["--max-train-samples 2000"]
+    config, images = plan.prepared.config, len(plan.prepared.splits["train"].rows)
+    ways = ["--max-train-samples 2000"] if images > 2000 else ["--epochs 1"] if config.epochs > 1 else []
     ways += ["--freeze backbone"] if config.freeze == "none" and not config.from_scratch else []
-    ways += [f"--image-size {config.image_size // 2}"] if (config.image_size or 0) >= 128 else []
+    side = config.image_size or 0
+    ways += [f"--image-size {side // 2}"] if side >= 128 else []
     ways += ["--model vit-micro"] if config.model != "vit-micro" else []
-    return f"this run will take about {duration(plan.total_s)} on this {config.device}; cheaper: {', or '.join(ways)}."
+    took = duration(plan.total_s / processes)
+    return f"this run will take about {took} on this {config.device}; cheaper: {', or '.join(ways)}."
 
 
 def _memory(prepared: Prepared, trainable: int) -> int | None:
-    """Weights, gradients, two moments, kept activations and the decoded images, in bytes."""
+    """Weights, gradients, moments, kept activations and the decoded images, in bytes."""
     config, model = prepared.config, prepared.loaded.model
     try:
         spec = spec_from_config(model.config.to_dict() | {"num_labels": model.config.num_labels})
@@ -138,13 +204,3 @@ def _memory(prepared: Prepared, trainable: int) -> int | None:
 def _wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def long_run(plan: Plan) -> bool:
-    """Whether the run is long enough to say so before it starts."""
-    return plan.total_s > LONG_S
-
-
-def describe(plan: Plan) -> dict[str, Any]:
-    """The plan as rows, for tests and programs."""
-    return dict(plan.rows())

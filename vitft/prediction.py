@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vitft.checkpoint import find_model
-from vitft.data.augment import preprocess, workers
+from vitft.data.augment import fit, normalize, workers
 from vitft.data.images import BadImage, decode
 from vitft.data.local import image_files
 from vitft.errors import DataError
@@ -45,13 +45,14 @@ def predict(
     """
     given = [paths] if isinstance(paths, str | Path) else paths
     found = list(find_images(given))
-    loaded = load_trained(find_model(Path(checkpoint).expanduser()) if Path(checkpoint).expanduser().exists() else checkpoint)
+    where = find_model(Path(checkpoint).expanduser())
+    loaded = load_trained(where if where.is_dir() else str(checkpoint))
     device = find_device(device)
     model = loaded.model.to(device)
 
     def read(path: Path) -> torch.Tensor | str:
-        try:
-            return torch.from_numpy(decode(path, max_pixels))
+        try:  # fitted at once, so that a batch of photos never lies in memory at full size
+            return fit(torch.from_numpy(decode(path, max_pixels))[None], loaded.preprocess)
         except BadImage as error:
             return str(error)
         except OSError as error:
@@ -60,10 +61,14 @@ def predict(
     rows: list[Prediction] = []
     for start in range(0, len(found), _BATCH):
         part = found[start : start + _BATCH]
-        read_part = list(workers().map(read, part))
-        images = [image.to(device) for image in read_part if isinstance(image, torch.Tensor)]
-        tops = _top(model, preprocess(images, loaded.preprocess), top_k) if images else iter(())
-        for path, result in zip(part, read_part, strict=True):
+        results = list(workers().map(read, part))
+        images = [image for image in results if isinstance(image, torch.Tensor)]
+        tops = (
+            _top(model, normalize(torch.cat(images).to(device), loaded.preprocess), top_k)
+            if images
+            else iter(())
+        )
+        for path, result in zip(part, results, strict=True):
             if isinstance(result, str):
                 rows.append(Prediction(str(path), error=result))
             else:
@@ -86,12 +91,15 @@ def find_images(given: Sequence[str | Path]) -> Iterator[Path]:
     for word in given:
         path = Path(word).expanduser()
         if path.is_dir():
-            found = image_files(path)
+            found = list(image_files(path))
         elif not path.exists() and glob.has_magic(str(word)):
-            found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
+            names = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (Path.glob wants relative ones)
+            found = [Path(name) for name in names if Path(name).is_file()]
         else:
             found = [path]  # a file that is not there gets its own row
         count += len(found)
         yield from found
     if count == 0:
-        raise DataError(f"no image found in {', '.join(map(str, given))}; give image files, folders or globs.")
+        raise DataError(
+            f"no image found in {', '.join(map(str, given))}; give image files, folders or globs."
+        )

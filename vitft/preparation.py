@@ -48,6 +48,7 @@ def prepare(config: TrainConfig) -> Prepared:
     if config.dataset is None:
         raise UsageError("no data set; add --dataset: digits needs no network, or cifar10, a hub id, a folder.")
     config = resolved(config)
+    assert config.dataset is not None
     source = open_source(
         config.dataset, revision=config.dataset_revision,
         image_column=config.image_column, label_column=config.label_column,
@@ -71,7 +72,9 @@ def prepare(config: TrainConfig) -> Prepared:
 
 def absolute(config: TrainConfig) -> TrainConfig:
     """The settings with local paths made absolute, so that they hold from any folder."""
-    names = {"dataset": ALIASES, "model": PRESETS}
-    given = {name: getattr(config, name) for name, known in names.items() if getattr(config, name) not in known}
+    given = {
+        "dataset": config.dataset if config.dataset not in ALIASES else None,
+        "model": config.model if config.model not in PRESETS else None,
+    }
     paths = {name: Path(value).expanduser() for name, value in given.items() if value is not None}
     return config.model_copy(update={n: shown(p.resolve()) for n, p in paths.items() if p.exists()})

@@ -46,15 +46,31 @@ def find_recipe(name_or_file: str) -> Path:
 def read_recipe(path: Path) -> dict[str, Any]:
     """The settings in a recipe's file, unchecked. Raises UsageError."""
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         first = " ".join(str(error).split())
         raise UsageError(f"recipe {path}: cannot be read: {first}") from error
     if settings is None:
         return {}
-    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+    if not isinstance(settings, dict):
         raise UsageError(f"recipe {path}: a recipe is `setting: value` lines, got {type(settings).__name__}.")
-    return {key.replace("-", "_"): value for key, value in settings.items()}
+    return settings
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as ever, but a setting that is given twice is an error; `batch-size` is `batch_size`."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Read a mapping. Raises yaml.YAMLError for a key that comes twice."""
+        found: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            key = self.construct_object(key_node, deep=True)
+            key = key.replace("-", "_") if isinstance(key, str) else str(key)
+            if key in found:
+                line = key_node.start_mark.line + 1
+                raise yaml.YAMLError(f"{key} is given twice, the second time in line {line}; leave one")
+            found[key] = self.construct_object(value_node, deep=True)
+        return found
 
 
 def load_config(recipe: str | None, flags: dict[str, Any]) -> TrainConfig:

@@ -167,9 +167,7 @@ def stages(spec: ViTSpec, batch_size: int = 1) -> list[Stage]:
     tokens, scores = (b, n, d), (b, a, n, n)
     found: list[Stage] = []
 
-    def add(
-        name: str, output: tuple[int, ...], *, parameters: int = 0, flops: int = 0, kept: bool = False
-    ) -> None:
+    def add(name: str, output: tuple[int, ...], *, parameters: int = 0, flops: int = 0, kept: bool = False) -> None:
         shape_in = found[-1].output if found else output
         kept_bytes = FLOAT32_BYTES * prod(output) if kept else 0
         found.append(Stage(name, shape_in, output, parameters, flops, kept_bytes))

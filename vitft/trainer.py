@@ -4,22 +4,19 @@ A step is a function of its number: its batch, its learning rate and its dropout
 step). So a run that is resumed from step N ends bit for bit where an undisturbed one does.
 """
 
-import glob
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.tracking import filter_trackers
 from accelerate.utils import broadcast_object_list, gather_object
 
 from vitft import checkpoint as ckpt
@@ -31,11 +28,13 @@ from vitft.data.splits import manifest
 from vitft.data.store import Skipped
 from vitft.errors import DataError, ModelError, Stopped, TrainingError, UsageError
 from vitft.evaluation import measure
-from vitft.files import write_json, write_text
+from vitft.files import write_json
 from vitft.hardware import environment, resolved
+from vitft.history import Window, forget_after, record, tracker
 from vitft.metrics import Metrics
 from vitft.models import load_trained, set_training
-from vitft.optim import lr_at, make_optimizer
+from vitft.optim import lr_at, make_optimizer, total_steps
+from vitft.plan import warn_if_long
 from vitft.preparation import Prepared, absolute, prepare
 from vitft.randomness import seed_of
 from vitft.recipe import read_recipe
@@ -64,6 +63,7 @@ def train(config: TrainConfig, *, output: Path | str | None = None, overwrite: b
         ckpt.check_free(Path(output), overwrite=overwrite)
     with accelerator.main_process_first():
         prepared = prepare(config)
+    warn_if_long(prepared, accelerator.num_processes)
     run = _new_run(accelerator, prepared, output, overwrite)
     return _Run(accelerator, prepared, run).train(State())
 
@@ -130,11 +130,16 @@ class _Run:
             ckpt.load_optimizer(self.resumed_from, self.bare, self.optimizer.optimizer)
             if state.scaler and self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state.scaler)
-            _forget_after(self.run / "metrics.jsonl", state.step)
+            forget_after(self.run, state.step)
         eval_every = config.eval_every or self.steps_per_epoch
         save_every = config.save_every or self.steps_per_epoch
-        window = _Window(self.accelerator)
-        with StopSignals(self.accelerator) as signals, _tracker(self) as track, self._progress(state) as bar:
+        window = Window(self.accelerator)
+        with (
+            StopSignals(self.accelerator) as signals,
+            tracker(config, self.run, self.accelerator) as track,
+            self._progress(state) as bar,
+            self._memory_guard(),
+        ):
             while state.step < self.total_steps and not state.stopped_early:
                 waited = time.perf_counter()
                 batch = self.loader.batch(state.step)
@@ -148,10 +153,11 @@ class _Run:
                 saves = state.step % save_every == 0 or last or stopping
                 if state.step % config.log_every == 0 or evaluates or saves:
                     try:
-                        line = window.close()
+                        means = window.close()
                     except FloatingPointError as error:
                         raise self._diverged(state.step - len(window) + error.args[0] + 1, error.args[1]) from error
-                    line = {"step": state.step, "epoch": self._epoch(state.step), "split": "train"} | line | {"lr": lr}
+                    line: dict[str, Any] = {"step": state.step, "epoch": self._epoch(state.step), "split": "train"}
+                    line |= means | {"lr": lr}
                     bar.update(line)
                     track(line)
                     self._record(line)
@@ -161,7 +167,7 @@ class _Run:
                 if saves:
                     self._save(state)
                 if evaluates or saves:
-                    window = _Window(self.accelerator)
+                    window.restart()
                 if stopping and not last:
                     raise self._stopped(state, stopping)
         return self._finish(state)
@@ -191,7 +197,8 @@ class _Run:
             with nullcontext() if exchange else accelerator.no_sync(self.model):
                 logits = self.model(pixel_values=pixels).logits.float()
                 # Divided by the whole batch, not by this part: a tail or an uneven share weighs what it is.
-                loss = weight * F.cross_entropy(logits, labels, reduction="sum", label_smoothing=config.label_smoothing) / whole  # fmt: skip
+                summed = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=config.label_smoothing)
+                loss = weight * summed / whole
                 accelerator.backward(loss * world)  # the processes' gradients are averaged
             loss_sum += loss.detach()
             correct += weight * (logits.detach().argmax(dim=1) == labels).sum()
@@ -253,8 +260,7 @@ class _Run:
 
     def _record(self, line: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            with (self.run / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            record(self.run, line)
 
     def _write_or_check_splits(self) -> None:
         document = manifest(self.prepared.source, self.prepared.splits)
@@ -288,7 +294,24 @@ class _Run:
     def _diverged(self, step: int, value: float) -> TrainingError:
         folders = ckpt.step_folders(self.run)
         good = f"the last good checkpoint is {folders[0]}" if folders else "no checkpoint was saved before it"
-        return TrainingError(f"the loss or its gradient is {value} at step {step}; {good}. Try a lower --lr or more --warmup.")  # fmt: skip
+        return TrainingError(
+            f"the loss or its gradient is {value} at step {step}; {good}. Try a lower --lr or more --warmup."
+        )
+
+    @contextmanager
+    def _memory_guard(self) -> Iterator[None]:
+        """Say in one line what to do when memory runs out."""
+        try:
+            yield
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no type of its own
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            share = -(-self.config.batch_size // self.accelerator.num_processes)
+            micro = max(1, min(self.config.micro_batch_size or share, share) // 2)
+            raise TrainingError(
+                f"out of memory on {self.accelerator.device}; the same batch in smaller parts may fit: "
+                f"--micro-batch-size {micro}, in a new run or with a smaller model."
+            ) from error
 
     def _finish(self, state: State) -> Result:
         """Score the best checkpoint, or the last where there was nothing to choose by, on the test split."""
@@ -315,53 +338,6 @@ class _Run:
         return console.TrainingProgress(state.step, self.total_steps, self.steps_per_epoch)
 
 
-class _Window:
-    """What happened since the last line of metrics; the device is asked for numbers once a window."""
-
-    def __init__(self, accelerator: Any) -> None:
-        self.accelerator = accelerator
-        self.started = time.perf_counter()
-        self.steps: list[torch.Tensor] = []
-        self.images, self.data_wait_s = 0, 0.0
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def add(self, loss: torch.Tensor, correct: torch.Tensor, norm: torch.Tensor, *, count: int) -> None:
-        """Keep one step: this process's shares of loss and correct answers, and the gradient's norm."""
-        self.steps.append(torch.stack([loss, correct, norm.detach() / self.accelerator.num_processes]))
-        self.images += count
-
-    def close(self) -> dict[str, float]:
-        """Means over the window, over all processes; then begin the next one.
-
-        Raises FloatingPointError(place in the window, value) for the first loss or norm that is not finite.
-        """
-        table = self.accelerator.reduce(torch.stack(self.steps), "sum").double().cpu()
-        # Under fp16 an overflowing gradient is ordinary: the scaler skips that step and halves its scale.
-        checked = table[:, :1] if self.accelerator.scaler else table[:, ::2]
-        bad = (~checked.isfinite()).nonzero()
-        if len(bad):
-            place, column = bad[0].tolist()
-            raise FloatingPointError(place, checked[place, column].item())
-        elapsed = time.perf_counter() - self.started
-        line = {
-            "loss": table[:, 0].mean().item(),
-            "accuracy": table[:, 1].sum().item() / self.images,
-            "grad_norm": table[:, 2].mean().item(),
-            "images_per_s": self.images / elapsed,
-            "data_wait": self.data_wait_s / elapsed,
-        }
-        self.__init__(self.accelerator)  # type: ignore[misc]
-        return line
-
-
-def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
-    """Optimizer steps of a whole run: the epochs', at least one, bounded by `max_steps`."""
-    wanted = max(1, math.ceil(config.epochs * steps_per_epoch - 1e-9))
-    return min(wanted, config.max_steps or wanted)
-
-
 def _accelerator(config: TrainConfig) -> Any:
     if config.tracker != "none" and find_spec(config.tracker) is None:
         raise UsageError(f"tracker {config.tracker}: not installed; pip install 'vitft[{config.tracker}]'.")
@@ -370,30 +346,12 @@ def _accelerator(config: TrainConfig) -> Any:
     return Accelerator(cpu=known.device == "cpu", mixed_precision=precision)
 
 
-@contextmanager
-def _tracker(run: _Run) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that sends a line of metrics to the run's tracker."""
-    accelerator = run.accelerator
-    if run.config.tracker == "none":
-        yield lambda line: None
-        return
-    accelerator.log_with = filter_trackers(run.config.tracker, str(run.run))  # the folder was not known before
-    accelerator.init_trackers("vitft", config=run.config.model_dump(exclude_none=True))
-
-    def track(line: dict[str, Any]) -> None:
-        values = {f"{line['split']}/{key}": value for key, value in line.items() if isinstance(value, float)}
-        accelerator.log(values, step=line["step"])
-
-    yield track
-    accelerator.end_training()
-
-
 def _new_run(accelerator: Any, prepared: Prepared, output: Path | str | None, overwrite: bool) -> Path:
     """Make the run folder, on the main process, and write what the run is."""
     chosen: list[Any] = [None]
     if accelerator.is_main_process:
         config = prepared.config
-        run = Path(output) if output is not None else _free_name(prepared)
+        run = Path(output) if output is not None else ckpt.free_name(config, prepared.source.name)
         ckpt.create_run(run, overwrite=overwrite)
         ckpt.write_config(run, config)
         revisions = {"model_revision": prepared.loaded.revision, "dataset_revision": prepared.source.revision}
@@ -401,14 +359,6 @@ def _new_run(accelerator: Any, prepared: Prepared, output: Path | str | None, ov
         write_json(run / "environment.json", environment() | revisions | processes)
         chosen = [run]
     return Path(broadcast_object_list(chosen)[0])
-
-
-def _free_name(prepared: Prepared) -> Path:
-    """runs/<dataset>-<model>-<number>, with the first number that is free."""
-    model = Path(prepared.config.model).name or "model"
-    stem = f"{prepared.source.name}-{model}{'-scratch' if prepared.config.from_scratch else ''}"
-    taken = {path.name for path in Path("runs").glob(f"{glob.escape(stem)}-*")}
-    return Path("runs") / next(name for n in count(1) if (name := f"{stem}-{n}") not in taken)
 
 
 def _changed(run: Path, changes: dict[str, Any]) -> TrainConfig:
@@ -426,13 +376,6 @@ def _changed(run: Path, changes: dict[str, Any]) -> TrainConfig:
                 f"or start anew from its weights: vitft train --model {run / 'last'} {flag} {now}"
             )
     return after
-
-
-def _forget_after(metrics: Path, step: int) -> None:
-    """Drop the lines of steps that will be run again."""
-    if metrics.exists():
-        lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
-        write_text(metrics, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
 
 
 def _summary(metrics: Metrics) -> dict[str, Any]:

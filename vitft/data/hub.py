@@ -18,9 +18,7 @@ from vitft.errors import DataError
 _SHA = re.compile(r"[0-9a-f]{40}")
 
 
-def read(
-    repo: str, config: str | None, revision: str | None
-) -> tuple[dict[str, datasets.Dataset], str | None]:
+def read(repo: str, config: str | None, revision: str | None) -> tuple[dict[str, datasets.Dataset], str | None]:
     """Load a hub data set: its raw splits and the commit they came from (None if it cannot be known).
 
     Without a network, what an earlier run left in the cache is used, if it is the revision asked for.

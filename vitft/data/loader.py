@@ -90,9 +90,7 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         for part in self._parts:
             images = self.store.gather(part)
-            images = (
-                images.to(self.device) if isinstance(images, Tensor) else [i.to(self.device) for i in images]
-            )
+            images = images.to(self.device) if isinstance(images, Tensor) else [i.to(self.device) for i in images]
             pixels = preprocess(images, self.how, self._memory.rows(len(part)))
             yield Batch(pixels, self.labels[part].to(self.device), part)
 

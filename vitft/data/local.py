@@ -67,12 +67,8 @@ def read_folder(root: Path) -> Splits:
 def find_parquet(root: Path) -> dict[str, list[Path]]:
     """Parquet files by split: of the folder, of folders named as splits, of data/ or an only sub-folder."""
     folders = _folders(root)
-    inner = [
-        folder for folder in folders if any(_parquet_in(folder)) or any(map(_parquet_in, _folders(folder)))
-    ]
-    named = {
-        folder.name: files for folder in folders if role_of(folder.name) and (files := _parquet_in(folder))
-    }
+    inner = [folder for folder in folders if any(_parquet_in(folder)) or any(map(_parquet_in, _folders(folder)))]
+    named = {folder.name: files for folder in folders if role_of(folder.name) and (files := _parquet_in(folder))}
     if files := _parquet_in(root):
         return _by_split(files)
     if named:
@@ -80,8 +76,7 @@ def find_parquet(root: Path) -> dict[str, list[Path]]:
     data = [folder for folder in inner if folder.name == "data"] or inner
     if len(data) > 1:
         raise DataError(
-            f"{root} holds parquet files in {len(data)} folders: {', '.join(f.name for f in data)}; "
-            "name one of them."
+            f"{root} holds parquet files in {len(data)} folders: {', '.join(f.name for f in data)}; name one of them."
         )
     return find_parquet(data[0]) if data else {}
 

@@ -28,9 +28,7 @@ def read_digits() -> dict[str, datasets.Dataset]:
     test = stratified(labels, np.arange(len(labels)), round(len(labels) / 5), 0, "digits test")
     names = [str(name) for name in digits.target_names]
     return {
-        split: make_split(
-            image_structs(pa.array([_png(image) for image in images[mask]])), labels[mask], names
-        )
+        split: make_split(image_structs(pa.array([_png(image) for image in images[mask]])), labels[mask], names)
         for split, mask in (("train", ~test), ("test", test))
     }
 
@@ -38,9 +36,7 @@ def read_digits() -> dict[str, datasets.Dataset]:
 def cifar_folder(root: Path) -> Path | None:
     """The folder of original CIFAR-10 or CIFAR-100 batches: the root, or the one its archive unpacks to."""
     for folder in (root, root / "cifar-10-batches-py", root / "cifar-100-python"):
-        if (folder / "data_batch_1").is_file() or (
-            (folder / "train").is_file() and (folder / "meta").is_file()
-        ):
+        if (folder / "data_batch_1").is_file() or ((folder / "train").is_file() and (folder / "meta").is_file()):
             return folder
     return None
 
@@ -65,9 +61,7 @@ def read_cifar(folder: Path, label_column: str | None = None) -> dict[str, datas
             images = np.concatenate([images for images, _ in batches])
             labels = np.concatenate([labels for _, labels in batches])
             if names is not None and labels.max(initial=0) >= len(names):
-                raise DataError(
-                    f"{folder}: label {labels.max()} but only {len(names)} class names in {meta.name}."
-                )
+                raise DataError(f"{folder}: label {labels.max()} but only {len(names)} class names in {meta.name}.")
             splits[split] = make_split(image_structs(_ppm(images)), labels, names)
     return splits
 
@@ -119,9 +113,7 @@ def _unpickle(file: Path) -> dict[bytes, Any]:
         reason = " ".join(str(error).split())
         raise DataError(f"{file} is no CIFAR batch: {reason}; unpack the archive again.") from error
     if not isinstance(content, dict):
-        raise DataError(
-            f"{file} is no CIFAR batch: it holds {type(content).__name__}; unpack the archive again."
-        )
+        raise DataError(f"{file} is no CIFAR batch: it holds {type(content).__name__}; unpack the archive again.")
     # Python 3 writes str keys where Python 2 wrote bytes.
     return {key.encode() if isinstance(key, str) else key: value for key, value in content.items()}
 

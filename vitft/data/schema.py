@@ -70,9 +70,7 @@ def standardize(
     labeled = {name: found for name, found in values.items() if found is not None}
     if not labeled:
         features = next(iter(raw.values())).features if raw else {}
-        raise DataError(
-            f"no labels; {_columns(features)}; name the column of the classes with --label-column."
-        )
+        raise DataError(f"no labels; {_columns(features)}; name the column of the classes with --label-column.")
     class_lists = [
         raw[name].features[columns[name][1]].names
         for name in labeled
@@ -224,7 +222,5 @@ def _structs(chunk: pa.Array) -> pa.Array:
 
 
 def _columns(features: Mapping[str, Any]) -> str:
-    shown = (
-        f"{name} ({getattr(feature, '_type', type(feature).__name__)})" for name, feature in features.items()
-    )
+    shown = (f"{name} ({getattr(feature, '_type', type(feature).__name__)})" for name, feature in features.items())
     return f"the columns are {', '.join(shown)}"

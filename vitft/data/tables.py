@@ -37,9 +37,7 @@ def read_table(path: Path, image_column: str | None, label_column: str | None) -
     return {name: file_split(path.parent, found) for name, found in splits.items()}
 
 
-def file_split(
-    root: Path, rows: list[tuple[Path, Any]], names: Iterable[str] | None = None
-) -> datasets.Dataset:
+def file_split(root: Path, rows: list[tuple[Path, Any]], names: Iterable[str] | None = None) -> datasets.Dataset:
     """A raw split of files and their labels: values, or indices into `names`; `root` lies above all files."""
     paths = [str(file.absolute()) for file, _ in rows]
     labels = [label for _, label in rows]
@@ -69,23 +67,17 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
             except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
-                raise DataError(
-                    f"{path} line {number} is no JSON object; expected " + '{"path": ..., "label": ...}.'
-                )
+                raise DataError(f"{path} line {number} is no JSON object; expected " + '{"path": ..., "label": ...}.')
             yield row
 
 
-def _column(
-    path: Path, columns: dict[str, None], wanted: str | None, known: tuple[str, ...], flag: str
-) -> str:
+def _column(path: Path, columns: dict[str, None], wanted: str | None, known: tuple[str, ...], flag: str) -> str:
     listed = f"the columns are {', '.join(columns) or 'none'}"
     if wanted is not None and wanted not in columns:
         raise DataError(f"{path} has no column {wanted!r}{nearest(wanted, columns)}; {listed}.")
     found = wanted or next((name for name in known if name in columns), None)
     if found is None:
-        raise DataError(
-            f"{path} has none of the columns {', '.join(known[:3])} ...; {listed}; name one with {flag}."
-        )
+        raise DataError(f"{path} has none of the columns {', '.join(known[:3])} ...; {listed}; name one with {flag}.")
     return found
 
 
@@ -95,7 +87,5 @@ def _inside(folder: Path, relative: Any, where: str) -> Path:
     # By name alone: a link that the folder's owner put there may lead where it likes.
     inner = os.path.normpath(relative)
     if os.path.isabs(inner) or Path(inner).parts[0] == "..":  # noqa: PTH117
-        raise DataError(
-            f"{where}: {relative} leads out of {folder}; paths must stay within the file's folder."
-        )
+        raise DataError(f"{where}: {relative} leads out of {folder}; paths must stay within the file's folder.")
     return folder / inner

@@ -77,15 +77,16 @@ def _hub_config(model: str) -> Path:
     """The cached or downloaded config.json of a hub model; raises ModelError where neither can be had."""
     import huggingface_hub as hub
 
+    from vitft.hub import ask, shown
+
     try:
         cached = hub.try_to_load_from_cache(model, "config.json")
         if isinstance(cached, str):
             return Path(cached)
-        # Asked once, for without a network the download would first retry for 20 s.
-        hub.get_hf_file_metadata(hub.hf_hub_url(model, "config.json"))
+        ask(model, "config.json")
         return Path(hub.hf_hub_download(model, "config.json"))
     except Exception as error:  # a bad id, no such model, no network: the hub has no common error for them
-        cache = hub.constants.HF_HUB_CACHE.replace(str(Path.home()), "~", 1)
+        cache = shown(Path(hub.constants.HF_HUB_CACHE))
         raise ModelError(
             f"config.json of {model} is neither in {cache} nor to be had from {hub.constants.ENDPOINT} "
             f"({type(error).__name__}); offline, give a local folder or a preset such as {DEFAULT_MODEL}."
@@ -132,9 +133,7 @@ def stage_table(spec: ViTSpec, batch_size: int = 1, all_blocks: bool = False) ->
     start with the batch. Raises UsageError for a batch below 1.
     """
     sums = total(spec, batch_size)
-    table = Table(
-        box=box.SIMPLE_HEAD, show_edge=False, show_footer=True, pad_edge=False, padding=(0, 1, 0, 0)
-    )
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, show_footer=True, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("stage", "total", no_wrap=True)
     table.add_column("shape in", _shape(sums.input), style="dim", overflow="fold")
     table.add_column("shape out", _shape(sums.output), overflow="fold")
@@ -187,9 +186,7 @@ def _count(number: float) -> str:
 def _in_words(spec: ViTSpec) -> Text:
     """One sentence that follows an image through the model."""
     blocks = "1 block" if spec.layers == 1 else f"{spec.layers} blocks"
-    prefix = {0: "", 1: " with the class token"}.get(
-        spec.prefix_tokens, f" with {spec.prefix_tokens} prefix tokens"
-    )
+    prefix = {0: "", 1: " with the class token"}.get(spec.prefix_tokens, f" with {spec.prefix_tokens} prefix tokens")
     steps = (
         f"{spec.image_height}×{spec.image_width} pixels",
         f"{spec.patches} patches of {spec.patch_height}×{spec.patch_width}",

@@ -1,0 +1,61 @@
+# Each target works alone on a fresh clone; the first one to run makes .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: help demo test check smoke bench mutants soak wheel clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) --editable .
+	touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+demo: .venv/.installed  ## fine-tune the bundled ViT on digits, evaluate it, predict a few images
+	$(BIN)/vitft train --recipe digits --output runs/demo --overwrite
+	$(BIN)/vitft eval runs/demo --plot runs/demo/confusion.png
+	$(BIN)/vitft predict docs/digits --checkpoint runs/demo
+	@echo "The run is in runs/demo: best/ is the model, metrics.jsonl its history, confusion.png its mistakes."
+
+test: .venv/.installed-dev  ## run all tests
+	$(BIN)/python -m pytest -m 'not slow'
+
+check: .venv/.installed-dev  ## lint, types, and the arrows between rooms
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_house.py
+
+smoke: .venv/.installed  ## tiny subsets through the real command line
+	rm -rf runs/smoke
+	$(BIN)/vitft --version
+	$(BIN)/vitft recipes ls
+	$(BIN)/vitft data info digits
+	$(BIN)/vitft explain --model vit-micro
+	$(BIN)/vitft train --recipe smoke --dry-run
+	$(BIN)/vitft train --recipe smoke --output runs/smoke
+	$(BIN)/vitft train --resume runs/smoke
+	$(BIN)/vitft eval runs/smoke --json
+	$(BIN)/vitft predict docs/digits --checkpoint runs/smoke --json
+
+bench: .venv/.installed  ## measure the input path on this machine
+	$(BIN)/python benchmarks/input.py
+
+mutants: .venv/.installed-dev  ## every contract broken once, on a copy: some test must notice
+	$(BIN)/python tests/mutants/run.py
+
+soak: .venv/.installed-dev  ## the longer proofs
+	$(BIN)/python -m pytest -m slow --timeout 7200
+
+wheel: .venv/.installed-dev  ## build the wheel into dist/
+	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
+
+clean:  ## remove what the other targets made, runs/ apart
+	rm -rf .venv dist .ruff_cache .mypy_cache

@@ -1,0 +1,76 @@
+"""Fixtures that several rooms share: tiny models of each architecture, and one short finished run."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Models here are so small that a second thread costs more than it brings, above all on a busy machine.
+# Set before torch is first imported, and inherited by the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+ARCHITECTURES = ("vit", "deit", "beit", "dinov2", "swin")
+
+
+def tiny_model(architecture: str, image_size: int = 32, **settings: Any) -> Any:
+    """A random classifier of a few thousand weights, whose logits are spread and depend on positions."""
+    import torch
+    import transformers as tf
+
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "patch_size": 8,
+    }
+    swin = {"patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
+    known = {
+        "vit": (tf.ViTConfig, sizes | {"intermediate_size": 32}),
+        "deit": (tf.DeiTConfig, sizes | {"intermediate_size": 32}),
+        "beit": (tf.BeitConfig, sizes | {"intermediate_size": 32, "use_relative_position_bias": True}),
+        "dinov2": (tf.Dinov2Config, sizes | {"mlp_ratio": 2}),
+        "swin": (tf.SwinConfig, swin),
+    }
+    make, own = known[architecture]
+    config = make(**own | {"image_size": image_size, "num_labels": 3} | settings)
+    torch.manual_seed(7)
+    name = {"vit": "ViT", "deit": "DeiT", "beit": "Beit", "dinov2": "Dinov2", "swin": "Swin"}[architecture]
+    model = getattr(tf, f"{name}ForImageClassification")(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "position" in name or "classifier.weight" in name:
+                parameter.normal_(std=0.5)
+    return model
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[..., Path]:
+    """Saves a tiny model as Transformers does, and gives its folder."""
+
+    def save(architecture: str = "vit", labels: tuple[str, ...] = ("ant", "bee", "cat"), **settings: Any) -> Path:
+        dtype = settings.pop("dtype", None)
+        names = dict(enumerate(labels))
+        settings |= {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+        settings["num_labels"] = len(labels)
+        model = tiny_model(architecture, **settings)
+        folder = tmp_path / f"{architecture}-{len(list(tmp_path.iterdir()))}"
+        (model if dtype is None else model.to(dtype)).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The result of three steps on the digits: a run with best, last and a step's folder."""
+    from vitft import TrainConfig, train
+
+    config = TrainConfig(
+        dataset="digits", model="vit-micro", from_scratch=True, max_steps=3, batch_size=16, layers=2,
+        width=32,
+        heads=2, image_size=16, patch_size=4, max_eval_samples=150, eval_every=2, save_every=2, lr=1e-3,
+        device="cpu", precision="fp32",
+    )  # fmt: skip
+    return train(config, output=tmp_path_factory.mktemp("runs") / "digits")

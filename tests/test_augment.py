@@ -1,0 +1,262 @@
+"""Pixels to the model's input: like Pillow and Transformers, and a function of the sample alone."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from vitft.data.augment import Preprocess, augment, crop_boxes, fit, normalize, preprocess, resize
+from vitft.errors import ModelError
+from vitft.randomness import uniform
+
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+side = st.integers(1, 90)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def pixels(height: int, width: int, seed: int = 0, *, contrast: bool = False) -> np.ndarray:
+    """Noise; with `contrast` only 0 and 255, which is the hardest for a bicubic filter."""
+    random = np.random.default_rng(seed)
+    drawn = random.integers(0, 2 if contrast else 256, (height, width, 3))
+    return (drawn * (255 if contrast else 1)).astype(np.uint8)
+
+
+def by_pillow(image: np.ndarray, height: int, width: int, resample: str) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize((width, height), FILTERS[resample]))
+
+
+def assert_pillows(got: torch.Tensor, wanted: np.ndarray) -> None:
+    """Within 1/255. One value in 1,000 may be 2 off: torch's weights have 16 bits, Pillow's 22."""
+    off = np.abs(got.numpy().astype(int) - wanted.astype(int))
+    assert off.max() <= 2
+    assert (off > 1).mean() <= 1e-3
+
+
+@pytest.mark.parametrize("resample", FILTERS)
+@settings(deadline=None, max_examples=80)
+@given(old=st.tuples(side, side), new=st.tuples(side, side), seed=seeds, contrast=st.booleans())
+@example(
+    old=(112, 44), new=(103, 106), seed=0, contrast=True
+)  # fewer rows, more columns: Pillow 13 turns round
+@example(old=(93, 86), new=(48, 71), seed=0, contrast=True)
+def test_the_evaluation_geometry_is_pillows(
+    resample: Any, old: tuple[int, int], new: tuple[int, int], seed: int, contrast: bool
+) -> None:
+    image = pixels(*old, seed, contrast=contrast)
+
+    got = fit(torch.from_numpy(image)[None], Preprocess(*new, resample=resample))[0]
+
+    assert np.array_equal(got.numpy(), by_pillow(image, *new, resample))
+
+
+@pytest.mark.parametrize("resample", FILTERS)
+@settings(deadline=None, max_examples=60)
+@given(old=st.tuples(side, side), new=st.tuples(side, side), seed=seeds)
+def test_training_crops_are_resized_as_by_pillow_columns_first(
+    resample: str, old: tuple[int, int], new: tuple[int, int], seed: int
+) -> None:
+    image = pixels(*old, seed, contrast=True)
+
+    got = resize(torch.from_numpy(image)[None], *new, resample)[0]
+
+    columns = by_pillow(image, old[0], new[1], resample)
+    assert_pillows(got, by_pillow(columns, *new, resample))
+
+
+def test_an_image_at_the_models_size_is_left_alone() -> None:
+    image = torch.from_numpy(pixels(24, 32))[None]
+    assert torch.equal(fit(image, Preprocess(24, 32, resample="bicubic")), image)
+
+
+@given(
+    mean=st.tuples(*[st.floats(0, 1)] * 3),
+    std=st.tuples(*[st.floats(0.2, 1)] * 3),
+    rescale=st.sampled_from([1 / 255, 1 / 127]),
+)
+@settings(deadline=None, max_examples=30)
+def test_normalisation_is_scale_then_mean_then_std(mean: Any, std: Any, rescale: float) -> None:
+    """To 1e-6 relative to the largest value: that is float32."""
+    image = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+
+    got = normalize(torch.from_numpy(image), Preprocess(16, 16, mean=mean, std=std, rescale=rescale))
+
+    wanted = (image.astype(np.float64) * rescale - mean) / std
+    np.testing.assert_allclose(
+        got.permute(0, 2, 3, 1).numpy(), wanted, rtol=0, atol=1e-6 * max(1, abs(wanted).max())
+    )
+
+
+def test_memory_that_is_given_is_written_to() -> None:
+    image, memory = torch.from_numpy(pixels(8, 8))[None], torch.full((3, 8, 8, 3), 9.0)
+
+    got = normalize(image, Preprocess(8, 8), memory)
+
+    assert got.data_ptr() == memory.data_ptr()
+    assert torch.equal(got, normalize(image, Preprocess(8, 8)))
+    assert (memory[1:] == 9).all()
+
+
+# -- as Transformers -------------------------------------------------------------------------------
+
+PROCESSORS = {
+    "vit": ViTImageProcessorPil(size={"height": 32, "width": 24}),
+    "dinov2": BitImageProcessorPil(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}),
+    "crop over edge": BitImageProcessorPil(size={"shortest_edge": 27}, crop_size={"height": 32, "width": 33}),
+    "deit": DeiTImageProcessorPil(size={"height": 36, "width": 40}, crop_size={"height": 32, "width": 32}),
+    "plain numbers": ViTImageProcessorPil(
+        size={"height": 16, "width": 16}, do_normalize=False, do_rescale=False, resample=3
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize(
+    "size", [(20, 50), (50, 20), (100, 37), (300, 401), (32, 32), (1, 1), (37, 36), (5, 90)]
+)
+def test_preprocessing_is_transformers_own(name: str, size: tuple[int, int]) -> None:
+    """To a thousandth of the step between two pixel values."""
+    processor = PROCESSORS[name]
+    how = Preprocess.from_json(processor.to_dict())
+    image = pixels(*size, contrast=True)
+
+    got = preprocess([torch.from_numpy(image)], how)
+
+    wanted = processor(Image.fromarray(image), return_tensors="pt")["pixel_values"]
+    assert got.shape == wanted.shape
+    steps = (got - wanted).abs() * torch.tensor(how.std)[:, None, None] / how.rescale
+    assert steps.max() < 1e-3
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_preprocess_survives_its_own_json(name: str) -> None:
+    how = Preprocess.from_json(PROCESSORS[name].to_dict())
+    assert Preprocess.from_json(json.loads(json.dumps(how.to_json()))) == how
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_transformers_reads_what_is_written(name: str) -> None:
+    processor = PROCESSORS[name]
+    how = Preprocess.from_json(processor.to_dict())
+    image = Image.fromarray(pixels(70, 45))
+
+    again = type(processor)(**how.to_json())
+
+    a, b = (one(image, return_tensors="pt")["pixel_values"] for one in (processor, again))
+    torch.testing.assert_close(a, b, check_dtype=False)
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted"),
+    [
+        ({"size": 32}, Preprocess(32, 32)),
+        ({}, Preprocess(224, 224)),
+        ({"size": 32, "feature_extractor_type": "ViTFeatureExtractor", "resample": 3},
+         Preprocess(32, 32, resample="bicubic", processor="ViTFeatureExtractor")),
+        ({"size": 36, "crop_size": 32, "do_center_crop": True}, Preprocess(32, 32, before_crop=(36, 36))),
+        ({"size": 32, "crop_size": 28, "do_center_crop": False}, Preprocess(32, 32)),
+        ({"size": {"shortest_edge": 32}}, Preprocess(32, 32)),
+        ({"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True},
+         Preprocess(32, 32, shortest_edge=36)),
+        ({"size": 32, "do_normalize": False}, Preprocess(32, 32, mean=(0.0,) * 3, std=(1.0,) * 3)),
+    ],
+)  # fmt: skip
+def test_older_configurations_are_read(stored: dict[str, Any], wanted: Preprocess) -> None:
+    assert Preprocess.from_json(stored) == wanted
+    assert wanted.to_json()["image_processor_type"] == "ViTImageProcessor"
+
+
+def test_an_unknown_filter_is_refused() -> None:
+    with pytest.raises(ModelError, match="resample 1 is not supported"):
+        Preprocess.from_json({"resample": 1})
+
+
+def test_another_size_keeps_the_margin_around_the_crop() -> None:
+    assert Preprocess(224, 224, shortest_edge=256).at(112) == Preprocess(112, 112, shortest_edge=128)
+    assert Preprocess(224, 224, before_crop=(256, 256)).at(112).before_crop == (128, 128)
+    assert Preprocess(224, 224).at(98) == Preprocess(98, 98)
+
+
+# -- augmentation ----------------------------------------------------------------------------------
+
+HOW = Preprocess(16, 16)
+IMAGES = torch.stack([torch.from_numpy(pixels(20, 20, seed)) for seed in range(12)])
+
+
+@pytest.mark.parametrize("kind", ["none", "flip", "crop"])
+@settings(deadline=None, max_examples=20)
+@given(seed=seeds, epoch=st.integers(0, 50), order=st.permutations(range(12)), count=st.integers(1, 12))
+def test_a_samples_pixels_depend_on_seed_epoch_and_index_alone(
+    kind: str, seed: int, epoch: int, order: list[int], count: int
+) -> None:
+    """Not on the batch it is in, on its place there, or on its being in a tensor or in a list."""
+    index = 1000 + np.arange(12)
+    whole = augment(IMAGES, HOW, kind, seed, epoch, index)
+    some = np.array(order[:count])
+
+    in_tensor = augment(IMAGES[some], HOW, kind, seed, epoch, index[some])
+    in_list = augment([IMAGES[i] for i in some], HOW, kind, seed, epoch, index[some])
+
+    assert torch.equal(in_tensor, whole[some])
+    assert torch.equal(in_list, whole[some])
+
+
+@pytest.mark.parametrize("kind", ["flip", "crop"])
+def test_another_seed_epoch_or_index_is_another_draw(kind: str) -> None:
+    index = np.arange(12)
+    first = augment(IMAGES, HOW, kind, 0, 0, index)
+    others = [augment(IMAGES, HOW, kind, 1, 0, index), augment(IMAGES, HOW, kind, 0, 1, index),
+              augment(IMAGES, HOW, kind, 0, 0, index + 12)]  # fmt: skip
+    assert not any(torch.equal(first, other) for other in others)
+
+
+def test_a_flip_is_left_to_right_for_about_half_of_the_images() -> None:
+    image = torch.from_numpy(pixels(16, 16))
+    got = augment(image.expand(400, 16, 16, 3), HOW, "flip", 0, 0, np.arange(400))
+
+    plain = normalize(image[None], HOW)[0]
+    flipped = [torch.equal(one, plain.flip(2)) for one in got]
+    assert all(is_flipped or torch.equal(one, plain) for one, is_flipped in zip(got, flipped, strict=True))
+    assert 160 < sum(flipped) < 240  # four standard deviations
+
+
+def test_no_augmentation_is_the_evaluations_preprocessing() -> None:
+    """To the step between two pixel values: training resizes by torch, evaluation by Pillow."""
+    training, evaluation = augment(IMAGES, HOW, "none", 0, 0, np.arange(12)), preprocess(IMAGES, HOW)
+    assert (training - evaluation).abs().max() < 1.01 * HOW.rescale / HOW.std[0]
+
+
+def test_evaluation_does_not_depend_on_the_batch_either() -> None:
+    whole = preprocess(IMAGES, HOW)
+    assert torch.equal(preprocess(list(IMAGES), HOW), whole)
+    assert torch.equal(preprocess(IMAGES[5:6], HOW), whole[5:6])
+
+
+@given(size=st.tuples(side, side), seed=seeds)
+@settings(max_examples=50, deadline=None)
+def test_crops_lie_within_the_image(size: tuple[int, int], seed: int) -> None:
+    sizes = np.tile(np.array(size), (50, 1))
+
+    boxes = crop_boxes(sizes, uniform(seed, "crop", 0, np.arange(50)))
+
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 2:] >= 1).all()
+    assert (boxes[:, :2] + boxes[:, 2:] <= sizes).all()
+
+
+def test_crops_have_the_areas_and_aspects_of_the_paper() -> None:
+    boxes = crop_boxes(np.full((5000, 2), 1000), uniform(0, "crop", 0, np.arange(5000)))
+
+    area, aspect = boxes[:, 2:].prod(axis=1) / 1e6, boxes[:, 3] / boxes[:, 2]
+    assert area.min() > 0.079
+    assert area.max() > 0.95
+    assert 0.745 < aspect.min() < 0.76
+    assert 1.32 < aspect.max() < 1.34
+    assert abs(area.mean() - 0.54) < 0.02

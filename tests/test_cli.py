@@ -1,0 +1,474 @@
+"""The command line as a person or a script meets it: help, errors, exit codes, dry runs, completion."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+from rich.console import Console
+from typer.testing import CliRunner
+
+from vitft import __version__, commands, console, plan
+from vitft.cli import app
+from vitft.config import TrainConfig
+from vitft.recipe import load_config, recipes
+
+TINY = ["--dataset", "digits", "--model", "vit-micro", "--from-scratch", "--max-train-samples", "40",
+        "--max-eval-samples", "20", "--batch-size", "8", "--max-steps", "2", "--device", "cpu"]  # fmt: skip
+COMMANDS = ["", "train", "eval", "predict", "explain", "recipes ls", "recipes show", "recipes copy",
+            "recipes", "data", "data info"]  # fmt: skip
+
+
+def vitft(*words: str, columns: int = 80) -> Any:
+    """What a command line gives: exit_code, stdout, stderr."""
+    return CliRunner(env={"COLUMNS": str(columns)}).invoke(app, [str(word) for word in words])
+
+
+def flat(text: str) -> str:
+    """Help without its boxes and line ends."""
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+
+
+def error_of(*words: str, code: int) -> str:
+    """The one line that a failing command says on standard error."""
+    result = vitft(*words)
+    assert (result.exit_code, result.stdout) == (code, ""), result.output
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr.removeprefix("error: ").rstrip()
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(console, "out", Console(highlight=False, width=80))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two steps."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    result = vitft("train", *TINY, "--output", str(folder))
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+# -- start-up -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["train", "--help"], ["explain"], ["recipes", "ls"]]
+)
+def test_what_needs_no_model_imports_no_library_of_models(words: list[str]) -> None:
+    code = f"""
+import sys
+sys.argv = ["vitft", *{words!r}]
+from vitft.cli import main
+try:
+    main()
+except SystemExit as end:
+    heavy = {{"torch", "transformers", "datasets", "numpy", "accelerate", "sklearn"}} & set(sys.modules)
+    heavy |= {{"pydantic"}} & set(sys.modules) if {words!r} in (["--help"], ["--version"]) else set()
+    print(sorted(heavy), end.code, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stderr.splitlines()[-1] == "[] 0"
+
+
+def test_version() -> None:
+    assert vitft("--version").stdout == f"vitft {__version__}\n"
+
+
+# -- help -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_fits_and_nothing_is_cut(command: str, columns: int) -> None:
+    result = vitft(*command.split(), "--help", columns=columns)
+
+    assert result.exit_code == 0
+    assert max(map(len, result.stdout.splitlines())) <= columns
+    assert "…" not in result.stdout
+    assert "<bool>" not in result.stdout  # a switch takes no value
+    assert "[/" not in result.stdout  # and no markup shows
+
+
+def test_every_setting_is_a_flag_in_its_panel_with_its_default() -> None:
+    text = vitft("train", "--help", columns=200).stdout
+    panels = re.findall(r"╭─ (\w+) ─+╮\n(.*?)╰", text, re.DOTALL)
+
+    assert [name for name, _ in panels] == ["Options", "Data", "Model", "Optimization", "Hardware", "Run"]
+    body = dict(panels)
+    for name, field in TrainConfig.model_fields.items():
+        row = re.search(rf"--{name.replace('_', '-')} (.*)", body[field.json_schema_extra["panel"]])  # type: ignore[index]
+        assert row, name
+        if field.default is not None and field.default is not False:
+            assert f"[default: {field.default}]" in flat(text), name
+    for flag in ("--recipe", "--output", "--overwrite", "--resume", "--dry-run"):
+        assert flag in body["Run"]
+
+
+def test_help_lists_the_choices_of_a_setting() -> None:
+    text = vitft("train", "--help", columns=120).stdout
+
+    for choices in ("none|flip|crop", "error|skip", "constant|linear|cosine|step", "auto|fp32|bf16|fp16"):
+        assert choices in text
+    assert "table|csv|jsonl" in vitft("predict", "--help").stdout
+
+
+# -- wrong usage ----------------------------------------------------------------------------------
+
+
+def test_train_alone_says_what_is_missing() -> None:
+    assert error_of("train", code=2).startswith("no data set; add --dataset: digits needs no network")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("train --batch_size 4", "--batch-size"),
+        ("train --batchsize 4", "--batch-size"),
+        ("train --max_train_samples 4", "--max-train-samples"),
+        ("eval x --max-eval-sample 3", "--max-eval-samples"),
+        ("trian", "'train'"),
+        ("recipes shwo", "'show'"),
+        ("data inf", "'info'"),
+    ],
+)
+def test_a_typo_names_the_nearest(typed: str, meant: str) -> None:
+    result = vitft(*typed.split())
+    assert result.exit_code == 2
+    assert meant in flat(result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ("--augment flop", "--augment should be 'none', 'flip' or 'crop', got 'flop'; did you mean flip?"),
+        ("--lr nan", "--lr should be a finite number, got nan"),
+        ("--lr=-1", "--lr should be greater than 0, got -1.0"),
+        ("--val-fraction 1", "--val-fraction should be less than 1, got 1.0"),
+        ("--width 64", "width shapes a new model"),
+        ("--recipe nope", "recipe nope: neither a file nor a known recipe"),
+    ],
+)
+def test_a_bad_value_is_wrong_usage_in_one_line(typed: str, says: str) -> None:
+    assert says in error_of("train", "--dataset", "digits", *typed.split(), code=2)
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "train --lr fast",
+        "train --dataset",
+        "predict",
+        "predict x.png",
+        "predict x.png --checkpoint y --format cvs",
+        "eval",
+        "eval x --device gpu",
+        "explain --batch-size 0",
+        "nonsense",
+    ],
+)
+def test_wrong_usage_ends_with_2(typed: str) -> None:
+    result = vitft(*typed.split())
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+
+
+# -- data and model errors ------------------------------------------------------------------------
+
+
+def test_a_missing_folder_and_a_mistyped_alias_are_data_errors() -> None:
+    assert "./nope" in error_of("train", "--dataset", "./nope", code=3)
+    assert "did you mean digits?" in error_of("train", "--dataset", "digitz", code=3)
+    assert "did you mean cifar10?" in error_of("data", "info", "cifar1O", code=3)
+
+
+def test_a_missing_model_is_a_model_error() -> None:
+    assert "./nope" in error_of("train", "--dataset", "digits", "--model", "./nope", code=4)
+    assert "nowhere" in error_of("train", "--resume", "nowhere", code=4)
+
+
+def test_an_existing_folder_is_left_alone(run: Path) -> None:
+    before = (run / "config.yaml").read_text()
+    assert str(run.name) in error_of("train", *TINY, "--output", str(run), code=2)
+    assert (run / "config.yaml").read_text() == before
+
+
+# -- what nobody foresaw --------------------------------------------------------------------------
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(commands, "train", fail)
+
+
+def test_an_unforeseen_error_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, RuntimeError("shapes\n  differ"))
+    assert error_of("train", code=1) == (
+        "RuntimeError: shapes differ (unexpected; `vitft --debug ...` shows where)"
+    )
+
+
+@pytest.mark.parametrize(
+    "words", [["--debug", "train"], ["train", "--debug"], ["train", "--debug", "--lr", "1"]]
+)
+def test_debug_shows_the_traceback_wherever_it_stands(
+    monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    failing(monkeypatch, RuntimeError("shapes differ"))
+    result = vitft(*words)
+
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+    assert "in fail" in result.stderr
+    assert result.stderr.rstrip().splitlines()[-1].startswith("error: RuntimeError")
+
+
+def test_debug_works_below_a_group() -> None:
+    result = vitft("recipes", "show", "nope", "--debug")
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr
+    assert result.stderr.count("error: ") == 1
+
+
+def test_after_two_dashes_debug_is_a_file() -> None:
+    result = vitft("predict", "--checkpoint", "./nope", "--", "--debug")
+    assert "Traceback" not in result.stderr
+
+
+def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, KeyboardInterrupt())
+    assert error_of("train", code=130) == "interrupted"
+
+
+# -- settings -------------------------------------------------------------------------------------
+
+
+def resolved(monkeypatch: pytest.MonkeyPatch, *words: str) -> TrainConfig:
+    """The settings that a dry run is made from."""
+    seen: list[TrainConfig] = []
+    monkeypatch.setattr(
+        plan, "plan", lambda config: seen.append(config) or SimpleNamespace(groups=lambda: [])
+    )
+    assert vitft("train", *words, "--dry-run").exit_code == 0
+    return seen[0]
+
+
+def test_flags_win_over_a_recipe_and_a_recipe_over_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("mine.yaml").write_text(
+        "dataset: digits\nlr: 2e-5\nbatch_size: 16\nfrom_scratch: true\nmodel: vit-micro\n"
+    )
+    config = resolved(monkeypatch, "--recipe", "mine.yaml", "--batch-size", "8", "--no-from-scratch")
+
+    assert config == TrainConfig(dataset="digits", lr=2e-5, batch_size=8, model="vit-micro")
+
+
+def test_a_flag_typed_at_its_default_still_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("mine.yaml").write_text("dataset: digits\nlr: 1\nval_fraction: 0.5\n")
+    default = TrainConfig()
+    config = resolved(monkeypatch, "--recipe", "mine.yaml", "--lr", str(default.lr), "--val-fraction", "0")
+
+    assert (config.lr, config.val_fraction) == (default.lr, 0)
+
+
+def test_every_flag_reaches_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    other: dict[str, Any] = {"val_fraction": 0.2, "on_bad_image": "skip", "augment": "crop", "image_size": 32,
+                             "from_scratch": True, "schedule": "step", "seed": 7}  # fmt: skip
+    flags = [(f"--{name.replace('_', '-')}", value) for name, value in other.items()]
+    words = [word for flag, value in flags for word in ([flag] if value is True else [flag, str(value)])]
+
+    assert resolved(monkeypatch, "--dataset", "digits", *words) == TrainConfig(dataset="digits", **other)
+
+
+def test_the_settings_a_run_wrote_are_a_recipe(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = load_config(str(run / "config.yaml"), {})
+
+    assert (written.dataset, written.max_steps, written.from_scratch) == ("digits", 2, True)
+    assert "auto" not in (written.device, written.precision)
+    assert resolved(monkeypatch, "--recipe", str(run / "config.yaml")) == written
+
+
+# -- resume ---------------------------------------------------------------------------------------
+
+
+def test_resume_refuses_a_changed_setting_and_says_how_to_start_anew(run: Path) -> None:
+    message = error_of("train", "--resume", str(run), "--lr", "0.5", code=2)
+
+    assert "lr 5e-05, got 0.5" in message
+    assert "--lr" in message
+    assert f"vitft train --model {run / 'last'}" in message
+
+
+@pytest.mark.parametrize("extra", [["--recipe", "x"], ["--output", "y"], ["--overwrite"], ["--dry-run"]])
+def test_resume_goes_on_with_a_run_as_it_is(run: Path, extra: list[str]) -> None:
+    assert "leave --recipe, --output, --overwrite, --dry-run out" in error_of(
+        "train", "--resume", str(run), *extra, code=2
+    )
+
+
+# -- plans ----------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_says_what_it_would_do_and_does_nothing() -> None:
+    result = vitft("train", *TINY, "--dry-run")
+    rows = dict(re.findall(r"^  (\w[\w ]*?)  +(.*?) *$", result.stdout, re.MULTILINE))
+
+    assert result.exit_code == 0, result.output
+    assert re.findall(r"^(\w+) *$", result.stdout, re.MULTILINE) == ["Data", "Model", "Cost", "Settings"]
+    assert rows["data set"] == "digits"
+    assert rows["classes"].startswith("10: 0, 1, 2")
+    assert (rows["train"], rows["validation"], rows["test"]) == (
+        "40 images of train", "20 images of train", "20 images of test")  # fmt: skip
+    assert rows["steps"] == "2 of 8 images, 5 an epoch"
+    assert rows["parameters"] == "207,114, of which 207,114 are trained"
+    assert re.fullmatch(r"about [\d.]+ MB", rows["memory"])
+    assert re.fullmatch(r"about .+ of training and .+ of evaluation", rows["time"])
+    assert "max_train_samples: 40" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert not list(Path().iterdir())
+
+
+@pytest.fixture(scope="module")
+def prepared() -> Any:
+    from vitft.preparation import prepare
+
+    return prepare(
+        TrainConfig(dataset="digits", model="vit-micro", from_scratch=True, image_size=28, device="cpu")
+    )
+
+
+def test_a_long_run_says_so_and_names_cheaper_ways(
+    prepared: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan, "first_image_s", lambda prepared: 30.0)
+    monkeypatch.setattr(plan, "probe", lambda prepared: (10.0, 1.0))  # 3 epochs of 1,294 images
+    plan.warn_if_long(prepared)
+
+    said = capsys.readouterr().err
+    assert said.startswith("warning: this run will take about 11 h 0 min on this cpu; cheaper: ")
+    assert "--epochs 1" in said
+    assert "--model vit-micro" not in said  # it is
+
+
+def test_many_processes_share_the_time(
+    prepared: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan, "first_image_s", lambda prepared: 30.0)
+    monkeypatch.setattr(plan, "probe", lambda prepared: (10.0, 1.0))
+    plan.warn_if_long(prepared, processes=8)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_short_run_is_probed_with_one_image_alone(
+    prepared: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan, "first_image_s", lambda prepared: 0.1)
+    monkeypatch.setattr(plan, "probe", lambda prepared: pytest.fail("probed in full"))
+    plan.warn_if_long(prepared)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_probe_leaves_no_trace(prepared: Any) -> None:
+    import torch
+
+    def count(module: Any, args: object) -> None:
+        module.seen.add_(1)  # as a batch norm counts
+
+    model = prepared.loaded.model
+    model.register_buffer("seen", torch.zeros(()))
+    model.register_forward_pre_hook(count)
+    state, weights = torch.get_rng_state(), {name: t.clone() for name, t in model.state_dict().items()}
+    plan.probe(prepared)
+
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(t, weights[name]) for name, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+# -- recipes, data, explain -----------------------------------------------------------------------
+
+
+def test_recipes_are_listed_shown_and_copied() -> None:
+    known = recipes()[0]
+    listed = vitft("recipes", "ls")
+    assert all(recipe.name in listed.stdout for recipe in recipes())
+    assert max(map(len, listed.stdout.splitlines())) <= 80
+    assert vitft("recipes", "show", known.name).stdout == known.path.read_text()
+
+    copied = vitft("recipes", "copy", known.name)
+    assert (
+        copied.stdout == f"copied to {known.path.name}; run it with: vitft train --recipe {known.path.name}\n"
+    )
+    assert Path(known.path.name).read_bytes() == known.path.read_bytes()
+    assert "exists" in error_of("recipes", "copy", known.name, code=2)
+
+
+def test_data_info_is_one_json_document(tmp_path: Path) -> None:
+    result = vitft("data", "info", "digits", "--json", "--preview", "grid.png")
+    described = json.loads(result.stdout)
+
+    assert {split["name"]: split["count"] for split in described["splits"]} == {"train": 1438, "test": 359}
+    assert described["labels"] == list("0123456789")
+    assert Image.open("grid.png").size > (400, 400)
+    assert "grid.png" in result.stderr
+
+
+def test_data_info_as_a_table() -> None:
+    text = vitft("data", "info", "digits").stdout
+    assert text.startswith("digits, 10 classes\n")
+    assert re.search(r"^train +1,438  8×8 +8×8 +8×8 +PNG", text, re.MULTILINE)
+    assert re.search(r"^9 +144 +36$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("picture", ["grid.jpg", "nowhere/grid.png"])
+def test_a_preview_that_cannot_be_written_is_refused_before_the_work(picture: str) -> None:
+    assert picture in error_of("data", "info", "digits", "--preview", picture, code=2)
+
+
+def test_explain_is_one_json_document() -> None:
+    document = json.loads(vitft("explain", "--model", "vit-micro", "--json").stdout)
+    assert set(document) == {"spec", "stages", "total"}
+    assert set(document["stages"][0]) == {
+        "name",
+        "input",
+        "output",
+        "parameters",
+        "flops",
+        "activation_bytes",
+    }
+
+
+# -- shell completion -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("vitft train --augment ", {"none", "flip", "crop"}),
+        ("vitft train --augment f", {"flip"}),
+        ("vitft train --max-tr", {"--max-train-samples"}),
+        ("vitft train --recipe ", {recipe.name for recipe in recipes()}),
+        ("vitft recipes show ", {recipe.name for recipe in recipes()}),
+        ("vitft predict x.png --format ", {"table", "csv", "jsonl"}),
+        ("vitft ex", {"explain"}),
+    ],
+)
+def test_the_shell_completes(line: str, offered: set[str]) -> None:
+    words = line.split(" ")
+    asked = {"_VITFT_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+    code = "import sys; sys.argv = ['vitft']; from vitft.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code],
+                          env=os.environ | asked, capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert set(done.stdout.split()) == offered

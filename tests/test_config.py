@@ -1,0 +1,134 @@
+"""TrainConfig: each setting once, and what it answers to a wrong one."""
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from vitft.config import TrainConfig
+from vitft.errors import UsageError
+
+PANELS = ["Data", "Model", "Optimization", "Hardware", "Run"]
+
+
+def refusal(**values: Any) -> str:
+    with pytest.raises(UsageError) as caught:
+        TrainConfig.parse(values, "recipe mine.yaml")
+    return str(caught.value)
+
+
+def test_every_setting_says_what_it_is_and_where_help_lists_it() -> None:
+    for name, field in TrainConfig.model_fields.items():
+        assert field.description, name
+        assert field.description.endswith("."), name
+        assert isinstance(field.json_schema_extra, dict)
+        assert field.json_schema_extra["panel"] in PANELS, name
+
+
+def test_what_may_change_on_resume_is_what_changes_no_weight() -> None:
+    steering = {n for n, f in TrainConfig.model_fields.items() if f.json_schema_extra["steers"]}  # type: ignore[index]
+
+    assert steering == {"save_every", "keep", "log_every", "tracker"}
+
+
+def test_settings_are_immutable() -> None:
+    with pytest.raises(ValidationError):
+        TrainConfig().lr = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [
+        ("batchsize", "batch_size"),
+        ("learning_rate", None),
+        ("epoch", "epochs"),
+        ("max_train_sample", "max_train_samples"),
+    ],
+)
+def test_an_unknown_setting_names_the_nearest(typo: str, meant: str | None) -> None:
+    hint = f"; did you mean {meant}?" if meant else "; `vitft train --help` lists the settings"
+    assert refusal(**{typo: 3}) == f"recipe mine.yaml: unknown setting '{typo}'{hint}"
+
+
+def test_a_mistyped_choice_names_the_nearest() -> None:
+    assert refusal(schedule="cosin") == (
+        "recipe mine.yaml: schedule should be 'constant', 'linear', 'cosine' or 'step', got 'cosin'; "
+        "did you mean cosine?"
+    )
+
+
+def test_a_flag_is_called_by_its_own_name() -> None:
+    with pytest.raises(UsageError, match=r"^--batch-size should be greater than or equal to 1, got 0$"):
+        TrainConfig.parse({"batch_size": 0}, "flags")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", math.nan),
+        ("lr", math.inf),
+        ("lr", 0),
+        ("lr", "fast"),
+        ("epochs", -math.inf),
+        ("epochs", 0),
+        ("warmup", 1),
+        ("val_fraction", 1.0),
+        ("batch_size", 2.5),
+        ("batch_size", math.inf),
+        ("batch_size", 10**30),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("model", None),
+        ("model", {"name": "x"}),
+        ("dataset", 123),
+        ("from_scratch", "perhaps"),
+    ],
+)
+def test_a_value_that_cannot_be_names_its_setting_in_one_line(name: str, value: Any) -> None:
+    message = refusal(**{name: value})
+
+    assert message.startswith(f"recipe mine.yaml: {name} should ")
+    assert ", got " in message
+    assert "\n" not in message
+
+
+def test_a_huge_value_is_not_repeated_in_full() -> None:
+    bomb: list[Any] = ["lol"]
+    for _ in range(40):
+        bomb = [bomb] * 9  # what a few YAML aliases make; its text would have 10^38 letters
+    assert len(refusal(lr=bomb)) < 400
+    assert len(refusal(lr="x" * 100_000)) < 400
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"width": 64}, ("width", "from_scratch")),
+        ({"from_scratch": True, "freeze": "backbone"}, ("freeze", "from_scratch")),
+    ],
+)
+def test_settings_that_do_not_agree_are_both_named(settings: dict[str, Any], names: tuple[str, str]) -> None:
+    message = refusal(**settings)
+    assert all(name in message for name in names)
+
+
+@given(lr=st.floats(1e-12, 100), epochs=st.floats(1e-3, 1e5), seed=st.integers(0, 2**32 - 1))
+def test_a_config_is_the_same_after_a_round_trip(lr: float, epochs: float, seed: int) -> None:
+    config = TrainConfig.parse({"lr": lr, "epochs": epochs, "seed": seed})
+    assert TrainConfig.parse(config.model_dump()) == config
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(sorted(TrainConfig.model_fields)),
+        st.none() | st.text("a1.e-\n") | st.integers() | st.floats(),
+    )
+)
+def test_any_values_make_a_config_or_a_usage_error(values: dict[str, Any]) -> None:
+    try:
+        TrainConfig.parse(values)
+    except UsageError as error:
+        assert "\n" not in str(error)  # noqa: PT017  (either outcome is right)

@@ -1,0 +1,103 @@
+"""What a person reads: numbers in words, names that cannot steer the terminal, streams kept apart."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console, RenderableType
+
+from vitft import console
+
+
+def rendered(renderable: RenderableType, width: int = 80) -> str:
+    screen = Console(file=io.StringIO(), width=width, color_system=None)
+    screen.print(renderable)
+    return screen.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (4.4, "4 s"),
+        (59.6, "1 min 0 s"),
+        (184, "3 min 4 s"),
+        (3599.7, "1 h 0 min"),
+        (7300, "2 h 1 min"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert console.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (2_500_000, "2.5 MB"), (3e12, "3.0 TB")]
+)
+def test_sizes(count: float, text: str) -> None:
+    assert console.size(count) == text
+
+
+def test_percent() -> None:
+    assert (console.percent(0.9731), console.percent(0.98765, 2)) == ("97.3 %", "98.77 %")
+
+
+def test_names_cannot_steer_the_terminal() -> None:
+    assert console.safe("a\x1b[31mb\rc\u202ed") == "a\\x1b[31mb\\rc\\u202ed"
+
+
+def test_markup_in_a_name_is_text(capsys: pytest.CaptureFixture[str]) -> None:
+    for speak in (console.note, console.warn, console.fail):
+        speak("file [red]x[/] and [/nonsense]")
+    assert capsys.readouterr().err.count("file [red]x[/] and [/nonsense]") == 3
+
+
+def test_errors_notes_and_warnings_leave_standard_output_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    console.note("n")
+    console.warn("w")
+    console.fail("line one\n  line two")
+    captured = capsys.readouterr()
+
+    assert captured.out == ""
+    assert captured.err == "n\nwarning: w\nerror: line one line two\n"
+
+
+def test_a_long_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    console.fail("word " * 100)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_json_is_one_document_with_its_letters_and_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    console.say_json({"label": "Käfer [red]", "long": "x" * 300})
+    text = capsys.readouterr().out
+    assert "Käfer" in text
+    assert json.loads(text) == {"label": "Käfer [red]", "long": "x" * 300}
+    with pytest.raises(ValueError, match="Out of range"):
+        console.say_json({"loss": float("nan")})
+
+
+def test_text_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    console.say_text("[bold]" + "x" * 300 + "\n")
+    assert capsys.readouterr().out == "[bold]" + "x" * 300 + "\n"
+
+
+def test_a_data_set_fits_80_columns() -> None:
+    labels = [f"a class with a rather long name, number {i}" for i in range(40)]
+    split = {
+        "name": "train",
+        "count": 50_000,
+        "classes": dict.fromkeys(labels, 1250),
+        "sizes": {"smallest": (32, 32), "median": (500, 375), "largest": (4000, 3000)},
+        "formats": ["JPEG", "PNG"],
+    }
+    described = {
+        "name": "mine",
+        "revision": "0123456789abcdef",
+        "labels": labels,
+        "splits": [split, split | {"name": "test"}],
+    }
+    text = rendered(console.data_report(described))
+
+    assert max(map(len, text.splitlines())) <= 80
+    assert "mine, 40 classes, commit 0123456789ab" in text
+    assert "50,000  32×32     500×375  4000×3000  JPEG, PNG" in text
+    assert "... and 10 more classes (--json has all)" in text

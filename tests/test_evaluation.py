@@ -1,0 +1,288 @@
+"""A score is what scikit-learn makes of the model's answers, on the split that it names."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from sklearn import metrics as sk
+from typer.testing import CliRunner
+
+from vitft import TrainConfig
+from vitft.checkpoint import read_card, step_folders
+from vitft.cli import app
+from vitft.data.augment import Preprocess, preprocess
+from vitft.data.images import decode
+from vitft.data.sources import open_source
+from vitft.data.splits import make_splits
+from vitft.errors import DataError, UsageError
+from vitft.evaluation import evaluate, matched
+from vitft.metrics import Metrics
+
+KEYS = ["accuracy", "accuracy_interval", "top5", "loss", "macro_f1", "count", "split", "split_hash",
+        "images_per_s", "per_class", "confusion"]  # fmt: skip
+
+
+def numbers(metrics: Metrics) -> dict[str, Any]:
+    """All but the speed, which differs from call to call."""
+    return {key: value for key, value in metrics.to_dict().items() if key != "images_per_s"}
+
+
+def by_hand(folder: Path, role: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """The split's true classes and the logits that plain Transformers gives, one image at a time."""
+    card = read_card(folder)
+    assert card is not None
+    source = open_source(str(card.config.dataset))
+    split = make_splits(source, val_fraction=card.config.val_fraction, max_train_samples=None,
+                        max_eval_samples=card.config.max_eval_samples,
+                        seed=card.config.seed)[role]  # fmt: skip
+    how = Preprocess.from_json(json.loads((folder / "preprocessor_config.json").read_text()))
+    model = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    cells = source.splits[split.source].select(split.rows)["image"]
+    with torch.no_grad():
+        pixels = (preprocess([torch.from_numpy(decode(cell["bytes"]))], how) for cell in cells)
+        logits = torch.cat([model(pixel_values=one).logits for one in pixels])
+    return split.labels, logits.double().numpy(), source.labels
+
+
+@pytest.mark.parametrize("role", ["test", "validation"])
+def test_scores_are_scikit_learns(digits_run: Any, role: str) -> None:
+    """To 1e-5 for the loss, a mean of float32 values; the rest are counts."""
+    truth, logits, labels = by_hand(digits_run.checkpoint, role)
+    predicted, classes = logits.argmax(axis=1), list(range(len(labels)))
+
+    got = evaluate(digits_run.run, split=role)
+
+    assert (got.split, got.count) == (role, len(truth))
+    assert got.accuracy == pytest.approx(sk.accuracy_score(truth, predicted), abs=1e-12)
+    assert got.top5 == pytest.approx(sk.top_k_accuracy_score(truth, logits, k=5, labels=classes), abs=1e-12)
+    shares = torch.from_numpy(logits).softmax(1).numpy()
+    assert got.loss == pytest.approx(sk.log_loss(truth, shares, labels=classes), abs=1e-5)
+    assert got.macro_f1 == pytest.approx(sk.f1_score(truth, predicted, average="macro"), abs=1e-12)
+    matrix = sk.confusion_matrix(truth, predicted, labels=classes)
+    assert got.confusion == {"labels": list(labels), "matrix": matrix.tolist()}
+    table = sk.precision_recall_fscore_support(truth, predicted, labels=classes, zero_division=0)
+    rows = [(row.precision, row.recall, row.f1, row.count) for row in got.per_class]
+    np.testing.assert_allclose(rows, np.array(table).T, atol=1e-12)
+    low, high = got.accuracy_interval
+    assert low < got.accuracy < high
+
+
+def test_the_recorded_scores_are_those_of_evaluate(digits_run: Any) -> None:
+    card = read_card(digits_run.checkpoint)
+    assert card is not None
+    assert set(card.scores) == {"validation", "test"}
+
+    for role, recorded in card.scores.items():
+        got = evaluate(digits_run.checkpoint, split=role)
+        now = got.to_dict()
+        for key in recorded.keys() - {"images_per_s"}:
+            assert recorded[key] == pytest.approx(now[key]), (role, key)
+        assert got.split_hash == card.splits[role]["hash"]
+    assert digits_run.scores == card.scores
+
+
+def test_two_evaluations_give_the_same_numbers(digits_run: Any) -> None:
+    assert numbers(evaluate(digits_run.run)) == numbers(evaluate(digits_run.run))
+
+
+def test_the_batch_size_changes_nothing_but_the_last_digits(digits_run: Any) -> None:
+    whole, single = (evaluate(digits_run.run, max_eval_samples=40, batch_size=size) for size in (64, 7))
+    assert whole.confusion == single.confusion
+    assert whole.loss == pytest.approx(single.loss, abs=1e-6)
+
+
+def test_a_run_and_each_of_its_checkpoints_can_be_named(digits_run: Any) -> None:
+    run = digits_run.run
+    best, last = (numbers(evaluate(run / name)) for name in ("best", "last"))
+    step = numbers(evaluate(step_folders(run)[0]))
+
+    assert numbers(evaluate(run)) == best
+    assert step == last
+    assert best["split"] == last["split"] == "test"
+
+
+def test_a_path_may_be_text(digits_run: Any) -> None:
+    assert numbers(evaluate(str(digits_run.run))) == numbers(evaluate(digits_run.run))
+
+
+def test_train_too_is_scored_if_asked_for(digits_run: Any) -> None:
+    got = evaluate(digits_run.run, split="train", max_eval_samples=20)
+    assert got.split == "train"
+    assert got.count > 0
+
+
+@pytest.mark.parametrize("count", [1, 33, 150])
+def test_fewer_samples_are_stratified_and_named_by_their_hash(digits_run: Any, count: int) -> None:
+    got = evaluate(digits_run.run, max_eval_samples=count)
+
+    assert got.count == sum(row.count for row in got.per_class) == count
+    counts = [row.count for row in got.per_class]
+    assert max(counts) - min(counts) <= 2
+    assert (got.split_hash == evaluate(digits_run.run).split_hash) == (count == 150)
+
+
+def test_an_unknown_split_names_those_there_are(digits_run: Any) -> None:
+    with pytest.raises(UsageError, match="split tset: digits has train, validation, test"):
+        evaluate(digits_run.run, split="tset")
+
+
+# -- folders of plain Transformers, and other data --------------------------------------------------
+
+
+def make_data(root: Path, labels: tuple[str, ...] = ("ant", "bee", "cat"), count: int = 4) -> Path:
+    """A folder of class folders, each class of its own brightness."""
+    for i, label in enumerate(labels):
+        (root / label).mkdir(parents=True)
+        for number in range(count):
+            drawn = np.random.default_rng([i, number]).integers(0, 60, (20, 24, 3)) + 60 * i
+            Image.fromarray(drawn.astype(np.uint8)).save(root / label / f"{number}.png")
+    return root
+
+
+def test_a_plain_folder_is_scored_on_all_of_the_data_named(
+    saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    got = evaluate(saved("vit"), dataset=str(make_data(tmp_path / "data")))
+
+    assert (got.split, got.count) == ("train", 12)  # nothing is set aside: this model was not trained on it
+    assert [row.label for row in got.per_class] == ["ant", "bee", "cat"]
+
+
+def test_a_plain_folder_needs_a_data_set(saved: Callable[..., Path]) -> None:
+    with pytest.raises(UsageError, match="add --dataset"):
+        evaluate(saved("vit"))
+
+
+def permuted(folder: Path, order: list[int]) -> None:
+    """Renumber the classes of a saved ViT: the same model, in another order of labels."""
+    model = transformers.AutoModelForImageClassification.from_pretrained(folder)
+    names = [model.config.id2label[i] for i in order]
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: i for i, name in enumerate(names)}
+    with torch.no_grad():
+        model.classifier.weight.copy_(model.classifier.weight[order].clone())
+        model.classifier.bias.copy_(model.classifier.bias[order].clone())
+    model.save_pretrained(folder)
+
+
+def test_labels_are_matched_by_name(saved: Callable[..., Path], tmp_path: Path) -> None:
+    folder, data = saved("vit"), str(make_data(tmp_path / "data"))
+    before = evaluate(folder, dataset=data)
+
+    permuted(folder, [2, 0, 1])
+    after = evaluate(folder, dataset=data)
+
+    assert after.confusion["labels"] == ["cat", "ant", "bee"]
+    assert (after.accuracy, after.macro_f1) == pytest.approx((before.accuracy, before.macro_f1))
+    assert after.loss == pytest.approx(before.loss, abs=1e-6)
+    rows = {row.label: row for row in before.per_class}
+    assert all(row == rows[row.label] for row in after.per_class)
+
+
+def test_data_with_some_of_the_classes_is_enough(saved: Callable[..., Path], tmp_path: Path) -> None:
+    got = evaluate(saved("vit"), dataset=str(make_data(tmp_path / "data", ("cat", "bee"))))
+    assert [row.count for row in got.per_class] == [0, 4, 4]
+
+
+def test_other_labels_are_an_error_that_lists_both_sides(saved: Callable[..., Path], tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", ("ant", "dog"))
+    with pytest.raises(DataError) as caught:
+        evaluate(saved("vit"), dataset=str(data))
+    assert "the data has [ant, dog]" in str(caught.value)
+    assert "knows [ant, bee, cat]" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_classes_that_share_a_name_are_told_apart_by_their_place() -> None:
+    """As ImageNet's two cranes."""
+    truth, names = np.array([0, 1, 2]), ("crane", "kite", "crane")
+    assert matched(truth, names, names, name="model").tolist() == [0, 1, 2]
+
+
+def test_a_checkpoints_own_settings_do_not_rule_over_other_data(digits_run: Any, tmp_path: Path) -> None:
+    """The run's limit of 150 images, and its share for validation, were for the digits."""
+    data = make_data(tmp_path / "data", tuple("0123456789"), 20)
+    got = evaluate(digits_run.run, dataset=str(data))
+    assert (got.split, got.count) == ("train", 200)
+
+
+def test_naming_the_checkpoints_own_data_set_changes_nothing(digits_run: Any) -> None:
+    assert numbers(evaluate(digits_run.run, dataset="digits")) == numbers(evaluate(digits_run.run))
+
+
+def test_a_bad_image_stops_it_or_is_left_out_and_reported(saved: Callable[..., Path], tmp_path: Path) -> None:
+    folder, data = saved("vit"), make_data(tmp_path / "data")
+    (data / "bee" / "1.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"bee/1\.png: is empty"):
+        evaluate(folder, dataset=str(data))
+
+    skipped: list[Any] = []
+    got = evaluate(folder, dataset=str(data), on_bad_image="skip", report_skipped=skipped.extend)
+
+    assert [one.name for one in skipped] == ["bee/1.png"]
+    assert [row.count for row in got.per_class] == [4, 3, 4]
+    assert got.split_hash.endswith("-1")
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def test_json_is_one_document_with_the_keys_that_scripts_rely_on(digits_run: Any) -> None:
+    done = CliRunner().invoke(app, ["eval", str(digits_run.run), "--json"])
+
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert list(document) == KEYS
+    assert list(document["per_class"][0]) == ["label", "precision", "recall", "f1", "count"]
+    assert list(document["confusion"]) == ["labels", "matrix"]
+    assert 0 <= document["accuracy"] <= 1
+    assert document["split"] == "test"
+
+
+def test_the_report_names_split_count_and_interval(digits_run: Any) -> None:
+    done = CliRunner().invoke(app, ["eval", str(digits_run.run / "best"), "--split", "validation"])
+
+    got = evaluate(digits_run.run, split="validation")
+    assert done.exit_code == 0, done.output
+    head = done.stdout.splitlines()[0]
+    low, high = got.accuracy_interval
+    assert head.startswith(
+        f"accuracy {100 * got.accuracy:.1f} % (95 % interval {100 * low:.1f}–{100 * high:.1f})"
+    )
+    assert f"on {got.count} images of validation [{got.split_hash[:8]}]" in head
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [(["./absent"], 4), (["DATA"], 4), (["RUN", "--split", "tset"], 2)]
+)
+def test_what_cannot_be_scored_is_one_line(
+    digits_run: Any, tmp_path: Path, words: list[str], code: int
+) -> None:
+    known = {"RUN": str(digits_run.run), "DATA": str(make_data(tmp_path / "data"))}
+    command = ["eval", *(known.get(word, word) for word in words)]
+    done = CliRunner().invoke(app, command + ([] if "RUN" in words else ["--dataset", "digits"]))
+    assert (done.exit_code, len(done.stderr.splitlines())) == (code, 1), done.output
+
+
+def test_the_confusion_matrix_is_drawn(digits_run: Any, tmp_path: Path) -> None:
+    done = CliRunner().invoke(
+        app, ["eval", str(digits_run.run), "--json", "--plot", str(tmp_path / "plot.png")]
+    )
+
+    assert done.exit_code == 0, done.output
+    json.loads(done.stdout)
+    with Image.open(tmp_path / "plot.png") as plot:
+        assert min(plot.size) > 200
+
+
+def test_the_public_names_are_the_rooms_own() -> None:
+    import vitft
+
+    assert vitft.evaluate is evaluate
+    assert vitft.TrainConfig is TrainConfig

@@ -1,0 +1,167 @@
+"""The arrows of the house: who may import whom, who may print, who may end the program.
+
+ROOMS is the house from the street down. A module may import modules of lines below its own, and of its
+own line where it says so by standing there alone with a folder's name; never one above. Imports inside
+functions count like any other. A new module gets its place here, as low as what it imports allows.
+"""
+
+import ast
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import vitft
+
+PACKAGE = Path(vitft.__file__).parent
+ROOMS = [
+    ["__main__"],
+    ["cli"],
+    ["commands"],
+    ["trainer"],
+    ["plan"],
+    ["preparation"],
+    ["evaluation", "prediction", "figures"],
+    ["explain.table"],
+    ["checkpoint", "metrics", "models", "optim", "recipe", "signals"],
+    ["data.info", "data.preview", "data.loader"],
+    ["data.splits", "data.store"],
+    ["data.sources"],
+    ["data.local", "data.hub"],
+    ["data.pixels"],
+    ["data.tables", "data.choice"],
+    ["data.schema", "data.augment", "data.images"],
+    ["hardware"],
+    ["config", "spec", "options"],
+    ["console", "errors", "files", "hub", "randomness"],
+    ["__init__"],  # the version; its public API is lazy, and may name any room
+]
+HEAVY = {"torch", "transformers", "datasets", "numpy", "accelerate", "evaluate", "sklearn", "matplotlib"}
+LIGHT = ["cli", "config", "options", "errors", "spec", "recipe", "console"]
+SCRATCH = {"numpy", "scipy", "safetensors", "vitft"}
+
+
+def name_of(file: Path) -> str:
+    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
+
+
+MODULES = {name_of(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+BODIES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in MODULES.items()}
+FOLDERS = {name.removesuffix(".__init__") for name in MODULES if name.endswith(".__init__")}
+
+
+def imports(name: str) -> Iterator[str]:
+    """Everything that a module imports, at its top or in a function, as full dotted names."""
+    for node in ast.walk(BODIES[name]):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} imports relatively; say where from"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def rooms_entered(name: str) -> set[str]:
+    """The modules of this package that a module imports."""
+    entered = set()
+    for full in imports(name):
+        if full.split(".")[0] == "vitft":
+            path = full.removeprefix("vitft").strip(".")
+            while path and path not in MODULES:
+                path = path.rpartition(".")[0]
+            entered.add(path or "__init__")
+    return entered
+
+
+def calls(name: str) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(BODIES[name]):
+        if isinstance(node, (ast.Call, ast.Attribute, ast.Raise)):
+            yield node.lineno, ast.unparse(node)
+
+
+def floor(name: str) -> int:
+    return next((number for number, line in enumerate(ROOMS) if name in line), -1)
+
+
+PLACED = [name for name in MODULES if not (name.split(".")[0] in FOLDERS and name.endswith("__init__"))]
+
+
+@pytest.mark.parametrize("name", [n for n in PLACED if not n.startswith(("scratch.", "explain."))])
+def test_every_module_has_its_place(name: str) -> None:
+    assert floor(name) >= 0, f"give {name} a line in ROOMS"
+
+
+@pytest.mark.parametrize("name", [n for n in PLACED if n not in ("__init__", "__main__")])
+def test_arrows_point_down(name: str) -> None:
+    above = [other for other in rooms_entered(name) if 0 <= floor(other) <= floor(name) and other != name]
+    assert not above, f"{name} imports {above}, which do not lie below it"
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_what_starts_the_command_line_is_light(name: str) -> None:
+    heavy = {full.split(".")[0] for full in imports(name)} & HEAVY
+    assert not heavy, f"{name} imports {heavy}"
+
+
+@pytest.mark.parametrize("name", ["config", "errors", "spec", "recipe", "options"])
+def test_the_lowest_rooms_enter_no_heavy_one(name: str) -> None:
+    assert rooms_entered(name) <= {"config", "errors", "spec"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_only_console_prints(name: str) -> None:
+    writing = ("print(", "sys.stdout", "sys.stderr", "rich.print(", "typer.echo(", "input(")
+    found = [(line, code) for line, code in calls(name) if code.startswith(writing)]
+    assert name == "console" or not found, found
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_only_cli_ends_the_program(name: str) -> None:
+    ending = ("sys.exit", "os._exit", "exit(", "quit(", "raise SystemExit", "typer.Exit", "raise typer.Exit")
+    found = [(line, code) for line, code in calls(name) if code.startswith(ending)]
+    assert name == "cli" or not found, found
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n.startswith("scratch.")])
+def test_scratch_stands_on_numpy_and_the_spec_alone(name: str) -> None:
+    from sys import stdlib_module_names
+
+    allowed = SCRATCH | ({"torch"} if name == "scratch.torch_vit" else set()) | stdlib_module_names
+    assert {full.split(".")[0] for full in imports(name)} <= allowed
+    assert {full for full in imports(name) if full.startswith("scipy")} <= {"scipy.special.erf"}
+    assert all(other == "spec" or other.startswith("scratch") for other in rooms_entered(name))
+
+
+def test_nothing_but_textbook_and_explain_imports_scratch() -> None:
+    users = {name for name in MODULES for other in rooms_entered(name) if other.startswith("scratch")}
+    assert {user for user in users if not user.startswith(("scratch.", "explain.", "textbook"))} == set()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_file_is_read_in_one_sitting(name: str) -> None:
+    text = MODULES[name].read_text(encoding="utf-8")
+    longest = 450 if name == "trainer" else 350  # the loop, which is read as one
+    assert len(text.splitlines()) <= longest
+    assert not any(mark in text for mark in ("TO" + "DO", "FIX" + "ME", "XXX"))
+    assert ast.get_docstring(BODIES[name]), "a module says in its first line what it is"
+
+
+def test_there_is_no_drawer_for_odds_and_ends() -> None:
+    assert not {"utils", "util", "helpers", "misc", "common"} & {name.split(".")[-1] for name in MODULES}
+    assert not [name for name, body in BODIES.items() if "__main__'" in ast.unparse(body)]
+
+
+def test_every_import_is_declared() -> None:
+    """A package that is only there because another one needs it may leave with that one."""
+    from sys import stdlib_module_names
+
+    project = PACKAGE.parent / "pyproject.toml"
+    if not project.is_file():
+        pytest.skip("not a clone: no pyproject.toml beside the package")
+    declared = tomllib.loads(project.read_text())["project"]["dependencies"]
+    names = {line.split(">")[0].split("<")[0].replace("-", "_") for line in declared}
+    known = names | {"sklearn", "PIL", "yaml", "vitft"} | stdlib_module_names
+    # huggingface_hub and pyarrow are what transformers and datasets are made of; scipy what scikit-learn is.
+    known |= {"huggingface_hub", "pyarrow", "scipy", "pandas"}
+    undeclared = {full.split(".")[0] for name in MODULES for full in imports(name)} - known
+    assert not undeclared

@@ -1,0 +1,394 @@
+"""Models come from folders and names: what is kept, what is new, what is refused in one line."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.conftest import ARCHITECTURES, tiny_model
+from vitft import TrainConfig
+from vitft.checkpoint import Card, save_model
+from vitft.data.augment import Preprocess
+from vitft.errors import ModelError, VitftError
+from vitft.models import Loaded, load_for_training, load_trained, set_training
+
+Saved = Callable[..., Path]
+OWN, OTHERS = ("ant", "bee", "cat"), ("car", "bus", "tram")
+
+
+def load(folder: Path | str, labels: tuple[str, ...] = OWN, **settings: Any) -> Loaded:
+    return load_for_training(TrainConfig(model=str(folder), **settings), labels)
+
+
+def refusal(folder: Path | str, **settings: Any) -> str:
+    """The one line with which a model is refused."""
+    with pytest.raises(ModelError) as caught:
+        load(folder, **settings)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert str(folder) in text or settings
+    return text
+
+
+def images(size: int, count: int = 2) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def logits(model: Any, pixels: torch.Tensor, **options: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(pixel_values=pixels, **options).logits
+
+
+def same(a: Loaded, b: Loaded) -> bool:
+    return torch.equal(head(a.model), head(b.model))
+
+
+def head(model: Any) -> torch.Tensor:
+    return model.classifier.weight.detach()
+
+
+# -- weights and heads ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_are_float32_whatever_was_stored(saved: Saved, architecture: str, dtype: torch.dtype) -> None:
+    folder = saved(architecture, dtype=dtype)
+
+    model = load(folder).model
+
+    stored = tiny_model(architecture).to(dtype).float().state_dict()
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_new_head_depends_on_the_seed_alone(saved: Saved, architecture: str) -> None:
+    folder, four = saved(architecture), (*OTHERS, "van")
+
+    first = load(folder, four)
+    torch.rand(3)  # the generator's state is no part of it
+    again, other = load(folder, four), load(folder, four, seed=1)
+
+    assert first.new_head
+    assert first.labels == four
+    assert head(first.model).shape[0] == 4
+    assert same(first, again)
+    assert not same(first, other)
+    kept = tiny_model(architecture).state_dict()
+    new = first.model.state_dict()
+    assert all(torch.equal(new[name], kept[name]) for name in kept if not name.startswith("classifier"))
+
+
+def test_the_head_is_the_same_wherever_the_backbone_is_from(saved: Saved) -> None:
+    """A stored head of another size, or none, makes no difference to the new one."""
+    with_head = saved("vit", labels=("a", "b"))
+    transformers.ViTModel.from_pretrained(with_head).save_pretrained(with_head.parent / "backbone")
+
+    assert torch.equal(head(load(with_head).model), head(load(with_head.parent / "backbone").model))
+
+
+@pytest.mark.parametrize("labels", [OWN, ("cat", "ant", "bee")], ids=["same order", "another order"])
+def test_a_head_for_these_classes_is_kept_in_its_own_order(saved: Saved, labels: tuple[str, ...]) -> None:
+    loaded = load(saved("vit"), labels)
+
+    assert not loaded.new_head
+    assert loaded.labels == OWN
+    assert loaded.model.config.id2label == dict(enumerate(OWN))
+    assert torch.equal(head(loaded.model), head(tiny_model("vit")))
+
+
+def test_a_head_for_as_many_other_classes_is_not_kept(saved: Saved) -> None:
+    loaded = load(saved("vit"), OTHERS)
+
+    assert loaded.new_head
+    assert loaded.model.config.id2label == dict(enumerate(OTHERS))
+    assert not torch.equal(head(loaded.model), head(tiny_model("vit")))
+
+
+def test_a_distilled_deit_keeps_both_of_its_heads(saved: Saved) -> None:
+    folder = saved("deit")
+    base = transformers.AutoConfig.from_pretrained(folder)
+    transformers.DeiTForImageClassificationWithTeacher(base).save_pretrained(folder)
+
+    assert not load(folder).new_head
+    reference = transformers.AutoModelForImageClassification.from_pretrained(folder)
+    assert torch.equal(logits(load_trained(folder).model, images(32)), logits(reference, images(32)))
+
+
+def test_a_frozen_backbone_leaves_the_head_to_train(saved: Saved) -> None:
+    model = load(saved("vit", hidden_dropout_prob=0.5), freeze="backbone").model
+    set_training(model, frozen_backbone=True)
+
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {"classifier.weight", "classifier.bias"}
+    assert not any(module.training for module in model.base_model.modules())
+
+
+# -- other input sizes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["vit", "deit", "dinov2"])
+@pytest.mark.parametrize("size", [16, 48, 80])
+def test_another_size_gives_the_logits_of_transformers_own_interpolation(
+    saved: Saved, architecture: str, size: int
+) -> None:
+    """To 1e-5, for sums in float32. DINOv2 interpolates always, and is not asked to."""
+    loaded = load(saved(architecture), image_size=size)
+
+    option = {} if architecture == "dinov2" else {"interpolate_pos_encoding": True}
+    wanted = logits(tiny_model(architecture), images(size), **option)
+    assert wanted.std() > 0.1
+    torch.testing.assert_close(logits(loaded.model, images(size)), wanted, atol=1e-5, rtol=1e-5)
+    assert (loaded.preprocess.height, loaded.preprocess.width) == (size, size)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("size", [48, 64])
+def test_a_model_of_another_size_loads_in_plain_transformers(
+    saved: Saved, tmp_path: Path, architecture: str, size: int
+) -> None:
+    loaded = load(saved(architecture, dtype=torch.float16), image_size=size)
+    card = Card(TrainConfig(), loaded.labels, 0, 0.0, {}, {})
+    save_model(tmp_path / "new", loaded.model, loaded.preprocess, card)
+
+    plain, info = transformers.AutoModelForImageClassification.from_pretrained(
+        tmp_path / "new", output_loading_info=True
+    )
+
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert plain.config.image_size == size
+    assert plain.config.id2label == dict(enumerate(OWN))
+    assert torch.equal(logits(plain, images(size)), logits(loaded.model, images(size)))
+
+
+def test_beits_relative_positions_are_resized_too(saved: Saved) -> None:
+    """Back and forth between sizes where the cubic passes through the old points, nothing is lost."""
+    loaded = load(saved("beit"), image_size=48)
+    name = "relative_position_bias_table"
+    tables = {key: value for key, value in loaded.model.state_dict().items() if key.endswith(name)}
+    old = {key: value for key, value in tiny_model("beit").state_dict().items() if key.endswith(name)}
+
+    assert len(tables) == 2
+    for key, table in tables.items():
+        assert table.shape[0] == 11**2 + 3  # offsets -5..5 on both axes, and three for the class token
+        assert torch.equal(table[-3:], old[key][-3:])
+        middle = table[:-3].view(11, 11, -1)[5, 5]
+        torch.testing.assert_close(middle, old[key][:-3].view(7, 7, -1)[3, 3])
+
+
+def test_a_size_that_patches_do_not_fill_is_refused_with_two_that_do(saved: Saved) -> None:
+    text = refusal(saved("vit"), image_size=36)
+
+    assert text == "image_size 36 is not a multiple of patch_size 8; try 32 or 40."
+
+
+# -- new weights ------------------------------------------------------------------------------------
+
+
+def test_a_preset_from_scratch_is_seeded() -> None:
+    models = [load("vit-micro", from_scratch=True, seed=seed).model.state_dict() for seed in (0, 0, 1)]
+
+    weight = "classifier.weight"
+    assert torch.equal(models[0][weight], models[1][weight])
+    assert not torch.equal(models[0][weight], models[2][weight])
+
+
+def test_sizes_from_scratch_replace_a_presets_own() -> None:
+    sizes = {"image_size": 24, "patch_size": 6, "width": 24, "layers": 1, "heads": 3}
+    config = load("vit-micro", from_scratch=True, **sizes).model.config
+
+    assert (config.image_size, config.patch_size, config.hidden_size) == (24, 6, 24)
+    assert (config.num_hidden_layers, config.num_attention_heads, config.intermediate_size) == (1, 3, 96)
+    assert config.num_labels == 3
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_checkpoints_shape_from_scratch_has_none_of_its_weights(saved: Saved, architecture: str) -> None:
+    loaded = load(saved(architecture), from_scratch=True, image_size=48)
+
+    assert loaded.new_head
+    assert logits(loaded.model, images(48)).shape == (2, 3)
+    assert not torch.equal(head(loaded.model), head(tiny_model(architecture)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model": "vit-small"}, "add --from-scratch"),
+        ({"model": "vit-smal"}, "did you mean vit-small?"),
+        ({"model": "vit-micro", "from_scratch": True, "image_size": 30}, "not a multiple of patch_size"),
+        ({"model": "vit-micro", "from_scratch": True, "width": 30, "heads": 4}, "heads"),
+    ],
+)
+def test_shapes_that_cannot_be_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(VitftError, match=words) as caught:
+        load_for_training(TrainConfig(**settings), OWN)
+    assert "\n" not in str(caught.value)
+
+
+# -- what is no usable model ------------------------------------------------------------------------
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    assert "no such folder" in refusal(tmp_path / "absent")
+
+
+def test_a_file_is_no_folder(saved: Saved) -> None:
+    assert "give the folder" in refusal(saved() / "model.safetensors")
+
+
+def test_a_folder_without_a_configuration_says_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "cat.jpg").touch()
+    assert "no config.json here (it holds cat.jpg)" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{not json", "[]", "{}", '{"model_type": "nonesuch"}', '{"model_type": "vit", "image_size": "big"}'],
+)
+def test_a_damaged_configuration_is_one_line(saved: Saved, text: str) -> None:
+    folder = saved()
+    (folder / "config.json").write_text(text)
+    refusal(folder)
+
+
+@pytest.mark.parametrize("text", ["{not json", "[1]", '{"size": {"longest_edge": 9}}', '{"resample": 0}'])
+def test_a_damaged_preprocessor_is_one_line(saved: Saved, text: str) -> None:
+    folder = saved()
+    (folder / "preprocessor_config.json").write_text(text)
+    assert "preprocessor_config.json" in refusal(folder)
+
+
+def test_a_text_model_cannot_classify_images(tmp_path: Path) -> None:
+    transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=1).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ModelError, match="a bert model cannot classify images"):
+        load(tmp_path)
+    with pytest.raises(ModelError, match="a bert model cannot classify images"):
+        load_trained(tmp_path)
+
+
+def test_a_backbone_alone_cannot_be_evaluated(saved: Saved) -> None:
+    folder = saved()
+    transformers.ViTModel.from_pretrained(folder).save_pretrained(folder)
+    with pytest.raises(ModelError, match="no classification head; fine-tune it first"):
+        load_trained(folder)
+
+
+@pytest.mark.parametrize("tear", ["truncated", "header"])
+def test_torn_weights_are_one_line(saved: Saved, tear: str) -> None:
+    folder = saved()
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    flipped = content[:20] + bytes(byte ^ 0xFF for byte in content[20:60]) + content[60:]
+    file.write_bytes(content[: len(content) // 2] if tear == "truncated" else flipped)
+    refusal(folder)
+
+
+def test_a_folder_without_weights_is_one_line(saved: Saved) -> None:
+    folder = saved()
+    (folder / "model.safetensors").unlink()
+    refusal(folder)
+
+
+class _Malice:
+    def __init__(self, victim: Path) -> None:
+        self.victim = victim
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.victim,)
+
+
+@pytest.mark.parametrize("form", ["zip", "bare pickle"])
+def test_a_pickle_is_not_executed(saved: Saved, tmp_path: Path, form: str) -> None:
+    folder, victim = saved(), tmp_path / "owned"
+    (folder / "model.safetensors").unlink()
+    content = {"classifier.weight": _Malice(victim)}
+    if form == "zip":
+        torch.save(content, folder / "pytorch_model.bin")
+    else:
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(content))
+
+    refusal(folder)
+
+    assert not victim.exists()
+
+
+def test_honest_pickled_weights_load(saved: Saved) -> None:
+    folder = saved()
+    (folder / "model.safetensors").unlink()
+    torch.save(tiny_model("vit").state_dict(), folder / "pytorch_model.bin")
+    assert torch.equal(head(load(folder).model), head(tiny_model("vit")))
+
+
+@pytest.mark.parametrize("other", ["deit", "swin"])
+def test_weights_of_another_architecture_are_refused(saved: Saved, other: str) -> None:
+    folder = saved("vit")
+    (saved(other) / "model.safetensors").replace(folder / "model.safetensors")
+    assert "is this the right folder?" in refusal(folder)
+
+
+def test_weights_of_another_shape_are_refused(saved: Saved) -> None:
+    folder = saved("vit")
+    (saved("vit", hidden_size=32) / "model.safetensors").replace(folder / "model.safetensors")
+    assert "of another shape" in refusal(folder)
+
+
+NO_HUB = """
+import time
+from vitft.config import TrainConfig
+from vitft.errors import ModelError
+from vitft.models import load_for_training, load_trained
+for load in (load_trained, lambda name: load_for_training(TrainConfig(model=name), "ab")):
+    started = time.monotonic()
+    try:
+        load("owner/name")
+    except ModelError as error:
+        print(error)
+    assert time.monotonic() - started < 5, time.monotonic() - started
+"""
+
+
+def test_without_a_network_a_hub_model_is_one_line_at_once(tmp_path: Path) -> None:
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
+    env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", NO_HUB], capture_output=True, text=True, env=env, check=False)
+
+    assert (ran.returncode, ran.stderr) == (0, "")
+    lines = ran.stdout.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert line.startswith("model owner/name: ")
+        for word in (
+            "http://127.0.0.1:9 could not be reached",
+            str(tmp_path),
+            "local folder",
+            "--from-scratch",
+        ):
+            assert word in line
+
+
+# -- preprocessing ----------------------------------------------------------------------------------
+
+
+def test_googles_own_preprocessor_is_understood(saved: Saved) -> None:
+    """Its size is an int and it names no class, as google/vit-base-patch16-224-in21k's."""
+    folder, half = saved(), [0.5, 0.5, 0.5]
+    document = {"do_normalize": True, "do_resize": True, "image_mean": half, "image_std": half}
+    (folder / "preprocessor_config.json").write_text(json.dumps(document | {"resample": 2, "size": 32}))
+
+    assert load(folder).preprocess == Preprocess(32, 32)
+
+
+def test_without_a_preprocessor_the_models_own_size_counts(saved: Saved) -> None:
+    assert load(saved()).preprocess == Preprocess(32, 32)

@@ -1,0 +1,161 @@
+"""The learning rate as a function of the step, and who decays."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import ViTConfig, ViTForImageClassification
+
+from vitft.config import TrainConfig
+from vitft.optim import lr_at, make_optimizer, parameter_groups, total_steps
+
+SCHEDULES = ["constant", "linear", "cosine", "step"]
+
+
+def rates(config: TrainConfig, total: int, per_epoch: int) -> list[float]:
+    return [lr_at(step, config, total_steps=total, steps_per_epoch=per_epoch) for step in range(total)]
+
+
+# -- the schedules --------------------------------------------------------------------------------
+
+
+@given(
+    schedule=st.sampled_from(SCHEDULES),
+    lr=st.floats(1e-8, 10),
+    warmup=st.floats(0, 0.99),
+    total=st.integers(1, 300),
+    per_epoch=st.integers(1, 50),
+    decay_epochs=st.floats(0.01, 20),
+)
+def test_a_rate_is_above_0_and_at_most_the_peak(
+    schedule: str, lr: float, warmup: float, total: int, per_epoch: int, decay_epochs: float
+) -> None:
+    config = TrainConfig.parse(
+        {"schedule": schedule, "lr": lr, "warmup": warmup, "decay_epochs": decay_epochs}
+    )
+    found = rates(config, total, per_epoch)
+
+    assert all(0 <= rate <= lr * (1 + 1e-12) for rate in found)
+    rising = found[: round(warmup * total)]
+    assert rising == sorted(rising)
+    falling = found[len(rising) :]
+    assert falling == sorted(falling, reverse=True)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@given(warmup=st.floats(0, 0.9), total=st.integers(2, 1000))
+def test_linear_and_cosine_reach_0_just_after_the_last_step(schedule: str, warmup: float, total: int) -> None:
+    config = TrainConfig.parse({"schedule": schedule, "warmup": warmup})
+    last, after = (lr_at(step, config, total_steps=total, steps_per_epoch=10) for step in (total - 1, total))
+
+    assert last > 0
+    assert after == pytest.approx(0, abs=1e-18)
+
+
+def test_warm_up_rises_evenly_and_meets_the_peak() -> None:
+    config = TrainConfig.parse({"schedule": "linear", "warmup": 0.4, "lr": 1.0})
+
+    assert rates(config, 10, 5)[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1 - 1 / 6])
+
+
+def test_cosine_is_half_way_down_in_the_middle() -> None:
+    config = TrainConfig.parse({"schedule": "cosine", "lr": 1.0})
+
+    assert lr_at(50, config, total_steps=100, steps_per_epoch=10) == pytest.approx(0.5)
+    assert lr_at(25, config, total_steps=100, steps_per_epoch=10) == pytest.approx((1 + 2**-0.5) / 2)
+
+
+@pytest.mark.parametrize("per_epoch", [1563, 1407, 7])
+def test_step_is_a_tenth_after_each_epoch_on_its_first_step(per_epoch: int) -> None:
+    """The classic CIFAR-10 run: 2e-5 in the first epoch, 2e-6 in the second."""
+    config = TrainConfig.parse({"schedule": "step", "lr": 2e-5, "epochs": 3})
+    found = rates(config, 3 * per_epoch, per_epoch)
+
+    assert set(found[:per_epoch]) == {2e-5}
+    assert found[per_epoch : 2 * per_epoch] == pytest.approx([2e-6] * per_epoch, rel=1e-12)
+    assert found[2 * per_epoch :] == pytest.approx([2e-7] * per_epoch, rel=1e-12)
+
+
+def test_step_decays_as_often_and_as_much_as_it_is_told() -> None:
+    config = TrainConfig.parse({"schedule": "step", "lr": 1.0, "decay_epochs": 0.5, "decay_factor": 0.5})
+
+    assert rates(config, 8, 4) == [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"epochs": 3}, 30),
+        ({"epochs": 0.25}, 3),  # a part of a step is a step
+        ({"epochs": 0.3}, 3),  # and 0.3 * 10 is three, not 3.0000000000000004
+        ({"epochs": 1e-6}, 1),
+        ({"epochs": 3, "max_steps": 7}, 7),
+        ({"epochs": 0.5, "max_steps": 7}, 5),
+    ],
+)
+def test_the_steps_of_a_run(settings: dict[str, float], expected: int) -> None:
+    assert total_steps(TrainConfig.parse(settings), steps_per_epoch=10) == expected
+
+
+# -- parameter groups -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def vit() -> ViTForImageClassification:
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=3))
+
+
+def names(model: torch.nn.Module, group: dict[str, object]) -> set[str]:
+    members = {id(p) for p in group["params"]}  # type: ignore[attr-defined]
+    return {name for name, p in model.named_parameters() if id(p) in members}
+
+
+def test_biases_norms_tokens_and_positions_do_not_decay(vit: ViTForImageClassification) -> None:
+    decayed, spared = parameter_groups(vit.named_parameters(), 0.05)
+
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
+    matrices = {
+        name
+        for name in names(vit, decayed)
+        if name.startswith("vit.embeddings") or "layer.0." in name or ".layers.0." in name
+    }
+    assert all(name.endswith(".weight") and "norm" not in name for name in matrices)
+    assert "vit.embeddings.patch_embeddings.projection.weight" in matrices
+    assert len(matrices) == 7  # projection; query, key, value, output; two of the MLP
+    assert "classifier.weight" in names(vit, decayed)
+    assert {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings", "classifier.bias"} <= names(
+        vit, spared
+    )
+    assert all("norm" in name or name.endswith("bias") or "embeddings" in name for name in names(vit, spared))
+
+
+def test_every_trainable_parameter_is_in_exactly_one_group(vit: ViTForImageClassification) -> None:
+    vit.vit.embeddings.requires_grad_(False)
+    grouped = [id(p) for group in parameter_groups(vit.named_parameters(), 0.05) for p in group["params"]]
+
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(p) for p in vit.parameters() if p.requires_grad}
+
+
+def test_a_head_alone_has_its_two_parameters(vit: ViTForImageClassification) -> None:
+    vit.vit.requires_grad_(False)
+    groups = parameter_groups(vit.named_parameters(), 0.05)
+
+    assert [names(vit, group) for group in groups] == [{"classifier.weight"}, {"classifier.bias"}]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kind", "decay"),
+    [("adamw", torch.optim.AdamW, 0.3), ("adam", torch.optim.Adam, 0.0), ("sgd", torch.optim.SGD, 0.3)],
+)
+def test_the_optimizer_is_the_one_asked_for(
+    vit: ViTForImageClassification, optimizer: str, kind: type, decay: float
+) -> None:
+    made = make_optimizer(
+        vit.named_parameters(), TrainConfig.parse({"optimizer": optimizer, "weight_decay": 0.3})
+    )
+
+    assert type(made) is kind
+    assert max(group["weight_decay"] for group in made.param_groups) == decay
+    assert optimizer != "sgd" or made.param_groups[0]["momentum"] == 0.9

@@ -1,0 +1,131 @@
+"""Real processes: killed, signalled, and several at once. What counts is what they leave behind."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from tests.test_trainer import assert_same_weights, config, lines
+from vitft import evaluate, train
+from vitft.checkpoint import is_run
+from vitft.trainer import resume
+
+# 320 images in batches of 8: 40 steps an epoch, 80 in all.
+LONGER = {"batch_size": 8, "max_train_samples": 320, "save_every": 10, "epochs": 2}
+
+
+def flags(**changes: object) -> list[str]:
+    given = config(**LONGER | changes).model_dump(exclude_defaults=True)
+    return [
+        word
+        for name, value in given.items()
+        for word in ([f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", str(value)])
+    ]
+
+
+def start(*words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "vitft", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def steps_done(run: Path) -> int:
+    file = run / "metrics.jsonl"
+    if not file.exists():
+        return 0
+    whole = [line for line in file.read_text().splitlines() if line.endswith("}")]
+    return max((json.loads(line)["step"] for line in whole), default=0)
+
+
+def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    limit = time.monotonic() + 120
+    while steps_done(run) < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit, "the run does not get on"
+        time.sleep(0.002)
+
+
+def test_killed_at_random_steps_it_still_ends_where_an_undisturbed_run_does(tmp_path: Path) -> None:
+    """kill -9 five times over; after each at most `save_every` steps are done again."""
+    whole = train(config(**LONGER), output=tmp_path / "whole").run
+    run = tmp_path / "killed"
+    places = sorted(random.Random(2026).sample(range(4, 76), 5))
+    words = ["train", *flags(), "--output", str(run)]
+    for place in places:
+        process = start(*words)
+        wait_for_step(process, run, place)
+        process.kill()
+        process.wait()
+        reached = steps_done(run)
+        words = ["train", "--resume", str(run)]
+        if not list((run / "checkpoints").glob("step-*")):  # killed before anything was saved
+            words = ["train", *flags(), "--output", str(run), "--overwrite"]
+            assert reached <= 10
+    resumed = resume(run)
+    assert_same_weights(whole / "last", resumed.run / "last")
+    assert_same_weights(whole / "best", resumed.run / "best")
+    assert not [path for path in run.rglob("*") if path.name.endswith((".new", ".old"))]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    run = tmp_path / "run"
+    process = start("train", *flags(save_every=1000), "--output", str(run))
+    wait_for_step(process, run, 12)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert f"vitft train --resume {run}" in said.replace("\n", " ")
+    assert "Traceback" not in said
+    saved = [folder.name for folder in (run / "checkpoints").iterdir()]
+    assert len(saved) == 1
+    assert steps_done(run) == int(saved[0].removeprefix("step-"))  # no step is lost
+    whole = train(config(**LONGER | {"save_every": 1000}), output=tmp_path / "whole").run
+    assert_same_weights(whole / "last", resume(run).run / "last")
+
+
+def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
+    """The same samples and augmentations in every step; losses equal up to the order of sums."""
+    # A batch of 9 is shared unevenly, 70 images leave a tail of 7, and 50 evaluated ones two shards.
+    changes = {"batch_size": 9, "max_train_samples": 70, "save_every": None, "augment": "crop", "max_eval_samples": 49}
+    one = train(config(**changes), output=tmp_path / "one").run
+    two = tmp_path / "two"
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29431",
+             "-m", "vitft", "train", *flags(**changes), "--output", str(two)]  # fmt: skip
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert is_run(two)
+    assert done.stdout.count("test accuracy") == 1  # one process speaks
+    for a, b in zip(lines(one), lines(two), strict=True):
+        assert a["step"] == b["step"]
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a.get("count") == b.get("count")
+    first, second = (load_file(run / "last" / "model.safetensors") for run in (one, two))
+    assert max(float((first[name] - second[name]).abs().max()) for name in first) < 1e-4
+    assert evaluate(two).count == 49
+
+
+def test_a_run_of_two_processes_goes_on_as_one(tmp_path: Path) -> None:
+    """Batches depend on the step alone, so the number of processes may change."""
+    run = tmp_path / "run"
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29432",
+             "-m", "vitft", "train", *flags(), "--output", str(run)]  # fmt: skip
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_step(process, run, 12)
+    workers = psutil.Process(process.pid).children(recursive=True)  # they have sessions of their own
+    process.kill()
+    for worker in workers:
+        worker.kill()
+    psutil.wait_procs(workers)
+    process.wait()
+    assert steps_done(run) < 80
+    whole = train(config(**LONGER), output=tmp_path / "whole").run
+    resume(run)
+    for a, b in zip(lines(whole), lines(run), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-3)

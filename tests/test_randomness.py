@@ -1,0 +1,103 @@
+"""Philox against its published vectors, and what the rest of the package relies on it for."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from vitft.randomness import order, philox, seed_of, uniform, words
+
+SEEDS = st.integers(0, 2**32 - 1)
+ONES = 0xFFFFFFFF
+
+
+def hexadecimal(text: str) -> list[int]:
+    return [int(word, 16) for word in text.split()]
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ([0, 0, 0, 0], (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ([ONES] * 4, (ONES, ONES), "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            hexadecimal("243f6a88 85a308d3 13198a2e 03707344"),
+            (0xA4093822, 0x299F31D0),
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ],
+    ids=["zeros", "ones", "digits of pi"],
+)
+def test_it_is_philox_4x32_10(counter: list[int], key: tuple[int, int], expected: str) -> None:
+    """The known answers that Random123 (Salmon et al. 2011) comes with."""
+    assert philox(np.array([counter], np.uint64), key)[0].tolist() == hexadecimal(expected)
+
+
+@given(seed=SEEDS, epoch=st.integers(0, 1000), count=st.integers(0, 500))
+def test_an_order_is_a_permutation(seed: int, epoch: int, count: int) -> None:
+    assert sorted(order(seed, "order", epoch, count).tolist()) == list(range(count))
+
+
+def test_an_order_differs_by_seed_purpose_and_epoch_and_by_nothing_else() -> None:
+    orders = [
+        order(0, "order", 0, 100),
+        order(1, "order", 0, 100),
+        order(0, "other", 0, 100),
+        order(0, "order", 1, 100),
+    ]
+
+    assert len({tuple(one.tolist()) for one in orders}) == 4
+    assert order(0, "order", 0, 100).tolist() == orders[0].tolist()
+
+
+@given(seed=SEEDS, index=st.lists(st.integers(0, 2**40), min_size=1, max_size=20))
+def test_a_sample_s_numbers_do_not_depend_on_its_company(seed: int, index: list[int]) -> None:
+    together = words(seed, "crop", 3, np.array(index))
+    alone = np.concatenate([words(seed, "crop", 3, np.array([i])) for i in index])
+
+    assert together.tolist() == alone.tolist()
+
+
+def test_further_draws_are_new_numbers() -> None:
+    index = np.arange(100)
+
+    assert not (words(0, "crop", 0, index, draw=0) == words(0, "crop", 0, index, draw=1)).any()
+
+
+@pytest.mark.parametrize("column", range(4))
+def test_uniforms_are_uniform(column: int) -> None:
+    drawn = uniform(7, "crop", 2, np.arange(20_000))[:, column]
+
+    assert drawn.min() >= 0
+    assert drawn.max() < 1
+    # With a fixed seed this is no lottery: p would fall far below 0.001 for any visible unevenness.
+    assert stats.chisquare(np.histogram(drawn, bins=100, range=(0, 1))[0]).pvalue > 0.001
+
+
+@pytest.mark.parametrize("lag", [1, 2, 32])
+def test_neighbouring_indices_are_not_correlated(lag: int) -> None:
+    drawn = uniform(7, "crop", 2, np.arange(20_000))[:, 0]
+
+    # 4 standard errors of the correlation of 20,000 independent pairs
+    assert abs(np.corrcoef(drawn[lag:], drawn[:-lag])[0, 1]) < 4 / np.sqrt(20_000)
+
+
+def test_neighbouring_epochs_and_seeds_are_not_correlated() -> None:
+    index = np.arange(20_000)
+    drawn = [uniform(seed, "crop", epoch, index)[:, 0] for seed, epoch in [(0, 0), (0, 1), (1, 0)]]
+
+    off_diagonal = np.corrcoef(drawn)[np.triu_indices(3, 1)]
+    assert np.abs(off_diagonal).max() < 4 / np.sqrt(20_000)
+
+
+def test_torch_seeds_differ_by_every_number_and_its_place() -> None:
+    seeds = {
+        seed_of(seed, purpose, *numbers)
+        for seed in (0, 1)
+        for purpose in ("dropout", "head")
+        for numbers in [(0, 1), (1, 0), (0, 0), (1, 1), (0, 1, 0)]
+    }
+
+    assert len(seeds) == 20
+    assert all(0 <= seed < 2**63 for seed in seeds)  # what torch.manual_seed takes

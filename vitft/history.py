@@ -1,0 +1,94 @@
+"""What a run tells of itself while it trains: metrics.jsonl, and a tracker."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.tracking import filter_trackers
+
+from vitft.config import TrainConfig
+from vitft.files import write_text
+
+FILE = "metrics.jsonl"
+
+
+def record(run: Path, line: dict[str, Any]) -> None:
+    """Append one line to the run's metrics."""
+    with (run / FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def forget_after(run: Path, step: int) -> None:
+    """Drop the lines of steps that will be run again."""
+    metrics = run / FILE
+    if metrics.exists():
+        lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
+        write_text(metrics, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+
+
+class Window:
+    """What happened since the last line of metrics; the device is asked for numbers once a window."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew, from now."""
+        self.started = time.perf_counter()
+        self.steps: list[torch.Tensor] = []
+        self.images, self.data_wait_s = 0, 0.0
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def add(self, loss: torch.Tensor, correct: torch.Tensor, norm: torch.Tensor, *, count: int) -> None:
+        """Keep one step: this process's shares of loss and correct answers, and the gradient's norm."""
+        self.steps.append(torch.stack([loss, correct, norm.detach() / self.accelerator.num_processes]))
+        self.images += count
+
+    def close(self) -> dict[str, float]:
+        """Means over the window, over all processes; then begin the next one.
+
+        Raises FloatingPointError(place in the window, value) for the first loss or norm that is not finite.
+        """
+        table = self.accelerator.reduce(torch.stack(self.steps), "sum").double().cpu()
+        # Under fp16 an overflowing gradient is ordinary: the scaler skips that step and halves its scale.
+        checked = table[:, :1] if self.accelerator.scaler else table[:, ::2]
+        bad = (~checked.isfinite()).nonzero()
+        if len(bad):
+            place, column = bad[0].tolist()
+            raise FloatingPointError(place, checked[place, column].item())
+        elapsed = time.perf_counter() - self.started
+        line = {
+            "loss": table[:, 0].mean().item(),
+            "accuracy": table[:, 1].sum().item() / self.images,
+            "grad_norm": table[:, 2].mean().item(),
+            "images_per_s": self.images / elapsed,
+            "data_wait": self.data_wait_s / elapsed,
+        }
+        self.restart()
+        return line
+
+
+@contextmanager
+def tracker(config: TrainConfig, run: Path, accelerator: Any) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that sends a line of metrics to the run's tracker."""
+    if config.tracker == "none":
+        yield lambda line: None
+        return
+    # The folder was not known when the accelerator was made.
+    accelerator.project_configuration.set_directories(str(run))
+    accelerator.log_with = filter_trackers(config.tracker, accelerator.logging_dir)
+    accelerator.init_trackers("vitft", config=config.model_dump(exclude_none=True))
+
+    def track(line: dict[str, Any]) -> None:
+        values = {f"{line['split']}/{key}": value for key, value in line.items() if isinstance(value, float)}
+        accelerator.log(values, step=line["step"])
+
+    yield track
+    accelerator.end_training()
