@@ -34,10 +34,10 @@ def by_pillow(image: np.ndarray, height: int, width: int, resample: str) -> np.n
 
 
 def assert_pillows(got: torch.Tensor, wanted: np.ndarray) -> None:
-    """Within 1/255. One value in 1,000 may be 2 off: torch's weights have 16 bits, Pillow's 22."""
+    """Within 1/255. Some three and one value in 1,000 may be 2 off: torch's weights have 16 bits, Pillow's 22."""
     off = np.abs(got.numpy().astype(int) - wanted.astype(int))
     assert off.max() <= 2
-    assert (off > 1).mean() <= 1e-3
+    assert (off > 1).sum() <= 3 + off.size / 1000
 
 
 @pytest.mark.parametrize("resample", FILTERS)

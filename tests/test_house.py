@@ -24,7 +24,7 @@ ROOMS = [
     ["preparation"],
     ["evaluation", "prediction", "figures"],
     ["explain.table"],
-    ["checkpoint", "metrics", "models", "optim", "recipe", "signals"],
+    ["checkpoint", "history", "metrics", "models", "optim", "recipe", "signals"],
     ["data.info", "data.preview", "data.loader"],
     ["data.splits", "data.store"],
     ["data.sources"],
@@ -140,7 +140,7 @@ def test_nothing_but_textbook_and_explain_imports_scratch() -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_a_file_is_read_in_one_sitting(name: str) -> None:
     text = MODULES[name].read_text(encoding="utf-8")
-    longest = 450 if name == "trainer" else 350  # the loop, which is read as one
+    longest = 400 if name == "trainer" else 350  # the loop is read as one
     assert len(text.splitlines()) <= longest
     assert not any(mark in text for mark in ("TO" + "DO", "FIX" + "ME", "XXX"))
     assert ast.get_docstring(BODIES[name]), "a module says in its first line what it is"

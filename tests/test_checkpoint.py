@@ -1,0 +1,91 @@
+"""The run folder: whole or absent."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vitft import checkpoint as ckpt
+from vitft.errors import ModelError, UsageError
+from vitft.files import new_folder, write_json, write_text
+
+
+def test_a_folder_that_fails_on_the_way_leaves_what_was_there(tmp_path: Path) -> None:
+    target = tmp_path / "best"
+    with new_folder(target) as fresh:
+        (fresh / "weights").write_text("old")
+
+    def fail() -> None:
+        with new_folder(target) as fresh:
+            (fresh / "weights").write_text("ne")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert (target / "weights").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def test_a_file_that_fails_on_the_way_leaves_what_was_there(tmp_path: Path) -> None:
+    file = tmp_path / "splits.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(file, {"a": float("nan")})
+    with pytest.raises(UnicodeEncodeError):
+        write_text(file, "\ud800")
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["splits.json"]
+
+
+def test_faults_of_a_step_folder_are_found(tmp_path: Path, digits_run: object) -> None:
+    import shutil
+
+    run: Path = digits_run.run  # type: ignore[attr-defined]
+    folder = ckpt.step_folders(run)[0]
+    assert ckpt.fault_of(folder) is None
+    copy = tmp_path / folder.name
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json", "config.json"):
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        data = bytearray((folder / name).read_bytes())
+        data[len(data) // 2] ^= 4
+        (copy / name).write_bytes(data)
+        assert ckpt.fault_of(copy) == f"{name} is not what was written"
+        (copy / name).write_bytes(data[:-1])
+        assert f"{name} has" in str(ckpt.fault_of(copy))
+        (copy / name).unlink()
+        assert "FileNotFoundError" in str(ckpt.fault_of(copy))
+
+
+def test_a_folder_that_is_no_run_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="exists and is not empty; choose another"):
+        ckpt.create_run(tmp_path, overwrite=False)
+    with pytest.raises(UsageError, match="replaces run folders only"):
+        ckpt.create_run(tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_an_existing_run_is_refused_and_overwritten_when_asked(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ckpt.create_run(run, overwrite=False)
+    write_text(run / "config.yaml", "dataset: digits\n")
+    with pytest.raises(UsageError, match="--resume .* goes on with it, --overwrite replaces it"):
+        ckpt.create_run(run, overwrite=False)
+    ckpt.create_run(run, overwrite=True)
+    assert not (run / "config.yaml").exists()
+
+
+def test_the_model_behind_a_path(tmp_path: Path, digits_run: object) -> None:
+    run: Path = digits_run.run  # type: ignore[attr-defined]
+    assert ckpt.find_model(run) == run / "best"
+    assert ckpt.find_model(run / "last") == run / "last"
+    (tmp_path / "checkpoints").mkdir()
+    write_text(tmp_path / "config.yaml", "")
+    with pytest.raises(ModelError, match="no checkpoint yet"):
+        ckpt.find_model(tmp_path)
+
+
+def test_a_card_that_was_edited_badly_is_named(tmp_path: Path) -> None:
+    (tmp_path / "vitft.json").write_text('{"vitft": "0", "config": {"lr": -1}}')
+    with pytest.raises(ModelError, match=r"vitft\.json: not readable"):
+        ckpt.read_card(tmp_path)

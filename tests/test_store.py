@@ -1,0 +1,131 @@
+"""Images decoded once, and the batches that are made of them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from vitft.data.augment import Preprocess
+from vitft.data.images import decode
+from vitft.data.loader import EvalLoader, TrainLoader
+from vitft.data.sources import open_source
+from vitft.data.store import Store, decode_all
+from vitft.errors import DataError
+
+HOW = Preprocess(32, 32)
+
+
+def photos(folder: Path, sizes: list[tuple[int, int]]) -> Path:
+    drawn = np.random.default_rng(5)
+    for i, (width, height) in enumerate(sizes):
+        place = folder / "train" / ("cat" if i % 2 else "dog")
+        place.mkdir(parents=True, exist_ok=True)
+        smooth = Image.fromarray(drawn.integers(0, 256, (6, 6, 3), np.uint8)).resize((width, height))
+        smooth.save(place / f"{i:03}.png")
+    return folder
+
+
+def stored(folder: Path, *, crops: bool = False, skip_bad: bool = False) -> tuple[Store, list[str]]:
+    rows = open_source(str(folder)).splits["train"]
+    store, skipped = decode_all(rows, HOW, crops=crops, max_pixels=10**6, skip_bad=skip_bad)
+    return store, [one.name for one in skipped]
+
+
+def test_equal_small_images_are_kept_whole(tmp_path: Path) -> None:
+    store, _ = stored(photos(tmp_path, [(20, 16)] * 6))
+    images = store.gather(np.array([4, 0]))
+    assert isinstance(images, Tensor)
+    assert images.shape == (2, 16, 20, 3)
+    first = sorted((tmp_path / "train" / "cat").iterdir())[0]
+    assert (images[1].numpy() == decode(first)).all()
+
+
+def test_large_images_are_reduced_for_evaluation_and_less_so_for_crops(tmp_path: Path) -> None:
+    folder = photos(tmp_path, [(100, 64), (64, 100), (20, 10), (300, 40)])
+    exact, _ = stored(folder)
+    assert sorted(map(tuple, exact.shapes.tolist())) == [(10, 20), (32, 32), (32, 32), (32, 32)]
+    crops, _ = stored(folder, crops=True)
+    # The shorter side a little over the model's, 8/7 of 32, and never enlarged.
+    assert sorted(map(tuple, crops.shapes.tolist())) == [(10, 20), (37, 57), (37, 274), (57, 37)]
+
+
+def test_the_digest_names_the_pixels(tmp_path: Path) -> None:
+    folder = photos(tmp_path, [(20, 16)] * 4)
+    before = stored(folder)[0].digest
+    assert stored(folder)[0].digest == before
+    file = next((folder / "train" / "cat").iterdir())
+    image = Image.open(file).copy()
+    image.putpixel((3, 3), (1, 2, 3))
+    image.save(file)
+    assert stored(folder)[0].digest != before
+
+
+def test_a_bad_image_stops_the_run_by_name_or_is_listed(tmp_path: Path) -> None:
+    folder = photos(tmp_path, [(20, 16)] * 6)
+    bad = folder / "train" / "dog" / "004.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    with pytest.raises(DataError, match=r"dog/004\.png.*truncated.*--on-bad-image skip"):
+        stored(folder)
+    store, skipped = stored(folder, skip_bad=True)
+    assert len(store) == 5
+    assert skipped == ["train/dog/004.png"]
+
+
+def digits_loader(**changes: object) -> TrainLoader:
+    rows = open_source("digits").splits["train"].select(range(53))
+    store, _ = decode_all(rows, HOW, crops=False, max_pixels=10**6, skip_bad=False)
+    labels = np.arange(53) % 10
+    options = {"kind": "crop", "seed": 3, "batch_size": 8, "device": torch.device("cpu")}
+    return TrainLoader(store, labels, HOW, **options | changes)  # type: ignore[arg-type]
+
+
+LOADER = digits_loader()
+
+
+@settings(max_examples=20, deadline=None)
+@given(step=st.integers(0, 40), world=st.integers(1, 5))
+def test_the_shares_of_all_processes_join_to_the_whole_batch(step: int, world: int) -> None:
+    whole = LOADER.batch(step)
+    pixels, labels = whole.pixels.clone(), whole.labels
+    shares = [digits_like(rank, world).batch(step) for rank in range(world)]
+    assert torch.equal(torch.cat([share.pixels.clone() for share in shares]), pixels)
+    assert torch.equal(torch.cat([share.labels for share in shares]), labels)
+
+
+def digits_like(rank: int, world: int) -> TrainLoader:
+    return TrainLoader(
+        LOADER.store, LOADER.labels.numpy(), HOW, kind="crop", seed=3, batch_size=8,
+        device=torch.device("cpu"), rank=rank, world=world,
+    )  # fmt: skip
+
+
+def test_a_batch_depends_on_its_step_alone() -> None:
+    fresh = digits_like(0, 1)
+    later = fresh.batch(9).pixels.clone()
+    for step in (0, 30, 2, 9):
+        again = fresh.batch(step).pixels.clone()
+    assert torch.equal(later, again)
+
+
+def test_an_epoch_sees_each_image_once_in_an_order_of_its_own() -> None:
+    epochs = [np.concatenate([LOADER.samples(step) for step in range(e * 7, e * 7 + 7)]) for e in (0, 1)]
+    for seen in epochs:
+        assert sorted(seen) == list(range(53))
+    assert (epochs[0] != epochs[1]).any()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 60])
+def test_evaluation_sees_each_image_on_one_process_once(world: int) -> None:
+    seen = [
+        index
+        for rank in range(world)
+        for batch in EvalLoader(LOADER.store, LOADER.labels.numpy(), HOW, batch_size=4, device=torch.device("cpu"),
+                                rank=rank, world=world)  # fmt: skip
+        for index in batch.index
+    ]
+    assert seen == list(range(53))
