@@ -104,6 +104,7 @@ def _fill(folder: Path, model: Any, how: Preprocess, card: Card) -> None:
     write_json(folder / "preprocessor_config.json", how.to_json())
     write_json(folder / "vitft.json", card.to_json())
     write_text(folder / "README.md", _readme(card))
+    (folder / "model.safetensors").chmod(0o644)  # safetensors makes files that only their owner may read
 
 
 def save_step(

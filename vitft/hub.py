@@ -14,18 +14,18 @@ from huggingface_hub.errors import (
 )
 
 
-def ask(repo: str, file: str, revision: str | None = None) -> None:
+def ask(repo: str, file: str, revision: str | None = None, kind: str = "model") -> None:
     """Ask the hub for a file's metadata once; where there is no network, downloads first retry for 20 s.
 
     Raises what huggingface_hub raises; OfflineModeIsEnabled in offline mode.
     """
-    hub.get_hf_file_metadata(hub.hf_hub_url(repo, file, revision=revision))
+    hub.get_hf_file_metadata(hub.hf_hub_url(repo, file, revision=revision, repo_type=kind))
 
 
-def answers(repo: str, revision: str | None = None) -> bool:
-    """Whether the hub can be asked about a model now; otherwise the cache is all there is."""
+def answers(repo: str, revision: str | None = None, kind: str = "model") -> bool:
+    """Whether the hub can be asked about a model or `dataset` now; otherwise the cache is all there is."""
     try:
-        ask(repo, "config.json", revision)
+        ask(repo, "config.json" if kind == "model" else "README.md", revision, kind)
     except HFValidationError:
         return True  # a name that no hub has; whoever loads it says so
     except HfHubHTTPError as error:

@@ -5,8 +5,9 @@ Weights are float32 whatever was stored: precision is the matrix products', not 
 
 import json
 import logging
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -25,6 +26,7 @@ from vitft.randomness import seed_of
 from vitft.spec import PRESETS, ViTSpec
 
 BUNDLED = "vit-micro"
+_COMMIT = re.compile("[0-9a-f]{40}")
 _ELSEWHERE = f"--model {BUNDLED} is bundled, a local folder needs no network, --from-scratch no weights"
 
 
@@ -46,7 +48,7 @@ def load_for_training(config: TrainConfig, labels: Sequence[str]) -> Loaded:
     head is new, seeded. Raises ModelError.
     """
     _quiet()
-    torch.manual_seed(seed_of(config.seed, "weights", 0))
+    torch.manual_seed(seed_of(config.seed, "weights"))
     if config.from_scratch:
         return _from_scratch(config, labels)
     origin = _origin(locate(config.model), config.model_revision)
@@ -63,7 +65,7 @@ def load_for_training(config: TrainConfig, labels: Sequence[str]) -> Loaded:
         how = how.at(config.image_size)
     if config.freeze == "backbone":
         model.base_model.requires_grad_(False)
-    return Loaded(model, how, names, getattr(stored, "_commit_hash", None), not keeps_head)
+    return Loaded(model, how, names, origin.commit, not keeps_head)
 
 
 def load_trained(where: str | Path, revision: str | None = None) -> Loaded:
@@ -73,8 +75,7 @@ def load_trained(where: str | Path, revision: str | None = None) -> Loaded:
     if not _has_head(stored):
         raise _headless(origin)
     model = _weights(origin, stored, fresh_head=False)
-    commit = getattr(stored, "_commit_hash", None)
-    return Loaded(model.eval(), _preprocess(origin, stored), _labels_of(stored), commit, False)
+    return Loaded(model.eval(), _preprocess(origin, stored), _labels_of(stored), origin.commit, False)
 
 
 def locate(model: str) -> str:
@@ -87,9 +88,7 @@ def locate(model: str) -> str:
     if model == BUNDLED:
         return str(files("vitft") / "assets" / BUNDLED)
     if model in PRESETS:
-        raise ModelError(
-            f"{model} is a shape without weights; add --from-scratch, or use a checkpoint of it."
-        )
+        raise ModelError(f"{model} is a shape without weights; add --from-scratch, or use a checkpoint of it.")
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model:
         raise ModelError(f"model {model}: no such folder; {_ELSEWHERE}.")
     if "/" not in model and (hint := nearest(model, PRESETS)):
@@ -126,6 +125,7 @@ def spec_of(config: TrainConfig) -> ViTSpec:
 
 
 def _from_scratch(config: TrainConfig, labels: Sequence[str]) -> Loaded:
+    commit = None
     sizes = (config.patch_size, config.width, config.layers, config.heads, config.mlp)
     if config.model in PRESETS or (any(sizes) and config.model == TrainConfig().model):
         stored = vit_config(spec_of(config))
@@ -134,14 +134,14 @@ def _from_scratch(config: TrainConfig, labels: Sequence[str]) -> Loaded:
         if any(sizes):
             raise ModelError(f"sizes are for presets ({', '.join(PRESETS)}); {config.model} has its own.")
         origin = _origin(locate(config.model), config.model_revision)
-        stored = _stored(origin)
+        stored, commit = _stored(origin), origin.commit
         how = _preprocess(origin, stored)
         if config.image_size is not None:
             stored.image_size, how = config.image_size, how.at(config.image_size)
     _label(stored, labels)
     _check_size(stored, how.height)
     model = _classifier_class(stored)(stored)
-    return Loaded(model, how, tuple(labels), getattr(stored, "_commit_hash", None), True)
+    return Loaded(model, how, tuple(labels), commit, True)
 
 
 @dataclass(frozen=True)
@@ -151,22 +151,28 @@ class _Origin:
     where: str
     revision: str | None
     cache_only: bool
+    commit: str | None = None  # what the revision came to, on the hub
 
     def arguments(self) -> dict[str, Any]:
         """What every reader of Transformers takes."""
-        return {"revision": self.revision, "local_files_only": self.cache_only}
+        return {"revision": self.commit or self.revision, "local_files_only": self.cache_only}
 
 
 def _origin(where: str, revision: str | None) -> _Origin:
     _quiet()
     folder = Path(where)
     if not folder.is_dir():
-        return _Origin(where, revision, not answers(where, revision))
+        asked = _Origin(where, revision, not answers(where, revision))
+        try:
+            found = transformers.utils.cached_file(where, "config.json", **asked.arguments())
+        except (OSError, ValueError) as error:
+            raise _unreadable(asked, error) from error
+        # The cache's folder of a snapshot has the commit's name; all other files are read from it too.
+        name = Path(str(found)).parent.name
+        return replace(asked, commit=name if _COMMIT.fullmatch(name) else None)
     if not (folder / "config.json").is_file():
         held = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-        raise ModelError(
-            f"{where}: no config.json here (it holds {held}); point to a Transformers model folder."
-        )
+        raise ModelError(f"{where}: no config.json here (it holds {held}); point to a Transformers model folder.")
     return _Origin(where, revision, True)
 
 
@@ -241,9 +247,7 @@ def at_image_size(model: Any, image_size: int) -> Any:
             grid = _resize_grid(tensor[:-3], 2 * before - 1, 2 * after - 1)
             weights[name] = torch.cat([grid, tensor[-3:]])
         else:
-            raise ModelError(
-                f"image_size {image_size}: {config.model_type}'s {name} cannot be resized; use {old}."
-            )
+            raise ModelError(f"image_size {image_size}: {config.model_type}'s {name} cannot be resized; use {old}.")
     resized.load_state_dict(weights)
     return resized
 
@@ -293,9 +297,7 @@ def _has_head(stored: Any) -> bool:
 def _classifier_class(stored: Any) -> Any:
     mapping = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
     if type(stored) not in mapping:
-        raise ModelError(
-            f"a {stored.model_type} model cannot classify images; use a ViT, DeiT, BEiT, DINOv2 or Swin."
-        )
+        raise ModelError(f"a {stored.model_type} model cannot classify images; use a ViT, DeiT, BEiT, DINOv2 or Swin.")
     found = mapping[type(stored)]
     known = found if isinstance(found, tuple | list) else [found]
     # As AutoModelForImageClassification does: a distilled DeiT keeps its two heads.
@@ -322,18 +324,14 @@ def _preprocess(origin: _Origin, stored: Any) -> Preprocess:
 
 
 def _headless(origin: _Origin) -> ModelError:
-    return ModelError(
-        f"{origin.where}: a backbone with no classification head; fine-tune it first: vitft train."
-    )
+    return ModelError(f"{origin.where}: a backbone with no classification head; fine-tune it first: vitft train.")
 
 
 def _unreadable(origin: _Origin, error: Exception) -> ModelError:
     if Path(origin.where).is_dir():
         return ModelError(f"{origin.where}: not a readable Transformers model: {_first_line(error)}.")
     at = f" at revision {origin.revision}" if origin.revision else ""
-    return ModelError(
-        f"model {origin.where}{at}: no folder of that name here, and {reason(error)}; {_ELSEWHERE}."
-    )
+    return ModelError(f"model {origin.where}{at}: no folder of that name here, and {reason(error)}; {_ELSEWHERE}.")
 
 
 def _first_line(error: Exception) -> str:

@@ -55,7 +55,7 @@ def order(seed: int, purpose: str, epoch: int, count: int) -> NDArray[np.int64]:
 def seed_of(seed: int, purpose: str, *numbers: int) -> int:
     """One 64-bit seed for torch's generator, from (seed, purpose, numbers...)."""
     drawn = 0
-    for number in numbers:
+    for number in numbers or (0,):
         first, second, *_ = words(seed ^ drawn, purpose, 0, np.array([number]))[0].tolist()
         drawn = first << 31 | second >> 1
     return drawn

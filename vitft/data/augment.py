@@ -108,8 +108,8 @@ def workers() -> ThreadPoolExecutor:
 def resize(images: Tensor, height: int, width: int, resample: str) -> Tensor:
     """Antialiased resize, uint8 (B, H, W, 3) -> (B, height, width, 3): columns, then rows, as Pillow's.
 
-    For training: fast, and within 1/255 but for one value in 1,000. Where a score or a prediction is
-    made, `pillow_resize` takes its place.
+    For training: fast, and within 2/255. Where a score or a prediction is made, `pillow_resize` takes its
+    place.
     """
     if images.shape[1:3] == (height, width):
         return images
@@ -142,7 +142,7 @@ def pillow_resize(images: Tensor, height: int, width: int, resample: str) -> Ten
 def fit(images: Tensor, how: Preprocess, *, exact: bool = True) -> Tensor:
     """The evaluation geometry: uint8 (B, H, W, 3) -> (B, height, width, 3), as Transformers' own.
 
-    Not `exact` is for training: several times as fast, and within 1/255 or so.
+    Not `exact` is for training: several times as fast, and within 2/255.
     """
     rows, columns = images.shape[1:3]
     if how.shortest_edge is not None:

@@ -1,6 +1,5 @@
 """Data sets from the Hugging Face hub, and the commit that was really used."""
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from vitft.errors import DataError
+from vitft.hub import answers, shown
 
 _SHA = re.compile(r"[0-9a-f]{40}")
 
@@ -27,7 +27,7 @@ def read(repo: str, config: str | None, revision: str | None) -> tuple[dict[str,
     if Path(repo).exists():  # datasets would read this folder, whatever it holds
         raise DataError(f"hub data set {repo} is hidden by the folder {repo} here; work in another folder.")
     try:
-        with _quiet():
+        with _quiet(), _cache_alone_unless(answers(repo, revision, "dataset")):
             # What datasets.load_dataset does, keeping the builder, which knows the commit.
             builder = datasets.load_dataset_builder(repo, config, revision=revision)
             used = _commit(builder)
@@ -80,13 +80,13 @@ def _reason(error: BaseException) -> str:
     while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
         chain.append(inner)
     kinds = {kind.__name__ for link in chain for kind in type(link).__mro__}
-    if constants.HF_HUB_OFFLINE or "OfflineModeIsEnabled" in kinds:
+    if constants.HF_HUB_OFFLINE:
         return "offline mode is on and it is not in the cache"
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return _first_line(error).replace("on the Hub", "there")
     if "GatedRepoError" in kinds:
         return "it is gated; accept its terms on its page and log in with `hf auth login`"
-    if kinds & {"ConnectionError", "TransportError", "TimeoutError", "LocalEntryNotFoundError"}:
+    if kinds & {"OfflineModeIsEnabled", "ConnectionError", "TransportError", "TimeoutError", "LocalEntryNotFoundError"}:
         return "the hub cannot be reached"
     if isinstance(error, datasets.exceptions.DatasetGenerationError) and len(chain) > 1:
         error = chain[1]
@@ -104,8 +104,19 @@ def _endpoint() -> str:
 
 
 def _cache() -> str:
-    cache, home = str(datasets.config.HF_DATASETS_CACHE), str(Path.home())
-    return "~" + cache[len(home) :] if cache.startswith(home + os.sep) else cache
+    return shown(Path(datasets.config.HF_DATASETS_CACHE))
+
+
+@contextmanager
+def _cache_alone_unless(reachable: bool) -> Iterator[None]:
+    """Without a network, as if offline mode were set: else datasets retries for 20 s before its cache."""
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    if not reachable:
+        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
 @contextmanager
