@@ -1,6 +1,7 @@
 """The loop: what a step does, what a run leaves behind, and when it stops."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -252,6 +253,24 @@ def test_resume_passes_over_a_torn_checkpoint(
     assert "passed over step-000004: model.safetensors is not what was written" in said
     assert "at step 2" in said
     assert_same_weights(whole.run / "last", run / "last")
+
+
+def test_a_run_that_had_saved_nothing_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(save_every=100)
+    whole = train(settings, output=tmp_path / "whole")
+    interrupted(settings, tmp_path / "cut", 2, monkeypatch)
+    assert_same_weights(whole.run / "last", resume(tmp_path / "cut").run / "last")
+    assert lines(tmp_path / "cut")[0]["step"] == 1
+
+
+def test_resume_does_not_need_what_the_run_began_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = train(config(), output=tmp_path / "start").run / "last"
+    sizes = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp"))
+    settings = config(model=str(start), from_scratch=False, **sizes, save_every=2)
+    whole = train(settings, output=tmp_path / "whole")
+    interrupted(settings, tmp_path / "cut", 3, monkeypatch)
+    shutil.rmtree(start)
+    assert_same_weights(whole.run / "last", resume(tmp_path / "cut").run / "last")
 
 
 def test_a_finished_run_can_be_resumed_and_stays_as_it_is(tmp_path: Path) -> None:

@@ -129,10 +129,10 @@ def step_folders(run: Path) -> list[Path]:
     return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")), reverse=True)
 
 
-def newest_whole(run: Path) -> tuple[Path, list[str]]:
+def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
     """The newest step checkpoint that matches its manifest, and why newer ones were passed over.
 
-    Raises ModelError if there is none.
+    None if the run had saved nothing yet. Raises ModelError if all that it saved is torn.
     """
     passed: list[str] = []
     for folder in step_folders(run):
@@ -140,8 +140,9 @@ def newest_whole(run: Path) -> tuple[Path, list[str]]:
         if fault is None:
             return folder, passed
         passed.append(f"{folder.name}: {fault}")
-    why = f" ({'; '.join(passed)})" if passed else ""
-    raise ModelError(f"{run}: no whole checkpoint to resume from{why}; start anew with another --output.")
+    if passed:
+        raise ModelError(f"{run}: no whole checkpoint to resume from ({'; '.join(passed)}); start anew elsewhere.")
+    return None, passed
 
 
 def fault_of(folder: Path) -> str | None:

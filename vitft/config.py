@@ -17,7 +17,7 @@ _brief.maxlevel, _brief.maxstring = 2, 60  # what was got, in an error of one li
 
 
 def _setting(default: Any, panel: str, description: str, *, steers: bool = False, **bounds: Any) -> Any:
-    """A field of TrainConfig. `steers`: it may differ when a run is resumed, for it changes no weight."""
+    """A field of TrainConfig. `steers`: it may differ when a run is resumed: it is about how, not what."""
     extra: dict[str, Any] = {"panel": panel, "steers": steers}
     return Field(default, description=description, json_schema_extra=extra, **bounds)
 
@@ -65,7 +65,7 @@ class TrainConfig(BaseModel):
     label_smoothing: float = _setting(0.0, "Optimization", "Share of each target spread over all classes.", ge=0, lt=1)
     seed: int = _setting(0, "Optimization", "Seed of splits, order, augmentation, dropout and new weights.", ge=0, lt=2**32)
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = _setting("auto", "Hardware", "auto: a GPU if there is one.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = _setting("auto", "Hardware", "auto: a GPU if there is one.", steers=True)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _setting("auto", "Hardware", "Of the matrix products; weights stay float32. auto: what the hardware is fast at.")
 
     eval_every: int | None = _setting(None, "Run", "Evaluate the validation split every so many steps; each epoch by default.", ge=1)

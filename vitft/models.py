@@ -65,6 +65,9 @@ def load_for_training(config: TrainConfig, labels: Sequence[str]) -> Loaded:
         how = how.at(config.image_size)
     if config.freeze == "backbone":
         model.base_model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.endswith("mask_token"):  # for pretraining; several processes must not wait for its gradient
+            parameter.requires_grad_(False)
     return Loaded(model, how, names, origin.commit, not keeps_head)
 
 
@@ -179,7 +182,7 @@ def _origin(where: str, revision: str | None) -> _Origin:
 def _stored(origin: _Origin) -> Any:
     """The model's Transformers configuration, of an architecture that classifies images."""
     try:
-        stored = transformers.AutoConfig.from_pretrained(origin.where, **origin.arguments())
+        stored = transformers.AutoConfig.from_pretrained(origin.where, trust_remote_code=False, **origin.arguments())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unreadable(origin, error) from error
     except Exception as error:  # Transformers checks the values with an error of its own
@@ -201,7 +204,8 @@ def _weights(origin: _Origin, stored: Any, *, fresh_head: bool) -> Any:
     except Exception as error:  # safetensors and pickle raise types of their own for a torn file
         raise ModelError(f"{origin.where}: its weights cannot be read: {_first_line(error)}.") from error
     heads = tuple(name for name, _ in model.named_children() if name != model.base_model_prefix)
-    wrong = [key for key in info["missing_keys"] if not key.startswith(heads)]
+    # A backbone pretrained without classes may lack what pools its tokens: that belongs to the head.
+    wrong = [key for key in info["missing_keys"] if not key.startswith(heads) and ".pooler." not in key]
     wrong += [key for key, *_ in info["mismatched_keys"] if not key.startswith(heads)]
     if wrong:
         raise ModelError(

@@ -43,8 +43,11 @@ class Prepared:
         return store, matched(split.labels, self.source.labels, self.loaded.labels, name=config.model)
 
 
-def prepare(config: TrainConfig) -> Prepared:
-    """Resolve the settings, open the data, split it and load the model. Raises VitftError."""
+def prepare(config: TrainConfig, checkpoint: Path | None = None) -> Prepared:
+    """Resolve the settings, open the data, split it and load the model. Raises VitftError.
+
+    On resume, a `checkpoint` of the run takes the place of what the run began from.
+    """
     if config.dataset is None:
         raise UsageError("no data set; add --dataset: digits needs no network, or cifar10, a hub id, a folder.")
     config = resolved(config)
@@ -63,11 +66,21 @@ def prepare(config: TrainConfig) -> Prepared:
         raise DataError(f"{config.dataset}: one class ({source.labels[0]}) leaves nothing to tell apart; add another.")
     if config.early_stopping and "validation" not in splits:
         raise UsageError("early_stopping needs a validation split, and there is none; set --val-fraction above 0.")
-    loaded = load_for_training(config, source.labels)
+    loaded = load_for_training(config, source.labels) if checkpoint is None else _load_again(config, source, checkpoint)
     pinned = {"model_revision": loaded.revision or config.model_revision,
               "dataset_revision": source.revision or config.dataset_revision,
               "image_size": loaded.preprocess.height}  # fmt: skip
     return Prepared(absolute(config.model_copy(update=pinned)), source, splits, loaded)
+
+
+def _load_again(config: TrainConfig, source: Source, checkpoint: Path) -> Loaded:
+    sizes = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp", "model_revision"))
+    loaded = load_for_training(
+        config.model_copy(update={"model": str(checkpoint), "from_scratch": False} | sizes), source.labels
+    )
+    if loaded.new_head:
+        raise DataError(f"the classes of {config.dataset} are not those the run began with; start a new run.")
+    return loaded
 
 
 def absolute(config: TrainConfig) -> TrainConfig:

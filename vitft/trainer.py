@@ -84,18 +84,9 @@ def resume(run: Path | str, changes: dict[str, Any] | None = None) -> Result:
     accelerator = _accelerator(config)
     torch.set_num_threads(json.loads((run / "environment.json").read_text())["threads"])
     with accelerator.main_process_first():
-        prepared = prepare(config)
-    card = ckpt.read_card(folder)
-    assert card is not None, "a whole step checkpoint has a card"
-    if set(card.labels) != set(prepared.source.labels):
-        raise DataError(f"the classes of {config.dataset} are not those the run began with; start a new run.")
-    # The step's weights take the place of those the run began from.
-    trained = load_trained(folder)
-    if config.freeze == "backbone":
-        trained.model.base_model.requires_grad_(False)
-    prepared.loaded = trained
-    state = ckpt.read_state(folder)
-    console.note(f"resuming {run} at step {state.step}, from {folder.name}")
+        prepared = prepare(config, folder)
+    state = ckpt.read_state(folder) if folder else State()
+    console.note(f"resuming {run} at step {state.step}{f', from {folder.name}' if folder else ': nothing was saved'}")
     return _Run(accelerator, prepared, run, resumed_from=folder).train(state)
 
 
@@ -130,7 +121,7 @@ class _Run:
             ckpt.load_optimizer(self.resumed_from, self.bare, self.optimizer.optimizer)
             if state.scaler and self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state.scaler)
-            forget_after(self.run, state.step)
+        forget_after(self.run, state.step)
         eval_every = config.eval_every or self.steps_per_epoch
         save_every = config.save_every or self.steps_per_epoch
         window = Window(self.accelerator)
