@@ -103,6 +103,14 @@ def test_the_run_folder_holds_what_it_should(tmp_path: Path) -> None:
     assert {role: split["count"] for role, split in splits.items()} == {"train": 64, "validation": 50, "test": 50}
 
 
+def test_what_was_chosen_automatically_is_written_down(tmp_path: Path) -> None:
+    run = train(config(device="auto", precision="auto", image_size=None), output=tmp_path / "run").run
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert settings["device"] in ("cpu", "cuda", "mps")
+    assert settings["precision"] in ("fp32", "bf16", "fp16")
+    assert settings["image_size"] == 28
+
+
 def test_without_validation_there_is_no_best_and_early_stopping_is_refused(tmp_path: Path) -> None:
     result = train(config(val_fraction=0), output=tmp_path / "run")
     assert result.checkpoint.name == "last"

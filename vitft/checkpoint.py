@@ -23,6 +23,7 @@ from vitft.config import TrainConfig
 from vitft.data.augment import Preprocess
 from vitft.errors import ModelError, UsageError
 from vitft.files import new_folder, write_json, write_text
+from vitft.spec import PRESETS
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,9 @@ def find_model(path: Path) -> Path:
     if path.name in ("best", "last") and not path.exists() and is_run(path.parent):
         there = ", ".join(f.name for f in find_model(path.parent).parent.iterdir() if f.is_dir())
         raise ModelError(f"{path}: this run has none; there is {there}.")
+    may_be_hub_id = len(path.parts) == 2 and not path.is_absolute() and path.parts[0] not in (".", "..")
+    if not path.exists() and not may_be_hub_id and str(path) not in PRESETS:
+        raise ModelError(f"{path}: no such folder; give a run, one of its checkpoints, or a hub id (owner/name).")
     return path
 
 

@@ -176,35 +176,44 @@ class TrainingProgress:
     _LINE_EVERY_S = 10.0
 
     def __init__(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
+        from rich.console import Group
+        from rich.live import Live
         from rich.progress import BarColumn, Progress, TextColumn
+        from rich.text import Text
 
         self.first, self.step, self.total, self.per_epoch = step, step, total_steps, steps_per_epoch
         self._started = self._spoken = time.monotonic()
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[status]}"),
-            console=err, disable=not err.is_terminal or err.quiet, transient=True,
-        )  # fmt: skip
-        self._task = self._bar.add_task("train", total=total_steps, completed=step, status="")
+            TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[place]}")
+        )
+        self._numbers = Text("", "dim")
+        self._live = Live(Group(self._bar, self._numbers), console=err, transient=True, refresh_per_second=4)
+        self._shown = err.is_terminal and not err.quiet
+        self._task = self._bar.add_task("train", total=total_steps, completed=step, place="")
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        if self._shown:
+            self._live.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bar.stop()
+        self._live.stop()
 
     def update(self, line: Mapping[str, Any]) -> None:
         """Show one line of training metrics."""
         self.step = line["step"]
-        status = (
-            f"step {self.step}/{self.total}  epoch {line['epoch']:.2f}  loss {line['loss']:.3f}  "
-            f"accuracy {percent(line['accuracy'])}  lr {line['lr']:.1e}  {line['images_per_s']:.0f} images/s  "
-            f"left {duration(self._left_s())}  waiting for data {percent(line['data_wait'], 0)}"
+        left = duration(self._left_s())
+        place = f"step {self.step}/{self.total} · epoch {line['epoch']:.2f}"
+        numbers = (
+            f"loss {line['loss']:.3f} · accuracy {percent(line['accuracy'])} · lr {line['lr']:.1e} · "
+            f"{line['images_per_s']:.0f} images/s · waiting for data {percent(line['data_wait'], 0)}"
         )
-        self._bar.update(self._task, completed=self.step, status=status)
-        if self._bar.disable and (time.monotonic() - self._spoken > self._LINE_EVERY_S or self.step == self.total):
+        self._bar.update(self._task, completed=self.step, place=f"{place} · left {left}")
+        self._numbers.plain = numbers
+        due = time.monotonic() - self._spoken > self._LINE_EVERY_S or self.step == self.total
+        if not self._shown and due:
             self._spoken = time.monotonic()
-            note(status)
+            note(f"{place} · {numbers} · left {left}")
 
     def evaluated(self, metrics: Any, better: bool) -> None:
         """Say what a validation came to."""
@@ -216,7 +225,7 @@ class TrainingProgress:
     @contextmanager
     def evaluating(self, split: str) -> Iterator[Callable[[int, int], None]]:
         """While a split is scored: a function to call with the batches done and in all."""
-        task = self._bar.add_task(split, total=None, status="")
+        task = self._bar.add_task(split, total=None, place="")
         yield lambda done, count: self._bar.update(task, completed=done, total=count)
         self._bar.remove_task(task)
 

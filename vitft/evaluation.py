@@ -65,6 +65,8 @@ def evaluate(
     where = find_model(Path(checkpoint).expanduser())
     card = read_card(where) if where.is_dir() else None
     if dataset is None and (card is None or card.config.dataset is None):
+        if not where.exists():
+            raise UsageError(f"{checkpoint}: no such folder here; if it is a hub id, add --dataset.")
         raise UsageError(f"{checkpoint}: it does not say what data it was trained on; add --dataset.")
     config = card.config if card else TrainConfig(val_fraction=0)
     if dataset is not None and dataset != config.dataset:

@@ -37,7 +37,7 @@ class TrainLoader:
         batch_size: int, device: torch.device, rank: int = 0, world: int = 1,
     ) -> None:  # fmt: skip
         self.store, self.how, self.kind, self.seed = store, how, kind, seed
-        self.labels = torch.tensor(labels)
+        self.labels = torch.from_numpy(labels.copy())
         self.batch_size, self.rank, self.world, self.device = batch_size, rank, world, device
         self._memory = Memory(how, device)
         self._epoch_order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
@@ -78,7 +78,7 @@ class EvalLoader:
         self, store: Store, labels: NDArray[np.int64], how: Preprocess, *, batch_size: int,
         device: torch.device, rank: int = 0, world: int = 1,
     ) -> None:  # fmt: skip
-        self.store, self.labels, self.how = store, torch.tensor(labels), how
+        self.store, self.labels, self.how = store, torch.from_numpy(labels.copy()), how
         self.device = device
         mine = np.array_split(np.arange(len(store)), world)[rank]
         self._parts = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]

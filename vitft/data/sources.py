@@ -129,6 +129,6 @@ def _unknown(dataset: str) -> str:
     if dataset.startswith((".", "~", os.sep)) or dataset.count("/") > 1:
         return f"no file or folder {dataset}; give one that exists, or one of {', '.join(known)}."
     return (
-        f"no data set {dataset!r}{nearest(dataset, known)}; it is no file or folder here, no hub id "
-        f"(owner/name) and none of {', '.join(known)}; offline, use a local folder or --dataset digits."
+        f"no data set {dataset!r}: no file or folder here, no hub id (owner/name) and none of "
+        f"{', '.join(known)}{nearest(dataset, known) or '; offline, use a local folder or digits.'}"
     )

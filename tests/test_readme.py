@@ -1,0 +1,64 @@
+"""The README's words: its commands parse, its Python runs, its files exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from vitft.cli import app
+
+ROOT = Path(__file__).parent.parent
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
+
+
+def blocks(language: str) -> list[str]:
+    return [found for text in TEXTS.values() for found in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
+
+
+COMMANDS = sorted(
+    {
+        line.split("#")[0].strip()
+        for text in [*blocks("bash"), *(p.read_text(encoding="utf-8") for p in (ROOT / "recipes").rglob("*.yaml"))]
+        for line in re.findall(r"^#?\s*((?:\S+ )*?vitft .*)$", text, re.MULTILINE)
+        if re.match(r"#?\s*(accelerate launch -m |torchrun .*-m )?vitft [a-z-]", line)
+    }
+)
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(COMMANDS) > 15
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_of_the_docs_parses(line: str) -> None:
+    words = shlex.split(line[line.index("vitft ") :])[1:]
+    if words == ["--install-completion"]:
+        return
+    context = None
+    command = typer.main.get_command(app)
+    while words:
+        context = command.make_context("vitft", words, parent=context, resilient_parsing=False)
+        rest = [*getattr(context, "_protected_args", []), *context.args]
+        if not hasattr(command, "resolve_command"):
+            return
+        _, command, words = command.resolve_command(context, rest)
+
+
+def test_make_targets_of_the_docs_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {word for block in blocks("bash") for word in re.findall(r"\bmake ([a-z]+)", block)}
+    assert named
+    assert named <= targets
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    code = next(block for block in blocks("python") if "TrainConfig" in block)
+    quick = code.replace("epochs=2", "max_steps=2, max_eval_samples=50")
+    assert quick != code
+    names: dict[str, object] = {}
+    exec(quick, names)
+    assert 0 <= names["result"].scores["test"]["accuracy"] <= 1  # type: ignore[attr-defined]
