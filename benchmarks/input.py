@@ -29,7 +29,9 @@ def main() -> None:
     rows = source.splits["train"].select(range(min(given.images, len(source.splits["train"]))))
     how = Preprocess(given.image_size, given.image_size)
     print(f"{len(rows)} images of {source.name} to {how.height}x{how.width} float32, batches of {given.batch_size},")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; images/s, median (least to most) of {given.passes} passes")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads; images/s, median (least to most) of {given.passes} passes"
+    )
     for kind in ("none", "flip", "crop"):
         started = time.perf_counter()
         store, _ = decode_all(rows, how, crops=kind == "crop", max_pixels=10**8, skip_bad=False)

@@ -60,9 +60,7 @@ class StandInHub:
     def sha(self, kind: str, name: str) -> str:
         """The commit of a repository; kind is `models` or `datasets`."""
         folder = self.root / kind / name
-        contents = [
-            path.relative_to(folder).as_posix().encode() + path.read_bytes() for path in _files(folder)
-        ]
+        contents = [path.relative_to(folder).as_posix().encode() + path.read_bytes() for path in _files(folder)]
         return sha1(b"\0".join(contents)).hexdigest()
 
 

@@ -69,7 +69,7 @@ def test_an_existing_run_is_refused_and_overwritten_when_asked(tmp_path: Path) -
     run = tmp_path / "run"
     ckpt.create_run(run, overwrite=False)
     write_text(run / "config.yaml", "dataset: digits\n")
-    with pytest.raises(UsageError, match="--resume .* goes on with it, --overwrite replaces it"):
+    with pytest.raises(UsageError, match=r"--resume .* goes on with it, --overwrite replaces it"):
         ckpt.create_run(run, overwrite=False)
     ckpt.create_run(run, overwrite=True)
     assert not (run / "config.yaml").exists()

@@ -62,9 +62,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -- start-up -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "words", [["--help"], ["--version"], ["train", "--help"], ["explain"], ["recipes", "ls"]]
-)
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["train", "--help"], ["explain"], ["recipes", "ls"]])
 def test_what_needs_no_model_imports_no_library_of_models(words: list[str]) -> None:
     code = f"""
 import sys
@@ -216,17 +214,11 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 
 def test_an_unforeseen_error_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, RuntimeError("shapes\n  differ"))
-    assert error_of("train", code=1) == (
-        "RuntimeError: shapes differ (unexpected; `vitft --debug ...` shows where)"
-    )
+    assert error_of("train", code=1) == ("RuntimeError: shapes differ (unexpected; `vitft --debug ...` shows where)")
 
 
-@pytest.mark.parametrize(
-    "words", [["--debug", "train"], ["train", "--debug"], ["train", "--debug", "--lr", "1"]]
-)
-def test_debug_shows_the_traceback_wherever_it_stands(
-    monkeypatch: pytest.MonkeyPatch, words: list[str]
-) -> None:
+@pytest.mark.parametrize("words", [["--debug", "train"], ["train", "--debug"], ["train", "--debug", "--lr", "1"]])
+def test_debug_shows_the_traceback_wherever_it_stands(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     failing(monkeypatch, RuntimeError("shapes differ"))
     result = vitft(*words)
 
@@ -259,17 +251,13 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
 def resolved(monkeypatch: pytest.MonkeyPatch, *words: str) -> TrainConfig:
     """The settings that a dry run is made from."""
     seen: list[TrainConfig] = []
-    monkeypatch.setattr(
-        plan, "plan", lambda config: seen.append(config) or SimpleNamespace(groups=lambda: [])
-    )
+    monkeypatch.setattr(plan, "plan", lambda config: seen.append(config) or SimpleNamespace(groups=lambda: []))
     assert vitft("train", *words, "--dry-run").exit_code == 0
     return seen[0]
 
 
 def test_flags_win_over_a_recipe_and_a_recipe_over_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("mine.yaml").write_text(
-        "dataset: digits\nlr: 2e-5\nbatch_size: 16\nfrom_scratch: true\nmodel: vit-micro\n"
-    )
+    Path("mine.yaml").write_text("dataset: digits\nlr: 2e-5\nbatch_size: 16\nfrom_scratch: true\nmodel: vit-micro\n")
     config = resolved(monkeypatch, "--recipe", "mine.yaml", "--batch-size", "8", "--no-from-scratch")
 
     assert config == TrainConfig(dataset="digits", lr=2e-5, batch_size=8, model="vit-micro")
@@ -344,9 +332,7 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing() -> None:
 def prepared() -> Any:
     from vitft.preparation import prepare
 
-    return prepare(
-        TrainConfig(dataset="digits", model="vit-micro", from_scratch=True, image_size=28, device="cpu")
-    )
+    return prepare(TrainConfig(dataset="digits", model="vit-micro", from_scratch=True, image_size=28, device="cpu"))
 
 
 def test_a_long_run_says_so_and_names_cheaper_ways(
@@ -408,9 +394,7 @@ def test_recipes_are_listed_shown_and_copied() -> None:
     assert vitft("recipes", "show", known.name).stdout == known.path.read_text()
 
     copied = vitft("recipes", "copy", known.name)
-    assert (
-        copied.stdout == f"copied to {known.path.name}; run it with: vitft train --recipe {known.path.name}\n"
-    )
+    assert copied.stdout == f"copied to {known.path.name}; run it with: vitft train --recipe {known.path.name}\n"
     assert Path(known.path.name).read_bytes() == known.path.read_bytes()
     assert "exists" in error_of("recipes", "copy", known.name, code=2)
 

@@ -145,9 +145,7 @@ def make_data(root: Path, labels: tuple[str, ...] = ("ant", "bee", "cat"), count
     return root
 
 
-def test_a_plain_folder_is_scored_on_all_of_the_data_named(
-    saved: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_plain_folder_is_scored_on_all_of_the_data_named(saved: Callable[..., Path], tmp_path: Path) -> None:
     got = evaluate(saved("vit"), dataset=str(make_data(tmp_path / "data")))
 
     assert (got.split, got.count) == ("train", 12)  # nothing is set aside: this model was not trained on it
@@ -252,18 +250,12 @@ def test_the_report_names_split_count_and_interval(digits_run: Any) -> None:
     assert done.exit_code == 0, done.output
     head = done.stdout.splitlines()[0]
     low, high = got.accuracy_interval
-    assert head.startswith(
-        f"accuracy {100 * got.accuracy:.1f} % (95 % interval {100 * low:.1f}–{100 * high:.1f})"
-    )
+    assert head.startswith(f"accuracy {100 * got.accuracy:.1f} % (95 % interval {100 * low:.1f}–{100 * high:.1f})")
     assert f"on {got.count} images of validation [{got.split_hash[:8]}]" in head
 
 
-@pytest.mark.parametrize(
-    ("words", "code"), [(["./absent"], 4), (["DATA"], 4), (["RUN", "--split", "tset"], 2)]
-)
-def test_what_cannot_be_scored_is_one_line(
-    digits_run: Any, tmp_path: Path, words: list[str], code: int
-) -> None:
+@pytest.mark.parametrize(("words", "code"), [(["./absent"], 4), (["DATA"], 4), (["RUN", "--split", "tset"], 2)])
+def test_what_cannot_be_scored_is_one_line(digits_run: Any, tmp_path: Path, words: list[str], code: int) -> None:
     known = {"RUN": str(digits_run.run), "DATA": str(make_data(tmp_path / "data"))}
     command = ["eval", *(known.get(word, word) for word in words)]
     done = CliRunner().invoke(app, command + ([] if "RUN" in words else ["--dataset", "digits"]))
@@ -271,9 +263,7 @@ def test_what_cannot_be_scored_is_one_line(
 
 
 def test_the_confusion_matrix_is_drawn(digits_run: Any, tmp_path: Path) -> None:
-    done = CliRunner().invoke(
-        app, ["eval", str(digits_run.run), "--json", "--plot", str(tmp_path / "plot.png")]
-    )
+    done = CliRunner().invoke(app, ["eval", str(digits_run.run), "--json", "--plot", str(tmp_path / "plot.png")])
 
     assert done.exit_code == 0, done.output
     json.loads(done.stdout)

@@ -129,9 +129,7 @@ def test_given_sizes_replace_those_of_the_model() -> None:
     assert resolve_spec("vit-base", patch_size=32) == preset("vit-base-patch32-224")
     small = resolve_spec("vit-micro", image_size=32, width=96, layers=2, heads=3, mlp=100, classes=7)
     assert small == ViTSpec.square(32, 4, 96, 2, 3, 100, 7)
-    with pytest.raises(
-        UsageError, match=r"image_size 230 is not a multiple of patch_size 16; try 224 or 240\."
-    ):
+    with pytest.raises(UsageError, match=r"image_size 230 is not a multiple of patch_size 16; try 224 or 240\."):
         resolve_spec(image_size=230)
 
 
@@ -151,9 +149,7 @@ def test_a_local_folder_needs_no_hub(tmp_path: Path) -> None:
         (None, "no config.json in .*; give a Transformers model folder"),
     ],
 )
-def test_a_folder_without_a_usable_config_is_a_model_error(
-    tmp_path: Path, content: bytes | None, message: str
-) -> None:
+def test_a_folder_without_a_usable_config_is_a_model_error(tmp_path: Path, content: bytes | None, message: str) -> None:
     if content is not None:
         (tmp_path / "config.json").write_bytes(content)
 

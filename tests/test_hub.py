@@ -33,9 +33,7 @@ def python(*arguments: str, cwd: Path, endpoint: str, cache: Path, **extra: str)
     """Run a command as a user does: in another process and folder, with nothing but the endpoint set."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
     env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1"} | extra
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=200
-    )
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=200)
 
 
 def vitft(*arguments: str, **place: Any) -> Done:
@@ -97,9 +95,7 @@ def test_the_hub_was_really_asked(trained: tuple[Path, Path], hub: StandInHub) -
     assert f"/datasets/{DATASET}/resolve/{hub.sha('datasets', DATASET)}/plain_text/train-" in asked
 
 
-def test_the_checkpoint_is_evaluated_with_no_other_argument(
-    trained: tuple[Path, Path], hub: StandInHub
-) -> None:
+def test_the_checkpoint_is_evaluated_with_no_other_argument(trained: tuple[Path, Path], hub: StandInHub) -> None:
     folder, cache = trained
     done = vitft("eval", f"{RUN}/last", "--json", cwd=folder, endpoint=hub.url, cache=cache)
     assert done.returncode == 0, done.stderr

@@ -106,9 +106,7 @@ def test_rows_of_the_confusion_matrix_are_true_classes() -> None:
         (1, 29, (0.0061, 0.1718)),
     ],
 )
-def test_wilson_interval_is_the_published_one(
-    correct: int, count: int, expected: tuple[float, float]
-) -> None:
+def test_wilson_interval_is_the_published_one(correct: int, count: int, expected: tuple[float, float]) -> None:
     assert wilson_interval(correct, count) == pytest.approx(expected, abs=5e-5)
 
 
@@ -170,9 +168,7 @@ def test_scoring_needs_no_network_and_leaves_no_file(tmp_path) -> None:
     place = {"HOME": str(home), "HF_HOME": str(home / "hf"), "TMPDIR": str(temporary)}
     offline = {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     command = [sys.executable, "-c", code]
-    run = subprocess.run(
-        command, env=os.environ | place | offline, capture_output=True, text=True, check=True
-    )
+    run = subprocess.run(command, env=os.environ | place | offline, capture_output=True, text=True, check=True)
     assert run.stdout == "0.5\n"
     left = [path for folder in (home, temporary) for path in folder.rglob("*") if path.is_file()]
     assert left == []

@@ -269,9 +269,7 @@ def test_a_damaged_preprocessor_is_one_line(saved: Saved, text: str) -> None:
 
 
 def test_a_text_model_cannot_classify_images(tmp_path: Path) -> None:
-    transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=1).save_pretrained(
-        tmp_path
-    )
+    transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=1).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="a bert model cannot classify images"):
         load(tmp_path)
     with pytest.raises(ModelError, match="a bert model cannot classify images"):

@@ -30,9 +30,7 @@ def rates(config: TrainConfig, total: int, per_epoch: int) -> list[float]:
 def test_a_rate_is_above_0_and_at_most_the_peak(
     schedule: str, lr: float, warmup: float, total: int, per_epoch: int, decay_epochs: float
 ) -> None:
-    config = TrainConfig.parse(
-        {"schedule": schedule, "lr": lr, "warmup": warmup, "decay_epochs": decay_epochs}
-    )
+    config = TrainConfig.parse({"schedule": schedule, "lr": lr, "warmup": warmup, "decay_epochs": decay_epochs})
     found = rates(config, total, per_epoch)
 
     assert all(0 <= rate <= lr * (1 + 1e-12) for rate in found)
@@ -124,9 +122,7 @@ def test_biases_norms_tokens_and_positions_do_not_decay(vit: ViTForImageClassifi
     assert "vit.embeddings.patch_embeddings.projection.weight" in matrices
     assert len(matrices) == 7  # projection; query, key, value, output; two of the MLP
     assert "classifier.weight" in names(vit, decayed)
-    assert {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings", "classifier.bias"} <= names(
-        vit, spared
-    )
+    assert {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings", "classifier.bias"} <= names(vit, spared)
     assert all("norm" in name or name.endswith("bias") or "embeddings" in name for name in names(vit, spared))
 
 
@@ -152,9 +148,7 @@ def test_a_head_alone_has_its_two_parameters(vit: ViTForImageClassification) -> 
 def test_the_optimizer_is_the_one_asked_for(
     vit: ViTForImageClassification, optimizer: str, kind: type, decay: float
 ) -> None:
-    made = make_optimizer(
-        vit.named_parameters(), TrainConfig.parse({"optimizer": optimizer, "weight_decay": 0.3})
-    )
+    made = make_optimizer(vit.named_parameters(), TrainConfig.parse({"optimizer": optimizer, "weight_decay": 0.3}))
 
     assert type(made) is kind
     assert max(group["weight_decay"] for group in made.param_groups) == decay

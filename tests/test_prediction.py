@@ -136,9 +136,7 @@ def assert_agree(ours: list[Prediction], theirs: list[list[dict[str, Any]]]) -> 
         assert max(abs(score - scores[label]) for label, score in mine.top) < 1e-3, mine.path
 
 
-def test_transformers_loads_a_checkpoint_without_a_word(
-    checkpoint: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_transformers_loads_a_checkpoint_without_a_word(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -153,9 +151,7 @@ def test_transformers_loads_a_checkpoint_without_a_word(
         transformers.utils.logging.set_verbosity(verbosity)
 
     said = "\n".join([*lines, *capfd.readouterr()])
-    assert not any(
-        word in said for word in ("weights", "initialized", "MISSING", "UNEXPECTED", "mismatch")
-    ), said
+    assert not any(word in said for word in ("weights", "initialized", "MISSING", "UNEXPECTED", "mismatch")), said
 
 
 def test_an_image_is_the_same_alone_and_among_others(checkpoint: Path, opaque: list[Path]) -> None:
@@ -197,9 +193,7 @@ def paths_of(rows: list[Prediction]) -> list[str]:
         (["."], ["a.jpg", "b.png", "bad.png", "deep/c.png"]),
     ],
 )
-def test_rows_come_in_the_order_given(
-    folder: Path, checkpoint: Path, given: list[str], wanted: list[str]
-) -> None:
+def test_rows_come_in_the_order_given(folder: Path, checkpoint: Path, given: list[str], wanted: list[str]) -> None:
     assert paths_of(predict(given, checkpoint)) == wanted
 
 
@@ -247,9 +241,7 @@ def test_too_many_pixels_is_a_row(folder: Path, checkpoint: Path) -> None:
     assert "over --max-pixels 100" in str(row.error)
 
 
-def test_a_run_without_the_checkpoint_that_was_asked_for_names_those_it_has(
-    digits_run: Any, tmp_path: Path
-) -> None:
+def test_a_run_without_the_checkpoint_that_was_asked_for_names_those_it_has(digits_run: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").touch()

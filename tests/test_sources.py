@@ -95,9 +95,7 @@ def test_relative_paths_and_the_home_folder(tmp_path, monkeypatch):
     assert open_source(".").name == "pets"
 
 
-@pytest.mark.parametrize(
-    "names", [("train", "validation", "test"), ("train", "val", "test"), ("Train", "dev")]
-)
+@pytest.mark.parametrize("names", [("train", "validation", "test"), ("train", "val", "test"), ("Train", "dev")])
 def test_split_folders_share_one_list_of_classes(tmp_path, names):
     first, *others = names
     draw(tmp_path / first / "cat" / "1.png")
@@ -286,9 +284,7 @@ def test_fine_labels_win_over_coarse_ones(tmp_path):
             "coarse_label": datasets.ClassLabel(names=["x"]),
         }
     )
-    write_parquet(
-        tmp_path / "train.parquet", {"img": IMAGES, "fine_label": [1, 0], "coarse_label": [0, 0]}, features
-    )
+    write_parquet(tmp_path / "train.parquet", {"img": IMAGES, "fine_label": [1, 0], "coarse_label": [0, 0]}, features)
     assert open_source(str(tmp_path)).labels == ("u", "v")
     assert open_source(str(tmp_path), label_column="coarse_label").labels == ("x",)
 
@@ -331,9 +327,7 @@ def test_whole_numbers_in_a_table_are_ordered_by_value(tmp_path):
 @pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd", "a/../../b.png", "", "a\0b"])
 def test_a_path_that_leaves_the_folder_is_refused(tmp_path, path):
     file = tmp_path / "t.jsonl"
-    file.write_text(
-        json.dumps({"path": "ok.png", "label": "x"}) + "\n" + json.dumps({"path": path, "label": "x"})
-    )
+    file.write_text(json.dumps({"path": "ok.png", "label": "x"}) + "\n" + json.dumps({"path": path, "label": "x"}))
     refused(file, "row 2")
 
 
@@ -428,8 +422,7 @@ def test_digits_are_bundled():
     train = np.bincount(class_indices(source.splits["train"]))
     assert (np.abs(test - (test + train) / 5) < 1).all()
     known = {
-        image.astype(np.uint8).tobytes(): label
-        for image, label in zip(*load_digits(return_X_y=True), strict=True)
+        image.astype(np.uint8).tobytes(): label for image, label in zip(*load_digits(return_X_y=True), strict=True)
     }
     seen = set()
     for name in ("train", "test"):

@@ -21,9 +21,7 @@ SETTINGS = {"val_fraction": 0.1, "max_train_samples": None, "max_eval_samples": 
 
 def source_of(**splits: list[int]) -> Source:
     raw = {
-        name: make_split(
-            image_structs(pa.array([b"x"] * len(labels), pa.binary())), np.array(labels, np.int64), NAMES
-        )
+        name: make_split(image_structs(pa.array([b"x"] * len(labels), pa.binary())), np.array(labels, np.int64), NAMES)
         for name, labels in splits.items()
     }
     rows, labels = standardize(raw)
@@ -86,9 +84,7 @@ def test_splits_are_disjoint_exact_and_the_same_every_time(counts, fraction, mos
     room = sum(max(count - 1, 0) for count in counts)
     assert len(validation) == min(int(fraction * len(labels) + 0.5), room)
     assert set(np.array(labels)[train]) == set(labels)  # no class is emptied
-    part = splits_of(
-        source, val_fraction=fraction, seed=seed, max_train_samples=most, max_eval_samples=most_eval
-    )
+    part = splits_of(source, val_fraction=fraction, seed=seed, max_train_samples=most, max_eval_samples=most_eval)
     assert len(part["train"].rows) == min(most, len(train))
     assert set(part["train"].rows) <= set(train)
     if "validation" in whole:
@@ -97,12 +93,8 @@ def test_splits_are_disjoint_exact_and_the_same_every_time(counts, fraction, mos
     assert len(part["test"].rows) == min(most_eval, len(labels))
     for role, split in part.items():
         assert (np.diff(split.rows) > 0).all()
-        np.testing.assert_array_equal(
-            np.array(labels if role != "test" else labels[::-1])[split.rows], split.labels
-        )
-    again = splits_of(
-        source, val_fraction=fraction, seed=seed, max_train_samples=most, max_eval_samples=most_eval
-    )
+        np.testing.assert_array_equal(np.array(labels if role != "test" else labels[::-1])[split.rows], split.labels)
+    again = splits_of(source, val_fraction=fraction, seed=seed, max_train_samples=most, max_eval_samples=most_eval)
     assert {r: s.hash for r, s in part.items()} == {r: s.hash for r, s in again.items()}
 
 

@@ -121,11 +121,7 @@ def test_an_epoch_sees_each_image_once_in_an_order_of_its_own() -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 60])
 def test_evaluation_sees_each_image_on_one_process_once(world: int) -> None:
-    seen = [
-        index
-        for rank in range(world)
-        for batch in EvalLoader(LOADER.store, LOADER.labels.numpy(), HOW, batch_size=4, device=torch.device("cpu"),
-                                rank=rank, world=world)  # fmt: skip
-        for index in batch.index
-    ]
+    options = {"batch_size": 4, "device": torch.device("cpu"), "world": world}
+    loaders = [EvalLoader(LOADER.store, LOADER.labels.numpy(), HOW, rank=rank, **options) for rank in range(world)]
+    seen = [index for loader in loaders for batch in loader for index in batch.index]
     assert seen == list(range(53))

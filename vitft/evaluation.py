@@ -82,9 +82,7 @@ def evaluate(
     truth = matched(chosen.labels, source.labels, loaded.labels, name=str(checkpoint))
     skip_bad = (on_bad_image or config.on_bad_image) == "skip"
     rows = source.splits[chosen.source].select(chosen.rows)
-    store, skipped = decode_all(
-        rows, loaded.preprocess, crops=False, max_pixels=config.max_pixels, skip_bad=skip_bad
-    )
+    store, skipped = decode_all(rows, loaded.preprocess, crops=False, max_pixels=config.max_pixels, skip_bad=skip_bad)
     chosen, truth = without(chosen, skipped, source), np.delete(truth, [s.position for s in skipped])
     report_skipped(skipped)
     device = find_device(device)
@@ -103,9 +101,7 @@ def autocast(device: str, precision: str) -> Any:
     return torch.autocast(device, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
-def choose_split(
-    source: Source, config: TrainConfig, name: str | None, max_eval_samples: int | None
-) -> Split:
+def choose_split(source: Source, config: TrainConfig, name: str | None, max_eval_samples: int | None) -> Split:
     """The split to evaluate: by role, or by the data set's own name for it. Raises UsageError."""
     limit = max_eval_samples or config.max_eval_samples
     splits = make_splits(source, val_fraction=config.val_fraction, max_train_samples=config.max_train_samples,

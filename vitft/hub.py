@@ -49,9 +49,7 @@ def reason(error: BaseException) -> str:
     names = " ".join(type(cause).__name__ for cause in causes) + str(error)
     if constants.HF_HUB_OFFLINE:
         return f"offline mode is set and the cache {cache} does not have it"
-    if any(
-        word in names for word in ("Connect", "LocalEntryNotFound", "Timeout", "Offline", "couldn't", "Max")
-    ):
+    if any(word in names for word in ("Connect", "LocalEntryNotFound", "Timeout", "Offline", "couldn't", "Max")):
         return f"the hub at {constants.ENDPOINT} could not be reached and the cache {cache} does not have it"
     return f"the hub's copy cannot be used: {(str(error).splitlines() or [type(error).__name__])[0][:300]}"
 

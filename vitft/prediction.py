@@ -63,11 +63,7 @@ def predict(
         part = found[start : start + _BATCH]
         results = list(workers().map(read, part))
         images = [image for image in results if isinstance(image, torch.Tensor)]
-        tops = (
-            _top(model, normalize(torch.cat(images).to(device), loaded.preprocess), top_k)
-            if images
-            else iter(())
-        )
+        tops = _top(model, normalize(torch.cat(images).to(device), loaded.preprocess), top_k) if images else iter(())
         for path, result in zip(part, results, strict=True):
             if isinstance(result, str):
                 rows.append(Prediction(str(path), error=result))
@@ -100,6 +96,4 @@ def find_images(given: Sequence[str | Path]) -> Iterator[Path]:
         count += len(found)
         yield from found
     if count == 0:
-        raise DataError(
-            f"no image found in {', '.join(map(str, given))}; give image files, folders or globs."
-        )
+        raise DataError(f"no image found in {', '.join(map(str, given))}; give image files, folders or globs.")

@@ -29,13 +29,17 @@ def caught(patch: Path) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "project"
         shutil.copytree(PROJECT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "*_cache", "__pycache__"))
-        applied = subprocess.run(["patch", "-p1", "--fuzz=2", "-i", str(patch)], cwd=copy, capture_output=True, text=True)
+        applied = subprocess.run(
+            ["patch", "-p1", "--fuzz=2", "-i", str(patch)], cwd=copy, capture_output=True, text=True
+        )
         if applied.returncode:
             print(f"{patch.stem}: does not apply: {applied.stdout.strip()}")
             return False
         command = [sys.executable, "-m", "pytest", "-x", "-q", *shlex.split(tests.removeprefix("tests: "))]
         # The copy comes before the installed package.
-        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(copy)})
+        done = subprocess.run(
+            command, cwd=copy, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(copy)}
+        )
     verdict = done.returncode == 1
     print(f"{'caught  ' if verdict else 'SURVIVED'} {patch.stem}: {contract}", flush=True)
     if done.returncode > 1:
