@@ -22,7 +22,7 @@ demo: .venv/.installed  ## fine-tune the bundled ViT on digits, evaluate it, pre
 	$(BIN)/vitft train --recipe digits --output runs/demo --overwrite
 	$(BIN)/vitft eval runs/demo --plot runs/demo/confusion.png
 	$(BIN)/vitft predict docs/digits --checkpoint runs/demo
-	@echo "The run is in runs/demo: best/ is the model, metrics.jsonl its history, confusion.png its mistakes."
+	@echo "The run is in runs/demo: last/ is the model, metrics.jsonl its history, confusion.png its mistakes."
 
 test: .venv/.installed-dev  ## run all tests
 	$(BIN)/python -m pytest -m 'not slow'

@@ -18,6 +18,7 @@ from vitft.data.store import decode_all
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="digits", help="as for `vitft train`")
     parser.add_argument("--images", type=int, default=1400, help="how many of its training images")
@@ -29,9 +30,8 @@ def main() -> None:
     rows = source.splits["train"].select(range(min(given.images, len(source.splits["train"]))))
     how = Preprocess(given.image_size, given.image_size)
     print(f"{len(rows)} images of {source.name} to {how.height}x{how.width} float32, batches of {given.batch_size},")
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads; images/s, median (least to most) of {given.passes} passes"
-    )
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads;", end=" ")
+    print(f"images/s, median (least to most) of {given.passes} passes")
     for kind in ("none", "flip", "crop"):
         started = time.perf_counter()
         store, _ = decode_all(rows, how, crops=kind == "crop", max_pixels=10**8, skip_bad=False)

@@ -89,3 +89,16 @@ def test_a_card_that_was_edited_badly_is_named(tmp_path: Path) -> None:
     (tmp_path / "vitft.json").write_text('{"vitft": "0", "config": {"lr": -1}}')
     with pytest.raises(ModelError, match=r"vitft\.json: not readable"):
         ckpt.read_card(tmp_path)
+
+
+def test_what_a_kill_between_two_renames_left_is_found_again(tmp_path: Path) -> None:
+    (tmp_path / ".best.old").mkdir()
+    (tmp_path / ".best.old" / "weights").write_text("old")
+
+    def fail() -> None:
+        with new_folder(tmp_path / "best"):
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert (tmp_path / "best" / "weights").read_text() == "old"

@@ -296,7 +296,7 @@ def test_resume_refuses_a_changed_setting_and_says_how_to_start_anew(run: Path) 
 
     assert "lr 5e-05, got 0.5" in message
     assert "--lr" in message
-    assert f"vitft train --model {run / 'last'}" in message
+    assert f"vitft train --dataset digits --model {run / 'best'} --lr 0.5" in message
 
 
 @pytest.mark.parametrize("extra", [["--recipe", "x"], ["--output", "y"], ["--overwrite"], ["--dry-run"]])

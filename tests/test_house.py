@@ -25,6 +25,7 @@ ROOMS = [
     ["evaluation", "prediction", "figures"],
     ["explain.table"],
     ["checkpoint", "history", "metrics", "models", "optim", "recipe", "signals"],
+    ["positions"],
     ["data.info", "data.preview", "data.loader"],
     ["data.splits", "data.store"],
     ["data.sources"],
@@ -34,7 +35,8 @@ ROOMS = [
     ["data.schema", "data.augment", "data.images"],
     ["hardware"],
     ["config", "spec", "options"],
-    ["console", "errors", "files", "hub", "randomness"],
+    ["hub"],
+    ["console", "errors", "files", "paths", "randomness"],
     ["__init__"],  # the version; its public API is lazy, and may name any room
 ]
 HEAVY = {"torch", "transformers", "datasets", "numpy", "accelerate", "evaluate", "sklearn", "matplotlib"}

@@ -206,7 +206,7 @@ def test_bad_and_missing_files_get_a_row_and_the_others_are_predicted(folder: Pa
     bad, good, gone, text = predict(["bad.png", "b.png", "gone.png", "note.txt"], checkpoint)
 
     assert good.error is None
-    assert len(good.top) == 5
+    assert len(good.top) == 3
     assert good.to_dict()["top"][0] == {"label": good.top[0][0], "score": good.top[0][1]}
     assert gone.to_dict() == {"path": "gone.png", "error": "does not exist"}
     assert all(row.error and not row.top and "\n" not in row.error for row in (bad, text))
@@ -229,7 +229,7 @@ def test_probabilities_fall_and_sum_to_one(folder: Path, checkpoint: Path) -> No
     assert sum(scores) == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("given", [[], ["empty"], ["*.gif"]])
+@pytest.mark.parametrize("given", [[], ["empty"]])
 def test_no_image_at_all_is_an_error(folder: Path, checkpoint: Path, given: list[str]) -> None:
     (folder / "empty").mkdir()
     with pytest.raises(DataError, match="no image found"):

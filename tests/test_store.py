@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from vitft.data.augment import Preprocess
+from vitft.data.augment import Preprocess, fit, normalize
 from vitft.data.images import decode
 from vitft.data.loader import EvalLoader, TrainLoader
 from vitft.data.sources import open_source
@@ -125,3 +125,28 @@ def test_evaluation_sees_each_image_on_one_process_once(world: int) -> None:
     loaders = [EvalLoader(LOADER.store, LOADER.labels.numpy(), HOW, rank=rank, **options) for rank in range(world)]
     seen = [index for loader in loaders for batch in loader for index in batch.index]
     assert seen == list(range(53))
+
+
+def test_a_centre_crop_is_made_once(tmp_path: Path) -> None:
+    """Stored before its crop: an evaluated image is the predicted one."""
+    how = Preprocess(32, 32, shortest_edge=40)
+    folder = photos(tmp_path, [(100, 64), (64, 90)])
+    rows = open_source(str(folder)).splits["train"]
+    store, _ = decode_all(rows, how, crops=False, max_pixels=10**6, skip_bad=False)
+    (batch,) = EvalLoader(store, np.zeros(2, np.int64), how, batch_size=2, device=torch.device("cpu"))
+    files = sorted((folder / "train").rglob("*.png"))
+    expected = [normalize(fit(torch.from_numpy(decode(file))[None], how), how)[0] for file in files]
+    assert torch.equal(batch.pixels, torch.stack(expected))
+
+
+def test_a_large_store_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = photos(tmp_path, [(20, 16)] * 6)
+    in_memory, _ = stored(folder)
+    monkeypatch.setattr("vitft.data.store._IN_MEMORY", 100)
+    mapped, _ = stored(folder)
+    everything = np.arange(6)
+    first, second = in_memory.gather(everything), mapped.gather(everything)
+    assert isinstance(first, Tensor)
+    assert isinstance(second, Tensor)
+    assert torch.equal(first, second)
+    assert mapped.digest == in_memory.digest

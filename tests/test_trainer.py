@@ -49,7 +49,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
 def plain_loop(settings: TrainConfig) -> dict[str, torch.Tensor]:
     """The same training as one reads it in a textbook: the whole batch's mean loss, step by step."""
     prepared = prepare(settings)
-    store, labels = prepared.decode("train", lambda role, skipped: None)
+    store, labels = prepared.decode()["train"]
     loader = TrainLoader(
         store, labels, prepared.loaded.preprocess, kind=settings.augment, seed=settings.seed,
         batch_size=settings.batch_size, device=torch.device("cpu"),
@@ -292,3 +292,43 @@ def test_tensorboard_gets_the_metrics(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     run = train(config(tracker="tensorboard"), output=tmp_path / "run").run
     assert list(run.rglob("events.out.tfevents.*"))
+
+
+def test_a_score_is_of_the_weights_it_stands_with(tmp_path: Path) -> None:
+    """A checkpoint between two evaluations has not been scored."""
+    run = train(config(save_every=2, keep=9, epochs=2), output=tmp_path / "run").run
+    scored = {folder.name: bool(read_card(folder).scores) for folder in (run / "checkpoints").iterdir()}  # type: ignore[union-attr]
+    assert scored == {"step-000002": False, "step-000004": False, "step-000006": True}
+
+
+def test_a_bad_image_costs_no_earlier_run(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for label in ("cat", "dog"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (8, 8), (i, 2 * i, 200)).save(tmp_path / "data" / label / f"{i}.png")
+    done = train(config(val_fraction=0), output=tmp_path / "run")
+    (tmp_path / "data" / "cat" / "1.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"cat/1\.png"):
+        train(config(dataset=str(tmp_path / "data"), val_fraction=0), output=done.run, overwrite=True)
+    assert (done.run / "last" / "model.safetensors").is_file()
+
+
+def test_the_bundled_digits_are_not_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    run = train(config(max_steps=1), output=tmp_path / "run").run
+    assert yaml.safe_load((run / "config.yaml").read_text())["dataset"] == "digits"
+
+
+def test_the_heads_own_rate_is_for_a_new_head_on_a_pretrained_backbone(tmp_path: Path) -> None:
+    def factor(run: Path) -> float:
+        return float(yaml.safe_load((run / "config.yaml").read_text())["head_lr_factor"])
+
+    plain = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp")) | {"from_scratch": False, "max_steps": 1}
+    scratch = train(config(max_steps=1), output=tmp_path / "scratch").run
+    new_head = train(config(**plain), output=tmp_path / "new").run  # vit-micro knows clothes
+    old_head = train(config(**plain, model=str(scratch / "last")), output=tmp_path / "old").run
+    probe = train(config(**plain, freeze="backbone"), output=tmp_path / "probe").run
+    assert [factor(run) for run in (scratch, new_head, old_head, probe)] == [1, 10, 1, 1]

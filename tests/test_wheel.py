@@ -29,10 +29,9 @@ def vitft(installed: Path, *words: str) -> str:
     code = "import sys; sys.path = [p for p in sys.path if p != sys.argv[1]]; del sys.argv[1]; "
     code += "import vitft; assert sys.argv[1] in vitft.__file__, vitft.__file__; del sys.argv[1]; "
     code += "from vitft.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT), str(installed), *words],
-        cwd=installed.parent, env={**os.environ, "PYTHONPATH": str(installed)}, text=True, capture_output=True, check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-c", code, str(ROOT), str(installed), *words]
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run(command, cwd=installed.parent, env=environment, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -60,7 +60,10 @@ def create_run(path: Path, *, overwrite: bool) -> None:
     check_free(path, overwrite=overwrite)
     if path.exists() and any(path.iterdir()):
         shutil.rmtree(path)
-    (path / "checkpoints").mkdir(parents=True)
+    try:
+        (path / "checkpoints").mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(f"output {path}: cannot be made: {error.strerror or error}; choose another.") from error
 
 
 def free_name(config: TrainConfig, data: str) -> Path:
@@ -119,15 +122,21 @@ def save_step(
         write_json(fresh / "state.json", asdict(state))
         manifest = {f.name: {"size": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(fresh.iterdir())}
         write_json(fresh / "manifest.json", manifest)
-    for old in step_folders(run)[card.config.keep :]:
+    # Newer ones than this were torn, or this run would have gone on from them.
+    torn = [old for old in step_folders(run) if _step_of(old) > state.step]
+    for old in torn + [kept for kept in step_folders(run) if kept not in torn][card.config.keep :]:
         shutil.rmtree(old)
     return folder
 
 
 def step_folders(run: Path) -> list[Path]:
     """The step checkpoints of a run, newest first."""
-    found = (run / "checkpoints").glob("step-*")
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")), reverse=True)
+    found = (folder for folder in (run / "checkpoints").glob("step-*") if folder.name[5:].isdigit())
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def newest_whole(run: Path) -> tuple[Path | None, list[str]]:

@@ -76,6 +76,11 @@ app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+MaxPixels = Annotated[
+    int | None, typer.Option(min=1, metavar="<int>", help="Refuse images with more pixels than this.")
+]
+ImageColumn = Annotated[str | None, typer.Option(help="Column of the images; found from the features by default.")]
+LabelColumn = Annotated[str | None, typer.Option(help="Column of the labels; found from the features by default.")]
 Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="auto: a GPU if there is one.")]
 
 
@@ -143,6 +148,9 @@ def evaluate(
     device: Device = "auto",
     precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="As it was trained by default.")] = None,
     on_bad_image: Annotated[Literal["error", "skip"] | None, typer.Option(help="As it was trained by default.")] = None,
+    max_pixels: MaxPixels = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     plot: Annotated[Path | None, typer.Option(help="Write the confusion matrix as a PNG.")] = None,
     json: Json = False,
 ) -> None:  # fmt: skip
@@ -151,7 +159,8 @@ def evaluate(
 
     options = {"dataset": dataset, "dataset_revision": dataset_revision, "split": split, "device": device,
                "max_eval_samples": max_eval_samples, "batch_size": batch_size, "precision": precision,
-               "on_bad_image": on_bad_image}  # fmt: skip
+               "on_bad_image": on_bad_image, "max_pixels": max_pixels,
+               "image_column": image_column, "label_column": label_column}  # fmt: skip
     commands.evaluate(checkpoint, options, plot, json)
 
 
@@ -162,12 +171,13 @@ def predict(
     top_k: Annotated[int, typer.Option(min=1, metavar="<int>", help="Classes to show for each image.")] = 3,
     device: Device = "auto",
     format: Annotated[Literal["table", "csv", "jsonl"], typer.Option(help="How the rows are printed.")] = "table",
+    max_pixels: MaxPixels = None,
     json: Json = False,
 ) -> None:  # fmt: skip
     """Classify images. An unreadable one gets a row of its own, and exit code 3 at the end."""
     from vitft import commands
 
-    commands.predict(paths, checkpoint, top_k, device, "json" if json else format)
+    commands.predict(paths, checkpoint, top_k, device, max_pixels, "json" if json else format)
 
 
 @app.command()
@@ -225,13 +235,16 @@ def recipes_copy(
 def data_info(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="Alias, hub id, folder, CSV, JSONL or parquet.")],
     dataset_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub data set.")] = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     preview: Annotated[Path | None, typer.Option(help="Write a grid of example images as a PNG.")] = None,
     json: Json = False,
 ) -> None:
     """Show a data set's splits, classes, counts and image sizes."""
     from vitft import commands
 
-    commands.data_info(dataset, dataset_revision, preview, json)
+    options = {"revision": dataset_revision, "image_column": image_column, "label_column": label_column}
+    commands.data_info(dataset, options, preview, json)
 
 
 def main() -> None:

@@ -22,13 +22,13 @@ def train(
             )
         from vitft import trainer
 
-        console.say(console.training_report(trainer.resume(resume, overrides)))
+        console.say_text(console.training_report(trainer.resume(resume, overrides)))
         return
+    from vitft.config import named_dataset
     from vitft.recipe import load_config
 
     config = load_config(recipe, overrides)
-    if config.dataset is None:
-        raise UsageError("no data set; add --dataset: digits needs no network, or cifar10, a hub id, a folder.")
+    named_dataset(config)  # said before torch is loaded
     if dry_run:
         from vitft.plan import plan
 
@@ -36,7 +36,7 @@ def train(
         return
     from vitft import trainer
 
-    console.say(console.training_report(trainer.train(config, output=output, overwrite=overwrite)))
+    console.say_text(console.training_report(trainer.train(config, output=output, overwrite=overwrite)))
 
 
 def evaluate(checkpoint: str, options: dict[str, Any], plot: Path | None, as_json: bool) -> None:
@@ -44,7 +44,8 @@ def evaluate(checkpoint: str, options: dict[str, Any], plot: Path | None, as_jso
     from vitft.evaluation import evaluate as score
 
     _writable(plot)
-    metrics = score(checkpoint, **options, report_skipped=_report_skipped)
+    with console.working("evaluating") as progress:
+        metrics = score(checkpoint, **options, progress=progress, report_skipped=_report_skipped)
     if plot is not None:
         from vitft.figures import plot_confusion
 
@@ -53,11 +54,12 @@ def evaluate(checkpoint: str, options: dict[str, Any], plot: Path | None, as_jso
     console.say_json(metrics.to_dict()) if as_json else console.say(console.metrics_report(metrics))
 
 
-def predict(paths: list[str], checkpoint: str, top_k: int, device: str, form: str) -> None:
+def predict(paths: list[str], checkpoint: str, top_k: int, device: str, max_pixels: int | None, form: str) -> None:
     """Classify images and show the rows; an unreadable image makes it exit code 3."""
     from vitft.prediction import predict as classify
 
-    rows = classify(paths, checkpoint, top_k=top_k, device=device)
+    limit = {} if max_pixels is None else {"max_pixels": max_pixels}
+    rows = classify(paths, checkpoint, top_k=top_k, device=device, **limit)
     match form:
         case "json":
             console.say_json({"predictions": [row.to_dict() for row in rows]})
@@ -73,13 +75,13 @@ def predict(paths: list[str], checkpoint: str, top_k: int, device: str, form: st
         raise DataError(f"{len(bad)} of {len(rows)} images could not be read; {first}")
 
 
-def data_info(dataset: str, revision: str | None, preview: Path | None, as_json: bool) -> None:
+def data_info(dataset: str, options: dict[str, Any], preview: Path | None, as_json: bool) -> None:
     """Describe a data set."""
     from vitft.data.info import describe
     from vitft.data.sources import open_source
 
     _writable(preview)
-    source = open_source(dataset, revision=revision)
+    source = open_source(dataset, **options)
     if preview is not None:
         from vitft.data.preview import preview as draw
 

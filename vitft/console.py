@@ -6,6 +6,7 @@ pipes stay clean. On several processes only the main one speaks.
 
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -170,6 +171,19 @@ def _mistakes_table(metrics: Any) -> list[RenderableType]:
     return ["Most frequent confusions (true → predicted, images):", table]
 
 
+@contextmanager
+def working(what: str) -> Iterator[Callable[[int, int], None]]:
+    """While something is counted: a function to call with the number done and in all; a bar on a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    shown = err.is_terminal and not err.quiet
+    bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
+                   console=err, transient=True, disable=not shown)  # fmt: skip
+    task = bar.add_task(what, total=None)
+    with bar:
+        yield lambda done, count: bar.update(task, completed=done, total=count)
+
+
 class TrainingProgress:
     """A run while it trains: a bar on a terminal, plain lines elsewhere, nothing on other processes."""
 
@@ -247,7 +261,7 @@ def training_report(result: Any) -> str:
     """The last lines of a run: score, checkpoint, next command."""
     lines = [interval(score) for score in result.scores.values()] or ["no split to score it on: it was not evaluated"]
     lines.append(f"{result.checkpoint.name} checkpoint: {result.checkpoint} (step {result.step})")
-    return "\n".join([*lines, f"next: vitft eval {result.run}"])
+    return "\n".join([*lines, f"next: vitft eval {shlex.quote(str(result.run))}", ""])
 
 
 def plan_report(plan: Any) -> RenderableType:
@@ -278,9 +292,10 @@ def data_report(described: Mapping[str, Any]) -> RenderableType:
     for name in ("split", "images", "smallest", "median", "largest", "formats"):
         splits.add_column(name, justify="right" if name == "images" else "left")
     for split in described["splits"]:
-        sizes = [f"{w}×{h}" if (wh := split["sizes"].get(k)) and (w := wh[0]) and (h := wh[1]) else "-"
+        sizes = [f"{w}×{h}" if (wh := (split["sizes"] or {}).get(k)) and (w := wh[0]) and (h := wh[1]) else "-"
                  for k in ("smallest", "median", "largest")]  # fmt: skip
-        splits.add_row(Text(safe(split["name"])), f"{split['count']:,}", *sizes, ", ".join(split["formats"]))
+        formats = ", ".join(split["formats"]) + (f" ({split['unreadable']} unreadable)" if split["unreadable"] else "")
+        splits.add_row(Text(safe(split["name"])), f"{split['count']:,}", *sizes, formats)
     classes = Table(box=None, pad_edge=False)
     classes.add_column("class", no_wrap=True, overflow="ellipsis", max_width=40)
     for split in described["splits"]:

@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from vitft.checkpoint import find_model, read_card
 from vitft.config import TrainConfig
 from vitft.data.loader import EvalLoader
-from vitft.data.sources import Source, open_source
-from vitft.data.splits import Split, make_splits
+from vitft.data.sources import ALIASES, DIGITS, Source, open_source
+from vitft.data.splits import Split, make_splits, split_hash
 from vitft.data.store import Skipped, decode_all
 from vitft.errors import DataError, UsageError
 from vitft.hardware import find_device, find_precision
 from vitft.metrics import Metrics, score
 from vitft.models import load_trained
+from vitft.paths import absolute
 
 Progress = Callable[[int, int], None]
 """Called with the number done and the number in all."""
@@ -53,7 +54,8 @@ def measure(
 def evaluate(
     checkpoint: str | Path, *, dataset: str | None = None, dataset_revision: str | None = None,
     split: str | None = None, max_eval_samples: int | None = None, batch_size: int = 64, device: str = "auto",
-    precision: str | None = None, on_bad_image: str | None = None,
+    precision: str | None = None, on_bad_image: str | None = None, max_pixels: int | None = None,
+    image_column: str | None = None, label_column: str | None = None,
     progress: Progress = lambda done, count: None,
     report_skipped: Callable[[list[Skipped]], None] = lambda skipped: None,
 ) -> Metrics:  # fmt: skip
@@ -69,20 +71,23 @@ def evaluate(
             raise UsageError(f"{checkpoint}: no such folder here; if it is a hub id, add --dataset.")
         raise UsageError(f"{checkpoint}: it does not say what data it was trained on; add --dataset.")
     config = card.config if card else TrainConfig(val_fraction=0)
-    if dataset is not None and dataset != config.dataset:
+    if dataset is not None and (dataset := absolute(dataset, (*ALIASES, DIGITS))) != config.dataset:
         # What the checkpoint's own data set was split and read by says nothing of another one.
         anew = {"dataset_revision", "image_column", "label_column", "max_train_samples", "max_eval_samples"}
         config = config.model_copy(update=dict.fromkeys(anew) | {"dataset": dataset, "val_fraction": 0.0})
-    if dataset_revision is not None:
-        config = config.model_copy(update={"dataset_revision": dataset_revision})
+    typed = {"dataset_revision": dataset_revision, "max_pixels": max_pixels, "on_bad_image": on_bad_image,
+             "image_column": image_column, "label_column": label_column}  # fmt: skip
+    config = config.model_copy(update={name: value for name, value in typed.items() if value is not None})
     loaded = load_trained(where if where.is_dir() else str(checkpoint))
     source = open_source(str(config.dataset), revision=config.dataset_revision,
                          image_column=config.image_column, label_column=config.label_column)  # fmt: skip
     chosen = choose_split(source, config, split, max_eval_samples)
     truth = matched(chosen.labels, source.labels, loaded.labels, name=str(checkpoint))
-    skip_bad = (on_bad_image or config.on_bad_image) == "skip"
+    skip_bad = config.on_bad_image == "skip"
     rows = source.splits[chosen.source].select(chosen.rows)
-    store, skipped = decode_all(rows, loaded.preprocess, crops=False, max_pixels=config.max_pixels, skip_bad=skip_bad)
+    store, skipped = decode_all(
+        rows, loaded.preprocess, crops=False, max_pixels=config.max_pixels, skip_bad=skip_bad, progress=progress
+    )
     chosen, truth = without(chosen, skipped, source), np.delete(truth, [s.position for s in skipped])
     report_skipped(skipped)
     device = find_device(device)
@@ -104,11 +109,12 @@ def autocast(device: str, precision: str) -> Any:
 def choose_split(source: Source, config: TrainConfig, name: str | None, max_eval_samples: int | None) -> Split:
     """The split to evaluate: by role, or by the data set's own name for it. Raises UsageError."""
     limit = max_eval_samples or config.max_eval_samples
-    splits = make_splits(source, val_fraction=config.val_fraction, max_train_samples=config.max_train_samples,
+    limits = [given for given in (config.max_train_samples, max_eval_samples) if given]
+    splits = make_splits(source, val_fraction=config.val_fraction, max_train_samples=min(limits, default=None),
                          max_eval_samples=limit, seed=config.seed)  # fmt: skip
     if name is None:
         return next(splits[role] for role in ("test", "validation", "train") if role in splits)
-    by_source = {split.source: split for split in splits.values() if split.name != "train"}
+    by_source = {split.source: split for split in reversed(splits.values())}  # train before what it lent
     found = splits.get(name) or by_source.get(name)
     if found is None:
         raise UsageError(f"split {name}: {source.name} has {', '.join(splits)}.")
@@ -142,4 +148,4 @@ def without(split: Split, skipped: Sequence[Skipped], source: Source) -> Split:
     rows, labels = np.delete(split.rows, gone), np.delete(split.labels, gone)
     if len(rows) == 0:
         raise DataError(f"{split.name} split: no readable image is left of {len(split.rows)}.")
-    return replace(split, rows=rows, labels=labels, hash=f"{split.hash}-{len(gone)}")
+    return replace(split, rows=rows, labels=labels, hash=split_hash(source, split.source, rows, labels))

@@ -38,6 +38,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.new"
     previous = path.parent / f".{path.name}.old"
+    if previous.exists() and not path.exists():  # a kill fell between the two renames below
+        previous.rename(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:

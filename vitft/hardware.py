@@ -4,14 +4,16 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vitft.config import TrainConfig
-from vitft.errors import UsageError
-from vitft.hub import shown
+from vitft.errors import TrainingError, UsageError
+from vitft.paths import shown
 
 
 def resolved(config: TrainConfig) -> TrainConfig:
@@ -44,6 +46,22 @@ def find_precision(wanted: str, device: str) -> str:
     return wanted
 
 
+@contextmanager
+def memory_guard(config: TrainConfig, processes: int = 1) -> Iterator[None]:
+    """Say in one line what to do when memory runs out. Raises TrainingError."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no type of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        share = -(-config.batch_size // processes)
+        micro = max(1, min(config.micro_batch_size or share, share) // 2)
+        raise TrainingError(
+            f"out of memory on {config.device}; the same batch in smaller parts may fit: --micro-batch-size {micro}, "
+            "or a smaller model or --image-size."
+        ) from error
+
+
 def _cpu_has_bf16() -> bool:
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, and they may move
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
@@ -56,7 +74,9 @@ def environment() -> dict[str, Any]:
     packages = ("vitft", "torch", "transformers", "datasets", "accelerate", "evaluate", "numpy", "pillow")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "command": [shown(Path(word)) if os.sep in word else word for word in sys.argv],
+        "command": [
+            "=".join(shown(Path(part)) if os.sep in part else part for part in word.split("=")) for word in sys.argv
+        ],
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "hardware": {
             "system": platform.platform(),

@@ -14,20 +14,26 @@ from vitft.config import TrainConfig
 from vitft.files import write_text
 
 FILE = "metrics.jsonl"
+Track = Callable[[dict[str, Any]], None]
+"""Sends one line of metrics to the tracker."""
 
 
 def record(run: Path, line: dict[str, Any]) -> None:
     """Append one line to the run's metrics."""
     with (run / FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
 def forget_after(run: Path, step: int) -> None:
-    """Drop the lines of steps that will be run again."""
+    """Drop the lines of what will be done again: later steps, and the final score."""
     metrics = run / FILE
     if metrics.exists():
         lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
-        write_text(metrics, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+        write_text(metrics, "".join(line + "\n" for line in lines if _stays(json.loads(line), step)))
+
+
+def _stays(line: dict[str, Any], step: int) -> bool:
+    return bool(line["step"] <= step and line["split"] != "test")
 
 
 class Window:
@@ -67,7 +73,7 @@ class Window:
         line = {
             "loss": table[:, 0].mean().item(),
             "accuracy": table[:, 1].sum().item() / self.images,
-            "grad_norm": table[:, 2].mean().item(),
+            "grad_norm": table[table[:, 2].isfinite(), 2].sum().item() / max(1, int(table[:, 2].isfinite().sum())),
             "images_per_s": self.images / elapsed,
             "data_wait": self.data_wait_s / elapsed,
         }
@@ -76,7 +82,7 @@ class Window:
 
 
 @contextmanager
-def tracker(config: TrainConfig, run: Path, accelerator: Any) -> Iterator[Callable[[dict[str, Any]], None]]:
+def tracker(config: TrainConfig, run: Path, accelerator: Any) -> Iterator[Track]:
     """A function that sends a line of metrics to the run's tracker."""
     if config.tracker == "none":
         yield lambda line: None
@@ -90,5 +96,7 @@ def tracker(config: TrainConfig, run: Path, accelerator: Any) -> Iterator[Callab
         values = {f"{line['split']}/{key}": value for key, value in line.items() if isinstance(value, float)}
         accelerator.log(values, step=line["step"])
 
-    yield track
-    accelerator.end_training()
+    try:
+        yield track
+    finally:
+        accelerator.end_training()

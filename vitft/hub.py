@@ -1,6 +1,5 @@
 """Why something could not be had from the hub, in words for a person."""
 
-import os
 from pathlib import Path
 
 import huggingface_hub as hub
@@ -12,6 +11,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+from vitft.paths import shown
 
 
 def ask(repo: str, file: str, revision: str | None = None, kind: str = "model") -> None:
@@ -52,13 +53,6 @@ def reason(error: BaseException) -> str:
     if any(word in names for word in ("Connect", "LocalEntryNotFound", "Timeout", "Offline", "couldn't", "Max")):
         return f"the hub at {constants.ENDPOINT} could not be reached and the cache {cache} does not have it"
     return f"the hub's copy cannot be used: {(str(error).splitlines() or [type(error).__name__])[0][:300]}"
-
-
-def shown(path: Path) -> str:
-    """A path as a person writes it, the home folder as `~`."""
-    home = os.path.expanduser("~")  # noqa: PTH111 (Path.home() raises where there is none)
-    text = str(path)
-    return "~" + text.removeprefix(home) if home != "/" and text.startswith(home) else text
 
 
 def _chain(error: BaseException) -> list[BaseException]:

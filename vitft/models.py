@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 from vitft.config import TrainConfig
 from vitft.data.augment import Preprocess
 from vitft.errors import ModelError, nearest
 from vitft.hub import answers, reason
+from vitft.positions import at_image_size, check_size, side_of
 from vitft.randomness import seed_of
 from vitft.spec import PRESETS, ViTSpec
 
@@ -65,10 +65,15 @@ def load_for_training(config: TrainConfig, labels: Sequence[str]) -> Loaded:
         how = how.at(config.image_size)
     if config.freeze == "backbone":
         model.base_model.requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if name.endswith("mask_token"):  # for pretraining; several processes must not wait for its gradient
-            parameter.requires_grad_(False)
+    _without_mask_token(model)
     return Loaded(model, how, names, origin.commit, not keeps_head)
+
+
+def _without_mask_token(model: Any) -> None:
+    """It is for pretraining: no image gives it a gradient, and several processes would wait for one."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("mask_token"):
+            parameter.requires_grad_(False)
 
 
 def load_trained(where: str | Path, revision: str | None = None) -> Loaded:
@@ -142,8 +147,9 @@ def _from_scratch(config: TrainConfig, labels: Sequence[str]) -> Loaded:
         if config.image_size is not None:
             stored.image_size, how = config.image_size, how.at(config.image_size)
     _label(stored, labels)
-    _check_size(stored, how.height)
+    check_size(stored, how.height)
     model = _classifier_class(stored)(stored)
+    _without_mask_token(model)
     return Loaded(model, how, tuple(labels), commit, True)
 
 
@@ -203,7 +209,7 @@ def _weights(origin: _Origin, stored: Any, *, fresh_head: bool) -> Any:
         raise _unreadable(origin, error) from error
     except Exception as error:  # safetensors and pickle raise types of their own for a torn file
         raise ModelError(f"{origin.where}: its weights cannot be read: {_first_line(error)}.") from error
-    heads = tuple(name for name, _ in model.named_children() if name != model.base_model_prefix)
+    heads = head_of(model)
     # A backbone pretrained without classes may lack what pools its tokens: that belongs to the head.
     wrong = [key for key in info["missing_keys"] if not key.startswith(heads) and ".pooler." not in key]
     wrong += [key for key, *_ in info["mismatched_keys"] if not key.startswith(heads)]
@@ -225,42 +231,9 @@ def _weights(origin: _Origin, stored: Any, *, fresh_head: bool) -> Any:
     return model.float()
 
 
-def at_image_size(model: Any, image_size: int) -> Any:
-    """The same weights for another input size: position embeddings are resized once, bicubically.
-
-    (Dosovitskiy et al. 2020, section 3.2.) The new size stands in the model's configuration.
-    """
-    config = model.config.__class__.from_dict(model.config.to_dict())
-    old = getattr(config, "image_size", None)
-    if old is None:
-        return model  # a convolutional network takes any size
-    config.image_size = image_size
-    _check_size(config, image_size)
-    resized = type(model)(config)
-    wanted, weights = resized.state_dict(), model.state_dict()
-    for name, tensor in weights.items():
-        if tensor.shape == wanted[name].shape:
-            continue
-        patch = _side(config.patch_size)
-        before, after = _side(old) // patch, image_size // patch
-        if name.endswith("position_embeddings"):  # (1, prefix tokens + patches, D)
-            prefix = tensor.shape[1] - before**2
-            grid = _resize_grid(tensor[0, prefix:], before, after)
-            weights[name] = torch.cat([tensor[:, :prefix], grid[None]], dim=1)
-        elif name.endswith("relative_position_bias_table"):  # (offsets + 3 for the class token, A)
-            grid = _resize_grid(tensor[:-3], 2 * before - 1, 2 * after - 1)
-            weights[name] = torch.cat([grid, tensor[-3:]])
-        else:
-            raise ModelError(f"image_size {image_size}: {config.model_type}'s {name} cannot be resized; use {old}.")
-    resized.load_state_dict(weights)
-    return resized
-
-
-def _resize_grid(rows: Tensor, before: int, after: int) -> Tensor:
-    """(before², D) -> (after², D)."""
-    grid = rows.reshape(1, before, before, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, (after, after), mode="bicubic", align_corners=False)
-    return grid.permute(0, 2, 3, 1).reshape(after**2, -1)
+def head_of(model: Any) -> tuple[str, ...]:
+    """The names of the modules beside the backbone."""
+    return tuple(name for name, _ in model.named_children() if name != model.base_model_prefix)
 
 
 def set_training(model: Any, *, frozen_backbone: bool) -> None:
@@ -268,15 +241,6 @@ def set_training(model: Any, *, frozen_backbone: bool) -> None:
     model.train()
     if frozen_backbone:
         model.base_model.eval()
-
-
-def _check_size(config: Any, image_size: int) -> None:
-    patch = _side(getattr(config, "patch_size", 1))
-    if image_size % patch:
-        low = max(image_size // patch, 1) * patch
-        raise ModelError(
-            f"image_size {image_size} is not a multiple of patch_size {patch}; try {low} or {low + patch}."
-        )
 
 
 def _label(stored: Any, names: Sequence[str]) -> None:
@@ -288,10 +252,6 @@ def _label(stored: Any, names: Sequence[str]) -> None:
 
 def _labels_of(stored: Any) -> tuple[str, ...]:
     return tuple(str(stored.id2label.get(i, f"LABEL_{i}")) for i in range(stored.num_labels))
-
-
-def _side(size: int | Sequence[int]) -> int:
-    return size if isinstance(size, int) else size[0]
 
 
 def _has_head(stored: Any) -> bool:
@@ -316,7 +276,7 @@ def _preprocess(origin: _Origin, stored: Any) -> Preprocess:
             _raise_exceptions_for_connection_errors=not origin.cache_only, **origin.arguments(),
         )  # fmt: skip
         document = json.loads(Path(found).read_text()) if found else None
-        size = _side(getattr(stored, "image_size", None) or 224)
+        size = side_of(getattr(stored, "image_size", None) or 224)
         how = Preprocess.from_json(document) if document else Preprocess(size, size)
     except ModelError as error:
         raise ModelError(f"{origin.where}: {error}") from error

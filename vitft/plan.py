@@ -13,6 +13,7 @@ from vitft.config import TrainConfig
 from vitft.console import duration, size
 from vitft.errors import VitftError
 from vitft.evaluation import autocast
+from vitft.hardware import memory_guard
 from vitft.models import set_training
 from vitft.optim import total_steps
 from vitft.preparation import Prepared, prepare
@@ -85,7 +86,8 @@ class Plan:
 def plan(config: TrainConfig) -> Plan:
     """Prepare a run and probe the machine with its model; nothing is decoded or written."""
     prepared = prepare(config)
-    return _plan(prepared, *probe(prepared))
+    with memory_guard(config):
+        return _plan(prepared, *probe(prepared))
 
 
 def warn_if_long(prepared: Prepared, processes: int = 1) -> None:

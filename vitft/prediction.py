@@ -10,7 +10,7 @@ import torch
 
 from vitft.checkpoint import find_model
 from vitft.data.augment import fit, normalize, workers
-from vitft.data.images import BadImage, decode
+from vitft.data.images import MAX_PIXELS, BadImage, decode
 from vitft.data.local import image_files
 from vitft.errors import DataError
 from vitft.hardware import find_device
@@ -35,8 +35,8 @@ class Prediction:
 
 
 def predict(
-    paths: Sequence[str | Path] | str | Path, checkpoint: str | Path, *, top_k: int = 5, device: str = "auto",
-    max_pixels: int = 100_000_000,
+    paths: Sequence[str | Path] | str | Path, checkpoint: str | Path, *, top_k: int = 3, device: str = "auto",
+    max_pixels: int = MAX_PIXELS,
 ) -> list[Prediction]:  # fmt: skip
     """Classify images, in the order given; an unreadable one gets a row with its error.
 
@@ -50,8 +50,11 @@ def predict(
     device = find_device(device)
     model = loaded.model.to(device)
 
-    def read(path: Path) -> torch.Tensor | str:
+    def read(name: str) -> torch.Tensor | str:
+        path = Path(name).expanduser()
         try:  # fitted at once, so that a batch of photos never lies in memory at full size
+            if not path.exists() and glob.has_magic(name):
+                return "matches no file"
             return fit(torch.from_numpy(decode(path, max_pixels))[None], loaded.preprocess)
         except BadImage as error:
             return str(error)
@@ -64,12 +67,12 @@ def predict(
         results = list(workers().map(read, part))
         images = [image for image in results if isinstance(image, torch.Tensor)]
         tops = _top(model, normalize(torch.cat(images).to(device), loaded.preprocess), top_k) if images else iter(())
-        for path, result in zip(part, results, strict=True):
+        for name, result in zip(part, results, strict=True):
             if isinstance(result, str):
-                rows.append(Prediction(str(path), error=result))
+                rows.append(Prediction(name, error=result))
             else:
                 top = tuple((loaded.labels[index], score) for index, score in next(tops))
-                rows.append(Prediction(str(path), top))
+                rows.append(Prediction(name, top))
     return rows
 
 
@@ -81,18 +84,21 @@ def _top(model: Any, pixels: torch.Tensor, top_k: int) -> Iterator[list[tuple[in
         yield list(zip(index, value, strict=True))
 
 
-def find_images(given: Sequence[str | Path]) -> Iterator[Path]:
-    """The image files behind files, folders and globs, in order. Raises DataError if there are none."""
+def find_images(given: Sequence[str | Path]) -> Iterator[str]:
+    """The image files behind files, folders and globs, in order, each as it was written.
+
+    What is not there, or matches nothing, stays as it is, to get its own row. Raises DataError if
+    folders are all that was given and they hold no image.
+    """
     count = 0
-    for word in given:
+    for word in map(str, given):
         path = Path(word).expanduser()
+        found = [word]
         if path.is_dir():
-            found = list(image_files(path))
-        elif not path.exists() and glob.has_magic(str(word)):
+            found = [str(file) for file in image_files(path)]
+        elif not path.exists() and glob.has_magic(word):
             names = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (Path.glob wants relative ones)
-            found = [Path(name) for name in names if Path(name).is_file()]
-        else:
-            found = [path]  # a file that is not there gets its own row
+            found = [name for name in names if Path(name).is_file()] or [word]
         count += len(found)
         yield from found
     if count == 0:

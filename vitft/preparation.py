@@ -1,22 +1,25 @@
 """What a run starts from: settings resolved, splits made, model loaded. Nothing is decoded or written."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vitft.config import TrainConfig
-from vitft.data.sources import ALIASES, Source, open_source
+from vitft import console, paths
+from vitft.config import TrainConfig, named_dataset
+from vitft.data.sources import ALIASES, DIGITS, Source, open_source
 from vitft.data.splits import Split, make_splits
-from vitft.data.store import Skipped, Store, decode_all
+from vitft.data.store import Store, decode_all
 from vitft.errors import DataError, UsageError
 from vitft.evaluation import matched, without
 from vitft.hardware import resolved
-from vitft.hub import shown
 from vitft.models import Loaded, load_for_training
 from vitft.spec import PRESETS
+
+Stores = dict[str, tuple[Store, NDArray[np.int64]]]
+"""Of each split its images, and their labels as the model numbers them."""
 
 
 @dataclass
@@ -28,17 +31,26 @@ class Prepared:
     splits: dict[str, Split]
     loaded: Loaded
 
-    def decode(self, role: str, report: Callable[[str, list[Skipped]], None]) -> tuple[Store, NDArray[np.int64]]:
-        """Decode a split's images; its labels as the model numbers them. Skipped ones leave the split."""
-        split = self.splits[role]
-        config = self.config
-        crops = role == "train" and config.augment == "crop"
-        store, skipped = decode_all(
-            self.source.splits[split.source].select(split.rows), self.loaded.preprocess, crops=crops,
-            max_pixels=config.max_pixels, skip_bad=config.on_bad_image == "skip",
-        )  # fmt: skip
-        if skipped:
-            report(role, skipped)
+    def decode(self) -> Stores:
+        """Decode every split: its images, and its labels as the model numbers them.
+
+        Images that are skipped leave the split. Raises DataError for one that cannot be read.
+        """
+        return {role: self._decode(role) for role in self.splits}
+
+    def _decode(self, role: str) -> tuple[Store, NDArray[np.int64]]:
+        split, config = self.splits[role], self.config
+        with console.working(f"decoding {role}") as progress:
+            store, skipped = decode_all(
+                self.source.splits[split.source].select(split.rows),
+                self.loaded.preprocess,
+                crops=role == "train" and config.augment == "crop",
+                max_pixels=config.max_pixels,
+                skip_bad=config.on_bad_image == "skip",
+                progress=progress,
+            )
+        for one in skipped:
+            console.warn(f"skipped {one.name} ({role}): {one.reason}")
         self.splits[role] = split = without(split, skipped, self.source)
         return store, matched(split.labels, self.source.labels, self.loaded.labels, name=config.model)
 
@@ -48,12 +60,10 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None) -> Prepared:
 
     On resume, a `checkpoint` of the run takes the place of what the run began from.
     """
-    if config.dataset is None:
-        raise UsageError("no data set; add --dataset: digits needs no network, or cifar10, a hub id, a folder.")
+    dataset = named_dataset(config)
     config = resolved(config)
-    assert config.dataset is not None
     source = open_source(
-        config.dataset, revision=config.dataset_revision,
+        dataset, revision=config.dataset_revision,
         image_column=config.image_column, label_column=config.label_column,
     )  # fmt: skip
     splits = make_splits(
@@ -67,9 +77,11 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None) -> Prepared:
     if config.early_stopping and "validation" not in splits:
         raise UsageError("early_stopping needs a validation split, and there is none; set --val-fraction above 0.")
     loaded = load_for_training(config, source.labels) if checkpoint is None else _load_again(config, source, checkpoint)
-    pinned = {"model_revision": loaded.revision or config.model_revision,
+    pinned: dict[str, Any] = {"model_revision": loaded.revision or config.model_revision,
               "dataset_revision": source.revision or config.dataset_revision,
               "image_size": loaded.preprocess.height}  # fmt: skip
+    if checkpoint is None and (config.from_scratch or config.freeze == "backbone" or not loaded.new_head):
+        pinned["head_lr_factor"] = 1.0  # the head is no newer than the rest, or all that learns
     return Prepared(absolute(config.model_copy(update=pinned)), source, splits, loaded)
 
 
@@ -85,9 +97,5 @@ def _load_again(config: TrainConfig, source: Source, checkpoint: Path) -> Loaded
 
 def absolute(config: TrainConfig) -> TrainConfig:
     """The settings with local paths made absolute, so that they hold from any folder."""
-    given = {
-        "dataset": config.dataset if config.dataset not in ALIASES else None,
-        "model": config.model if config.model not in PRESETS else None,
-    }
-    paths = {name: Path(value).expanduser() for name, value in given.items() if value is not None}
-    return config.model_copy(update={n: shown(p.resolve()) for n, p in paths.items() if p.exists()})
+    dataset = config.dataset and paths.absolute(config.dataset, (*ALIASES, DIGITS))
+    return config.model_copy(update={"dataset": dataset, "model": paths.absolute(config.model, PRESETS)})

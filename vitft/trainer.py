@@ -6,9 +6,9 @@ step). So a run that is resumed from step N ends bit for bit where an undisturbe
 
 import json
 import math
+import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from vitft import checkpoint as ckpt
@@ -25,17 +26,16 @@ from vitft.checkpoint import Card, State
 from vitft.config import TrainConfig
 from vitft.data.loader import Batch, EvalLoader, TrainLoader
 from vitft.data.splits import manifest
-from vitft.data.store import Skipped
 from vitft.errors import DataError, ModelError, Stopped, TrainingError, UsageError
 from vitft.evaluation import measure
 from vitft.files import write_json
-from vitft.hardware import environment, resolved
-from vitft.history import Window, forget_after, record, tracker
+from vitft.hardware import environment, memory_guard, resolved
+from vitft.history import Track, Window, forget_after, record, tracker
 from vitft.metrics import Metrics
-from vitft.models import load_trained, set_training
+from vitft.models import head_of, load_trained, set_training
 from vitft.optim import lr_at, make_optimizer, total_steps
 from vitft.plan import warn_if_long
-from vitft.preparation import Prepared, absolute, prepare
+from vitft.preparation import Prepared, Stores, absolute, prepare
 from vitft.randomness import seed_of
 from vitft.recipe import read_recipe
 from vitft.signals import StopSignals
@@ -59,13 +59,16 @@ def train(config: TrainConfig, *, output: Path | str | None = None, overwrite: b
     Raises VitftError; Stopped after a signal, when everything is saved.
     """
     accelerator = _accelerator(config)
+    output = None if output is None else Path(output).expanduser()
     if output is not None:
-        ckpt.check_free(Path(output), overwrite=overwrite)
+        ckpt.check_free(output, overwrite=overwrite)
     with accelerator.main_process_first():
         prepared = prepare(config)
-    warn_if_long(prepared, accelerator.num_processes)
+    with memory_guard(prepared.config, accelerator.num_processes):
+        warn_if_long(prepared, accelerator.num_processes)
+    stores = prepared.decode()  # a bad image is found before anything is written, or overwritten
     run = _new_run(accelerator, prepared, output, overwrite)
-    return _Run(accelerator, prepared, run).train(State())
+    return _Run(accelerator, prepared, stores, run).train(State())
 
 
 def resume(run: Path | str, changes: dict[str, Any] | None = None) -> Result:
@@ -87,17 +90,19 @@ def resume(run: Path | str, changes: dict[str, Any] | None = None) -> Result:
         prepared = prepare(config, folder)
     state = ckpt.read_state(folder) if folder else State()
     console.note(f"resuming {run} at step {state.step}{f', from {folder.name}' if folder else ': nothing was saved'}")
-    return _Run(accelerator, prepared, run, resumed_from=folder).train(state)
+    return _Run(accelerator, prepared, prepared.decode(), run, resumed_from=folder).train(state)
 
 
 class _Run:
     """One run while it trains: what every part of the loop needs."""
 
-    def __init__(self, accelerator: Any, prepared: Prepared, run: Path, resumed_from: Path | None = None) -> None:
+    def __init__(
+        self, accelerator: Any, prepared: Prepared, stores: Stores, run: Path, resumed_from: Path | None = None
+    ) -> None:
         self.accelerator, self.prepared, self.run = accelerator, prepared, run
         self.config, self.how = prepared.config, prepared.loaded.preprocess
         self.labels, self.resumed_from = prepared.loaded.labels, resumed_from
-        self.stores = {role: prepared.decode(role, _report_skipped) for role in prepared.splits}
+        self.stores = stores
         self._write_or_check_splits()
         self.loader = TrainLoader(
             *self.stores["train"], self.how, kind=self.config.augment, seed=self.config.seed,
@@ -108,7 +113,8 @@ class _Run:
         self.total_steps = total_steps(self.config, self.steps_per_epoch)
         model = prepared.loaded.model.to(accelerator.device)
         self.bare = model
-        self.model, self.optimizer = accelerator.prepare(model, make_optimizer(model.named_parameters(), self.config))
+        optimizer = make_optimizer(model.named_parameters(), self.config, head_of(model))
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
         card = ckpt.read_card(resumed_from) if resumed_from else None
         self.scores: dict[str, dict[str, Any]] = card.scores if card else {}
 
@@ -129,7 +135,7 @@ class _Run:
             StopSignals(self.accelerator) as signals,
             tracker(config, self.run, self.accelerator) as track,
             self._progress(state) as bar,
-            self._memory_guard(),
+            memory_guard(config, self.accelerator.num_processes),
         ):
             while state.step < self.total_steps and not state.stopped_early:
                 waited = time.perf_counter()
@@ -139,6 +145,7 @@ class _Run:
                 window.add(*self._step(state.step, batch, lr), count=len(self.loader.samples(state.step)))
                 state.step += 1
                 last = state.step == self.total_steps
+                self.scores = {}  # they were the last step's
                 stopping = signals.received()
                 evaluates = "validation" in self.stores and (state.step % eval_every == 0 or last)
                 saves = state.step % save_every == 0 or last or stopping
@@ -159,16 +166,16 @@ class _Run:
                     self._save(state)
                 if evaluates or saves:
                     window.restart()
-                if stopping and not last:
+                if stopping:
                     raise self._stopped(state, stopping)
-        return self._finish(state)
+            return self._finish(state, bar, track)
 
     def _step(self, step: int, batch: Batch, lr: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One optimizer step; this process's share of loss and correct answers, and the gradient's norm."""
         config, accelerator = self.config, self.accelerator
         set_training(self.bare, frozen_backbone=config.freeze == "backbone")
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         whole = len(self.loader.samples(step))
         world = accelerator.num_processes
         # Every process takes as many micro-steps, even where its share of a tail is empty.
@@ -198,7 +205,7 @@ class _Run:
         self.optimizer.zero_grad()
         return loss_sum, correct, norm
 
-    def _validate(self, state: State, bar: "console.TrainingProgress", track: Any) -> None:
+    def _validate(self, state: State, bar: "console.TrainingProgress", track: Track) -> None:
         metrics = self._measure("validation", bar)
         self.scores = {"validation": _summary(metrics)}
         line = {"step": state.step, "epoch": self._epoch(state.step)} | _summary(metrics)
@@ -267,8 +274,8 @@ class _Run:
             if any(split[key] != before.get(role, {}).get(key) for key in ("hash", "pixels")):
                 raise DataError(
                     f"the {role} split is not the one the run began with ({split['hash']} now, "
-                    f"{before.get(role, {}).get('hash')} then): the data set has changed; start a new run "
-                    f"from its weights with --model {self.run / 'last'}."
+                    f"{before.get(role, {}).get('hash')} then): the data set has changed; start a new run from its "
+                    f"weights: vitft train --dataset {self.config.dataset} --model {self.resumed_from}"
                 )
 
     # -- the end ----------------------------------------------------------------------------------
@@ -289,22 +296,7 @@ class _Run:
             f"the loss or its gradient is {value} at step {step}; {good}. Try a lower --lr or more --warmup."
         )
 
-    @contextmanager
-    def _memory_guard(self) -> Iterator[None]:
-        """Say in one line what to do when memory runs out."""
-        try:
-            yield
-        except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no type of its own
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise
-            share = -(-self.config.batch_size // self.accelerator.num_processes)
-            micro = max(1, min(self.config.micro_batch_size or share, share) // 2)
-            raise TrainingError(
-                f"out of memory on {self.accelerator.device}; the same batch in smaller parts may fit: "
-                f"--micro-batch-size {micro}, in a new run or with a smaller model."
-            ) from error
-
-    def _finish(self, state: State) -> Result:
+    def _finish(self, state: State, bar: "console.TrainingProgress", track: Track) -> Result:
         """Score the best checkpoint, or the last where there was nothing to choose by, on the test split."""
         chosen = "last" if state.best_step is None else "best"
         if chosen == "best" and state.best_step != state.step:
@@ -317,10 +309,11 @@ class _Run:
         else:
             names = list({"last", chosen})
         if "test" in self.stores:
-            with self._progress(state) as bar:
-                metrics = self._measure("test", bar)
+            metrics = self._measure("test", bar)
             self.scores = self.scores | {"test": _summary(metrics)}
-            self._record({"step": state.step, "epoch": self._epoch(state.step)} | _summary(metrics))
+            line = {"step": state.step, "epoch": self._epoch(state.step)} | _summary(metrics)
+            self._record(line)
+            track(line)
         for name in names:
             self._write_model(name, state)
         return Result(self.run, self.run / chosen, state.step, self.scores)
@@ -334,20 +327,22 @@ def _accelerator(config: TrainConfig) -> Any:
         raise UsageError(f"tracker {config.tracker}: not installed; pip install 'vitft[{config.tracker}]'.")
     known = resolved(config)
     precision = "no" if known.precision == "fp32" else known.precision
+    if "WORLD_SIZE" not in os.environ:  # an earlier run in this program may have had another precision
+        AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=known.device == "cpu", mixed_precision=precision)
 
 
-def _new_run(accelerator: Any, prepared: Prepared, output: Path | str | None, overwrite: bool) -> Path:
+def _new_run(accelerator: Any, prepared: Prepared, output: Path | None, overwrite: bool) -> Path:
     """Make the run folder, on the main process, and write what the run is."""
     chosen: list[Any] = [None]
     if accelerator.is_main_process:
         config = prepared.config
-        run = Path(output) if output is not None else ckpt.free_name(config, prepared.source.name)
+        run = output if output is not None else ckpt.free_name(config, prepared.source.name)
         ckpt.create_run(run, overwrite=overwrite)
-        ckpt.write_config(run, config)
         revisions = {"model_revision": prepared.loaded.revision, "dataset_revision": prepared.source.revision}
         processes = {"processes": accelerator.num_processes}
         write_json(run / "environment.json", environment() | revisions | processes)
+        ckpt.write_config(run, config)  # last: it makes the folder a run
         chosen = [run]
     return Path(broadcast_object_list(chosen)[0])
 
@@ -362,9 +357,12 @@ def _changed(run: Path, changes: dict[str, Any]) -> TrainConfig:
         was, now = getattr(before, name), getattr(after, name)
         if was != now and not extra["steers"]:
             flag = f"--{name.replace('_', '-')}"
+            weights = ckpt.find_model(run) if ckpt.step_folders(run) else before.model
             raise UsageError(
                 f"{run} began with {name} {was}, got {now}: it would no longer be the same run. Leave {flag} out, "
-                f"or start anew from its weights: vitft train --model {run / 'last'} {flag} {now}"
+                f"or start anew from its weights: "
+                f"vitft train --dataset {after.dataset} --model {weights}"
+                f"{'' if name == 'dataset' else f' {flag} {now}'}"
             )
     return after
 
@@ -373,8 +371,3 @@ def _summary(metrics: Metrics) -> dict[str, Any]:
     """The scores of a split, without the per-class table."""
     whole = metrics.to_dict()
     return {key: value for key, value in whole.items() if key not in ("per_class", "confusion")}
-
-
-def _report_skipped(role: str, skipped: list[Skipped]) -> None:
-    for one in skipped:
-        console.warn(f"skipped {one.name} ({role}): {one.reason}")

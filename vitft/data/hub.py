@@ -13,7 +13,8 @@ from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from vitft.errors import DataError
-from vitft.hub import answers, shown
+from vitft.hub import answers
+from vitft.paths import shown
 
 _SHA = re.compile(r"[0-9a-f]{40}")
 

@@ -50,9 +50,8 @@ def read_folder(root: Path) -> Splits:
     """
     folders = _folders(root)
     roles = {folder.name: folder for folder in folders if role_of(folder.name)}
-    if roles and all(_folders(folder) and not _has_images(folder) for folder in roles.values()):
-        classes = {split: _class_files(folder) for split, folder in roles.items()}
-    else:
+    classes = {split: found for split, folder in roles.items() if (found := _class_files(folder))}
+    if not any(role_of(split) == "train" for split in classes):  # folders that are only called like splits
         classes = {"train": _class_files(root)}
     names = sorted({name for by_class in classes.values() for name in by_class})
     if not names:
@@ -113,10 +112,11 @@ def _parquet_split(
 
 
 def _by_split(files: list[Path]) -> dict[str, list[Path]]:
-    """Group by the first word of the name: train-00000-of-00002.parquet is train; all are if none says."""
+    """Group by what the name says: train-00000-of-00002 and mnist_train are train; all are if none says."""
     found: dict[str, list[Path]] = {}
     for file in files:
-        found.setdefault(re.split(r"[-_. ]", file.stem)[0], []).append(file)
+        words = re.split(r"[-_. ]", file.stem)
+        found.setdefault(next(filter(role_of, words), words[0]), []).append(file)
     return found if any(map(role_of, found)) else {"train": files}
 
 

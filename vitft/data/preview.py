@@ -49,7 +49,6 @@ def preview(source: Source, path: Path, seed: int = 0) -> None:
         for column, row in enumerate(drawn):
             x = left + column * (_CELL + _GAP)
             _draw_cell(sheet, x, y, split[int(row)]["image"])
-    path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, "PNG")
 
 

@@ -66,7 +66,7 @@ def make_splits(
         if limit is not None and limit < len(rows):
             taken = stratified(labels, rows, limit, seed, f"{role} sample")
             rows, labels = rows[taken], labels[taken]
-        splits[role] = Split(role, name, rows, labels, _hash(source, name, rows, labels))
+        splits[role] = Split(role, name, rows, labels, split_hash(source, name, rows, labels))
     return splits
 
 
@@ -98,7 +98,8 @@ def manifest(source: Source, splits: dict[str, Split]) -> dict[str, Any]:
     }
 
 
-def _hash(source: Source, name: str, rows: Rows, labels: NDArray[np.int64]) -> str:
+def split_hash(source: Source, name: str, rows: Rows, labels: NDArray[np.int64]) -> str:
+    """16 hex digits that name these samples, by their ids and class names."""
     ids = sample_ids(source.splits[name], rows)
     content = [name, list(ids), [source.labels[label] for label in labels]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitft.data.augment import Images, Preprocess, fit, resize, workers
+from vitft.data.augment import Images, Preprocess, resize, uncropped, workers
 from vitft.data.images import BadImage, decode
 from vitft.data.sources import sample_id
 from vitft.errors import DataError
@@ -72,7 +72,7 @@ def decode_all(
     crops: bool,
     max_pixels: int,
     skip_bad: bool,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int, int], None] = lambda done, count: None,
 ) -> tuple[Store, list[Skipped]]:
     """Decode every row of a split, reduced for evaluation or, with `crops`, for training crops.
 
@@ -94,7 +94,7 @@ def decode_all(
         spool.write(raw)
         shapes.append(result.shape[:2])
         offsets.append(offsets[-1] + len(raw))
-        progress(position + 1)
+        progress(position + 1, len(rows))
     store = Store(
         _mapped(spool, offsets[-1]),
         np.array(offsets, np.int64),
@@ -111,7 +111,7 @@ def reduced(image: NDArray[np.uint8], how: Preprocess, crops: bool) -> NDArray[n
         return image
     tensor = torch.from_numpy(image)[None]
     if not crops:
-        return fit(tensor, how)[0].contiguous().numpy()
+        return uncropped(tensor, how)[0].contiguous().numpy()  # the loader crops
     scale = max(how.height, how.width) * 8 / 7 / min(height, width)  # 256 for 224, as is usual
     if scale >= 1:
         return image
@@ -140,4 +140,4 @@ def _mapped(spool: "tempfile.SpooledTemporaryFile[bytes]", nbytes: int) -> Tenso
         return torch.frombuffer(bytearray(spool.read()), dtype=torch.uint8)
     spool.flush()
     # The mapping keeps the unlinked file alive; it goes with the process, however that ends.
-    return torch.from_numpy(np.memmap(spool.fileno(), np.uint8, "r+", shape=(nbytes,)))  # type: ignore[call-overload]
+    return torch.from_numpy(np.memmap(spool, np.uint8, "r+", shape=(nbytes,)))

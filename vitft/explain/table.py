@@ -77,7 +77,8 @@ def _hub_config(model: str) -> Path:
     """The cached or downloaded config.json of a hub model; raises ModelError where neither can be had."""
     import huggingface_hub as hub
 
-    from vitft.hub import ask, shown
+    from vitft.hub import ask
+    from vitft.paths import shown
 
     try:
         cached = hub.try_to_load_from_cache(model, "config.json")
