@@ -69,7 +69,7 @@ def test_a_bad_image_stops_the_run_by_name_or_is_listed(tmp_path: Path) -> None:
     folder = photos(tmp_path, [(20, 16)] * 6)
     bad = folder / "train" / "dog" / "004.png"
     bad.write_bytes(bad.read_bytes()[:60])
-    with pytest.raises(DataError, match=r"dog/004\.png.*truncated.*--on-bad-image skip"):
+    with pytest.raises(DataError, match=r"dog/004\.png.*truncated.*; mend or remove it, or add --on-bad-image skip"):
         stored(folder)
     store, skipped = stored(folder, skip_bad=True)
     assert len(store) == 5

@@ -50,6 +50,7 @@ class State:
     step: int = 0
     best_step: int | None = None
     best_accuracy: float = -1.0
+    best_loss: float = 0.0
     evaluations_since_best: int = 0
     stopped_early: bool = False
     scaler: dict[str, Any] | None = None

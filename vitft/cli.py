@@ -47,6 +47,10 @@ class _Group(TyperGroup):
             raise typer.Exit(130) from error
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
+        except OSError as error:
+            self._debug(ctx)
+            console.fail(f"{error.filename or 'a file'}: {error.strerror or error}.")
+            raise typer.Exit(1) from error
         except Exception as error:
             if hasattr(error, "show"):  # wrong usage: Typer shows it, in a box of its own
                 raise

@@ -22,6 +22,9 @@ def _setting(default: Any, panel: str, description: str, *, steers: bool = False
     return Field(default, description=description, json_schema_extra=extra, **bounds)
 
 
+_SIZES = ("patch_size", "width", "layers", "heads", "mlp")
+
+
 class TrainConfig(BaseModel):
     """The settings of one training run; immutable, and saved as `config.yaml` in the run folder."""
 
@@ -42,7 +45,7 @@ class TrainConfig(BaseModel):
     model: str = _setting("google/vit-base-patch16-224-in21k", "Model", "Hub id, local folder, vit-micro (bundled), or with --from-scratch a preset.")
     model_revision: str | None = _setting(None, "Model", "Commit, tag or branch of a hub model.")
     image_size: int | None = _setting(None, "Model", "Side of the model's input in pixels; the model's own by default.", ge=8, le=4096)
-    from_scratch: bool = _setting(False, "Model", "Start from random weights of the model's shape.")
+    from_scratch: bool = _setting(False, "Model", "Start from random weights of the model's shape; sizes given without a model are put into vit-micro's.")
     patch_size: int | None = _setting(None, "Model", "With --from-scratch: side of a patch in pixels.", ge=1, le=1024)
     width: int | None = _setting(None, "Model", "With --from-scratch: length of a token vector.", ge=1, le=16_384)
     layers: int | None = _setting(None, "Model", "With --from-scratch: number of encoder blocks.", ge=1, le=256)
@@ -77,9 +80,19 @@ class TrainConfig(BaseModel):
     tracker: Literal["none", "tensorboard", "wandb"] = _setting("none", "Run", "Where metrics go besides metrics.jsonl.", steers=True)
     # fmt: on
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes_alone_shape_the_smallest_preset(cls, values: Any) -> Any:
+        """So that a run says what it was: a vit-micro of other sizes, not the default checkpoint."""
+        if not isinstance(values, dict) or values.get("from_scratch") is not True or values.get("model") is not None:
+            return values
+        if any(values.get(name) is not None for name in _SIZES):
+            return values | {"model": "vit-micro"}
+        return values
+
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
-        sizes = [name for name in ("patch_size", "width", "layers", "heads", "mlp") if getattr(self, name)]
+        sizes = [name for name in _SIZES if getattr(self, name)]
         if sizes and not self.from_scratch:
             raise ValueError(f"{sizes[0]} shapes a new model; add from_scratch, or leave {sizes[0]} out")
         if self.from_scratch and self.freeze == "backbone":

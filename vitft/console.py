@@ -105,9 +105,9 @@ def metrics_report(metrics: Any) -> RenderableType:
         f" (95 % interval {low:.1f}–{high:.1f}) on {metrics.count} images of {safe(metrics.split)}",
         (f" [{metrics.split_hash[:8]}]", "dim"),
     )
+    top5 = f"top-5 {percent(metrics.top5)}, " if len(metrics.per_class) > 5 else ""  # of five, always all
     rest = Text(
-        f"top-5 {percent(metrics.top5)}, loss {metrics.loss:.4f}, macro F1 {percent(metrics.macro_f1)}, "
-        f"{metrics.images_per_s:.0f} images/s"
+        f"{top5}loss {metrics.loss:.4f}, macro F1 {percent(metrics.macro_f1)}, {metrics.images_per_s:.0f} images/s"
     )
     few = len(metrics.per_class) <= CROSSED_CLASSES
     confusion = _confusion_table(metrics) if few else _mistakes_table(metrics)

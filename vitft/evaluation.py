@@ -18,10 +18,10 @@ from vitft.data.loader import EvalLoader
 from vitft.data.sources import ALIASES, DIGITS, Source, open_source
 from vitft.data.splits import Split, make_splits, split_hash
 from vitft.data.store import Skipped, decode_all
-from vitft.errors import DataError, UsageError
+from vitft.errors import DataError, ModelError, UsageError
 from vitft.hardware import find_device, find_precision
 from vitft.metrics import Metrics, score
-from vitft.models import load_trained
+from vitft.models import load_trained, read_config
 from vitft.paths import absolute
 
 Progress = Callable[[int, int], None]
@@ -68,7 +68,8 @@ def evaluate(
     card = read_card(where) if where.is_dir() else None
     if dataset is None and (card is None or card.config.dataset is None):
         if not where.exists():
-            raise UsageError(f"{checkpoint}: no such folder here; if it is a hub id, add --dataset.")
+            raise ModelError(f"{checkpoint}: no such folder here; if it is a hub id, add --dataset.")
+        read_config(where)  # what is no model at all is said to be none
         raise UsageError(f"{checkpoint}: it does not say what data it was trained on; add --dataset.")
     config = card.config if card else TrainConfig(val_fraction=0)
     if dataset is not None and (dataset := absolute(dataset, (*ALIASES, DIGITS))) != config.dataset:

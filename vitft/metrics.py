@@ -160,4 +160,5 @@ def wilson_interval(correct: int, count: int, z: float = 1.96) -> tuple[float, f
     scale = 1 + z**2 / count
     centre = (share + z**2 / (2 * count)) / scale
     half = z / scale * sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At the ends rounding would leave a crumb.
+    return (0.0 if correct == 0 else centre - half), (1.0 if correct == count else centre + half)

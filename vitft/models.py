@@ -86,6 +86,11 @@ def load_trained(where: str | Path, revision: str | None = None) -> Loaded:
     return Loaded(model.eval(), _preprocess(origin, stored), _labels_of(stored), origin.commit, False)
 
 
+def read_config(where: str | Path) -> Any:
+    """The Transformers configuration of a folder or hub id. Raises ModelError."""
+    return _stored(_origin(locate(str(where)), None))
+
+
 def locate(model: str) -> str:
     """The folder or hub id behind a name; the bundled checkpoint has a name of its own."""
     path = Path(model).expanduser()
@@ -119,7 +124,7 @@ def vit_config(spec: ViTSpec) -> Any:
 
 def spec_of(config: TrainConfig) -> ViTSpec:
     """The shape of a new model: a preset, with the sizes that were given in place of its own."""
-    base = PRESETS[config.model] if config.model in PRESETS else PRESETS["vit-micro"]
+    base = PRESETS[config.model]
     width = config.width or base.width
     return ViTSpec.square(
         image_size=config.image_size or base.image_height,
@@ -135,7 +140,7 @@ def spec_of(config: TrainConfig) -> ViTSpec:
 def _from_scratch(config: TrainConfig, labels: Sequence[str]) -> Loaded:
     commit = None
     sizes = (config.patch_size, config.width, config.layers, config.heads, config.mlp)
-    if config.model in PRESETS or (any(sizes) and config.model == TrainConfig().model):
+    if config.model in PRESETS:
         stored = vit_config(spec_of(config))
         how = Preprocess(stored.image_size, stored.image_size)
     else:  # the shape of a checkpoint, without its weights

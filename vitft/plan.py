@@ -195,7 +195,8 @@ def _memory(prepared: Prepared, trainable: int) -> int | None:
         spec = spec_from_config(model.config.to_dict() | {"num_labels": model.config.num_labels})
     except VitftError:
         return None
-    micro = min(config.batch_size, config.micro_batch_size or config.batch_size)
+    batch = min(config.batch_size, len(prepared.splits["train"].rows))
+    micro = min(batch, config.micro_batch_size or batch)
     moments = {"adamw": 2, "adam": 2, "sgd": 1}[config.optimizer]
     weights = 4 * sum(p.numel() for p in model.parameters()) + 4 * trainable * (1 + moments)
     side = prepared.loaded.preprocess.height

@@ -72,6 +72,10 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None) -> Prepared:
     )  # fmt: skip
     if "train" not in splits or len(splits["train"].rows) == 0:
         raise DataError(f"{config.dataset}: no training images; its splits are {', '.join(source.splits)}.")
+    seen = set(splits["train"].labels.tolist())
+    if unseen := [label for index, label in enumerate(source.labels) if index not in seen]:
+        few = f"{', '.join(unseen[:5])}{', ...' if len(unseen) > 5 else ''}"
+        console.warn(f"{len(unseen)} of {len(source.labels)} classes have no training image: {few}")
     if len(source.labels) < 2:
         raise DataError(f"{config.dataset}: one class ({source.labels[0]}) leaves nothing to tell apart; add another.")
     if config.early_stopping and "validation" not in splits:

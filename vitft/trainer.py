@@ -128,6 +128,7 @@ class _Run:
             if state.scaler and self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state.scaler)
         forget_after(self.run, state.step)
+        self._introduce()
         eval_every = config.eval_every or self.steps_per_epoch
         save_every = config.save_every or self.steps_per_epoch
         window = Window(self.accelerator)
@@ -170,6 +171,15 @@ class _Run:
                     raise self._stopped(state, stopping)
             return self._finish(state, bar, track)
 
+    def _introduce(self) -> None:
+        config, splits = self.config, self.prepared.splits
+        images = ", ".join(f"{len(split.rows):,} {role}" for role, split in splits.items())
+        console.note(
+            f"{self.prepared.source.name}: {images} images of {len(self.labels)} classes; "
+            f"{Path(config.model).name} at {self.how.height} px on {config.device}, {config.precision}; "
+            f"{self.total_steps:,} steps of {config.batch_size}; in {self.run}"
+        )
+
     def _step(self, step: int, batch: Batch, lr: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One optimizer step; this process's share of loss and correct answers, and the gradient's norm."""
         config, accelerator = self.config, self.accelerator
@@ -211,10 +221,11 @@ class _Run:
         line = {"step": state.step, "epoch": self._epoch(state.step)} | _summary(metrics)
         self._record(line)
         track(line)
-        better = metrics.accuracy > state.best_accuracy
+        better = (metrics.accuracy, -metrics.loss) > (state.best_accuracy, -state.best_loss)
         bar.evaluated(metrics, better)
         if better:
-            state.best_step, state.best_accuracy, state.evaluations_since_best = state.step, metrics.accuracy, 0
+            state.best_step, state.evaluations_since_best = state.step, 0
+            state.best_accuracy, state.best_loss = metrics.accuracy, metrics.loss
             self._write_model("best", state)
         else:
             state.evaluations_since_best += 1

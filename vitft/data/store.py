@@ -76,7 +76,7 @@ def decode_all(
 ) -> tuple[Store, list[Skipped]]:
     """Decode every row of a split, reduced for evaluation or, with `crops`, for training crops.
 
-    Raises DataError for the first image that cannot be read, unless `skip_bad`.
+    Raises DataError naming the first image that cannot be read and counting the others, unless `skip_bad`.
     """
     offsets, shapes, skipped = [0], [], []
     hashed = hashlib.blake2b(digest_size=8)
@@ -84,10 +84,7 @@ def decode_all(
     spool = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 (its mapping outlives us)
     for position, result in enumerate(_decoded(rows, how, crops, max_pixels)):
         if isinstance(result, BadImage):
-            name = sample_id(rows, position)
-            if not skip_bad:
-                raise DataError(f"{name}: {result}; mend or remove it, or add --on-bad-image skip.")
-            skipped.append(Skipped(position, name, str(result)))
+            skipped.append(Skipped(position, sample_id(rows, position), str(result)))
             continue
         raw = result.tobytes()
         hashed.update(np.array(result.shape).tobytes() + raw)
@@ -95,6 +92,10 @@ def decode_all(
         shapes.append(result.shape[:2])
         offsets.append(offsets[-1] + len(raw))
         progress(position + 1, len(rows))
+    if skipped and not skip_bad:
+        more = f" (and {len(skipped) - 1} more like it)" if len(skipped) > 1 else ""
+        first = skipped[0]
+        raise DataError(f"{first.name}: {first.reason}{more}; mend or remove it, or add --on-bad-image skip.")
     store = Store(
         _mapped(spool, offsets[-1]),
         np.array(offsets, np.int64),
