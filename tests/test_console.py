@@ -86,6 +86,7 @@ def test_a_data_set_fits_80_columns() -> None:
         "name": "train",
         "count": 50_000,
         "classes": dict.fromkeys(labels, 1250),
+        "unreadable": 0,
         "sizes": {"smallest": (32, 32), "median": (500, 375), "largest": (4000, 3000)},
         "formats": ["JPEG", "PNG"],
     }

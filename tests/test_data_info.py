@@ -56,8 +56,8 @@ def test_preview_shows_every_class_in_a_row(tmp_path):
     root = photos(tmp_path / "pets", ["cat"], color="red")
     photos(root, ["dog with a name that is far too long to stand beside a row of pictures"], color="blue")
     (root / "cat" / "bad.jpg").write_bytes(b"bad")
-    preview(open_source(str(root)), tmp_path / "new" / "sheet.png")
-    sheet = np.asarray(Image.open(tmp_path / "new" / "sheet.png").convert("RGB")).astype(int)
+    preview(open_source(str(root)), tmp_path / "sheet.png")
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).astype(int)
     red = (sheet[..., 0] > 200) & (sheet[..., 1:].max(-1) < 60)
     blue = (sheet[..., 2] > 200) & (sheet[..., :2].max(-1) < 60)
     assert red.sum() > 3000

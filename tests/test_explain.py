@@ -80,7 +80,7 @@ def test_all_blocks_are_shown_when_asked_for() -> None:
 
     assert text.count("attention.scores") == 4
     assert "as block 1" not in text
-    assert "block 6 " in text
+    assert "block 4 " in text
     assert row(text, "total") == row(shown(PRESETS["vit-micro"]), "total")
 
 

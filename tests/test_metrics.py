@@ -196,7 +196,7 @@ def test_the_report_names_score_interval_split_and_hash() -> None:
     text = rendered(scored(truth, outputs, ["cat", "[red]dog\x1b[0m"]))
     lines = text.splitlines()
     assert lines[0] == "accuracy 90.0 % (95 % interval 59.6–98.2) on 10 images of test [01234567]"
-    assert lines[1] == "top-5 100.0 %, loss 1.0000, macro F1 89.0 %, 20 images/s"
+    assert lines[1] == "loss 1.0000, macro F1 89.0 %, 20 images/s"
     assert "[red]dog\\x1b[0m" in text  # A name is neither markup nor steers the terminal.
     assert [line.split() for line in lines if line.startswith("cat")] == [
         ["cat", "85.7", "%", "100.0", "%", "92.3", "%", "6"],
