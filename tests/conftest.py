@@ -74,3 +74,34 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
         device="cpu", precision="fp32",
     )  # fmt: skip
     return train(config, output=tmp_path_factory.mktemp("runs") / "digits")
+
+
+@pytest.fixture
+def fonts_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Has just one further font installed, called as a real one, that draws these letters, each as a square."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+
+    from vitft import fonts
+
+    def install(letters: str) -> None:
+        pen = TTGlyphPen(None)
+        for place, point in enumerate([(0, 0), (0, 700), (700, 700), (700, 0)]):
+            (pen.lineTo if place else pen.moveTo)(point)
+        pen.closePath()
+        names = [".notdef", *(f"u{ord(letter)}" for letter in letters)]
+        font = FontBuilder(1000, isTTF=True)
+        font.setupGlyphOrder(names)
+        font.setupCharacterMap({ord(letter): f"u{ord(letter)}" for letter in letters})
+        font.setupGlyf(dict.fromkeys(names, pen.glyph()))
+        font.setupHorizontalMetrics(dict.fromkeys(names, (800, 0)))
+        font.setupHorizontalHeader(ascent=800, descent=-200)
+        font.setupNameTable({"familyName": "Noto Sans CJK JP", "styleName": "Regular"})
+        font.setupOS2()
+        font.setupPost()
+        file = tmp_path / "NotoSansCJK.ttf"
+        font.save(file)
+        monkeypatch.setattr(fonts, "_file", {"Noto Sans CJK JP": str(file)}.get)
+
+    monkeypatch.setattr(fonts, "_file", lambda font: None)
+    return install

@@ -85,6 +85,26 @@ def test_the_model_behind_a_path(tmp_path: Path, digits_run: object) -> None:
         ckpt.find_model(tmp_path)
 
 
+@pytest.mark.parametrize("typed", ["step-2", "step-000002", "checkpoints/step-2", "checkpoints/step2", "2"])
+def test_a_steps_folder_named_otherwise_is_named(digits_run: object, typed: str) -> None:
+    run: Path = digits_run.run  # type: ignore[attr-defined]
+    folder = run / "checkpoints" / "step-000002"
+    assert folder.is_dir()
+    with pytest.raises(ModelError) as caught:
+        ckpt.find_model(run / typed)
+    assert str(caught.value) == (
+        f"{run / typed}: no such checkpoint; this run has best, last, checkpoints/step-000003, "
+        f"checkpoints/step-000002; did you mean {folder}?"
+    )
+
+
+def test_a_checkpoint_that_is_not_there_names_those_that_are(digits_run: object) -> None:
+    run: Path = digits_run.run  # type: ignore[attr-defined]
+    for typed in ("newest", "step-7", "checkpoints/step-000007"):
+        with pytest.raises(ModelError, match=r"has best, last, checkpoints/step-000003, checkpoints/step-000002\.$"):
+            ckpt.find_model(run / typed)
+
+
 def test_a_card_that_was_edited_badly_is_named(tmp_path: Path) -> None:
     (tmp_path / "vitft.json").write_text('{"vitft": "0", "config": {"lr": -1}}')
     with pytest.raises(ModelError, match=r"vitft\.json: not readable"):

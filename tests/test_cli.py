@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -135,6 +134,14 @@ def test_train_alone_says_what_is_missing() -> None:
         ("train --batchsize 4", "--batch-size"),
         ("train --max_train_samples 4", "--max-train-samples"),
         ("eval x --max-eval-sample 3", "--max-eval-samples"),
+        ("train --learning-rate 3e-5", "(Possible options: --lr)"),
+        ("train --per_device_train_batch_size 4", "(Possible options: --batch-size)"),
+        ("train --num-epochs 4", "(Possible options: --epochs)"),
+        ("train --scheduler cosine", "(Possible options: --schedule)"),
+        ("train --output_dir x", "(Possible options: --output)"),
+        ("train --model_name_or_path x", "(Possible options: --model)"),
+        ("explain --num-classes 4", "(Possible options: --classes)"),
+        ("explain --hidden-size 4", "(Possible options: --width)"),
         ("trian", "'train'"),
         ("recipes shwo", "'show'"),
         ("data inf", "'info'"),
@@ -153,7 +160,7 @@ def test_a_typo_names_the_nearest(typed: str, meant: str) -> None:
         ("--lr nan", "--lr should be a finite number, got nan"),
         ("--lr=-1", "--lr should be greater than 0, got -1.0"),
         ("--val-fraction 1", "--val-fraction should be less than 1, got 1.0"),
-        ("--width 64", "width shapes a new model"),
+        ("--width 64", "--width shapes a new model; add --from-scratch, or leave --width out"),
         ("--recipe nope", "recipe nope: neither a file nor a known recipe"),
     ],
 )
@@ -183,6 +190,10 @@ def test_wrong_usage_ends_with_2(typed: str) -> None:
 
 
 # -- data and model errors ------------------------------------------------------------------------
+
+
+def test_a_limit_of_few_pixels_says_how_many_an_image_has() -> None:
+    assert "has 64 pixels, over --max-pixels 1 (8 x 8)" in error_of("train", *TINY, "--max-pixels", "1", code=3)
 
 
 def test_a_missing_folder_and_a_mistyped_alias_are_data_errors() -> None:
@@ -251,7 +262,7 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
 def resolved(monkeypatch: pytest.MonkeyPatch, *words: str) -> TrainConfig:
     """The settings that a dry run is made from."""
     seen: list[TrainConfig] = []
-    monkeypatch.setattr(plan, "plan", lambda config: seen.append(config) or SimpleNamespace(groups=lambda: []))
+    monkeypatch.setattr(plan, "plan", lambda config, *_: seen.append(config) or [])
     assert vitft("train", *words, "--dry-run").exit_code == 0
     return seen[0]
 
@@ -306,6 +317,32 @@ def test_resume_goes_on_with_a_run_as_it_is(run: Path, extra: list[str]) -> None
     )
 
 
+def test_a_finished_run_says_so_and_what_to_type_next(run: Path) -> None:
+    done = vitft("train", "--resume", str(run))
+
+    assert (done.exit_code, done.stderr.count("\n")) == (0, 1), done.output
+    assert done.stderr.startswith(f"{run} is finished, at step 2 of 2; to train on from it: vitft train --dataset ")
+    assert "resuming" not in done.stderr
+    assert "test accuracy" in done.stdout
+
+
+def test_a_run_whose_data_set_is_gone_is_told_to_name_the_new_place(tmp_path: Path) -> None:
+    data = tmp_path / "a place"
+    for label in ("cat", "dog"):
+        (data / label).mkdir(parents=True)
+        for i in range(8):
+            Image.new("RGB", (8, 8), (i, 9 * i, 200)).save(data / label / f"{i}.png")
+    words = ["train", *TINY, "--dataset", str(data), "--output", "run"]
+    assert vitft(*words).exit_code == 0
+    data.rename(tmp_path / "elsewhere")
+    said = error_of("train", "--resume", "run", code=3)
+    assert said.endswith("where it has moved, say where to: vitft train --resume run --dataset NEW")
+    assert str(data) in said
+    assert vitft("train", "--resume", "run", "--dataset", "elsewhere").exit_code == 0
+    assert f"dataset: {tmp_path / 'elsewhere'}\n" in Path("run/config.yaml").read_text()
+    assert vitft("train", "--resume", "run").exit_code == 0
+
+
 # -- plans ----------------------------------------------------------------------------------------
 
 
@@ -314,7 +351,7 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing() -> None:
     rows = dict(re.findall(r"^  (\w[\w ]*?)  +(.*?) *$", result.stdout, re.MULTILINE))
 
     assert result.exit_code == 0, result.output
-    assert re.findall(r"^(\w+) *$", result.stdout, re.MULTILINE) == ["Data", "Model", "Cost", "Settings"]
+    assert re.findall(r"^(\w+) *$", result.stdout, re.MULTILINE) == ["Data", "Model", "Cost", "Run", "Settings"]
     assert rows["data set"] == "digits"
     assert rows["classes"].startswith("10: 0, 1, 2")
     assert (rows["train"], rows["validation"], rows["test"]) == (
@@ -323,9 +360,34 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing() -> None:
     assert rows["parameters"] == "207,114, of which 207,114 are trained"
     assert re.fullmatch(r"about [\d.]+ MB", rows["memory"])
     assert re.fullmatch(r"about .+ of training and .+ of evaluation", rows["time"])
-    assert "max_train_samples: 40" in result.stdout
+    assert re.fullmatch("cpu, (fp32|bf16)", rows["device"])
+    assert rows["folder"] == "runs/digits-vit-micro-scratch-1"
     assert max(map(len, result.stdout.splitlines())) <= 80
     assert not list(Path().iterdir())
+
+
+def test_a_dry_run_lists_the_settings_that_are_not_the_defaults() -> None:
+    text = vitft("train", *TINY, "--lr", str(TrainConfig().lr), "--dry-run").stdout.split("Settings")[1]
+    given, chosen = text.split("chosen")
+
+    assert re.findall(r"(\w+): (\S+)", given) == [
+        ("dataset", "digits"), ("max_train_samples", "40"), ("max_eval_samples", "20"), ("model", "vit-micro"),
+        ("from_scratch", "True"), ("max_steps", "2"), ("batch_size", "8"), ("device", "cpu")]  # fmt: skip
+    named = dict(re.findall(r"(\w+): (\S+)", chosen))
+    assert set(named) == {"image_size", "head_lr_factor", "precision"}
+    assert named["image_size"] == "28"
+    assert "others" in chosen
+    assert "vitft train --help" in flat(chosen)
+
+
+def test_a_dry_run_names_the_folder_of_the_run_and_refuses_one_that_is_taken(run: Path) -> None:
+    assert "  folder      mine/new" in vitft("train", *TINY, "--output", "mine/new", "--dry-run").stdout
+    assert "goes on with it" in error_of("train", *TINY, "--output", str(run), "--dry-run", code=2)
+    over = flat(vitft("train", *TINY, "--output", str(run), "--overwrite", "--dry-run").stdout)
+    assert f"{run}, in place of the run there" in over
+    assert (run / "config.yaml").is_file()
+    Path("runs/digits-vit-micro-scratch-1").mkdir(parents=True)
+    assert "  folder      runs/digits-vit-micro-scratch-2" in vitft("train", *TINY, "--dry-run").stdout
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,15 @@ def test_settings_are_immutable() -> None:
     ("typo", "meant"),
     [
         ("batchsize", "batch_size"),
-        ("learning_rate", None),
+        ("learning_rate", "lr"),
+        ("Learning-Rate", "lr"),
+        ("batch", "batch_size"),
+        ("per_device_train_batch_size", "batch_size"),
+        ("num_epochs", "epochs"),
+        ("lr_scheduler", "schedule"),
+        ("wd", "weight_decay"),
+        ("model_name_or_path", "model"),
+        ("output_dir", None),  # where a run goes is no setting
         ("epoch", "epochs"),
         ("max_train_sample", "max_train_samples"),
     ],
@@ -104,15 +112,27 @@ def test_a_huge_value_is_not_repeated_in_full() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "names"),
+    ("settings", "as_keys", "as_flags"),
     [
-        ({"width": 64}, ("width", "from_scratch")),
-        ({"from_scratch": True, "freeze": "backbone"}, ("freeze", "from_scratch")),
+        (
+            {"patch_size": 8},
+            "patch_size shapes a new model; add from_scratch, or leave patch_size out",
+            "--patch-size shapes a new model; add --from-scratch, or leave --patch-size out",
+        ),
+        (
+            {"from_scratch": True, "freeze": "backbone"},
+            "freeze backbone with from_scratch would train a head on random features; drop one",
+            "--freeze backbone with --from-scratch would train a head on random features; drop one",
+        ),
     ],
 )
-def test_settings_that_do_not_agree_are_both_named(settings: dict[str, Any], names: tuple[str, str]) -> None:
-    message = refusal(**settings)
-    assert all(name in message for name in names)
+def test_settings_that_do_not_agree_are_named_as_they_were_given(
+    settings: dict[str, Any], as_keys: str, as_flags: str
+) -> None:
+    assert refusal(**settings) == f"recipe mine.yaml: {as_keys}"
+    with pytest.raises(UsageError) as caught:
+        TrainConfig.parse(settings, "flags")
+    assert str(caught.value) == as_flags
 
 
 @given(lr=st.floats(1e-12, 100), epochs=st.floats(1e-3, 1e5), seed=st.integers(0, 2**32 - 1))
@@ -132,3 +152,11 @@ def test_any_values_make_a_config_or_a_usage_error(values: dict[str, Any]) -> No
         TrainConfig.parse(values)
     except UsageError as error:
         assert "\n" not in str(error)  # noqa: PT017  (either outcome is right)
+
+
+def test_every_word_from_elsewhere_means_something_here() -> None:
+    from vitft.errors import _HERE
+
+    flags = {"output", "resume", "classes"}  # of commands, not settings
+    assert set(_HERE.values()) <= set(TrainConfig.model_fields) | flags
+    assert not set(_HERE) & (set(TrainConfig.model_fields) | flags)

@@ -88,3 +88,15 @@ def test_preview_without_a_train_split(tmp_path):
     photos(tmp_path / "test", ["cat"])
     preview(open_source(str(tmp_path)), tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").is_file()
+
+
+def test_preview_numbers_a_class_whose_name_no_font_can_draw(tmp_path, fonts_here):
+    pictures = []
+    for folder, names in (("a", ["ant", "猫"]), ("b", ["ant", "class 1"])):
+        root = photos(tmp_path / folder / "pets", names, sizes=[(30, 20)])
+        preview(open_source(str(root)), tmp_path / f"{folder}.png")
+        pictures.append((tmp_path / f"{folder}.png").read_bytes())
+    assert pictures[0] == pictures[1]
+    fonts_here("猫…")
+    preview(open_source(str(tmp_path / "a" / "pets")), tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes() != pictures[0]

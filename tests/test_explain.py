@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -34,7 +35,7 @@ def test_every_cost_of_a_small_model_is_on_the_screen() -> None:
     assert row(text, "image") == "image 1×3×28×28 1×3×28×28 · · 9.4 kB"
     assert row(text, "embed.projection") == "embed.projection 1×3×28×28 1×64×7×7 3.1 k 301.1 k ·"
     assert row(text, "attention.scores") == "attention.scores 1×3×4×50×16 1×4×50×50 · 320.0 k ·"
-    assert row(text, "mlp.gelu") == "mlp.gelu 1×50×256 1×50×256 · · 51.2 kB"
+    assert row(text, "mlp.activation") == "mlp.activation 1×50×256 1×50×256 · · 51.2 kB"
     assert row(text, "head") == "head 1×64 1×10 650 1.3 k ·"
     assert row(text, "total") == "total 1×3×28×28 1×10 207.1 k 22.5 M 1.0 MB"
 
@@ -61,6 +62,34 @@ def test_it_fits_80_columns_with_nothing_cut_or_wrapped(name: str, batch_size: i
     for stage in stages(replace(spec, layers=1)):
         name = stage.name.removeprefix("block.1.")
         assert row(narrow, name) == row(wide, name)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    ("width", "columns"),
+    [
+        (120, ["stage", "shape in", "shape out", "params", "FLOPs", "kept"]),
+        (60, ["stage", "shape out", "params", "FLOPs"]),
+        (40, ["stage", "shape out"]),
+    ],
+)
+def test_a_narrow_terminal_gets_fewer_columns_each_of_them_whole(name: str, width: int, columns: list[str]) -> None:
+    spec, text = PRESETS[name], shown(PRESETS[name], width=width)
+    lines, wide = text.splitlines(), shown(PRESETS[name], width=200)
+
+    assert max(len(line) for line in lines) <= width
+    assert "…" not in text
+    assert re.split(r"  +", next(line.strip() for line in lines if line.startswith("stage"))) == columns
+    for stage in stages(replace(spec, layers=1)):
+        short = stage.name.removeprefix("block.1.")
+        cells = dict(zip(["stage", "shape in", "shape out"], row(wide, short).split()[:3], strict=True))
+        assert row(text, short).split()[: min(len(columns), 2)] == [cells[column] for column in columns[:2]]
+    sums = row(wide, "total").split()
+    said = " ".join(text.split("Shapes and costs")[1].split())
+    # What is left out is named, with its sum.
+    assert ("no room here for shape in, kept" in said) == (width < 80)
+    assert (f"kept ({' '.join(sums[-2:])} in all)" in said) == (width < 80)
+    assert (f"params ({' '.join(sums[3:5])} in all)" in said) == (width < 60)
 
 
 def test_equal_blocks_are_one_row_that_adds_up() -> None:
@@ -129,8 +158,47 @@ def test_given_sizes_replace_those_of_the_model() -> None:
     assert resolve_spec("vit-base", patch_size=32) == preset("vit-base-patch32-224")
     small = resolve_spec("vit-micro", image_size=32, width=96, layers=2, heads=3, mlp=100, classes=7)
     assert small == ViTSpec.square(32, 4, 96, 2, 3, 100, 7)
-    with pytest.raises(UsageError, match=r"image_size 230 is not a multiple of patch_size 16; try 224 or 240\."):
-        resolve_spec(image_size=230)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"image_size": 225}, "--image-size 225 is not a multiple of patch_size 16; try --image-size 224 or 240."),
+        ({"patch_size": 15}, "image_size 224 is not a multiple of --patch-size 15; try --patch-size 14 or 16."),
+        (
+            {"image_size": 230, "patch_size": 16},
+            "--image-size 230 is not a multiple of --patch-size 16; "
+            "try --image-size 224 or 240, or --patch-size 10 or 23.",
+        ),
+        ({"image_size": 3}, "--image-size 3 is not a multiple of patch_size 16; try --image-size 16."),
+        ({"heads": 7}, "width 768 is not a multiple of --heads 7; try --heads 6 or 8."),
+        ({"heads": 10**9}, "width 768 is not a multiple of --heads 1000000000; try --heads 768."),
+        (
+            {"width": 770, "heads": 12},
+            "--width 770 is not a multiple of --heads 12; try --width 768 or 780, or --heads 11 or 14.",
+        ),
+        ({"width": 0}, "--width must be a whole number of at least 1, got 0; try --width 12."),
+        ({"classes": 0}, "--classes must be a whole number of at least 1, got 0; try --classes 1."),
+        ({"patch_size": 0}, "--patch-size must be a whole number of at least 1, got 0; try --patch-size 1."),
+        ({"pre_logits": -3}, "--pre-logits must be a whole number of at least 1, got -3; try --pre-logits 1."),
+        # One thing at a time: what is wrong with the heads is said next.
+        (
+            {"image_size": 225, "heads": 7},
+            "--image-size 225 is not a multiple of patch_size 16; try --image-size 224 or 240.",
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named_as_flags_with_values_that_do(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        resolve_spec(**sizes)  # type: ignore[arg-type]
+
+    assert str(refused.value) == message
+    for flag, *values in re.findall(r"--([\w-]+) (\d+)(?: or (\d+))?", message.split("; try ")[1]):
+        for value in filter(None, values):
+            try:
+                resolve_spec(**(sizes | {flag.replace("-", "_"): int(value)}))  # type: ignore[arg-type]
+            except UsageError as next_one:
+                assert f"--{flag}" not in str(next_one)  # noqa: PT017  (what is left is another fault)
 
 
 def test_a_local_folder_needs_no_hub(tmp_path: Path) -> None:

@@ -140,6 +140,9 @@ def test_no_network_and_no_cache_is_one_line_with_a_way_out(
     )
     assert data[0] == 3
     assert model[0] == 4
+    why = "offline mode is set" if extra else f"the hub at {nowhere} could not be reached"
+    for (_, line), cache in ((data, "datasets"), (model, "hub")):
+        assert f"{why} and the cache {tmp_path / 'hf' / cache} does not have it" in line
     assert DATASET in data[1]
     assert "--dataset digits" in data[1]
     assert MODEL in model[1]
@@ -157,6 +160,9 @@ def test_what_the_hub_does_not_have_is_named(hub: StandInHub, tmp_path: Path) ->
     assert [code for code, _ in got] == [3, 3, 4, 4]
     for (_, line), name in zip(got, ("uoft-cs/cifar11", "v9", "google/vit-huge", "v9"), strict=True):
         assert name in line
+    none, unknown = f"the hub at {hub.url} has none that you may read", "the hub has it, but not at that revision"
+    for (_, line), why in zip(got, (none, unknown, none, unknown), strict=True):
+        assert why in line
 
 
 def test_another_revision_than_the_cached_one_is_not_taken_for_it(

@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from io import StringIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -222,4 +224,44 @@ def test_the_picture_of_any_size_opens(classes: int, tmp_path, recwarn) -> None:
     with Image.open(tmp_path / "confusion.png") as picture:
         assert picture.format == "PNG"
         assert 400 < min(picture.size) <= max(picture.size) < 2400
-    assert [str(w.message) for w in recwarn if "Glyph" in str(w.message)] == []
+    assert [str(w.message) for w in recwarn] == []
+
+
+def drawn(labels: list[str], folder: Path) -> np.ndarray:
+    plot_confusion(random_scores(50, labels), folder / "plot.png")
+    with Image.open(folder / "plot.png") as picture:
+        return np.asarray(picture.convert("L"))
+
+
+def test_a_name_in_letters_that_no_font_has_is_the_number_of_its_class(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture, fonts_here: object
+) -> None:
+    numbers = drawn(["ant", "class 1", "class 2"], tmp_path)
+    np.testing.assert_array_equal(drawn(["ant", "猫", "柴犬 b"], tmp_path), numbers)
+    assert ([str(w.message) for w in recwarn], caplog.text) == ([], "")
+
+
+def test_a_name_is_drawn_in_an_installed_font_that_has_its_letters(
+    tmp_path: Path,
+    recwarn: pytest.WarningsRecorder,
+    caplog: pytest.LogCaptureFixture,
+    fonts_here: Callable[[str], None],
+) -> None:
+    fonts_here("猫…")
+    with_font, number = drawn(["ant", "猫", "犬"], tmp_path), drawn(["ant", "class 1", "犬"], tmp_path)
+    assert with_font.shape != number.shape or (with_font != number).any()
+    np.testing.assert_array_equal(with_font, drawn(["ant", "猫", "class 2"], tmp_path))
+    assert ([str(w.message) for w in recwarn], caplog.text) == ([], "")
+
+
+def test_looking_for_a_font_that_is_not_installed_says_nothing(
+    recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    from vitft import fonts
+
+    assert str(fonts._file("DejaVu Sans")).endswith(".ttf")
+    assert fonts._file("No Such Font") is None
+    for font in fonts._INSTALLED:
+        fonts._file(font)
+    assert fonts.drawable("café ∞ кот", "class 1") == ("café ∞ кот", fonts._dejavu())
+    assert ([str(w.message) for w in recwarn], caplog.text) == ([], "")

@@ -17,8 +17,8 @@ from tests.conftest import ARCHITECTURES, tiny_model
 from vitft import TrainConfig
 from vitft.checkpoint import Card, save_model
 from vitft.data.augment import Preprocess
-from vitft.errors import ModelError, VitftError
-from vitft.models import Loaded, load_for_training, load_trained, set_training
+from vitft.errors import ModelError, UsageError, VitftError
+from vitft.models import Loaded, load_for_training, load_trained, set_training, spec_of
 
 Saved = Callable[..., Path]
 OWN, OTHERS = ("ant", "bee", "cat"), ("car", "bus", "tram")
@@ -390,3 +390,15 @@ def test_googles_own_preprocessor_is_understood(saved: Saved) -> None:
 
 def test_without_a_preprocessor_the_models_own_size_counts(saved: Saved) -> None:
     assert load(saved()).preprocess == Preprocess(32, 32)
+
+
+def test_a_new_models_sizes_that_do_not_fit_name_values_that_do() -> None:
+    for changes, says in (
+        ({"heads": 7}, "width 64 is not a multiple of heads 7; try heads 4 or 8."),
+        ({"image_size": 30}, "image_size 30 is not a multiple of patch_size 4; try image_size 28 or 32."),
+    ):
+        with pytest.raises(UsageError) as caught:
+            spec_of(TrainConfig(from_scratch=True, model="vit-micro", **changes))
+        assert str(caught.value) == says
+    wide = spec_of(TrainConfig(from_scratch=True, model="vit-micro", width=96))
+    assert (wide.width, wide.mlp) == (96, 384)

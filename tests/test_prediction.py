@@ -249,7 +249,7 @@ def test_a_run_without_the_checkpoint_that_was_asked_for_names_those_it_has(digi
     with pytest.raises(ModelError, match="no checkpoint yet"):
         predict(tmp_path / "x.png", run)
     shutil.copytree(digits_run.run / "last", run / "last")
-    with pytest.raises(ModelError, match=r"this run has none; there is .*last"):
+    with pytest.raises(ModelError, match=r"no such checkpoint; this run has last\.$"):
         predict(tmp_path / "x.png", run / "best")
 
 

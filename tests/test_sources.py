@@ -472,3 +472,26 @@ def test_shared_data(name):
     assert (source.name, len(source.labels), len(source.splits["test"])) == (name, 10, 10_000)
     side = 32 if name == "cifar10" else 28
     assert pixels_of(source, 9_999, "test").shape == (side, side, 3)
+
+
+def test_a_data_set_that_the_hub_has_but_cannot_be_built_says_why(monkeypatch):
+    def fail(*args, **kwargs):
+        try:
+            raise OSError("disk full\nand more")
+        except OSError as error:
+            raise datasets.exceptions.DatasetGenerationError("An error occurred") from error
+
+    monkeypatch.setattr("vitft.data.hub.answers", lambda *asked: True)
+    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
+    said = refused("owner/name:small", "^hub data set owner/name:small: the hub's copy cannot be used: OSError: ")
+    assert said.endswith("OSError: disk full; offline, use a local folder or --dataset digits.")
+
+
+def test_an_unknown_configuration_is_explained_over_two_lines(monkeypatch):
+    def fail(*args, **kwargs):
+        raise ValueError("BuilderConfig 'x' not found.\nAvailable: ['a', 'b']\nand more")
+
+    monkeypatch.setattr("vitft.data.hub.answers", lambda *asked: True)
+    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
+    said = refused("owner/name:x", "cannot be used: ValueError: BuilderConfig 'x' not found")
+    assert "Available: ['a', 'b'];" in said

@@ -222,27 +222,84 @@ def test_resume_refuses_a_changed_setting_and_names_the_way_to_start_anew(
 ) -> None:
     run = tmp_path / "run"
     interrupted(config(save_every=2), run, 3, monkeypatch)
-    for change in ({"lr": 1e-4}, {"batch_size": 8}, {"seed": 5}, {"epochs": 9}, {"dataset": "mnist"}):
+    for change in ({"lr": 1e-4}, {"batch_size": 8}, {"seed": 5}, {"epochs": 9}):
         with pytest.raises(UsageError, match=f"began with {next(iter(change))} .*start anew") as caught:
             resume(run, change)
         assert str(next(iter(change.values()))) in str(caught.value)
     assert resume(run, {"keep": 5, "log_every": 2}).run == run
 
 
-def test_resume_refuses_data_that_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def draw(data: Path, blue: int = 200) -> Path:
+    """Forty small photos of each of two classes."""
     from PIL import Image
 
-    data = tmp_path / "data"
     for label in ("cat", "dog"):
-        (data / label).mkdir(parents=True)
+        (data / label).mkdir(parents=True, exist_ok=True)
         for i in range(40):
-            Image.new("RGB", (8, 8), (i, 2 * i, 200)).save(data / label / f"{i}.png")
-    run = tmp_path / "run"
-    interrupted(config(dataset=str(data), save_every=2), run, 3, monkeypatch)
-    for i in range(40):
-        Image.new("RGB", (8, 8), (i, i, 100)).save(data / "cat" / f"{i}.png")
-    with pytest.raises(DataError, match="the train split is not the one the run began with"):
+            Image.new("RGB", (8, 8), (i, 2 * i, blue)).save(data / label / f"{i}.png")
+    return data
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_resume_refuses_data_that_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: bool) -> None:
+    run, data = tmp_path / "run", draw(tmp_path / "data")
+    interrupted(config(dataset=str(data), save_every=2 if saved else 99), run, 3, monkeypatch)
+    draw(data, blue=100)
+    with pytest.raises(DataError, match=r"the train split is not the one the run began with .*other pixels"):
         resume(run)
+
+
+def test_resume_goes_on_with_the_same_images_where_they_are_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, moved = draw(tmp_path / "data"), tmp_path / "moved"
+    settings = config(dataset=str(data), save_every=2)
+    whole = train(settings, output=tmp_path / "whole")
+    run = tmp_path / "cut"
+    interrupted(settings, run, 3, monkeypatch)
+    data.rename(moved)
+    with pytest.raises(DataError, match=rf"{data}, the data set of {run}, is not there; .*--resume {run} --dataset "):
+        resume(run)
+    done = resume(run, {"dataset": str(moved), "keep": 1})
+    assert_same_weights(whole.run / "last", done.run / "last")
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    assert (written["dataset"], written["keep"]) == (str(moved), settings.keep)  # a move is for good
+    for name in ("best", "last"):
+        card = read_card(run / name)
+        assert card is not None
+        assert card.config.dataset == str(moved)
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        ("fewer", "the train split .* (71 images now, 72 then)"),
+        ("renamed", "the train split .* (train/cat/b0.png now where train/cat/0.png was)"),
+        ("painted", "the train split .* (the same names, but other pixels)"),
+        ("more", "the test split .* (there was none)"),
+    ],
+)
+def test_resume_names_what_tells_other_data_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str, difference: str
+) -> None:
+    run, data, given = tmp_path / "run", tmp_path / "data", tmp_path / "given"
+    draw(data / "train")
+    draw(given / "train", blue=100 if other == "painted" else 200)
+    limits = {"max_train_samples": None, "max_eval_samples": None}
+    interrupted(config(dataset=str(data), save_every=2, **limits), run, 3, monkeypatch)
+    before = (run / "config.yaml").read_text(), (run / "splits.json").read_text()
+    if other == "fewer":
+        (given / "train" / "cat" / "7.png").unlink()
+    if other == "renamed":
+        for file in (given / "train" / "cat").iterdir():
+            file.rename(file.with_name(f"b{file.name}"))
+    if other == "more":
+        draw(given / "test")
+    pattern = difference.replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(DataError, match=pattern) as caught:
+        resume(run, {"dataset": str(given)})
+    assert f"start a new run from its weights: vitft train --dataset {given} --model {run}" in str(caught.value)
+    assert ((run / "config.yaml").read_text(), (run / "splits.json").read_text()) == before
 
 
 def test_resume_passes_over_a_torn_checkpoint(
@@ -259,7 +316,7 @@ def test_resume_passes_over_a_torn_checkpoint(
     resume(run)
     said = capsys.readouterr().err
     assert "passed over step-000004: model.safetensors is not what was written" in said
-    assert "at step 2" in said
+    assert f"resuming {run} at step 2 of 9, from step-000002\n" in said
     assert_same_weights(whole.run / "last", run / "last")
 
 
@@ -281,11 +338,18 @@ def test_resume_does_not_need_what_the_run_began_from(tmp_path: Path, monkeypatc
     assert_same_weights(whole.run / "last", resume(tmp_path / "cut").run / "last")
 
 
-def test_a_finished_run_can_be_resumed_and_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_finished_run_can_be_resumed_says_so_and_stays_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     done = train(config(), output=tmp_path / "run")
+    capsys.readouterr()
     again = resume(done.run)
     assert again.scores["test"]["accuracy"] == done.scores["test"]["accuracy"]
     assert again.step == done.step
+    assert capsys.readouterr().err == (
+        f"{done.run} is finished, at step 6 of 6; to train on from it: "
+        f"vitft train --dataset digits --model {done.run / 'last'}\n"
+    )
 
 
 def test_tensorboard_gets_the_metrics(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ last/ best/                plain Transformers model folders
 
 import hashlib
 import json
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -198,9 +199,16 @@ def find_model(path: Path) -> Path:
         if found is None:
             raise ModelError(f"{path}: this run has no checkpoint yet.")
         return found
-    if path.name in ("best", "last") and not path.exists() and is_run(path.parent):
-        there = ", ".join(f.name for f in find_model(path.parent).parent.iterdir() if f.is_dir())
-        raise ModelError(f"{path}: this run has none; there is {there}.")
+    run = next((folder for folder in path.parents if is_run(folder)), None)
+    if run is not None and not path.exists():
+        find_model(run)  # a run with no checkpoint at all says so
+        steps = step_folders(run)
+        there = [name for name in ("best", "last") if (run / name).is_dir()]
+        there += [folder.relative_to(run).as_posix() for folder in steps]
+        number = re.search(r"\d+$", path.name)
+        same = [folder for folder in steps if number and _step_of(folder) == int(number[0])]
+        hint = f"; did you mean {same[0]}?" if same else "."
+        raise ModelError(f"{path}: no such checkpoint; this run has {', '.join(there)}{hint}")
     may_be_hub_id = len(path.parts) == 2 and not path.is_absolute() and path.parts[0] not in (".", "..")
     if not path.exists() and not may_be_hub_id and str(path) not in PRESETS:
         raise ModelError(f"{path}: no such folder; give a run, one of its checkpoints, or a hub id (owner/name).")

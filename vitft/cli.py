@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from vitft import console
 from vitft.errors import VitftError
-from vitft.options import options_from, with_flags
+from vitft.options import name_what_was_meant, options_from, with_flags
 
 
 class _Group(TyperGroup):
@@ -53,6 +53,7 @@ class _Group(TyperGroup):
             raise typer.Exit(1) from error
         except Exception as error:
             if hasattr(error, "show"):  # wrong usage: Typer shows it, in a box of its own
+                name_what_was_meant(error)
                 raise
             self._debug(ctx)
             console.fail(f"{type(error).__name__}: {error} (unexpected; `vitft --debug ...` shows where)")

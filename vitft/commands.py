@@ -32,7 +32,7 @@ def train(
     if dry_run:
         from vitft.plan import plan
 
-        console.say(console.plan_report(plan(config)))
+        console.say(console.plan_report(plan(config, output, overwrite)))
         return
     from vitft import trainer
 

@@ -5,12 +5,13 @@ YAML, and the trainer reads `config.<name>`. No default is written anywhere else
 """
 # ruff: noqa: E501  (an option is a line, however long)
 
+import re
 import reprlib
 from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from vitft.errors import UsageError, nearest
+from vitft.errors import UsageError, as_flag, nearest
 
 _brief = reprlib.Repr()
 _brief.maxlevel, _brief.maxstring = 2, 60  # what was got, in an error of one line
@@ -94,9 +95,10 @@ class TrainConfig(BaseModel):
     def _settings_agree(self) -> Self:
         sizes = [name for name in _SIZES if getattr(self, name)]
         if sizes and not self.from_scratch:
-            raise ValueError(f"{sizes[0]} shapes a new model; add from_scratch, or leave {sizes[0]} out")
+            # In back quotes: `parse` spells a name as it was given, a key or a flag.
+            raise ValueError(f"`{sizes[0]}` shapes a new model; add `from_scratch`, or leave `{sizes[0]}` out")
         if self.from_scratch and self.freeze == "backbone":
-            raise ValueError("freeze backbone with from_scratch would train a head on random features; drop one")
+            raise ValueError("`freeze` backbone with `from_scratch` would train a head on random features; drop one")
         return self
 
     @classmethod
@@ -114,9 +116,11 @@ class TrainConfig(BaseModel):
             hint = nearest(key, cls.model_fields) or "; `vitft train --help` lists the settings"
             raise UsageError(f"{origin}: unknown setting {key!r}{hint}")
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        typed = origin == "flags"
         if not key:  # settings that do not agree with each other
-            raise UsageError(f"{origin}: {message}")
-        name = f"--{key.replace('_', '-')}" if origin == "flags" else f"{origin}: {key}"
+            spelled = re.sub(r"`(\w+)`", lambda name: as_flag(name[1]) if typed else name[1], message)
+            raise UsageError(spelled if typed else f"{origin}: {spelled}")
+        name = as_flag(key) if typed else f"{origin}: {key}"
         choices = get_args(cls.model_fields[key].annotation) if first["type"] == "literal_error" else ()
         hint = nearest(got, choices) if isinstance(got, str) else ""
         raise UsageError(f"{name} {message}, got {_brief.repr(got)}{hint}")

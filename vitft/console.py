@@ -264,13 +264,13 @@ def training_report(result: Any) -> str:
     return "\n".join([*lines, f"next: vitft eval {shlex.quote(str(result.run))}", ""])
 
 
-def plan_report(plan: Any) -> RenderableType:
-    """What a run would do, before it does it."""
+def plan_report(groups: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> RenderableType:
+    """What a run would do, before it does it: titled groups of names and values."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
-    for number, (title, rows) in enumerate(plan.groups()):
+    for number, (title, rows) in enumerate(groups):
         if number:
             table.add_row()
         table.add_row(Text(title, "bold"))

@@ -11,6 +11,33 @@ VitftError             a person can mend it: one line says what, got, remedy
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+# What other trainers call a setting or a flag, beside its name here.
+_ELSEWHERE = {
+    "batch_size": "batch bs train_batch_size per_device_train_batch_size",
+    "classes": "num_classes num_labels n_classes",
+    "clip_norm": "max_grad_norm grad_clip clip_grad",
+    "dataset": "data data_dir dataset_name train_dir",
+    "early_stopping": "patience early_stopping_patience",
+    "epochs": "epoch num_epochs n_epochs num_train_epochs",
+    "eval_every": "eval_steps",
+    "heads": "num_heads n_heads num_attention_heads",
+    "image_size": "img_size input_size resolution",
+    "layers": "depth num_layers n_layers num_hidden_layers",
+    "log_every": "logging_steps log_interval",
+    "lr": "learning_rate",
+    "mlp": "mlp_dim intermediate_size",
+    "model": "model_name model_name_or_path pretrained",
+    "optimizer": "optim opt",
+    "output": "output_dir out_dir",
+    "resume": "resume_from_checkpoint",
+    "save_every": "save_steps",
+    "schedule": "scheduler lr_schedule lr_scheduler lr_scheduler_type",
+    "warmup": "warmup_ratio",
+    "weight_decay": "wd",
+    "width": "dim hidden_size embed_dim",
+}
+_HERE = {other: ours for ours, others in _ELSEWHERE.items() for other in others.split()}
+
 
 class VitftError(Exception):
     """A failure that a person can mend; its text is one line: what, got, remedy."""
@@ -51,6 +78,19 @@ class Stopped(VitftError):  # noqa: N818 (not a fault: the run was asked to stop
 
 
 def nearest(got: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the known word nearest to what was typed, else nothing."""
-    matches = get_close_matches(got, list(known), n=1, cutoff=0.6)
+    """`; did you mean X?` for the known word that was meant or is nearest to what was typed, else nothing."""
+    words = list(known)
+    found = meant(got, words)
+    matches = [found] if found else get_close_matches(got, words, n=1, cutoff=0.6)
     return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def meant(got: str, known: Iterable[str]) -> str | None:
+    """The known word that is called `got` elsewhere: lr for --learning-rate."""
+    found = _HERE.get(got.strip("-").replace("-", "_").lower())
+    return found if found in list(known) else None
+
+
+def as_flag(name: str) -> str:
+    """A setting's name as the command line spells it."""
+    return f"--{name.replace('_', '-')}"

@@ -1,9 +1,9 @@
 """Pictures for people, as PNG files. matplotlib is imported where one is drawn."""
 
-import warnings
 from pathlib import Path
 
 from vitft.console import percent, safe
+from vitft.fonts import drawable
 from vitft.metrics import Metrics
 
 NUMBERED_CLASSES = 20  # Up to so many classes, each cell shows its number.
@@ -15,11 +15,12 @@ def plot_confusion(metrics: Metrics, path: Path) -> None:
     """Draw the confusion matrix into a PNG: rows are true classes, columns predicted ones.
 
     The colour of a cell is its share of its row (on a root scale, so that rare mistakes are seen), the
-    number in it a count of images.
+    number in it a count of images. A name that no font here can draw is `class 3`, counted from 0.
     """
     import numpy as np
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties
 
     matrix = np.array(metrics.confusion["matrix"])  # (C, C)
     classes = len(matrix)
@@ -35,22 +36,22 @@ def plot_confusion(metrics: Metrics, path: Path) -> None:
     axes.set_title(f"{percent(metrics.accuracy)} of {metrics.count} images of {metrics.split} are right")
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    names = [_short(metrics.confusion["labels"][i]) for i in shown]
+    names, fonts = zip(*(_shown(metrics.confusion["labels"][i], i) for i in shown), strict=True)
     turn = 45 if classes <= NUMBERED_CLASSES else 90
     axes.set_xticks(shown, names, rotation=turn, rotation_mode="anchor", ha="right", va="center")
     axes.set_yticks(shown, names)
-    for name in (*axes.get_xticklabels(), *axes.get_yticklabels()):
-        name.set(fontsize=font, parse_math=False)
+    for axis in (axes.xaxis, axes.yaxis):
+        for name, file in zip(axis.get_ticklabels(), fonts, strict=True):
+            name.set(fontproperties=FontProperties(fname=file, size=font), parse_math=False)
     if classes <= NUMBERED_CLASSES:
         for (row, column), number in np.ndenumerate(matrix):
             if number:
                 ink = "white" if shares[row, column] > 0.35 else "black"
                 axes.text(column, row, str(number), color=ink, fontsize=0.85 * font, ha="center", va="center")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # A letter that the font lacks becomes a box.
-        figure.savefig(path, format="png", bbox_inches="tight")
+    figure.savefig(path, format="png", bbox_inches="tight")
 
 
-def _short(name: str) -> str:
-    name = safe(name).replace("\n", " ")
-    return name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"
+def _shown(label: str, number: int) -> tuple[str, str]:
+    """A class's name as it is drawn, and the file of its font."""
+    name, font = drawable(safe(label).replace("\n", " "), f"class {number}")
+    return name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…", font

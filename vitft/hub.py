@@ -36,9 +36,12 @@ def answers(repo: str, revision: str | None = None, kind: str = "model") -> bool
     return True
 
 
-def reason(error: BaseException) -> str:
-    """A clause for an error message: what the hub said, or that it could not be reached."""
-    cache = shown(Path(constants.HF_HUB_CACHE))
+def reason(error: BaseException, cache: Path | None = None) -> str:
+    """A clause for an error message: what the hub said, or that it could not be reached.
+
+    `cache` is where a copy was looked for: huggingface_hub's own by default.
+    """
+    held = shown(cache or Path(constants.HF_HUB_CACHE))
     causes = _chain(error)
     for cause in causes:
         if isinstance(cause, GatedRepoError):
@@ -47,12 +50,21 @@ def reason(error: BaseException) -> str:
             return f"the hub at {constants.ENDPOINT} has none that you may read"
         if isinstance(cause, RevisionNotFoundError):
             return "the hub has it, but not at that revision"
-    names = " ".join(type(cause).__name__ for cause in causes) + str(error)
     if constants.HF_HUB_OFFLINE:
-        return f"offline mode is set and the cache {cache} does not have it"
-    if any(word in names for word in ("Connect", "LocalEntryNotFound", "Timeout", "Offline", "couldn't", "Max")):
-        return f"the hub at {constants.ENDPOINT} could not be reached and the cache {cache} does not have it"
-    return f"the hub's copy cannot be used: {(str(error).splitlines() or [type(error).__name__])[0][:300]}"
+        return f"offline mode is set and the cache {held} does not have it"
+    kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
+    if kinds & _UNREACHABLE or "couldn't connect" in str(error):
+        return f"the hub at {constants.ENDPOINT} could not be reached and the cache {held} does not have it"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # What ValueErrors explain (an unknown configuration, say) takes a second line.
+    said = " ".join(lines[:2] if isinstance(error, ValueError) else lines[:1]).rstrip(".")[:300]
+    return f"the hub's copy cannot be used: {type(error).__name__}{': ' if said else ''}{said}"
+
+
+# By name: each client of the hub has errors of its own.
+_UNREACHABLE = {
+    "ConnectionError", "TransportError", "TimeoutError", "Timeout", "LocalEntryNotFoundError", "OfflineModeIsEnabled",
+}  # fmt: skip
 
 
 def _chain(error: BaseException) -> list[BaseException]:

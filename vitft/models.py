@@ -23,6 +23,7 @@ from vitft.errors import ModelError, nearest
 from vitft.hub import answers, reason
 from vitft.positions import at_image_size, check_size, side_of
 from vitft.randomness import seed_of
+from vitft.sizes import with_sizes
 from vitft.spec import PRESETS, ViTSpec
 
 BUNDLED = "vit-micro"
@@ -124,17 +125,10 @@ def vit_config(spec: ViTSpec) -> Any:
 
 def spec_of(config: TrainConfig) -> ViTSpec:
     """The shape of a new model: a preset, with the sizes that were given in place of its own."""
-    base = PRESETS[config.model]
-    width = config.width or base.width
-    return ViTSpec.square(
-        image_size=config.image_size or base.image_height,
-        patch_size=config.patch_size or base.patch_height,
-        width=width,
-        layers=config.layers or base.layers,
-        heads=config.heads or base.heads,
-        mlp=config.mlp or (4 * width if config.width else base.mlp),
-        classes=base.classes,
-    )
+    given = {name: getattr(config, name) for name in ("image_size", "patch_size", "width", "layers", "heads", "mlp")}
+    if config.width and not config.mlp:
+        given["mlp"] = 4 * config.width
+    return with_sizes(PRESETS[config.model], given)
 
 
 def _from_scratch(config: TrainConfig, labels: Sequence[str]) -> Loaded:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 import typer
 import typer.main
 
+from vitft.errors import as_flag, meant
+
 if TYPE_CHECKING:
     from pydantic import BaseModel
     from pydantic.fields import FieldInfo
@@ -71,11 +73,11 @@ def _parameters(name: str, field: "FieldInfo") -> list[inspect.Parameter]:
     """A field's flag; a switch has a second one that undoes a recipe's, and that help does not list."""
     kinds = [kind for kind in get_args(field.annotation) if kind is not NoneType]
     kind: Any = kinds[0] if NoneType in get_args(field.annotation) else field.annotation
-    flag = name.replace("_", "-")
+    flag = as_flag(name)
     choices = [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
     option = typer.Option(
-        f"--{flag}",
-        help=_help(field, f" --no-{flag} undoes it." if kind is bool else ""),
+        flag,
+        help=_help(field, f" {as_flag(f'no_{name}')} undoes it." if kind is bool else ""),
         show_default=False,  # the flag's own default is always None
         rich_help_panel=_panel(field),
         metavar="|".join(choices) or None,
@@ -84,7 +86,7 @@ def _parameters(name: str, field: "FieldInfo") -> list[inspect.Parameter]:
     # A choice is a string to Typer: the field checks it, and names the nearest.
     flags = [_parameter(name, str if choices else kind, option)]
     if kind is bool:
-        flags.append(_parameter(f"no_{name}", bool, typer.Option(f"--no-{flag}", hidden=True)))
+        flags.append(_parameter(f"no_{name}", bool, typer.Option(as_flag(f"no_{name}"), hidden=True)))
     return flags
 
 
@@ -103,6 +105,14 @@ def _help(field: "FieldInfo", undo: str) -> str:
     default = field.default
     shown = "" if default is None or default is False else f" [dim]\\[default: {default}][/]"
     return f"{field.description}{undo}{shown}"
+
+
+def name_what_was_meant(error: Any) -> None:
+    """Let Typer's error of an unknown flag suggest ours, where the flag is called so elsewhere."""
+    if getattr(error, "option_name", None) and error.ctx is not None:
+        found = meant(error.option_name, [option.name for option in error.ctx.command.params])
+        if found is not None:
+            error.possibilities = [as_flag(found)]
 
 
 def completion(choices: list[str]) -> Callable[[str], list[str]]:

@@ -4,10 +4,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from vitft import checkpoint as ckpt
 from vitft import console
 from vitft.config import TrainConfig
 from vitft.console import duration, size
@@ -17,10 +19,13 @@ from vitft.hardware import memory_guard
 from vitft.models import set_training
 from vitft.optim import total_steps
 from vitft.preparation import Prepared, prepare
+from vitft.runs import folder_of
 from vitft.spec import spec_from_config
 from vitft.spec import total as stage_total
 
 LONG_S = 2 * 3600.0  # a run longer than this says so before it starts
+Group = tuple[str, list[tuple[str, str]]]
+"""A title, and names with their values."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,8 @@ class Plan:
         """Training and evaluation together."""
         return self.train_s + self.evaluate_s
 
-    def groups(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-        """Titled groups of names and values, in reading order; the settings come last, by help panel."""
+    def groups(self) -> Iterator[Group]:
+        """Titled groups of names and values, in reading order."""
         config, source, splits = self.prepared.config, self.prepared.source, self.prepared.splits
         labels = source.labels
         revision = f" at {source.revision[:12]}" if source.revision else ""
@@ -74,20 +79,34 @@ class Plan:
                 ("time", took),
             ],
         )
-        panels: dict[str, list[str]] = {}
-        for name, field in TrainConfig.model_fields.items():
-            assert isinstance(field.json_schema_extra, dict)
-            value = getattr(config, name)
-            if value is not None:
-                panels.setdefault(str(field.json_schema_extra["panel"]), []).append(f"{name}: {value}")
-        yield "Settings", [(panel, "\n".join(settings)) for panel, settings in panels.items()]
 
 
-def plan(config: TrainConfig) -> Plan:
-    """Prepare a run and probe the machine with its model; nothing is decoded or written."""
+def plan(config: TrainConfig, output: Path | None = None, overwrite: bool = False) -> list[Group]:
+    """What a run would do, cost and write, by preparing it and probing the machine; nothing is decoded or written.
+
+    Raises UsageError where the run may not be written to `output`.
+    """
+    output = None if output is None else output.expanduser()
+    if output is not None:
+        ckpt.check_free(output, overwrite=overwrite)
     prepared = prepare(config)
     with memory_guard(config):
-        return _plan(prepared, *probe(prepared))
+        found = _plan(prepared, *probe(prepared))
+    folder = folder_of(prepared, output)
+    place = f"{folder}, in place of the run there" if ckpt.is_run(folder) else str(folder)
+    return [*found.groups(), ("Run", [("folder", place)]), ("Settings", _settings(prepared.config, config))]
+
+
+def _settings(config: TrainConfig, given: TrainConfig) -> list[tuple[str, str]]:
+    """The settings that are not the defaults: those given, and those chosen for this machine and data."""
+    typed: list[str] = []
+    chosen: list[str] = []
+    for name, field in TrainConfig.model_fields.items():
+        if (value := getattr(config, name)) != field.default:
+            (chosen if getattr(given, name) == field.default else typed).append(f"{name}: {value}")
+    rest = "the defaults, as vitft train --help lists them; config.yaml in the run's folder will have all"
+    listed = [("given", "\n".join(typed)), ("chosen", "\n".join(chosen)), ("others", rest)]
+    return [(name, value) for name, value in listed if value]
 
 
 def warn_if_long(prepared: Prepared, processes: int = 1) -> None:

@@ -7,6 +7,7 @@ step). So a run that is resumed from step N ends bit for bit where an undisturbe
 import json
 import math
 import os
+import shlex
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -18,26 +19,23 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 
 from vitft import checkpoint as ckpt
-from vitft import console
+from vitft import console, runs
 from vitft.checkpoint import Card, State
 from vitft.config import TrainConfig
 from vitft.data.loader import Batch, EvalLoader, TrainLoader
-from vitft.data.splits import manifest
-from vitft.errors import DataError, ModelError, Stopped, TrainingError, UsageError
+from vitft.errors import ModelError, Stopped, TrainingError, UsageError
 from vitft.evaluation import measure
-from vitft.files import write_json
-from vitft.hardware import environment, memory_guard, resolved
+from vitft.hardware import memory_guard, resolved
 from vitft.history import Track, Window, forget_after, record, tracker
 from vitft.metrics import Metrics
 from vitft.models import head_of, load_trained, set_training
 from vitft.optim import lr_at, make_optimizer, total_steps
 from vitft.plan import warn_if_long
-from vitft.preparation import Prepared, Stores, absolute, prepare
+from vitft.preparation import Prepared, Stores, prepare
 from vitft.randomness import seed_of
-from vitft.recipe import read_recipe
 from vitft.signals import StopSignals
 
 EVAL_BATCH = 64  # images; evaluation keeps no activations, so this fits wherever training does
@@ -67,20 +65,20 @@ def train(config: TrainConfig, *, output: Path | str | None = None, overwrite: b
     with memory_guard(prepared.config, accelerator.num_processes):
         warn_if_long(prepared, accelerator.num_processes)
     stores = prepared.decode()  # a bad image is found before anything is written, or overwritten
-    run = _new_run(accelerator, prepared, output, overwrite)
+    run = runs.new_run(accelerator, prepared, output, overwrite)
     return _Run(accelerator, prepared, stores, run).train(State())
 
 
 def resume(run: Path | str, changes: dict[str, Any] | None = None) -> Result:
     """Go on with a run from its newest whole checkpoint; it ends where an undisturbed one would.
 
-    `changes` may hold only settings that steer a run without changing its weights (save_every, keep,
-    log_every, tracker). Raises UsageError naming any other.
+    `changes` may hold settings that steer a run without changing its weights (save_every, keep,
+    log_every, tracker), and where its data set has moved to. Raises UsageError naming any other.
     """
     run = Path(run).expanduser()
     if not ckpt.is_run(run):
         raise ModelError(f"{run}: no run folder (no config.yaml and checkpoints/ in it); give the folder of a run.")
-    config = _changed(run, changes or {})
+    config = runs.changed(run, changes or {})
     folder, passed = ckpt.newest_whole(run)
     for fault in passed:
         console.warn(f"passed over {fault}")
@@ -89,8 +87,11 @@ def resume(run: Path | str, changes: dict[str, Any] | None = None) -> Result:
     with accelerator.main_process_first():
         prepared = prepare(config, folder)
     state = ckpt.read_state(folder) if folder else State()
-    console.note(f"resuming {run} at step {state.step}{f', from {folder.name}' if folder else ': nothing was saved'}")
-    return _Run(accelerator, prepared, prepared.decode(), run, resumed_from=folder).train(state)
+    resumed = _Run(accelerator, prepared, prepared.decode(), run, resumed_from=folder)
+    if accelerator.is_main_process:
+        runs.keep_dataset(run, prepared.config)
+    console.note(resumed.whereabouts(state))
+    return resumed.train(state)
 
 
 class _Run:
@@ -103,7 +104,7 @@ class _Run:
         self.config, self.how = prepared.config, prepared.loaded.preprocess
         self.labels, self.resumed_from = prepared.loaded.labels, resumed_from
         self.stores = stores
-        self._write_or_check_splits()
+        runs.check_splits(run, prepared, stores, write=accelerator.is_main_process)
         self.loader = TrainLoader(
             *self.stores["train"], self.how, kind=self.config.augment, seed=self.config.seed,
             batch_size=self.config.batch_size, device=accelerator.device,
@@ -128,7 +129,8 @@ class _Run:
             if state.scaler and self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state.scaler)
         forget_after(self.run, state.step)
-        self._introduce()
+        if not self._is_over(state):
+            self._introduce()
         eval_every = config.eval_every or self.steps_per_epoch
         save_every = config.save_every or self.steps_per_epoch
         window = Window(self.accelerator)
@@ -138,7 +140,7 @@ class _Run:
             self._progress(state) as bar,
             memory_guard(config, self.accelerator.num_processes),
         ):
-            while state.step < self.total_steps and not state.stopped_early:
+            while not self._is_over(state):
                 waited = time.perf_counter()
                 batch = self.loader.batch(state.step)
                 window.data_wait_s += time.perf_counter() - waited
@@ -170,6 +172,19 @@ class _Run:
                 if stopping:
                     raise self._stopped(state, stopping)
             return self._finish(state, bar, track)
+
+    def _is_over(self, state: State) -> bool:
+        return state.step >= self.total_steps or state.stopped_early
+
+    def whereabouts(self, state: State) -> str:
+        """Where a resumed run stands, and how to train on from one that is finished."""
+        place = f"at step {state.step} of {self.total_steps}"
+        if not self._is_over(state):
+            saved = f"from {self.resumed_from.name}" if self.resumed_from else "for nothing was saved"
+            return f"resuming {self.run} {place}, {saved}"
+        early = ", stopped early" if state.stopped_early else ""
+        next_run = ["vitft", "train", "--dataset", str(self.config.dataset), "--model", str(self.run / "last")]
+        return f"{self.run} is finished, {place}{early}; to train on from it: {shlex.join(next_run)}"
 
     def _introduce(self) -> None:
         config, splits = self.config, self.prepared.splits
@@ -271,24 +286,6 @@ class _Run:
         if self.accelerator.is_main_process:
             record(self.run, line)
 
-    def _write_or_check_splits(self) -> None:
-        document = manifest(self.prepared.source, self.prepared.splits)
-        for role, (store, _) in self.stores.items():
-            document["splits"][role]["pixels"] = store.digest
-        file = self.run / "splits.json"
-        if self.resumed_from is None:
-            if self.accelerator.is_main_process:
-                write_json(file, document)
-            return
-        before = json.loads(file.read_text())["splits"]
-        for role, split in document["splits"].items():
-            if any(split[key] != before.get(role, {}).get(key) for key in ("hash", "pixels")):
-                raise DataError(
-                    f"the {role} split is not the one the run began with ({split['hash']} now, "
-                    f"{before.get(role, {}).get('hash')} then): the data set has changed; start a new run from its "
-                    f"weights: vitft train --dataset {self.config.dataset} --model {self.resumed_from}"
-                )
-
     # -- the end ----------------------------------------------------------------------------------
 
     def _stopped(self, state: State, signal_number: int) -> Stopped:
@@ -341,41 +338,6 @@ def _accelerator(config: TrainConfig) -> Any:
     if "WORLD_SIZE" not in os.environ:  # an earlier run in this program may have had another precision
         AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=known.device == "cpu", mixed_precision=precision)
-
-
-def _new_run(accelerator: Any, prepared: Prepared, output: Path | None, overwrite: bool) -> Path:
-    """Make the run folder, on the main process, and write what the run is."""
-    chosen: list[Any] = [None]
-    if accelerator.is_main_process:
-        config = prepared.config
-        run = output if output is not None else ckpt.free_name(config, prepared.source.name)
-        ckpt.create_run(run, overwrite=overwrite)
-        revisions = {"model_revision": prepared.loaded.revision, "dataset_revision": prepared.source.revision}
-        processes = {"processes": accelerator.num_processes}
-        write_json(run / "environment.json", environment() | revisions | processes)
-        ckpt.write_config(run, config)  # last: it makes the folder a run
-        chosen = [run]
-    return Path(broadcast_object_list(chosen)[0])
-
-
-def _changed(run: Path, changes: dict[str, Any]) -> TrainConfig:
-    """The run's settings with the changes that may be made to it. Raises UsageError naming any other."""
-    before = TrainConfig.parse(read_recipe(run / "config.yaml"), str(run / "config.yaml"))
-    after = absolute(TrainConfig.parse(before.model_dump() | changes, "flags"))
-    for name in changes:
-        extra = TrainConfig.model_fields[name].json_schema_extra
-        assert isinstance(extra, dict)
-        was, now = getattr(before, name), getattr(after, name)
-        if was != now and not extra["steers"]:
-            flag = f"--{name.replace('_', '-')}"
-            weights = ckpt.find_model(run) if ckpt.step_folders(run) else before.model
-            raise UsageError(
-                f"{run} began with {name} {was}, got {now}: it would no longer be the same run. Leave {flag} out, "
-                f"or start anew from its weights: "
-                f"vitft train --dataset {after.dataset} --model {weights}"
-                f"{'' if name == 'dataset' else f' {flag} {now}'}"
-            )
-    return after
 
 
 def _summary(metrics: Metrics) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from vitft.errors import DataError
-from vitft.hub import answers
+from vitft.hub import answers, ask, reason
 from vitft.paths import shown
 
 _SHA = re.compile(r"[0-9a-f]{40}")
@@ -69,35 +69,16 @@ def _check_revision(repo: str, revision: str | None, used: str | None, builder: 
 
 def _failure(repo: str, config: str | None, revision: str | None, error: Exception) -> str:
     what = repo + (f":{config}" if config else "") + (f" at revision {revision}" if revision else "")
-    return (
-        f"hub data set {what} cannot be loaded: {_reason(error)}; looked at {_endpoint()} and in {_cache()}; "
-        "offline, use a local folder or --dataset digits."
-    )
-
-
-def _reason(error: BaseException) -> str:
-    """The cause in a few words: the first line of the innermost error that says more than its wrapper."""
-    chain: list[BaseException] = [error]
-    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
-        chain.append(inner)
-    kinds = {kind.__name__ for link in chain for kind in type(link).__mro__}
-    if constants.HF_HUB_OFFLINE:
-        return "offline mode is on and it is not in the cache"
-    if isinstance(error, datasets.exceptions.DatasetNotFoundError):
-        return _first_line(error).replace("on the Hub", "there")
-    if "GatedRepoError" in kinds:
-        return "it is gated; accept its terms on its page and log in with `hf auth login`"
-    if kinds & {"OfflineModeIsEnabled", "ConnectionError", "TransportError", "TimeoutError", "LocalEntryNotFoundError"}:
-        return "the hub cannot be reached"
-    if isinstance(error, datasets.exceptions.DatasetGenerationError) and len(chain) > 1:
-        error = chain[1]
-    return f"{type(error).__name__}: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # A missing or unknown configuration is explained over two lines.
-    return " ".join(lines[:2] if isinstance(error, ValueError) else lines[:1]).rstrip(".")
+    said: BaseException = error
+    if isinstance(error, datasets.exceptions.DatasetGenerationError):
+        said = error.__cause__ or error  # it says only that something went wrong
+    elif isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        try:  # datasets drops what the hub answered
+            ask(repo, "README.md", revision, "dataset")
+        except Exception as answer:
+            said = answer
+    why = reason(said, Path(datasets.config.HF_DATASETS_CACHE))
+    return f"hub data set {what}: {why}; offline, use a local folder or --dataset digits."
 
 
 def _endpoint() -> str:

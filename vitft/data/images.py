@@ -199,4 +199,5 @@ def _bad(error: Exception, max_pixels: int) -> BadImage:
 
 
 def _too_many(pixels: int, max_pixels: int) -> str:
-    return f"has {pixels / 1e6:,.1f} million pixels, over --max-pixels {max_pixels:,}"
+    count = f"{pixels / 1e6:,.1f} million" if pixels >= 1e6 else f"{pixels:,}"
+    return f"has {count} pixels, over --max-pixels {max_pixels:,}"

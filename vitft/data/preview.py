@@ -1,15 +1,16 @@
 """A contact sheet of a data set: one row per class, drawn with Pillow."""
 
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vitft.console import safe
 from vitft.data.images import BadImage, decode
 from vitft.data.sources import Source, class_indices
 from vitft.data.splits import split_for
+from vitft.fonts import drawable
 from vitft.randomness import order
 
 CLASSES, IMAGES = 20, 8
@@ -21,27 +22,28 @@ def preview(source: Source, path: Path, seed: int = 0) -> None:
     """Draw up to 8 random images of up to 20 evenly spaced classes of the train split, and save a PNG.
 
     Images keep their shape; small ones are enlarged by whole factors, so their pixels stay visible.
-    An unreadable image is a crossed-out cell. The folder of `path` is made where needed.
+    An unreadable image is a crossed-out cell. A name that no font here can draw is `class 3`, counted from 0.
     """
     name = split_for(source, "train") or next(iter(source.splits))
     split = source.splits[name]
     labels = class_indices(split)
     count = len(source.labels)
     shown = np.linspace(0, count - 1, min(CLASSES, count)).round().astype(int)
-    font, title_font, note_font = _font(15), _font(19), _font(13)
-    names = [_short(source.labels[label], font, 240) for label in shown]
+    names = [_written(source.labels[label], f"class {label}", 15, 240) for label in shown]
+    title, title_font = _written(source.name, "data set", 19)
     of_all = f"{len(shown)} of {count}" if len(shown) < count else str(count)
     note = f"{name}: {len(split):,} images; {of_all} classes, up to {IMAGES} images of each, drawn at random"
+    note, note_font = _written(note, "", 13)
     columns = min(IMAGES, int(np.bincount(labels).max()))
-    left = _MARGIN + round(max(font.getlength(text) for text in names)) + 14
+    left = _MARGIN + round(max(font.getlength(text) for text, font in names)) + 14
     top = _MARGIN + 56
     width = max(left + columns * (_CELL + _GAP) - _GAP, _MARGIN + round(note_font.getlength(note))) + _MARGIN
     height = top + len(shown) * (_CELL + _GAP) - _GAP + _MARGIN
     sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((_MARGIN, _MARGIN), source.name, _INK, title_font, anchor="lt")
+    draw.text((_MARGIN, _MARGIN), title, _INK, title_font, anchor="lt")
     draw.text((_MARGIN, _MARGIN + 28), note, _FAINT, note_font, anchor="lt")
-    for line, (label, text) in enumerate(zip(shown, names, strict=True)):
+    for line, (label, (text, font)) in enumerate(zip(shown, names, strict=True)):
         y = top + line * (_CELL + _GAP)
         draw.text((left - 14, y + _CELL // 2), text, _INK, font, anchor="rm")
         rows = np.flatnonzero(labels == label)
@@ -78,17 +80,12 @@ def _fit(picture: Image.Image) -> Image.Image:
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def _font(size: int) -> Any:
-    """DejaVu Sans, which comes with matplotlib and knows more scripts than Pillow's own font."""
-    file = files("matplotlib") / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
-    return ImageFont.truetype(str(file), size) if file.is_file() else ImageFont.load_default(size)
-
-
-def _short(text: str, font: Any, width: int) -> str:
-    """The text on one line, cut with an ellipsis to fit the width in pixels."""
-    text = " ".join(text.split())
-    if font.getlength(text) <= width:
-        return text
+def _written(text: str, otherwise: str, size: int, width: int | None = None) -> tuple[str, Any]:
+    """The text on one line, cut with an ellipsis to fit a width in pixels, and its font; or what stands for it."""
+    text, file = drawable(safe(" ".join(text.split())), otherwise)
+    font = ImageFont.truetype(file, size)
+    if width is None or font.getlength(text) <= width:
+        return text, font
     while text and font.getlength(text + "…") > width:
         text = text[:-1]
-    return text + "…"
+    return text + "…", font

@@ -1,18 +1,19 @@
 """A ViT as a table: what each stage does to shapes, and what it costs in parameters, FLOPs and memory."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from vitft.console import size
-from vitft.errors import ModelError, UsageError
+from vitft.errors import ModelError, UsageError, as_flag
+from vitft.sizes import with_sizes
 from vitft.spec import PRESETS, Stage, ViTSpec, preset, spec_from_config, stages, total, training_flops
 
 DEFAULT_MODEL = "vit-base-patch16-224"
@@ -36,23 +37,12 @@ def resolve_spec(
     and patch sides are in pixels, and a given patch side is the stride too. Only a hub id
     (`owner/name`) touches the cache or the network; a preset or sizes import no torch.
 
-    Raises UsageError for an unknown preset or sizes that do not fit together, ModelError for a
-    config.json that is missing, unreadable or no plain ViT's.
+    Raises UsageError for an unknown preset or sizes that do not fit together, as the flags that they
+    are, ModelError for a config.json that is missing, unreadable or no plain ViT's.
     """
-    spec = _model_spec(model or DEFAULT_MODEL)
-    given: dict[str, Any] = {
-        "width": width,
-        "layers": layers,
-        "heads": heads,
-        "mlp": mlp,
-        "classes": classes,
-        "pre_logits": pre_logits,
-    }
-    if image_size is not None:
-        given |= {"image_height": image_size, "image_width": image_size}
-    if patch_size is not None:
-        given |= dict.fromkeys(("patch_height", "patch_width", "stride_height", "stride_width"), patch_size)
-    return replace(spec, **{name: value for name, value in given.items() if value is not None})
+    given = {"image_size": image_size, "patch_size": patch_size, "width": width, "layers": layers,
+             "heads": heads, "mlp": mlp, "classes": classes, "pre_logits": pre_logits}  # fmt: skip
+    return with_sizes(_model_spec(model or DEFAULT_MODEL), given, as_flag)
 
 
 def _model_spec(model: str) -> ViTSpec:
@@ -127,35 +117,77 @@ def _as_json(stage: Stage) -> dict[str, Any]:
     return {**asdict(stage), "input": list(stage.input), "output": list(stage.output)}
 
 
-def stage_table(spec: ViTSpec, batch_size: int = 1, all_blocks: bool = False) -> Group:
-    """The ViT in words, the table of its stages, and what the columns mean; 80 columns are enough.
+# The columns of the table. In a narrow terminal some go, first those whose numbers stand elsewhere or
+# say least: an input is the output above it.
+_COLUMNS = ("stage", "shape in", "shape out", "params", "FLOPs", "kept")
+_FIRST_TO_GO = ("shape in", "kept", "FLOPs", "params")
+Row = tuple[str | Text, ...] | None
+"""A cell for each column; None is a gap."""
+
+
+@dataclass(frozen=True)
+class StageTable:
+    """What `stage_table` gives: it takes its width from where it is shown."""
+
+    words: Text
+    rows: list[Row]
+    total: tuple[str, ...]
+    legend: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The words, as many columns as there is room for, and the legend."""
+        unbounded = options.update(width=10_000)
+        for count in range(len(_FIRST_TO_GO) + 1):
+            gone = _FIRST_TO_GO[:count]
+            table = self._table([name for name in _COLUMNS if name not in gone])
+            if console.measure(table, options=unbounded).maximum <= options.max_width:
+                break
+        sums = dict(zip(_COLUMNS, self.total, strict=True))
+        named = (name if name == "shape in" else f"{name} ({sums[name]} in all)" for name in gone)
+        missing = f" There is no room here for {', '.join(named)}." if gone else ""
+        yield self.words
+        yield table
+        yield Text(self.legend + missing, style="dim")
+
+    def _table(self, columns: list[str]) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, show_footer=True, pad_edge=False, padding=(0, 1, 0, 0))
+        shown = [_COLUMNS.index(name) for name in columns]
+        for name, index in zip(columns, shown, strict=True):
+            if name.startswith("shape"):
+                style = "dim" if name == "shape in" else ""
+                table.add_column(name, self.total[index], style=style, overflow="fold")
+            else:
+                side: Literal["left", "right"] = "left" if name == "stage" else "right"
+                table.add_column(name, self.total[index], justify=side, no_wrap=True)
+        for row in self.rows:
+            table.add_section() if row is None else table.add_row(*(row[index] for index in shown))
+        return table
+
+
+def stage_table(spec: ViTSpec, batch_size: int = 1, all_blocks: bool = False) -> StageTable:
+    """The ViT in words, the table of its stages, and what the columns mean; 80 columns are enough for all.
 
     The blocks after the first are one row, unless `all_blocks`. Names are those of `stages`, shapes
     start with the batch. Raises UsageError for a batch below 1.
     """
-    sums = total(spec, batch_size)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, show_footer=True, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("stage", "total", no_wrap=True)
-    table.add_column("shape in", _shape(sums.input), style="dim", overflow="fold")
-    table.add_column("shape out", _shape(sums.output), overflow="fold")
-    for heading, cost in zip(("params", "FLOPs", "kept"), _costs([sums]), strict=True):
-        table.add_column(heading, cost, justify="right", no_wrap=True)
-
+    rows: list[Row] = []
     repeated: list[Stage] = []
     for block, steps in groupby(stages(spec, batch_size), key=_block):
         if block > 1 and not all_blocks:
             repeated += steps
             if block == spec.layers:
                 name = "block 2" if block == 2 else f"blocks 2-{block}"
-                table.add_row(Text(name, "bold cyan"), "as block 1", "", *_costs(repeated))
+                rows.append((Text(name, "bold cyan"), "", "as block 1", *_costs(repeated)))
         else:
             if block:
-                table.add_row(Text(f"block {block}", "bold cyan"))
+                rows.append((Text(f"block {block}", "bold cyan"), *[""] * 5))
             for step in steps:
                 name = step.name.replace(f"block.{block}.", "  ")
-                table.add_row(name, _shape(step.input), _shape(step.output), *_costs([step]))
-        table.add_section()
-    return Group(_in_words(spec), table, _legend(spec, batch_size))
+                rows.append((name, _shape(step.input), _shape(step.output), *_costs([step])))
+        rows.append(None)
+    sums = total(spec, batch_size)
+    whole = ("total", _shape(sums.input), _shape(sums.output), *_costs([sums]))
+    return StageTable(_in_words(spec), rows, whole, _legend(spec, batch_size))
 
 
 def _block(stage: Stage) -> int:
@@ -199,11 +231,10 @@ def _in_words(spec: ViTSpec) -> Text:
     return Text(" → ", "bold cyan").join(Text(step) for step in steps).append("\n")
 
 
-def _legend(spec: ViTSpec, batch_size: int) -> Text:
+def _legend(spec: ViTSpec, batch_size: int) -> str:
     images = "1 image" if batch_size == 1 else f"{batch_size} images"
     training = _count(training_flops(spec, batch_size))
-    return Text(
+    return (
         f"\nShapes and costs are of {images}. FLOPs are those of the matrix products, 2 a multiply-add; a "
-        f"training step takes {training}. kept: float32 outputs that wait in memory for the backward pass.",
-        style="dim",
+        f"training step takes {training}. kept: float32 outputs that wait in memory for the backward pass."
     )

@@ -1,0 +1,118 @@
+"""Where a run is written, and what may differ when it is resumed."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+
+from vitft import checkpoint as ckpt
+from vitft.config import TrainConfig
+from vitft.data.splits import manifest
+from vitft.errors import DataError, UsageError, as_flag
+from vitft.files import write_json
+from vitft.hardware import environment
+from vitft.preparation import Prepared, Stores, absolute
+from vitft.recipe import read_recipe
+
+
+def folder_of(prepared: Prepared, output: Path | None) -> Path:
+    """The folder of a new run: `output`, or the next free number in runs/."""
+    return output if output is not None else ckpt.free_name(prepared.config, prepared.source.name)
+
+
+def new_run(accelerator: Any, prepared: Prepared, output: Path | None, overwrite: bool) -> Path:
+    """Make the run folder, on the main process, and write what the run is."""
+    chosen: list[Any] = [None]
+    if accelerator.is_main_process:
+        run = folder_of(prepared, output)
+        ckpt.create_run(run, overwrite=overwrite)
+        revisions = {"model_revision": prepared.loaded.revision, "dataset_revision": prepared.source.revision}
+        processes = {"processes": accelerator.num_processes}
+        write_json(run / "environment.json", environment() | revisions | processes)
+        ckpt.write_config(run, prepared.config)  # last: it makes the folder a run
+        chosen = [run]
+    return Path(broadcast_object_list(chosen)[0])
+
+
+def settings_of(run: Path) -> TrainConfig:
+    """The settings that a run was written with."""
+    return TrainConfig.parse(read_recipe(run / "config.yaml"), str(run / "config.yaml"))
+
+
+def changed(run: Path, changes: dict[str, Any]) -> TrainConfig:
+    """The run's settings with the changes that may be made to it.
+
+    A data set may have moved: `check_splits` proves later that it is the same one. Raises UsageError
+    naming any other change, DataError where the data set is gone.
+    """
+    before = settings_of(run)
+    after = absolute(TrainConfig.parse(before.model_dump() | changes, "flags"))
+    if after.dataset != before.dataset and "dataset_revision" not in changes:
+        after = after.model_copy(update={"dataset_revision": None})  # it was the other place's
+    for name in changes:
+        extra = TrainConfig.model_fields[name].json_schema_extra
+        assert isinstance(extra, dict)
+        was, now = getattr(before, name), getattr(after, name)
+        if was != now and not extra["steers"] and name != "dataset":
+            weights = ckpt.find_model(run) if ckpt.step_folders(run) else before.model
+            raise UsageError(
+                f"{run} began with {name} {was}, got {now}: it would no longer be the same run. "
+                f"Leave {as_flag(name)} out, or start anew from its weights: "
+                f"vitft train --dataset {after.dataset} --model {weights} {as_flag(name)} {now}"
+            )
+    place = Path(after.dataset or "").expanduser()
+    if place.is_absolute() and not place.exists():
+        raise DataError(
+            f"{after.dataset}, the data set of {run}, is not there; where it has moved, say where to: "
+            f"vitft train --resume {shlex.quote(str(run))} --dataset NEW"
+        )
+    return after
+
+
+def check_splits(run: Path, prepared: Prepared, stores: Stores, *, write: bool) -> None:
+    """Write `splits.json`, or prove by it that a resumed run goes on with the very same images.
+
+    Raises DataError that names the difference.
+    """
+    document = manifest(prepared.source, prepared.splits)
+    now = document["splits"]
+    for role, (store, _) in stores.items():
+        now[role]["pixels"] = store.digest
+    file = run / "splits.json"
+    if not file.exists():
+        if write:
+            write_json(file, document)
+        return
+    then = json.loads(file.read_text(encoding="utf-8"))["splits"]
+    for role in then | now:
+        difference = _difference(then.get(role), now.get(role))
+        if difference:
+            weights = ckpt.find_model(run) if ckpt.step_folders(run) else prepared.config.model
+            raise DataError(
+                f"the {role} split is not the one the run began with ({difference}): the data set has changed; "
+                f"start a new run from its weights: vitft train --dataset {prepared.config.dataset} --model {weights}"
+            )
+
+
+def _difference(then: dict[str, Any] | None, now: dict[str, Any] | None) -> str | None:
+    """What tells two splits apart, as `splits.json` has them; None if nothing does."""
+    if then is None or now is None:
+        return "there was none" if then is None else "there is none now"
+    if then["count"] != now["count"]:
+        return f"{now['count']:,} images now, {then['count']:,} then"
+    if then["ids"] != now["ids"]:
+        was, new = next((a, b) for a, b in zip(then["ids"], now["ids"], strict=True) if a != b)
+        return f"{new} now where {was} was" if isinstance(new, str) else f"row {new} now where row {was} was"
+    if then["hash"] != now["hash"]:
+        return "the same names, but in other classes"
+    return "the same names, but other pixels" if then.get("pixels") != now["pixels"] else None
+
+
+def keep_dataset(run: Path, config: TrainConfig) -> None:
+    """Write down where the run's data set is from now on, if it has moved."""
+    before = settings_of(run)
+    if before.dataset != config.dataset:
+        place = {name: getattr(config, name) for name in ("dataset", "dataset_revision")}
+        ckpt.write_config(run, before.model_copy(update=place))
