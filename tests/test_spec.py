@@ -58,6 +58,7 @@ def images_of(spec: ViTSpec, batch_size: int, device: str = "meta") -> Any:
     [
         PRESETS["vit-micro"],
         replace(PRESETS["vit-tiny"], classes=37),
+        PRESETS["vit-small-patch14-224"],
         PRESETS["vit-base-patch32-224"],
         PRESETS["vit-huge"],
         replace(TINY, channels=1, qkv_bias=False),
@@ -148,7 +149,7 @@ def test_each_stage_takes_what_the_one_before_gives() -> None:
         "block.2.attention.qkv": (2, 3, 3, 16, 8),
         "block.2.attention.scores": (2, 3, 16, 16),
         "block.2.attention.mix": (2, 16, 24),
-        "block.2.mlp.gelu": (2, 16, 40),
+        "block.2.mlp.activation": (2, 16, 40),
         "pool": (2, 24),
         "head": (2, 5),
     } == {stage.name: stage.output for stage in every}
@@ -221,9 +222,18 @@ def test_a_cut_is_torchs_convolution_or_refused_with_a_size_that_fits(
         ({"layers": True}, "layers must be a whole number of at least 1, got True; try 1."),
         *(
             ({name: 0}, f"{name} must be a whole number of at least 1, got 0; try 1.")
-            for name in asdict(TINY)
-            if name not in ("padding", "prefix_tokens", "pooling", "qkv_bias", "pre_logits")
+            for name, value in asdict(TINY).items()
+            if type(value) is int and name not in ("padding", "prefix_tokens")
         ),
+        *(
+            ({name: "none"}, f"{name} 'none' is unknown; try {choices}.")
+            for name, choices in {
+                "positions": "learned or sinusoidal",
+                "norm": "pre or post",
+                "activation": "gelu or gelu_tanh or relu",
+            }.items()
+        ),
+        ({"norm_eps": -1.0}, "norm_eps must be at least 0, got -1.0; try 1e-12."),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_a_remedy(changes: dict[str, Any], message: str) -> None:
@@ -267,6 +277,7 @@ def test_what_a_config_leaves_out_has_transformers_default() -> None:
         ({"model_type": "dinov2"}, "no stage table for this architecture: dinov2"),
         ({}, "no stage table for this architecture: None"),
         ({"model_type": ["vit"]}, "no stage table for this architecture: "),
+        ({"model_type": "vit", "hidden_act": "silu"}, "no stage table for the activation silu; gelu"),
         ({"model_type": "vit", "image_size": 230}, "unusable vit config: image_size 230 is not a multiple"),
         (
             {"model_type": "vit", "hidden_size": "768"},

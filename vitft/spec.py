@@ -8,7 +8,7 @@ DeiT's distillation token (Touvron et al. 2020, section 4) is a second prefix to
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from vitft.errors import ModelError, UsageError, nearest
 
@@ -22,6 +22,8 @@ class ViTSpec:
     A stride below the patch's side makes patches overlap. `prefix_tokens` stand before the patch
     tokens: 1 class token, 2 for DeiT, 0 only with mean pooling. `pooling` "cls" reads the first token,
     "mean" averages the patch tokens. `pre_logits` is the width of a tanh layer before the head.
+    `norm` "pre" normalises what a block's parts read, "post" the sums they are added to (Vaswani et al.
+    2017). "gelu" is the exact one, by erf; "gelu_tanh" its approximation (Hendrycks & Gimpel 2016).
 
     Raises UsageError, with the numbers and a remedy, where the sizes do not fit together.
     """
@@ -43,13 +45,23 @@ class ViTSpec:
     pre_logits: int | None = None
     prefix_tokens: int = 1
     qkv_bias: bool = True
+    positions: Literal["learned", "sinusoidal"] = "learned"
+    norm: Literal["pre", "post"] = "pre"
+    final_norm: bool = True
+    norm_eps: float = 1e-12
+    activation: Literal["gelu", "gelu_tanh", "relu"] = "gelu"
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if field.name not in ("pooling", "qkv_bias"):
-                _check_count(field.name, getattr(self, field.name))
-        if self.pooling not in ("cls", "mean"):
-            raise UsageError(f"pooling {self.pooling!r} is unknown; try cls or mean.")
+            value = getattr(self, field.name)
+            if get_origin(field.type) is Literal:
+                choices = get_args(field.type)
+                if value not in choices:
+                    raise UsageError(f"{field.name} {value!r} is unknown; try {' or '.join(choices)}.")
+            elif field.type is int or (field.name == "pre_logits" and value is not None):
+                _check_count(field.name, value)
+        if not self.norm_eps >= 0:
+            raise UsageError(f"norm_eps must be at least 0, got {self.norm_eps}; try 1e-12.")
         if self.pooling == "cls" and self.prefix_tokens == 0:
             raise UsageError("pooling cls needs a class token, got prefix_tokens 0; try 1, or pooling mean.")
         for axis in ("height", "width"):
@@ -121,8 +133,6 @@ class ViTSpec:
 
 def _check_count(name: str, value: Any) -> None:
     """Raise UsageError unless value is a count that the field of this name can have."""
-    if name == "pre_logits" and value is None:
-        return
     least = 0 if name in ("padding", "prefix_tokens") else 1
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}; try {least}.")
@@ -186,10 +196,11 @@ def stages(spec: ViTSpec, batch_size: int = 1) -> list[Stage]:
     add("embed.patches", (b, spec.patches, d))  # a view: the grid laid out as a sequence
     if spec.prefix_tokens:
         add("embed.class_token", tokens, parameters=spec.prefix_tokens * d)
-    add("embed.positions", tokens, parameters=n * d, kept=True)
+    add("embed.positions", tokens, parameters=n * d if spec.positions == "learned" else 0, kept=True)
     for block in range(1, spec.layers + 1):
         attention, mlp = f"block.{block}.attention", f"block.{block}.mlp"
-        add(f"{attention}.norm", tokens, parameters=2 * d, kept=True)
+        if spec.norm == "pre":
+            add(f"{attention}.norm", tokens, parameters=2 * d, kept=True)
         add(
             f"{attention}.qkv",
             (b, 3, a, n, k),
@@ -202,13 +213,17 @@ def stages(spec: ViTSpec, batch_size: int = 1) -> list[Stage]:
         add(f"{attention}.mix", tokens, flops=2 * b * a * n * n * k, kept=True)
         add_linear(f"{attention}.output", b * n, d, tokens)
         add(f"{attention}.residual", tokens, kept=True)
-        add(f"{mlp}.norm", tokens, parameters=2 * d, kept=True)
+        between = attention if spec.norm == "post" else mlp
+        add(f"{between}.norm", tokens, parameters=2 * d, kept=True)
         add_linear(f"{mlp}.in", b * n, d, (b, n, m), kept=True)
-        add(f"{mlp}.gelu", (b, n, m), kept=True)
+        add(f"{mlp}.activation", (b, n, m), kept=True)
         add_linear(f"{mlp}.out", b * n, m, tokens)
         add(f"{mlp}.residual", tokens, kept=True)
+        if spec.norm == "post":
+            add(f"{mlp}.norm", tokens, parameters=2 * d, kept=True)
     # The class token is a view that keeps the whole normed sequence alive; a mean is a tensor of its own.
-    add("norm", tokens, parameters=2 * d, kept=spec.pooling == "cls")
+    if spec.final_norm:
+        add("norm", tokens, parameters=2 * d, kept=spec.pooling == "cls")
     add("pool", (b, d), kept=spec.pooling == "mean")
     if spec.pre_logits is not None:
         add_linear("pre_logits", b, d, (b, spec.pre_logits), kept=True)
@@ -268,6 +283,9 @@ def preset(name: str) -> ViTSpec:
 
 
 _PREFIX_TOKENS = {"vit": 1, "deit": 2}
+_ACTIVATIONS: dict[Any, Literal["gelu", "gelu_tanh", "relu"]] = {
+    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
+}  # fmt: skip
 
 
 def spec_from_config(config: Mapping[str, Any]) -> ViTSpec:
@@ -281,6 +299,8 @@ def spec_from_config(config: Mapping[str, Any]) -> ViTSpec:
     kind = config.get("model_type")
     if kind not in tuple(_PREFIX_TOKENS):  # a tuple, for what a config holds need not be hashable
         raise ModelError(f"no stage table for this architecture: {kind}; plain ViTs (vit, deit) have one.")
+    if (activation := config.get("hidden_act", "gelu")) not in tuple(_ACTIVATIONS):
+        raise ModelError(f"no stage table for the activation {activation}; {', '.join(_ACTIVATIONS)} have one.")
     labels = config.get("id2label")
     image_height, image_width = _pair(config.get("image_size", 224))
     patch_height, patch_width = _pair(config.get("patch_size", 16))
@@ -300,6 +320,8 @@ def spec_from_config(config: Mapping[str, Any]) -> ViTSpec:
             classes=len(labels) if labels else config.get("num_labels", 2),
             prefix_tokens=_PREFIX_TOKENS[kind],
             qkv_bias=bool(config.get("qkv_bias", True)),
+            norm_eps=config.get("layer_norm_eps", 1e-12),
+            activation=_ACTIVATIONS[activation],
         )
     except UsageError as error:
         raise ModelError(f"unusable {kind} config: {error}") from None

@@ -1,0 +1,63 @@
+"""What the tests of the textbook share: numerical gradients, torch's gradients, and random small specs."""
+
+from collections.abc import Callable
+
+import numpy as np
+from hypothesis import strategies as st
+
+from vitft.scratch.tensors import Array
+from vitft.scratch.vit import ViT, mapped, new_weights
+from vitft.spec import ViTSpec
+
+
+def numerical(loss: Callable[[], float], array: Array, step: float = 1e-5) -> Array:
+    """d loss / d array by central differences: the error of each is of the order step²."""
+    gradient = np.zeros_like(array)
+    for index in np.ndindex(*array.shape):
+        before = array[index]
+        array[index] = before + step
+        above = loss()
+        array[index] = before - step
+        below = loss()
+        array[index] = before
+        gradient[index] = (above - below) / (2 * step)
+    return gradient
+
+
+def relative(got: Array, wanted: Array, floor: float = 0.0) -> float:
+    """Distance of two arrays, relative to the larger one (or to the floor)."""
+    return float(np.linalg.norm(got - wanted) / max(np.linalg.norm(got), np.linalg.norm(wanted), floor, 1e-300))
+
+
+def random_weights(spec: ViTSpec, seed: int = 0, std: float = 0.3) -> ViT:
+    """Weights of which none is 0 or 1, in float64: at such values a missing term would not be seen."""
+    rng = np.random.default_rng(seed)
+    return mapped(new_weights(spec, rng, np.float64), lambda array: array + std * rng.standard_normal(array.shape))
+
+
+@st.composite
+def specs(draw: st.DrawFn, smooth: bool = False, channels: int | None = None) -> ViTSpec:
+    """Small ViTs of every kind: overlapping and padded patches, non-square images, both poolings and norms.
+
+    smooth: without relu, whose corner numerical gradients may cross.
+    """
+    sides = {}
+    padding = draw(st.integers(0, 1))
+    for axis in ("height", "width"):
+        patch = draw(st.integers(padding + 1, 3))
+        stride = draw(st.integers(1, patch))
+        steps = draw(st.integers(max(0, -(-(1 + 2 * padding - patch) // stride)), 3))
+        sides |= {f"patch_{axis}": patch, f"stride_{axis}": stride}
+        sides[f"image_{axis}"] = patch + steps * stride - 2 * padding
+    heads = draw(st.integers(1, 3))
+    pooling = draw(st.sampled_from(["cls", "mean"]))
+    return ViTSpec(
+        **sides, padding=padding, channels=channels or draw(st.integers(1, 3)), heads=heads,
+        width=heads * draw(st.integers(1, 3)), layers=draw(st.integers(1, 2)), mlp=draw(st.integers(1, 5)),
+        classes=draw(st.integers(2, 4)), pooling=pooling,
+        prefix_tokens=draw(st.integers(1 if pooling == "cls" else 0, 2)),
+        pre_logits=draw(st.none() | st.integers(1, 4)), qkv_bias=draw(st.booleans()),
+        positions=draw(st.sampled_from(["learned", "sinusoidal"])), norm=draw(st.sampled_from(["pre", "post"])),
+        final_norm=draw(st.booleans()), norm_eps=1e-3,
+        activation=draw(st.sampled_from(["gelu", "gelu_tanh"] + ([] if smooth else ["relu"]))),
+    )  # fmt: skip

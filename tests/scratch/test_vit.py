@@ -1,0 +1,157 @@
+"""The whole model: against torch's autograd, central differences, and the arithmetic of the spec."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.scratch.gradients import numerical, random_weights, relative, specs
+from vitft.scratch.heads import cross_entropy, cross_entropy_backward
+from vitft.scratch.tensors import Array
+from vitft.scratch.torch_vit import TorchViT
+from vitft.scratch.vit import ViT, dropout_masks, mapped, named, new_weights, vit, vit_backward
+from vitft.spec import PRESETS, ViTSpec, stages, total
+
+SMALL = ViTSpec.square(6, 3, 8, 2, 2, 12, 4, channels=1)
+
+
+def batch(
+    spec: ViTSpec, images: int = 2, dropout: float = 0.0, seed: int = 5
+) -> tuple[Array, Array, list[Array] | None]:
+    rng = np.random.default_rng(seed)
+    pixels = rng.standard_normal((images, spec.channels, spec.image_height, spec.image_width))
+    return pixels, rng.integers(0, spec.classes, images), dropout_masks(spec, images, dropout, rng, np.float64)
+
+
+def gradients(spec: ViTSpec, w: ViT, images: Array, labels: Array, masks: list[Array] | None) -> tuple[Array, ViT]:
+    logits, saved = vit(images, w, spec, masks)
+    _, saved_loss = cross_entropy(logits, labels, 0.1)
+    return vit_backward(cross_entropy_backward(saved_loss), saved, w, spec)
+
+
+@settings(max_examples=25, deadline=None)
+@given(specs(smooth=True), st.sampled_from([0.0, 0.3]))
+def test_the_backward_is_the_numerical_gradient(spec: ViTSpec, dropout: float) -> None:
+    w = random_weights(spec)
+    images, labels, masks = batch(spec, 2, dropout)
+
+    def value() -> float:
+        return cross_entropy(vit(images, w, spec, masks)[0], labels, 0.1)[0]
+
+    d_images, d_w = gradients(spec, w, images, labels, masks)
+    scale = np.sqrt(sum(np.sum(d**2) for _, d in named(d_w)))
+    assert relative(d_images, numerical(value, images), floor=1e-3 * scale) <= 1e-6
+    for (name, array), (same, gradient) in zip(named(w), named(d_w), strict=True):
+        assert name == same
+        # Of some arrays the gradient is nothing but rounding: softmax ignores a bias of the keys.
+        assert relative(gradient, numerical(value, array), floor=1e-3 * scale) <= 1e-6, name
+
+
+@settings(max_examples=60, deadline=None)
+@given(specs(), st.sampled_from([0.0, 0.3]))
+def test_forward_and_backward_are_torchs(spec: ViTSpec, dropout: float) -> None:
+    w = random_weights(spec)
+    images, labels, masks = batch(spec, 3, dropout)
+    d_images, d_w = gradients(spec, w, images, labels, masks)
+
+    model = TorchViT(spec).load(w)
+    pixels = torch.from_numpy(images).requires_grad_()
+    logits = model(pixels, [torch.from_numpy(mask) for mask in masks] if masks else None)
+    assert relative(vit(images, w, spec, masks)[0], logits.detach().numpy()) <= 1e-12
+    F.cross_entropy(logits, torch.from_numpy(labels), label_smoothing=0.1).backward()
+    scale = np.sqrt(sum(np.sum(d**2) for _, d in named(d_w)))
+    assert relative(d_images, pixels.grad.numpy(), floor=1e-3 * scale) <= 1e-10
+    for (name, ours), (_, theirs) in zip(named(d_w), named(model.weights(gradients=True)), strict=True):
+        assert relative(ours, theirs, floor=1e-3 * scale) <= 1e-10, name
+
+
+@settings(max_examples=40, deadline=None)
+@given(specs(), st.integers(1, 3))
+def test_every_stage_has_the_shape_that_the_spec_says(spec: ViTSpec, images: int) -> None:
+    wanted = {stage.name: stage.output for stage in stages(spec, images)}
+    w, pixels = random_weights(spec), batch(spec, images)[0]
+    seen: dict[str, tuple[int, ...]] = {}
+    vit(pixels, w, spec, watch=lambda name, array: seen.update({name: array.shape}))
+    assert seen == wanted
+    assert list(seen) == list(wanted)
+    by_torch: dict[str, tuple[int, ...]] = {}
+    TorchViT(spec).load(w).watched_by(lambda name, array: by_torch.update({name: array.shape}))(
+        torch.from_numpy(pixels)
+    )
+    assert by_torch == wanted
+    assert list(by_torch) == list(wanted)
+
+
+@settings(max_examples=40, deadline=None)
+@given(specs())
+def test_the_spec_counts_the_parameters(spec: ViTSpec) -> None:
+    count = sum(array.size for _, array in named(new_weights(spec, np.random.default_rng(0))))
+    assert count == total(spec).parameters
+    assert count == sum(parameter.numel() for parameter in TorchViT(spec).parameters())
+
+
+def test_stages_agree_number_by_number_with_torchs() -> None:
+    for norm in ("pre", "post"):
+        spec = replace(SMALL, norm=norm, pre_logits=5)
+        w, pixels = random_weights(spec), batch(spec)[0]
+        ours: dict[str, Array] = {}
+        theirs: dict[str, Array] = {}
+        vit(pixels, w, spec, watch=lambda name, array: ours.update({name: array.copy()}))  # noqa: B023
+        TorchViT(spec).load(w).watched_by(lambda name, array: theirs.update({name: array.copy()}))(  # noqa: B023
+            torch.from_numpy(pixels)
+        )
+        for name, array in ours.items():
+            assert relative(array, theirs[name]) <= 1e-12, name
+
+
+def test_a_bundle_is_named_mapped_and_of_one_type() -> None:
+    w = new_weights(SMALL, np.random.default_rng(0))
+    names = [name for name, _ in named(w)]
+    assert len(set(names)) == len(names)
+    assert "blocks.1.attention.qkv.weight" in names
+    doubled = mapped(w, lambda array: 2 * array)
+    assert type(doubled) is ViT
+    assert all(np.array_equal(two, 2 * one) for (_, two), (_, one) in zip(named(doubled), named(w), strict=True))
+
+
+def test_new_weights_are_a_function_of_the_seed_and_begin_undecided() -> None:
+    first, again = (new_weights(SMALL, np.random.default_rng(3)) for _ in range(2))
+    assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(named(first), named(again), strict=True))
+    logits, _ = vit(batch(SMALL)[0].astype(np.float32), first, SMALL)
+    assert not logits.any()
+    assert {array.dtype for _, array in named(first)} == {np.dtype(np.float32)}
+
+
+def test_the_order_of_the_patches_matters_only_with_positions() -> None:
+    spec = replace(SMALL, pooling="mean", prefix_tokens=0)
+    w, (pixels, *_) = random_weights(spec), batch(spec)
+    halves = np.concatenate([pixels[..., 3:], pixels[..., :3]], axis=-1)
+    assert relative(vit(pixels, w, spec)[0], vit(halves, w, spec)[0]) > 1e-3
+    assert w.embedding.positions is not None
+    w.embedding.positions[:] = 0
+    assert relative(vit(pixels, w, spec)[0], vit(halves, w, spec)[0]) <= 1e-13
+
+
+@pytest.mark.parametrize(("layer", "head"), [(0, 1), (3, 1), (1, 0), (1, 3)])
+def test_attention_output_names_what_there_is_not(layer: int, head: int) -> None:
+    with pytest.raises(IndexError, match="is not in 1 to 2"):
+        TorchViT(SMALL).double().attention_output(torch.from_numpy(batch(SMALL)[0]), layer, head)
+
+
+def test_attention_output_is_what_the_head_found() -> None:
+    w, (pixels, *_) = random_weights(SMALL), batch(SMALL)
+    seen: dict[str, Array] = {}
+    vit(pixels, w, SMALL, watch=lambda name, array: seen.update({name: array.copy()}))
+    found = TorchViT(SMALL).load(w).attention_output(torch.from_numpy(pixels), layer=2, head=1)
+    assert found.shape == (2, 5, 4)
+    assert relative(found.detach().numpy(), seen["block.2.attention.mix"][..., :4]) <= 1e-12
+
+
+@pytest.mark.parametrize("name", ["vit-micro", "vit-tiny", "vit-small-patch14-224"])
+def test_presets_have_the_parameters_that_are_counted(name: str) -> None:
+    spec = PRESETS[name]
+    assert sum(parameter.numel() for parameter in TorchViT(spec).parameters()) == total(spec).parameters
