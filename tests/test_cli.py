@@ -374,7 +374,7 @@ def test_a_dry_run_lists_the_settings_that_are_not_the_defaults() -> None:
         ("dataset", "digits"), ("max_train_samples", "40"), ("max_eval_samples", "20"), ("model", "vit-micro"),
         ("from_scratch", "True"), ("max_steps", "2"), ("batch_size", "8"), ("device", "cpu")]  # fmt: skip
     named = dict(re.findall(r"(\w+): (\S+)", chosen))
-    assert set(named) == {"image_size", "head_lr_factor", "precision"}
+    assert set(named) == {"image_size", "precision"}
     assert named["image_size"] == "28"
     assert "others" in chosen
     assert "vitft train --help" in flat(chosen)

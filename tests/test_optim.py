@@ -134,14 +134,6 @@ def test_every_trainable_parameter_is_in_exactly_one_group(vit: ViTForImageClass
     assert set(grouped) == {id(p) for p in vit.parameters() if p.requires_grad}
 
 
-def test_a_new_head_learns_at_its_own_rate(vit: ViTForImageClassification) -> None:
-    groups = parameter_groups(vit.named_parameters(), 0.05, ("classifier",), 10)
-
-    factors = {name: group["lr_factor"] for group in groups for name in names(vit, group)}
-    assert {name for name, factor in factors.items() if factor == 10} == {"classifier.weight", "classifier.bias"}
-    assert {factor for name, factor in factors.items() if name.startswith("vit.")} == {1.0}
-
-
 def test_a_head_alone_has_its_two_parameters(vit: ViTForImageClassification) -> None:
     vit.vit.requires_grad_(False)
     groups = parameter_groups(vit.named_parameters(), 0.05)

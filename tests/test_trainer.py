@@ -384,15 +384,3 @@ def test_the_bundled_digits_are_not_a_folder_of_that_name(tmp_path: Path, monkey
     (tmp_path / "digits").mkdir()
     run = train(config(max_steps=1), output=tmp_path / "run").run
     assert yaml.safe_load((run / "config.yaml").read_text())["dataset"] == "digits"
-
-
-def test_the_heads_own_rate_is_for_a_new_head_on_a_pretrained_backbone(tmp_path: Path) -> None:
-    def factor(run: Path) -> float:
-        return float(yaml.safe_load((run / "config.yaml").read_text())["head_lr_factor"])
-
-    plain = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp")) | {"from_scratch": False, "max_steps": 1}
-    scratch = train(config(max_steps=1), output=tmp_path / "scratch").run
-    new_head = train(config(**plain), output=tmp_path / "new").run  # vit-micro knows clothes
-    old_head = train(config(**plain, model=str(scratch / "last")), output=tmp_path / "old").run
-    probe = train(config(**plain, freeze="backbone"), output=tmp_path / "probe").run
-    assert [factor(run) for run in (scratch, new_head, old_head, probe)] == [1, 10, 1, 1]

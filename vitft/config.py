@@ -59,7 +59,6 @@ class TrainConfig(BaseModel):
     batch_size: int = _setting(32, "Optimization", "Images of one optimizer step, over all processes and accumulation.", ge=1, le=1_048_576)
     micro_batch_size: int | None = _setting(None, "Optimization", "Images of one forward pass on one process; all of its share by default.", ge=1)
     lr: float = _setting(5e-5, "Optimization", "Peak learning rate.", gt=0, le=100)
-    head_lr_factor: float = _setting(10.0, "Optimization", "A new head on a pretrained backbone learns at so many times the rate.", gt=0, le=1000)
     schedule: Literal["constant", "linear", "cosine", "step"] = _setting("linear", "Optimization", "How the rate falls after warm-up; linear and cosine end at 0.")
     warmup: float = _setting(0.0, "Optimization", "Share of all optimizer steps spent in linear warm-up.", ge=0, lt=1)
     decay_epochs: float = _setting(1.0, "Optimization", "With --schedule step: epochs between two decays.", gt=0)

@@ -44,34 +44,23 @@ def lr_at(step: int, config: TrainConfig, *, total_steps: int, steps_per_epoch: 
             return config.lr * config.decay_factor ** (step // every)
 
 
-def parameter_groups(
-    named: Iterable[tuple[str, "Tensor"]], weight_decay: float, head: tuple[str, ...] = (), head_lr_factor: float = 1.0
-) -> list[dict[str, Any]]:
-    """Trainable parameters by what their update is: weight_decay, and lr_factor on the rate.
-
-    Matrices decay; biases, norms, tokens and positions do not. Names that begin as one of `head` have
-    head_lr_factor.
-    """
-    groups: dict[tuple[float, float], list[Tensor]] = {}
+def parameter_groups(named: Iterable[tuple[str, "Tensor"]], weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters by their weight decay: matrices have it; biases, norms, tokens and positions do not."""
+    decayed: list[Tensor] = []
+    spared: list[Tensor] = []
     for name, parameter in named:
         if parameter.requires_grad:
-            spared = parameter.ndim <= 1 or name.endswith(_NO_DECAY)
-            key = 0.0 if spared else weight_decay, head_lr_factor if name.startswith(head) else 1.0
-            groups.setdefault(key, []).append(parameter)
-    return [
-        {"params": parameters, "weight_decay": decay, "lr_factor": factor}
-        for (decay, factor), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
-    ]
+            (spared if parameter.ndim <= 1 or name.endswith(_NO_DECAY) else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
-def make_optimizer(
-    named: Iterable[tuple[str, "Tensor"]], config: TrainConfig, head: tuple[str, ...] = ()
-) -> "Optimizer":
+def make_optimizer(named: Iterable[tuple[str, "Tensor"]], config: TrainConfig) -> "Optimizer":
     """AdamW (Loshchilov & Hutter 2019), Adam (Kingma & Ba 2015) or SGD with momentum, fused."""
     import torch
 
     decay = 0.0 if config.optimizer == "adam" else config.weight_decay
-    groups = parameter_groups(named, decay, head, config.head_lr_factor)
+    groups = parameter_groups(named, decay)
     match config.optimizer:
         case "adamw":
             return torch.optim.AdamW(groups, lr=config.lr, fused=True)

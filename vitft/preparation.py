@@ -84,8 +84,6 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None) -> Prepared:
     pinned: dict[str, Any] = {"model_revision": loaded.revision or config.model_revision,
               "dataset_revision": source.revision or config.dataset_revision,
               "image_size": loaded.preprocess.height}  # fmt: skip
-    if checkpoint is None and (config.from_scratch or config.freeze == "backbone" or not loaded.new_head):
-        pinned["head_lr_factor"] = 1.0  # the head is no newer than the rest, or all that learns
     return Prepared(absolute(config.model_copy(update=pinned)), source, splits, loaded)
 
 

@@ -31,7 +31,7 @@ from vitft.evaluation import measure
 from vitft.hardware import memory_guard, resolved
 from vitft.history import Track, Window, forget_after, record, tracker
 from vitft.metrics import Metrics
-from vitft.models import head_of, load_trained, set_training
+from vitft.models import load_trained, set_training
 from vitft.optim import lr_at, make_optimizer, total_steps
 from vitft.plan import warn_if_long
 from vitft.preparation import Prepared, Stores, prepare
@@ -114,7 +114,7 @@ class _Run:
         self.total_steps = total_steps(self.config, self.steps_per_epoch)
         model = prepared.loaded.model.to(accelerator.device)
         self.bare = model
-        optimizer = make_optimizer(model.named_parameters(), self.config, head_of(model))
+        optimizer = make_optimizer(model.named_parameters(), self.config)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         card = ckpt.read_card(resumed_from) if resumed_from else None
         self.scores: dict[str, dict[str, Any]] = card.scores if card else {}
@@ -200,7 +200,7 @@ class _Run:
         config, accelerator = self.config, self.accelerator
         set_training(self.bare, frozen_backbone=config.freeze == "backbone")
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_factor"]
+            group["lr"] = lr
         whole = len(self.loader.samples(step))
         world = accelerator.num_processes
         # Every process takes as many micro-steps, even where its share of a tail is empty.

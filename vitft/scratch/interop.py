@@ -6,6 +6,7 @@ Transformers 5 stores `encoder.layer.0.attention.attention.query.weight` and cal
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,17 +80,21 @@ def from_transformers(arrays: Mapping[str, Array], spec: ViTSpec, dtype: Any = n
         ours: plain[theirs] for ours, theirs in _HEADS if theirs in plain and (spec.pre_logits or "head.logits" in ours)
     }
     for layer in range(spec.layers):
-        stored, memory, ours = f"encoder.layer.{layer}.", f"layers.{layer}.", f"blocks.{layer}."
-        for name, *theirs in _IN_BLOCK:
-            found |= {
-                ours + name: plain[p + t] for p, t in zip((stored, memory), theirs, strict=True) if p + t in plain
-            }
+        theirs = partial(_either, plain, f"encoder.layer.{layer}.", f"layers.{layer}.")
+        for name, stored, memory in _IN_BLOCK:
+            if (array := theirs(stored, memory)) is not None:
+                found[f"blocks.{layer}.{name}"] = array
         for kind in ("weight", "bias"):
-            parts = [plain.get(f"{stored}{old}.{kind}", plain.get(f"{memory}{new}.{kind}")) for old, new in _QKV]
+            parts = [theirs(f"{stored}.{kind}", f"{memory}.{kind}") for stored, memory in _QKV]
             there = [part for part in parts if part is not None]
             if len(there) == 3:
-                found[f"{ours}attention.qkv.{kind}"] = np.concatenate(there)
+                found[f"blocks.{layer}.attention.qkv.{kind}"] = np.concatenate(there)
     return filled({name: np.asarray(array, dtype) for name, array in found.items()}, spec)
+
+
+def _either(plain: Mapping[str, Array], before: str, before_in_memory: str, stored: str, memory: str) -> Array | None:
+    """What stands under the stored name or the one in memory."""
+    return plain.get(before + stored, plain.get(before_in_memory + memory))
 
 
 def to_transformers(w: ViT, spec: ViTSpec, *, in_memory: bool = False, prefix: str = "vit.") -> dict[str, Array]:
@@ -97,13 +102,11 @@ def to_transformers(w: ViT, spec: ViTSpec, *, in_memory: bool = False, prefix: s
 
     Raises ValueError for what Transformers' ViT cannot be: overlapping or padded patches, other norms.
     """
-    foreign = [
-        f"{name} {got}" for name, got, theirs in (
-            ("stride_height", spec.stride_height, spec.patch_height), ("stride_width", spec.stride_width, spec.patch_width),
-            ("padding", spec.padding, 0), ("pooling", spec.pooling, "cls"), ("pre_logits", spec.pre_logits, None),
-            ("positions", spec.positions, "learned"), ("norm", spec.norm, "pre"), ("final_norm", spec.final_norm, True),
-        ) if got != theirs
-    ]  # fmt: skip
+    wanted = {
+        "stride_height": spec.patch_height, "stride_width": spec.patch_width, "padding": 0, "pooling": "cls",
+        "pre_logits": None, "positions": "learned", "norm": "pre", "final_norm": True,
+    }  # fmt: skip
+    foreign = [f"{name} {getattr(spec, name)}" for name, value in wanted.items() if getattr(spec, name) != value]
     if foreign:
         raise ValueError(f"Transformers' ViT has no {foreign[0]}")
     ours = dict(named(w))
