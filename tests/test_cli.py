@@ -21,7 +21,7 @@ from vitft.recipe import load_config, recipes
 TINY = ["--dataset", "digits", "--model", "vit-micro", "--from-scratch", "--max-train-samples", "40",
         "--max-eval-samples", "20", "--batch-size", "8", "--max-steps", "2", "--device", "cpu"]  # fmt: skip
 COMMANDS = ["", "train", "eval", "predict", "explain", "recipes ls", "recipes show", "recipes copy",
-            "recipes", "data", "data info"]  # fmt: skip
+            "recipes", "data", "data info", "scratch", "scratch train"]  # fmt: skip
 
 
 def vitft(*words: str, columns: int = 80) -> Any:
@@ -145,6 +145,7 @@ def test_train_alone_says_what_is_missing() -> None:
         ("trian", "'train'"),
         ("recipes shwo", "'show'"),
         ("data inf", "'info'"),
+        ("scratch train --learning-rate 1", "--lr"),
     ],
 )
 def test_a_typo_names_the_nearest(typed: str, meant: str) -> None:
@@ -505,7 +506,8 @@ def test_explain_is_one_json_document() -> None:
         ("vitft train --augment ", {"none", "flip", "crop"}),
         ("vitft train --augment f", {"flip"}),
         ("vitft train --max-tr", {"--max-train-samples"}),
-        ("vitft train --recipe ", {recipe.name for recipe in recipes()}),
+        ("vitft train --recipe ", {recipe.name for recipe in recipes() if not recipe.textbook}),
+        ("vitft scratch train ", {"scalar", "mnist-patch7", "mnist-patch4", "cifar10-patch4"}),
         ("vitft recipes show ", {recipe.name for recipe in recipes()}),
         ("vitft predict x.png --format ", {"table", "csv", "jsonl"}),
         ("vitft ex", {"explain"}),

@@ -19,12 +19,14 @@ ROOMS = [
     ["__main__"],
     ["cli"],
     ["commands"],
-    ["trainer"],
+    ["trainer", "textbook.training", "textbook.report"],
     ["plan"],
     ["runs"],
     ["preparation"],
     ["evaluation", "prediction", "figures"],
-    ["explain.table"],
+    ["explain.attention", "explain.stage"],
+    ["explain.trace"],
+    ["explain.table", "textbook.config"],
     ["checkpoint", "history", "metrics", "models", "optim", "recipe", "signals"],
     ["positions"],
     ["data.info", "data.preview", "data.loader"],
@@ -41,7 +43,7 @@ ROOMS = [
     ["__init__"],  # the version; its public API is lazy, and may name any room
 ]
 HEAVY = {"torch", "transformers", "datasets", "numpy", "accelerate", "evaluate", "sklearn", "matplotlib"}
-LIGHT = ["cli", "config", "options", "errors", "spec", "recipe", "console"]
+LIGHT = ["cli", "config", "options", "errors", "spec", "recipe", "console", "textbook.config"]
 SCRATCH = {"numpy", "scipy", "safetensors", "vitft"}
 
 

@@ -7,6 +7,7 @@ import pytest
 from vitft.config import TrainConfig
 from vitft.errors import UsageError
 from vitft.recipe import copy_recipe, find_recipe, load_config, read_recipe, recipes
+from vitft.textbook import config as textbook
 
 
 @pytest.fixture
@@ -102,9 +103,10 @@ def test_what_is_no_recipe_gets_one_line(mine: Path, content: str | bytes, says:
 
 
 def test_every_bundled_recipe_loads_and_says_what_it_does() -> None:
-    assert recipes()
+    assert {recipe.textbook for recipe in recipes()} == {True, False}
     for recipe in recipes():
-        assert load_config(recipe.name, {}).dataset, recipe.name
+        config = textbook.load_config(recipe.name, {})[1] if recipe.textbook else load_config(recipe.name, {})
+        assert config.dataset, recipe.name
         assert len(recipe.summary) > 20, recipe.name
         assert recipe.path.read_text().startswith("# "), recipe.name
 
@@ -120,6 +122,16 @@ def test_a_recipe_is_found_by_file_and_by_name(mine: Path) -> None:
         find_recipe(known.name[:-1])
     with pytest.raises(UsageError, match="`vitft recipes ls` lists them"):
         find_recipe("quite-another")
+
+
+def test_a_textbook_recipe_is_found_without_its_folder_and_each_kind_by_its_own_command() -> None:
+    short = "mnist-patch7"
+    assert find_recipe(short) == find_recipe(f"scratch/{short}") == find_recipe(short, textbook=True)
+    for name in (short, f"scratch/{short}"):
+        with pytest.raises(UsageError, match=f"{name} is the textbook's; run it with: vitft scratch train {short}"):
+            load_config(name, {})
+    with pytest.raises(UsageError, match="digits fine-tunes; run it with: vitft train --recipe digits"):
+        find_recipe("digits", textbook=True)
 
 
 def test_a_copy_goes_to_a_file_or_into_a_folder_and_never_over_anything(tmp_path: Path) -> None:

@@ -76,9 +76,13 @@ def _switches_shown_bare(options: list[Any]) -> list[Any]:
 app = typer.Typer(cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   context_settings={"help_option_names": ["-h", "--help"]})  # fmt: skip
 recipes_app = typer.Typer(cls=_Group, no_args_is_help=True, help="List, show and copy recipes: one experiment a file.")
+scratch_app = typer.Typer(
+    cls=_Group, no_args_is_help=True, help="Train the textbook's networks: ViTs from first principles."
+)
 data_app = typer.Typer(cls=_Group, no_args_is_help=True, help="Look at a data set.")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
+app.add_typer(scratch_app, name="scratch")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 MaxPixels = Annotated[
@@ -95,10 +99,29 @@ def _recipe_names(incomplete: str) -> list[str]:
     return [recipe.name for recipe in recipes() if recipe.name.startswith(incomplete)]
 
 
+def _fine_tuning_names(incomplete: str) -> list[str]:
+    from vitft.recipe import recipes
+
+    return [one.name for one in recipes() if not one.textbook and one.name.startswith(incomplete)]
+
+
+def _textbook_names(incomplete: str) -> list[str]:
+    from vitft.recipe import SCALAR, TEXTBOOK, recipes
+
+    names = [SCALAR, *(recipe.name.removeprefix(TEXTBOOK) for recipe in recipes() if recipe.textbook)]
+    return [name for name in names if name.startswith(incomplete)]
+
+
 def _train_settings() -> Any:
     from vitft.config import TrainConfig
 
     return TrainConfig
+
+
+def _textbook_settings() -> Any:
+    from vitft.textbook.config import TextbookConfig
+
+    return TextbookConfig
 
 
 RecipeName = Annotated[str, typer.Argument(metavar="NAME", help="A recipe's name.", autocompletion=_recipe_names)]
@@ -126,7 +149,7 @@ def root(
 @app.command()
 @options_from(_train_settings)
 def train(
-    recipe: Annotated[str | None, typer.Option(help="A recipe's name or file; flags override it.", rich_help_panel="Run", autocompletion=_recipe_names)] = None,
+    recipe: Annotated[str | None, typer.Option(help="A recipe's name or file; flags override it.", rich_help_panel="Run", autocompletion=_fine_tuning_names)] = None,
     output: Annotated[Path | None, typer.Option(help="Run folder; by default the next free number in runs/.", rich_help_panel="Run")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run folder if it exists.", rich_help_panel="Run")] = False,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder, as it was set.", rich_help_panel="Run")] = None,
@@ -198,9 +221,18 @@ def explain(
     pre_logits: Annotated[int | None, typer.Option(help="Width of a tanh layer before the head.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, metavar="<int>", help="Images at a time.")] = 1,
     all_blocks: Annotated[bool, typer.Option("--all-blocks", help="List every encoder block.")] = False,
+    image: Annotated[Path | None, typer.Option(help="Follow an image through a checkpoint: the numbers of every stage.", rich_help_panel="With an image")] = None,
+    checkpoint: Annotated[str, typer.Option(help="Run, model folder or hub id; the bundled ViT by default.", rich_help_panel="With an image")] = "vit-micro",
+    stage: Annotated[str | None, typer.Option(help="Open a stage (attention, block.2.mlp, head): formula, code, a number worked out.", rich_help_panel="With an image")] = None,
+    attention: Annotated[Path | None, typer.Option(help="Folder for pictures of where each head looks.", rich_help_panel="With an image")] = None,
     json: Json = False,
 ) -> None:  # fmt: skip
-    """Show a ViT stage by stage: shapes, parameters, FLOPs and memory."""
+    """Show a ViT stage by stage: shapes, parameters, FLOPs and memory; with --image its numbers."""
+    if image is not None or stage is not None or attention is not None:
+        from vitft import commands
+
+        commands.explain_image(image, checkpoint, stage, attention, json)
+        return
     from vitft.explain.table import document, resolve_spec, stage_table
 
     spec = resolve_spec(model, image_size=image_size, patch_size=patch_size, width=width, layers=layers,
@@ -230,10 +262,27 @@ def recipes_copy(
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="File or folder to copy to.")] = Path(),
 ) -> None:
     """Copy a recipe, to change it."""
-    from vitft.recipe import copy_recipe
+    from vitft.recipe import copy_recipe, find_recipe, is_textbook, runner
 
-    copy = copy_recipe(name, target)
-    console.say_text(f"copied to {copy}; run it with: vitft train --recipe {shlex.quote(str(copy))}\n")
+    copy, run = copy_recipe(name, target), runner(is_textbook(find_recipe(name)))
+    console.say_text(f"copied to {copy}; run it with: {run} {shlex.quote(str(copy))}\n")
+
+
+@scratch_app.command("train")
+@options_from(_textbook_settings)
+def scratch_train(
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE|scalar", help="A textbook recipe's name or file; flags override it. scalar: a ViT of single numbers, with a task of its own.", autocompletion=_textbook_names)] = None,
+    output: Annotated[Path | None, typer.Option(help="Run folder; by default the next free number in runs/.", rich_help_panel="Run")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.", rich_help_panel="Run")] = False,
+    *, overrides: dict[str, Any],
+) -> None:  # fmt: skip
+    """Train a textbook network: a small ViT, by the chapters of vitft/scratch.
+
+    Try it with no network: [bold]vitft scratch train scalar[/], or [bold]vitft scratch train --dataset digits[/]
+    """
+    from vitft import commands
+
+    commands.scratch_train(recipe, output, json, overrides)
 
 
 @data_app.command("info")

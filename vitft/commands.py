@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vitft import console
-from vitft.errors import DataError, UsageError
+from vitft.errors import DataError, UsageError, as_flag
 
 
 def train(
@@ -73,6 +73,56 @@ def predict(paths: list[str], checkpoint: str, top_k: int, device: str, max_pixe
     if bad:
         first = f"the first is {bad[0].path}: {bad[0].error}"
         raise DataError(f"{len(bad)} of {len(rows)} images could not be read; {first}")
+
+
+def scratch_train(recipe: str | None, output: Path | None, as_json: bool, overrides: dict[str, Any]) -> None:
+    """Train a textbook network, or the scalar one, and show what it came to."""
+    from vitft.recipe import SCALAR
+
+    if recipe == SCALAR:
+        _scratch_train_scalar(output, as_json, overrides)
+        return
+    from vitft.textbook.config import load_config
+
+    name, config = load_config(recipe, overrides)
+    from vitft.textbook.report import run_report
+    from vitft.textbook.training import train
+
+    result = train(config, output=output, name=name)
+    if as_json:
+        console.say_json({"run": str(result.run)} | result.summary)
+    else:
+        console.say_text(run_report(result.run, result.summary))
+
+
+def _scratch_train_scalar(output: Path | None, as_json: bool, overrides: dict[str, Any]) -> None:
+    if output is not None or (others := [name for name in overrides if name != "seed"]):
+        wrong = "--output" if output is not None else as_flag(others[0])
+        raise UsageError(f"scalar has its own task and sizes, and writes no files; leave {wrong} out.")
+    from vitft.textbook.report import scalar_document, scalar_tables, train_scalar
+
+    report = train_scalar(**overrides)
+    console.say_json(scalar_document(report)) if as_json else console.say(scalar_tables(report))
+
+
+def explain_image(image: Path | None, checkpoint: str, stage: str | None, folder: Path | None, as_json: bool) -> None:
+    """Follow an image through a checkpoint; open a stage, or draw its attention."""
+    if image is None:
+        raise UsageError(f"{'--stage' if stage else '--attention'} shows real numbers; add --image FILE.")
+    from vitft.explain.attention import draw
+    from vitft.explain.stage import opened
+    from vitft.explain.trace import document, trace, trace_table
+
+    found = trace(image, checkpoint)
+    if as_json:
+        console.say_json(document(found))
+    elif stage is not None:
+        console.say(opened(found, stage))
+    elif folder is None:
+        console.say(trace_table(found))
+    if folder is not None:
+        written = draw(found, folder.expanduser())
+        console.note(f"{len(written)} pictures in {folder}; {written[-1].name} has all of them")
 
 
 def data_info(dataset: str, options: dict[str, Any], preview: Path | None, as_json: bool) -> None:

@@ -326,7 +326,7 @@ def predictions_report(predictions: Sequence[Any]) -> RenderableType:
 
 
 def recipe_table(recipes: Sequence[Any]) -> RenderableType:
-    """The recipes that come with vitft."""
+    """The recipes that come with vitft; the textbook's are marked, for another command takes them."""
     from rich.table import Table
     from rich.text import Text
 
@@ -334,5 +334,6 @@ def recipe_table(recipes: Sequence[Any]) -> RenderableType:
     table.add_column("recipe", no_wrap=True)
     table.add_column("what it does")
     for one in recipes:
-        table.add_row(Text(one.name, "bold"), Text(one.summary))
+        mark = "Textbook (vitft scratch train): " if one.textbook else ""
+        table.add_row(Text(one.name, "bold"), Text.assemble((mark, "cyan"), one.summary))
     return table

@@ -1,17 +1,24 @@
 """Recipes: find, list, show, copy, load; merge defaults < recipe < flags.
 
-A recipe is a YAML file of settings with a comment header: command, hardware, time, measured score.
+A recipe is a YAML file of settings with a comment header: command, hardware, time, measured score. Those
+in `scratch/` are the textbook's, and have its settings.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from vitft.config import TrainConfig
 from vitft.errors import UsageError, nearest
+
+Config = TypeVar("Config")
+TEXTBOOK = "scratch/"
+SCALAR = "scalar"
+"""The textbook's first network: it has a task of its own, and needs no file of settings."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,21 @@ class Recipe:
     path: Path
     summary: str
 
+    @property
+    def textbook(self) -> bool:
+        """Whether it is for `vitft scratch train`."""
+        return self.name.startswith(TEXTBOOK)
+
+    @property
+    def command(self) -> str:
+        """What runs it."""
+        return f"{runner(self.textbook)} {self.name.removeprefix(TEXTBOOK)}"
+
+
+def runner(textbook: bool) -> str:
+    """The command that a recipe's name or file is given to."""
+    return "vitft scratch train" if textbook else "vitft train --recipe"
+
 
 def recipes() -> list[Recipe]:
     """The recipes that come with vitft, by name."""
@@ -31,16 +53,30 @@ def recipes() -> list[Recipe]:
     return [Recipe(name, path, _summary(path)) for name, path in sorted(found)]
 
 
-def find_recipe(name_or_file: str) -> Path:
-    """The file of a recipe, given its path or its name. Raises UsageError naming the nearest."""
+def find_recipe(name_or_file: str, *, textbook: bool | None = None) -> Path:
+    """The file of a recipe, given its path or its name, which may leave `scratch/` out.
+
+    Raises UsageError: for no recipe, naming the nearest; and for one that is not of the wanted kind, where
+    `textbook` says which.
+    """
     path = Path(name_or_file).expanduser()
     if path.is_file():
         return path
-    known = {recipe.name: recipe.path for recipe in recipes()}
-    if name_or_file in known:
-        return known[name_or_file]
-    hint = nearest(name_or_file, known) or "; `vitft recipes ls` lists them"
+    known = {recipe.name: recipe for recipe in recipes()}
+    found = known.get(name_or_file) or known.get(TEXTBOOK + name_or_file)
+    if found is not None:
+        if textbook is not None and textbook != found.textbook:
+            kind = "is the textbook's" if found.textbook else "fine-tunes"
+            raise UsageError(f"recipe {name_or_file} {kind}; run it with: {found.command}")
+        return found.path
+    names = [name.removeprefix(TEXTBOOK) for name, one in known.items() if one.textbook] if textbook else list(known)
+    hint = nearest(name_or_file, [*names, SCALAR] if textbook else names) or "; `vitft recipes ls` lists them"
     raise UsageError(f"recipe {name_or_file}: neither a file nor a known recipe{hint}")
+
+
+def is_textbook(path: Path) -> bool:
+    """Whether a recipe's file is one of the textbook's that come with vitft."""
+    return any(recipe.path == path and recipe.textbook for recipe in recipes())
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -75,14 +111,19 @@ class _Loader(yaml.SafeLoader):
 
 def load_config(recipe: str | None, flags: dict[str, Any]) -> TrainConfig:
     """Defaults < recipe < flags. Raises UsageError."""
-    if recipe is None:
-        return TrainConfig.parse(flags, "flags")
-    path = find_recipe(recipe)
+    path = None if recipe is None else find_recipe(recipe, textbook=False)
+    return merged(TrainConfig.parse, path, flags)
+
+
+def merged(parse: Callable[[dict[str, Any], str], Config], path: Path | None, flags: dict[str, Any]) -> Config:
+    """What `parse` makes of a recipe's settings and the flags that win over them. Raises UsageError."""
+    if path is None:
+        return parse(flags, "flags")
     settings = read_recipe(path)
     if not flags:
-        return TrainConfig.parse(settings, f"recipe {path.name}")
-    TrainConfig.parse(settings, f"recipe {path.name}")  # its own mistakes are named as its own
-    return TrainConfig.parse(settings | flags, "flags")
+        return parse(settings, f"recipe {path.name}")
+    parse(settings, f"recipe {path.name}")  # its own mistakes are named as its own
+    return parse(settings | flags, "flags")
 
 
 def copy_recipe(name: str, target: Path) -> Path:

@@ -43,12 +43,12 @@ def test_the_backward_is_the_numerical_gradient(spec: ViTSpec, dropout: float) -
         return cross_entropy(vit(images, w, spec, masks)[0], labels, 0.1)[0]
 
     d_images, d_w = gradients(spec, w, images, labels, masks)
-    scale = np.sqrt(sum(np.sum(d**2) for _, d in named(d_w)))
-    assert relative(d_images, numerical(value, images), floor=1e-3 * scale) <= 1e-6
+    # Of some arrays the gradient is nothing but rounding: softmax ignores a bias of the keys.
+    floor = 1e-3 * max(0.1, np.sqrt(sum(np.sum(d**2) for _, d in named(d_w))))
+    assert relative(d_images, numerical(value, images), floor) <= 1e-6
     for (name, array), (same, gradient) in zip(named(w), named(d_w), strict=True):
         assert name == same
-        # Of some arrays the gradient is nothing but rounding: softmax ignores a bias of the keys.
-        assert relative(gradient, numerical(value, array), floor=1e-3 * scale) <= 1e-6, name
+        assert relative(gradient, numerical(value, array), floor) <= 1e-6, name
 
 
 @settings(max_examples=60, deadline=None)

@@ -71,9 +71,9 @@ class Adam:
         self.step += 1
         unbiased_m, unbiased_v = 1 - self.beta1**self.step, 1 - self.beta2**self.step
         for name, weight in weights.items():
-            gradient = gradients[name]
-            m = self.m.setdefault(name, np.zeros_like(weight))
-            v = self.v.setdefault(name, np.zeros_like(weight))
+            if name not in self.m:
+                self.m[name], self.v[name] = np.zeros_like(weight), np.zeros_like(weight)
+            gradient, m, v = gradients[name], self.m[name], self.v[name]
             m += (1 - self.beta1) * (gradient - m)
             v += (1 - self.beta2) * (gradient * gradient - v)
             if self.weight_decay and decays(name):

@@ -109,11 +109,7 @@ def named(bundle: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
     if isinstance(bundle, np.ndarray):
         yield prefix, bundle
     elif bundle is not None:
-        parts = (
-            enumerate(bundle)
-            if isinstance(bundle, list)
-            else ((f.name, getattr(bundle, f.name)) for f in fields(bundle))
-        )
+        parts = enumerate(bundle) if isinstance(bundle, list) else vars(bundle).items()
         for name, part in parts:
             yield from named(part, f"{prefix}.{name}" if prefix else str(name))
 

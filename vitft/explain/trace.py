@@ -1,0 +1,195 @@
+"""One image through one checkpoint, three times: by the NumPy chapters, the torch one, and Transformers.
+
+Every stage has the name that `vitft.spec.stages` gives it. What the three make of it should differ by
+rounding alone; here one sees by how much.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from vitft.checkpoint import find_model
+from vitft.data.augment import fit, normalize
+from vitft.data.images import BadImage, decode
+from vitft.errors import DataError, ModelError
+from vitft.models import load_trained
+from vitft.scratch.interop import from_transformers
+from vitft.scratch.tensors import Array
+from vitft.scratch.torch_vit import TorchViT
+from vitft.scratch.vit import ViT, vit
+from vitft.spec import ViTSpec, spec_from_config
+
+Stages = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What every stage made of one image, float32, by whom; pixels are the model's input before normalising."""
+
+    path: Path
+    pixels: Array  # (H, W, 3), 0 to 255
+    labels: tuple[str, ...]
+    spec: ViTSpec
+    weights: ViT
+    by_numpy: Stages
+    by_torch: Stages
+    by_transformers: Stages
+
+    @property
+    def scores(self) -> list[tuple[str, float]]:
+        """The classes' probabilities, best first."""
+        logits = self.by_numpy["head"][0].astype(np.float64)
+        shares = np.exp(logits - logits.max())
+        shares /= shares.sum()
+        return [(self.labels[i], float(shares[i])) for i in np.argsort(-shares)]
+
+
+def trace(image: Path, checkpoint: str | Path) -> Trace:
+    """Follow an image through a checkpoint: a run, one of its folders, a Transformers ViT folder or hub id.
+
+    Raises DataError for an image that cannot be read, ModelError for what is no plain ViT.
+    """
+    where = find_model(Path(checkpoint).expanduser())
+    loaded = load_trained(where if where.is_dir() else str(checkpoint))
+    model = loaded.model.eval()
+    config = model.config.to_dict()
+    spec = spec_from_config(config)
+    if config["model_type"] != "vit":
+        raise ModelError(f"{checkpoint} is a {config['model_type']}: the chapters follow plain ViTs (vit); choose one.")
+    try:
+        decoded = decode(image.expanduser())
+    except (BadImage, OSError) as error:
+        raise DataError(f"{image}: {getattr(error, 'strerror', None) or error}; give an image file.") from None
+    fitted = fit(torch.from_numpy(decoded)[None], loaded.preprocess)
+    pixels = normalize(fitted, loaded.preprocess).contiguous()
+    state = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    weights = from_transformers(state, spec)
+
+    by_numpy, by_torch, by_transformers = Stages(), Stages(), Stages()
+    vit(pixels.numpy(), weights, spec, watch=_keep(by_numpy))
+    with torch.inference_mode():
+        TorchViT(spec).load(weights).watched_by(_keep(by_torch))(pixels)
+        _watch_transformers(model, spec, _keep(by_transformers))(pixels)
+    shown = fitted[0].numpy()
+    return Trace(image, shown, loaded.labels, spec, weights, by_numpy, by_torch, by_transformers)
+
+
+def _keep(stages: Stages) -> Callable[[str, Array], None]:
+    return lambda name, array: stages.update({name: np.array(array)})
+
+
+def _watch_transformers(model: Any, spec: ViTSpec, keep: Callable[[str, Array], None]) -> Callable[[Any], Any]:
+    """The model with hooks that keep what its modules make; what no module makes follows from those by one step."""
+    model.set_attn_implementation("eager")  # the fused one never has the attention weights
+    body = model.base_model
+    handles = []
+
+    def after(module: Any, name: str, change: Callable[[Any], Any] = lambda made: made) -> None:
+        handles.append(module.register_forward_hook(lambda _m, _i, made: keep(name, change(made).numpy())))
+
+    def before(module: Any, name: str) -> None:
+        handles.append(module.register_forward_pre_hook(lambda _m, given: keep(name, given[0].numpy())))
+
+    before(body.embeddings.patch_embeddings, "image")
+    after(body.embeddings.patch_embeddings.projection, "embed.projection")
+    after(body.embeddings.patch_embeddings, "embed.patches")
+    positions = body.embeddings.position_embeddings
+    after(body.embeddings, "embed.class_token", lambda tokens: tokens - positions)
+    after(body.embeddings, "embed.positions")
+    for number, layer in enumerate(body.layers, 1):
+        attention, mlp = f"block.{number}.attention", f"block.{number}.mlp"
+        heads: list[Any] = []
+
+        def qkv(made: Any, heads: list[Any] = heads) -> Any:
+            heads.append(made.unflatten(-1, (spec.heads, spec.head_width)).transpose(1, 2))
+            return torch.stack(heads, dim=1)
+
+        after(layer.layernorm_before, f"{attention}.norm")
+        for projection in (layer.attention.q_proj, layer.attention.k_proj, layer.attention.v_proj):
+            after(projection, f"{attention}.qkv", qkv)
+        after(layer.attention, f"{attention}.softmax", lambda made: made[1])
+        before(layer.attention.o_proj, f"{attention}.mix")
+        after(layer.attention.o_proj, f"{attention}.output")
+        before(layer.layernorm_after, f"{attention}.residual")
+        after(layer.layernorm_after, f"{mlp}.norm")
+        after(layer.mlp.fc1, f"{mlp}.in")
+        after(layer.mlp.activation_fn, f"{mlp}.activation")
+        after(layer.mlp.fc2, f"{mlp}.out")
+        after(layer, f"{mlp}.residual")
+    after(body.layernorm, "norm")
+    before(model.classifier, "pool")
+    after(model.classifier, "head")
+
+    def run(pixels: Any) -> None:
+        try:
+            model(pixel_values=pixels)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return run
+
+
+# -- what a person and a program see of it --------------------------------------------------------
+
+
+def document(found: Trace) -> dict[str, Any]:
+    """The trace, JSON-ready: image, scores, and of each stage its numbers and differences.
+
+    max_abs_diff is the largest difference of two numbers, max_rel_diff that relative to the stage's
+    largest value. A stage that Transformers never has as a tensor of its own has null there.
+    """
+    return {
+        "image": str(found.path),
+        "scores": [{"label": label, "score": score} for label, score in found.scores],
+        "stages": [_numbers(found, name) for name in found.by_numpy],
+    }
+
+
+def _numbers(found: Trace, name: str) -> dict[str, Any]:
+    ours = found.by_numpy[name].astype(np.float64)
+    largest = float(np.abs(ours).max()) or 1.0
+    others = {"numpy_torch": found.by_torch.get(name), "numpy_transformers": found.by_transformers.get(name)}
+    gaps = {pair: None if their is None else float(np.abs(ours - their).max()) for pair, their in others.items()}
+    return {
+        "name": name, "shape": list(ours.shape), "mean": float(ours.mean()), "std": float(ours.std()),
+        "min": float(ours.min()), "max": float(ours.max()), "norm": float(np.linalg.norm(ours)),
+        "max_abs_diff": gaps,
+        "max_rel_diff": {pair: None if gap is None else gap / largest for pair, gap in gaps.items()},
+    }  # fmt: skip
+
+
+def trace_table(found: Trace) -> Group:
+    """The stages of a trace as a table, and what the differences mean; 80 columns are enough."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("stage", no_wrap=True)
+    table.add_column("shape", overflow="fold")
+    for name in ("mean", "std", "min", "max", "≠ torch", "≠ HF"):
+        table.add_column(name, justify="right", no_wrap=True)
+    worst = 0.0
+    for name in found.by_numpy:
+        numbers = _numbers(found, name)
+        gaps = numbers["max_rel_diff"]
+        worst = max(worst, *(gap for gap in gaps.values() if gap is not None))
+        short = name.replace("block.", "").replace("attention", "attn")
+        table.add_row(
+            short, "×".join(map(str, numbers["shape"])),
+            *(f"{numbers[key]:.3g}" for key in ("mean", "std", "min", "max")),
+            *("·" if gap is None else f"{gap:.0e}" for gap in gaps.values()),
+        )  # fmt: skip
+    best = ", ".join(f"{label} {100 * score:.1f} %" for label, score in found.scores[:3])
+    legend = (
+        f"\n{found.path}: {best}\nEvery stage was computed by the NumPy chapters, the torch chapter (≠ torch) and "
+        "Transformers (≠ HF); shown is the largest difference, relative to the stage's largest value. "
+        f"The worst is {worst:.1e}: rounding of float32. A dot: Transformers has no such tensor. "
+        "--json has all numbers."
+    )
+    return Group(table, Text(legend, "dim"))

@@ -1,0 +1,1 @@
+"""The textbook at work: its chapters, trained on the data sets that fine-tuning uses."""
