@@ -26,7 +26,7 @@ ROOMS = [
     ["evaluation", "prediction", "figures"],
     ["explain.attention", "explain.stage"],
     ["explain.trace"],
-    ["explain.table", "textbook.config"],
+    ["explain.table", "textbook.config", "textbook.torch_engine"],
     ["checkpoint", "history", "metrics", "models", "optim", "recipe", "signals"],
     ["positions"],
     ["data.info", "data.preview", "data.loader"],

@@ -10,7 +10,6 @@ from safetensors.numpy import load_file, save_file
 
 from tests.scratch.gradients import random_weights
 from vitft.scratch.optim import lr_at
-from vitft.scratch.torch_vit import TorchEngine
 from vitft.scratch.train import (
     Engine,
     Epoch,
@@ -29,6 +28,7 @@ from vitft.scratch.train import (
 )
 from vitft.scratch.vit import named
 from vitft.spec import ViTSpec
+from vitft.textbook.torch_engine import TorchEngine
 
 SPEC = ViTSpec.square(8, 4, 8, 2, 2, 12, 4, channels=3)
 PLAN = Plan(

@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitft.scratch.embedding import sinusoidal_positions
-from vitft.scratch.optim import decays
-from vitft.scratch.tensors import Array, Watch, unwatched
-from vitft.scratch.train import Labels, Plan, filled
+from vitft.scratch.tensors import Watch, unwatched
+from vitft.scratch.train import filled
 from vitft.scratch.vit import ViT, named, new_weights
 from vitft.spec import ViTSpec
 
@@ -175,60 +173,20 @@ class TorchViT(Watched):
         self.to(next(iter(arrays.values())).dtype).load_state_dict(arrays)
         return self
 
-    def weights(self, *, gradients: bool = False) -> ViT:
-        """The NumPy bundle of the weights, or of their gradients."""
+    def paths(self) -> dict[str, nn.Parameter]:
+        """Every parameter under its path in the NumPy bundle, as `vit.named` has it."""
         ours = dict(self.named_parameters())
+        like = new_weights(self.spec, np.random.default_rng(0))
+        return {name: ours[_torch_name(name)] for name, _ in named(like)}
 
-        def array(name: str) -> Any:
-            tensor = ours[_torch_name(name)]
-            found = tensor.grad if gradients else tensor
-            return np.zeros(tensor.shape) if found is None else found.numpy(force=True).copy()
+    def weights(self, *, gradients: bool = False) -> ViT:
+        """The NumPy bundle of the weights, or of their gradients (of none: zeros)."""
 
-        return filled({name: array(name) for name in _numpy_names(self.spec)}, self.spec)
+        def array(parameter: nn.Parameter) -> Any:
+            found = parameter.grad if gradients else parameter
+            return np.zeros(parameter.shape) if found is None else found.numpy(force=True).copy()
 
-
-class TorchEngine:
-    """What `NumpyEngine` is, with torch's autograd, loss and optimizers in the place of the chapters."""
-
-    def __init__(self, w: ViT, spec: ViTSpec, plan: Plan) -> None:
-        self.model, self.plan = TorchViT(spec).load(w), plan
-        ours = dict(self.model.named_parameters())
-        named_ours = [(name, ours[_torch_name(name)]) for name in _numpy_names(spec)]
-        shrunk = [parameter for name, parameter in named_ours if decays(name)]
-        others = [parameter for name, parameter in named_ours if not decays(name)]
-        if plan.optimizer == "adamw":
-            groups = [{"params": shrunk, "weight_decay": plan.weight_decay}, {"params": others, "weight_decay": 0.0}]
-            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups)
-        elif plan.optimizer == "adam":
-            self.optimizer = torch.optim.Adam(shrunk + others)
-        else:
-            self.optimizer = torch.optim.SGD(shrunk + others, momentum=plan.momentum)
-
-    def step(self, images: Array, labels: Labels, lr: float, masks: list[Array] | None) -> tuple[float, int]:
-        """Forward, backward, update."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        truth = torch.from_numpy(labels)
-        logits = self.model(torch.from_numpy(images), masks and [torch.from_numpy(mask) for mask in masks])
-        loss = F.cross_entropy(logits, truth, label_smoothing=self.plan.label_smoothing)
-        self.optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        self.optimizer.step()
-        return loss.item(), int((logits.argmax(dim=1) == truth).sum())
-
-    def logits(self, images: Array) -> Array:
-        """(B, classes), without dropout."""
-        with torch.inference_mode():
-            found: Array = self.model(torch.from_numpy(images)).numpy()
-        return found
-
-    def weights(self) -> ViT:
-        """The weights as they are now."""
-        return self.model.weights()
-
-
-def _numpy_names(spec: ViTSpec) -> list[str]:
-    return [name for name, _ in named(new_weights(spec, np.random.default_rng(0)))]
+        return filled({name: array(parameter) for name, parameter in self.paths().items()}, self.spec)
 
 
 def _torch_name(name: str) -> str:

@@ -178,7 +178,7 @@ def engine_of(config: TextbookConfig, spec: ViTSpec, plan: Plan) -> Engine:
     w = new_engine_weights(spec, plan)
     if config.engine == "numpy":
         return NumpyEngine(w, spec, plan)
-    from vitft.scratch.torch_vit import TorchEngine
+    from vitft.textbook.torch_engine import TorchEngine
 
     return TorchEngine(w, spec, plan)
 
