@@ -1,6 +1,7 @@
 """The textbook through the command line: small data sets, both engines, what is printed and what is written."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -369,6 +370,27 @@ except SystemExit as end:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stderr.splitlines()[-1] == "[] 0"
+
+
+@pytest.mark.parametrize(("given", "threads"), [({}, 1), ({"OPENBLAS_NUM_THREADS": "2"}, min(2, os.cpu_count() or 1))])
+def test_blas_has_one_thread_in_each_of_the_engines_two(given: dict[str, str], threads: int) -> None:
+    """Unless a person says otherwise."""
+    code = f"""
+import sys
+sys.argv = ["vitft", "scratch", "train", *{DIGITS!r}]
+from vitft.cli import main
+try:
+    main()
+finally:
+    from threadpoolctl import threadpool_info
+    print({{pool["num_threads"] for pool in threadpool_info() if "numpy" in pool["filepath"]}}, file=sys.stderr)
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")} | given
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    said = done.stderr.splitlines()[-1]
+    if said == "set()":
+        pytest.skip("this NumPy has no OpenBLAS of its own")
+    assert said == f"{{{threads}}}"
 
 
 # -- the scalar ViT ---------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,10 @@ def scratch_train(recipe: str | None, output: Path | None, as_json: bool, overri
     from vitft.textbook.config import load_config
 
     name, config = load_config(recipe, overrides)
+    if config.engine == "numpy":
+        # Its two threads share the work; two more of BLAS in each wait for one another (on a busy machine a step of
+        # cifar10-patch4 then took 10 times as long). NumPy reads this when it is first imported: below.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from vitft.textbook.report import run_report
     from vitft.textbook.training import train
 
