@@ -1,6 +1,7 @@
 """`vitft explain --image`: three computations of every stage agree, and what is worked out is what was computed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +158,22 @@ def test_bad_input_is_one_line(picture: Path, tmp_path: Path) -> None:
     result = run("--stage", "softmax")
     assert result.exit_code == 2
     assert "add --image FILE" in result.output
+    result = run("--image", str(picture), "--model", "vit-tiny")
+    assert result.exit_code == 2
+    assert "--model shapes a table" in result.output
+    (tmp_path / "file").write_text("")
+    result = run("--image", str(picture), "--attention", str(tmp_path / "file"))
+    assert result.exit_code == 2
+    assert "cannot be made" in result.output
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+def test_the_lesson_of_an_activation_is_the_models_own(found: Trace, activation: str) -> None:
+    from vitft.scratch.vit import vit
+
+    spec, seen = replace(found.spec, activation=activation), {}
+    vit(found.by_numpy["image"], found.weights, spec, watch=lambda name, array: seen.update({name: array.copy()}))
+    shown = text(opened(replace(found, spec=spec, by_numpy=seen), "activation"), 400)
+    assert shown.splitlines()[2].split()[-1] == activation
+    gap = next(line for line in shown.splitlines() if "the chapter has" in line).split(", ")[1]
+    assert gap.startswith("the same") or float(gap.split()[0]) < 1e-5

@@ -231,7 +231,9 @@ def explain(
     if image is not None or stage is not None or attention is not None:
         from vitft import commands
 
-        commands.explain_image(image, checkpoint, stage, attention, json)
+        sizes = {"model": model, "image_size": image_size, "patch_size": patch_size, "width": width, "layers": layers,
+                 "heads": heads, "mlp": mlp, "classes": classes, "pre_logits": pre_logits}  # fmt: skip
+        commands.explain_image(image, checkpoint, stage, attention, json, [n for n in sizes if sizes[n] is not None])
         return
     from vitft.explain.table import document, resolve_spec, stage_table
 

@@ -110,10 +110,14 @@ def _scratch_train_scalar(output: Path | None, as_json: bool, overrides: dict[st
     console.say_json(scalar_document(report)) if as_json else console.say(scalar_tables(report))
 
 
-def explain_image(image: Path | None, checkpoint: str, stage: str | None, folder: Path | None, as_json: bool) -> None:
-    """Follow an image through a checkpoint; open a stage, or draw its attention."""
+def explain_image(
+    image: Path | None, checkpoint: str, stage: str | None, folder: Path | None, as_json: bool, others: list[str]
+) -> None:
+    """Follow an image through a checkpoint; open a stage, or draw its attention. `others` do not go with it."""
     if image is None:
         raise UsageError(f"{'--stage' if stage else '--attention'} shows real numbers; add --image FILE.")
+    if others:
+        raise UsageError(f"{as_flag(others[0])} shapes a table without numbers; with --image, use --checkpoint alone.")
     from vitft.explain.attention import draw
     from vitft.explain.stage import opened
     from vitft.explain.trace import document, trace, trace_table

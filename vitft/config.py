@@ -23,7 +23,7 @@ def _setting(default: Any, panel: str, description: str, *, steers: bool = False
     return Field(default, description=description, json_schema_extra=extra, **bounds)
 
 
-_SIZES = ("patch_size", "width", "layers", "heads", "mlp")
+SIZES = ("patch_size", "width", "layers", "heads", "mlp")
 
 
 class TrainConfig(BaseModel):
@@ -86,13 +86,13 @@ class TrainConfig(BaseModel):
         """So that a run says what it was: a vit-micro of other sizes, not the default checkpoint."""
         if not isinstance(values, dict) or values.get("from_scratch") is not True or values.get("model") is not None:
             return values
-        if any(values.get(name) is not None for name in _SIZES):
+        if any(values.get(name) is not None for name in SIZES):
             return values | {"model": "vit-micro"}
         return values
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
-        sizes = [name for name in _SIZES if getattr(self, name)]
+        sizes = [name for name in SIZES if getattr(self, name)]
         if sizes and not self.from_scratch:
             # In back quotes: `parse` spells a name as it was given, a key or a flag.
             raise ValueError(f"`{sizes[0]}` shapes a new model; add `from_scratch`, or leave `{sizes[0]}` out")

@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import nn
 
-from vitft.config import TrainConfig
+from vitft.config import SIZES, TrainConfig
 from vitft.data.augment import Preprocess
 from vitft.errors import ModelError, nearest
 from vitft.hub import answers, reason
@@ -125,7 +125,7 @@ def vit_config(spec: ViTSpec) -> Any:
 
 def spec_of(config: TrainConfig) -> ViTSpec:
     """The shape of a new model: a preset, with the sizes that were given in place of its own."""
-    given = {name: getattr(config, name) for name in ("image_size", "patch_size", "width", "layers", "heads", "mlp")}
+    given = {name: getattr(config, name) for name in ("image_size", *SIZES)}
     if config.width and not config.mlp:
         given["mlp"] = 4 * config.width
     return with_sizes(PRESETS[config.model], given)

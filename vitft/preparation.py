@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitft import console, paths
-from vitft.config import TrainConfig, named_dataset
+from vitft.config import SIZES, TrainConfig, named_dataset
 from vitft.data.sources import ALIASES, DIGITS, Source, open_source
 from vitft.data.splits import Split, make_splits
 from vitft.data.store import Store, decode_all
@@ -88,7 +88,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None) -> Prepared:
 
 
 def _load_again(config: TrainConfig, source: Source, checkpoint: Path) -> Loaded:
-    sizes = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp", "model_revision"))
+    sizes = dict.fromkeys((*SIZES, "model_revision"))
     loaded = load_for_training(
         config.model_copy(update={"model": str(checkpoint), "from_scratch": False} | sizes), source.labels
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vitft.errors import UsageError
 from vitft.explain.trace import Trace
 from vitft.fonts import drawable
 from vitft.scratch.tensors import Array
@@ -45,7 +46,10 @@ def draw(found: Trace, folder: Path) -> list[Path]:
 
     Each is the image, lit where the attention is; the brightest patch of each picture is its largest share.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--attention {folder}: cannot be made: {error.strerror or error}; choose another.") from error
     heat = shares(found)
     written = []
     for layer, of_layer in enumerate(heat, 1):

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from math import erf, pi, sqrt, tanh
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,8 @@ def opened(found: Trace, name: str) -> Group:
         raise UsageError(f"--stage {name}: no such stage{remedy}")
     lines = Text()
     for stage in chosen:
-        formula, chapter, worked = _LESSONS[stage.split(".")[-1]]
+        step = stage.split(".")[-1]
+        formula, chapter, worked = _LESSONS[found.spec.activation if step == "activation" else step]
         array = found.by_numpy[stage]
         file = Path(inspect.getsourcefile(chapter) or "")
         line = inspect.getsourcelines(chapter)[1]
@@ -123,10 +125,21 @@ def _residual(found: Trace, stage: str) -> tuple[str, float]:
     return f"{read:.4g} + {added:.4g}", read + added
 
 
-def _activation(found: Trace, stage: str) -> tuple[str, float]:
-    x = _input(found, stage).flat[0:1]
-    y = float(getattr(tensors, found.spec.activation)(x)[0][0])
-    return f"{x[0]:.4g} · {y / x[0]:.4g}" if x[0] else "0 · 0.5", y
+def _gelu(found: Trace, stage: str) -> tuple[str, float]:
+    x = float(_input(found, stage).flat[0])
+    share = (1 + erf(x / sqrt(2))) / 2
+    return f"{x:.4g} · {share:.4g}", x * share
+
+
+def _gelu_tanh(found: Trace, stage: str) -> tuple[str, float]:
+    x = float(_input(found, stage).flat[0])
+    share = (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))) / 2
+    return f"{x:.4g} · {share:.4g}", x * share
+
+
+def _relu(found: Trace, stage: str) -> tuple[str, float]:
+    x = float(_input(found, stage).flat[0])
+    return f"max({x:.4g}, 0)", max(x, 0.0)
 
 
 def _positions(found: Trace, stage: str) -> tuple[str, float]:
@@ -137,8 +150,15 @@ def _positions(found: Trace, stage: str) -> tuple[str, float]:
 
 
 def _first(found: Trace, stage: str) -> tuple[str, float]:
-    value = float(found.by_numpy[stage].flat[0])
+    """The first number of the stage before, or of the image: what only changes place."""
+    value = float(_input(found, stage).flat[0] if stage != "image" else found.by_numpy[stage].flat[0])
     return f"{value:.4g}, taken as it is", value
+
+
+def _class_token(found: Trace, stage: str) -> tuple[str, float]:
+    token = found.weights.embedding.class_token
+    assert token is not None, "Transformers' ViT has a class token"
+    return f"{token.flat[0]:.4g}, the token's own", float(token.flat[0])
 
 
 def _head(found: Trace, stage: str) -> tuple[str, float]:
@@ -149,7 +169,7 @@ _LESSONS: dict[str, tuple[str, Callable[..., object], Callable[[Trace, str], tup
     "image": ("x = (pixel / 255 − mean) / std", embedding.embedding, _first),
     "projection": ("z = E · patch + b, the same E for every patch", patchify.patch_embedding, _projection),
     "patches": ("the grid of patches, row by row, is a sequence", patchify.windows, _first),
-    "class_token": ("a learned token, the same for every image, goes first", embedding.embedding, _first),
+    "class_token": ("a learned token, the same for every image, goes first", embedding.embedding, _class_token),
     "positions": ("z = z + position, one of each place", embedding.embedding, _positions),
     "norm": ("(x − mean) / √(variance + eps) · scale + shift, each token by itself", tensors.layer_norm, _block_norm),
     "qkv": ("[q, k, v] = W x + b, cut into heads", attention.attention, _of_block("attention", "qkv")),
@@ -159,7 +179,9 @@ _LESSONS: dict[str, tuple[str, Callable[..., object], Callable[[Trace, str], tup
     "output": ("W x + b: what the heads found, joined", attention.attention, _of_block("attention", "output")),
     "residual": ("what was read + what the part made of it", encoder.add_part, _residual),
     "in": ("W x + b, wider", mlp.mlp, _of_block("mlp", "inner")),
-    "activation": ("x · Φ(x), Φ the share of a normal distribution below x", tensors.gelu, _activation),
+    "gelu": ("x · Φ(x), Φ the share of a normal distribution below x", tensors.gelu, _gelu),
+    "gelu_tanh": ("x · (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2", tensors.gelu_tanh, _gelu_tanh),
+    "relu": ("max(x, 0)", tensors.relu, _relu),
     "out": ("W x + b, narrow again", mlp.mlp, _of_block("mlp", "outer")),
     "pool": ("the class token alone", heads.pool, _first),
     "head": ("logits = W x + b, one a class", heads.head, _head),
