@@ -235,6 +235,10 @@ def test_cross_entropy_is_torchs(smoothing: float) -> None:
 def test_softmax_and_the_loss_stand_large_scores() -> None:
     scores = np.array([[1e4, 0.0, -1e4]], dtype=np.float32)
     assert tensors.softmax(scores).tolist() == [[1.0, 0.0, 0.0]]
+    assert tensors.softmax(np.array([[-1e4, -1e4], [0.0, 0.0]], np.float32)).tolist() == [[0.5, 0.5]] * 2
+    edge = np.array([[79.0, 79.0 - np.log(3)], [-79.0, -79.0 - np.log(3)]], np.float32)
+    assert np.abs(tensors.softmax(edge) - [0.75, 0.25]).max() < 1e-5  # the scores themselves are rounded to 4e-6
+    assert np.isnan(tensors.softmax(np.array([np.nan, 1.0]))).all()
     loss, _ = heads.cross_entropy(scores, np.array([2]))
     assert loss == pytest.approx(2e4)
 

@@ -20,9 +20,9 @@ from vitft.scratch.train import (
     batch,
     filled,
     fit,
-    halves,
     load,
     new_engine_weights,
+    pieces,
     save,
     steps_per_epoch,
 )
@@ -154,12 +154,33 @@ def test_numpys_training_is_the_same_every_time() -> None:
     assert len({weights() for _ in range(3)}) == 1
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 50, 51])
-def test_halves_hold_every_image_once(count: int) -> None:
-    parts = [list(range(count))[half] for half in halves(count)]
+@pytest.mark.parametrize(("count", "largest"), [(1, 1), (2, 1), (3, 960), (50, 960), (51, 961)])
+def test_pieces_hold_every_image_once_and_no_more_than_a_cache_does(
+    monkeypatch: pytest.MonkeyPatch, count: int, largest: int
+) -> None:
+    monkeypatch.setattr("vitft.scratch.train.PIECE", largest)
+    parts = [list(range(count))[piece] for piece in pieces(count, SPEC)]
     assert [number for part in parts for number in part] == list(range(count))
-    assert len(parts) == min(2, count)
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert max(map(len, parts)) == min(count, max(1, largest // 192))  # 3 x 8 x 8 pixels are the largest stage
+
+
+def test_pieces_change_a_step_by_rounding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = coloured()
+
+    def stepped() -> tuple[tuple[float, int], dict[str, Any], Any]:
+        engine = NumpyEngine(new_engine_weights(SPEC, PLAN), SPEC, PLAN)
+        images, labels, masks = batch(train, 0, SPEC, PLAN)
+        told = engine.step(images, labels, PLAN.lr, masks)
+        return told, dict(named(engine.weights())), engine.logits(images)
+
+    (loss, right), weights, logits = stepped()
+    monkeypatch.setattr("vitft.scratch.train.PIECE", 2 * 192)  # four pieces, the last of one image
+    (piecewise, as_right), in_pieces, piece_logits = stepped()
+    assert piecewise == pytest.approx(loss, rel=1e-13)
+    assert as_right == right
+    for name, array in weights.items():
+        assert np.abs(array - in_pieces[name]).max() <= 1e-8, name  # Adam's first step divides by a gradient's size
+    assert np.abs(logits - piece_logits).max() <= 1e-8
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -6,7 +6,7 @@ changes its input. The dtype of the input is the dtype of the result.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import pi, sqrt
+from math import pi, prod, sqrt
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -54,10 +54,11 @@ def linear_backward(d_y: Array, x: Array, w: Linear) -> tuple[Array, Linear]:
 def softmax(x: Array) -> Array:
     """y_i = exp(x_i) / Σ_j exp(x_j) along the last axis. Its backward needs y.
 
-    The largest x is subtracted first: the result is the same, and exp cannot overflow.
+    What is subtracted from a whole row first does not change the result. Where exp could overflow, or
+    every term of a row vanish, it is the row's largest x; finding that costs more than all the rest.
     """
-    y: Array = x - x.max(axis=-1, keepdims=True)
-    np.exp(y, out=y)
+    safe = -80 < x.min() and x.max() < 80  # exp(80) is 5e34, and float32 ends at 3e38
+    y: Array = np.exp(x) if safe else np.exp(x - x.max(axis=-1, keepdims=True))
     y /= row_sums(y)
     return y
 
@@ -186,9 +187,14 @@ def activation_backward(d_y: Array, slope: Array) -> Array:
 
 
 def dropout_mask(shape: tuple[int, ...], rate: float, rng: np.random.Generator, dtype: Any = np.float64) -> Array:
-    """1 / (1 − rate) where a number stays, which has probability 1 − rate, and 0 where it is dropped."""
-    mask = (rng.random(shape, dtype=np.float32) >= rate).astype(dtype)
-    mask *= 1 / (1 - rate)
+    """1 / (1 − rate) where a number stays, which has probability 1 − rate, and 0 where it is dropped.
+
+    The rate is rounded to a 65,536th, but never to 1.
+    """
+    below = min(round(rate * 2**16), 2**16 - 1)
+    words = rng.integers(0, 2**64, size=-(-prod(shape) // 4), dtype=np.uint64)  # one draw decides on four numbers
+    mask = (words.view(np.uint16)[: prod(shape)].reshape(shape) >= below).astype(dtype)
+    mask *= 2**16 / (2**16 - below)
     return mask
 
 

@@ -1,11 +1,12 @@
 """Training: batches in random order, a step for each, a score after each epoch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +17,11 @@ from vitft.scratch.heads import cross_entropy, cross_entropy_backward
 from vitft.scratch.optim import SGD, Adam, lr_at
 from vitft.scratch.tensors import Array
 from vitft.scratch.vit import ViT, dropout_masks, mapped, named, new_weights, vit, vit_backward
-from vitft.spec import ViTSpec
+from vitft.spec import ViTSpec, stages
 
 Labels = NDArray[np.integer[Any]]
+Found = TypeVar("Found")
+PIECE = 2**18  # numbers: a megabyte of float32, a fraction of the cache that a core has to itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +82,9 @@ class Engine(Protocol):
 class NumpyEngine:
     """The chapters, and an optimizer.
 
-    Two threads take half of a batch each: NumPy computes outside of Python's lock. They are two on every
-    machine, for the order of a sum changes its last digits.
+    A batch is computed piece by piece, each small enough to stay in a core's cache, by two threads in turn:
+    NumPy computes outside of Python's lock. Pieces and threads are the same on every machine, for the order
+    of a sum changes its last digits.
     """
 
     def __init__(self, w: ViT, spec: ViTSpec, plan: Plan) -> None:
@@ -93,30 +97,34 @@ class NumpyEngine:
     def step(self, images: Array, labels: Labels, lr: float, masks: list[Array] | None) -> tuple[float, int]:
         """Forward, backward, update."""
 
-        def learn(half: slice) -> tuple[float, int, dict[str, Array]]:
-            logits, saved = vit(images[half], self.w, self.spec, masks and [mask[half] for mask in masks])
-            loss, saved_loss = cross_entropy(logits, labels[half], self.plan.label_smoothing)
-            share = len(logits) / len(images)  # of the half in the mean of the batch
+        def learn(piece: slice) -> tuple[float, int, dict[str, Array]]:
+            logits, saved = vit(images[piece], self.w, self.spec, masks and [mask[piece] for mask in masks])
+            loss, saved_loss = cross_entropy(logits, labels[piece], self.plan.label_smoothing)
+            share = len(logits) / len(images)  # of the piece in the mean of the batch
             _, d_w = vit_backward(share * cross_entropy_backward(saved_loss), saved, self.w, self.spec)
-            return share * loss, int((logits.argmax(axis=1) == labels[half]).sum()), dict(named(d_w))
+            return share * loss, int((logits.argmax(axis=1) == labels[piece]).sum()), dict(named(d_w))
 
-        losses, correct, gradients = zip(*self.threads.map(learn, halves(len(images))), strict=True)
+        losses, correct, gradients = zip(*self._each(learn, len(images)), strict=True)
         self.optimizer.update(self.named, {name: sum(d[name] for d in gradients) for name in self.named}, lr)
         return sum(losses), sum(correct)
 
     def logits(self, images: Array) -> Array:
         """(B, classes), without dropout."""
-        found = self.threads.map(lambda half: vit(images[half], self.w, self.spec)[0], halves(len(images)))
-        return np.concatenate(list(found))
+        return np.concatenate(list(self._each(lambda piece: vit(images[piece], self.w, self.spec)[0], len(images))))
+
+    def _each(self, function: Callable[[slice], Found], images: int) -> Iterable[Found]:
+        """`function` of every piece, in order; a single piece needs no second thread."""
+        every = pieces(images, self.spec)
+        return self.threads.map(function, every) if len(every) > 1 else map(function, every)
 
     def weights(self) -> ViT:
         """The weights as they are now."""
         return self.w
 
 
-def halves(count: int) -> list[slice]:
-    """Two slices of `count` images that hold each once; one slice of a single image."""
-    size = -(-count // 2)
+def pieces(count: int, spec: ViTSpec) -> list[slice]:
+    """Slices that hold each of `count` images once, their largest stage at most PIECE numbers (or one image's)."""
+    size = max(1, PIECE // max(prod(stage.output) for stage in stages(spec)))
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
