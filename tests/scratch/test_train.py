@@ -142,8 +142,9 @@ def test_an_engine_leaves_the_weights_it_was_given_alone(engine: str) -> None:
     assert "head.logits.weight" in changed
 
 
-def test_numpys_training_is_the_same_every_time() -> None:
+def test_numpys_training_is_the_same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two threads share each batch: neither their number nor their pace may show."""
+    monkeypatch.setattr("vitft.scratch.train.PIECE", 2 * 192)  # four pieces a batch
     plan = replace(PLAN, dtype="float32")
 
     def weights() -> bytes:

@@ -21,7 +21,7 @@ from vitft.spec import ViTSpec, stages
 
 Labels = NDArray[np.integer[Any]]
 Found = TypeVar("Found")
-PIECE = 2**18  # numbers: a megabyte of float32, a fraction of the cache that a core has to itself
+PIECE = 2**19  # numbers: two megabytes of float32, about the cache that a core has to itself
 
 
 @dataclass(frozen=True, kw_only=True)
