@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from vitft.cli import app
 from vitft.errors import ModelError, UsageError
 from vitft.explain.table import document, resolve_spec, stage_table
+from vitft.explain.tour import tour
 from vitft.spec import PRESETS, ViTSpec, preset, stages, total, training_flops
 
 
@@ -299,3 +302,39 @@ def test_presets_and_sizes_need_no_heavy_import() -> None:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert ran.stdout == "[]\n"
+
+
+def test_without_options_it_is_a_tour_from_pixel_to_logit() -> None:
+    told = " ".join(CliRunner().invoke(app, ["explain"]).stdout.split())
+    assert told.startswith(
+        "How a Vision Transformer gets from a picture to an answer 1 cut A picture is 224×224 pixels"
+    )
+    # What the words say, worked out from the sizes.
+    for words in (
+        "150,528 numbers", "14×14 patches of 16×16 pixels, 768 numbers each", "the same matrix for all 196",
+        "each of the 197 tokens", "in 12 heads of 64 numbers", "widened to 3072 numbers", "There are 12,",
+        "33 % of all weights are in their attention, 65 % in their mlp", "1000 logits",
+    ):  # fmt: skip
+        assert words in told
+    assert "total 1×3×224×224 1×1000" in told
+    assert told.endswith("vitft scratch train scalar")
+
+
+def test_the_tour_names_every_stage_of_the_table() -> None:
+    told = " ".join(CliRunner().invoke(app, ["explain"]).stdout.split("The same")[0].split())
+    named = [name for brackets in re.findall(r"\[(.*?)\]", told) for name in brackets.split(", ")]
+    for stage in stages(PRESETS["vit-base"]):
+        short = re.sub(r"^block\.\d+\.", "", stage.name)
+        assert any(short == name or (name.endswith(".*") and short.startswith(name[:-1])) for name in named), short
+
+
+@pytest.mark.parametrize("option", [["--model", "vit-tiny"], ["--layers", "2"], ["--json"]])
+def test_who_asks_for_sizes_gets_the_table_alone(option: list[str]) -> None:
+    assert "How a Vision Transformer" not in CliRunner().invoke(app, ["explain", *option]).stdout
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_tour_fits_the_screen(width: int) -> None:
+    screen = Console(width=width, file=StringIO(), color_system=None)
+    screen.print(tour(PRESETS["vit-huge"]))
+    assert max(map(len, screen.file.getvalue().splitlines())) <= min(width, 110)  # type: ignore[attr-defined]

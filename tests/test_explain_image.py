@@ -15,7 +15,7 @@ import vitft
 from vitft.cli import app
 from vitft.errors import DataError, ModelError, UsageError
 from vitft.explain.attention import draw, rollout, shares
-from vitft.explain.stage import opened
+from vitft.explain.stage import lesson_text, opened
 from vitft.explain.trace import Trace, document, trace, trace_table
 from vitft.prediction import predict
 from vitft.spec import stages
@@ -89,7 +89,7 @@ def test_the_scores_are_those_of_predict(found: Trace, picture: Path) -> None:
     "name", ["embed", "attention", "block.3.attention", "mlp", "block.4.mlp.activation", "norm", "head", "pool"]
 )
 def test_what_is_worked_out_is_what_the_chapter_has(found: Trace, name: str) -> None:
-    shown = text(opened(found, name), 400)
+    shown = text(lesson_text(opened(found, name)), 400)
     gaps = [line.split(", ")[1].split()[0] for line in shown.splitlines() if "the chapter has" in line]
     assert gaps
     assert all(gap == "the" or float(gap) < 1e-5 for gap in gaps), shown
@@ -143,6 +143,9 @@ def test_the_command_prints_a_table_a_document_and_pictures(picture: Path, tmp_p
     whole = json.loads(run("--image", str(picture), "--json").stdout)
     assert [stage["name"] for stage in whole["stages"]][:2] == ["image", "embed.projection"]
     assert "exp(s_i)" in run("--image", str(picture), "--stage", "softmax").stdout
+    (stage,) = json.loads(run("--image", str(picture), "--stage", "softmax", "--json").stdout)["stages"]
+    assert stage["name"] == stage["lesson"]["stage"] == "block.1.attention.softmax"
+    assert stage["lesson"]["result"] == pytest.approx(stage["lesson"]["chapter"], rel=1e-5)
     assert run("--image", str(picture), "--attention", str(tmp_path / "out")).exit_code == 0
     assert (tmp_path / "out" / "attention.png").is_file()
 
@@ -173,7 +176,7 @@ def test_the_lesson_of_an_activation_is_the_models_own(found: Trace, activation:
 
     spec, seen = replace(found.spec, activation=activation), {}
     vit(found.by_numpy["image"], found.weights, spec, watch=lambda name, array: seen.update({name: array.copy()}))
-    shown = text(opened(replace(found, spec=spec, by_numpy=seen), "activation"), 400)
-    assert shown.splitlines()[2].split()[-1] == activation
+    shown = text(lesson_text(opened(replace(found, spec=spec, by_numpy=seen), "activation")), 400)
+    assert shown.splitlines()[3].split()[-1] == activation
     gap = next(line for line in shown.splitlines() if "the chapter has" in line).split(", ")[1]
     assert gap.startswith("the same") or float(gap.split()[0]) < 1e-5

@@ -225,21 +225,22 @@ def explain(
     checkpoint: Annotated[str, typer.Option(help="Run, model folder or hub id; the bundled ViT by default.", rich_help_panel="With an image")] = "vit-micro",
     stage: Annotated[str | None, typer.Option(help="Open a stage (attention, block.2.mlp, head): formula, code, a number worked out.", rich_help_panel="With an image")] = None,
     attention: Annotated[Path | None, typer.Option(help="Folder for pictures of where each head looks.", rich_help_panel="With an image")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one page to explore in a browser: where each token looks, every stage.", rich_help_panel="With an image")] = None,
     json: Json = False,
 ) -> None:  # fmt: skip
-    """Show a ViT stage by stage: shapes, parameters, FLOPs and memory; with --image its numbers."""
-    if image is not None or stage is not None or attention is not None:
-        from vitft import commands
+    """Show a ViT stage by stage: shapes, parameters, FLOPs and memory; with --image its numbers.
 
-        sizes = {"model": model, "image_size": image_size, "patch_size": patch_size, "width": width, "layers": layers,
-                 "heads": heads, "mlp": mlp, "classes": classes, "pre_logits": pre_logits}  # fmt: skip
-        commands.explain_image(image, checkpoint, stage, attention, json, [n for n in sizes if sizes[n] is not None])
-        return
-    from vitft.explain.table import document, resolve_spec, stage_table
+    Without options it is a tour, from pixel to logit.
+    """
+    from vitft import commands
 
-    spec = resolve_spec(model, image_size=image_size, patch_size=patch_size, width=width, layers=layers,
-                        heads=heads, mlp=mlp, classes=classes, pre_logits=pre_logits)  # fmt: skip
-    console.say_json(document(spec, batch_size)) if json else console.say(stage_table(spec, batch_size, all_blocks))
+    sizes = {"model": model, "image_size": image_size, "patch_size": patch_size, "width": width, "layers": layers,
+             "heads": heads, "mlp": mlp, "classes": classes, "pre_logits": pre_logits}  # fmt: skip
+    given = {name: value for name, value in sizes.items() if value is not None}
+    if any(wanted is not None for wanted in (image, stage, attention, html)):
+        commands.explain_image(image, checkpoint, stage, attention, html, json, list(given))
+    else:
+        commands.explain_sizes(given, batch_size, all_blocks, json)
 
 
 @recipes_app.command("ls")

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -110,28 +111,53 @@ def _scratch_train_scalar(output: Path | None, as_json: bool, overrides: dict[st
     console.say_json(scalar_document(report)) if as_json else console.say(scalar_tables(report))
 
 
+def explain_sizes(given: dict[str, Any], batch_size: int, all_blocks: bool, as_json: bool) -> None:
+    """The table of a ViT's stages; where no model and no size is given, a tour around it."""
+    from vitft.explain.table import document, resolve_spec, stage_table
+    from vitft.explain.tour import further, tour
+
+    spec = resolve_spec(**given)
+    if as_json:
+        console.say_json(document(spec, batch_size))
+    elif given:
+        console.say(stage_table(spec, batch_size, all_blocks))
+    else:
+        for part in (tour(spec), stage_table(spec, batch_size, all_blocks), further()):
+            console.say(part)
+
+
 def explain_image(
-    image: Path | None, checkpoint: str, stage: str | None, folder: Path | None, as_json: bool, others: list[str]
-) -> None:
-    """Follow an image through a checkpoint; open a stage, or draw its attention. `others` do not go with it."""
+    image: Path | None, checkpoint: str, stage: str | None, folder: Path | None, page: Path | None, as_json: bool,
+    others: list[str],
+) -> None:  # fmt: skip
+    """Follow an image through a checkpoint; open a stage, draw its attention, make a page; without `others`."""
     if image is None:
-        raise UsageError(f"{'--stage' if stage else '--attention'} shows real numbers; add --image FILE.")
+        option = "--stage" if stage else "--attention" if folder else "--html"
+        raise UsageError(f"{option} shows real numbers; add --image FILE.")
     if others:
         raise UsageError(f"{as_flag(others[0])} shapes a table without numbers; with --image, use --checkpoint alone.")
     from vitft.explain.attention import draw
-    from vitft.explain.stage import opened
+    from vitft.explain.page import write_page
+    from vitft.explain.stage import lesson_text, opened
     from vitft.explain.trace import document, trace, trace_table
 
     found = trace(image, checkpoint)
+    lessons = [] if stage is None else opened(found, stage)
     if as_json:
-        console.say_json(document(found))
-    elif stage is not None:
-        console.say(opened(found, stage))
-    elif folder is None:
+        whole = document(found, [one.stage for one in lessons] or None)
+        for told, one in zip(whole["stages"], lessons, strict=False):
+            told["lesson"] = asdict(one)
+        console.say_json(whole)
+    elif lessons:
+        console.say(lesson_text(lessons))
+    elif folder is None and page is None:
         console.say(trace_table(found))
     if folder is not None:
         written = draw(found, folder.expanduser())
         console.note(f"{len(written)} pictures in {folder}; {written[-1].name} has all of them")
+    if page is not None:
+        write_page(found, page.expanduser())
+        console.note(f"{page}: open it in a browser; it needs no network")
 
 
 def data_info(dataset: str, options: dict[str, Any], preview: Path | None, as_json: bool) -> None:

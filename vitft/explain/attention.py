@@ -9,16 +9,27 @@ from vitft.errors import UsageError
 from vitft.explain.trace import Trace
 from vitft.fonts import drawable
 from vitft.scratch.tensors import Array
+from vitft.spec import ViTSpec
 
 _CELL, _GAP, _MARGIN = 112, 6, 18  # pixels
 _PAPER, _INK, _FAINT = "#ffffff", "#1c1c1f", "#74747c"
 
 
+def weights(found: Trace) -> Array:
+    """What every token takes from every token: (layers, heads, N, N), rows sum to 1."""
+    return np.stack([found.by_numpy[f"block.{layer}.attention.softmax"][0] for layer in _layers(found)])
+
+
 def shares(found: Trace) -> Array:
     """What the class token takes from each patch: (layers, heads, rows, columns), each head's sum at most 1."""
-    every = np.stack([found.by_numpy[f"block.{layer}.attention.softmax"][0] for layer in _layers(found)])
-    prefix = found.spec.prefix_tokens
-    return every[:, :, 0, prefix:].reshape(found.spec.layers, found.spec.heads, *found.spec.grid)
+    return _pooled(weights(found), found.spec)
+
+
+def _pooled(taken: Array, spec: ViTSpec) -> Array:
+    """Of what tokens take, (..., N, N), the patches' part of the token that the head reads (of a mean: their mean)."""
+    own = taken[..., 0, :] if spec.pooling == "cls" else taken[..., spec.prefix_tokens :, :].mean(axis=-2)
+    patches: Array = own[..., spec.prefix_tokens :]
+    return patches.reshape(*taken.shape[:-2], *spec.grid)
 
 
 def rollout(found: Trace) -> Array:
@@ -29,12 +40,12 @@ def rollout(found: Trace) -> Array:
     """
     tokens = found.spec.tokens
     passed = np.eye(tokens)
-    for layer in _layers(found):
-        mixed = found.by_numpy[f"block.{layer}.attention.softmax"][0].astype(np.float64).mean(axis=0)
+    for heads in weights(found).astype(np.float64):
+        mixed = heads.mean(axis=0)
         passed = (0.5 * mixed + 0.5 * np.eye(tokens)) @ passed
-    patches: Array = passed[0, found.spec.prefix_tokens :]
-    patches = patches / patches.sum()
-    return patches.reshape(found.spec.grid)
+    patches = _pooled(passed, found.spec)
+    patches /= patches.sum()
+    return patches
 
 
 def _layers(found: Trace) -> range:

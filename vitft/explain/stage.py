@@ -1,24 +1,60 @@
 """One stage opened: its formula, where its code stands, and its first number worked out with real ones."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import erf, pi, sqrt, tanh
 from pathlib import Path
 
 import numpy as np
-from rich.console import Group
 from rich.text import Text
 
 from vitft.errors import UsageError, nearest
 from vitft.explain.trace import Trace
 from vitft.scratch import attention, embedding, encoder, heads, mlp, patchify, tensors
 from vitft.scratch.tensors import Array, Linear, Norm
+from vitft.spec import ViTSpec
 
 _SHOWN = 4  # numbers of a long sum that are written out
 
 
-def opened(found: Trace, name: str) -> Group:
-    """The stages that `name` means: a whole name, or a part of one (of block 1, where no block is named).
+@dataclass(frozen=True)
+class Lesson:
+    """What a stage does: in words, as a formula, in code, and its first number worked out."""
+
+    stage: str
+    shape: tuple[int, ...]
+    words: str
+    formula: str
+    file: str
+    line: int
+    function: str
+    worked: str
+    result: float
+    chapter: float  # the same number as the chapter computed it
+
+    @property
+    def gap(self) -> str:
+        """How far the two are apart."""
+        gap = abs(self.result - self.chapter)
+        return f"{gap:.0e} away" if gap else "the same"
+
+
+def lesson(found: Trace, stage: str) -> Lesson:
+    """The lesson of one stage, by its whole name."""
+    step = stage.split(".")[-1]
+    words, formula, chapter, worked = _LESSONS[_kind(found.spec, step)]
+    array = found.by_numpy[stage]
+    file = Path(inspect.getsourcefile(chapter) or "")
+    sum_, result = worked(found, stage)
+    return Lesson(
+        stage, array.shape, words, formula, f"vitft/scratch/{file.name}", inspect.getsourcelines(chapter)[1],
+        chapter.__name__, sum_, result, float(array.flat[0]),
+    )  # fmt: skip
+
+
+def opened(found: Trace, name: str) -> list[Lesson]:
+    """The lessons of the stages that `name` means: a whole name, or a part of one (of block 1, where none is named).
 
     Raises UsageError for a name that no stage has.
     """
@@ -31,21 +67,24 @@ def opened(found: Trace, name: str) -> Group:
         parts = dict.fromkeys(part for stage in every for part in (stage, *stage.split(".")) if not part.isdigit())
         remedy = nearest(name, parts) or f"; try one of {', '.join(every[:5])}"
         raise UsageError(f"--stage {name}: no such stage{remedy}")
+    return [lesson(found, stage) for stage in chosen]
+
+
+def lesson_text(lessons: Sequence[Lesson]) -> Text:
+    """Lessons for a terminal."""
     lines = Text()
-    for stage in chosen:
-        step = stage.split(".")[-1]
-        formula, chapter, worked = _LESSONS[found.spec.activation if step == "activation" else step]
-        array = found.by_numpy[stage]
-        file = Path(inspect.getsourcefile(chapter) or "")
-        line = inspect.getsourcelines(chapter)[1]
-        lines.append(f"{stage}", "bold cyan").append(f"  {'×'.join(map(str, array.shape))}\n")
-        lines.append(f"  {formula}\n").append(f"  vitft/scratch/{file.name}:{line} {chapter.__name__}\n", "dim")
-        sum_, result = worked(found, stage)
-        lines.append(f"  first number: {sum_} = {result:.4g}\n")
-        gap = abs(result - float(array.flat[0]))
-        lines.append(f"  the chapter has {float(array.flat[0]):.4g}", "dim")
-        lines.append(f", {gap:.0e} away\n\n" if gap else ", the same\n\n", "dim")
-    return Group(lines)
+    for one in lessons:
+        lines.append(one.stage, "bold cyan").append(f"  {'×'.join(map(str, one.shape))}\n")
+        lines.append(f"  {one.words}\n  {one.formula}\n")
+        lines.append(f"  {one.file}:{one.line} {one.function}\n", "dim")
+        lines.append(f"  first number: {one.worked} = {one.result:.4g}\n")
+        lines.append(f"  the chapter has {one.chapter:.4g}, {one.gap}\n\n", "dim")
+    return lines
+
+
+def _kind(spec: ViTSpec, step: str) -> str:
+    """The key of a step's lesson: of some steps the spec has more than one kind."""
+    return {"activation": spec.activation, "pool": f"pool_{spec.pooling}"}.get(step, step)
 
 
 def _input(found: Trace, stage: str) -> Array:
@@ -120,8 +159,11 @@ def _mix(found: Trace, stage: str) -> tuple[str, float]:
 
 def _residual(found: Trace, stage: str) -> tuple[str, float]:
     every = list(found.by_numpy)
-    norm = next(i for i in range(every.index(stage), -1, -1) if every[i].endswith(".norm"))
-    read, added = float(found.by_numpy[every[norm - 1]].flat[0]), float(_input(found, stage).flat[0])
+    part = stage.removesuffix("residual")
+    before = (
+        next(i for i, name in enumerate(every) if name.startswith(part)) - 1
+    )  # the part's first stage is its norm's
+    read, added = float(found.by_numpy[every[before]].flat[0]), float(_input(found, stage).flat[0])
     return f"{read:.4g} + {added:.4g}", read + added
 
 
@@ -144,7 +186,8 @@ def _relu(found: Trace, stage: str) -> tuple[str, float]:
 
 def _positions(found: Trace, stage: str) -> tuple[str, float]:
     table = found.weights.embedding.positions
-    assert table is not None, "Transformers' positions are learned"
+    if table is None:
+        table = embedding.sinusoidal_positions(found.spec.tokens, found.spec.width)
     before, position = float(_input(found, stage).flat[0]), float(table.flat[0])
     return f"{before:.4g} + {position:.4g}", before + position
 
@@ -157,32 +200,96 @@ def _first(found: Trace, stage: str) -> tuple[str, float]:
 
 def _class_token(found: Trace, stage: str) -> tuple[str, float]:
     token = found.weights.embedding.class_token
-    assert token is not None, "Transformers' ViT has a class token"
+    assert token is not None, "the stage is there because the token is"
     return f"{token.flat[0]:.4g}, the token's own", float(token.flat[0])
+
+
+def _mean(found: Trace, stage: str) -> tuple[str, float]:
+    values = _input(found, stage)[0, found.spec.prefix_tokens :, 0]
+    shown = " + ".join(f"{value:.3g}" for value in values[:_SHOWN])
+    more = f" + ({len(values) - _SHOWN} more)" if len(values) > _SHOWN else ""
+    return f"({shown}{more}) / {len(values)}", float(values.mean())
+
+
+def _pre_logits(found: Trace, stage: str) -> tuple[str, float]:
+    layer = found.weights.head.pre_logits
+    assert layer is not None, "the stage is there because the layer is"
+    written, value = _linear(_input(found, stage)[0], layer)
+    return f"tanh({written})", tanh(value)
 
 
 def _head(found: Trace, stage: str) -> tuple[str, float]:
     return _linear(_input(found, stage)[0], found.weights.head.logits)
 
 
-_LESSONS: dict[str, tuple[str, Callable[..., object], Callable[[Trace, str], tuple[str, float]]]] = {
-    "image": ("x = (pixel / 255 − mean) / std", embedding.embedding, _first),
-    "projection": ("z = E · patch + b, the same E for every patch", patchify.patch_embedding, _projection),
-    "patches": ("the grid of patches, row by row, is a sequence", patchify.windows, _first),
-    "class_token": ("a learned token, the same for every image, goes first", embedding.embedding, _class_token),
-    "positions": ("z = z + position, one of each place", embedding.embedding, _positions),
-    "norm": ("(x − mean) / √(variance + eps) · scale + shift, each token by itself", tensors.layer_norm, _block_norm),
-    "qkv": ("[q, k, v] = W x + b, cut into heads", attention.attention, _of_block("attention", "qkv")),
-    "scores": ("s = q · k / √K, of every token with every other", attention.attention, _scores),
-    "softmax": ("a_i = exp(s_i) / Σ_j exp(s_j)", tensors.softmax, _softmax),
-    "mix": ("Σ_i a_i v_i: the answers, each by its share; then the heads side by side", attention.attention, _mix),
-    "output": ("W x + b: what the heads found, joined", attention.attention, _of_block("attention", "output")),
-    "residual": ("what was read + what the part made of it", encoder.add_part, _residual),
-    "in": ("W x + b, wider", mlp.mlp, _of_block("mlp", "inner")),
-    "gelu": ("x · Φ(x), Φ the share of a normal distribution below x", tensors.gelu, _gelu),
-    "gelu_tanh": ("x · (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2", tensors.gelu_tanh, _gelu_tanh),
-    "relu": ("max(x, 0)", tensors.relu, _relu),
-    "out": ("W x + b, narrow again", mlp.mlp, _of_block("mlp", "outer")),
-    "pool": ("the class token alone", heads.pool, _first),
-    "head": ("logits = W x + b, one a class", heads.head, _head),
-}
+_qkv = _of_block("attention", "qkv")
+_output = _of_block("attention", "output")
+_in = _of_block("mlp", "inner")
+_out = _of_block("mlp", "outer")
+
+# Of each kind of step: words, formula, the function of the chapter, and what works its first number out.
+_LESSONS: dict[str, tuple[str, str, Callable[..., object], Callable[[Trace, str], tuple[str, float]]]] = {
+    "image": (
+        "The picture as numbers about 0: brightness, of each pixel in each colour.",
+        "x = (pixel / 255 − mean) / std", embedding.embedding, _first),
+    "projection": (
+        "Every patch is multiplied by one learned matrix, the same for all: what is in this square?",
+        "z = E · patch + b", patchify.patch_embedding, _projection),
+    "patches": (
+        "The grid of patches is read row by row: from here on a picture is a sequence of tokens.",
+        "token n is the patch in row n // columns, column n % columns", patchify.windows, _first),
+    "class_token": (
+        "A learned token, the same for every picture, goes first. It will gather what the others know.",
+        "z = [class token; z]", embedding.embedding, _class_token),
+    "positions": (
+        "Each place has numbers of its own, which are added: attention alone does not know where a token is.",
+        "z = z + position", embedding.embedding, _positions),
+    "norm": (
+        "Each token is brought to one scale, whatever has been added to it so far.",
+        "(x − mean) / √(variance + eps) · scale + shift", tensors.layer_norm, _block_norm),
+    "qkv": (
+        "Each token makes a query (what I look for), a key (what I have) and a value (what I tell) for every head.",
+        "[q, k, v] = W x + b, cut into heads", attention.attention, _qkv),
+    "scores": (
+        "Every query meets every key: the better they match, the higher the score.",
+        "s = q · k / √K", attention.attention, _scores),
+    "softmax": (
+        "The scores of a token become shares that sum to 1: how much it takes from each of the others.",
+        "a_i = exp(s_i) / Σ_j exp(s_j)", tensors.softmax, _softmax),
+    "mix": (
+        "Each head sums the values, each by its share; then the heads' results stand side by side.",
+        "Σ_i a_i v_i", attention.attention, _mix),
+    "output": (
+        "One matrix joins what the heads found.",
+        "W x + b", attention.attention, _output),
+    "residual": (
+        "What the part found is added to what it read: nothing is lost on the way.",
+        "y = x + part(x)", encoder.add_part, _residual),
+    "in": (
+        "Each token by itself is widened: many questions about what it now holds.",
+        "W x + b", mlp.mlp, _in),
+    "gelu": (
+        "Each number is bent: high ones pass, low ones are held back. Without a bend all layers would be one.",
+        "x · Φ(x), Φ the share of a normal distribution below x", tensors.gelu, _gelu),
+    "gelu_tanh": (
+        "Each number is bent: high ones pass, low ones are held back. Without a bend all layers would be one.",
+        "x · (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2", tensors.gelu_tanh, _gelu_tanh),
+    "relu": (
+        "Each number is bent: what is below 0 becomes 0. Without a bend all layers would be one.",
+        "max(x, 0)", tensors.relu, _relu),
+    "out": (
+        "The answers are summed up to a token's own width again.",
+        "W x + b", mlp.mlp, _out),
+    "pool_cls": (
+        "Only the class token goes on: it stands for the whole picture.",
+        "y = z of token 0", heads.pool, _first),
+    "pool_mean": (
+        "The mean of all patch tokens stands for the whole picture.",
+        "y = Σ_n z_n / patches", heads.pool, _mean),
+    "pre_logits": (
+        "One more layer, bent so that every number lies between −1 and 1.",
+        "tanh(W x + b)", heads.head, _pre_logits),
+    "head": (
+        "One number a class; the largest is the answer. exp, divided by the sum, makes them probabilities.",
+        "logits = W x + b", heads.head, _head),
+}  # fmt: skip

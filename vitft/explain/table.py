@@ -187,7 +187,8 @@ def stage_table(spec: ViTSpec, batch_size: int = 1, all_blocks: bool = False) ->
         rows.append(None)
     sums = total(spec, batch_size)
     whole = ("total", _shape(sums.input), _shape(sums.output), *_costs([sums]))
-    return StageTable(_in_words(spec), rows, whole, _legend(spec, batch_size))
+    words = Text(" → ", "bold cyan").join(Text(step) for step in in_words(spec)).append("\n")
+    return StageTable(words, rows, whole, _legend(spec, batch_size))
 
 
 def _block(stage: Stage) -> int:
@@ -216,11 +217,11 @@ def _count(number: float) -> str:
     return f"{number / 1000:.1f} P"
 
 
-def _in_words(spec: ViTSpec) -> Text:
-    """One sentence that follows an image through the model."""
+def in_words(spec: ViTSpec) -> tuple[str, ...]:
+    """The steps of a sentence that follows an image through the model."""
     blocks = "1 block" if spec.layers == 1 else f"{spec.layers} blocks"
     prefix = {0: "", 1: " with the class token"}.get(spec.prefix_tokens, f" with {spec.prefix_tokens} prefix tokens")
-    steps = (
+    return (
         f"{spec.image_height}×{spec.image_width} pixels",
         f"{spec.patches} patches of {spec.patch_height}×{spec.patch_width}",
         f"{spec.tokens} tokens of {spec.width} numbers{prefix}",
@@ -228,7 +229,6 @@ def _in_words(spec: ViTSpec) -> Text:
         "the class token" if spec.pooling == "cls" else "the mean of the patch tokens",
         f"{spec.classes} logits, one a class",
     )
-    return Text(" → ", "bold cyan").join(Text(step) for step in steps).append("\n")
 
 
 def _legend(spec: ViTSpec, batch_size: int) -> str:

@@ -4,38 +4,47 @@ Every stage has the name that `vitft.spec.stages` gives it. What the three make 
 rounding alone; here one sees by how much.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from vitft.checkpoint import find_model
-from vitft.data.augment import fit, normalize
+from vitft.console import safe
+from vitft.data.augment import Preprocess, fit, normalize
 from vitft.data.images import BadImage, decode
 from vitft.errors import DataError, ModelError
 from vitft.models import load_trained
+from vitft.scratch.augment import normalise
 from vitft.scratch.interop import from_transformers
-from vitft.scratch.tensors import Array
+from vitft.scratch.tensors import Array, softmax
 from vitft.scratch.torch_vit import TorchViT
 from vitft.scratch.vit import ViT, vit
 from vitft.spec import ViTSpec, spec_from_config
+from vitft.textbook.run import is_textbook_run, read_run
 
 Stages = dict[str, Array]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What every stage made of one image, float32, by whom; pixels are the model's input before normalising."""
+    """What every stage made of one image, float32, by whom; pixels are the model's input before normalising.
+
+    A textbook network is none that Transformers could be: `by_transformers` is empty then.
+    """
 
     path: Path
-    pixels: Array  # (H, W, 3), 0 to 255
+    checkpoint: str
+    pixels: NDArray[np.uint8]  # (H, W, 3)
     labels: tuple[str, ...]
     spec: ViTSpec
     weights: ViT
@@ -46,40 +55,58 @@ class Trace:
     @property
     def scores(self) -> list[tuple[str, float]]:
         """The classes' probabilities, best first."""
-        logits = self.by_numpy["head"][0].astype(np.float64)
-        shares = np.exp(logits - logits.max())
-        shares /= shares.sum()
+        shares = softmax(self.by_numpy["head"][0].astype(np.float64))
         return [(self.labels[i], float(shares[i])) for i in np.argsort(-shares)]
 
 
 def trace(image: Path, checkpoint: str | Path) -> Trace:
     """Follow an image through a checkpoint: a run, one of its folders, a Transformers ViT folder or hub id.
 
-    Raises DataError for an image that cannot be read, ModelError for what is no plain ViT.
+    A run of `vitft scratch train` will do too. Raises DataError for an image that cannot be read,
+    ModelError for what is no plain ViT.
     """
-    where = find_model(Path(checkpoint).expanduser())
-    loaded = load_trained(where if where.is_dir() else str(checkpoint))
-    model = loaded.model.eval()
-    config = model.config.to_dict()
-    spec = spec_from_config(config)
-    if config["model_type"] != "vit":
-        raise ModelError(f"{checkpoint} is a {config['model_type']}: the chapters follow plain ViTs (vit); choose one.")
+    folder = Path(checkpoint).expanduser()
+    by_numpy, by_torch, by_transformers = Stages(), Stages(), Stages()
+    if is_textbook_run(folder):
+        network = read_run(folder)
+        spec, weights, labels = network.spec, network.weights, network.labels
+        shown = _fitted(image, Preprocess(spec.image_height, spec.image_width))
+        pixels = torch.from_numpy(normalise(_channels(shown, spec), network.mean, network.std))
+    else:
+        where = find_model(folder)
+        loaded = load_trained(where if where.is_dir() else str(checkpoint))
+        model, labels = loaded.model.eval(), loaded.labels
+        config = model.config.to_dict()
+        spec = spec_from_config(config)
+        if config["model_type"] != "vit":
+            raise ModelError(
+                f"{checkpoint} is a {config['model_type']}: the chapters follow plain ViTs (vit); choose one."
+            )
+        shown = _fitted(image, loaded.preprocess)
+        pixels = normalize(torch.from_numpy(shown)[None], loaded.preprocess).contiguous()
+        weights = from_transformers({name: p.detach().numpy() for name, p in model.named_parameters()}, spec)
+        with torch.inference_mode():
+            _watch_transformers(model, spec, _keep(by_transformers))(pixels)
+    vit(pixels.numpy(), weights, spec, watch=_keep(by_numpy))
+    with torch.inference_mode():
+        TorchViT(spec).load(weights).watched_by(_keep(by_torch))(pixels)
+    return Trace(image, str(checkpoint), shown, labels, spec, weights, by_numpy, by_torch, by_transformers)
+
+
+def _fitted(image: Path, how: Preprocess) -> NDArray[np.uint8]:
+    """The image at the model's size, (H, W, 3)."""
     try:
         decoded = decode(image.expanduser())
     except (BadImage, OSError) as error:
         raise DataError(f"{image}: {getattr(error, 'strerror', None) or error}; give an image file.") from None
-    fitted = fit(torch.from_numpy(decoded)[None], loaded.preprocess)
-    pixels = normalize(fitted, loaded.preprocess).contiguous()
-    state = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
-    weights = from_transformers(state, spec)
+    fitted: NDArray[np.uint8] = fit(torch.from_numpy(decoded)[None], how)[0].numpy()
+    return fitted
 
-    by_numpy, by_torch, by_transformers = Stages(), Stages(), Stages()
-    vit(pixels.numpy(), weights, spec, watch=_keep(by_numpy))
-    with torch.inference_mode():
-        TorchViT(spec).load(weights).watched_by(_keep(by_torch))(pixels)
-        _watch_transformers(model, spec, _keep(by_transformers))(pixels)
-    shown = fitted[0].numpy()
-    return Trace(image, shown, loaded.labels, spec, weights, by_numpy, by_torch, by_transformers)
+
+def _channels(image: NDArray[np.uint8], spec: ViTSpec) -> NDArray[np.uint8]:
+    """The image (H, W, 3) as a batch of one, (1, C, H, W), grey where the network has one channel."""
+    planes = np.asarray(Image.fromarray(image).convert("L"))[..., None] if spec.channels == 1 else image
+    return planes.transpose(2, 0, 1)[None]
 
 
 def _keep(stages: Stages) -> Callable[[str, Array], None]:
@@ -141,8 +168,8 @@ def _watch_transformers(model: Any, spec: ViTSpec, keep: Callable[[str, Array], 
 # -- what a person and a program see of it --------------------------------------------------------
 
 
-def document(found: Trace) -> dict[str, Any]:
-    """The trace, JSON-ready: image, scores, and of each stage its numbers and differences.
+def document(found: Trace, stages: Iterable[str] | None = None) -> dict[str, Any]:
+    """The trace, JSON-ready: image, scores, and of each stage (or of these) its numbers and differences.
 
     max_abs_diff is the largest difference of two numbers, max_rel_diff that relative to the stage's
     largest value. A stage that Transformers never has as a tensor of its own has null there.
@@ -150,11 +177,12 @@ def document(found: Trace) -> dict[str, Any]:
     return {
         "image": str(found.path),
         "scores": [{"label": label, "score": score} for label, score in found.scores],
-        "stages": [_numbers(found, name) for name in found.by_numpy],
+        "stages": [numbers(found, name) for name in (found.by_numpy if stages is None else stages)],
     }
 
 
-def _numbers(found: Trace, name: str) -> dict[str, Any]:
+def numbers(found: Trace, name: str) -> dict[str, Any]:
+    """What `document` says of a stage."""
     ours = found.by_numpy[name].astype(np.float64)
     largest = float(np.abs(ours).max()) or 1.0
     others = {"numpy_torch": found.by_torch.get(name), "numpy_transformers": found.by_transformers.get(name)}
@@ -169,27 +197,29 @@ def _numbers(found: Trace, name: str) -> dict[str, Any]:
 
 def trace_table(found: Trace) -> Group:
     """The stages of a trace as a table, and what the differences mean; 80 columns are enough."""
+    pairs = {"numpy_torch": "≠ torch"} | ({"numpy_transformers": "≠ HF"} if found.by_transformers else {})
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("stage", no_wrap=True)
     table.add_column("shape", overflow="fold")
-    for name in ("mean", "std", "min", "max", "≠ torch", "≠ HF"):
+    for name in ("mean", "std", "min", "max", *pairs.values()):
         table.add_column(name, justify="right", no_wrap=True)
     worst = 0.0
     for name in found.by_numpy:
-        numbers = _numbers(found, name)
-        gaps = numbers["max_rel_diff"]
-        worst = max(worst, *(gap for gap in gaps.values() if gap is not None))
+        of_stage = numbers(found, name)
+        gaps = [of_stage["max_rel_diff"][pair] for pair in pairs]
+        worst = max(worst, *(gap for gap in gaps if gap is not None))
         short = name.replace("block.", "").replace("attention", "attn")
         table.add_row(
-            short, "×".join(map(str, numbers["shape"])),
-            *(f"{numbers[key]:.3g}" for key in ("mean", "std", "min", "max")),
-            *("·" if gap is None else f"{gap:.0e}" for gap in gaps.values()),
+            short, "×".join(map(str, of_stage["shape"])),
+            *(f"{of_stage[key]:.3g}" for key in ("mean", "std", "min", "max")),
+            *("·" if gap is None else f"{gap:.0e}" for gap in gaps),
         )  # fmt: skip
     best = ", ".join(f"{label} {100 * score:.1f} %" for label, score in found.scores[:3])
+    by = "the torch chapter (≠ torch)" + (" and Transformers (≠ HF)" if found.by_transformers else "")
+    dot = "A dot: Transformers has no such tensor. " if found.by_transformers else ""
     legend = (
-        f"\n{found.path}: {best}\nEvery stage was computed by the NumPy chapters, the torch chapter (≠ torch) and "
-        "Transformers (≠ HF); shown is the largest difference, relative to the stage's largest value. "
-        f"The worst is {worst:.1e}: rounding of float32. A dot: Transformers has no such tensor. "
-        "--json has all numbers."
+        f"\n{found.path}: {safe(best)}\nEvery stage was computed by the NumPy chapters and again by {by}; shown is the "
+        f"largest difference, relative to the stage's largest value. The worst is {worst:.1e}: rounding of float32. "
+        f"{dot}--stage opens a stage, --html makes a page of all this, --json has all numbers."
     )
     return Group(table, Text(legend, "dim"))

@@ -57,7 +57,7 @@ def softmax(x: Array) -> Array:
     What is subtracted from a whole row first does not change the result. Where exp could overflow, or
     every term of a row vanish, it is the row's largest x; finding that costs more than all the rest.
     """
-    safe = -80 < x.min() and x.max() < 80  # exp(80) is 5e34, and float32 ends at 3e38
+    safe = x.min() > -80 and x.max() < 80  # exp(80) is 5e34, and float32 ends at 3e38
     y: Array = np.exp(x) if safe else np.exp(x - x.max(axis=-1, keepdims=True))
     y /= row_sums(y)
     return y

@@ -30,6 +30,7 @@ from vitft.metrics import wilson_interval
 from vitft.scratch.train import Engine, Epoch, Images, NumpyEngine, Plan, fit, new_engine_weights, save, steps_per_epoch
 from vitft.spec import ViTSpec, total
 from vitft.textbook.config import TextbookConfig
+from vitft.textbook.run import SUMMARY, WEIGHTS
 
 _VAL_FRACTION = 0.1  # of train, where the data set has nothing else to test on
 
@@ -78,7 +79,7 @@ def train(config: TextbookConfig, *, output: Path | None = None, name: str | Non
     history = _fit(engine, data, spec, plan, run)
     elapsed_s = time.perf_counter() - started
     summary = _summary(config, data, spec, plan, history[-1]) | {"elapsed_s": round(elapsed_s, 2)}
-    write_json(run / "summary.json", summary)
+    write_json(run / SUMMARY, summary)
     return Result(run, summary)
 
 
@@ -96,10 +97,10 @@ def _fit(engine: Engine, data: Data, spec: ViTSpec, plan: Plan, run: Path) -> li
         elapsed_s = time.perf_counter() - started
         lines.append(asdict(epoch) | {"step": epoch.epoch * per_epoch, "elapsed_s": round(elapsed_s, 2)})
         write_text(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        fresh = run / ".weights.safetensors"
+        fresh = run / f".{WEIGHTS}"
         save(fresh, engine.weights())
         fresh.chmod(0o644)  # safetensors makes files that only their owner may read
-        fresh.replace(run / "weights.safetensors")
+        fresh.replace(run / WEIGHTS)
         console.note(
             f"epoch {epoch.epoch}/{plan.epochs}  loss {epoch.loss:.4f}  "
             f"accuracy {console.percent(epoch.accuracy, 2)}  test {console.percent(epoch.test_accuracy, 2)}  "

@@ -1,0 +1,39 @@
+"""A finished textbook run, read again: its weights, and all that is needed to use them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from vitft.errors import ModelError
+from vitft.scratch.train import load
+from vitft.scratch.vit import ViT
+from vitft.spec import ViTSpec
+
+WEIGHTS, SUMMARY = "weights.safetensors", "summary.json"
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained textbook network; mean and std are those its images were normalised by, channel by channel."""
+
+    weights: ViT
+    spec: ViTSpec
+    labels: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def is_textbook_run(folder: Path) -> bool:
+    """Whether a folder holds what `vitft scratch train` leaves when it has finished."""
+    return (folder / WEIGHTS).is_file() and (folder / SUMMARY).is_file()
+
+
+def read_run(folder: Path) -> Network:
+    """The network of a finished run. Raises ModelError where its files are not what a run leaves."""
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        spec = ViTSpec(**summary["spec"])
+        weights = load(folder / WEIGHTS, spec)
+        return Network(weights, spec, tuple(summary["labels"]), tuple(summary["mean"]), tuple(summary["std"]))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ModelError(f"{folder}: no whole textbook run ({error}); train it again.") from None
