@@ -294,6 +294,7 @@ def test_a_loss_that_is_no_number_ends_the_run() -> None:
         warnings.simplefilter("error")
         message = error_of(*typed, code=5)
     assert re.fullmatch(r"loss is (nan|inf) at step \d+, lr 1e\+02; lower --lr or add --warmup-steps\.", message)
+    assert not list(Path("runs").iterdir())  # nothing was learned: nothing is kept
 
 
 # -- recipes ------------------------------------------------------------------------------------------
@@ -448,3 +449,5 @@ def test_mistakes_of_the_scalar_vit_are_shown() -> None:
 def test_settings_are_checked_in_words() -> None:
     with pytest.raises(UsageError, match=r"^settings: epochs should be greater than or equal to 1, got 0$"):
         TextbookConfig.parse({"epochs": 0})
+    with pytest.raises(UsageError, match="`vitft scratch train --help` lists the settings"):
+        TextbookConfig.parse({"zzzzzz": 0})

@@ -5,79 +5,68 @@ YAML, and the trainer reads `config.<name>`. No default is written anywhere else
 """
 # ruff: noqa: E501  (an option is a line, however long)
 
-import re
-import reprlib
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import model_validator
 
-from vitft.errors import UsageError, as_flag, nearest
-
-_brief = reprlib.Repr()
-_brief.maxlevel, _brief.maxstring = 2, 60  # what was got, in an error of one line
-
-
-def _setting(default: Any, panel: str, description: str, *, steers: bool = False, **bounds: Any) -> Any:
-    """A field of TrainConfig. `steers`: it may differ when a run is resumed: it is about how, not what."""
-    extra: dict[str, Any] = {"panel": panel, "steers": steers}
-    return Field(default, description=description, json_schema_extra=extra, **bounds)
-
+from vitft.errors import UsageError
+from vitft.settings import Settings, setting
 
 SIZES = ("patch_size", "width", "layers", "heads", "mlp")
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(Settings):
     """The settings of one training run; immutable, and saved as `config.yaml` in the run folder."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    command = "vitft train"
 
     # fmt: off
-    dataset: str | None = _setting(None, "Data", "Alias (cifar10, digits, ...), hub id[:config], folder, CSV, JSONL or parquet.")
-    dataset_revision: str | None = _setting(None, "Data", "Commit, tag or branch of a hub data set.")
-    image_column: str | None = _setting(None, "Data", "Column of the images; found from the features by default.")
-    label_column: str | None = _setting(None, "Data", "Column of the labels; found from the features by default.")
-    val_fraction: float = _setting(0.1, "Data", "Share of train set aside, stratified, when the data has no validation split; 0 for none.", ge=0, lt=1)
-    max_train_samples: int | None = _setting(None, "Data", "Train on this many images, stratified, taken after validation is set aside.", ge=1)
-    max_eval_samples: int | None = _setting(None, "Data", "Evaluate on at most this many images of each split, stratified.", ge=1)
-    on_bad_image: Literal["error", "skip"] = _setting("error", "Data", "What a file that is no readable image does: stop before training, or be listed and left out.")
-    max_pixels: int = _setting(100_000_000, "Data", "Refuse images with more pixels than this.", ge=1)
-    augment: Literal["none", "flip", "crop"] = _setting("flip", "Data", "flip: left to right, half of the time. crop: random resized crop, and flip.")
+    dataset: str | None = setting(None, "Data", "Alias (cifar10, digits, ...), hub id[:config], folder, CSV, JSONL or parquet.")
+    dataset_revision: str | None = setting(None, "Data", "Commit, tag or branch of a hub data set.")
+    image_column: str | None = setting(None, "Data", "Column of the images; found from the features by default.")
+    label_column: str | None = setting(None, "Data", "Column of the labels; found from the features by default.")
+    val_fraction: float = setting(0.1, "Data", "Share of train set aside, stratified, when the data has no validation split; 0 for none.", ge=0, lt=1)
+    max_train_samples: int | None = setting(None, "Data", "Train on this many images, stratified, taken after validation is set aside.", ge=1)
+    max_eval_samples: int | None = setting(None, "Data", "Evaluate on at most this many images of each split, stratified.", ge=1)
+    on_bad_image: Literal["error", "skip"] = setting("error", "Data", "What a file that is no readable image does: stop before training, or be listed and left out.")
+    max_pixels: int = setting(100_000_000, "Data", "Refuse images with more pixels than this.", ge=1)
+    augment: Literal["none", "flip", "crop"] = setting("flip", "Data", "flip: left to right, half of the time. crop: random resized crop, and flip.")
 
-    model: str = _setting("google/vit-base-patch16-224-in21k", "Model", "Hub id, local folder, vit-micro (bundled), or with --from-scratch a preset.")
-    model_revision: str | None = _setting(None, "Model", "Commit, tag or branch of a hub model.")
-    image_size: int | None = _setting(None, "Model", "Side of the model's input in pixels; the model's own by default.", ge=8, le=4096)
-    from_scratch: bool = _setting(False, "Model", "Start from random weights of the model's shape; sizes given without a model are put into vit-micro's.")
-    patch_size: int | None = _setting(None, "Model", "With --from-scratch: side of a patch in pixels.", ge=1, le=1024)
-    width: int | None = _setting(None, "Model", "With --from-scratch: length of a token vector.", ge=1, le=16_384)
-    layers: int | None = _setting(None, "Model", "With --from-scratch: number of encoder blocks.", ge=1, le=256)
-    heads: int | None = _setting(None, "Model", "With --from-scratch: attention heads in a block.", ge=1, le=256)
-    mlp: int | None = _setting(None, "Model", "With --from-scratch: hidden width of a block's MLP.", ge=1, le=65_536)
-    freeze: Literal["none", "backbone"] = _setting("none", "Model", "backbone: train the head alone.")
+    model: str = setting("google/vit-base-patch16-224-in21k", "Model", "Hub id, local folder, vit-micro (bundled), or with --from-scratch a preset.")
+    model_revision: str | None = setting(None, "Model", "Commit, tag or branch of a hub model.")
+    image_size: int | None = setting(None, "Model", "Side of the model's input in pixels; the model's own by default.", ge=8, le=4096)
+    from_scratch: bool = setting(False, "Model", "Start from random weights of the model's shape; sizes given without a model are put into vit-micro's.")
+    patch_size: int | None = setting(None, "Model", "With --from-scratch: side of a patch in pixels.", ge=1, le=1024)
+    width: int | None = setting(None, "Model", "With --from-scratch: length of a token vector.", ge=1, le=16_384)
+    layers: int | None = setting(None, "Model", "With --from-scratch: number of encoder blocks.", ge=1, le=256)
+    heads: int | None = setting(None, "Model", "With --from-scratch: attention heads in a block.", ge=1, le=256)
+    mlp: int | None = setting(None, "Model", "With --from-scratch: hidden width of a block's MLP.", ge=1, le=65_536)
+    freeze: Literal["none", "backbone"] = setting("none", "Model", "backbone: train the head alone.")
 
-    epochs: float = _setting(3.0, "Optimization", "Passes over the training images; may be a fraction.", gt=0, le=100_000)
-    max_steps: int | None = _setting(None, "Optimization", "Stop after this many optimizer steps, whatever the epochs.", ge=1)
-    batch_size: int = _setting(32, "Optimization", "Images of one optimizer step, over all processes and accumulation.", ge=1, le=1_048_576)
-    micro_batch_size: int | None = _setting(None, "Optimization", "Images of one forward pass on one process; all of its share by default.", ge=1)
-    lr: float = _setting(5e-5, "Optimization", "Peak learning rate.", gt=0, le=100)
-    schedule: Literal["constant", "linear", "cosine", "step"] = _setting("linear", "Optimization", "How the rate falls after warm-up; linear and cosine end at 0.")
-    warmup: float = _setting(0.0, "Optimization", "Share of all optimizer steps spent in linear warm-up.", ge=0, lt=1)
-    decay_epochs: float = _setting(1.0, "Optimization", "With --schedule step: epochs between two decays.", gt=0)
-    decay_factor: float = _setting(0.1, "Optimization", "With --schedule step: what the rate is multiplied by.", gt=0, le=1)
-    optimizer: Literal["adamw", "adam", "sgd"] = _setting("adamw", "Optimization", "sgd has momentum 0.9.")
-    weight_decay: float = _setting(0.01, "Optimization", "Decay of the weight matrices; biases, norms, tokens and positions have none. adam has none at all.", ge=0, le=10)
-    clip_norm: float = _setting(1.0, "Optimization", "Largest norm of the whole gradient; 0 for no clipping.", ge=0)
-    label_smoothing: float = _setting(0.0, "Optimization", "Share of each target spread over all classes.", ge=0, lt=1)
-    seed: int = _setting(0, "Optimization", "Seed of splits, order, augmentation, dropout and new weights.", ge=0, lt=2**32)
+    epochs: float = setting(3.0, "Optimization", "Passes over the training images; may be a fraction.", gt=0, le=100_000)
+    max_steps: int | None = setting(None, "Optimization", "Stop after this many optimizer steps, whatever the epochs.", ge=1)
+    batch_size: int = setting(32, "Optimization", "Images of one optimizer step, over all processes and accumulation.", ge=1, le=1_048_576)
+    micro_batch_size: int | None = setting(None, "Optimization", "Images of one forward pass on one process; all of its share by default.", ge=1)
+    lr: float = setting(5e-5, "Optimization", "Peak learning rate.", gt=0, le=100)
+    schedule: Literal["constant", "linear", "cosine", "step"] = setting("linear", "Optimization", "How the rate falls after warm-up; linear and cosine end at 0.")
+    warmup: float = setting(0.0, "Optimization", "Share of all optimizer steps spent in linear warm-up.", ge=0, lt=1)
+    decay_epochs: float = setting(1.0, "Optimization", "With --schedule step: epochs between two decays.", gt=0)
+    decay_factor: float = setting(0.1, "Optimization", "With --schedule step: what the rate is multiplied by.", gt=0, le=1)
+    optimizer: Literal["adamw", "adam", "sgd"] = setting("adamw", "Optimization", "sgd has momentum 0.9.")
+    weight_decay: float = setting(0.01, "Optimization", "Decay of the weight matrices; biases, norms, tokens and positions have none. adam has none at all.", ge=0, le=10)
+    clip_norm: float = setting(1.0, "Optimization", "Largest norm of the whole gradient; 0 for no clipping.", ge=0)
+    label_smoothing: float = setting(0.0, "Optimization", "Share of each target spread over all classes.", ge=0, lt=1)
+    seed: int = setting(0, "Optimization", "Seed of splits, order, augmentation, dropout and new weights.", ge=0, lt=2**32)
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = _setting("auto", "Hardware", "auto: a GPU if there is one.", steers=True)
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = _setting("auto", "Hardware", "Of the matrix products; weights stay float32. auto: what the hardware is fast at.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "Hardware", "auto: a GPU if there is one.", steers=True)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "Hardware", "Of the matrix products; weights stay float32. auto: what the hardware is fast at.")
 
-    eval_every: int | None = _setting(None, "Run", "Evaluate the validation split every so many steps; each epoch by default.", ge=1)
-    early_stopping: int | None = _setting(None, "Run", "Stop after this many evaluations without a better validation accuracy.", ge=1)
-    save_every: int | None = _setting(None, "Run", "Save all that resume needs every so many steps; each epoch by default.", ge=1, steers=True)
-    keep: int = _setting(2, "Run", "How many of the newest step checkpoints stay.", ge=1, steers=True)
-    log_every: int = _setting(10, "Run", "Steps between two lines of metrics.jsonl.", ge=1, steers=True)
-    tracker: Literal["none", "tensorboard", "wandb"] = _setting("none", "Run", "Where metrics go besides metrics.jsonl.", steers=True)
+    eval_every: int | None = setting(None, "Run", "Evaluate the validation split every so many steps; each epoch by default.", ge=1)
+    early_stopping: int | None = setting(None, "Run", "Stop after this many evaluations without a better validation accuracy.", ge=1)
+    save_every: int | None = setting(None, "Run", "Save all that resume needs every so many steps; each epoch by default.", ge=1, steers=True)
+    keep: int = setting(2, "Run", "How many of the newest step checkpoints stay.", ge=1, steers=True)
+    log_every: int = setting(10, "Run", "Steps between two lines of metrics.jsonl.", ge=1, steers=True)
+    tracker: Literal["none", "tensorboard", "wandb"] = setting("none", "Run", "Where metrics go besides metrics.jsonl.", steers=True)
     # fmt: on
 
     @model_validator(mode="before")
@@ -99,30 +88,6 @@ class TrainConfig(BaseModel):
         if self.from_scratch and self.freeze == "backbone":
             raise ValueError("`freeze` backbone with `from_scratch` would train a head on random features; drop one")
         return self
-
-    @classmethod
-    def parse(cls, values: dict[str, Any], origin: str = "settings") -> "TrainConfig":
-        """Check a dictionary of settings; `origin` says in an error where they came from.
-
-        Raises UsageError: an unknown key (with the nearest known one) or an unusable value.
-        """
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            first = error.errors()[0]
-        key, got = ".".join(str(part) for part in first["loc"]), first["input"]
-        if first["type"] == "extra_forbidden":
-            hint = nearest(key, cls.model_fields) or "; `vitft train --help` lists the settings"
-            raise UsageError(f"{origin}: unknown setting {key!r}{hint}")
-        message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        typed = origin == "flags"
-        if not key:  # settings that do not agree with each other
-            spelled = re.sub(r"`(\w+)`", lambda name: as_flag(name[1]) if typed else name[1], message)
-            raise UsageError(spelled if typed else f"{origin}: {spelled}")
-        name = as_flag(key) if typed else f"{origin}: {key}"
-        choices = get_args(cls.model_fields[key].annotation) if first["type"] == "literal_error" else ()
-        hint = nearest(got, choices) if isinstance(got, str) else ""
-        raise UsageError(f"{name} {message}, got {_brief.repr(got)}{hint}")
 
 
 def named_dataset(config: TrainConfig) -> str:

@@ -18,7 +18,6 @@ from vitft.scratch.train import (
     Plan,
     accuracy,
     batch,
-    filled,
     fit,
     load,
     new_engine_weights,
@@ -26,7 +25,7 @@ from vitft.scratch.train import (
     save,
     steps_per_epoch,
 )
-from vitft.scratch.vit import named
+from vitft.scratch.vit import filled, named
 from vitft.spec import ViTSpec
 from vitft.textbook.torch_engine import TorchEngine
 

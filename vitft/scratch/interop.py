@@ -15,8 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from vitft.scratch.tensors import Array
-from vitft.scratch.train import filled
-from vitft.scratch.vit import ViT, named
+from vitft.scratch.vit import ViT, filled, named
 from vitft.spec import ViTSpec, spec_from_config
 
 # Of a block: our name, the stored one, and the one in memory.

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from vitft.scratch.embedding import sinusoidal_positions
 from vitft.scratch.tensors import Watch, unwatched
-from vitft.scratch.train import filled
-from vitft.scratch.vit import ViT, named, new_weights
+from vitft.scratch.vit import ViT, filled, named, shapes
 from vitft.spec import ViTSpec
 
 
@@ -176,8 +175,7 @@ class TorchViT(Watched):
     def paths(self) -> dict[str, nn.Parameter]:
         """Every parameter under its path in the NumPy bundle, as `vit.named` has it."""
         ours = dict(self.named_parameters())
-        like = new_weights(self.spec, np.random.default_rng(0))
-        return {name: ours[_torch_name(name)] for name, _ in named(like)}
+        return {name: ours[_torch_name(name)] for name in shapes(self.spec)}
 
     def weights(self, *, gradients: bool = False) -> ViT:
         """The NumPy bundle of the weights, or of their gradients (of none: zeros)."""

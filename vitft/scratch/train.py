@@ -1,6 +1,6 @@
 """Training: batches in random order, a step for each, a score after each epoch."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +16,7 @@ from vitft.scratch.augment import Pixels, crop, flip, normalise
 from vitft.scratch.heads import cross_entropy, cross_entropy_backward
 from vitft.scratch.optim import SGD, Adam, lr_at
 from vitft.scratch.tensors import Array
-from vitft.scratch.vit import ViT, dropout_masks, mapped, named, new_weights, vit, vit_backward
+from vitft.scratch.vit import ViT, dropout_masks, filled, mapped, named, new_weights, vit, vit_backward
 from vitft.spec import ViTSpec, stages
 
 Labels = NDArray[np.integer[Any]]
@@ -204,15 +204,3 @@ def save(path: Path, w: ViT) -> None:
 def load(path: Path, spec: ViTSpec) -> ViT:
     """Read what `save` wrote. Raises ValueError where names or shapes are not those of the spec."""
     return filled(load_file(path), spec)
-
-
-def filled(arrays: Mapping[str, Array], spec: ViTSpec) -> ViT:
-    """The bundle of a spec, with these arrays at their paths. Raises ValueError where they do not fit."""
-    like = new_weights(spec, np.random.default_rng(0), np.float32)
-    shapes = {name: array.shape for name, array in named(like)}
-    got = {name: array.shape for name, array in arrays.items()}
-    wrong = sorted(name for name in shapes | got if shapes.get(name) != got.get(name))
-    if wrong:
-        raise ValueError(f"{wrong[0]}: wanted {shapes.get(wrong[0])}, got {got.get(wrong[0])}")
-    values = iter(arrays[name] for name, _ in named(like))
-    return mapped(like, lambda _: next(values))

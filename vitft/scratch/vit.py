@@ -1,8 +1,8 @@
 """The whole model: an image forward to its logits, and the loss backward to every weight and pixel."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from math import sqrt
+from math import prod, sqrt
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -104,26 +104,26 @@ def dropout_masks(
 # -- the bundle of weights ------------------------------------------------------------------------
 
 
-def named(bundle: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
+def named(weights: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
     """Every array of a bundle with its path: "blocks.0.attention.qkv.weight". None is left out."""
-    if isinstance(bundle, np.ndarray):
-        yield prefix, bundle
-    elif bundle is not None:
-        parts = enumerate(bundle) if isinstance(bundle, list) else vars(bundle).items()
+    if isinstance(weights, np.ndarray):
+        yield prefix, weights
+    elif weights is not None:
+        parts = enumerate(weights) if isinstance(weights, list) else vars(weights).items()
         for name, part in parts:
             yield from named(part, f"{prefix}.{name}" if prefix else str(name))
 
 
-def mapped(bundle: Bundle, function: Callable[[Array], Array]) -> Bundle:
+def mapped(weights: Bundle, function: Callable[[Array], Array]) -> Bundle:
     """A bundle of the same type, with `function(array)` in place of every array."""
-    made: Any = bundle
-    if isinstance(bundle, np.ndarray):
-        made = function(bundle)
-    elif isinstance(bundle, list):
-        made = [mapped(part, function) for part in bundle]
-    elif is_dataclass(bundle):
-        kind: Any = type(bundle)
-        made = kind(*(mapped(getattr(bundle, field.name), function) for field in fields(bundle)))
+    made: Any = weights
+    if isinstance(weights, np.ndarray):
+        made = function(weights)
+    elif isinstance(weights, list):
+        made = [mapped(part, function) for part in weights]
+    elif is_dataclass(weights):
+        kind: Any = type(weights)
+        made = kind(*(mapped(getattr(weights, field.name), function) for field in fields(weights)))
     return cast(Bundle, made)
 
 
@@ -134,38 +134,67 @@ def new_weights(spec: ViTSpec, rng: np.random.Generator, dtype: Any = np.float32
     deviation 0.02; biases begin at 0. So does the head: at first every class is as likely as any other.
     """
 
-    def normal(*shape: int, std: float = 0.02) -> Array:
-        return (rng.standard_normal(shape) * std).astype(dtype)
+    def draw(kind: str, shape: tuple[int, ...]) -> Array:
+        if kind == "kernel":
+            return rng.standard_normal(shape) / sqrt(prod(shape[1:]))
+        if kind == "token":
+            return rng.standard_normal(shape) * 0.02
+        if kind == "qkv":  # three matrices, one above the other
+            bound = sqrt(6 / (shape[0] // 3 + shape[1]))
+            return rng.uniform(-bound, bound, shape)
+        if kind == "matrix":
+            bound = sqrt(6 / sum(shape))
+            return rng.uniform(-bound, bound, shape)
+        return np.full(shape, float(kind == "scale"))
 
-    def matrix(fan_out: int, fan_in: int, bias: bool = True) -> Linear:
-        bound = sqrt(6 / (fan_in + fan_out))
-        weight = rng.uniform(-bound, bound, (fan_out, fan_in)).astype(dtype)
-        return Linear(weight, np.zeros(fan_out, dtype) if bias else None)
+    return bundle(spec, lambda kind, shape: draw(kind, shape).astype(dtype))
 
-    def qkv() -> Linear:
-        parts = [matrix(d, d, spec.qkv_bias) for _ in range(3)]
-        biases = [part.bias for part in parts if part.bias is not None]
-        return Linear(np.concatenate([part.weight for part in parts]), np.concatenate(biases) if biases else None)
+
+def shapes(spec: ViTSpec) -> dict[str, tuple[int, ...]]:
+    """The shape of every array of a model, by its path."""
+    unset = bundle(spec, lambda kind, shape: np.broadcast_to(np.float32(0), shape))  # takes no memory
+    return {name: array.shape for name, array in named(unset)}
+
+
+def bundle(spec: ViTSpec, make: Callable[[str, tuple[int, ...]], Array]) -> ViT:
+    """A model of arrays that `make` gives for a kind (kernel, matrix, qkv, head, bias, scale, token) and a shape."""
+
+    def linear(kind: str, fan_out: int, *fan_in: int, bias: bool = True) -> Linear:
+        return Linear(make(kind, (fan_out, *fan_in)), make("bias", (fan_out,)) if bias else None)
 
     def norm() -> Norm:
-        return Norm(np.ones(d, dtype), np.zeros(d, dtype))
+        return Norm(make("scale", (d,)), make("bias", (d,)))
 
-    d, m, features = spec.width, spec.mlp, spec.pre_logits or spec.width
-    pixels = spec.channels * spec.patch_height * spec.patch_width
-    kernel = normal(d, spec.channels, spec.patch_height, spec.patch_width, std=1 / sqrt(pixels))
+    d, m = spec.width, spec.mlp
     return ViT(
         Embedding(
-            Linear(kernel, np.zeros(d, dtype)),
-            normal(spec.prefix_tokens, d) if spec.prefix_tokens else None,
-            normal(spec.tokens, d) if spec.positions == "learned" else None,
+            linear("kernel", d, spec.channels, spec.patch_height, spec.patch_width),
+            make("token", (spec.prefix_tokens, d)) if spec.prefix_tokens else None,
+            make("token", (spec.tokens, d)) if spec.positions == "learned" else None,
         ),
         [
-            Block(norm(), Attention(qkv(), matrix(d, d)), norm(), MLP(matrix(m, d), matrix(d, m)))
+            Block(
+                norm(),
+                Attention(linear("qkv", 3 * d, d, bias=spec.qkv_bias), linear("matrix", d, d)),
+                norm(),
+                MLP(linear("matrix", m, d), linear("matrix", d, m)),
+            )
             for _ in range(spec.layers)
         ],
         norm() if spec.final_norm else None,
         Head(
-            matrix(spec.pre_logits, d) if spec.pre_logits else None,
-            Linear(np.zeros((spec.classes, features), dtype), np.zeros(spec.classes, dtype)),
+            linear("matrix", spec.pre_logits, d) if spec.pre_logits else None,
+            linear("head", spec.classes, spec.pre_logits or d),
         ),
     )
+
+
+def filled(arrays: Mapping[str, Array], spec: ViTSpec) -> ViT:
+    """The model of a spec, with these arrays at their paths. Raises ValueError where they do not fit."""
+    wanted = shapes(spec)
+    got = {name: array.shape for name, array in arrays.items()}
+    wrong = sorted(name for name in wanted | got if wanted.get(name) != got.get(name))
+    if wrong:
+        raise ValueError(f"{wrong[0]}: wanted {wanted.get(wrong[0])}, got {got.get(wrong[0])}")
+    values = iter(arrays[name] for name in wanted)
+    return bundle(spec, lambda kind, shape: next(values))

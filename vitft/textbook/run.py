@@ -9,7 +9,7 @@ from vitft.scratch.train import load
 from vitft.scratch.vit import ViT
 from vitft.spec import ViTSpec
 
-WEIGHTS, SUMMARY = "weights.safetensors", "summary.json"
+WEIGHTS, SUMMARY, METRICS = "weights.safetensors", "summary.json", "metrics.jsonl"
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from vitft.metrics import wilson_interval
 from vitft.scratch.train import Engine, Epoch, Images, NumpyEngine, Plan, fit, new_engine_weights, save, steps_per_epoch
 from vitft.spec import ViTSpec, total
 from vitft.textbook.config import TextbookConfig
-from vitft.textbook.run import SUMMARY, WEIGHTS
+from vitft.textbook.run import METRICS, SUMMARY, WEIGHTS
 
 _VAL_FRACTION = 0.1  # of train, where the data set has nothing else to test on
 
@@ -71,12 +71,20 @@ def train(config: TextbookConfig, *, output: Path | None = None, name: str | Non
         f"{len(data.train.labels):,} training images of {spec.image_height}x{spec.image_width} in {spec.channels} "
         f"channel{'s' if spec.channels > 1 else ''}, {total(spec).parameters:,} parameters, {config.engine} engine"
     )
+    existed = run.exists()
     _make(run)
     place = paths.absolute(config.dataset, (*ALIASES, DIGITS))
     settings = config.model_copy(update={"dataset": place}).model_dump(exclude_none=True)
     write_text(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     started = time.perf_counter()
-    history = _fit(engine, data, spec, plan, run)
+    try:
+        history = _fit(engine, data, spec, plan, run)
+    except BaseException:
+        if not (run / METRICS).exists():  # not one epoch was finished: there is nothing to keep
+            (run / "config.yaml").unlink()
+            if not existed:
+                run.rmdir()
+        raise
     elapsed_s = time.perf_counter() - started
     summary = _summary(config, data, spec, plan, history[-1]) | {"elapsed_s": round(elapsed_s, 2)}
     write_json(run / SUMMARY, summary)
@@ -96,7 +104,7 @@ def _fit(engine: Engine, data: Data, spec: ViTSpec, plan: Plan, run: Path) -> li
     def done(epoch: Epoch) -> None:
         elapsed_s = time.perf_counter() - started
         lines.append(asdict(epoch) | {"step": epoch.epoch * per_epoch, "elapsed_s": round(elapsed_s, 2)})
-        write_text(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        write_text(run / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
         fresh = run / f".{WEIGHTS}"
         save(fresh, engine.weights())
         fresh.chmod(0o644)  # safetensors makes files that only their owner may read
