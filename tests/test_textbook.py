@@ -302,7 +302,7 @@ def test_a_loss_that_is_no_number_ends_the_run() -> None:
 TEXTBOOK = [recipe for recipe in recipes() if recipe.textbook]
 
 
-def test_the_textbooks_recipes_are_three_networks() -> None:
+def test_the_textbooks_recipes_are_its_networks() -> None:
     parameters = {}
     for recipe in TEXTBOOK:
         name, config = load_config(recipe.path.stem, {})
@@ -312,7 +312,7 @@ def test_the_textbooks_recipes_are_three_networks() -> None:
         side, channels = (28, 1) if config.dataset == "mnist" else (32, 3)
         assert side % config.patch_size == 0
         parameters[name] = channels
-    assert set(parameters) == {"mnist-patch7", "mnist-patch4", "cifar10-patch4"}
+    assert set(parameters) == {"mnist-patch7", "mnist-patch4", "mnist-patch2", "cifar10-patch4"}
 
 
 def test_recipes_of_the_textbook_are_marked_shown_and_copied() -> None:
