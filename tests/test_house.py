@@ -24,6 +24,7 @@ ROOMS = [
     ["plan"],
     ["runs"],
     ["preparation"],
+    ["probing"],
     ["evaluation", "prediction", "figures"],
     ["explain.page", "explain.tour"],
     ["explain.attention", "explain.stage"],

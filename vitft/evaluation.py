@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vitft.checkpoint import find_model, read_card
 from vitft.config import TrainConfig
-from vitft.data.loader import EvalLoader
+from vitft.data.loader import Batches, EvalLoader
 from vitft.data.sources import ALIASES, DIGITS, Source, open_source
 from vitft.data.splits import Split, make_splits, split_hash
 from vitft.data.store import Skipped, decode_all
@@ -29,7 +29,7 @@ Progress = Callable[[int, int], None]
 
 
 def measure(
-    model: Any, loader: EvalLoader, labels: Sequence[str], split: Split,
+    model: Any, loader: Batches, labels: Sequence[str], split: Split,
     *, gather: Callable[[list[Any]], list[Any]] = lambda parts: parts,
     progress: Progress = lambda done, count: None,
 ) -> Metrics:  # fmt: skip

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,20 @@ def find_precision(wanted: str, device: str) -> str:
     if wanted == "fp16" and device != "cuda":
         raise UsageError(f"precision fp16 needs a CUDA device, got {device}; use fp32 or auto.")
     return wanted
+
+
+def accelerator_of(config: TrainConfig) -> Any:
+    """accelerate's view of the processes and the precision of a run. Raises UsageError."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    if config.tracker != "none" and find_spec(config.tracker) is None:
+        raise UsageError(f"tracker {config.tracker}: not installed; pip install 'vitft[{config.tracker}]'.")
+    known = resolved(config)
+    precision = "no" if known.precision == "fp32" else known.precision
+    if "WORLD_SIZE" not in os.environ:  # an earlier run in this program may have had another precision
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=known.device == "cpu", mixed_precision=precision)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from vitft.hardware import memory_guard
 from vitft.models import set_training
 from vitft.optim import total_steps
 from vitft.preparation import Prepared, prepare
+from vitft.probing import features_stay
 from vitft.runs import folder_of
 from vitft.spec import spec_from_config
 from vitft.spec import total as stage_total
@@ -128,10 +129,14 @@ def _plan(prepared: Prepared, train_image_s: float, evaluate_image_s: float) -> 
     validations = -(-steps // (config.eval_every or steps_per_epoch))
     evaluated = splits.get("validation", 0) * validations + splits.get("test", 0)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    train_s = train_image_s * steps / steps_per_epoch * splits["train"]
+    if features_stay(config):  # a pass over each split, over train with flips two; the head costs next to nothing
+        evaluated = splits.get("validation", 0) + splits.get("test", 0)
+        train_s = evaluate_image_s * splits["train"] * (2 if config.augment == "flip" else 1)
     return Plan(
         prepared, steps, steps_per_epoch, trainable, sum(p.numel() for p in model.parameters()),
         _memory(prepared, trainable),
-        train_s=train_image_s * steps / steps_per_epoch * splits["train"],
+        train_s=train_s,
         evaluate_s=evaluate_image_s * evaluated,
     )  # fmt: skip
 

@@ -36,6 +36,29 @@ def new_run(accelerator: Any, prepared: Prepared, output: Path | None, overwrite
     return Path(broadcast_object_list(chosen)[0])
 
 
+def introduction(prepared: Prepared, total_steps: int, run: Path) -> str:
+    """What a run says of itself when it begins."""
+    config, how = prepared.config, prepared.loaded.preprocess
+    images = ", ".join(f"{len(split.rows):,} {role}" for role, split in prepared.splits.items())
+    return (
+        f"{prepared.source.name}: {images} images of {len(prepared.loaded.labels)} classes; "
+        f"{Path(config.model).name} at {how.height} px on {config.device}, {config.precision}; "
+        f"{total_steps:,} steps of {config.batch_size}; in {run}"
+    )
+
+
+def whereabouts(
+    run: Path, config: TrainConfig, state: ckpt.State, total_steps: int, folder: Path | None, *, over: bool
+) -> str:  # fmt: skip
+    """Where a resumed run stands, and how to train on from one that is finished."""
+    place = f"at step {state.step} of {total_steps}"
+    if not over:
+        return f"resuming {run} {place}, {f'from {folder.name}' if folder else 'for nothing was saved'}"
+    early = ", stopped early" if state.stopped_early else ""
+    next_run = ["vitft", "train", "--dataset", str(config.dataset), "--model", str(run / "last")]
+    return f"{run} is finished, {place}{early}; to train on from it: {shlex.join(next_run)}"
+
+
 def settings_of(run: Path) -> TrainConfig:
     """The settings that a run was written with."""
     return TrainConfig.parse(read_recipe(run / "config.yaml"), str(run / "config.yaml"))

@@ -4,21 +4,17 @@ A step is a function of its number: its batch, its learning rate and its dropout
 step). So a run that is resumed from step N ends bit for bit where an undisturbed one does.
 """
 
+import copy
 import json
 import math
-import os
-import shlex
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 
 from vitft import checkpoint as ckpt
@@ -26,15 +22,16 @@ from vitft import console, runs
 from vitft.checkpoint import Card, State
 from vitft.config import TrainConfig
 from vitft.data.loader import Batch, EvalLoader, TrainLoader
-from vitft.errors import ModelError, Stopped, TrainingError, UsageError
+from vitft.errors import ModelError, Stopped, TrainingError
 from vitft.evaluation import measure
-from vitft.hardware import memory_guard, resolved
+from vitft.hardware import accelerator_of, memory_guard
 from vitft.history import Track, Window, forget_after, record, tracker
 from vitft.metrics import Metrics
 from vitft.models import load_trained, set_training
 from vitft.optim import lr_at, make_optimizer, total_steps
 from vitft.plan import warn_if_long
 from vitft.preparation import Prepared, Stores, prepare
+from vitft.probing import FeatureLoader, Probe, features_stay
 from vitft.randomness import seed_of
 from vitft.signals import StopSignals
 
@@ -56,7 +53,7 @@ def train(config: TrainConfig, *, output: Path | str | None = None, overwrite: b
 
     Raises VitftError; Stopped after a signal, when everything is saved.
     """
-    accelerator = _accelerator(config)
+    accelerator = accelerator_of(config)
     output = None if output is None else Path(output).expanduser()
     if output is not None:
         ckpt.check_free(output, overwrite=overwrite)
@@ -82,7 +79,7 @@ def resume(run: Path | str, changes: dict[str, Any] | None = None) -> Result:
     folder, passed = ckpt.newest_whole(run)
     for fault in passed:
         console.warn(f"passed over {fault}")
-    accelerator = _accelerator(config)
+    accelerator = accelerator_of(config)
     torch.set_num_threads(json.loads((run / "environment.json").read_text())["threads"])
     with accelerator.main_process_first():
         prepared = prepare(config, folder)
@@ -90,7 +87,8 @@ def resume(run: Path | str, changes: dict[str, Any] | None = None) -> Result:
     resumed = _Run(accelerator, prepared, prepared.decode(), run, resumed_from=folder)
     if accelerator.is_main_process:
         runs.keep_dataset(run, prepared.config)
-    console.note(resumed.whereabouts(state))
+    over = resumed.is_over(state)
+    console.note(runs.whereabouts(run, resumed.config, state, resumed.total_steps, folder, over=over))
     return resumed.train(state)
 
 
@@ -105,7 +103,7 @@ class _Run:
         self.labels, self.resumed_from = prepared.loaded.labels, resumed_from
         self.stores = stores
         runs.check_splits(run, prepared, stores, write=accelerator.is_main_process)
-        self.loader = TrainLoader(
+        self.loader: TrainLoader | FeatureLoader = TrainLoader(
             *self.stores["train"], self.how, kind=self.config.augment, seed=self.config.seed,
             batch_size=self.config.batch_size, device=accelerator.device,
             rank=accelerator.process_index, world=accelerator.num_processes,
@@ -114,8 +112,11 @@ class _Run:
         self.total_steps = total_steps(self.config, self.steps_per_epoch)
         model = prepared.loaded.model.to(accelerator.device)
         self.bare = model
+        self.probe = Probe(model, self.config) if features_stay(self.config) else None
+        self.learner = model if self.probe is None else self.probe.head  # what reads a batch
+        self.pending: tuple[Card, dict[str, torch.Tensor]] | None = None  # a best/ that is not written yet
         optimizer = make_optimizer(model.named_parameters(), self.config)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = accelerator.prepare(self.learner, optimizer)
         card = ckpt.read_card(resumed_from) if resumed_from else None
         self.scores: dict[str, dict[str, Any]] = card.scores if card else {}
 
@@ -129,18 +130,21 @@ class _Run:
             if state.scaler and self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state.scaler)
         forget_after(self.run, state.step)
-        if not self._is_over(state):
-            self._introduce()
+        if not self.is_over(state):
+            console.note(runs.introduction(self.prepared, self.total_steps, self.run))
+            if self.probe is not None and isinstance(self.loader, TrainLoader):
+                with console.working("reading features") as progress:
+                    self.loader = self.probe.training(self.loader, gather_object, progress)
         eval_every = config.eval_every or self.steps_per_epoch
-        save_every = config.save_every or self.steps_per_epoch
+        save_every = config.save_every or (self.steps_per_epoch if self.probe is None else self.total_steps)
         window = Window(self.accelerator)
         with (
             StopSignals(self.accelerator) as signals,
             tracker(config, self.run, self.accelerator) as track,
-            self._progress(state) as bar,
+            console.TrainingProgress(state.step, self.total_steps, self.steps_per_epoch) as bar,
             memory_guard(config, self.accelerator.num_processes),
         ):
-            while not self._is_over(state):
+            while not self.is_over(state):
                 waited = time.perf_counter()
                 batch = self.loader.batch(state.step)
                 window.data_wait_s += time.perf_counter() - waited
@@ -173,27 +177,9 @@ class _Run:
                     raise self._stopped(state, stopping)
             return self._finish(state, bar, track)
 
-    def _is_over(self, state: State) -> bool:
+    def is_over(self, state: State) -> bool:
+        """Whether there are no steps left to do."""
         return state.step >= self.total_steps or state.stopped_early
-
-    def whereabouts(self, state: State) -> str:
-        """Where a resumed run stands, and how to train on from one that is finished."""
-        place = f"at step {state.step} of {self.total_steps}"
-        if not self._is_over(state):
-            saved = f"from {self.resumed_from.name}" if self.resumed_from else "for nothing was saved"
-            return f"resuming {self.run} {place}, {saved}"
-        early = ", stopped early" if state.stopped_early else ""
-        next_run = ["vitft", "train", "--dataset", str(self.config.dataset), "--model", str(self.run / "last")]
-        return f"{self.run} is finished, {place}{early}; to train on from it: {shlex.join(next_run)}"
-
-    def _introduce(self) -> None:
-        config, splits = self.config, self.prepared.splits
-        images = ", ".join(f"{len(split.rows):,} {role}" for role, split in splits.items())
-        console.note(
-            f"{self.prepared.source.name}: {images} images of {len(self.labels)} classes; "
-            f"{Path(config.model).name} at {self.how.height} px on {config.device}, {config.precision}; "
-            f"{self.total_steps:,} steps of {config.batch_size}; in {self.run}"
-        )
 
     def _step(self, step: int, batch: Batch, lr: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One optimizer step; this process's share of loss and correct answers, and the gradient's norm."""
@@ -241,7 +227,7 @@ class _Run:
         if better:
             state.best_step, state.evaluations_since_best = state.step, 0
             state.best_accuracy, state.best_loss = metrics.accuracy, metrics.loss
-            self._write_model("best", state)
+            self._keep_best(state)
         else:
             state.evaluations_since_best += 1
             patience = self.config.early_stopping
@@ -254,8 +240,9 @@ class _Run:
             rank=accelerator.process_index, world=accelerator.num_processes,
         )  # fmt: skip
         with bar.evaluating(role) as progress:
+            batches = loader if self.probe is None else self.probe.scoring(role, loader)
             # The bare model: processes may have different numbers of batches, and must not wait for each other.
-            return measure(self.bare, loader, self.labels, self.prepared.splits[role],
+            return measure(self.learner, batches, self.labels, self.prepared.splits[role],
                            gather=gather_object, progress=progress)  # fmt: skip
 
     # -- what is written --------------------------------------------------------------------------
@@ -270,16 +257,33 @@ class _Run:
         }
         return Card(self.config, self.labels, state.step, self._epoch(state.step), splits, self.scores)
 
+    def _keep_best(self, state: State) -> None:
+        """Write best/; of a probe, whose epochs take less time than that, when something else is written."""
+        if self.probe is None:
+            self._write_model("best", self._card(state))
+        else:
+            self.pending = self._card(state), copy.deepcopy(self.learner.state_dict())
+
+    def _flush_best(self) -> None:
+        if self.pending is None:
+            return
+        (card, best), now = self.pending, copy.deepcopy(self.learner.state_dict())
+        self.pending = None
+        self.learner.load_state_dict(best)
+        self._write_model("best", card)
+        self.learner.load_state_dict(now)
+
     def _save(self, state: State) -> None:
+        self._flush_best()
         scaler = self.accelerator.scaler
         state.scaler = scaler.state_dict() if scaler else None
         if self.accelerator.is_main_process:
             ckpt.save_step(self.run, self.bare, self.optimizer.optimizer, self.how, self._card(state), state)
         self.accelerator.wait_for_everyone()
 
-    def _write_model(self, name: str, state: State) -> None:
+    def _write_model(self, name: str, card: Card) -> None:
         if self.accelerator.is_main_process:
-            ckpt.save_model(self.run / name, self.bare, self.how, self._card(state))
+            ckpt.save_model(self.run / name, self.bare, self.how, card)
         self.accelerator.wait_for_everyone()
 
     def _record(self, line: dict[str, Any]) -> None:
@@ -289,7 +293,7 @@ class _Run:
     # -- the end ----------------------------------------------------------------------------------
 
     def _stopped(self, state: State, signal_number: int) -> Stopped:
-        self._write_model("last", state)
+        self._write_model("last", self._card(state))
         name = "Ctrl-C" if signal_number == 2 else "SIGTERM"
         return Stopped(
             f"stopped by {name} at step {state.step} of {self.total_steps}; everything is saved. "
@@ -308,7 +312,7 @@ class _Run:
         """Score the best checkpoint, or the last where there was nothing to choose by, on the test split."""
         chosen = "last" if state.best_step is None else "best"
         if chosen == "best" and state.best_step != state.step:
-            self._write_model("last", state)
+            self._write_model("last", self._card(state))
             card = ckpt.read_card(self.run / "best")
             assert card is not None, "best/ is written by vitft"
             self.bare.load_state_dict(load_trained(self.run / "best").model.state_dict())
@@ -323,21 +327,8 @@ class _Run:
             self._record(line)
             track(line)
         for name in names:
-            self._write_model(name, state)
+            self._write_model(name, self._card(state))
         return Result(self.run, self.run / chosen, state.step, self.scores)
-
-    def _progress(self, state: State) -> "console.TrainingProgress":
-        return console.TrainingProgress(state.step, self.total_steps, self.steps_per_epoch)
-
-
-def _accelerator(config: TrainConfig) -> Any:
-    if config.tracker != "none" and find_spec(config.tracker) is None:
-        raise UsageError(f"tracker {config.tracker}: not installed; pip install 'vitft[{config.tracker}]'.")
-    known = resolved(config)
-    precision = "no" if known.precision == "fp32" else known.precision
-    if "WORLD_SIZE" not in os.environ:  # an earlier run in this program may have had another precision
-        AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=known.device == "cpu", mixed_precision=precision)
 
 
 def _summary(metrics: Metrics) -> dict[str, Any]:

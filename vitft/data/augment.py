@@ -203,18 +203,9 @@ def augment(
     """Training: flips and crops that are functions of (seed, epoch, sample index); shapes as preprocess."""
     if kind == "none":
         return preprocess(images, how, out, exact=False)
-    flip = uniform(seed, "flip", epoch, index)[:, 0] < 0.5
-    if kind == "flip" and isinstance(images, Tensor):
-        images = torch.where(torch.from_numpy(flip).to(images.device)[:, None, None, None],
-                             images.flip(2), images)  # fmt: skip
-        return preprocess(images, how, out, exact=False)
+    flip = flips(seed, epoch, index)
     if kind == "flip":
-        return preprocess(
-            [image.flip(1) if f else image for image, f in zip(images, flip, strict=True)],
-            how,
-            out,
-            exact=False,
-        )
+        return preprocess(mirrored(images, flip), how, out, exact=False)
     sizes = np.array([image.shape[:2] for image in images])
     boxes = crop_boxes(sizes, uniform(seed, "crop", epoch, index))
 
@@ -225,6 +216,20 @@ def augment(
         return resize(piece, how.height, how.width, how.resample)
 
     return normalize(_joined(range(len(images)), crop), how, out)
+
+
+def flips(seed: int, epoch: int, index: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of these samples an epoch shows mirrored: each half of the time."""
+    flip: NDArray[np.bool_] = uniform(seed, "flip", epoch, index)[:, 0] < 0.5
+    return flip
+
+
+def mirrored(images: Images, flip: NDArray[np.bool_]) -> Images:
+    """The images, those with `flip` left to right."""
+    if isinstance(images, Tensor):
+        chosen = torch.from_numpy(flip).to(images.device)[:, None, None, None]
+        return torch.where(chosen, images.flip(2), images)
+    return [image.flip(1) if f else image for image, f in zip(images, flip, strict=True)]
 
 
 def crop_boxes(sizes: NDArray[np.int64], drawn: NDArray[np.float64]) -> NDArray[np.int64]:

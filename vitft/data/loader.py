@@ -6,13 +6,14 @@ same samples with the same augmentations.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitft.data.augment import Preprocess, augment, preprocess
+from vitft.data.augment import Images, Preprocess, augment, preprocess
 from vitft.data.store import Store
 from vitft.randomness import order
 
@@ -54,21 +55,35 @@ class TrainLoader:
             self._epoch_order = epoch, order(self.seed, "order", epoch, len(self.store))
         return self._epoch_order[1][place * self.batch_size : (place + 1) * self.batch_size]
 
-    def batch(self, step: int) -> Batch:
-        """This process's share of a step: contiguous, so that shares join to the whole batch."""
-        mine = np.array_split(self.samples(step), self.world)[self.rank]
-        images = self.store.gather(mine)
+    def share(self, step: int) -> NDArray[np.int64]:
+        """Positions of this process's images of a step: contiguous, so that shares join to the whole batch."""
+        return np.array_split(self.samples(step), self.world)[self.rank]
+
+    def images(self, index: NDArray[np.int64]) -> Images:
+        """The stored images of these positions, on the device."""
+        images = self.store.gather(index)
         if isinstance(images, Tensor):
-            images = images.to(self.device, non_blocking=True)
-        else:
-            images = [image.to(self.device, non_blocking=True) for image in images]
+            return images.to(self.device, non_blocking=True)
+        return [image.to(self.device, non_blocking=True) for image in images]
+
+    def batch(self, step: int) -> Batch:
+        """This process's share of a step."""
+        mine = self.share(step)
         epoch = step // self.steps_per_epoch
         pixels = (
-            augment(images, self.how, self.kind, self.seed, epoch, mine, self._memory.rows(len(mine)))
+            augment(self.images(mine), self.how, self.kind, self.seed, epoch, mine, self._memory.rows(len(mine)))
             if len(mine)
             else torch.empty((0, 3, self.how.height, self.how.width), device=self.device)
         )
         return Batch(pixels, self.labels[mine].to(self.device, non_blocking=True), mine)
+
+
+class Batches(Protocol):
+    """What evaluation reads: batches, and how many there are."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
 
 
 class EvalLoader:

@@ -1,0 +1,146 @@
+"""Linear probing: a head trained on features, computed once, is the head trained with its backbone in the loop."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from tests.test_trainer import PowerCut, assert_same_weights, config, lines, weights
+from vitft import TrainConfig, evaluate, train
+from vitft.errors import Stopped
+from vitft.plan import plan
+from vitft.probing import FeatureLoader, Head, backbone, features_stay
+from vitft.trainer import resume
+
+BARE = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp"))
+
+
+def probe(**changes: object) -> TrainConfig:
+    settings = {"from_scratch": False, "freeze": "backbone", "augment": "flip", "epochs": 3, "lr": 3e-2}
+    return config(**(BARE | settings | changes))
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Images that the backbone sees."""
+    seen: Counter[str] = Counter()
+    forward = transformers.ViTModel.forward
+
+    def count(self: Any, pixel_values: torch.Tensor, **options: Any) -> Any:
+        seen["images"] += len(pixel_values)
+        return forward(self, pixel_values=pixel_values, **options)
+
+    monkeypatch.setattr(transformers.ViTModel, "forward", count)
+    monkeypatch.setattr("vitft.trainer.warn_if_long", lambda *given: None)
+    return seen
+
+
+@pytest.mark.parametrize("augment", ["none", "flip"])
+@pytest.mark.parametrize("micro_batch_size", [None, 5])
+def test_the_head_is_that_of_a_backbone_in_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, augment: str, micro_batch_size: int | None
+) -> None:
+    settings = probe(augment=augment, micro_batch_size=micro_batch_size)
+    cached = train(settings, output=tmp_path / "cached")
+    monkeypatch.setattr("vitft.trainer.features_stay", lambda config: False)
+    looped = train(settings, output=tmp_path / "looped")
+    for folder in ("best", "last"):
+        one, other = weights(cached.run / folder), weights(looped.run / folder)
+        assert one.keys() == other.keys()
+        for name in one:
+            # The backbone computes other batches, which rounds; Adam divides small gradients by small numbers.
+            assert torch.allclose(one[name], other[name], atol=1e-5), name
+    assert cached.scores["test"]["accuracy"] == looped.scores["test"]["accuracy"]
+    for ours, theirs in zip(lines(cached.run), lines(looped.run), strict=True):
+        assert (ours["step"], ours["split"], ours["accuracy"]) == (theirs["step"], theirs["split"], theirs["accuracy"])
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(("augment", "passes"), [("none", 1), ("flip", 2)])
+def test_many_epochs_see_each_image_once_in_each_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, augment: str, passes: int
+) -> None:
+    seen = counted(monkeypatch)
+    result = train(probe(augment=augment, epochs=40), output=tmp_path / "run")
+    scored = sum({line["split"]: line["count"] for line in lines(result.run) if line["split"] != "train"}.values())
+    assert seen["images"] == 64 * passes + scored
+    assert max(line["step"] for line in lines(result.run)) == 40 * 3  # type: ignore[type-var]
+
+
+def test_random_crops_have_no_features_that_stay() -> None:
+    assert features_stay(probe())
+    assert not features_stay(probe(augment="crop"))
+    assert not features_stay(config())
+
+
+def test_a_probe_that_is_cut_short_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = probe(save_every=2)
+    whole = train(settings, output=tmp_path / "whole")
+    batch = FeatureLoader.batch
+
+    def until(self: FeatureLoader, step: int) -> object:
+        if step == 7:
+            raise PowerCut
+        return batch(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureLoader, "batch", until)
+        with pytest.raises(PowerCut):
+            train(settings, output=tmp_path / "cut")
+    resumed = resume(tmp_path / "cut")
+    for folder in ("best", "last"):
+        assert_same_weights(whole.run / folder, resumed.run / folder)
+    assert resumed.scores["test"]["loss"] == whole.scores["test"]["loss"]
+
+
+def test_a_signal_saves_the_best_head_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    signals = iter([0, 0, 0, 0, 15, *[0] * 99])
+    monkeypatch.setattr("vitft.signals.StopSignals.received", lambda self: next(signals))
+    with pytest.raises(Stopped):
+        train(probe(), output=tmp_path / "run")
+    assert (tmp_path / "run" / "best" / "model.safetensors").is_file()
+    assert resume(tmp_path / "run").step == 9
+
+
+def test_the_best_head_is_the_one_that_was_best(tmp_path: Path) -> None:
+    result = train(probe(lr=1.0, epochs=12, schedule="constant"), output=tmp_path / "run")
+    validations = [line for line in lines(result.run) if line["split"] == "validation"]
+    best = max(validations, key=lambda line: (line["accuracy"], -line["loss"]))  # type: ignore[operator]
+    assert result.step == best["step"]
+    assert evaluate(result.run / "best", split="validation").accuracy == best["accuracy"]
+    assert evaluate(result.run / "best").accuracy == result.scores["test"]["accuracy"]
+    if result.step != validations[-1]["step"]:
+        assert not torch.equal(*(weights(result.run / name)["classifier.weight"] for name in ("best", "last")))
+
+
+@pytest.mark.parametrize("kind", ["ViT", "Dinov2", "Beit", "Swin", "DeiT"])
+def test_features_are_what_the_classifier_of_any_architecture_reads(kind: str) -> None:
+    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 32, "num_labels": 3}  # fmt: skip
+    if kind == "Swin":
+        sizes = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2],
+                 "window_size": 4, "num_labels": 3}  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForImageClassification")(getattr(transformers, f"{kind}Config")(**sizes))
+    pixels = torch.from_numpy(np.random.default_rng(0).standard_normal((4, 3, 32, 32), dtype=np.float32))
+    model.eval()
+    features = backbone(model, "cpu", "fp32")(pixels)
+    assert not features.requires_grad
+    logits = Head(model)(features).logits
+    assert torch.allclose(logits, model(pixel_values=pixels).logits, atol=1e-6)
+    assert logits.requires_grad
+
+
+def test_the_plan_of_a_probe_does_not_grow_with_its_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitft.plan.probe", lambda prepared: (0.5, 0.25))
+
+    def time_of(**changes: object) -> str:
+        groups = dict(plan(probe(**changes)))
+        return dict(groups["Cost"])["time"]
+
+    assert time_of(epochs=1) == time_of(epochs=100)
+    assert time_of(epochs=1).startswith("about 32 s of training")  # 64 images, twice, at a quarter of a second
+    assert time_of(augment="none").startswith("about 16 s of training")
