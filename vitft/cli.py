@@ -288,6 +288,16 @@ def scratch_train(
     commands.scratch_train(recipe, output, json, overrides)
 
 
+@scratch_app.command("figures")
+def scratch_figures(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write them.")],
+) -> None:
+    """Draw the figures of docs/textbook.md, one a chapter, from the chapters' own code."""
+    from vitft import commands
+
+    commands.scratch_figures(folder)
+
+
 @data_app.command("info")
 def data_info(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="Alias, hub id, folder, CSV, JSONL or parquet.")],

@@ -101,6 +101,17 @@ def scratch_train(recipe: str | None, output: Path | None, as_json: bool, overri
         console.say_text(run_report(result.run, result.summary))
 
 
+def scratch_figures(folder: Path) -> None:
+    """Draw the textbook's figures."""
+    from vitft.textbook.figures import draw_figures
+
+    try:
+        written = draw_figures(folder.expanduser())
+    except OSError as error:
+        raise UsageError(f"{folder}: {error.strerror or error}; choose another folder.") from error
+    console.note(f"{len(written)} figures in {folder}")
+
+
 def _scratch_train_scalar(output: Path | None, as_json: bool, overrides: dict[str, Any]) -> None:
     if output is not None or (others := [name for name in overrides if name != "seed"]):
         wrong = "--output" if output is not None else as_flag(others[0])

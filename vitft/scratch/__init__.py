@@ -17,7 +17,8 @@ Shapes are written with these letters:
     P  side of a patch           N  tokens of an image       D     width: numbers in a token
     A  attention heads           K  head width, D / A        M     hidden width of an MLP
 
-Every forward `f(x, w)` returns its result and what its backward needs, `saved`. Its backward
-`f_backward(d_y, saved, w)` takes the gradient of the loss with respect to the result, d_y, and returns
-the one with respect to x, d_x, and those of the weights, d_w, in a bundle of the same type as w.
+Every forward `f(x, w)` returns its result and, unless that is x or the result itself, what its backward
+needs, `saved`. Its backward `f_backward(d_y, saved, w)` takes the gradient of the loss with respect to the
+result, d_y, and returns the one with respect to x, d_x, and those of the weights, d_w, in a bundle of the
+same type as w.
 """

@@ -72,7 +72,7 @@ def add_part(
 ) -> tuple[Array, SavedNorm, Saved]:
     """Pre-norm: x + part(norm(x)). Post-norm: norm(x + part(x)), as Vaswani et al. 2017 had it.
 
-    With pre-norm a path without any norm leads from the first token to the last block, and so training
+    With pre-norm a path without any norm leads from the embedding to the last block, and so training
     needs no warm-up to start (Xiong et al. 2020).
     """
     if spec.norm == "pre":

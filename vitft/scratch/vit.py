@@ -105,7 +105,10 @@ def dropout_masks(
 
 
 def named(weights: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
-    """Every array of a bundle with its path: "blocks.0.attention.qkv.weight". None is left out."""
+    """Every array of a bundle with its path, "blocks.0.attention.qkv.weight"; None is left out.
+
+    Paths count from 0, as lists do; the stages of `vitft.spec` count blocks from 1, as people do.
+    """
     if isinstance(weights, np.ndarray):
         yield prefix, weights
     elif weights is not None:

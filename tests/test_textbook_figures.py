@@ -1,0 +1,121 @@
+"""docs/textbook.md: its figures are drawn by the program, its links lead somewhere, its exercises have answers."""
+
+import ast
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from tests import test_readme
+from vitft.cli import app
+from vitft.textbook.figures import boot
+
+ROOT = Path(__file__).parent.parent
+BOOK = ROOT / "docs" / "textbook.md"
+TEXT = BOOK.read_text(encoding="utf-8")
+SHOWN = re.findall(r"!\[[^\]]+\]\(textbook/([^)]+)\)", TEXT)
+LINKS = re.findall(r"(?<!!)\[([^\]]+)\]\(([^)]+)\)", TEXT)
+CHAPTERS = sorted(file for file in (ROOT / "vitft" / "scratch").glob("*.py"))
+EXERCISES = ROOT / "tests" / "scratch" / "test_exercises.py"
+COMMANDS = re.findall(r"^vitft .*$", "\n".join(re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)), re.MULTILINE)
+
+
+def defined(file: Path) -> set[str]:
+    """Functions and classes of a file, and Class.method."""
+    names = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+    return names
+
+
+def check_picture(file: Path) -> None:
+    """A readable PNG of the book's size, neither blank nor huge."""
+    with Image.open(file) as picture:
+        assert picture.format == "PNG"
+        assert picture.size == (1200, 450)
+        pixels = np.asarray(picture.convert("L"))
+    assert pixels.std() > 10, f"{file.name} is blank"
+    # White to the very edge, at the corners at least: nothing that was drawn ends there.
+    assert pixels[[0, 0, -1, -1], [0, -1, 0, -1]].min() == 255
+    assert 8_000 < file.stat().st_size < 200_000
+
+
+def test_the_program_draws_what_the_book_shows(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["scratch", "figures", str(tmp_path / "figures")])
+    assert result.stderr == f"{len(SHOWN)} figures in {tmp_path / 'figures'}\n"
+    for name in SHOWN:
+        check_picture(tmp_path / "figures" / name)
+        drawn, stored = (
+            np.asarray(Image.open(folder / name).convert("L"), np.float64)
+            for folder in (tmp_path / "figures", BOOK.parent / "textbook")
+        )
+        assert np.abs(drawn - stored).mean() < 2, f"{name} has changed; draw it again"
+    (tmp_path / "file").touch()
+    assert CliRunner().invoke(app, ["scratch", "figures", str(tmp_path / "file")]).exit_code == 2
+
+
+def test_the_boot_of_the_readme_is_the_books() -> None:
+    assert np.array_equal(np.asarray(Image.open(ROOT / "docs" / "boot.png")), boot())
+
+
+def test_the_figures_of_the_book_are_there_and_no_others() -> None:
+    stored = sorted((ROOT / "docs" / "textbook").iterdir())
+    assert sorted(SHOWN) == [file.name for file in stored]
+    for file in stored:
+        check_picture(file)
+
+
+def test_every_chapter_has_a_figure_and_is_linked() -> None:
+    assert {f"{file.stem}.png" for file in CHAPTERS if file.stem != "__init__"} == set(SHOWN)
+    linked = {(BOOK.parent / target).resolve() for _, target in LINKS if not target.startswith("#")}
+    assert set(CHAPTERS) <= linked
+
+
+def test_chapters_stand_in_the_order_of_the_package() -> None:
+    order = re.findall(r"`(\w+)`", (ROOT / "vitft" / "scratch" / "__init__.py").read_text().split("Shapes are")[0])
+    headings = re.findall(r"^## (\d+)\. .*`(\w+)`$", TEXT, re.MULTILINE)
+    assert [name for _, name in headings] == order == [Path(name).stem for name in SHOWN]
+    assert [int(number) for number, _ in headings] == list(range(1, len(order) + 1))
+
+
+@pytest.mark.parametrize("target", sorted({target for _, target in LINKS}))
+def test_a_link_leads_somewhere(target: str) -> None:
+    assert "://" not in target
+    file, _, anchor = target.partition("#")
+    place = BOOK.parent / file if file else BOOK
+    assert place.is_file()
+    if anchor:
+        headings = re.findall(r"^#+ (.*)$", place.read_text(encoding="utf-8"), re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(("said", "target"), sorted({link for link in LINKS if link[1].endswith(".py")}))
+def test_a_function_that_is_named_stands_in_its_file(said: str, target: str) -> None:
+    name = said.strip("`")
+    if "/" not in name:  # a path names the file itself
+        assert name in defined(BOOK.parent / target)
+
+
+def test_every_exercise_has_its_answer_and_every_answer_its_exercise() -> None:
+    numbers = [int(number) for number in re.findall(r"^\*\*Exercise (\d+)\.\*\*", TEXT, re.MULTILINE)]
+    answers = re.findall(r"^Answer: \[`(test_\w+)`\]\(\.\./tests/scratch/test_exercises\.py\)$", TEXT, re.MULTILINE)
+    assert numbers == list(range(1, len(CHAPTERS)))  # one a chapter
+    assert len(answers) == len(numbers)
+    tests = [node.name for node in ast.parse(EXERCISES.read_text()).body if isinstance(node, ast.FunctionDef)]
+    assert answers == [name for name in tests if name.startswith("test_")]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_of_the_book_parses(line: str) -> None:
+    test_readme.test_a_command_of_the_docs_parses(line)
+
+
+def test_there_are_commands_and_no_line_is_too_long() -> None:
+    assert len(COMMANDS) > 10
+    assert [line for line in TEXT.splitlines() if len(line) > 120] == []
