@@ -22,6 +22,7 @@ ROOMS = [
     ["trainer", "textbook.figures"],
     ["textbook.training", "textbook.report"],
     ["plan"],
+    ["learner"],
     ["runs"],
     ["preparation"],
     ["probing"],
@@ -41,7 +42,7 @@ ROOMS = [
     ["data.schema", "data.augment", "data.images"],
     ["hardware", "sizes"],
     ["config", "spec", "options"],
-    ["hub", "settings"],
+    ["hub", "settings", "clock"],
     ["console", "errors", "files", "fonts", "paths", "randomness"],
     ["__init__"],  # the version; its public API is lazy, and may name any room
 ]

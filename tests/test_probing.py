@@ -45,7 +45,7 @@ def test_the_head_is_that_of_a_backbone_in_the_loop(
 ) -> None:
     settings = probe(augment=augment, micro_batch_size=micro_batch_size)
     cached = train(settings, output=tmp_path / "cached")
-    monkeypatch.setattr("vitft.trainer.features_stay", lambda config: False)
+    monkeypatch.setattr("vitft.learner.features_stay", lambda config: False)
     looped = train(settings, output=tmp_path / "looped")
     for folder in ("best", "last"):
         one, other = weights(cached.run / folder), weights(looped.run / folder)

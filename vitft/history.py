@@ -43,11 +43,11 @@ class Window:
         self.accelerator = accelerator
         self.restart()
 
-    def restart(self) -> None:
-        """Begin anew, from now."""
-        self.started = time.perf_counter()
+    def restart(self, data_wait_s: float = 0.0) -> None:
+        """Begin anew, from now; `data_wait_s` is what the run has waited for data so far."""
+        self.started, self.waited_s = time.perf_counter(), data_wait_s
         self.steps: list[torch.Tensor] = []
-        self.images, self.data_wait_s = 0, 0.0
+        self.images = 0
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -57,7 +57,7 @@ class Window:
         self.steps.append(torch.stack([loss, correct, norm.detach() / self.accelerator.num_processes]))
         self.images += count
 
-    def close(self) -> dict[str, float]:
+    def close(self, data_wait_s: float) -> dict[str, float]:
         """Means over the window, over all processes; then begin the next one.
 
         Raises FloatingPointError(place in the window, value) for the first loss or norm that is not finite.
@@ -75,9 +75,9 @@ class Window:
             "accuracy": table[:, 1].sum().item() / self.images,
             "grad_norm": table[table[:, 2].isfinite(), 2].sum().item() / max(1, int(table[:, 2].isfinite().sum())),
             "images_per_s": self.images / elapsed,
-            "data_wait": self.data_wait_s / elapsed,
+            "data_wait": (data_wait_s - self.waited_s) / elapsed,
         }
-        self.restart()
+        self.restart(data_wait_s)
         return line
 
 

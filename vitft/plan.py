@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from vitft import checkpoint as ckpt
 from vitft import console
+from vitft.clock import settle
 from vitft.config import TrainConfig
 from vitft.console import duration, size
 from vitft.errors import VitftError
@@ -180,7 +181,7 @@ def _train(prepared: Prepared, count: int) -> float:
     with autocast(config.device, config.precision):
         loss = F.cross_entropy(model(pixel_values=pixels).logits.float(), labels)
     torch.autograd.backward(loss)
-    _wait(config.device)
+    settle(config.device)
     return (time.perf_counter() - started) / count
 
 
@@ -191,7 +192,7 @@ def _evaluate(prepared: Prepared, count: int) -> float:
     started = time.perf_counter()
     with torch.inference_mode(), autocast(config.device, config.precision):
         model(pixel_values=pixels)
-    _wait(config.device)
+    settle(config.device)
     return (time.perf_counter() - started) / count
 
 
@@ -226,8 +227,3 @@ def _memory(prepared: Prepared, trainable: int) -> int | None:
     side = prepared.loaded.preprocess.height
     images = sum(len(split.rows) for split in prepared.splits.values()) * side * side * 3
     return int(weights + stage_total(spec, micro).activation_bytes + min(images, 2_000_000_000))
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()

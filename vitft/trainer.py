@@ -6,33 +6,27 @@ step). So a run that is resumed from step N ends bit for bit where an undisturbe
 
 import copy
 import json
-import math
-import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import gather_object
 
 from vitft import checkpoint as ckpt
 from vitft import console, runs
 from vitft.checkpoint import Card, State
 from vitft.config import TrainConfig
-from vitft.data.loader import Batch, EvalLoader, TrainLoader
+from vitft.data.loader import EvalLoader
 from vitft.errors import ModelError, Stopped, TrainingError
 from vitft.evaluation import measure
 from vitft.hardware import accelerator_of, memory_guard
 from vitft.history import Track, Window, forget_after, record, tracker
+from vitft.learner import Learner
 from vitft.metrics import Metrics
-from vitft.models import load_trained, set_training
-from vitft.optim import lr_at, make_optimizer, total_steps
+from vitft.models import load_trained
 from vitft.plan import warn_if_long
 from vitft.preparation import Prepared, Stores, prepare
-from vitft.probing import FeatureLoader, Probe, features_stay
-from vitft.randomness import seed_of
 from vitft.signals import StopSignals
 
 EVAL_BATCH = 64  # images; evaluation keeps no activations, so this fits wherever training does
@@ -103,20 +97,10 @@ class _Run:
         self.labels, self.resumed_from = prepared.loaded.labels, resumed_from
         self.stores = stores
         runs.check_splits(run, prepared, stores, write=accelerator.is_main_process)
-        self.loader: TrainLoader | FeatureLoader = TrainLoader(
-            *self.stores["train"], self.how, kind=self.config.augment, seed=self.config.seed,
-            batch_size=self.config.batch_size, device=accelerator.device,
-            rank=accelerator.process_index, world=accelerator.num_processes,
-        )  # fmt: skip
-        self.steps_per_epoch = self.loader.steps_per_epoch
-        self.total_steps = total_steps(self.config, self.steps_per_epoch)
-        model = prepared.loaded.model.to(accelerator.device)
-        self.bare = model
-        self.probe = Probe(model, self.config) if features_stay(self.config) else None
-        self.learner = model if self.probe is None else self.probe.head  # what reads a batch
+        self.learner = Learner(accelerator, prepared, stores)
+        self.bare, self.probe = self.learner.bare, self.learner.probe
+        self.steps_per_epoch, self.total_steps = self.learner.steps_per_epoch, self.learner.total_steps
         self.pending: tuple[Card, dict[str, torch.Tensor]] | None = None  # a best/ that is not written yet
-        optimizer = make_optimizer(model.named_parameters(), self.config)
-        self.model, self.optimizer = accelerator.prepare(self.learner, optimizer)
         card = ckpt.read_card(resumed_from) if resumed_from else None
         self.scores: dict[str, dict[str, Any]] = card.scores if card else {}
 
@@ -126,15 +110,13 @@ class _Run:
         """Run the steps that are left, then score the chosen checkpoint."""
         config = self.config
         if self.resumed_from is not None:
-            ckpt.load_optimizer(self.resumed_from, self.bare, self.optimizer.optimizer)
+            ckpt.load_optimizer(self.resumed_from, self.bare, self.learner.optimizer.optimizer)
             if state.scaler and self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state.scaler)
         forget_after(self.run, state.step)
         if not self.is_over(state):
             console.note(runs.introduction(self.prepared, self.total_steps, self.run))
-            if self.probe is not None and isinstance(self.loader, TrainLoader):
-                with console.working("reading features") as progress:
-                    self.loader = self.probe.training(self.loader, gather_object, progress)
+            self.learner.get_ready()
         eval_every = config.eval_every or self.steps_per_epoch
         save_every = config.save_every or (self.steps_per_epoch if self.probe is None else self.total_steps)
         window = Window(self.accelerator)
@@ -145,11 +127,8 @@ class _Run:
             memory_guard(config, self.accelerator.num_processes),
         ):
             while not self.is_over(state):
-                waited = time.perf_counter()
-                batch = self.loader.batch(state.step)
-                window.data_wait_s += time.perf_counter() - waited
-                lr = lr_at(state.step, config, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch)
-                window.add(*self._step(state.step, batch, lr), count=len(self.loader.samples(state.step)))
+                lr = self.learner.lr(state.step)
+                window.add(*self.learner.step(state.step), count=self.learner.images(state.step))
                 state.step += 1
                 last = state.step == self.total_steps
                 self.scores = {}  # they were the last step's
@@ -158,7 +137,7 @@ class _Run:
                 saves = state.step % save_every == 0 or last or stopping
                 if state.step % config.log_every == 0 or evaluates or saves:
                     try:
-                        means = window.close()
+                        means = window.close(self.learner.data_wait_s)
                     except FloatingPointError as error:
                         raise self._diverged(state.step - len(window) + error.args[0] + 1, error.args[1]) from error
                     line: dict[str, Any] = {"step": state.step, "epoch": self._epoch(state.step), "split": "train"}
@@ -172,7 +151,7 @@ class _Run:
                 if saves:
                     self._save(state)
                 if evaluates or saves:
-                    window.restart()
+                    window.restart(self.learner.data_wait_s)
                 if stopping:
                     raise self._stopped(state, stopping)
             return self._finish(state, bar, track)
@@ -180,41 +159,6 @@ class _Run:
     def is_over(self, state: State) -> bool:
         """Whether there are no steps left to do."""
         return state.step >= self.total_steps or state.stopped_early
-
-    def _step(self, step: int, batch: Batch, lr: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One optimizer step; this process's share of loss and correct answers, and the gradient's norm."""
-        config, accelerator = self.config, self.accelerator
-        set_training(self.bare, frozen_backbone=config.freeze == "backbone")
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        whole = len(self.loader.samples(step))
-        world = accelerator.num_processes
-        # Every process takes as many micro-steps, even where its share of a tail is empty.
-        share = -(-whole // world)
-        micro = min(config.micro_batch_size or share, share)
-        starts = range(0, share, micro)
-        loss_sum = torch.zeros((), device=accelerator.device)
-        correct = torch.zeros((), device=accelerator.device)
-        for number, start in enumerate(starts):
-            pixels, labels = batch.pixels[start : start + micro], batch.labels[start : start + micro]
-            weight = 1.0
-            if len(labels) == 0:  # gradients are exchanged by all processes, so an idle one adds zeros
-                pixels = torch.zeros((1, *batch.pixels.shape[1:]), device=accelerator.device)
-                labels, weight = torch.zeros(1, dtype=torch.long, device=accelerator.device), 0.0
-            torch.manual_seed(seed_of(config.seed, "dropout", step, number, accelerator.process_index))
-            exchange = number == len(starts) - 1
-            with nullcontext() if exchange else accelerator.no_sync(self.model):
-                logits = self.model(pixel_values=pixels).logits.float()
-                # Divided by the whole batch, not by this part: a tail or an uneven share weighs what it is.
-                summed = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=config.label_smoothing)
-                loss = weight * summed / whole
-                accelerator.backward(loss * world)  # the processes' gradients are averaged
-            loss_sum += loss.detach()
-            correct += weight * (logits.detach().argmax(dim=1) == labels).sum()
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss_sum, correct, norm
 
     def _validate(self, state: State, bar: "console.TrainingProgress", track: Track) -> None:
         metrics = self._measure("validation", bar)
@@ -242,7 +186,7 @@ class _Run:
         with bar.evaluating(role) as progress:
             batches = loader if self.probe is None else self.probe.scoring(role, loader)
             # The bare model: processes may have different numbers of batches, and must not wait for each other.
-            return measure(self.learner, batches, self.labels, self.prepared.splits[role],
+            return measure(self.learner.module, batches, self.labels, self.prepared.splits[role],
                            gather=gather_object, progress=progress)  # fmt: skip
 
     # -- what is written --------------------------------------------------------------------------
@@ -262,23 +206,23 @@ class _Run:
         if self.probe is None:
             self._write_model("best", self._card(state))
         else:
-            self.pending = self._card(state), copy.deepcopy(self.learner.state_dict())
+            self.pending = self._card(state), copy.deepcopy(self.learner.module.state_dict())
 
     def _flush_best(self) -> None:
         if self.pending is None:
             return
-        (card, best), now = self.pending, copy.deepcopy(self.learner.state_dict())
+        (card, best), now = self.pending, copy.deepcopy(self.learner.module.state_dict())
         self.pending = None
-        self.learner.load_state_dict(best)
+        self.learner.module.load_state_dict(best)
         self._write_model("best", card)
-        self.learner.load_state_dict(now)
+        self.learner.module.load_state_dict(now)
 
     def _save(self, state: State) -> None:
         self._flush_best()
         scaler = self.accelerator.scaler
         state.scaler = scaler.state_dict() if scaler else None
         if self.accelerator.is_main_process:
-            ckpt.save_step(self.run, self.bare, self.optimizer.optimizer, self.how, self._card(state), state)
+            ckpt.save_step(self.run, self.bare, self.learner.optimizer.optimizer, self.how, self._card(state), state)
         self.accelerator.wait_for_everyone()
 
     def _write_model(self, name: str, card: Card) -> None:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vitft.clock import Clock
 from vitft.data.augment import Images, Preprocess, augment, preprocess
 from vitft.data.store import Store
 from vitft.randomness import order
@@ -35,8 +36,9 @@ class TrainLoader:
 
     def __init__(
         self, store: Store, labels: NDArray[np.int64], how: Preprocess, *, kind: str, seed: int,
-        batch_size: int, device: torch.device, rank: int = 0, world: int = 1,
+        batch_size: int, device: torch.device, rank: int = 0, world: int = 1, clock: Clock | None = None,
     ) -> None:  # fmt: skip
+        self.clock = clock or Clock()
         self.store, self.how, self.kind, self.seed = store, how, kind, seed
         self.labels = torch.from_numpy(labels.copy())
         self.batch_size, self.rank, self.world, self.device = batch_size, rank, world, device
@@ -61,20 +63,23 @@ class TrainLoader:
 
     def images(self, index: NDArray[np.int64]) -> Images:
         """The stored images of these positions, on the device."""
-        images = self.store.gather(index)
-        if isinstance(images, Tensor):
-            return images.to(self.device, non_blocking=True)
-        return [image.to(self.device, non_blocking=True) for image in images]
+        with self.clock.part("wait"):
+            images = self.store.gather(index)
+        with self.clock.part("transfer"):
+            if isinstance(images, Tensor):
+                return images.to(self.device, non_blocking=True)
+            return [image.to(self.device, non_blocking=True) for image in images]
 
     def batch(self, step: int) -> Batch:
         """This process's share of a step."""
         mine = self.share(step)
         epoch = step // self.steps_per_epoch
-        pixels = (
-            augment(self.images(mine), self.how, self.kind, self.seed, epoch, mine, self._memory.rows(len(mine)))
-            if len(mine)
-            else torch.empty((0, 3, self.how.height, self.how.width), device=self.device)
-        )
+        pixels = torch.empty((0, 3, self.how.height, self.how.width), device=self.device)
+        if len(mine):
+            images = self.images(mine)
+            with self.clock.part("augment"):
+                memory = self._memory.rows(len(mine))
+                pixels = augment(images, self.how, self.kind, self.seed, epoch, mine, memory)
         return Batch(pixels, self.labels[mine].to(self.device, non_blocking=True), mine)
 
 

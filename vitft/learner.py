@@ -1,0 +1,98 @@
+"""One optimizer step: its batch, its learning rate and its dropout are functions of (seed, step)."""
+
+import math
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+
+from vitft import console
+from vitft.clock import Clock
+from vitft.data.loader import TrainLoader
+from vitft.models import set_training
+from vitft.optim import lr_at, make_optimizer, total_steps
+from vitft.preparation import Prepared, Stores
+from vitft.probing import FeatureLoader, Probe, features_stay
+from vitft.randomness import seed_of
+
+
+class Learner:
+    """A model with its training batches and its optimizer, on this process of a run.
+
+    `bare` is the whole model; `module` what reads a batch: the model, or of a probe its head.
+    """
+
+    def __init__(self, accelerator: Any, prepared: Prepared, stores: Stores, clock: Clock | None = None) -> None:
+        self.accelerator, self.config, self.clock = accelerator, prepared.config, clock or Clock()
+        config = self.config
+        self.loader: TrainLoader | FeatureLoader = TrainLoader(
+            *stores["train"], prepared.loaded.preprocess, kind=config.augment, seed=config.seed,
+            batch_size=config.batch_size, device=accelerator.device,
+            rank=accelerator.process_index, world=accelerator.num_processes, clock=self.clock,
+        )  # fmt: skip
+        self.steps_per_epoch = self.loader.steps_per_epoch
+        self.total_steps = total_steps(config, self.steps_per_epoch)
+        self.bare = prepared.loaded.model.to(accelerator.device)
+        self.probe = Probe(self.bare, config) if features_stay(config) else None
+        self.module: Any = self.bare if self.probe is None else self.probe.head
+        optimizer = make_optimizer(self.bare.named_parameters(), config)
+        self.model, self.optimizer = accelerator.prepare(self.module, optimizer)
+        self.data_wait_s = 0.0  # in all steps so far
+
+    def get_ready(self) -> None:
+        """Of a probe, compute the features that its steps read."""
+        if self.probe is not None and isinstance(self.loader, TrainLoader):
+            with console.working("reading features") as progress:
+                self.loader = self.probe.training(self.loader, gather_object, progress)
+
+    def lr(self, step: int) -> float:
+        """The learning rate of a step (from 0)."""
+        return lr_at(step, self.config, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch)
+
+    def images(self, step: int) -> int:
+        """Images of a step, over all processes."""
+        return len(self.loader.samples(step))
+
+    def step(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Take one; this process's share of loss and correct answers, and the gradient's norm."""
+        config, accelerator, clock = self.config, self.accelerator, self.clock
+        waited = time.perf_counter()
+        batch = self.loader.batch(step)
+        self.data_wait_s += time.perf_counter() - waited
+        set_training(self.bare, frozen_backbone=config.freeze == "backbone")
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr(step)
+        whole = self.images(step)
+        world = accelerator.num_processes
+        # Every process takes as many micro-steps, even where its share of a tail is empty.
+        share = -(-whole // world)
+        micro = min(config.micro_batch_size or share, share)
+        starts = range(0, share, micro)
+        loss_sum = torch.zeros((), device=accelerator.device)
+        correct = torch.zeros((), device=accelerator.device)
+        for number, start in enumerate(starts):
+            pixels, labels = batch.pixels[start : start + micro], batch.labels[start : start + micro]
+            weight = 1.0
+            if len(labels) == 0:  # gradients are exchanged by all processes, so an idle one adds zeros
+                pixels = torch.zeros((1, *batch.pixels.shape[1:]), device=accelerator.device)
+                labels, weight = torch.zeros(1, dtype=torch.long, device=accelerator.device), 0.0
+            torch.manual_seed(seed_of(config.seed, "dropout", step, number, accelerator.process_index))
+            exchange = number == len(starts) - 1
+            with nullcontext() if exchange else accelerator.no_sync(self.model):
+                with clock.part("forward"):
+                    logits = self.model(pixel_values=pixels).logits.float()
+                    # Divided by the whole batch, not by this part: a tail or an uneven share weighs what it is.
+                    summed = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=config.label_smoothing)
+                    loss = weight * summed / whole
+                with clock.part("backward"):
+                    accelerator.backward(loss * world)  # the processes' gradients are averaged
+            loss_sum += loss.detach()
+            correct += weight * (logits.detach().argmax(dim=1) == labels).sum()
+        with clock.part("optimizer"):
+            norm = accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return loss_sum, correct, norm
