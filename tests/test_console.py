@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from vitft import console
+from vitft.reports import data_report
 
 
 def rendered(renderable: RenderableType, width: int = 80) -> str:
@@ -96,7 +97,7 @@ def test_a_data_set_fits_80_columns() -> None:
         "labels": labels,
         "splits": [split, split | {"name": "test"}],
     }
-    text = rendered(console.data_report(described))
+    text = rendered(data_report(described))
 
     assert max(map(len, text.splitlines())) <= 80
     assert "mine, 40 classes, commit 0123456789ab" in text

@@ -21,7 +21,7 @@ ROOMS = [
     ["commands"],
     ["trainer", "textbook.figures"],
     ["textbook.training", "textbook.report"],
-    ["plan"],
+    ["plan", "bench"],
     ["learner"],
     ["runs"],
     ["preparation"],
@@ -42,7 +42,7 @@ ROOMS = [
     ["data.schema", "data.augment", "data.images"],
     ["hardware", "sizes"],
     ["config", "spec", "options"],
-    ["hub", "settings", "clock"],
+    ["hub", "settings", "clock", "reports"],
     ["console", "errors", "files", "fonts", "paths", "randomness"],
     ["__init__"],  # the version; its public API is lazy, and may name any room
 ]

@@ -23,10 +23,10 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
-from vitft.console import metrics_report
 from vitft.errors import DataError, ModelError
 from vitft.figures import plot_confusion
 from vitft.metrics import Metrics, score, wilson_interval
+from vitft.reports import metrics_report
 
 
 def scored(truth: np.ndarray, outputs: np.ndarray, labels: list[str]) -> Metrics:

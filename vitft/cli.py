@@ -243,12 +243,36 @@ def explain(
         commands.explain_sizes(given, batch_size, all_blocks, json)
 
 
+@app.command()
+def bench(
+    what: Annotated[Literal["data", "train", "eval"], typer.Argument(metavar="data|train|eval", help="Input to the model, optimizer steps, or forward passes.")],
+    model: Annotated[str, typer.Option(help="As for train; a preset's weights are random.")] = "vit-micro",
+    dataset: Annotated[str, typer.Option(help="As for train.")] = "digits",
+    image_size: Annotated[int | None, typer.Option(metavar="<int>", help="Side of the model's input in pixels; the model's own by default.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Images of one step; as for train by default.")] = None,
+    augment: Annotated[Literal["none", "flip", "crop"], typer.Option(help="Of data and train.")] = "flip",
+    freeze: Annotated[Literal["none", "backbone"], typer.Option(help="Of train.")] = "none",
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="auto: what the hardware is fast at.")] = "auto",
+    device: Device = "auto",
+    max_train_samples: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Decode no more images than this.")] = None,
+    steps: Annotated[int, typer.Option(min=1, metavar="<int>", help="Steps that are timed, after a warm-up.")] = 20,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Measure the speed of this machine: images/s, where a step's time goes, and how far the limit is."""
+    from vitft import commands
+
+    settings = {"model": model, "dataset": dataset, "image_size": image_size, "batch_size": batch_size, "augment": augment,
+                "freeze": freeze, "precision": precision, "device": device, "max_train_samples": max_train_samples}  # fmt: skip
+    commands.bench(what, {name: value for name, value in settings.items() if value is not None}, steps, json)
+
+
 @recipes_app.command("ls")
 def recipes_ls() -> None:
     """List the recipes that come with vitft."""
     from vitft.recipe import recipes
+    from vitft.reports import recipe_table
 
-    console.say(console.recipe_table(recipes()))
+    console.say(recipe_table(recipes()))
 
 
 @recipes_app.command("show")

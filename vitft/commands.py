@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vitft import console
+from vitft import console, reports
 from vitft.errors import DataError, UsageError, as_flag
 
 
@@ -24,7 +24,7 @@ def train(
             )
         from vitft import trainer
 
-        console.say_text(console.training_report(trainer.resume(resume, overrides)))
+        console.say_text(reports.training_report(trainer.resume(resume, overrides)))
         return
     from vitft.config import named_dataset
     from vitft.recipe import load_config
@@ -34,11 +34,11 @@ def train(
     if dry_run:
         from vitft.plan import plan
 
-        console.say(console.plan_report(plan(config, output, overwrite)))
+        console.say(reports.plan_report(plan(config, output, overwrite)))
         return
     from vitft import trainer
 
-    console.say_text(console.training_report(trainer.train(config, output=output, overwrite=overwrite)))
+    console.say_text(reports.training_report(trainer.train(config, output=output, overwrite=overwrite)))
 
 
 def evaluate(checkpoint: str, options: dict[str, Any], plot: Path | None, as_json: bool) -> None:
@@ -53,7 +53,15 @@ def evaluate(checkpoint: str, options: dict[str, Any], plot: Path | None, as_jso
 
         plot_confusion(metrics, plot)
         console.note(f"confusion matrix: {plot}")
-    console.say_json(metrics.to_dict()) if as_json else console.say(console.metrics_report(metrics))
+    console.say_json(metrics.to_dict()) if as_json else console.say(reports.metrics_report(metrics))
+
+
+def bench(what: Any, settings: dict[str, Any], steps: int, as_json: bool) -> None:
+    """Measure this machine and show the figures."""
+    from vitft.bench import bench as measured
+
+    found = measured(what, settings, steps)
+    console.say_json(found) if as_json else console.say(reports.bench_report(found))
 
 
 def predict(paths: list[str], checkpoint: str, top_k: int, device: str, max_pixels: int | None, form: str) -> None:
@@ -70,7 +78,7 @@ def predict(paths: list[str], checkpoint: str, top_k: int, device: str, max_pixe
         case "csv":
             console.say_text(_csv(rows, top_k))
         case _:
-            console.say(console.predictions_report(rows))
+            console.say(reports.predictions_report(rows))
     bad = [row for row in rows if row.error is not None]
     if bad:
         first = f"the first is {bad[0].path}: {bad[0].error}"
@@ -184,7 +192,7 @@ def data_info(dataset: str, options: dict[str, Any], preview: Path | None, as_js
         draw(source, preview)
         console.note(f"preview: {preview}")
     described = describe(source)
-    console.say_json(described) if as_json else console.say(console.data_report(described))
+    console.say_json(described) if as_json else console.say(reports.data_report(described))
 
 
 def _report_skipped(skipped: list[Any]) -> None:

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vitft.clock import settle
 from vitft.config import TrainConfig
 from vitft.errors import TrainingError, UsageError
 from vitft.paths import shown
@@ -75,6 +77,24 @@ def memory_guard(config: TrainConfig, processes: int = 1) -> Iterator[None]:
             f"out of memory on {config.device}; the same batch in smaller parts may fit: --micro-batch-size {micro}, "
             "or a smaller model or --image-size."
         ) from error
+
+
+def peak_flops(device: str, precision: str, seconds: float = 1.0) -> float:
+    """FLOP/s of a large matrix product in a precision: the most that any step could reach here."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    side = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    repeats = 20 if device == "cuda" else 1
+    a @ b
+    best, started = 0.0, time.perf_counter()
+    while not best or time.perf_counter() - started < seconds:
+        settle(device)
+        begun = time.perf_counter()
+        for _ in range(repeats):
+            a @ b
+        settle(device)
+        best = max(best, repeats * 2 * side**3 / (time.perf_counter() - begun))
+    return best
 
 
 def _cpu_has_bf16() -> bool:

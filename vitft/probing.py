@@ -68,8 +68,8 @@ class FeatureLoader:
         progress: Callable[[int, int], None] = lambda done, count: None,
     ) -> None:  # fmt: skip
         """`gather` joins lists over all processes; each computes the features of its own part of the images."""
-        self.loader = loader
-        self.steps_per_epoch, self.samples = loader.steps_per_epoch, loader.samples
+        self.loader, self.clock = loader, loader.clock
+        self.steps_per_epoch, self.samples, self.batch_size = loader.steps_per_epoch, loader.samples, loader.batch_size
         mine = np.array_split(np.arange(len(loader.store)), loader.world)[loader.rank]
         chunks = [mine[start : start + _CHUNK] for start in range(0, len(mine), _CHUNK)]
         kinds = (False, True) if loader.kind == "flip" else (False,)
@@ -86,12 +86,14 @@ class FeatureLoader:
         """This process's share of a step."""
         mine = self.loader.share(step)
         rows = torch.from_numpy(mine)
-        read = self._kinds[0][rows]
-        if len(self._kinds) == 2:
-            flip = flips(self.loader.seed, step // self.steps_per_epoch, mine)
-            read = torch.where(torch.from_numpy(flip)[:, None], self._kinds[1][rows], read)
-        device = self.loader.device
-        return Batch(read.to(device), self.loader.labels[rows].to(device), mine)
+        with self.clock.part("wait"):
+            read = self._kinds[0][rows]
+            if len(self._kinds) == 2:
+                flip = flips(self.loader.seed, step // self.steps_per_epoch, mine)
+                read = torch.where(torch.from_numpy(flip)[:, None], self._kinds[1][rows], read)
+        with self.clock.part("transfer"):
+            device = self.loader.device
+            return Batch(read.to(device), self.loader.labels[rows].to(device), mine)
 
 
 class Probe:
