@@ -22,7 +22,7 @@ ROOMS = [
     ["trainer", "textbook.figures"],
     ["textbook.training", "textbook.report"],
     ["plan", "bench"],
-    ["learner"],
+    ["learner", "speed"],
     ["runs"],
     ["preparation"],
     ["probing"],

@@ -12,13 +12,13 @@ import torch
 from vitft.clock import Stopwatch, settle
 from vitft.config import TrainConfig
 from vitft.data.loader import EvalLoader, TrainLoader
-from vitft.errors import UsageError, VitftError
+from vitft.errors import UsageError
 from vitft.evaluation import autocast
 from vitft.hardware import accelerator_of, environment, memory_guard, peak_flops
 from vitft.learner import Learner
-from vitft.models import BUNDLED
+from vitft.models import BUNDLED, shape_of
 from vitft.preparation import Prepared, Stores, prepare
-from vitft.spec import PRESETS, spec_from_config, total, training_flops
+from vitft.spec import PRESETS, total, training_flops
 
 What = Literal["data", "train", "eval"]
 WARM_UP = 3  # steps that are not counted: they pay for threads, kernels and memory
@@ -160,12 +160,8 @@ def _rates(times: list[float], images: int) -> dict[str, float]:
 
 def _flops(prepared: Prepared, count_flops: Callable[[Any, int], int]) -> int | None:
     """FLOPs of one step, or None where the architecture has no stage table."""
-    model = prepared.loaded.model
-    try:
-        spec = spec_from_config(model.config.to_dict() | {"num_labels": model.config.num_labels})
-    except VitftError:
-        return None
-    return count_flops(spec, prepared.config.batch_size)
+    spec = shape_of(prepared.loaded.model)
+    return None if spec is None else count_flops(spec, prepared.config.batch_size)
 
 
 def _share(config: TrainConfig, flops: int | None, times: list[float]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,30 @@ def _stays(line: dict[str, Any], step: int) -> bool:
     return bool(line["step"] <= step and line["split"] != "test")
 
 
+@dataclass
+class Pace:
+    """How fast a run went while it trained; evaluation and saving do not count."""
+
+    images: int = 0
+    elapsed_s: float = 0.0
+    waited_s: float = 0.0
+
+    @property
+    def images_per_s(self) -> float:
+        """Images a second, over all processes."""
+        return self.images / self.elapsed_s
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the time before the model had its input."""
+        return self.waited_s / self.elapsed_s
+
+
 class Window:
     """What happened since the last line of metrics; the device is asked for numbers once a window."""
 
     def __init__(self, accelerator: Any) -> None:
-        self.accelerator = accelerator
+        self.accelerator, self.pace = accelerator, Pace()
         self.restart()
 
     def restart(self, data_wait_s: float = 0.0) -> None:
@@ -69,13 +89,16 @@ class Window:
         if len(bad):
             place, column = bad[0].tolist()
             raise FloatingPointError(place, checked[place, column].item())
-        elapsed = time.perf_counter() - self.started
+        elapsed, waited = time.perf_counter() - self.started, data_wait_s - self.waited_s
+        self.pace.images += self.images
+        self.pace.elapsed_s += elapsed
+        self.pace.waited_s += waited
         line = {
             "loss": table[:, 0].mean().item(),
             "accuracy": table[:, 1].sum().item() / self.images,
             "grad_norm": table[table[:, 2].isfinite(), 2].sum().item() / max(1, int(table[:, 2].isfinite().sum())),
             "images_per_s": self.images / elapsed,
-            "data_wait": (data_wait_s - self.waited_s) / elapsed,
+            "data_wait": waited / elapsed,
         }
         self.restart(data_wait_s)
         return line

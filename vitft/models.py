@@ -19,12 +19,12 @@ from torch import nn
 
 from vitft.config import SIZES, TrainConfig
 from vitft.data.augment import Preprocess
-from vitft.errors import ModelError, nearest
+from vitft.errors import ModelError, VitftError, nearest
 from vitft.hub import answers, reason
 from vitft.positions import at_image_size, check_size, side_of
 from vitft.randomness import seed_of
 from vitft.sizes import with_sizes
-from vitft.spec import PRESETS, ViTSpec
+from vitft.spec import PRESETS, ViTSpec, spec_from_config
 
 BUNDLED = "vit-micro"
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -108,6 +108,14 @@ def locate(model: str) -> str:
     if "/" not in model and (hint := nearest(model, PRESETS)):
         raise ModelError(f"model {model}: neither a folder here nor a known shape{hint}")
     return model
+
+
+def shape_of(model: Any) -> ViTSpec | None:
+    """The sizes of a loaded model; None where its architecture has no stage table."""
+    try:
+        return spec_from_config(model.config.to_dict() | {"num_labels": model.config.num_labels})
+    except VitftError:
+        return None
 
 
 def vit_config(spec: ViTSpec) -> Any:

@@ -14,15 +14,13 @@ from vitft import console
 from vitft.clock import settle
 from vitft.config import TrainConfig
 from vitft.console import duration, size
-from vitft.errors import VitftError
 from vitft.evaluation import autocast
 from vitft.hardware import memory_guard
-from vitft.models import set_training
+from vitft.models import set_training, shape_of
 from vitft.optim import total_steps
 from vitft.preparation import Prepared, prepare
 from vitft.probing import features_stay
 from vitft.runs import folder_of
-from vitft.spec import spec_from_config
 from vitft.spec import total as stage_total
 
 LONG_S = 2 * 3600.0  # a run longer than this says so before it starts
@@ -216,9 +214,7 @@ def advice(plan: Plan, processes: int = 1) -> str:
 def _memory(prepared: Prepared, trainable: int) -> int | None:
     """Weights, gradients, moments, kept activations and the decoded images, in bytes."""
     config, model = prepared.config, prepared.loaded.model
-    try:
-        spec = spec_from_config(model.config.to_dict() | {"num_labels": model.config.num_labels})
-    except VitftError:
+    if (spec := shape_of(model)) is None:
         return None
     batch = min(config.batch_size, len(prepared.splits["train"].rows))
     micro = min(batch, config.micro_batch_size or batch)

@@ -84,6 +84,11 @@ def training_report(result: Any) -> str:
     """The last lines of a run: score, checkpoint, next command."""
     lines = [interval(score) for score in result.scores.values()] or ["no split to score it on: it was not evaluated"]
     lines.append(f"{result.checkpoint.name} checkpoint: {result.checkpoint} (step {result.step})")
+    if (speed := result.speed) is not None:
+        of_peak = f", {percent(speed.mfu, 0)} of this machine's {speed.precision} peak" if speed.mfu is not None else ""
+        help_ = f"; {speed.remedy}" if speed.remedy else ""
+        waited = f"{percent(speed.data_wait, 0)} of the time waiting for data"
+        lines.append(f"{speed.images_per_s:,.0f} images/s, {waited}{of_peak}{help_}")
     return "\n".join([*lines, f"next: vitft eval {shlex.quote(str(result.run))}", ""])
 
 

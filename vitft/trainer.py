@@ -6,7 +6,7 @@ step). So a run that is resumed from step N ends bit for bit where an undisturbe
 
 import copy
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,20 @@ from vitft.models import load_trained
 from vitft.plan import warn_if_long
 from vitft.preparation import Prepared, Stores, prepare
 from vitft.signals import StopSignals
+from vitft.speed import Speed, speed_of
 
 EVAL_BATCH = 64  # images; evaluation keeps no activations, so this fits wherever training does
 
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: its folder, its best checkpoint, and the score of that by split."""
+    """A finished run: its folder, its best checkpoint, the score of that by split, and how fast it was trained."""
 
     run: Path
     checkpoint: Path
     step: int
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+    speed: Speed | None = None  # of a run that was finished before: none
 
 
 def train(config: TrainConfig, *, output: Path | str | None = None, overwrite: bool = False) -> Result:
@@ -154,7 +156,8 @@ class _Run:
                     window.restart(self.learner.data_wait_s)
                 if stopping:
                     raise self._stopped(state, stopping)
-            return self._finish(state, bar, track)
+            result = self._finish(state, bar, track)
+        return replace(result, speed=speed_of(window.pace, self.bare, config, self.accelerator.num_processes))
 
     def is_over(self, state: State) -> bool:
         """Whether there are no steps left to do."""

@@ -1,0 +1,49 @@
+"""How fast a run went, how far that is from this machine's limit, and what would help."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from vitft.config import TrainConfig
+from vitft.hardware import find_precision, peak_flops
+from vitft.history import Pace
+from vitft.models import shape_of
+from vitft.spec import training_flops
+
+_MUCH_WAIT, _SMALL_SHARE = 0.15, 0.25
+
+
+@dataclass(frozen=True)
+class Speed:
+    """images_per_s and data_wait are a `Pace`'s; mfu is the share of the machine's matrix peak, if it can be said."""
+
+    images_per_s: float
+    data_wait: float
+    mfu: float | None
+    precision: str
+    remedy: str | None
+
+
+def speed_of(pace: Pace, model: Any, config: TrainConfig, processes: int = 1) -> Speed | None:
+    """What a run's pace means; None where it did not train. Measures the peak for a third of a second."""
+    if not pace.elapsed_s:
+        return None
+    spec = shape_of(model)
+    mfu = None
+    # With a frozen backbone a step is no multiple of the forward pass; processes may share one machine's peak.
+    if spec is not None and config.freeze == "none" and processes == 1 and config.device != "mps":
+        peak = peak_flops(config.device, config.precision, 0.3)
+        mfu = training_flops(spec) * pace.images_per_s / peak
+    return Speed(pace.images_per_s, pace.data_wait, mfu, config.precision, _remedy(pace, mfu, config))
+
+
+def _remedy(pace: Pace, mfu: float | None, config: TrainConfig) -> str | None:
+    """The setting that would help most; None where nothing stands out."""
+    if pace.data_wait > _MUCH_WAIT and config.augment == "crop":
+        return "random crops take much of the time: --augment flip is cheaper"
+    best = find_precision("auto", config.device)
+    if config.precision == "fp32" and best != "fp32":
+        return f"this hardware is faster at {best}: --precision auto"
+    part = min(config.batch_size, config.micro_batch_size or config.batch_size)
+    if config.device == "cuda" and mfu is not None and mfu < _SMALL_SHARE and part < 64:
+        return f"parts of {part} images leave the GPU idle: a larger --batch-size fills it"
+    return None
