@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitft.errors import ModelError, UsageError
-from vitft.spec import PRESETS, ViTSpec, preset, spec_from_config, stages, total, training_flops
+from vitft.spec import PRESETS, ViTSpec, kept_bytes, preset, spec_from_config, stages, total, training_flops
 
 TINY = replace(ViTSpec.square(12, 4, 24, 2, 3, 40, 5), image_width=20)
 """Not square, so that rows and columns cannot be swapped unseen."""
@@ -299,3 +299,16 @@ def test_spec_imports_only_the_standard_library() -> None:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert ran.stdout.strip() == "['vitft', 'vitft.errors', 'vitft.spec']"
+
+
+def test_checkpointed_blocks_keep_what_they_read_and_one_is_whole() -> None:
+    spec = PRESETS["vit-base"]
+    whole = kept_bytes(spec, 8)
+    assert whole == total(spec, 8).activation_bytes
+    (one_block,) = {
+        sum(stage.activation_bytes for stage in stages(spec, 8) if stage.name.startswith(f"block.{number}."))
+        for number in range(1, 13)
+    }
+    read = 4 * 8 * 197 * 768
+    assert kept_bytes(spec, 8, checkpointed=True) == whole - 12 * one_block + 12 * read + one_block
+    assert kept_bytes(spec, 8, checkpointed=True) < whole / 4

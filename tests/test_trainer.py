@@ -384,3 +384,27 @@ def test_the_bundled_digits_are_not_a_folder_of_that_name(tmp_path: Path, monkey
     (tmp_path / "digits").mkdir()
     run = train(config(max_steps=1), output=tmp_path / "run").run
     assert yaml.safe_load((run / "config.yaml").read_text())["dataset"] == "digits"
+
+
+def test_checkpointed_activations_change_memory_and_nothing_else(tmp_path: Path) -> None:
+    kept, again = (
+        train(config(layers=2, grad_checkpointing=on), output=tmp_path / str(on)).run for on in (False, True)
+    )  # fmt: skip
+    assert_same_weights(kept / "last", again / "last")
+
+
+def test_checkpointed_activations_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    from vitft.models import checkpoint_activations, load_for_training
+
+    seen = []
+    forward = transformers.models.vit.modeling_vit.ViTAttention.forward
+    monkeypatch.setattr(
+        transformers.models.vit.modeling_vit.ViTAttention, "forward",
+        lambda self, *given, **named: seen.append(1) or forward(self, *given, **named),
+    )  # fmt: skip
+    model = load_for_training(config(layers=3), ["a", "b"]).model.train()
+    checkpoint_activations(model)
+    model(pixel_values=torch.zeros(1, 3, 28, 28)).logits.sum().backward()
+    assert len(seen) == 6

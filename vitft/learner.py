@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from vitft import console
 from vitft.clock import Clock
 from vitft.data.loader import TrainLoader
-from vitft.models import set_training
+from vitft.models import checkpoint_activations, set_training
 from vitft.optim import lr_at, make_optimizer, total_steps
 from vitft.preparation import Prepared, Stores
 from vitft.probing import FeatureLoader, Probe, features_stay
@@ -36,6 +36,8 @@ class Learner:
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = total_steps(config, self.steps_per_epoch)
         self.bare = prepared.loaded.model.to(accelerator.device)
+        if config.grad_checkpointing:
+            checkpoint_activations(self.bare)
         self.probe = Probe(self.bare, config) if features_stay(config) else None
         self.module: Any = self.bare if self.probe is None else self.probe.head
         optimizer = make_optimizer(self.bare.named_parameters(), config)

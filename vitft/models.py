@@ -250,6 +250,13 @@ def set_training(model: Any, *, frozen_backbone: bool) -> None:
         model.base_model.eval()
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Keep only what each block reads, and compute the rest again in the backward pass (Chen et al. 2016)."""
+    # Transformers renamed it within version 5.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def _label(stored: Any, names: Sequence[str]) -> None:
     stored.num_labels = len(names)
     stored.id2label = dict(enumerate(names))

@@ -21,7 +21,7 @@ from vitft.optim import total_steps
 from vitft.preparation import Prepared, prepare
 from vitft.probing import features_stay
 from vitft.runs import folder_of
-from vitft.spec import total as stage_total
+from vitft.spec import kept_bytes
 
 LONG_S = 2 * 3600.0  # a run longer than this says so before it starts
 Group = tuple[str, list[tuple[str, str]]]
@@ -222,4 +222,4 @@ def _memory(prepared: Prepared, trainable: int) -> int | None:
     weights = 4 * sum(p.numel() for p in model.parameters()) + 4 * trainable * (1 + moments)
     side = prepared.loaded.preprocess.height
     images = sum(len(split.rows) for split in prepared.splits.values()) * side * side * 3
-    return int(weights + stage_total(spec, micro).activation_bytes + min(images, 2_000_000_000))
+    return int(weights + kept_bytes(spec, micro, checkpointed=config.grad_checkpointing) + min(images, 2_000_000_000))

@@ -244,6 +244,21 @@ def total(spec: ViTSpec, batch_size: int = 1) -> Stage:
     )
 
 
+def kept_bytes(spec: ViTSpec, batch_size: int = 1, *, checkpointed: bool = False) -> int:
+    """Bytes that stay in memory for the backward pass, at most.
+
+    `checkpointed`: each block keeps only what it reads, and one at a time is computed again, whole
+    (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+    """
+    every = stages(spec, batch_size)
+    kept = sum(stage.activation_bytes for stage in every)
+    if not checkpointed:
+        return kept
+    in_blocks = sum(stage.activation_bytes for stage in every if stage.name.startswith("block."))
+    read = FLOAT32_BYTES * batch_size * spec.tokens * spec.width
+    return kept - in_blocks + spec.layers * read + in_blocks // spec.layers
+
+
 def training_flops(spec: ViTSpec, batch_size: int = 1) -> int:
     """FLOPs of one training step, 3 x forward: each product has two of its size in the backward pass.
 
