@@ -290,3 +290,39 @@ def test_shared_photos_are_what_pillow_makes_of_them():
     for row in pq.read_table(folder / "test.parquet").slice(0, 50).column("img").to_pylist():
         expected = np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB"))
         np.testing.assert_array_equal(decode(row["bytes"]), expected)
+
+
+def photo(width: int, height: int, orientation: int = 1) -> bytes:
+    """A JPEG of soft waves, turned by its EXIF block."""
+    y, x = np.mgrid[:height, :width]
+    waves = [127 + 120 * np.sin(x / width * a + y / height * b) for a, b in ((6, 2), (3, 9), (11, 4))]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.fromarray(np.stack(waves, -1).astype(np.uint8)).save(file, "JPEG", quality=90, exif=exif)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(
+    ("enough", "shape"), [(224, (300, 400)), (301, (600, 800)), (100, (150, 200)), (5000, (1200, 1600))]
+)
+def test_a_large_jpeg_is_decoded_no_larger_than_training_needs(
+    orientation: int, enough: int, shape: tuple[int, int]
+) -> None:
+    stored = photo(1600, 1200, orientation)
+    small = decode(stored, enough=enough)
+    assert small.shape[:2] == (shape if orientation == 1 else shape[::-1])
+    whole = Image.fromarray(decode(stored)).resize(small.shape[1::-1], Image.Resampling.BOX)
+    assert np.abs(small.astype(int) - np.asarray(whole)).mean() < 2
+
+
+def test_what_is_no_jpeg_is_decoded_whole() -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (800, 600), "red").save(file, "PNG")
+    assert decode(file.getvalue(), enough=50).shape == (600, 800, 3)
+
+
+def test_a_torn_jpeg_is_bad_at_any_size() -> None:
+    with pytest.raises(BadImage, match="truncated"):
+        decode(photo(1600, 1200)[:20_000], enough=100)

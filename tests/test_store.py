@@ -150,3 +150,20 @@ def test_a_large_store_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert isinstance(second, Tensor)
     assert torch.equal(first, second)
     assert mapped.digest == in_memory.digest
+
+
+def test_only_training_takes_what_the_decoder_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int | None] = []
+
+    def spy(source: object, max_pixels: int, enough: int | None) -> np.ndarray:
+        asked.append(enough)
+        return np.zeros((8, 8, 3), np.uint8)
+
+    monkeypatch.setattr("vitft.data.store.decode", spy)
+    rows = open_source("digits").splits["train"].select(range(1))
+    how = Preprocess(224, 224)
+    for training, crops in ((False, False), (True, False), (True, True)):
+        decode_all(rows, how, crops=crops, max_pixels=10**8, skip_bad=False, training=training)
+    edge = Preprocess(224, 224, shortest_edge=248)
+    decode_all(rows, edge, crops=False, max_pixels=10**8, skip_bad=False, training=True)
+    assert asked == [None, 224, 256, 248]

@@ -47,6 +47,7 @@ class Prepared:
                 crops=role == "train" and config.augment == "crop",
                 max_pixels=config.max_pixels,
                 skip_bad=config.on_bad_image == "skip",
+                training=role == "train",
                 progress=progress,
             )
         for one in skipped:

@@ -31,20 +31,25 @@ class BadImage(DataError):  # noqa: N818  (it reads as what it is)
     """No readable image; the text says what is wrong with it. Who knows its name puts it in front."""
 
 
-def decode(source: bytes | Path | Image.Image, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+def decode(
+    source: bytes | Path | Image.Image, max_pixels: int = MAX_PIXELS, enough: int | None = None
+) -> NDArray[np.uint8]:
     """Turn an encoded image into upright RGB: uint8, (H, W, 3), C-contiguous, writable.
 
     Transparent parts are laid over white, 16 bits become 8 by dividing by 257, of an animation the
     first frame counts, and the EXIF orientation is applied. An opaque 8-bit image comes out exactly
-    as Pillow's `convert("RGB")`. Raises BadImage, and nothing else, for anything that is not wholly
-    readable or that has more than `max_pixels` pixels (checked before any pixel is decoded).
+    as Pillow's `convert("RGB")`. With `enough`, for training alone, a JPEG is decoded at a half, a
+    quarter or an eighth where its shorter side still has that many pixels: several times as fast.
+
+    Raises BadImage, and nothing else, for anything that is not wholly readable or that has more than
+    `max_pixels` pixels (checked before any pixel is decoded).
     """
     _silence_pillow()
     try:
         if isinstance(source, Image.Image):
-            return _pixels(source, max_pixels)
+            return _pixels(source, max_pixels, enough)
         with _open(source, max_pixels) as image:
-            return _pixels(image, max_pixels)
+            return _pixels(image, max_pixels, enough)
     except Exception as error:  # broken data makes Pillow raise almost anything, MemoryError included
         raise _bad(error, max_pixels) from error
 
@@ -91,12 +96,14 @@ def _open(source: bytes | Path, max_pixels: int) -> Image.Image:
     return Image.open(source, formats=formats())
 
 
-def _pixels(image: Image.Image, max_pixels: int) -> NDArray[np.uint8]:
+def _pixels(image: Image.Image, max_pixels: int, enough: int | None) -> NDArray[np.uint8]:
     width, height = image.size
     if width * height > max_pixels:
         raise BadImage(f"{_too_many(width * height, max_pixels)} ({width} x {height})")
     if width * height == 0:
         raise BadImage(f"has no pixels ({width} x {height})")
+    if enough is not None and image.format == "JPEG":
+        image.draft(None, (enough, enough))
     image.load()
     return np.ascontiguousarray(_TURN.get(_orientation(image), _upright)(_rgb(image)))
 

@@ -8,6 +8,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +73,19 @@ def decode_all(
     crops: bool,
     max_pixels: int,
     skip_bad: bool,
+    training: bool = False,
     progress: Callable[[int, int], None] = lambda done, count: None,
 ) -> tuple[Store, list[Skipped]]:
     """Decode every row of a split, reduced for evaluation or, with `crops`, for training crops.
 
+    `training`: large JPEGs may be decoded smaller, which is much faster; scores are never made from those.
     Raises DataError naming the first image that cannot be read and counting the others, unless `skip_bad`.
     """
     offsets, shapes, skipped = [0], [], []
     hashed = hashlib.blake2b(digest_size=8)
     # Bytes go to a spooled file, which moves from memory to disk by itself when it grows.
     spool = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 (its mapping outlives us)
-    for position, result in enumerate(_decoded(rows, how, crops, max_pixels)):
+    for position, result in enumerate(_decoded(rows, how, crops, max_pixels, training)):
         if isinstance(result, BadImage):
             skipped.append(Skipped(position, sample_id(rows, position), str(result)))
             continue
@@ -113,19 +116,29 @@ def reduced(image: NDArray[np.uint8], how: Preprocess, crops: bool) -> NDArray[n
     tensor = torch.from_numpy(image)[None]
     if not crops:
         return uncropped(tensor, how)[0].contiguous().numpy()  # the loader crops
-    scale = max(how.height, how.width) * 8 / 7 / min(height, width)  # 256 for 224, as is usual
+    scale = _crop_side(how) / min(height, width)
     if scale >= 1:
         return image
     return resize(tensor, round(height * scale), round(width * scale), how.resample)[0].numpy()
 
 
+def _crop_side(how: Preprocess) -> float:
+    """The shorter side of what crops are cut from: 256 for 224, as is usual."""
+    return max(how.height, how.width) * 8 / 7
+
+
+def _enough(how: Preprocess, crops: bool) -> int:
+    """Pixels of the shorter side that are all that training asks of an image."""
+    return ceil(_crop_side(how)) if crops else how.shortest_edge or max(how.before_crop or (how.height, how.width))
+
+
 def _decoded(
-    rows: datasets.Dataset, how: Preprocess, crops: bool, max_pixels: int
+    rows: datasets.Dataset, how: Preprocess, crops: bool, max_pixels: int, training: bool
 ) -> Iterator[NDArray[np.uint8] | BadImage]:
     def work(cell: dict[str, Any]) -> NDArray[np.uint8] | BadImage:
         try:
             source = Path(cell["path"]) if cell["bytes"] is None else cell["bytes"]
-            return reduced(decode(source, max_pixels), how, crops)
+            return reduced(decode(source, max_pixels, _enough(how, crops) if training else None), how, crops)
         except BadImage as error:
             return error
 
