@@ -34,19 +34,23 @@ check: .venv/.installed-dev  ## lint, types, and the arrows between rooms
 	$(BIN)/python -m pytest tests/test_house.py
 
 smoke: .venv/.installed  ## tiny subsets through the real command line
-	rm -rf runs/smoke
+	rm -rf runs/smoke && mkdir -p runs
 	$(BIN)/vitft --version
 	$(BIN)/vitft recipes ls
 	$(BIN)/vitft data info digits
 	$(BIN)/vitft explain --model vit-micro
+	$(BIN)/vitft explain --image docs/boot.png --html runs/boot.html
+	$(BIN)/vitft bench train --steps 2
 	$(BIN)/vitft train --recipe smoke --dry-run
 	$(BIN)/vitft train --recipe smoke --output runs/smoke
 	$(BIN)/vitft train --resume runs/smoke
 	$(BIN)/vitft eval runs/smoke --json
 	$(BIN)/vitft predict docs/digits --checkpoint runs/smoke --json
 
-bench: .venv/.installed  ## measure the input path on this machine
+bench: .venv/.installed  ## measure this machine: the input path, a step, the textbook's engines
 	$(BIN)/python benchmarks/input.py
+	$(BIN)/vitft bench train
+	$(BIN)/python benchmarks/engines.py
 
 mutants: .venv/.installed-dev  ## every contract broken once, on a copy: some test must notice
 	$(BIN)/python tests/mutants/run.py

@@ -48,6 +48,12 @@ def test_it_trains_on_the_digits(installed: Path) -> None:
     assert (installed.parent / "runs" / "digits-vit-micro-1" / "last" / "model.safetensors").is_file()
 
 
+def test_it_makes_a_page(installed: Path) -> None:
+    image = str(ROOT / "docs" / "boot.png")
+    vitft(installed, "explain", "--image", image, "--html", "page.html")
+    assert "Ankle boot" in (installed.parent / "page.html").read_text(encoding="utf-8")
+
+
 def test_the_bundled_checkpoint_is_small(installed: Path) -> None:
     assets = installed / "vitft" / "assets" / "vit-micro"
     assert {f.name for f in assets.iterdir()} == {

@@ -61,7 +61,7 @@ class TrainConfig(Settings):
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "Hardware", "auto: a GPU if there is one.", steers=True)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "Hardware", "Of the matrix products; weights stay float32. auto: what the hardware is fast at.")
 
-    grad_checkpointing: bool = setting(False, "Hardware", "Keep only what each block reads, and compute the rest again for the backward pass: less memory, about a third more time.", steers=True)
+    grad_checkpointing: bool = setting(False, "Hardware", "Keep only what each block reads, and compute it a second time for the backward pass: slower, in a fraction of the memory.", steers=True)
 
     eval_every: int | None = setting(None, "Run", "Evaluate the validation split every so many steps; each epoch by default.", ge=1)
     early_stopping: int | None = setting(None, "Run", "Stop after this many evaluations without a better validation accuracy.", ge=1)
