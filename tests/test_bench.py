@@ -68,6 +68,7 @@ def test_a_preset_has_random_weights_and_a_probe_no_flops() -> None:
     probe = measured("train", *SMALL, "--freeze", "backbone")
     assert probe["mfu"] is None
     assert "augment" not in probe["ms_per_step"]
+    assert measured("train", *SMALL, "--freeze", "backbone", "--augment", "crop")["mfu"] is None
 
 
 def test_it_is_shown_to_people_too() -> None:
@@ -82,6 +83,8 @@ def test_what_cannot_be_measured_is_one_line() -> None:
     assert "has 40 training images; take fewer" in measured("train", *SMALL, "--batch-size", "64", code=2)
     assert "did you mean" in measured("data", *SMALL, "--model", "vit-tinny", code=4)
     assert measured("nothing", code=2)
+    frozen = measured("train", *SMALL, "--freeze", "backbone", "--model", "vit-tiny", code=2)
+    assert "vit-tiny is a shape with random weights" in frozen
 
 
 def test_a_stopwatch_gives_each_part_its_own_time() -> None:

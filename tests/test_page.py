@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from base64 import b64decode
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -83,13 +84,18 @@ def patch(page: Any, row: int, column: int) -> dict[str, float]:
 
 
 def brightest(found: Trace, layer: int, head: int, token: int) -> str:
-    row, column = np.unravel_index(weights(found)[layer - 1, head - 1, token, 1:].argmax(), (7, 7))
-    return f"most at the patch in row {row + 1}, column {column + 1} ("
+    """What the page says of a head; of head 0, the mean of all."""
+    heads = weights(found)[layer - 1]
+    shares = (heads[head - 1] if head else heads.mean(axis=0))[token]
+    best = int(shares[1:].argmax())
+    digits = 1 if shares[1 + best] < 0.1 else 0
+    return f"most at the patch in row {best // 7 + 1}, column {best % 7 + 1} ({100 * shares[1 + best]:.{digits}f} %)"
 
 
 def test_a_patch_is_clicked_and_a_head_chosen(visit: Any, found: Trace) -> None:
     page = visit()
     assert page.inner_text("#told").startswith("The class token looks, in layer 4 and all heads on average")
+    assert brightest(found, 4, 0, 0) in page.inner_text("#told")
     before = page.evaluate("document.getElementById('picture').toDataURL()")
     page.click("#picture", position=patch(page, 3, 5))
     page.mouse.move(2, 2)
@@ -183,6 +189,22 @@ def test_the_page_has_the_numbers_of_the_trace(file: Path, found: Trace) -> None
     assert not re.search(r"(?:src|href)=|url\(|@import|https?:", text)
     data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL).group(1))  # type: ignore[union-attr]
     assert [stage["name"] for stage in data["stages"]] == list(found.by_numpy)
+    pictures = {stage["name"]: stage["picture"] for stage in data["stages"]}
+
+    def painted(name: str) -> Any:
+        picture = pictures[name]
+        steps = np.frombuffer(b64decode(picture["steps"]), np.int8).reshape(picture["height"], picture["width"])
+        return steps, steps * picture["largest"] / 127, picture["largest"] / 127
+
+    _, numbers, step = painted("norm")
+    assert np.abs(numbers - found.by_numpy["norm"][0]).max() <= 0.51 * step
+    steps, numbers, step = painted("block.3.attention.softmax")
+    heads = found.by_numpy["block.3.attention.softmax"][0]
+    assert (steps[:, 50::51] == -128).all()  # the gaps between four heads of 50 columns
+    assert np.abs(numbers[:, 51:101] - heads[1]).max() <= 0.51 * step
+    _, numbers, step = painted("block.1.mlp.in")
+    assert numbers.shape == (50, 256)
+    assert np.abs(numbers - found.by_numpy["block.1.mlp.in"][0]).max() <= 0.51 * step
     norm = next(stage for stage in data["stages"] if stage["name"] == "norm")
     assert norm["norm"] == pytest.approx(np.linalg.norm(found.by_numpy["norm"].astype(np.float64)))
 

@@ -12,8 +12,9 @@ import transformers
 from tests.test_trainer import PowerCut, assert_same_weights, config, lines, weights
 from vitft import TrainConfig, evaluate, train
 from vitft.errors import Stopped
+from vitft.models import load_for_training
 from vitft.plan import plan
-from vitft.probing import FeatureLoader, Head, backbone, features_stay
+from vitft.probing import FeatureLoader, Head, backbone, features_pay
 from vitft.trainer import resume
 
 BARE = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp"))
@@ -45,7 +46,7 @@ def test_the_head_is_that_of_a_backbone_in_the_loop(
 ) -> None:
     settings = probe(augment=augment, micro_batch_size=micro_batch_size)
     cached = train(settings, output=tmp_path / "cached")
-    monkeypatch.setattr("vitft.learner.features_stay", lambda config: False)
+    monkeypatch.setattr("vitft.learner.features_pay", lambda *given: False)
     looped = train(settings, output=tmp_path / "looped")
     for folder in ("best", "last"):
         one, other = weights(cached.run / folder), weights(looped.run / folder)
@@ -70,10 +71,30 @@ def test_many_epochs_see_each_image_once_in_each_kind(
     assert max(line["step"] for line in lines(result.run)) == 40 * 3  # type: ignore[type-var]
 
 
-def test_random_crops_have_no_features_that_stay() -> None:
-    assert features_stay(probe())
-    assert not features_stay(probe(augment="crop"))
-    assert not features_stay(config())
+def test_features_are_read_where_that_pays() -> None:
+    model = load_for_training(probe(), [str(i) for i in range(10)]).model
+
+    def pay(steps: int = 100, **changes: object) -> bool:
+        return features_pay(probe(**changes), model, steps, 64)
+
+    assert pay()
+    assert not pay(augment="crop")  # no crop comes twice
+    assert not pay(freeze="none")
+    # Steps of 24 images: two passes over 64 are more than five of them, one is more than two.
+    assert [pay(steps) for steps in (5, 6)] == [False, True]
+    assert [pay(steps, augment="none") for steps in (2, 3)] == [False, True]
+
+
+def test_a_model_with_two_heads_trains_them_with_its_backbone_in_the_loop(tmp_path: Path) -> None:
+    sizes = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 32, "num_labels": 10}  # fmt: skip
+    torch.manual_seed(0)
+    teacher = transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**sizes))
+    teacher.save_pretrained(tmp_path / "deit")
+    result = train(probe(model=str(tmp_path / "deit"), epochs=6), output=tmp_path / "run")
+    before, after = weights(tmp_path / "deit"), weights(result.run / "last")
+    assert "cls_classifier.weight" in after
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("deit."))
 
 
 def test_a_probe_that_is_cut_short_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +162,7 @@ def test_the_plan_of_a_probe_does_not_grow_with_its_epochs(monkeypatch: pytest.M
         groups = dict(plan(probe(**changes)))
         return dict(groups["Cost"])["time"]
 
-    assert time_of(epochs=1) == time_of(epochs=100)
-    assert time_of(epochs=1).startswith("about 32 s of training")  # 64 images, twice, at a quarter of a second
-    assert time_of(augment="none").startswith("about 16 s of training")
+    assert time_of(epochs=3) == time_of(epochs=100)
+    assert time_of(epochs=3).startswith("about 32 s of training")  # 64 images, twice, at a quarter of a second
+    assert time_of(epochs=3, augment="none").startswith("about 16 s of training")
+    assert time_of(epochs=1).startswith("about 32 s of training")  # in the loop: once, at half a second

@@ -52,6 +52,9 @@ def test_what_holds_a_run_back_is_named_with_the_setting_that_helps(monkeypatch:
     monkeypatch.setattr("vitft.speed.find_precision", lambda wanted, device: "bf16")
     assert remedy() == "this hardware is faster at bf16: --precision auto"
     assert remedy(precision="bf16") is None
+    parts = config(precision="bf16", batch_size=512, micro_batch_size=16).model_copy(update={"device": "cuda"})
+    assert "larger --micro-batch-size" in str(speed_of(PACE, model, parts).remedy)  # type: ignore[union-attr]
+    assert speed_of(PACE, model, config(), probe=True) is None
     small = speed_of(PACE, model, config(precision="bf16").model_copy(update={"device": "cuda"}))
     assert small is not None
     assert small.remedy == "parts of 24 images leave the GPU idle: a larger --batch-size fills it"

@@ -2,6 +2,7 @@
 
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -31,7 +32,9 @@ def bench(what: What, settings: dict[str, Any], steps: int) -> dict[str, Any]:
     with a clock around each part. eval: forward passes with their data. Raises VitftError.
     """
     new = settings.get("model") in PRESETS and settings.get("model") != BUNDLED
-    fixed = {"from_scratch": new, "val_fraction": 0.0, "epochs": 1e4}
+    fixed = {"from_scratch": new, "val_fraction": 0.0, "epochs": 1e5, "schedule": "constant"}
+    if new and settings.get("freeze") == "backbone":
+        raise UsageError(f"--freeze backbone: {settings['model']} is a shape with random weights; use a trained model.")
     config = TrainConfig.parse({"dataset": "digits", "model": BUNDLED} | settings | fixed, "flags")
     accelerator = accelerator_of(config)
     prepared = prepare(config)
@@ -40,8 +43,9 @@ def bench(what: What, settings: dict[str, Any], steps: int) -> dict[str, Any]:
         few = len(prepared.splits["train"].rows)
         raise UsageError(f"--batch-size {config.batch_size}: {config.dataset} has {few} training images; take fewer.")
     started = time.perf_counter()
+    prepared.splits = {"train": prepared.splits["train"]}
     stores = prepared.decode()
-    images = sum(len(store) for store, _ in stores.values())
+    images = len(stores["train"][0])
     document: dict[str, Any] = {
         "what": what,
         "settings": {name: getattr(config, name) for name in _NAMED},
@@ -51,8 +55,8 @@ def bench(what: What, settings: dict[str, Any], steps: int) -> dict[str, Any]:
     with memory_guard(config):
         measured = _MEASURES[what](accelerator, prepared, stores, steps)
     device = torch.cuda.max_memory_allocated() if config.device == "cuda" else None
-    # The unit of ru_maxrss is a kilobyte, on Linux.
-    memory = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "device": device}
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    memory = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "device": device}
     return document | measured | {"peak_memory_bytes": memory, "environment": environment()}
 
 
@@ -95,7 +99,7 @@ def _train(accelerator: Any, prepared: Prepared, stores: Stores, steps: int) -> 
     flops = _flops(prepared, training_flops)
     return {
         "images_per_s": _rates(times, config.batch_size), "ms_per_step": parts, "data_wait": wait,
-        **_share(config, None if learner.probe else flops, times),
+        **_share(config, flops if config.freeze == "none" else None, times),
     }  # fmt: skip
 
 

@@ -222,7 +222,7 @@ def explain(
     batch_size: Annotated[int, typer.Option(min=1, metavar="<int>", help="Images at a time.")] = 1,
     all_blocks: Annotated[bool, typer.Option("--all-blocks", help="List every encoder block.")] = False,
     image: Annotated[Path | None, typer.Option(help="Follow an image through a checkpoint: the numbers of every stage.", rich_help_panel="With an image")] = None,
-    checkpoint: Annotated[str, typer.Option(help="Run, model folder or hub id; the bundled ViT by default.", rich_help_panel="With an image")] = "vit-micro",
+    checkpoint: Annotated[str | None, typer.Option(help="Run, model folder or hub id; the bundled ViT by default.", rich_help_panel="With an image")] = None,
     stage: Annotated[str | None, typer.Option(help="Open a stage (attention, block.2.mlp, head): formula, code, a number worked out.", rich_help_panel="With an image")] = None,
     attention: Annotated[Path | None, typer.Option(help="Folder for pictures of where each head looks.", rich_help_panel="With an image")] = None,
     html: Annotated[Path | None, typer.Option(help="Write one page to explore in a browser: where each token looks, every stage.", rich_help_panel="With an image")] = None,
@@ -237,8 +237,9 @@ def explain(
     sizes = {"model": model, "image_size": image_size, "patch_size": patch_size, "width": width, "layers": layers,
              "heads": heads, "mlp": mlp, "classes": classes, "pre_logits": pre_logits}  # fmt: skip
     given = {name: value for name, value in sizes.items() if value is not None}
-    if any(wanted is not None for wanted in (image, stage, attention, html)):
-        commands.explain_image(image, checkpoint, stage, attention, html, json, list(given))
+    if any(wanted is not None for wanted in (image, checkpoint, stage, attention, html)):
+        others = [*given, *(["batch_size"] if batch_size != 1 else []), *(["all_blocks"] if all_blocks else [])]
+        commands.explain_image(image, checkpoint, stage, attention, html, json, others)
     else:
         commands.explain_sizes(given, batch_size, all_blocks, json)
 

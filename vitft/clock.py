@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 Part = Literal["wait", "transfer", "augment", "forward", "backward", "optimizer"]
-"""wait: for images from the store; augment: to the model's input, on the device."""
+"""wait: for stored images (in evaluation, for the model's input); augment: from those to the model's input."""
 
 
 class Clock:
@@ -43,3 +43,5 @@ def settle(device: str) -> None:
     """Wait until the device has done what it was asked to."""
     if device == "cuda":
         torch.cuda.synchronize()
+    elif device == "mps":
+        torch.mps.synchronize()

@@ -146,12 +146,13 @@ def explain_sizes(given: dict[str, Any], batch_size: int, all_blocks: bool, as_j
 
 
 def explain_image(
-    image: Path | None, checkpoint: str, stage: str | None, folder: Path | None, page: Path | None, as_json: bool,
-    others: list[str],
+    image: Path | None, checkpoint: str | None, stage: str | None, folder: Path | None, page: Path | None,
+    as_json: bool, others: list[str],
 ) -> None:  # fmt: skip
     """Follow an image through a checkpoint; open a stage, draw its attention, make a page; without `others`."""
     if image is None:
-        option = "--stage" if stage else "--attention" if folder else "--html"
+        option = next(name for name, given in (("--stage", stage), ("--attention", folder), ("--html", page),
+                                               ("--checkpoint", checkpoint)) if given is not None)  # fmt: skip
         raise UsageError(f"{option} shows real numbers; add --image FILE.")
     if others:
         raise UsageError(f"{as_flag(others[0])} shapes a table without numbers; with --image, use --checkpoint alone.")
@@ -160,7 +161,7 @@ def explain_image(
     from vitft.explain.stage import lesson_text, opened
     from vitft.explain.trace import document, trace, trace_table
 
-    found = trace(image, checkpoint)
+    found = trace(image, checkpoint or "vit-micro")
     lessons = [] if stage is None else opened(found, stage)
     if as_json:
         whole = document(found, [one.stage for one in lessons] or None)

@@ -75,7 +75,7 @@ def memory_guard(config: TrainConfig, processes: int = 1) -> Iterator[None]:
         micro = max(1, min(config.micro_batch_size or share, share) // 2)
         raise TrainingError(
             f"out of memory on {config.device}; the same batch in smaller parts may fit: --micro-batch-size {micro}, "
-            "or a smaller model or --image-size."
+            "or --grad-checkpointing, a smaller model or --image-size."
         ) from error
 
 

@@ -12,10 +12,11 @@ from accelerate.utils import gather_object
 from vitft import console
 from vitft.clock import Clock
 from vitft.data.loader import TrainLoader
+from vitft.hardware import memory_guard
 from vitft.models import checkpoint_activations, set_training
 from vitft.optim import lr_at, make_optimizer, total_steps
 from vitft.preparation import Prepared, Stores
-from vitft.probing import FeatureLoader, Probe, features_stay
+from vitft.probing import FeatureLoader, Probe, features_pay
 from vitft.randomness import seed_of
 
 
@@ -28,7 +29,8 @@ class Learner:
     def __init__(self, accelerator: Any, prepared: Prepared, stores: Stores, clock: Clock | None = None) -> None:
         self.accelerator, self.config, self.clock = accelerator, prepared.config, clock or Clock()
         config = self.config
-        self.loader: TrainLoader | FeatureLoader = TrainLoader(
+        self.loader: TrainLoader | FeatureLoader
+        self.loader = images = TrainLoader(
             *stores["train"], prepared.loaded.preprocess, kind=config.augment, seed=config.seed,
             batch_size=config.batch_size, device=accelerator.device,
             rank=accelerator.process_index, world=accelerator.num_processes, clock=self.clock,
@@ -38,7 +40,8 @@ class Learner:
         self.bare = prepared.loaded.model.to(accelerator.device)
         if config.grad_checkpointing:
             checkpoint_activations(self.bare)
-        self.probe = Probe(self.bare, config) if features_stay(config) else None
+        reads = features_pay(config, self.bare, self.total_steps, len(images.store))
+        self.probe = Probe(self.bare, config) if reads else None
         self.module: Any = self.bare if self.probe is None else self.probe.head
         optimizer = make_optimizer(self.bare.named_parameters(), config)
         self.model, self.optimizer = accelerator.prepare(self.module, optimizer)
@@ -47,7 +50,8 @@ class Learner:
     def get_ready(self) -> None:
         """Of a probe, compute the features that its steps read."""
         if self.probe is not None and isinstance(self.loader, TrainLoader):
-            with console.working("reading features") as progress:
+            guard = memory_guard(self.config, self.accelerator.num_processes)
+            with console.working("reading features") as progress, guard:
                 self.loader = self.probe.training(self.loader, gather_object, progress)
 
     def lr(self, step: int) -> float:

@@ -19,7 +19,7 @@ from vitft.hardware import memory_guard
 from vitft.models import set_training, shape_of
 from vitft.optim import total_steps
 from vitft.preparation import Prepared, prepare
-from vitft.probing import features_stay
+from vitft.probing import features_pay, passes
 from vitft.runs import folder_of
 from vitft.spec import kept_bytes
 
@@ -129,9 +129,9 @@ def _plan(prepared: Prepared, train_image_s: float, evaluate_image_s: float) -> 
     evaluated = splits.get("validation", 0) * validations + splits.get("test", 0)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     train_s = train_image_s * steps / steps_per_epoch * splits["train"]
-    if features_stay(config):  # a pass over each split, over train with flips two; the head costs next to nothing
+    if features_pay(config, model, steps, splits["train"]):  # then the head costs next to nothing
         evaluated = splits.get("validation", 0) + splits.get("test", 0)
-        train_s = evaluate_image_s * splits["train"] * (2 if config.augment == "flip" else 1)
+        train_s = evaluate_image_s * splits["train"] * passes(config)
     return Plan(
         prepared, steps, steps_per_epoch, trainable, sum(p.numel() for p in model.parameters()),
         _memory(prepared, trainable),
@@ -202,7 +202,9 @@ def _noise(prepared: Prepared, count: int) -> torch.Tensor:
 def advice(plan: Plan, processes: int = 1) -> str:
     """The warning of a long run, naming cheaper ways."""
     config, images = plan.prepared.config, len(plan.prepared.splits["train"].rows)
-    ways = ["--max-train-samples 2000"] if images > 2000 else ["--epochs 1"] if config.epochs > 1 else []
+    probe = features_pay(config, plan.prepared.loaded.model, plan.steps, images)  # its epochs cost nothing
+    ways = ["--max-train-samples 2000"] if images > 2000 else ["--epochs 1"] if config.epochs > 1 and not probe else []
+    ways += ["--augment none"] if probe and config.augment == "flip" else []
     ways += ["--freeze backbone"] if config.freeze == "none" and not config.from_scratch else []
     side = config.image_size or 0
     ways += [f"--image-size {side // 2}"] if side >= 128 else []

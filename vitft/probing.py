@@ -16,19 +16,30 @@ from vitft.config import TrainConfig
 from vitft.data.augment import flips, mirrored, preprocess
 from vitft.data.loader import Batch, EvalLoader, TrainLoader
 from vitft.evaluation import autocast
+from vitft.models import head_of
 
-_CHUNK = 64  # images of one pass through the backbone
+CHUNK = 64  # images of one pass through the backbone, at most
 Features = Callable[[Tensor], Tensor]
 """Pixels (B, 3, H, W) to what the head reads of them, (B, F)."""
 
 
-def features_stay(config: TrainConfig) -> bool:
-    """Whether an image has the same features in every epoch of a run."""
-    return config.freeze == "backbone" and config.augment != "crop"
+def passes(config: TrainConfig) -> int:
+    """Kinds of features an image has, each of which takes a pass over the training images."""
+    return 2 if config.augment == "flip" else 1
+
+
+def features_pay(config: TrainConfig, model: nn.Module, steps: int, images: int) -> bool:
+    """Whether a run of so many steps should read features, once, rather than `images` over and over.
+
+    Random crops have no features that stay; a model with two heads reads two kinds at once; and a short
+    run sees fewer images than the passes would.
+    """
+    stay = config.freeze == "backbone" and config.augment != "crop" and head_of(model) == ("classifier",)
+    return stay and steps * config.batch_size > passes(config) * images
 
 
 def classifier_of(model: nn.Module) -> nn.Module:
-    """The layer that every architecture which `vitft.models` loads ends with."""
+    """The layer that reads the features."""
     return model.get_submodule("classifier")
 
 
@@ -64,15 +75,17 @@ class FeatureLoader:
     """What a TrainLoader is, with the features of its images in the place of their pixels."""
 
     def __init__(
-        self, loader: TrainLoader, features: Features, *, gather: Callable[[list[Tensor]], list[Tensor]],
+        self, loader: TrainLoader, features: Features, config: TrainConfig,
+        *, gather: Callable[[list[Tensor]], list[Tensor]],
         progress: Callable[[int, int], None] = lambda done, count: None,
     ) -> None:  # fmt: skip
         """`gather` joins lists over all processes; each computes the features of its own part of the images."""
         self.loader, self.clock = loader, loader.clock
         self.steps_per_epoch, self.samples, self.batch_size = loader.steps_per_epoch, loader.samples, loader.batch_size
         mine = np.array_split(np.arange(len(loader.store)), loader.world)[loader.rank]
-        chunks = [mine[start : start + _CHUNK] for start in range(0, len(mine), _CHUNK)]
-        kinds = (False, True) if loader.kind == "flip" else (False,)
+        size = min(CHUNK, config.micro_batch_size or CHUNK)
+        chunks = [mine[start : start + size] for start in range(0, len(mine), size)]
+        kinds = (False, True)[: passes(config)]
         self._kinds = []
         for kind in kinds:
             parts = []
@@ -108,7 +121,7 @@ class Probe:
         self, loader: TrainLoader, gather: Callable[[list[Tensor]], list[Tensor]], progress: Callable[[int, int], None]
     ) -> FeatureLoader:
         """The loader, with features in the place of pixels; takes a pass over the images, with flips two."""
-        return FeatureLoader(loader, self._features(), gather=gather, progress=progress)
+        return FeatureLoader(loader, self._features(), self._config, gather=gather, progress=progress)
 
     def scoring(self, role: str, loader: EvalLoader) -> list[Batch]:
         """A split's batches, with features in the place of pixels; takes a pass over them the first time."""

@@ -1,5 +1,6 @@
 """How fast a run went, how far that is from this machine's limit, and what would help."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,17 +24,27 @@ class Speed:
     remedy: str | None
 
 
-def speed_of(pace: Pace, model: Any, config: TrainConfig, processes: int = 1) -> Speed | None:
-    """What a run's pace means; None where it did not train. Measures the peak for a third of a second."""
-    if not pace.elapsed_s:
+def speed_of(
+    pace: Pace, model: Any, config: TrainConfig, processes: int = 1, *, probe: bool = False
+) -> Speed | None:  # fmt: skip
+    """What a run's pace means; measures the peak for a third of a second.
+
+    None where it did not train, and of a `probe`, whose pace is the head's alone.
+    """
+    if not pace.elapsed_s or probe:
         return None
     spec = shape_of(model)
     mfu = None
     # With a frozen backbone a step is no multiple of the forward pass; processes may share one machine's peak.
-    if spec is not None and config.freeze == "none" and processes == 1 and config.device != "mps":
-        peak = peak_flops(config.device, config.precision, 0.3)
-        mfu = training_flops(spec) * pace.images_per_s / peak
+    if spec is not None and config.freeze == "none" and processes == 1 and _is_fast(config):
+        with suppress(RuntimeError):  # no room for the matrices beside the model: then it is not said
+            mfu = training_flops(spec) * pace.images_per_s / peak_flops(config.device, config.precision, 0.3)
     return Speed(pace.images_per_s, pace.data_wait, mfu, config.precision, _remedy(pace, mfu, config))
+
+
+def _is_fast(config: TrainConfig) -> bool:
+    """Whether a large product takes no time to speak of: an emulated precision may be 300 times slower."""
+    return config.precision in ("fp32", find_precision("auto", config.device))
 
 
 def _remedy(pace: Pace, mfu: float | None, config: TrainConfig) -> str | None:
@@ -45,5 +56,6 @@ def _remedy(pace: Pace, mfu: float | None, config: TrainConfig) -> str | None:
         return f"this hardware is faster at {best}: --precision auto"
     part = min(config.batch_size, config.micro_batch_size or config.batch_size)
     if config.device == "cuda" and mfu is not None and mfu < _SMALL_SHARE and part < 64:
-        return f"parts of {part} images leave the GPU idle: a larger --batch-size fills it"
+        option = "--batch-size" if part == config.batch_size else "--micro-batch-size"
+        return f"parts of {part} images leave the GPU idle: a larger {option} fills it"
     return None

@@ -157,7 +157,8 @@ class _Run:
                 if stopping:
                     raise self._stopped(state, stopping)
             result = self._finish(state, bar, track)
-        return replace(result, speed=speed_of(window.pace, self.bare, config, self.accelerator.num_processes))
+        world, probe = self.accelerator.num_processes, self.probe is not None
+        return replace(result, speed=speed_of(window.pace, self.bare, config, world, probe=probe))
 
     def is_over(self, state: State) -> bool:
         """Whether there are no steps left to do."""

@@ -20,7 +20,8 @@ from vitft.explain.trace import Trace, numbers
 from vitft.files import write_text
 from vitft.scratch.tensors import Array
 
-_ROWS, _COLUMNS = 72, 144  # of the picture of a stage's numbers, at most
+_ROWS, _COLUMNS = 128, 256  # of the picture of a stage's numbers, at most
+_GAP = -128  # in the place of a number: between two heads
 _CLASSES = 5  # that the page names
 
 
@@ -28,7 +29,7 @@ def write_page(found: Trace, file: Path) -> None:
     """Write the page. Raises UsageError for a path that cannot be written."""
     template = files("vitft.explain").joinpath("page.html").read_text(encoding="utf-8")
     # A "<" of a class name must not end the script that holds it.
-    text = json.dumps(_document(found), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    text = json.dumps(_document(found), allow_nan=False).replace("<", "\\u003c")
     try:
         write_text(file, template.replace(">DATA<", f">{text}<"))
     except OSError as error:
@@ -49,6 +50,7 @@ def _document(found: Trace) -> dict[str, Any]:
         "rows": rows, "columns": columns, "prefix": spec.prefix_tokens, "layers": spec.layers, "heads": spec.heads,
         "attention": _text(gzip.compress(_packed(weights(found)), mtime=0)),
         "rollout": rollout(found).ravel().tolist(),
+        "answer": "the class token" if spec.pooling == "cls" else "the mean of the patches",
         "stages": [
             numbers(found, name) | asdict(lesson(found, name)) | {"picture": _picture(name, found)}
             for name in found.by_numpy
@@ -68,24 +70,32 @@ def _packed(shares: Array) -> bytes:
 
 
 def _picture(name: str, found: Trace) -> dict[str, Any]:
-    """A stage's numbers as at most 72 x 144 steps from −127 to 127, each the mean of those it stands for."""
+    """A stage's numbers as steps from −127 to 127; of a larger stage, each is the mean of those it stands for."""
     array = found.by_numpy[name][0].astype(np.float64)
-    if array.ndim == 1:
-        matrix, caption = array[None], "Each column is one number."
+    tokens = "A row is a token"
+    if name == "head":
+        parts, caption = [array[None]], f"A column is a class. The strongest is {found.scores[0][0]}."
+    elif array.ndim == 1:
+        parts, caption = [array[None]], "A column is one number."
     elif name == "image":
-        matrix, caption = np.concatenate(list(array), axis=1), "The picture's colours side by side."
+        parts, caption = list(array), "The picture in each of its colours."
     elif name == "embed.projection":
-        matrix, caption = array.reshape(len(array), -1).T, "A row is a patch, a column one number of its token."
+        parts, caption = [array.reshape(len(array), -1).T], "A row is a patch, a column one number of its token."
     elif name.endswith((".scores", ".softmax")):
-        matrix, caption = np.concatenate(list(array), axis=1), "A square is a head: a row asks, a column answers."
+        parts, caption = list(array), "A square is a head: a row asks, a column answers."
     elif name.endswith(".qkv"):
-        matrix = array.transpose(2, 0, 1, 3).reshape(found.spec.tokens, -1)
-        caption = "A row is a token; its queries, keys and values stand side by side."
+        parts = list(array.transpose(0, 2, 1, 3).reshape(3, found.spec.tokens, -1))
+        caption = f"{tokens}; its queries, keys and values stand side by side."
     else:
-        matrix, caption = array, "A row is a token, a column one of its numbers."
-    small = _shrunk(_shrunk(matrix, _ROWS).T, _COLUMNS).T
-    largest = float(np.abs(small).max()) or 1.0
-    steps = np.rint(127 * small / largest).astype(np.int8)
+        parts, caption = [array], f"{tokens}, a column one of its numbers."
+    rows, columns = parts[0].shape
+    small = [_shrunk(_shrunk(part, _ROWS).T, max(1, _COLUMNS // len(parts))).T for part in parts]
+    if (each := (-(-rows // len(small[0])), -(-columns // small[0].shape[1]))) != (1, 1):
+        caption += f" Of so many, each square here is the mean of up to {each[0]}×{each[1]}."
+    largest = max(float(np.abs(part).max()) for part in small) or 1.0
+    gap = np.full((len(small[0]), 1), _GAP)
+    painted = [piece for part in small for piece in (gap, np.rint(127 * part / largest))][1:]
+    steps = np.concatenate(painted, axis=1).astype(np.int8)
     height, width = steps.shape
     return {"height": height, "width": width, "largest": largest, "caption": caption, "steps": _text(steps.tobytes())}
 

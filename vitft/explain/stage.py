@@ -1,6 +1,7 @@
 """One stage opened: its formula, where its code stands, and its first number worked out with real ones."""
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import erf, pi, sqrt, tanh
@@ -47,6 +48,7 @@ def lesson(found: Trace, stage: str) -> Lesson:
     array = found.by_numpy[stage]
     file = Path(inspect.getsourcefile(chapter) or "")
     sum_, result = worked(found, stage)
+    sum_ = re.sub(r"(?<![e\d])-(?=\d)", "−", sum_)
     return Lesson(
         stage, array.shape, words, formula, f"vitft/scratch/{file.name}", inspect.getsourcelines(chapter)[1],
         chapter.__name__, sum_, result, float(array.flat[0]),

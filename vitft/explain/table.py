@@ -223,7 +223,7 @@ def in_words(spec: ViTSpec) -> tuple[str, ...]:
     prefix = {0: "", 1: " with the class token"}.get(spec.prefix_tokens, f" with {spec.prefix_tokens} prefix tokens")
     return (
         f"{spec.image_height}×{spec.image_width} pixels",
-        f"{spec.patches} patches of {spec.patch_height}×{spec.patch_width}",
+        f"{spec.patches} patch{'es' if spec.patches > 1 else ''} of {spec.patch_height}×{spec.patch_width}",
         f"{spec.tokens} tokens of {spec.width} numbers{prefix}",
         f"{blocks} of attention (tokens look at each other) and mlp (each token alone)",
         "the class token" if spec.pooling == "cls" else "the mean of the patch tokens",

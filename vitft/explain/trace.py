@@ -87,9 +87,12 @@ def trace(image: Path, checkpoint: str | Path) -> Trace:
         weights = from_transformers({name: p.detach().numpy() for name, p in model.named_parameters()}, spec)
         with torch.inference_mode():
             _watch_transformers(model, spec, _keep(by_transformers))(pixels)
-    vit(pixels.numpy(), weights, spec, watch=_keep(by_numpy))
+    with np.errstate(all="ignore"):  # broken weights are told in words, below
+        vit(pixels.numpy(), weights, spec, watch=_keep(by_numpy))
     with torch.inference_mode():
         TorchViT(spec).load(weights).watched_by(_keep(by_torch))(pixels)
+    if bad := next((name for name, array in by_numpy.items() if not np.isfinite(array).all()), None):
+        raise ModelError(f"{checkpoint}: {bad} is not finite: its weights are broken; use another checkpoint.")
     return Trace(image, str(checkpoint), shown, labels, spec, weights, by_numpy, by_torch, by_transformers)
 
 
@@ -218,8 +221,9 @@ def trace_table(found: Trace) -> Group:
     by = "the torch chapter (≠ torch)" + (" and Transformers (≠ HF)" if found.by_transformers else "")
     dot = "A dot: Transformers has no such tensor. " if found.by_transformers else ""
     legend = (
-        f"\n{found.path}: {safe(best)}\nEvery stage was computed by the NumPy chapters and again by {by}; shown is the "
-        f"largest difference, relative to the stage's largest value. The worst is {worst:.1e}: rounding of float32. "
+        f"\n{safe(str(found.path))}: {safe(best)}\n"
+        f"Every stage was computed by the NumPy chapters and again by {by}; shown is the largest difference, relative "
+        f"to the stage's largest value. The worst is {worst:.1e}: rounding of float32. "
         f"{dot}--stage opens a stage, --html makes a page of all this, --json has all numbers."
     )
     return Group(table, Text(legend, "dim"))

@@ -4,7 +4,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitft.errors import ModelError
+from safetensors import SafetensorError
+
+from vitft.errors import ModelError, UsageError
 from vitft.scratch.train import load
 from vitft.scratch.vit import ViT
 from vitft.spec import ViTSpec
@@ -24,8 +26,8 @@ class Network:
 
 
 def is_textbook_run(folder: Path) -> bool:
-    """Whether a folder holds what `vitft scratch train` leaves when it has finished."""
-    return (folder / WEIGHTS).is_file() and (folder / SUMMARY).is_file()
+    """Whether a folder holds what `vitft scratch train` leaves, finished or not."""
+    return (folder / WEIGHTS).is_file()
 
 
 def read_run(folder: Path) -> Network:
@@ -34,6 +36,11 @@ def read_run(folder: Path) -> Network:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         spec = ViTSpec(**summary["spec"])
         weights = load(folder / WEIGHTS, spec)
-        return Network(weights, spec, tuple(summary["labels"]), tuple(summary["mean"]), tuple(summary["std"]))
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        labels = tuple(summary["labels"])
+        if len(labels) != spec.classes:
+            raise ValueError(f"{len(labels)} labels of {spec.classes} classes")
+        return Network(weights, spec, labels, tuple(summary["mean"]), tuple(summary["std"]))
+    except FileNotFoundError:
+        raise ModelError(f"{folder}: this textbook run has not finished; wait for it, or train it again.") from None
+    except (ValueError, KeyError, TypeError, OSError, SafetensorError, UsageError) as error:
         raise ModelError(f"{folder}: no whole textbook run ({error}); train it again.") from None
