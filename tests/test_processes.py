@@ -88,13 +88,19 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Sig
     assert_same_weights(whole / "last", resume(run).run / "last")
 
 
-def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
+FROZEN = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp")) | {
+    "from_scratch": False, "freeze": "backbone", "augment": "flip", "epochs": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("port", "other"), [(29431, {"augment": "crop"}), (29433, FROZEN)], ids=["crops", "probe"])
+def test_two_processes_train_as_one_does(tmp_path: Path, port: int, other: dict[str, object]) -> None:
     """The same samples and augmentations in every step; losses equal up to the order of sums."""
     # A batch of 9 is shared unevenly, 70 images leave a tail of 7, and 50 evaluated ones two shards.
-    changes = {"batch_size": 9, "max_train_samples": 70, "save_every": None, "augment": "crop", "max_eval_samples": 49}
+    changes = {"batch_size": 9, "max_train_samples": 70, "save_every": None, "max_eval_samples": 49} | other
     one = train(config(**changes), output=tmp_path / "one").run
     two = tmp_path / "two"
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29431",
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port),
              "-m", "vitft", "train", *flags(**changes), "--output", str(two)]  # fmt: skip
     done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
