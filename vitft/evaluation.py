@@ -24,6 +24,7 @@ from vitft.metrics import Metrics, score
 from vitft.models import load_trained, read_config
 from vitft.paths import absolute
 
+BATCH = 64  # images of a forward pass: it keeps no activations, so this fits wherever training does
 Progress = Callable[[int, int], None]
 """Called with the number done and the number in all."""
 
@@ -53,7 +54,7 @@ def measure(
 
 def evaluate(
     checkpoint: str | Path, *, dataset: str | None = None, dataset_revision: str | None = None,
-    split: str | None = None, max_eval_samples: int | None = None, batch_size: int = 64, device: str = "auto",
+    split: str | None = None, max_eval_samples: int | None = None, batch_size: int = BATCH, device: str = "auto",
     precision: str | None = None, on_bad_image: str | None = None, max_pixels: int | None = None,
     image_column: str | None = None, label_column: str | None = None,
     progress: Progress = lambda done, count: None,

@@ -134,7 +134,7 @@ def _plan(prepared: Prepared, train_image_s: float, evaluate_image_s: float) -> 
         train_s = evaluate_image_s * splits["train"] * passes(config)
     return Plan(
         prepared, steps, steps_per_epoch, trainable, sum(p.numel() for p in model.parameters()),
-        _memory(prepared, trainable),
+        _memory(prepared, trainable, steps),
         train_s=train_s,
         evaluate_s=evaluate_image_s * evaluated,
     )  # fmt: skip
@@ -213,8 +213,8 @@ def advice(plan: Plan, processes: int = 1) -> str:
     return f"this run will take about {took} on this {config.device}; cheaper: {', or '.join(ways)}."
 
 
-def _memory(prepared: Prepared, trainable: int) -> int | None:
-    """Weights, gradients, moments, kept activations and the decoded images, in bytes."""
+def _memory(prepared: Prepared, trainable: int, steps: int) -> int | None:
+    """Weights, gradients, moments, kept activations (or features) and the decoded images, in bytes."""
     config, model = prepared.config, prepared.loaded.model
     if (spec := shape_of(model)) is None:
         return None
@@ -224,4 +224,9 @@ def _memory(prepared: Prepared, trainable: int) -> int | None:
     weights = 4 * sum(p.numel() for p in model.parameters()) + 4 * trainable * (1 + moments)
     side = prepared.loaded.preprocess.height
     images = sum(len(split.rows) for split in prepared.splits.values()) * side * side * 3
-    return int(weights + kept_bytes(spec, micro, checkpointed=config.grad_checkpointing) + min(images, 2_000_000_000))
+    if config.freeze == "none":
+        kept = kept_bytes(spec, micro, checkpointed=config.grad_checkpointing)
+    else:  # a frozen backbone keeps nothing for a backward pass
+        count = len(prepared.splits["train"].rows)
+        kept = 4 * spec.width * count * passes(config) if features_pay(config, model, steps, count) else 0
+    return int(weights + kept + min(images, 2_000_000_000))

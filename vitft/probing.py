@@ -15,10 +15,9 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from vitft.config import TrainConfig
 from vitft.data.augment import flips, mirrored, preprocess
 from vitft.data.loader import Batch, EvalLoader, TrainLoader
-from vitft.evaluation import autocast
+from vitft.evaluation import BATCH, autocast
 from vitft.models import head_of
 
-CHUNK = 64  # images of one pass through the backbone, at most
 Features = Callable[[Tensor], Tensor]
 """Pixels (B, 3, H, W) to what the head reads of them, (B, F)."""
 
@@ -83,7 +82,7 @@ class FeatureLoader:
         self.loader, self.clock = loader, loader.clock
         self.steps_per_epoch, self.samples, self.batch_size = loader.steps_per_epoch, loader.samples, loader.batch_size
         mine = np.array_split(np.arange(len(loader.store)), loader.world)[loader.rank]
-        size = min(CHUNK, config.micro_batch_size or CHUNK)
+        size = min(BATCH, config.micro_batch_size or BATCH)
         chunks = [mine[start : start + size] for start in range(0, len(mine), size)]
         kinds = (False, True)[: passes(config)]
         self._kinds = []

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import gather_object
 
 from vitft import checkpoint as ckpt
-from vitft import console, runs
+from vitft import console, evaluation, runs
 from vitft.checkpoint import Card, State
 from vitft.config import TrainConfig
 from vitft.data.loader import EvalLoader
@@ -29,8 +29,6 @@ from vitft.plan import warn_if_long
 from vitft.preparation import Prepared, Stores, prepare
 from vitft.signals import StopSignals
 from vitft.speed import Speed, speed_of
-
-EVAL_BATCH = 64  # images; evaluation keeps no activations, so this fits wherever training does
 
 
 @dataclass(frozen=True)
@@ -184,7 +182,7 @@ class _Run:
     def _measure(self, role: str, bar: "console.TrainingProgress") -> Metrics:
         accelerator = self.accelerator
         loader = EvalLoader(
-            *self.stores[role], self.how, batch_size=EVAL_BATCH, device=accelerator.device,
+            *self.stores[role], self.how, batch_size=evaluation.BATCH, device=accelerator.device,
             rank=accelerator.process_index, world=accelerator.num_processes,
         )  # fmt: skip
         with bar.evaluating(role) as progress:

@@ -74,6 +74,8 @@ def trace(image: Path, checkpoint: str | Path) -> Trace:
         pixels = torch.from_numpy(normalise(_channels(shown, spec), network.mean, network.std))
     else:
         where = find_model(folder)
+        if not where.exists() and "/" in str(checkpoint) and folder.parent.is_dir():
+            raise ModelError(f"{checkpoint}: no such folder; give a run, a model folder or a hub id.")
         loaded = load_trained(where if where.is_dir() else str(checkpoint))
         model, labels = loaded.model.eval(), loaded.labels
         config = model.config.to_dict()
