@@ -65,7 +65,7 @@ class TrainConfig(Settings):
 
     eval_every: int | None = setting(None, "Run", "Evaluate the validation split every so many steps; each epoch by default.", ge=1)
     early_stopping: int | None = setting(None, "Run", "Stop after this many evaluations without a better validation accuracy.", ge=1)
-    save_every: int | None = setting(None, "Run", "Save all that resume needs every so many steps; each epoch by default, with a frozen backbone at the end.", ge=1, steers=True)
+    save_every: int | None = setting(None, "Run", "Save all that resume needs every so many steps; each epoch by default, of a head on stored features at the end.", ge=1, steers=True)
     keep: int = setting(2, "Run", "How many of the newest step checkpoints stay.", ge=1, steers=True)
     log_every: int = setting(10, "Run", "Steps between two lines of metrics.jsonl.", ge=1, steers=True)
     tracker: Literal["none", "tensorboard", "wandb"] = setting("none", "Run", "Where metrics go besides metrics.jsonl.", steers=True)
