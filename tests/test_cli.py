@@ -17,6 +17,7 @@ from vitft import __version__, commands, console, plan
 from vitft.cli import app
 from vitft.config import TrainConfig
 from vitft.recipe import load_config, recipes
+from vitft.trial import Cost
 
 TINY = ["--dataset", "digits", "--model", "vit-micro", "--from-scratch", "--max-train-samples", "40",
         "--max-eval-samples", "20", "--batch-size", "8", "--max-steps", "2", "--device", "cpu"]  # fmt: skip
@@ -375,7 +376,7 @@ def test_a_dry_run_lists_the_settings_that_are_not_the_defaults() -> None:
         ("dataset", "digits"), ("max_train_samples", "40"), ("max_eval_samples", "20"), ("model", "vit-micro"),
         ("from_scratch", "True"), ("max_steps", "2"), ("batch_size", "8"), ("device", "cpu")]  # fmt: skip
     named = dict(re.findall(r"(\w+): (\S+)", chosen))
-    assert set(named) == {"image_size", "precision"}
+    assert set(named) == {"attention", "compile", "image_size", "precision"}
     assert named["image_size"] == "28"
     assert "others" in chosen
     assert "vitft train --help" in flat(chosen)
@@ -402,7 +403,7 @@ def test_a_long_run_says_so_and_names_cheaper_ways(
     prepared: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(plan, "first_image_s", lambda prepared: 30.0)
-    monkeypatch.setattr(plan, "probe", lambda prepared: (10.0, 1.0))  # 3 epochs of 1,294 images
+    monkeypatch.setattr(plan, "cost", lambda prepared: Cost(10.0, 0.0, 1.0))  # 3 epochs of 1,294 images
     plan.warn_if_long(prepared)
 
     said = capsys.readouterr().err
@@ -415,7 +416,7 @@ def test_many_processes_share_the_time(
     prepared: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(plan, "first_image_s", lambda prepared: 30.0)
-    monkeypatch.setattr(plan, "probe", lambda prepared: (10.0, 1.0))
+    monkeypatch.setattr(plan, "cost", lambda prepared: Cost(10.0, 0.0, 1.0))
     plan.warn_if_long(prepared, processes=8)
     assert capsys.readouterr().err == ""
 
@@ -424,7 +425,7 @@ def test_a_short_run_is_probed_with_one_image_alone(
     prepared: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(plan, "first_image_s", lambda prepared: 0.1)
-    monkeypatch.setattr(plan, "probe", lambda prepared: pytest.fail("probed in full"))
+    monkeypatch.setattr(plan, "cost", lambda prepared: pytest.fail("probed in full"))
     plan.warn_if_long(prepared)
     assert capsys.readouterr().err == ""
 
@@ -439,7 +440,8 @@ def test_a_probe_leaves_no_trace(prepared: Any) -> None:
     model.register_buffer("seen", torch.zeros(()))
     model.register_forward_pre_hook(count)
     state, weights = torch.get_rng_state(), {name: t.clone() for name, t in model.state_dict().items()}
-    plan.probe(prepared)
+    plan.cost(prepared)
+    plan.memory_bytes(prepared, 4)
 
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(t, weights[name]) for name, t in model.state_dict().items())

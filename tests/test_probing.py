@@ -16,6 +16,7 @@ from vitft.models import load_for_training
 from vitft.plan import plan
 from vitft.probing import FeatureLoader, Head, backbone, features_pay
 from vitft.trainer import resume
+from vitft.trial import Cost
 
 BARE = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp"))
 
@@ -156,7 +157,7 @@ def test_features_are_what_the_classifier_of_any_architecture_reads(kind: str) -
 
 
 def test_the_plan_of_a_probe_does_not_grow_with_its_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitft.plan.probe", lambda prepared: (0.5, 0.25))
+    monkeypatch.setattr("vitft.plan.cost", lambda prepared: Cost(0.5, 0.0, 0.25))
 
     def time_of(**changes: object) -> str:
         groups = dict(plan(probe(**changes)))

@@ -228,7 +228,7 @@ def test_a_cut_is_torchs_convolution_or_refused_with_a_size_that_fits(
         *(
             ({name: "none"}, f"{name} 'none' is unknown; try {choices}.")
             for name, choices in {
-                "positions": "learned or sinusoidal",
+                "positions": "learned or sinusoidal or sinusoidal_2d",
                 "norm": "pre or post",
                 "activation": "gelu or gelu_tanh or relu",
             }.items()

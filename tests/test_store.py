@@ -142,7 +142,7 @@ def test_a_centre_crop_is_made_once(tmp_path: Path) -> None:
 def test_a_large_store_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = photos(tmp_path, [(20, 16)] * 6)
     in_memory, _ = stored(folder)
-    monkeypatch.setattr("vitft.data.store._IN_MEMORY", 100)
+    monkeypatch.setattr("vitft.data.store.IN_MEMORY", 100)
     mapped, _ = stored(folder)
     everything = np.arange(6)
     first, second = in_memory.gather(everything), mapped.gather(everything)

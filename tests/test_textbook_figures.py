@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from tests import test_readme
 from vitft.cli import app
 from vitft.spec import ViTSpec, total
-from vitft.textbook.config import load_config
+from vitft.textbook.config import TextbookConfig, load_config
 from vitft.textbook.figures import boot
 
 ROOT = Path(__file__).parent.parent
@@ -150,3 +150,7 @@ def test_the_table_of_the_networks_is_the_recipes() -> None:
             "epochs, images a step": f"{config.epochs}, {config.batch_size}",
         }
         assert {key: rows[key][column] for key in wanted} == wanted
+        assert rows["AdamW's rate"][column].startswith(f"{config.lr}, ")
+        for name, value in (("weight decay", config.weight_decay), ("dropout", config.dropout)):
+            if value > TextbookConfig.model_fields[name.replace(" ", "_")].default:
+                assert f"{name} {value}" in rows["against learning by heart"][column]

@@ -20,6 +20,7 @@ from vitft.learner import Learner
 from vitft.models import BUNDLED, shape_of
 from vitft.preparation import Prepared, Stores, prepare
 from vitft.spec import PRESETS, total, training_flops
+from vitft.tuning import tuned
 
 What = Literal["data", "train", "eval"]
 WARM_UP = 3  # steps that are not counted: they pay for threads, kernels and memory
@@ -38,7 +39,8 @@ def bench(what: What, settings: dict[str, Any], steps: int) -> dict[str, Any]:
     config = TrainConfig.parse({"dataset": "digits", "model": BUNDLED} | settings | fixed, "flags")
     accelerator = accelerator_of(config)
     prepared = prepare(config)
-    config = prepared.config
+    with memory_guard(prepared.config):
+        config = prepared.config = tuned(prepared)
     if len(prepared.splits["train"].rows) < config.batch_size:
         few = len(prepared.splits["train"].rows)
         raise UsageError(f"--batch-size {config.batch_size}: {config.dataset} has {few} training images; take fewer.")
@@ -60,7 +62,10 @@ def bench(what: What, settings: dict[str, Any], steps: int) -> dict[str, Any]:
     return document | measured | {"peak_memory_bytes": memory, "environment": environment()}
 
 
-_NAMED = ("dataset", "model", "image_size", "batch_size", "augment", "freeze", "device", "precision")
+_NAMED = (
+    "dataset", "model", "image_size", "batch_size", "augment", "freeze", "device", "precision", "attention", "compile",
+    "micro_batch_size",
+)  # fmt: skip
 
 
 def _data(accelerator: Any, prepared: Prepared, stores: Stores, steps: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ YAML, and the trainer reads `config.<name>`. No default is written anywhere else
 
 from typing import Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import PositiveInt, model_validator
 
 from vitft.errors import UsageError
 from vitft.settings import Settings, setting
@@ -46,7 +46,7 @@ class TrainConfig(Settings):
     epochs: float = setting(3.0, "Optimization", "Passes over the training images; may be a fraction.", gt=0, le=100_000)
     max_steps: int | None = setting(None, "Optimization", "Stop after this many optimizer steps, whatever the epochs.", ge=1)
     batch_size: int = setting(32, "Optimization", "Images of one optimizer step, over all processes and accumulation.", ge=1, le=1_048_576)
-    micro_batch_size: int | None = setting(None, "Optimization", "Images of one forward pass on one process; all of its share by default.", ge=1)
+    micro_batch_size: PositiveInt | Literal["auto"] | None = setting(None, "Optimization", "Images of one forward pass on one process; all of its share by default. auto: as many as fit.")
     lr: float = setting(5e-5, "Optimization", "Peak learning rate.", gt=0, le=100)
     schedule: Literal["constant", "linear", "cosine", "step"] = setting("linear", "Optimization", "How the rate falls after warm-up; linear and cosine end at 0.")
     warmup: float = setting(0.0, "Optimization", "Share of all optimizer steps spent in linear warm-up.", ge=0, lt=1)
@@ -60,7 +60,8 @@ class TrainConfig(Settings):
 
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "Hardware", "auto: a GPU if there is one.", steers=True)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "Hardware", "Of the matrix products; weights stay float32. auto: what the hardware is fast at.")
-
+    attention: Literal["auto", "eager", "sdpa"] = setting("auto", "Hardware", "eager: plain products; sdpa: torch's fused ones. auto: what was measured to be faster for so many tokens.")
+    compile: Literal["auto", "on", "off"] = setting("auto", "Hardware", "torch.compile. auto: on where a trial of it is faster, in runs long enough to earn it back.")
     grad_checkpointing: bool = setting(False, "Hardware", "Keep only what each block reads, and compute it a second time for the backward pass: slower, in a fraction of the memory.", steers=True)
 
     eval_every: int | None = setting(None, "Run", "Evaluate the validation split every so many steps; each epoch by default.", ge=1)

@@ -49,6 +49,18 @@ def find_precision(wanted: str, device: str) -> str:
     return wanted
 
 
+def find_attention(wanted: str, device: str, tokens: int | None) -> str | None:
+    """eager or sdpa; `auto` takes what was measured to be faster (docs/benchmarks.md); None: the model's own."""
+    if wanted != "auto":
+        return wanted
+    if tokens is None:
+        return None
+    return "eager" if device == "cpu" and tokens <= _FEW_TOKENS else "sdpa"
+
+
+_FEW_TOKENS = 128  # on a CPU, up to which plain products are faster than the fused kernel with its backward
+
+
 def accelerator_of(config: TrainConfig) -> Any:
     """accelerate's view of the processes and the precision of a run. Raises UsageError."""
     from accelerate import Accelerator
@@ -71,12 +83,17 @@ def memory_guard(config: TrainConfig, processes: int = 1) -> Iterator[None]:
     except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no type of its own
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        share = -(-config.batch_size // processes)
-        micro = max(1, min(config.micro_batch_size or share, share) // 2)
+        micro = max(1, micro_batch(config, processes) // 2)
         raise TrainingError(
             f"out of memory on {config.device}; the same batch in smaller parts may fit: --micro-batch-size {micro}, "
             "or --grad-checkpointing, a smaller model or --image-size."
         ) from error
+
+
+def micro_batch(config: TrainConfig, processes: int = 1) -> int:
+    """Images of one forward pass on one process, of a whole batch."""
+    share = -(-config.batch_size // processes)
+    return min(config.micro_batch_size, share) if isinstance(config.micro_batch_size, int) else share
 
 
 def peak_flops(device: str, precision: str, seconds: float = 1.0) -> float:

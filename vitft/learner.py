@@ -12,8 +12,8 @@ from accelerate.utils import gather_object
 from vitft import console
 from vitft.clock import Clock
 from vitft.data.loader import TrainLoader
-from vitft.hardware import memory_guard
-from vitft.models import checkpoint_activations, set_training
+from vitft.hardware import memory_guard, micro_batch
+from vitft.models import checkpoint_activations, compiled, set_training
 from vitft.optim import lr_at, make_optimizer, total_steps
 from vitft.preparation import Prepared, Stores
 from vitft.probing import FeatureLoader, Probe, features_pay
@@ -45,6 +45,8 @@ class Learner:
         self.module: Any = self.bare if self.probe is None else self.probe.head
         optimizer = make_optimizer(self.bare.named_parameters(), config)
         self.model, self.optimizer = accelerator.prepare(self.module, optimizer)
+        self._whole = micro_batch(config, accelerator.num_processes)
+        self._fast = compiled(self.model) if config.compile == "on" else self.model  # for parts of that size
         self.data_wait_s = 0.0  # in all steps so far
 
     def get_ready(self) -> None:
@@ -75,7 +77,7 @@ class Learner:
         world = accelerator.num_processes
         # Every process takes as many micro-steps, even where its share of a tail is empty.
         share = -(-whole // world)
-        micro = min(config.micro_batch_size or share, share)
+        micro = min(self._whole, share)
         starts = range(0, share, micro)
         loss_sum = torch.zeros((), device=accelerator.device)
         correct = torch.zeros((), device=accelerator.device)
@@ -89,7 +91,8 @@ class Learner:
             exchange = number == len(starts) - 1
             with nullcontext() if exchange else accelerator.no_sync(self.model):
                 with clock.part("forward"):
-                    logits = self.model(pixel_values=pixels).logits.float()
+                    model = self._fast if len(labels) == self._whole else self.model
+                    logits = model(pixel_values=pixels).logits.float()
                     # Divided by the whole batch, not by this part: a tail or an uneven share weighs what it is.
                     summed = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=config.label_smoothing)
                     loss = weight * summed / whole

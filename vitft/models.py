@@ -257,6 +257,11 @@ def checkpoint_activations(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
+def compiled(module: Any) -> Any:
+    """The module by torch.compile, for batches of one shape."""
+    return torch.compile(module, dynamic=False)
+
+
 def _label(stored: Any, names: Sequence[str]) -> None:
     stored.num_labels = len(names)
     stored.id2label = dict(enumerate(names))

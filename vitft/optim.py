@@ -15,6 +15,9 @@ _NO_DECAY = (
 )  # fmt: skip
 
 
+MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1}  # numbers that an optimizer keeps of each weight
+
+
 def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     """Optimizer steps of a whole run: the epochs', at least one, bounded by `max_steps`."""
     wanted = max(1, ceil(config.epochs * steps_per_epoch - 1e-9))

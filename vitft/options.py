@@ -71,16 +71,18 @@ def _sign(command: "Command", parameters: list[inspect.Parameter]) -> None:
 
 def _parameters(name: str, field: "FieldInfo") -> list[inspect.Parameter]:
     """A field's flag; a switch has a second one that undoes a recipe's, and that help does not list."""
-    kinds = [kind for kind in get_args(field.annotation) if kind is not NoneType]
-    kind: Any = kinds[0] if NoneType in get_args(field.annotation) else field.annotation
+    united = NoneType in get_args(field.annotation)
+    kinds = [kind for kind in get_args(field.annotation) if kind is not NoneType] if united else [field.annotation]
+    kind: Any = kinds[0]
     flag = as_flag(name)
-    choices = [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
+    choices = [str(choice) for one in kinds if get_origin(one) is Literal for choice in get_args(one)]
+    numbers = ["<int>"] if choices and len(kinds) > 1 else []  # a number, or one of these words
     option = typer.Option(
         flag,
         help=_help(field, f" {as_flag(f'no_{name}')} undoes it." if kind is bool else ""),
         show_default=False,  # the flag's own default is always None
         rich_help_panel=_panel(field),
-        metavar="|".join(choices) or None,
+        metavar="|".join(numbers + choices) or None,
         autocompletion=completion(choices) if choices else None,
     )
     # A choice is a string to Typer: the field checks it, and names the nearest.

@@ -1,27 +1,20 @@
 """What a run would do and cost, before it starts: `--dry-run`, and the warning of a long run."""
 
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
-import torch.nn.functional as F
 
 from vitft import checkpoint as ckpt
 from vitft import console
-from vitft.clock import settle
 from vitft.config import TrainConfig
 from vitft.console import duration, size
-from vitft.evaluation import autocast
-from vitft.hardware import memory_guard
-from vitft.models import set_training, shape_of
+from vitft.hardware import memory_guard, micro_batch
 from vitft.optim import total_steps
 from vitft.preparation import Prepared, prepare
 from vitft.probing import features_pay, passes
 from vitft.runs import folder_of
-from vitft.spec import kept_bytes
+from vitft.trial import Cost, cost, first_image_s, memory_bytes
+from vitft.tuning import tuned
 
 LONG_S = 2 * 3600.0  # a run longer than this says so before it starts
 Group = tuple[str, list[tuple[str, str]]]
@@ -37,9 +30,9 @@ class Plan:
     steps_per_epoch: int
     trainable: int
     parameters: int
-    memory_bytes: int | None  # None where the architecture has no stage table
     train_s: float
     evaluate_s: float
+    memory_bytes: int | None = None  # of training; None where it cannot be said
 
     @property
     def total_s(self) -> float:
@@ -91,7 +84,9 @@ def plan(config: TrainConfig, output: Path | None = None, overwrite: bool = Fals
         ckpt.check_free(output, overwrite=overwrite)
     prepared = prepare(config)
     with memory_guard(config):
-        found = _plan(prepared, *probe(prepared))
+        prepared.config = tuned(prepared)
+        found = _plan(prepared, cost(prepared))
+        found = replace(found, memory_bytes=memory_bytes(prepared, micro_batch(prepared.config)))
     folder = folder_of(prepared, output)
     place = f"{folder}, in place of the run there" if ckpt.is_run(folder) else str(folder)
     return [*found.groups(), ("Run", [("folder", place)]), ("Settings", _settings(prepared.config, config))]
@@ -111,16 +106,16 @@ def _settings(config: TrainConfig, given: TrainConfig) -> list[tuple[str, str]]:
 
 def warn_if_long(prepared: Prepared, processes: int = 1) -> None:
     """Say that a run will take hours, before it does, and what would be cheaper."""
-    first = first_image_s(prepared)
+    image_s = first_image_s(prepared)
     # Alone an image takes longer than in a batch, and longest the first: most runs are cleared by this one.
-    if _plan(prepared, first, first).total_s / processes <= LONG_S:
+    if _plan(prepared, Cost(image_s, 0.0, image_s)).total_s / processes <= LONG_S:
         return
-    found = _plan(prepared, *probe(prepared))
+    found = _plan(prepared, cost(prepared))
     if found.total_s / processes > LONG_S:
         console.warn(advice(found, processes))
 
 
-def _plan(prepared: Prepared, train_image_s: float, evaluate_image_s: float) -> Plan:
+def _plan(prepared: Prepared, each: Cost) -> Plan:
     config, model = prepared.config, prepared.loaded.model
     splits = {role: len(split.rows) for role, split in prepared.splits.items()}
     steps_per_epoch = -(-splits["train"] // config.batch_size)
@@ -128,75 +123,15 @@ def _plan(prepared: Prepared, train_image_s: float, evaluate_image_s: float) -> 
     validations = -(-steps // (config.eval_every or steps_per_epoch))
     evaluated = splits.get("validation", 0) * validations + splits.get("test", 0)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    train_s = train_image_s * steps / steps_per_epoch * splits["train"]
+    train_s = each.image_s * steps / steps_per_epoch * splits["train"] + each.step_s * steps
     if features_pay(config, model, steps, splits["train"]):  # then the head costs next to nothing
         evaluated = splits.get("validation", 0) + splits.get("test", 0)
-        train_s = evaluate_image_s * splits["train"] * passes(config)
+        train_s = each.evaluate_image_s * splits["train"] * passes(config)
     return Plan(
         prepared, steps, steps_per_epoch, trainable, sum(p.numel() for p in model.parameters()),
-        _memory(prepared, trainable, steps),
         train_s=train_s,
-        evaluate_s=evaluate_image_s * evaluated,
+        evaluate_s=each.evaluate_image_s * evaluated,
     )  # fmt: skip
-
-
-def probe(prepared: Prepared) -> tuple[float, float]:
-    """Seconds an image takes in training and in evaluation, by doing so for about a second."""
-    config = prepared.config
-    share = min(config.batch_size, config.micro_batch_size or config.batch_size)
-    with _untouched(prepared):
-        count, image_s = 1, _train(prepared, 1)  # the first call pays for threads and kernels
-        while count < share and count * image_s < 0.5:
-            count = min(share, 4 * count)  # alone an image says little of a batch
-            image_s = _train(prepared, count)
-        return min(image_s, _train(prepared, count)), _evaluate(prepared, count)
-
-
-def first_image_s(prepared: Prepared) -> float:
-    """Seconds that training takes for one image, the first one: an upper bound, and a cheap one."""
-    with _untouched(prepared):
-        return _train(prepared, 1)
-
-
-@contextmanager
-def _untouched(prepared: Prepared) -> Iterator[None]:
-    """Lets a probe train the model and leaves no trace: a run is the same with and without it."""
-    model = prepared.loaded.model.to(prepared.config.device)
-    random, buffers = torch.get_rng_state(), {name: buffer.clone() for name, buffer in model.named_buffers()}
-    yield
-    model.zero_grad(set_to_none=True)
-    for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[name])
-    torch.set_rng_state(random)
-
-
-def _train(prepared: Prepared, count: int) -> float:
-    config, model = prepared.config, prepared.loaded.model
-    set_training(model, frozen_backbone=config.freeze == "backbone")
-    pixels = _noise(prepared, count)
-    labels = torch.zeros(count, dtype=torch.long, device=config.device)
-    started = time.perf_counter()
-    with autocast(config.device, config.precision):
-        loss = F.cross_entropy(model(pixel_values=pixels).logits.float(), labels)
-    torch.autograd.backward(loss)
-    settle(config.device)
-    return (time.perf_counter() - started) / count
-
-
-def _evaluate(prepared: Prepared, count: int) -> float:
-    config, model = prepared.config, prepared.loaded.model
-    model.eval()
-    pixels = _noise(prepared, count)
-    started = time.perf_counter()
-    with torch.inference_mode(), autocast(config.device, config.precision):
-        model(pixel_values=pixels)
-    settle(config.device)
-    return (time.perf_counter() - started) / count
-
-
-def _noise(prepared: Prepared, count: int) -> torch.Tensor:
-    how = prepared.loaded.preprocess
-    return torch.randn(count, 3, how.height, how.width, device=prepared.config.device)
 
 
 def advice(plan: Plan, processes: int = 1) -> str:
@@ -211,22 +146,3 @@ def advice(plan: Plan, processes: int = 1) -> str:
     ways += ["--model vit-micro"] if config.model != "vit-micro" else []
     took = duration(plan.total_s / processes)
     return f"this run will take about {took} on this {config.device}; cheaper: {', or '.join(ways)}."
-
-
-def _memory(prepared: Prepared, trainable: int, steps: int) -> int | None:
-    """Weights, gradients, moments, kept activations (or features) and the decoded images, in bytes."""
-    config, model = prepared.config, prepared.loaded.model
-    if (spec := shape_of(model)) is None:
-        return None
-    batch = min(config.batch_size, len(prepared.splits["train"].rows))
-    micro = min(batch, config.micro_batch_size or batch)
-    moments = {"adamw": 2, "adam": 2, "sgd": 1}[config.optimizer]
-    weights = 4 * sum(p.numel() for p in model.parameters()) + 4 * trainable * (1 + moments)
-    side = prepared.loaded.preprocess.height
-    images = sum(len(split.rows) for split in prepared.splits.values()) * side * side * 3
-    if config.freeze == "none":
-        kept = kept_bytes(spec, micro, checkpointed=config.grad_checkpointing)
-    else:  # a frozen backbone keeps nothing for a backward pass
-        count = len(prepared.splits["train"].rows)
-        kept = 4 * spec.width * count * passes(config) if features_pay(config, model, steps, count) else 0
-    return int(weights + kept + min(images, 2_000_000_000))

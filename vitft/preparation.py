@@ -14,8 +14,8 @@ from vitft.data.splits import Split, make_splits
 from vitft.data.store import Store, decode_all
 from vitft.errors import DataError, UsageError
 from vitft.evaluation import matched, without
-from vitft.hardware import resolved
-from vitft.models import Loaded, load_for_training
+from vitft.hardware import find_attention, resolved
+from vitft.models import Loaded, load_for_training, shape_of
 from vitft.spec import PRESETS
 
 Stores = dict[str, tuple[Store, NDArray[np.int64]]]
@@ -82,10 +82,23 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None) -> Prepared:
     if config.early_stopping and "validation" not in splits:
         raise UsageError("early_stopping needs a validation split, and there is none; set --val-fraction above 0.")
     loaded = load_for_training(config, source.labels) if checkpoint is None else _load_again(config, source, checkpoint)
+    attention = _attend(loaded, config)
     pinned: dict[str, Any] = {"model_revision": loaded.revision or config.model_revision,
               "dataset_revision": source.revision or config.dataset_revision,
-              "image_size": loaded.preprocess.height}  # fmt: skip
+              "image_size": loaded.preprocess.height, "attention": attention}  # fmt: skip
     return Prepared(absolute(config.model_copy(update=pinned)), source, splits, loaded)
+
+
+def _attend(loaded: Loaded, config: TrainConfig) -> str:
+    """Give the model its attention; which one. Raises UsageError where it has no such."""
+    spec, model = shape_of(loaded.model), loaded.model
+    wanted = find_attention(config.attention, config.device, spec.tokens if spec else None)
+    if wanted is not None:
+        try:
+            model.set_attn_implementation(wanted)
+        except ValueError as error:
+            raise UsageError(f"attention {wanted}: a {model.config.model_type} model has none; use auto.") from error
+    return str(model.config._attn_implementation)
 
 
 def _load_again(config: TrainConfig, source: Source, checkpoint: Path) -> Loaded:

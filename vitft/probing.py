@@ -16,6 +16,7 @@ from vitft.config import TrainConfig
 from vitft.data.augment import flips, mirrored, preprocess
 from vitft.data.loader import Batch, EvalLoader, TrainLoader
 from vitft.evaluation import BATCH, autocast
+from vitft.hardware import micro_batch
 from vitft.models import head_of
 
 Features = Callable[[Tensor], Tensor]
@@ -82,7 +83,7 @@ class FeatureLoader:
         self.loader, self.clock = loader, loader.clock
         self.steps_per_epoch, self.samples, self.batch_size = loader.steps_per_epoch, loader.samples, loader.batch_size
         mine = np.array_split(np.arange(len(loader.store)), loader.world)[loader.rank]
-        size = min(BATCH, config.micro_batch_size or BATCH)
+        size = min(BATCH, micro_batch(config, loader.world))
         chunks = [mine[start : start + size] for start in range(0, len(mine), size)]
         kinds = (False, True)[: passes(config)]
         self._kinds = []

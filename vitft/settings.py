@@ -34,12 +34,16 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            first = error.errors()[0]
-        key, got = ".".join(str(part) for part in first["loc"]), first["input"]
+            first, *others = error.errors()
+        key, got = str(first["loc"][0]) if first["loc"] else "", first["input"]
         if first["type"] == "extra_forbidden":
             hint = nearest(key, cls.model_fields) or f"; `{cls.command} --help` lists the settings"
             raise UsageError(f"{origin}: unknown setting {key!r}{hint}")
-        message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        message = first["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable")[0]
+        also = [
+            other["msg"].removeprefix("Input should be ") for other in others if other["loc"][:1] == first["loc"][:1]
+        ]
+        message = " or ".join([message, *also]) if key else message  # a number or a word: what each would be
         typed = origin == "flags"
         if not key:  # settings that do not agree with each other
             spelled = re.sub(r"`(\w+)`", lambda name: as_flag(name[1]) if typed else name[1], message)

@@ -45,7 +45,7 @@ class ViTSpec:
     pre_logits: int | None = None
     prefix_tokens: int = 1
     qkv_bias: bool = True
-    positions: Literal["learned", "sinusoidal"] = "learned"
+    positions: Literal["learned", "sinusoidal", "sinusoidal_2d"] = "learned"
     norm: Literal["pre", "post"] = "pre"
     final_norm: bool = True
     norm_eps: float = 1e-12

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vitft.config import TrainConfig
-from vitft.hardware import find_precision, peak_flops
+from vitft.hardware import find_precision, micro_batch, peak_flops
 from vitft.history import Pace
 from vitft.models import shape_of
 from vitft.spec import training_flops
@@ -54,7 +54,7 @@ def _remedy(pace: Pace, mfu: float | None, config: TrainConfig) -> str | None:
     best = find_precision("auto", config.device)
     if config.precision == "fp32" and best != "fp32":
         return f"this hardware is faster at {best}: --precision auto"
-    part = min(config.batch_size, config.micro_batch_size or config.batch_size)
+    part = micro_batch(config)
     if config.device == "cuda" and mfu is not None and mfu < _SMALL_SHARE and part < 64:
         option = "--batch-size" if part == config.batch_size else "--micro-batch-size"
         return f"parts of {part} images leave the GPU idle: a larger {option} fills it"

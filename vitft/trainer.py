@@ -29,6 +29,7 @@ from vitft.plan import warn_if_long
 from vitft.preparation import Prepared, Stores, prepare
 from vitft.signals import StopSignals
 from vitft.speed import Speed, speed_of
+from vitft.tuning import tuned
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def train(config: TrainConfig, *, output: Path | str | None = None, overwrite: b
         prepared = prepare(config)
     with memory_guard(prepared.config, accelerator.num_processes):
         warn_if_long(prepared, accelerator.num_processes)
+        prepared.config = tuned(prepared, accelerator.num_processes)
     stores = prepared.decode()  # a bad image is found before anything is written, or overwritten
     run = runs.new_run(accelerator, prepared, output, overwrite)
     return _Run(accelerator, prepared, stores, run).train(State())

@@ -60,7 +60,8 @@ def specs(draw: st.DrawFn, smooth: bool = False, channels: int | None = None) ->
         classes=draw(st.integers(2, 4)), pooling=pooling,
         prefix_tokens=draw(st.integers(1 if pooling == "cls" else 0, 2)),
         pre_logits=draw(st.none() | st.integers(1, 4)), qkv_bias=draw(st.booleans()),
-        positions=draw(st.sampled_from(["learned", "sinusoidal"])), norm=draw(st.sampled_from(["pre", "post"])),
+        positions=draw(st.sampled_from(["learned", "sinusoidal", "sinusoidal_2d"])),
+        norm=draw(st.sampled_from(["pre", "post"])),
         final_norm=draw(st.booleans()), norm_eps=1e-3,
         activation=draw(st.sampled_from(["gelu", "gelu_tanh"] + ([] if smooth else ["relu"]))),
     )  # fmt: skip

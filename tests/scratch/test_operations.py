@@ -272,6 +272,21 @@ def test_sinusoidal_positions_are_the_papers() -> None:
     assert emb.sinusoidal_positions(4, 5).shape == (4, 5)
 
 
+def test_positions_of_a_grid_are_a_rows_and_a_columns() -> None:
+    spec = ViTSpec(
+        image_height=6, image_width=8, patch_height=3, patch_width=2, stride_height=3, stride_width=2,
+        channels=2, width=7, heads=1, layers=1, mlp=1, classes=2, positions="sinusoidal_2d",
+    )  # fmt: skip
+    table = emb.fixed_positions(spec)
+    assert table.shape == (spec.tokens, 7)
+    assert not table[0].any()  # the class token is nowhere
+    for row in range(2):
+        for column in range(4):
+            place = table[1 + 4 * row + column]
+            assert np.array_equal(place[:3], emb.sinusoidal_positions(2, 3)[row])
+            assert np.array_equal(place[3:], emb.sinusoidal_positions(4, 4)[column])
+
+
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout_keeps_the_mean_and_drops_its_share(rate: float) -> None:
     mask = tensors.dropout_mask((400, 500), rate, np.random.default_rng(0), np.float32)

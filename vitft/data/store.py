@@ -23,7 +23,7 @@ from vitft.data.images import BadImage, decode
 from vitft.data.sources import sample_id
 from vitft.errors import DataError
 
-_IN_MEMORY = 2_000_000_000  # bytes; more goes to a file, which the system may page out
+IN_MEMORY = 2_000_000_000  # bytes; more goes to a file, which the system may page out
 _CHUNK = 256  # rows that are read and decoded at a time
 
 
@@ -84,7 +84,7 @@ def decode_all(
     offsets, shapes, skipped = [0], [], []
     hashed = hashlib.blake2b(digest_size=8)
     # Bytes go to a spooled file, which moves from memory to disk by itself when it grows.
-    spool = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 (its mapping outlives us)
+    spool = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 (its mapping outlives us)
     for position, result in enumerate(_decoded(rows, how, crops, max_pixels, training)):
         if isinstance(result, BadImage):
             skipped.append(Skipped(position, sample_id(rows, position), str(result)))
@@ -149,7 +149,7 @@ def _decoded(
 def _mapped(spool: "tempfile.SpooledTemporaryFile[bytes]", nbytes: int) -> Tensor:
     if nbytes == 0:
         return torch.empty(0, dtype=torch.uint8)
-    if nbytes <= _IN_MEMORY:
+    if nbytes <= IN_MEMORY:
         spool.seek(0)
         return torch.frombuffer(bytearray(spool.read()), dtype=torch.uint8)
     spool.flush()

@@ -189,7 +189,7 @@ def _relu(found: Trace, stage: str) -> tuple[str, float]:
 def _positions(found: Trace, stage: str) -> tuple[str, float]:
     table = found.weights.embedding.positions
     if table is None:
-        table = embedding.sinusoidal_positions(found.spec.tokens, found.spec.width)
+        table = embedding.fixed_positions(found.spec)
     before, position = float(_input(found, stage).flat[0]), float(table.flat[0])
     return f"{before:.4g} + {position:.4g}", before + position
 

@@ -31,7 +31,7 @@ def embedding(images: Array, w: Embedding, spec: ViTSpec, watch: Watch = unwatch
         first = np.broadcast_to(w.class_token, (len(images), *w.class_token.shape))
         tokens = np.concatenate([first, tokens], axis=1)
         watch("embed.class_token", tokens)
-    positions = sinusoidal_positions(spec.tokens, spec.width) if w.positions is None else w.positions
+    positions = fixed_positions(spec) if w.positions is None else w.positions
     tokens = tokens + positions.astype(tokens.dtype, copy=False)
     watch("embed.positions", tokens)
     return tokens, patches
@@ -46,8 +46,27 @@ def embedding_backward(d_tokens: Array, patches: Array, w: Embedding, spec: ViTS
     return d_images, Embedding(d_projection, d_class_token, None if w.positions is None else d_shared)
 
 
+def fixed_positions(spec: ViTSpec) -> Array:
+    """Positions that need no learning, as the specification wants them: (N, D), float64."""
+    if spec.positions == "sinusoidal_2d":
+        return grid_positions(spec)
+    return sinusoidal_positions(spec.tokens, spec.width)
+
+
+def grid_positions(spec: ViTSpec) -> Array:
+    """The row's clocks in the first half of the columns, the column's in the second (Beyer et al. 2022): (N, D).
+
+    What belongs to no patch, the class token, has zeros.
+    """
+    rows, columns = spec.grid
+    half = spec.width // 2
+    row = sinusoidal_positions(rows, half).repeat(columns, axis=0)
+    column = np.tile(sinusoidal_positions(columns, spec.width - half), (rows, 1))
+    return np.concatenate([np.zeros((spec.prefix_tokens, spec.width)), np.concatenate([row, column], axis=1)])
+
+
 def sinusoidal_positions(tokens: int, width: int) -> Array:
-    """Positions that need no learning: (N, D), float64 (Vaswani et al. 2017, section 3.5).
+    """The places of a sequence: (N, D), float64 (Vaswani et al. 2017, section 3.5).
 
     Column 2i is sin(n / 10000^(2i/D)) of token n, column 2i + 1 its cosine: clocks of ever slower hands.
     """

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitft.scratch.embedding import sinusoidal_positions
+from vitft.scratch.embedding import fixed_positions
 from vitft.scratch.tensors import Watch, unwatched
 from vitft.scratch.vit import ViT, filled, named, shapes
 from vitft.spec import ViTSpec
@@ -42,7 +42,7 @@ class Embedding(Watched):
         if spec.positions == "learned":
             self.positions = nn.Parameter(torch.zeros(spec.tokens, spec.width))
         else:
-            fixed = torch.from_numpy(sinusoidal_positions(spec.tokens, spec.width))
+            fixed = torch.from_numpy(fixed_positions(spec))
             self.register_buffer("positions", fixed, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:

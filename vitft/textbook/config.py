@@ -25,7 +25,7 @@ class TextbookConfig(Settings):
     mlp: int = setting(64, "Model", "Hidden width of a block's MLP.", ge=1, le=65_536)
     pre_logits: int | None = setting(None, "Model", "Width of a tanh layer before the head.", ge=1, le=65_536)
     pooling: Literal["cls", "mean"] = setting("cls", "Model", "What the head reads: the class token, or the mean of the patches.")
-    positions: Literal["learned", "sinusoidal"] = setting("learned", "Model", "How a token knows its place.")
+    positions: Literal["learned", "sinusoidal", "sinusoidal_2d"] = setting("learned", "Model", "How a token knows its place: by numbers it learned, by its number in the sequence, or by its row and column.")
     norm: Literal["pre", "post"] = setting("pre", "Model", "Layer norm of what a block's parts read, or of what they are added to.")
     final_norm: bool = setting(True, "Model", "Layer norm after the last block.")
     activation: Literal["gelu_tanh", "gelu", "relu"] = setting("gelu_tanh", "Model", "What bends the MLP's hidden numbers; gelu is the exact one, and slower.")

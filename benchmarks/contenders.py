@@ -1,0 +1,255 @@
+"""Who is compared: each peer by its own package, set up as its own training script sets it up."""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import timm.data
+import timm.optim
+import torch
+import torchvision
+import transformers
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torchvision import transforms
+
+import vitft
+from vitft.bench import WARM_UP, bench
+from vitft.config import TrainConfig
+from vitft.data.augment import Preprocess
+from vitft.data.loader import TrainLoader
+from vitft.data.sources import class_indices, open_source
+from vitft.data.store import decode_all
+from vitft.models import load_for_training, shape_of
+from vitft.spec import PRESETS
+
+MEAN = STD = (0.5, 0.5, 0.5)
+Pass = Callable[[], int]
+"""Reads every image once; how many they were."""
+
+
+def model_of(name: str, size: int, folder: Path, seed: int) -> Any:
+    """The Transformers model that vitft would train: the same shape and the same first weights for everyone."""
+    settings = {"model": name, "image_size": size, "from_scratch": name in PRESETS, "seed": seed}
+    return load_for_training(TrainConfig.parse(settings, "flags"), sorted(one.name for one in folder.iterdir())).model
+
+
+def vision_transforms(size: int, kind: str) -> Any:
+    """As the Transformers example's: random resized crops and flips, or the resize alone."""
+    crop = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
+    first = crop if kind == "crop" else [transforms.Resize((size, size))]
+    return transforms.Compose([*first, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+
+
+# -- the input path -------------------------------------------------------------------------------
+
+
+def example_rows(folder: Path, size: int, kind: str) -> Any:
+    """The Transformers example's data set: decoded and transformed when it is read."""
+    change = vision_transforms(size, kind)
+
+    def rows(batch: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "pixel_values": [change(image.convert("RGB")) for image in batch["image"]],
+            "labels": batch["label"],
+        }
+
+    found = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train", cache_dir=tempfile.mkdtemp())
+    return found.with_transform(rows)
+
+
+def collated(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """The Transformers example's batch."""
+    return {
+        "pixel_values": torch.stack([one["pixel_values"] for one in examples]),
+        "labels": torch.tensor([one["labels"] for one in examples]),
+    }
+
+
+def example_input(folder: Path, size: int, kind: str, batch: int, workers: int) -> Pass:
+    """As `Trainer` reads the example's data set."""
+    rows = example_rows(folder, size, kind)
+    loader = torch.utils.data.DataLoader(rows, batch, shuffle=True, collate_fn=collated, num_workers=workers)
+    return lambda: sum(len(one["labels"]) for one in loader)
+
+
+def folder_loader(folder: Path, size: int, kind: str, batch: int, workers: int = 2) -> Any:
+    """A plain torch script's: torchvision's ImageFolder."""
+    rows = torchvision.datasets.ImageFolder(str(folder), vision_transforms(size, kind))
+    return torch.utils.data.DataLoader(rows, batch, shuffle=True, num_workers=workers)
+
+
+def timm_loader(folder: Path, size: int, kind: str, batch: int, workers: int = 2) -> Any:
+    """As timm's train.py makes it, with the same transforms as everyone."""
+    extra = {"hflip": 0.5, "color_jitter": None} if kind == "crop" else {"no_aug": True}
+    return timm.data.create_loader(
+        timm.data.create_dataset("", root=str(folder)), (3, size, size), batch, is_training=True, use_prefetcher=False,
+        mean=MEAN, std=STD, interpolation="bilinear", num_workers=workers, **extra,
+    )  # fmt: skip
+
+
+def counted(make: Callable[..., Any], folder: Path, size: int, kind: str, batch: int) -> Pass:
+    """A pass over a loader of (images, labels)."""
+    loader = make(folder, size, kind, batch)
+    return lambda: sum(len(labels) for _, labels in loader)
+
+
+def vitft_input(folder: Path, size: int, kind: str, batch: int) -> Pass:
+    """As `vitft train` reads a folder."""
+    rows = open_source(str(folder)).splits["train"]
+    how = Preprocess(size, size, mean=MEAN, std=STD)
+    store, _ = decode_all(rows, how, crops=kind == "crop", max_pixels=10**8, skip_bad=False, training=True)
+    loader = TrainLoader(store, class_indices(rows), how, kind=kind, seed=0, batch_size=batch,
+                         device=torch.device("cpu"))  # fmt: skip
+    epoch = -1
+
+    def read() -> int:
+        nonlocal epoch
+        epoch += 1
+        steps = range(epoch * loader.steps_per_epoch, (epoch + 1) * loader.steps_per_epoch)
+        return sum(len(loader.batch(step).pixels) for step in steps)
+
+    return read
+
+
+INPUTS: dict[str, Callable[..., Pass]] = {
+    "Transformers example": partial(example_input, workers=0),
+    "Transformers example, 2 workers": partial(example_input, workers=2),
+    "timm loader, 2 workers": partial(counted, timm_loader),
+    "torchvision ImageFolder, 2 workers": partial(counted, folder_loader),
+    "vitft": vitft_input,
+}
+
+
+# -- training steps -------------------------------------------------------------------------------
+
+
+class StepTimes(transformers.TrainerCallback):
+    """The moments at which Trainer's steps ended, and an end after so many."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by Trainer."""
+        self.ends.append(time.perf_counter())
+
+
+def trainer_of(model: Any, rows: Any, batch: int, **settings: Any) -> Any:
+    """Trainer as the example sets it up; what is not named is its default."""
+    arguments = transformers.TrainingArguments(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch, per_device_eval_batch_size=batch,
+        remove_unused_columns=False, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, **settings,
+    )  # fmt: skip
+    return transformers.Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collated)
+
+
+def trainer_steps(model: Any, given: argparse.Namespace, folder: Path, **settings: Any) -> list[float]:
+    """Seconds of Trainer's steps."""
+    rows = example_rows(folder, given.image_size, "none")
+    trainer = trainer_of(model, rows, given.batch_size, max_steps=WARM_UP + given.steps, **settings)
+    times = StepTimes()
+    trainer.add_callback(times)
+    trainer.train()
+    return np.diff(times.ends)[WARM_UP - 1 :].tolist()
+
+
+def loop_steps(model: nn.Module, optimizer: Any, loader: Iterable[Any], steps: int, *, bf16: bool) -> list[float]:
+    """The loop of a plain torch script, and the heart of timm's train.py: seconds of its steps."""
+    times = []
+    model.train()
+    started = time.perf_counter()
+    for number, (pixels, labels) in enumerate(chain.from_iterable(repeat(loader))):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = nn.functional.cross_entropy(model(pixels), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        now = time.perf_counter()
+        times.append(now - started)
+        started = now
+        if number + 1 == WARM_UP + steps:
+            return times[WARM_UP:]
+    raise AssertionError("an endless loader ended")
+
+
+def timm_steps(model: Any, given: argparse.Namespace, folder: Path, *, bf16: bool) -> list[float]:
+    """timm's own ViT of the shape, its loader and its optimizer."""
+    spec = shape_of(model)
+    own = VisionTransformer(
+        img_size=given.image_size, patch_size=spec.patch_height, embed_dim=spec.width, depth=spec.layers,
+        num_heads=spec.heads, mlp_ratio=spec.mlp / spec.width, num_classes=spec.classes,
+    )  # fmt: skip
+    optimizer = timm.optim.create_optimizer_v2(own, opt="adamw", lr=5e-5, weight_decay=0.01)
+    loader = timm_loader(folder, given.image_size, "none", given.batch_size)
+    return loop_steps(own, optimizer, loader, given.steps, bf16=bf16)
+
+
+def torchvision_steps(model: Any, given: argparse.Namespace, folder: Path) -> list[float]:
+    """torchvision's own ViT of the shape, read and trained as in a plain script."""
+    spec = shape_of(model)
+    own = torchvision.models.VisionTransformer(
+        image_size=given.image_size, patch_size=spec.patch_height, num_layers=spec.layers, num_heads=spec.heads,
+        hidden_dim=spec.width, mlp_dim=spec.mlp, num_classes=spec.classes,
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(own.parameters(), lr=5e-5)
+    loader = folder_loader(folder, given.image_size, "none", given.batch_size)
+    return loop_steps(own, optimizer, loader, given.steps, bf16=False)
+
+
+def vitft_steps(model: Any, given: argparse.Namespace, folder: Path, **settings: Any) -> list[float]:
+    """`vitft bench train`."""
+    found = bench("train", {
+        "dataset": str(folder), "model": given.model, "image_size": given.image_size,
+        "batch_size": given.batch_size, "augment": "none", "device": "cpu", **settings,
+    }, given.steps)  # fmt: skip
+    return [given.batch_size / found["images_per_s"]["median"]]
+
+
+STEPS: dict[str, tuple[Callable[..., list[float]], str]] = {
+    "Transformers Trainer": (trainer_steps, "fp32"),
+    "Transformers Trainer, bf16": (partial(trainer_steps, bf16=True), "bf16"),
+    "timm, float32": (partial(timm_steps, bf16=False), "fp32"),
+    "timm, --amp --amp-dtype bfloat16": (partial(timm_steps, bf16=True), "bf16"),
+    "torchvision and a plain loop": (torchvision_steps, "fp32"),
+    "vitft --precision fp32": (partial(vitft_steps, precision="fp32"), "fp32"),
+    "vitft": (partial(vitft_steps, precision="bf16"), "bf16"),
+}
+
+
+# -- whole epochs ---------------------------------------------------------------------------------
+
+
+def trainer_epoch(given: argparse.Namespace, folder: Path, seed: int, **settings: Any) -> tuple[int, int]:
+    """Right answers on the test images after an epoch of Trainer, and how many there were."""
+    model = model_of(given.model, given.image_size, folder / "train", seed)
+    rows, test = (example_rows(folder / split, given.image_size, "none") for split in ("train", "test"))
+    trainer = trainer_of(model, rows, given.batch_size, num_train_epochs=1, seed=seed, **settings)
+    trainer.train()
+    found = trainer.predict(test)
+    return int((found.predictions.argmax(1) == found.label_ids).sum()), len(found.label_ids)
+
+
+def vitft_epoch(given: argparse.Namespace, folder: Path, seed: int) -> tuple[int, int]:
+    """The same of `vitft train`, without its flips."""
+    config = TrainConfig.parse({
+        "dataset": str(folder), "model": given.model, "image_size": given.image_size, "val_fraction": 0.0,
+        "batch_size": given.batch_size, "augment": "none", "epochs": 1, "device": "cpu", "seed": seed,
+    }, "flags")  # fmt: skip
+    with tempfile.TemporaryDirectory() as run:
+        score = vitft.train(config, output=Path(run) / "run").scores["test"]
+    return round(score["accuracy"] * score["count"]), score["count"]
+
+
+EPOCHS: dict[str, Callable[..., tuple[int, int]]] = {
+    "Transformers Trainer": trainer_epoch,
+    "Transformers Trainer, bf16": partial(trainer_epoch, bf16=True),
+    "vitft": vitft_epoch,
+}

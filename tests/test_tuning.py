@@ -1,0 +1,205 @@
+"""What is chosen before a run: attention, the micro-batch that fits, compiling; and what a trial of it measures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+
+from vitft import TrainConfig, train, trainer, trial, tuning
+from vitft.errors import UsageError
+from vitft.hardware import find_attention, micro_batch
+from vitft.models import compiled
+from vitft.preparation import Prepared, prepare
+
+
+def config(**changes: Any) -> TrainConfig:
+    settings: dict[str, Any] = {
+        "dataset": "digits", "model": "vit-micro", "from_scratch": True, "image_size": 28, "width": 16, "heads": 2,
+        "mlp": 32, "layers": 2, "max_train_samples": 40, "val_fraction": 0, "max_eval_samples": 20, "batch_size": 16,
+        "epochs": 1, "device": "cpu", "precision": "fp32", "lr": 1e-3,
+    }  # fmt: skip
+    return TrainConfig(**(settings | changes))
+
+
+@pytest.fixture
+def prepared() -> Prepared:
+    return prepare(config())
+
+
+# -- attention ------------------------------------------------------------------------------------
+
+
+def test_attention_is_plain_where_few_tokens_make_it_faster() -> None:
+    assert find_attention("auto", "cpu", 50) == "eager"
+    assert find_attention("auto", "cpu", 1025) == "sdpa"
+    assert find_attention("auto", "cuda", 50) == "sdpa"
+    assert find_attention("auto", "cpu", None) is None  # a model without a stage table keeps its own
+    assert find_attention("sdpa", "cpu", 50) == "sdpa"
+
+
+@pytest.mark.parametrize("wanted", ["eager", "sdpa"])
+def test_the_model_has_the_attention_that_was_asked_for(wanted: str) -> None:
+    found = prepare(config(attention=wanted))
+    assert found.config.attention == wanted
+    assert found.loaded.model.config._attn_implementation == wanted
+
+
+def test_both_attentions_train_alike(tmp_path: Path) -> None:
+    runs = [train(config(attention=wanted), output=tmp_path / wanted) for wanted in ("eager", "sdpa")]
+    one, other = (transformers.ViTForImageClassification.from_pretrained(run.checkpoint) for run in runs)
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=2e-5)
+
+
+def test_a_model_without_an_attention_says_so(tmp_path: Path) -> None:
+    sizes = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
+    transformers.SwinForImageClassification(transformers.SwinConfig(**sizes)).save_pretrained(tmp_path)
+    swin = {"model": str(tmp_path), "from_scratch": False, "width": None, "heads": None, "mlp": None, "layers": None}
+    own = prepare(config(image_size=32, **swin)).config.attention
+    assert own in ("eager", "sdpa")  # auto: what the architecture has
+
+
+# -- the micro-batch ------------------------------------------------------------------------------
+
+
+def test_the_micro_batch_is_the_largest_half_that_fits(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared.config = config(micro_batch_size="auto", batch_size=30)
+    monkeypatch.setattr(tuning, "_fits_in_memory", lambda prepared, micro: micro <= 8)
+    assert tuning.tuned(prepared).micro_batch_size == 8  # 30, 15, 8
+    assert tuning.tuned(prepared, processes=2).micro_batch_size == 8  # 15, 8
+    assert tuning.tuned(prepared, processes=4).micro_batch_size is None  # a share of 8 fits whole
+    monkeypatch.setattr(tuning, "_fits_in_memory", lambda prepared, micro: False)
+    assert tuning.tuned(prepared).micro_batch_size == 1
+
+
+def test_what_fits_follows_the_free_memory(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    extra = trial.memory_bytes(prepared, 16)
+    assert extra is not None
+    needed = extra - tuning.psutil.Process().memory_info().rss
+
+    def free(available: float) -> bool:
+        monkeypatch.setattr(tuning.psutil, "virtual_memory", lambda: type("", (), {"available": available}))
+        return tuning._fits_in_memory(prepared, 16)
+
+    assert free(needed / tuning._ROOM + 50e6)
+    assert not free(0)
+
+
+def test_an_automatic_micro_batch_is_written_down_and_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "_fits_in_memory", lambda prepared, micro: micro <= 4)
+    run = train(config(micro_batch_size="auto", max_steps=2, save_every=1), output=tmp_path / "run").run
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    assert (written["micro_batch_size"], written["compile"]) == (4, "off")
+    assert written["attention"] in ("eager", "sdpa")
+    monkeypatch.setattr(trainer, "tuned", lambda *given: pytest.fail("chosen anew"))
+    trainer.resume(run)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("x", "--micro-batch-size should be a valid integer or 'auto', got 'x'"),
+        ("0", "--micro-batch-size should be greater than 0 or 'auto', got '0'"),
+    ],
+)
+def test_a_micro_batch_is_a_number_or_auto(given: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        TrainConfig.parse({"micro_batch_size": given}, "flags")
+    assert str(caught.value) == said
+    assert TrainConfig.parse({"micro_batch_size": "12"}, "flags").micro_batch_size == 12
+    assert micro_batch(TrainConfig(micro_batch_size="auto", batch_size=9), processes=2) == 5
+
+
+# -- compiling ------------------------------------------------------------------------------------
+
+
+def test_a_short_run_is_not_compiled(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "compiled", lambda module: pytest.fail("tried"))
+    assert tuning.tuned(prepared).compile == "off"
+
+
+@pytest.mark.parametrize(("slower", "chosen"), [(0.5, "on"), (0.99, "off"), (2.0, "off")])
+def test_a_long_run_is_compiled_where_a_trial_is_faster(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, slower: float, chosen: str
+) -> None:
+    monkeypatch.setattr(tuning, "first_image_s", lambda prepared: 1e3)
+    monkeypatch.setattr(tuning, "cost", lambda prepared: trial.Cost(1e3, 0.0, 1.0))
+    monkeypatch.setattr(tuning, "compiled", lambda module: "fast")
+    monkeypatch.setattr(tuning, "pass_s", lambda prepared, images, module: slower if module == "fast" else 1.0)
+    assert tuning.tuned(prepared).compile == chosen
+    assert tuning.tuned(prepared, processes=2).compile == "off"
+
+
+def test_without_a_compiler_a_long_run_goes_on_in_one_line(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(module: Any) -> Any:
+        raise RuntimeError("No working C++ compiler found\nand many lines more")
+
+    monkeypatch.setattr(tuning, "first_image_s", lambda prepared: 1e3)
+    monkeypatch.setattr(tuning, "cost", lambda prepared: trial.Cost(1e3, 0.0, 1.0))
+    monkeypatch.setattr(tuning, "compiled", broken)
+    assert tuning.tuned(prepared).compile == "off"
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1] == "not compiled: No working C++ compiler found"
+
+
+def test_what_is_compiled_reads_whole_parts_and_the_tail_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 images in parts of 8, and of 16 for a step: 8, 8, 8, 8 and 8; with 36 images the last has 4."""
+    seen: list[int] = []
+
+    def watched(module: Any) -> Any:
+        def fast(pixel_values: torch.Tensor) -> Any:
+            seen.append(len(pixel_values))
+            return module(pixel_values=pixel_values)
+
+        return fast
+
+    monkeypatch.setattr("vitft.learner.compiled", watched)
+    run = train(config(compile="on", micro_batch_size=8, max_train_samples=36), output=tmp_path / "run").run
+    plain = train(config(compile="off", micro_batch_size=8, max_train_samples=36), output=tmp_path / "plain").run
+    assert seen == [8, 8, 8, 8]
+    same = [(folder / "last/model.safetensors").read_bytes() for folder in (run, plain)]
+    assert same[0] == same[1]
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_same_run(tmp_path: Path) -> None:
+    runs = [train(config(compile=choice), output=tmp_path / choice).run for choice in ("on", "off")]
+    losses = [
+        [json.loads(line).get("loss") for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_torch_compiles_the_forward_pass(prepared: Prepared) -> None:
+    model, images = prepared.loaded.model.eval(), torch.randn(4, 3, 28, 28)
+    assert torch.allclose(compiled(model)(pixel_values=images).logits, model(pixel_values=images).logits, atol=1e-5)
+
+
+# -- the trial ------------------------------------------------------------------------------------
+
+
+def test_a_batch_keeps_as_much_as_counted_in_full(prepared: Prepared) -> None:
+    with trial.untouched(prepared):
+        assert trial._kept(prepared, 7) == pytest.approx(trial._kept_counted(prepared, 7), rel=0.01)
+
+
+def test_the_cost_of_a_run_counts_its_images_and_its_steps(prepared: Prepared) -> None:
+    found = trial.cost(prepared)
+    assert 0 < found.evaluate_image_s < 1
+    assert 0 < found.image_s < 1
+    assert 0 < found.step_s < 1
+
+
+def test_a_stored_image_is_one_of_the_training_split(prepared: Prepared) -> None:
+    assert trial.stored_image(prepared).shape == (8, 8, 3)  # digits are stored as they are

@@ -1,0 +1,88 @@
+"""What is chosen by trying, once, before a run begins; it is written down, and used again on resume."""
+
+from typing import Any
+
+import psutil
+import torch
+from accelerate.utils import broadcast_object_list
+
+from vitft import console
+from vitft.config import TrainConfig
+from vitft.hardware import micro_batch
+from vitft.models import compiled
+from vitft.optim import total_steps
+from vitft.preparation import Prepared
+from vitft.trial import cost, first_image_s, memory_bytes, pass_s, stored_image, untouched
+
+_COMPILING_S = 90.0  # what compiling takes, about, and so what a run must at least be able to earn back
+_GAIN = 0.1  # share of the time that compiling may save
+_ROOM = 0.8  # share of the free memory that is taken
+
+
+def tuned(prepared: Prepared, processes: int = 1) -> TrainConfig:
+    """The settings with the micro-batch that fits and whether compiling pays: one process chooses for all."""
+    chosen: list[Any] = [None]
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        config = prepared.config
+        if config.micro_batch_size == "auto":
+            config = config.model_copy(update={"micro_batch_size": _fitting(prepared, processes)})
+        if config.compile == "auto":
+            compiles = _compiling_pays(prepared, config, processes)
+            config = config.model_copy(update={"compile": "on" if compiles else "off"})
+        chosen = [config]
+    found: TrainConfig = broadcast_object_list(chosen)[0]
+    return found
+
+
+def _fitting(prepared: Prepared, processes: int) -> int | None:
+    """The largest part of a process's share that fits in memory, of the share's halves; None: all of it."""
+    share = micro = micro_batch(prepared.config.model_copy(update={"micro_batch_size": None}), processes)
+    fits = _fits_on_gpu if prepared.config.device == "cuda" else _fits_in_memory
+    while micro > 1 and not fits(prepared, micro):
+        micro = -(-micro // 2)
+    return None if micro == share else micro
+
+
+def _fits_in_memory(prepared: Prepared, micro: int) -> bool:
+    needed = memory_bytes(prepared, micro)
+    taken = psutil.Process().memory_info().rss
+    return needed is None or needed - taken <= _ROOM * psutil.virtual_memory().available
+
+
+def _fits_on_gpu(prepared: Prepared, micro: int) -> bool:
+    """Take a step, with room left for what else a run holds."""
+    spare = torch.empty(0)
+    try:
+        with untouched(prepared):
+            free, _ = torch.cuda.mem_get_info()
+            spare = torch.empty(int((1 - _ROOM) * free), dtype=torch.uint8, device="cuda")
+            pass_s(prepared, stored_image(prepared)[None].expand(micro, -1, -1, -1))
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        del spare
+        torch.cuda.empty_cache()
+    return True
+
+
+def _compiling_pays(prepared: Prepared, config: TrainConfig, processes: int) -> bool:
+    """Whether a compiled step is faster, by trying it where the run is long enough to earn the trial back."""
+    if processes > 1 or config.freeze == "backbone" or config.grad_checkpointing:
+        return False
+    worth = _COMPILING_S / _GAIN
+    images = len(prepared.splits["train"].rows)
+    steps_per_epoch = -(-images // config.batch_size)
+    run_images = total_steps(config, steps_per_epoch) / steps_per_epoch * images
+    # Alone, and the first, an image takes longest: most runs are too short even so.
+    if first_image_s(prepared) * run_images < worth or cost(prepared).image_s * run_images < worth:
+        return False
+    stored = stored_image(prepared)[None].expand(micro_batch(config), -1, -1, -1)
+    with console.working("trying torch.compile"), untouched(prepared) as model:
+        try:
+            fast = compiled(model)
+            pass_s(prepared, stored, fast)
+            was, now = (min(pass_s(prepared, stored, module) for _ in range(2)) for module in (model, fast))
+        except Exception as error:  # a compiler that is missing or fails, in any of the ways they have
+            console.note(f"not compiled: {str(error).strip().splitlines()[0]}")
+            return False
+    return now < 0.97 * was
