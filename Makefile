@@ -47,10 +47,16 @@ smoke: .venv/.installed  ## tiny subsets through the real command line
 	$(BIN)/vitft eval runs/smoke --json
 	$(BIN)/vitft predict docs/digits --checkpoint runs/smoke --json
 
-bench: .venv/.installed  ## measure this machine: the input path, a step, the textbook's engines
-	$(BIN)/python benchmarks/input.py
-	$(BIN)/vitft bench train
-	$(BIN)/python benchmarks/engines.py
+.venv-bench/.installed: pyproject.toml benchmarks/requirements.txt
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet \
+		--requirement benchmarks/requirements.txt --editable .
+	touch $@
+
+bench: .venv-bench/.installed  ## vitft beside its peers on this machine, in an environment of its own (several GB)
+	.venv-bench/bin/python benchmarks/peers.py data --photos 600
+	.venv-bench/bin/python benchmarks/peers.py train --model vit-tiny --image-size 96 --batch-size 32
+	.venv-bench/bin/python benchmarks/engines.py
 
 mutants: .venv/.installed-dev  ## every contract broken once, on a copy: some test must notice
 	$(BIN)/python tests/mutants/run.py
@@ -62,4 +68,4 @@ wheel: .venv/.installed-dev  ## build the wheel into dist/
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
 
 clean:  ## remove what the other targets made, runs/ apart
-	rm -rf .venv dist .ruff_cache .mypy_cache
+	rm -rf .venv .venv-bench dist .ruff_cache .mypy_cache

@@ -1,4 +1,7 @@
-"""Who is compared: each peer by its own package, set up as its own training script sets it up."""
+"""Who is compared: each peer by its own package, set up as its own training script sets it up.
+
+torchvision and timm are imported where they are used, so that the others run without them.
+"""
 
 import argparse
 import tempfile
@@ -11,14 +14,9 @@ from typing import Any
 
 import datasets
 import numpy as np
-import timm.data
-import timm.optim
 import torch
-import torchvision
 import transformers
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from torchvision import transforms
 
 import vitft
 from vitft.bench import WARM_UP, bench
@@ -43,6 +41,8 @@ def model_of(name: str, size: int, folder: Path, seed: int) -> Any:
 
 def vision_transforms(size: int, kind: str) -> Any:
     """As the Transformers example's: random resized crops and flips, or the resize alone."""
+    from torchvision import transforms
+
     crop = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
     first = crop if kind == "crop" else [transforms.Resize((size, size))]
     return transforms.Compose([*first, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
@@ -82,12 +82,16 @@ def example_input(folder: Path, size: int, kind: str, batch: int, workers: int) 
 
 def folder_loader(folder: Path, size: int, kind: str, batch: int, workers: int = 2) -> Any:
     """A plain torch script's: torchvision's ImageFolder."""
+    import torchvision
+
     rows = torchvision.datasets.ImageFolder(str(folder), vision_transforms(size, kind))
     return torch.utils.data.DataLoader(rows, batch, shuffle=True, num_workers=workers)
 
 
 def timm_loader(folder: Path, size: int, kind: str, batch: int, workers: int = 2) -> Any:
     """As timm's train.py makes it, with the same transforms as everyone."""
+    import timm.data
+
     extra = {"hflip": 0.5, "color_jitter": None} if kind == "crop" else {"no_aug": True}
     return timm.data.create_loader(
         timm.data.create_dataset("", root=str(folder)), (3, size, size), batch, is_training=True, use_prefetcher=False,
@@ -182,6 +186,9 @@ def loop_steps(model: nn.Module, optimizer: Any, loader: Iterable[Any], steps: i
 
 def timm_steps(model: Any, given: argparse.Namespace, folder: Path, *, bf16: bool) -> list[float]:
     """timm's own ViT of the shape, its loader and its optimizer."""
+    import timm.optim
+    from timm.models.vision_transformer import VisionTransformer
+
     spec = shape_of(model)
     own = VisionTransformer(
         img_size=given.image_size, patch_size=spec.patch_height, embed_dim=spec.width, depth=spec.layers,
@@ -194,6 +201,8 @@ def timm_steps(model: Any, given: argparse.Namespace, folder: Path, *, bf16: boo
 
 def torchvision_steps(model: Any, given: argparse.Namespace, folder: Path) -> list[float]:
     """torchvision's own ViT of the shape, read and trained as in a plain script."""
+    import torchvision
+
     spec = shape_of(model)
     own = torchvision.models.VisionTransformer(
         image_size=given.image_size, patch_size=spec.patch_height, num_layers=spec.layers, num_heads=spec.heads,

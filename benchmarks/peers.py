@@ -20,9 +20,11 @@ import tempfile
 import time
 import warnings
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import contenders
+import datasets
 from photos import make_photos
 
 from vitft.data.sources import class_indices, open_source
@@ -53,6 +55,7 @@ def main() -> None:
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if given.photos:
@@ -64,7 +67,7 @@ def main() -> None:
         table = {"data": data, "train": train, "accuracy": accuracy}[given.what](given, folder)
     hide = {"--into", "--name", str(given.into), given.name}
     words = " ".join(hidden(word) for word in sys.argv[1:] if word not in hide)
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES if find_spec(name) or name == "pillow")
     text = (
         f"`python benchmarks/peers.py {words}`; {machine()}; Python {platform.python_version()}, {versions}.\n\n{table}"
     )
@@ -171,7 +174,7 @@ def machine() -> str:
 
 def hidden(word: str) -> str:
     """A path's last part: where things lie on this machine is nobody's business."""
-    return Path(word).name.upper() + "_FOLDER" if Path(word).is_dir() else word
+    return Path(word).name.upper() + "_FOLDER" if os.sep in word and Path(word).is_dir() else word
 
 
 if __name__ == "__main__":
