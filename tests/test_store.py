@@ -1,5 +1,6 @@
 """Images decoded once, and the batches that are made of them."""
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from vitft.data.augment import Preprocess, fit, normalize
 from vitft.data.images import decode
 from vitft.data.loader import EvalLoader, TrainLoader
 from vitft.data.sources import open_source
-from vitft.data.store import Store, decode_all
+from vitft.data.store import Store, decode_all, resident
 from vitft.errors import DataError
 
 HOW = Preprocess(32, 32)
@@ -30,9 +31,13 @@ def photos(folder: Path, sizes: list[tuple[int, int]]) -> Path:
     return folder
 
 
-def stored(folder: Path, *, crops: bool = False, skip_bad: bool = False) -> tuple[Store, list[str]]:
+def stored(
+    folder: Path, *, crops: bool = False, skip_bad: bool = False, cache_gb: float = 0
+) -> tuple[Store, list[str]]:
     rows = open_source(str(folder)).splits["train"]
-    store, skipped = decode_all(rows, HOW, crops=crops, max_pixels=10**6, skip_bad=skip_bad)
+    store, skipped = decode_all(
+        rows, HOW, crops=crops, max_pixels=10**6, skip_bad=skip_bad, cache_gb=cache_gb, name="photos"
+    )
     return store, [one.name for one in skipped]
 
 
@@ -143,13 +148,69 @@ def test_a_large_store_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     folder = photos(tmp_path, [(20, 16)] * 6)
     in_memory, _ = stored(folder)
     monkeypatch.setattr("vitft.data.store.IN_MEMORY", 100)
-    mapped, _ = stored(folder)
+    mapped, _ = stored(folder, cache_gb=1e-5)
     everything = np.arange(6)
     first, second = in_memory.gather(everything), mapped.gather(everything)
     assert isinstance(first, Tensor)
     assert isinstance(second, Tensor)
     assert torch.equal(first, second)
     assert mapped.digest == in_memory.digest
+
+
+@pytest.mark.parametrize("bound", [0, 2000, 4000])
+def test_what_exceeds_the_bound_is_decoded_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: int) -> None:
+    folder = photos(tmp_path, [(20, 16)] * 5)
+    (folder / "train" / "cat" / "bad.png").write_bytes(b"no image")
+    photos(tmp_path / "more", [(20, 16), (16, 20)])
+    (tmp_path / "more" / "train" / "dog" / "000.png").rename(folder / "train" / "dog" / "900.png")
+    (tmp_path / "more" / "train" / "cat" / "001.png").rename(folder / "train" / "dog" / "901.png")
+    whole, bad = stored(folder, skip_bad=True)
+    monkeypatch.setattr("vitft.data.store.IN_MEMORY", bound)
+    streamed, also = stored(folder, skip_bad=True)
+    assert bad == also
+    assert len(streamed.pixels) <= bound < len(whole.pixels)
+    assert streamed.digest == whole.digest
+    for a, b in zip(whole.gather(np.arange(7)), streamed.gather(np.arange(7)), strict=True):
+        assert torch.equal(a, b)
+    sizes = np.flatnonzero(whole.shapes[:, 0] == 16)
+    assert len(sizes) == 6
+    assert torch.equal(torch.stack(list(whole.gather(sizes))), torch.stack(list(streamed.gather(sizes))))
+
+
+def test_a_streamed_image_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = photos(tmp_path, [(20, 16)] * 4)
+    monkeypatch.setattr("vitft.data.store.IN_MEMORY", 0)
+    store, _ = stored(folder)
+    (folder / "train" / "cat" / "001.png").unlink()
+    with pytest.raises(DataError, match=r"cat/001.png: does not exist; it has changed since the run began"):
+        store.gather(np.arange(4))
+
+
+def test_a_small_store_of_equal_images_moves_to_the_device(tmp_path: Path) -> None:
+    """No GPU is needed to see the rule: the meta device has no numbers, but a place."""
+    meta = torch.device("meta")
+    equal, _ = stored(photos(tmp_path / "equal", [(20, 16)] * 4))
+    assert resident(equal, meta, 10 * equal.pixels.nbytes).pixels.device == meta
+    assert resident(equal, meta, 10 * equal.pixels.nbytes - 1) is equal
+    mixed, _ = stored(photos(tmp_path / "mixed", [(20, 16), (16, 20)] * 2))
+    assert resident(mixed, meta, 10**12) is mixed
+
+
+def test_a_full_disk_is_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = photos(tmp_path, [(20, 16)] * 4)
+    whole, _ = stored(folder)
+    written = tempfile.SpooledTemporaryFile.write
+
+    def full(self: object, raw: bytes) -> int:
+        if self.tell() >= 1000:  # type: ignore[attr-defined]
+            raise OSError(28, "No space left on device")
+        return written(self, raw)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tempfile.SpooledTemporaryFile, "write", full)
+    streamed, _ = stored(folder)
+    assert len(streamed.pixels) == 2 * 20 * 16 * 3
+    for a, b in zip(whole.gather(np.arange(4)), streamed.gather(np.arange(4)), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_only_training_takes_what_the_decoder_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,77 +9,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
 
 from vitft import console
-from vitft.errors import VitftError
-from vitft.options import name_what_was_meant, options_from, with_flags
+from vitft.options import options_from
+from vitft.shell import Group
 
-
-class _Group(TyperGroup):
-    """Turns an error into one line and an exit code; the only place that does."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        end = args.index("--") if "--" in args else len(args)
-        if "--debug" in args[:end]:  # it may stand anywhere
-            args = ["--debug", *(word for word in args[:end] if word != "--debug"), *args[end:]]
-        return super().parse_args(ctx, args)
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        return _switches_shown_bare(super().get_params(ctx))
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        name, command, rest = super().resolve_command(ctx, args)
-        command = command and with_flags(command)
-        if command is not None:
-            _switches_shown_bare(command.get_params(ctx))
-        return name, command, rest
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except VitftError as error:
-            self._debug(ctx)
-            console.fail(str(error))
-            raise typer.Exit(error.exit_code) from error
-        except KeyboardInterrupt as error:
-            console.fail("interrupted")
-            raise typer.Exit(130) from error
-        except (typer.Exit, typer.Abort, BrokenPipeError):
-            raise
-        except OSError as error:
-            self._debug(ctx)
-            console.fail(f"{error.filename or 'a file'}: {error.strerror or error}.")
-            raise typer.Exit(1) from error
-        except Exception as error:
-            if hasattr(error, "show"):  # wrong usage: Typer shows it, in a box of its own
-                name_what_was_meant(error)
-                raise
-            self._debug(ctx)
-            console.fail(f"{type(error).__name__}: {error} (unexpected; `vitft --debug ...` shows where)")
-            raise typer.Exit(1) from error
-
-    @staticmethod
-    def _debug(ctx: Any) -> None:
-        if ctx.find_root().params.get("debug"):
-            console.traceback()
-
-
-def _switches_shown_bare(options: list[Any]) -> list[Any]:
-    """Options that take no value, without the `<bool>` that Typer's help puts beside them."""
-    for option in options:
-        if getattr(option, "is_flag", False):
-            option.metavar = ""
-    return options
-
-
-app = typer.Typer(cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+app = typer.Typer(cls=Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   context_settings={"help_option_names": ["-h", "--help"]})  # fmt: skip
-recipes_app = typer.Typer(cls=_Group, no_args_is_help=True, help="List, show and copy recipes: one experiment a file.")
+recipes_app = typer.Typer(cls=Group, no_args_is_help=True, help="List, show and copy recipes: one experiment a file.")
 scratch_app = typer.Typer(
-    cls=_Group, no_args_is_help=True, help="Train the textbook's networks: ViTs from first principles."
+    cls=Group, no_args_is_help=True, help="Train the textbook's networks: ViTs from first principles."
 )
-data_app = typer.Typer(cls=_Group, no_args_is_help=True, help="Look at a data set.")
+data_app = typer.Typer(cls=Group, no_args_is_help=True, help="Look at a data set.")
+cache_app = typer.Typer(cls=Group, no_args_is_help=True, help="Decoded photos that runs keep for the next one.")
+data_app.add_typer(cache_app, name="cache")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
 app.add_typer(scratch_app, name="scratch")
@@ -337,6 +280,22 @@ def data_info(
 
     options = {"revision": dataset_revision, "image_column": image_column, "label_column": label_column}
     commands.data_info(dataset, options, preview, json)
+
+
+@cache_app.command("ls")
+def cache_ls(json: Json = False) -> None:
+    """List what is kept: data, size, and when it was last used."""
+    from vitft import commands
+
+    commands.cache_ls(json)
+
+
+@cache_app.command("clear")
+def cache_clear() -> None:
+    """Remove all of it; runs that use it go on undisturbed."""
+    from vitft import commands
+
+    commands.cache_clear()
 
 
 def main() -> None:

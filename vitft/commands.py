@@ -215,3 +215,23 @@ def _csv(rows: list[Any], top_k: int) -> str:
         cells = [cell for label, score in row.top for cell in (label, f"{score:.6f}")]
         writer.writerow([row.path, *cells, *[""] * (2 * top_k - len(cells)), row.error or ""])
     return text.getvalue()
+
+
+def cache_ls(as_json: bool) -> None:
+    """Show the decoded photos that are kept."""
+    from vitft.data import cache
+
+    kept = cache.entries()
+    if as_json:
+        console.say_json([{"name": e.name, "images": e.images, "bytes": e.size, "used": e.used} for e in kept])
+    elif kept:
+        console.say(reports.cache_table(kept, cache.root()))
+    else:
+        console.say_text("nothing is kept: no run has decoded photos yet, or all was removed.\n")
+
+
+def cache_clear() -> None:
+    """Remove them."""
+    from vitft.data import cache
+
+    console.say_text(f"removed {console.size(cache.clear())}.\n")

@@ -30,6 +30,7 @@ class TrainConfig(Settings):
     max_eval_samples: int | None = setting(None, "Data", "Evaluate on at most this many images of each split, stratified.", ge=1)
     on_bad_image: Literal["error", "skip"] = setting("error", "Data", "What a file that is no readable image does: stop before training, or be listed and left out.")
     max_pixels: int = setting(100_000_000, "Data", "Refuse images with more pixels than this.", ge=1)
+    cache_gb: float = setting(20.0, "Data", "Decoded photos that are kept on disk for the next run, in GB; see vitft data cache. 0: none.", steers=True, ge=0, le=1e6)
     augment: Literal["none", "flip", "crop"] = setting("flip", "Data", "flip: left to right, half of the time. crop: random resized crop, and flip.")
 
     model: str = setting("google/vit-base-patch16-224-in21k", "Model", "Hub id, local folder, vit-micro (bundled), or with --from-scratch a preset.")

@@ -48,6 +48,8 @@ class Prepared:
                 max_pixels=config.max_pixels,
                 skip_bad=config.on_bad_image == "skip",
                 training=role == "train",
+                cache_gb=config.cache_gb,
+                name=f"{self.source.name}, {role}",
                 progress=progress,
             )
         for one in skipped:

@@ -2,6 +2,8 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -9,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vitft.console import interval, percent, safe, size
+from vitft.paths import shown
 
 LISTED_CLASSES = 30  # Up to so many classes, each has its row in the report.
 CROSSED_CLASSES = 12  # Up to so many, the whole confusion matrix fits 80 columns.
@@ -182,3 +185,18 @@ def recipe_table(recipes: Sequence[Any]) -> RenderableType:
         mark = "Textbook (vitft scratch train): " if one.textbook else ""
         table.add_row(Text(one.name, "bold"), Text.assemble((mark, "cyan"), one.summary))
     return table
+
+
+def cache_table(entries: Sequence[Any], folder: Path) -> RenderableType:
+    """Decoded photos that are kept, and what they take together."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("images of", style="bold")
+    for name in ("images", "size", "last used"):
+        table.add_column(name, justify="right")
+    for one in entries:
+        used = datetime.fromtimestamp(one.used).strftime("%Y-%m-%d %H:%M")
+        table.add_row(safe(one.name), f"{one.images:,}", size(one.size), used)
+    rest = Text(
+        f"{size(sum(one.size for one in entries))} in {shown(folder)}; vitft data cache clear removes it", "dim"
+    )
+    return Group(table, rest)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitft.clock import Clock
 from vitft.data.augment import Images, Preprocess, augment, preprocess
-from vitft.data.store import Store
+from vitft.data.store import Store, resident
 from vitft.randomness import order
 
 
@@ -39,6 +39,8 @@ class TrainLoader:
         batch_size: int, device: torch.device, rank: int = 0, world: int = 1, clock: Clock | None = None,
     ) -> None:  # fmt: skip
         self.clock = clock or Clock()
+        if device.type == "cuda":
+            store = resident(store, device, torch.cuda.mem_get_info(device)[0])
         self.store, self.how, self.kind, self.seed = store, how, kind, seed
         self.labels = torch.from_numpy(labels.copy())
         self.batch_size, self.rank, self.world, self.device = batch_size, rank, world, device
@@ -67,8 +69,8 @@ class TrainLoader:
             images = self.store.gather(index)
         with self.clock.part("transfer"):
             if isinstance(images, Tensor):
-                return images.to(self.device, non_blocking=True)
-            return [image.to(self.device, non_blocking=True) for image in images]
+                return _sent(images, self.device)
+            return [_sent(image, self.device) for image in images]
 
     def batch(self, step: int) -> Batch:
         """This process's share of a step."""
@@ -80,7 +82,14 @@ class TrainLoader:
             with self.clock.part("augment"):
                 memory = self._memory.rows(len(mine))
                 pixels = augment(images, self.how, self.kind, self.seed, epoch, mine, memory)
-        return Batch(pixels, self.labels[mine].to(self.device, non_blocking=True), mine)
+        return Batch(pixels, _sent(self.labels[mine], self.device), mine)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device. From pinned memory a GPU fetches it by itself, while it computes the step before."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 class Batches(Protocol):

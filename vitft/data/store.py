@@ -1,13 +1,15 @@
-"""Decoded images, once: uint8, in memory or, when large, in a temporary file that is mapped.
+"""Decoded images, once: uint8, in memory or, when large, in a file that is mapped.
 
 Small images keep their own size. Larger ones are reduced, never enlarged: to the exact model size
-where that is what the model will see, to a shorter side a little over it where training crops.
+where that is what the model will see, to a shorter side a little over it where training crops. Those are
+kept on disk for the next run, up to a bound; what exceeds memory and the bound is decoded anew each time.
 """
 
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vitft.data import cache
 from vitft.data.augment import Images, Preprocess, resize, uncropped, workers
-from vitft.data.images import BadImage, decode
+from vitft.data.images import BadImage, decode, header
 from vitft.data.sources import sample_id
 from vitft.errors import DataError
 
@@ -35,6 +38,7 @@ class Store:
     offsets: NDArray[np.int64]  # (N + 1,)
     shapes: NDArray[np.int64]  # (N, 2) height, width
     digest: str
+    anew: Callable[[int], NDArray[np.uint8]] | None = None  # decodes an image that `pixels` does not hold
 
     def __len__(self) -> int:
         return len(self.shapes)
@@ -46,15 +50,25 @@ class Store:
 
     def gather(self, index: NDArray[np.int64]) -> Images:
         """The images of these positions: (B, H, W, 3) when all have one size, else a list."""
-        if self.uniform:
+        if self.uniform and self.anew is None:
             height, width = self.shapes[0].tolist()
-            return self.pixels.view(len(self), height, width, 3)[torch.from_numpy(index)]
-        return [self._image(int(i)) for i in index]
+            return self.pixels.view(len(self), height, width, 3)[torch.from_numpy(index).to(self.pixels.device)]
+        images = [self._image(int(i)) for i in index] if self.anew is None else list(workers().map(self._image, index))
+        return torch.stack(images) if self.uniform else images
 
     def _image(self, position: int) -> Tensor:
         height, width = self.shapes[position].tolist()
         start, end = self.offsets[position : position + 2].tolist()
+        if self.anew is not None and end > len(self.pixels):
+            return torch.from_numpy(self.anew(position))
         return self.pixels[start:end].view(height, width, 3)
+
+
+def resident(store: Store, device: torch.device, free_bytes: int) -> Store:
+    """The store on a device, where all its images have one size and take at most a tenth of what is free there."""
+    if not store.uniform or store.anew is not None or store.pixels.nbytes > free_bytes // 10:
+        return store
+    return replace(store, pixels=store.pixels.to(device))
 
 
 @dataclass(frozen=True)
@@ -74,38 +88,78 @@ def decode_all(
     max_pixels: int,
     skip_bad: bool,
     training: bool = False,
+    cache_gb: float = 0.0,
+    name: str = "images",
     progress: Callable[[int, int], None] = lambda done, count: None,
 ) -> tuple[Store, list[Skipped]]:
     """Decode every row of a split, reduced for evaluation or, with `crops`, for training crops.
 
     `training`: large JPEGs may be decoded smaller, which is much faster; scores are never made from those.
+    Photos are kept for the next run, under `name`, while all that is kept has at most `cache_gb`.
     Raises DataError naming the first image that cannot be read and counting the others, unless `skip_bad`.
     """
-    offsets, shapes, skipped = [0], [], []
+
+    def work(cell: dict[str, Any]) -> NDArray[np.uint8] | BadImage:
+        try:
+            source = Path(cell["path"]) if cell["bytes"] is None else cell["bytes"]
+            return reduced(decode(source, max_pixels, _enough(how, crops) if training else None), how, crops)
+        except BadImage as error:
+            return error
+
+    limit = int(cache_gb * 1e9)
+    key = None
+    if limit and _are_reduced(rows, how):
+        key = cache.fingerprint(rows, how, crops, training, max_pixels)
+        if found := cache.read(key):
+            pixels, index = found
+            return Store(pixels, index["offsets"], index["shapes"], str(index["digest"])), []
+    offsets, shapes, kept, skipped = [0], [], [], []
     hashed = hashlib.blake2b(digest_size=8)
     # Bytes go to a spooled file, which moves from memory to disk by itself when it grows.
     spool = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 (its mapping outlives us)
-    for position, result in enumerate(_decoded(rows, how, crops, max_pixels, training)):
+    held = 0
+    for position, result in enumerate(_results(rows, work)):
         if isinstance(result, BadImage):
             skipped.append(Skipped(position, sample_id(rows, position), str(result)))
             continue
         raw = result.tobytes()
         hashed.update(np.array(result.shape).tobytes() + raw)
-        spool.write(raw)
         shapes.append(result.shape[:2])
+        kept.append(position)
         offsets.append(offsets[-1] + len(raw))
+        if held == offsets[-2] and offsets[-1] <= max(limit, IN_MEMORY):
+            with suppress(OSError):  # a full disk is a bound too
+                spool.write(raw)
+                held = offsets[-1]
         progress(position + 1, len(rows))
     if skipped and not skip_bad:
         more = f" (and {len(skipped) - 1} more like it)" if len(skipped) > 1 else ""
         first = skipped[0]
         raise DataError(f"{first.name}: {first.reason}{more}; mend or remove it, or add --on-bad-image skip.")
+
+    def anew(position: int) -> NDArray[np.uint8]:
+        result = work(rows[kept[position]]["image"])
+        if isinstance(result, BadImage):  # it could be read before
+            raise DataError(f"{sample_id(rows, kept[position])}: {result}; it has changed since the run began.")
+        return result
+
+    index = {"offsets": np.array(offsets, np.int64), "shapes": np.array(shapes, np.int64).reshape(-1, 2)}
     store = Store(
-        _mapped(spool, offsets[-1]),
-        np.array(offsets, np.int64),
-        np.array(shapes, np.int64).reshape(-1, 2),
-        hashed.hexdigest(),
-    )
+        _mapped(spool, held), index["offsets"], index["shapes"], hashed.hexdigest(),
+        None if held == offsets[-1] else anew,
+    )  # fmt: skip
+    if key is not None and not skipped and store.anew is None:
+        cache.write(key, name, store.pixels, index | {"digest": np.array(store.digest)}, limit)
     return store, skipped
+
+
+def _are_reduced(rows: datasets.Dataset, how: Preprocess) -> bool:
+    """Whether the first image is larger than the model's: small ones are decoded as fast as they are read."""
+    for cell in rows.select(range(min(1, len(rows))))["image"]:
+        with suppress(BadImage):
+            width, height, _ = header(Path(cell["path"]) if cell["bytes"] is None else cell["bytes"])
+            return width * height > how.height * how.width
+    return False
 
 
 def reduced(image: NDArray[np.uint8], how: Preprocess, crops: bool) -> NDArray[np.uint8]:
@@ -132,16 +186,9 @@ def _enough(how: Preprocess, crops: bool) -> int:
     return ceil(_crop_side(how)) if crops else how.shortest_edge or max(how.before_crop or (how.height, how.width))
 
 
-def _decoded(
-    rows: datasets.Dataset, how: Preprocess, crops: bool, max_pixels: int, training: bool
+def _results(
+    rows: datasets.Dataset, work: Callable[[dict[str, Any]], NDArray[np.uint8] | BadImage]
 ) -> Iterator[NDArray[np.uint8] | BadImage]:
-    def work(cell: dict[str, Any]) -> NDArray[np.uint8] | BadImage:
-        try:
-            source = Path(cell["path"]) if cell["bytes"] is None else cell["bytes"]
-            return reduced(decode(source, max_pixels, _enough(how, crops) if training else None), how, crops)
-        except BadImage as error:
-            return error
-
     for start in range(0, len(rows), _CHUNK):
         yield from workers().map(work, rows[start : start + _CHUNK]["image"])
 
