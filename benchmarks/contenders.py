@@ -20,6 +20,7 @@ from torch import nn
 
 import vitft
 from vitft.bench import WARM_UP, bench
+from vitft.clock import settle
 from vitft.config import TrainConfig
 from vitft.data.augment import Preprocess
 from vitft.data.loader import TrainLoader
@@ -150,7 +151,7 @@ def trainer_of(model: Any, rows: Any, batch: int, **settings: Any) -> Any:
     """Trainer as the example sets it up; what is not named is its default."""
     arguments = transformers.TrainingArguments(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch, per_device_eval_batch_size=batch,
-        remove_unused_columns=False, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, **settings,
+        remove_unused_columns=False, save_strategy="no", report_to="none", disable_tqdm=True, **settings,
     )  # fmt: skip
     return transformers.Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collated)
 
@@ -158,28 +159,34 @@ def trainer_of(model: Any, rows: Any, batch: int, **settings: Any) -> Any:
 def trainer_steps(model: Any, given: argparse.Namespace, folder: Path, **settings: Any) -> list[float]:
     """Seconds of Trainer's steps."""
     rows = example_rows(folder, given.image_size, "none")
-    trainer = trainer_of(model, rows, given.batch_size, max_steps=WARM_UP + given.steps, **settings)
+    length = {"max_steps": WARM_UP + given.steps, "use_cpu": given.device == "cpu"}
+    trainer = trainer_of(model, rows, given.batch_size, **length, **settings)
     times = StepTimes()
     trainer.add_callback(times)
     trainer.train()
     return np.diff(times.ends)[WARM_UP - 1 :].tolist()
 
 
-def loop_steps(model: nn.Module, optimizer: Any, loader: Iterable[Any], steps: int, *, bf16: bool) -> list[float]:
+def loop_steps(
+    model: nn.Module, optimizer: Any, loader: Iterable[Any], given: argparse.Namespace, *, bf16: bool
+) -> list[float]:
     """The loop of a plain torch script, and the heart of timm's train.py: seconds of its steps."""
     times = []
+    device = given.device
     model.train()
     started = time.perf_counter()
     for number, (pixels, labels) in enumerate(chain.from_iterable(repeat(loader))):
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        pixels, labels = pixels.to(device), labels.to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             loss = nn.functional.cross_entropy(model(pixels), labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        settle(device)
         now = time.perf_counter()
         times.append(now - started)
         started = now
-        if number + 1 == WARM_UP + steps:
+        if number + 1 == WARM_UP + given.steps:
             return times[WARM_UP:]
     raise AssertionError("an endless loader ended")
 
@@ -193,10 +200,10 @@ def timm_steps(model: Any, given: argparse.Namespace, folder: Path, *, bf16: boo
     own = VisionTransformer(
         img_size=given.image_size, patch_size=spec.patch_height, embed_dim=spec.width, depth=spec.layers,
         num_heads=spec.heads, mlp_ratio=spec.mlp / spec.width, num_classes=spec.classes,
-    )  # fmt: skip
+    ).to(given.device)  # fmt: skip
     optimizer = timm.optim.create_optimizer_v2(own, opt="adamw", lr=5e-5, weight_decay=0.01)
     loader = timm_loader(folder, given.image_size, "none", given.batch_size)
-    return loop_steps(own, optimizer, loader, given.steps, bf16=bf16)
+    return loop_steps(own, optimizer, loader, given, bf16=bf16)
 
 
 def torchvision_steps(model: Any, given: argparse.Namespace, folder: Path) -> list[float]:
@@ -207,17 +214,17 @@ def torchvision_steps(model: Any, given: argparse.Namespace, folder: Path) -> li
     own = torchvision.models.VisionTransformer(
         image_size=given.image_size, patch_size=spec.patch_height, num_layers=spec.layers, num_heads=spec.heads,
         hidden_dim=spec.width, mlp_dim=spec.mlp, num_classes=spec.classes,
-    )  # fmt: skip
+    ).to(given.device)  # fmt: skip
     optimizer = torch.optim.AdamW(own.parameters(), lr=5e-5)
     loader = folder_loader(folder, given.image_size, "none", given.batch_size)
-    return loop_steps(own, optimizer, loader, given.steps, bf16=False)
+    return loop_steps(own, optimizer, loader, given, bf16=False)
 
 
 def vitft_steps(model: Any, given: argparse.Namespace, folder: Path, **settings: Any) -> list[float]:
     """`vitft bench train`."""
     found = bench("train", {
         "dataset": str(folder), "model": given.model, "image_size": given.image_size,
-        "batch_size": given.batch_size, "augment": "none", "device": "cpu", **settings,
+        "batch_size": given.batch_size, "augment": "none", "device": given.device, **settings,
     }, given.steps)  # fmt: skip
     return [given.batch_size / found["images_per_s"]["median"]]
 
@@ -240,7 +247,8 @@ def trainer_epoch(given: argparse.Namespace, folder: Path, seed: int, **settings
     """Right answers on the test images after an epoch of Trainer, and how many there were."""
     model = model_of(given.model, given.image_size, folder / "train", seed)
     rows, test = (example_rows(folder / split, given.image_size, "none") for split in ("train", "test"))
-    trainer = trainer_of(model, rows, given.batch_size, num_train_epochs=1, seed=seed, **settings)
+    trainer = trainer_of(model, rows, given.batch_size, num_train_epochs=1, seed=seed,
+                         use_cpu=given.device == "cpu", **settings)  # fmt: skip
     trainer.train()
     found = trainer.predict(test)
     return int((found.predictions.argmax(1) == found.label_ids).sum()), len(found.label_ids)
@@ -250,7 +258,7 @@ def vitft_epoch(given: argparse.Namespace, folder: Path, seed: int) -> tuple[int
     """The same of `vitft train`, without its flips."""
     config = TrainConfig.parse({
         "dataset": str(folder), "model": given.model, "image_size": given.image_size, "val_fraction": 0.0,
-        "batch_size": given.batch_size, "augment": "none", "epochs": 1, "device": "cpu", "seed": seed,
+        "batch_size": given.batch_size, "augment": "none", "epochs": 1, "device": given.device, "seed": seed,
     }, "flags")  # fmt: skip
     with tempfile.TemporaryDirectory() as run:
         score = vitft.train(config, output=Path(run) / "run").scores["test"]

@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--model", default="vit-small-patch14-224", help="a preset (new weights) or a model folder")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--steps", type=int, default=10, help="train: of one round, after three that warm up")
     parser.add_argument("--rounds", type=int, default=5, help="of each contender, in turns")
     parser.add_argument("--seeds", type=int, default=3, help="accuracy: 0, 1, ...")
@@ -112,7 +113,7 @@ def train(given: argparse.Namespace, folder: Path) -> str:
         for name, (run, precision) in chosen(contenders.STEPS, given.only).items():
             model = contenders.model_of(given.model, given.image_size, folder / "train", seed=0)
             spec = shape_of(model)
-            peak = peak_flops("cpu", precision)  # beside each measurement: the machine's pace changes
+            peak = peak_flops(given.device, precision)  # beside each measurement: the machine's pace changes
             rate = given.batch_size / statistics.median(run(model, given, folder / "train"))
             rates.setdefault(name, []).append(rate)
             shares.setdefault(name, []).append(rate * training_flops(spec) / peak)

@@ -180,3 +180,18 @@ def test_the_lesson_of_an_activation_is_the_models_own(found: Trace, activation:
     assert shown.splitlines()[3].split()[-1] == activation
     gap = next(line for line in shown.splitlines() if "the chapter has" in line).split(", ")[1]
     assert gap.startswith("the same") or float(gap.split()[0]) < 1e-5
+
+
+def test_a_vit_of_another_shape_than_a_square_is_followed_too(picture: Path, tmp_path: Path) -> None:
+    """Without a preprocessor file its input is the size that its configuration states."""
+    import transformers
+
+    config = transformers.ViTConfig(
+        image_size=(24, 32), patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, num_labels=3,
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    found = trace(picture, tmp_path)
+    assert found.pixels.shape == (24, 32, 3)
+    assert found.by_transformers["embed.positions"].shape == (1, 13, 16)
+    assert max(stage["max_rel_diff"]["numpy_torch"] for stage in document(found)["stages"]) <= 1e-5

@@ -36,7 +36,8 @@ def bench(what: What, settings: dict[str, Any], steps: int) -> dict[str, Any]:
     fixed = {"from_scratch": new, "val_fraction": 0.0, "epochs": 1e5, "schedule": "constant"}
     if new and settings.get("freeze") == "backbone":
         raise UsageError(f"--freeze backbone: {settings['model']} is a shape with random weights; use a trained model.")
-    config = TrainConfig.parse({"dataset": "digits", "model": BUNDLED} | settings | fixed, "flags")
+    default = {"dataset": "digits", "model": BUNDLED, "compile": "off"}  # with so many epochs auto would always try it
+    config = TrainConfig.parse(default | settings | fixed, "flags")
     accelerator = accelerator_of(config)
     prepared = prepare(config)
     with memory_guard(prepared.config):

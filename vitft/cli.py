@@ -197,6 +197,8 @@ def bench(
     augment: Annotated[Literal["none", "flip", "crop"], typer.Option(help="Of data and train.")] = "flip",
     freeze: Annotated[Literal["none", "backbone"], typer.Option(help="Of train.")] = "none",
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="auto: what the hardware is fast at.")] = "auto",
+    attention: Annotated[Literal["auto", "eager", "sdpa"], typer.Option(help="As for train.")] = "auto",
+    compile: Annotated[Literal["auto", "on", "off"], typer.Option(help="auto: on where a trial of it is faster.")] = "off",
     device: Device = "auto",
     max_train_samples: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Decode no more images than this.")] = None,
     steps: Annotated[int, typer.Option(min=1, metavar="<int>", help="Steps that are timed, after a warm-up.")] = 20,
@@ -206,7 +208,8 @@ def bench(
     from vitft import commands
 
     settings = {"model": model, "dataset": dataset, "image_size": image_size, "batch_size": batch_size, "augment": augment,
-                "freeze": freeze, "precision": precision, "device": device, "max_train_samples": max_train_samples}  # fmt: skip
+                "freeze": freeze, "precision": precision, "device": device, "max_train_samples": max_train_samples,
+                "attention": attention, "compile": compile}  # fmt: skip
     commands.bench(what, {name: value for name, value in settings.items() if value is not None}, steps, json)
 
 

@@ -21,7 +21,7 @@ from vitft.config import SIZES, TrainConfig
 from vitft.data.augment import Preprocess
 from vitft.errors import ModelError, VitftError, nearest
 from vitft.hub import answers, reason
-from vitft.positions import at_image_size, check_size, side_of
+from vitft.positions import at_image_size, check_size
 from vitft.randomness import seed_of
 from vitft.sizes import with_sizes
 from vitft.spec import PRESETS, ViTSpec, spec_from_config
@@ -295,15 +295,16 @@ def _preprocess(origin: _Origin, stored: Any) -> Preprocess:
             _raise_exceptions_for_connection_errors=not origin.cache_only, **origin.arguments(),
         )  # fmt: skip
         document = json.loads(Path(found).read_text()) if found else None
-        size = side_of(getattr(stored, "image_size", None) or 224)
-        how = Preprocess.from_json(document) if document else Preprocess(size, size)
+        size = getattr(stored, "image_size", None) or 224
+        height, width = (size, size) if isinstance(size, int) else size
+        how = Preprocess.from_json(document) if document else Preprocess(height, width)
     except ModelError as error:
         raise ModelError(f"{origin.where}: {error}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{origin.where}: {file} cannot be read: {_first_line(error)}.") from error
     # DINOv2 checkpoints state the size they were trained at, and take smaller images too.
     fixed = hasattr(stored, "image_size") and not stored.model_type.startswith("dinov2")
-    return how.at(size) if fixed and how.height != size else how
+    return how.at(height) if fixed and height == width and how.height != height else how
 
 
 def _headless(origin: _Origin) -> ModelError:

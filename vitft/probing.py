@@ -123,11 +123,14 @@ class Probe:
         """The loader, with features in the place of pixels; takes a pass over the images, with flips two."""
         return FeatureLoader(loader, self._features(), self._config, gather=gather, progress=progress)
 
-    def scoring(self, role: str, loader: EvalLoader) -> list[Batch]:
+    def scoring(self, role: str, loader: EvalLoader, progress: Callable[[int, int], None]) -> list[Batch]:
         """A split's batches, with features in the place of pixels; takes a pass over them the first time."""
         if role not in self._scored:
-            features = self._features()
-            self._scored[role] = [Batch(features(batch.pixels), batch.labels, batch.index) for batch in loader]
+            features, read = self._features(), []
+            for number, batch in enumerate(loader, 1):
+                read.append(Batch(features(batch.pixels), batch.labels, batch.index))
+                progress(number, len(loader))
+            self._scored[role] = read
         return self._scored[role]
 
     def _features(self) -> Features:

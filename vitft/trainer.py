@@ -188,7 +188,7 @@ class _Run:
             rank=accelerator.process_index, world=accelerator.num_processes,
         )  # fmt: skip
         with bar.evaluating(role) as progress:
-            batches = loader if self.probe is None else self.probe.scoring(role, loader)
+            batches = loader if self.probe is None else self.probe.scoring(role, loader, progress)
             # The bare model: processes may have different numbers of batches, and must not wait for each other.
             return measure(self.learner.module, batches, self.labels, self.prepared.splits[role],
                            gather=gather_object, progress=progress)  # fmt: skip

@@ -194,9 +194,16 @@ def _positions(found: Trace, stage: str) -> tuple[str, float]:
     return f"{before:.4g} + {position:.4g}", before + position
 
 
+def _image(found: Trace, stage: str) -> tuple[str, float]:
+    mean, std = found.normal
+    value = float(found.by_numpy[stage].flat[0])
+    pixel = round(255 * (value * std + mean))  # of one channel, where that is all the network has
+    return f"({pixel} / 255 − {mean:.4g}) / {std:.4g}", (pixel / 255 - mean) / std
+
+
 def _first(found: Trace, stage: str) -> tuple[str, float]:
-    """The first number of the stage before, or of the image: what only changes place."""
-    value = float(_input(found, stage).flat[0] if stage != "image" else found.by_numpy[stage].flat[0])
+    """The first number of the stage before: what only changes place."""
+    value = float(_input(found, stage).flat[0])
     return f"{value:.4g}, taken as it is", value
 
 
@@ -233,7 +240,7 @@ _out = _of_block("mlp", "outer")
 _LESSONS: dict[str, tuple[str, str, Callable[..., object], Callable[[Trace, str], tuple[str, float]]]] = {
     "image": (
         "The picture as numbers about 0: brightness, of each pixel in each colour.",
-        "x = (pixel / 255 − mean) / std", embedding.embedding, _first),
+        "x = (pixel / 255 − mean) / std", embedding.embedding, _image),
     "projection": (
         "Every patch is multiplied by one learned matrix, the same for all: what is in this square?",
         "z = E · patch + b", patchify.patch_embedding, _projection),

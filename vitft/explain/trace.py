@@ -48,6 +48,7 @@ class Trace:
     labels: tuple[str, ...]
     spec: ViTSpec
     weights: ViT
+    normal: tuple[float, float]  # mean and standard deviation that the first channel is normalised by
     by_numpy: Stages
     by_torch: Stages
     by_transformers: Stages
@@ -70,6 +71,7 @@ def trace(image: Path, checkpoint: str | Path) -> Trace:
     if is_textbook_run(folder):
         network = read_run(folder)
         spec, weights, labels = network.spec, network.weights, network.labels
+        normal = network.mean[0], network.std[0]
         shown = _fitted(image, Preprocess(spec.image_height, spec.image_width))
         pixels = torch.from_numpy(normalise(_channels(shown, spec), network.mean, network.std))
     else:
@@ -84,8 +86,9 @@ def trace(image: Path, checkpoint: str | Path) -> Trace:
             raise ModelError(
                 f"{checkpoint} is a {config['model_type']}: the chapters follow plain ViTs (vit); choose one."
             )
-        shown = _fitted(image, loaded.preprocess)
-        pixels = normalize(torch.from_numpy(shown)[None], loaded.preprocess).contiguous()
+        how = loaded.preprocess
+        shown, normal = _fitted(image, how), (how.mean[0], how.std[0])
+        pixels = normalize(torch.from_numpy(shown)[None], how).contiguous()
         weights = from_transformers({name: p.detach().numpy() for name, p in model.named_parameters()}, spec)
         with torch.inference_mode():
             _watch_transformers(model, spec, _keep(by_transformers))(pixels)
@@ -95,7 +98,7 @@ def trace(image: Path, checkpoint: str | Path) -> Trace:
         TorchViT(spec).load(weights).watched_by(_keep(by_torch))(pixels)
     if bad := next((name for name, array in by_numpy.items() if not np.isfinite(array).all()), None):
         raise ModelError(f"{checkpoint}: {bad} is not finite: its weights are broken; use another checkpoint.")
-    return Trace(image, str(checkpoint), shown, labels, spec, weights, by_numpy, by_torch, by_transformers)
+    return Trace(image, str(checkpoint), shown, labels, spec, weights, normal, by_numpy, by_torch, by_transformers)
 
 
 def _fitted(image: Path, how: Preprocess) -> NDArray[np.uint8]:
