@@ -199,15 +199,17 @@ def test_a_small_store_of_equal_images_moves_to_the_device(tmp_path: Path) -> No
 def test_a_full_disk_is_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = photos(tmp_path, [(20, 16)] * 4)
     whole, _ = stored(folder)
-    written = tempfile.SpooledTemporaryFile.write
+    monkeypatch.setattr("vitft.data.store.IN_MEMORY", 900)
+    disk = tempfile.TemporaryFile
 
-    def full(self: object, raw: bytes) -> int:
-        if self.tell() >= 1000:  # type: ignore[attr-defined]
-            raise OSError(28, "No space left on device")
-        return written(self, raw)  # type: ignore[arg-type]
+    def small(buffering: int) -> object:
+        file = disk(buffering=buffering)
+        write = file.write
+        file.write = lambda raw: write(raw[: 2000 - file.tell()])  # type: ignore[method-assign]
+        return file
 
-    monkeypatch.setattr(tempfile.SpooledTemporaryFile, "write", full)
-    streamed, _ = stored(folder)
+    monkeypatch.setattr("vitft.data.store.tempfile.TemporaryFile", small)
+    streamed, _ = stored(folder, cache_gb=1e-5)
     assert len(streamed.pixels) == 2 * 20 * 16 * 3
     for a, b in zip(whole.gather(np.arange(4)), streamed.gather(np.arange(4)), strict=True):
         assert torch.equal(a, b)

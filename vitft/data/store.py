@@ -5,11 +5,13 @@ where that is what the model will see, to a shorter side a little over it where 
 kept on disk for the next run, up to a bound; what exceeds memory and the bound is decoded anew each time.
 """
 
+import errno
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from io import BytesIO
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -111,13 +113,10 @@ def decode_all(
     if limit and _are_reduced(rows, how):
         key = cache.fingerprint(rows, how, crops, training, max_pixels)
         if found := cache.read(key):
-            pixels, index = found
-            return Store(pixels, index["offsets"], index["shapes"], str(index["digest"])), []
+            return Store(found[0], found[1]["offsets"], found[1]["shapes"], str(found[1]["digest"])), []
     offsets, shapes, kept, skipped = [0], [], [], []
     hashed = hashlib.blake2b(digest_size=8)
-    # Bytes go to a spooled file, which moves from memory to disk by itself when it grows.
-    spool = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 (its mapping outlives us)
-    held = 0
+    pixels = _Pixels()
     for position, result in enumerate(_results(rows, work)):
         if isinstance(result, BadImage):
             skipped.append(Skipped(position, sample_id(rows, position), str(result)))
@@ -127,10 +126,9 @@ def decode_all(
         shapes.append(result.shape[:2])
         kept.append(position)
         offsets.append(offsets[-1] + len(raw))
-        if held == offsets[-2] and offsets[-1] <= max(limit, IN_MEMORY):
+        if pixels.held == offsets[-2] and offsets[-1] <= max(limit, IN_MEMORY):
             with suppress(OSError):  # a full disk is a bound too
-                spool.write(raw)
-                held = offsets[-1]
+                pixels.add(raw)
         progress(position + 1, len(rows))
     if skipped and not skip_bad:
         more = f" (and {len(skipped) - 1} more like it)" if len(skipped) > 1 else ""
@@ -145,8 +143,8 @@ def decode_all(
 
     index = {"offsets": np.array(offsets, np.int64), "shapes": np.array(shapes, np.int64).reshape(-1, 2)}
     store = Store(
-        _mapped(spool, held), index["offsets"], index["shapes"], hashed.hexdigest(),
-        None if held == offsets[-1] else anew,
+        pixels.mapped(), index["offsets"], index["shapes"], hashed.hexdigest(),
+        None if pixels.held == offsets[-1] else anew,
     )  # fmt: skip
     if key is not None and not skipped and store.anew is None:
         cache.write(key, name, store.pixels, index | {"digest": np.array(store.digest)}, limit)
@@ -193,12 +191,33 @@ def _results(
         yield from workers().map(work, rows[start : start + _CHUNK]["image"])
 
 
-def _mapped(spool: "tempfile.SpooledTemporaryFile[bytes]", nbytes: int) -> Tensor:
-    if nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
-    if nbytes <= IN_MEMORY:
-        spool.seek(0)
-        return torch.frombuffer(bytearray(spool.read()), dtype=torch.uint8)
-    spool.flush()
-    # The mapping keeps the unlinked file alive; it goes with the process, however that ends.
-    return torch.from_numpy(np.memmap(spool, np.uint8, "r+", shape=(nbytes,)))
+class _Pixels:
+    """Bytes that are added one image after the other: in memory, and when they grow large in a file."""
+
+    def __init__(self) -> None:
+        self.held = 0
+        self._file: Any = BytesIO()  # or an unbuffered file
+
+    def add(self, raw: bytes) -> None:
+        """Raises OSError where the disk is full; what was held before it still is."""
+        if isinstance(self._file, BytesIO) and self.held + len(raw) > IN_MEMORY:
+            spilt = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  (its mapping outlives us)
+            _write(spilt, self._file.getbuffer())
+            self._file = spilt
+        _write(self._file, raw)
+        self.held += len(raw)
+
+    def mapped(self) -> Tensor:
+        """All that is held, without another copy of it."""
+        if not self.held:
+            return torch.empty(0, dtype=torch.uint8)
+        if isinstance(self._file, BytesIO):
+            return torch.frombuffer(self._file.getbuffer(), dtype=torch.uint8)[: self.held]
+        # The mapping keeps the unlinked file alive; it goes with the process, however that ends.
+        return torch.from_numpy(np.memmap(self._file, np.uint8, "r+", shape=(self.held,)))
+
+
+def _write(file: Any, raw: bytes | memoryview) -> None:
+    """All of it, or OSError."""
+    if file.write(raw) != len(raw):
+        raise OSError(errno.ENOSPC, "No space left on device")
