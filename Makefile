@@ -38,6 +38,7 @@ smoke: .venv/.installed  ## tiny subsets through the real command line
 	$(BIN)/vitft --version
 	$(BIN)/vitft recipes ls
 	$(BIN)/vitft data info digits
+	$(BIN)/vitft data check digits
 	$(BIN)/vitft explain --model vit-micro
 	$(BIN)/vitft explain --image docs/boot.png --html runs/boot.html
 	$(BIN)/vitft bench train --steps 2

@@ -285,6 +285,27 @@ def data_info(
     commands.data_info(dataset, options, preview, json)
 
 
+@data_app.command("check")
+def data_check(
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="Alias, hub id, folder, CSV, JSONL or parquet.")],
+    dataset_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub data set.")] = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    max_pixels: MaxPixels = None,
+    quarantine: Annotated[Path | None, typer.Option(help="Write a list of the images to leave out, for vitft train --exclude.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with the suspects' pictures.")] = None,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Look for what is wrong with a data set: broken files, duplicates, leaks between splits, labels.
+
+    Exit code 3 if anything would stop a training.
+    """
+    from vitft import commands
+
+    options = {"revision": dataset_revision, "image_column": image_column, "label_column": label_column}
+    commands.data_check(dataset, options, max_pixels, quarantine, html, json)
+
+
 @cache_app.command("ls")
 def cache_ls(json: Json = False) -> None:
     """List what is kept: data, size, and when it was last used."""

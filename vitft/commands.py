@@ -196,6 +196,42 @@ def data_info(dataset: str, options: dict[str, Any], preview: Path | None, as_js
     console.say_json(described) if as_json else console.say(reports.data_report(described))
 
 
+def data_check(
+    dataset: str, options: dict[str, Any], max_pixels: int | None, quarantine: Path | None, html: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Show what is wrong with a data set. Raises DataError, last, if it would stop a training."""
+    from vitft.data.check import KINDS, check, document, quarantined
+    from vitft.data.images import MAX_PIXELS
+    from vitft.data.sources import open_source
+    from vitft.files import write_text
+
+    for file in filter(None, (quarantine, html)):
+        if not file.parent.is_dir():
+            raise UsageError(f"{file}: no such folder; make it first, or choose another.")
+    source = open_source(dataset, **options)
+    folder = Path(dataset).expanduser()
+    with console.working("checking") as progress:
+        found = check(
+            source, folder if folder.is_dir() else None, max_pixels=max_pixels or MAX_PIXELS, progress=progress
+        )
+    if html is not None:
+        from vitft.data.suspects import write_suspects
+
+        write_suspects(found, source, html)
+        console.note(f"suspects: {html}")
+    if quarantine is not None:
+        lines = quarantined(found)
+        write_text(quarantine, "".join(f"{line}\n" for line in lines))
+        console.note(f"{len(lines):,} images to leave out: vitft train --dataset {dataset} --exclude {quarantine}")
+    images = sum(len(split) for split in source.splits.values())
+    console.say_json(document(found)) if as_json else console.say(reports.check_report(found, KINDS, images))
+    if broken := sum(one.severity == "error" for one in found):
+        raise DataError(
+            f"{broken:,} of {images:,} images would stop a training; mend or remove them, or leave them out."
+        )
+
+
 def _report_skipped(skipped: list[Any]) -> None:
     for one in skipped:
         console.warn(f"skipped {one.name}: {one.reason}")

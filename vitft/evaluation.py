@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from vitft.checkpoint import find_model, read_card
 from vitft.config import TrainConfig
 from vitft.data.loader import Batches, EvalLoader
-from vitft.data.sources import ALIASES, DIGITS, Source, open_source
+from vitft.data.sources import ALIASES, DIGITS, Source, excluding, open_source
 from vitft.data.splits import Split, make_splits, split_hash
 from vitft.data.store import Skipped, decode_all
 from vitft.errors import DataError, ModelError, UsageError
@@ -75,7 +75,8 @@ def evaluate(
     config = card.config if card else TrainConfig(val_fraction=0)
     if dataset is not None and (dataset := absolute(dataset, (*ALIASES, DIGITS))) != config.dataset:
         # What the checkpoint's own data set was split and read by says nothing of another one.
-        anew = {"dataset_revision", "image_column", "label_column", "max_train_samples", "max_eval_samples"}
+        anew = {"dataset_revision", "image_column", "label_column", "max_train_samples", "max_eval_samples",
+                "exclude"}  # fmt: skip
         config = config.model_copy(update=dict.fromkeys(anew) | {"dataset": dataset, "val_fraction": 0.0})
     typed = {"dataset_revision": dataset_revision, "max_pixels": max_pixels, "on_bad_image": on_bad_image,
              "image_column": image_column, "label_column": label_column}  # fmt: skip
@@ -83,6 +84,8 @@ def evaluate(
     loaded = load_trained(where if where.is_dir() else str(checkpoint))
     source = open_source(str(config.dataset), revision=config.dataset_revision,
                          image_column=config.image_column, label_column=config.label_column)  # fmt: skip
+    if config.exclude is not None:
+        source = excluding(source, Path(config.exclude))
     chosen = choose_split(source, config, split, max_eval_samples)
     truth = matched(chosen.labels, source.labels, loaded.labels, name=str(checkpoint))
     skip_bad = config.on_bad_image == "skip"

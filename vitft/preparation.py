@@ -1,5 +1,6 @@
 """What a run starts from: settings resolved, splits made, model loaded. Nothing is decoded or written."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from numpy.typing import NDArray
 
 from vitft import console, paths
 from vitft.config import SIZES, TrainConfig, named_dataset
-from vitft.data.sources import ALIASES, DIGITS, Source, open_source
+from vitft.data.check import check, check_labels
+from vitft.data.sources import ALIASES, DIGITS, Source, excluding, open_source
 from vitft.data.splits import Split, make_splits
 from vitft.data.store import Store, decode_all
 from vitft.errors import DataError, UsageError
@@ -69,6 +71,9 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None) -> Prepared:
         dataset, revision=config.dataset_revision,
         image_column=config.image_column, label_column=config.label_column,
     )  # fmt: skip
+    if config.exclude is not None:
+        source = excluding(source, Path(config.exclude))
+    _tell_faults(source, config)
     splits = make_splits(
         source, val_fraction=config.val_fraction, max_train_samples=config.max_train_samples,
         max_eval_samples=config.max_eval_samples, seed=config.seed,
@@ -89,6 +94,20 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None) -> Prepared:
               "dataset_revision": source.revision or config.dataset_revision,
               "image_size": loaded.preprocess.height, "attention": attention}  # fmt: skip
     return Prepared(absolute(config.model_copy(update=pinned)), source, splits, loaded)
+
+
+def _tell_faults(source: Source, config: TrainConfig) -> None:
+    """Say what the labels tell, or with `check: full` what all images do; missing training classes are told later."""
+    if config.check == "full":
+        with console.working("checking the data") as progress:
+            counts = Counter(one.kind for one in check(source, max_pixels=config.max_pixels, progress=progress))
+        if counts:
+            listed = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
+            console.warn(f"{listed}; `vitft data check` with the same data set lists them")
+    elif config.check == "fast":
+        for one in check_labels(source):
+            if one.kind in ("similar-labels", "imbalance"):
+                console.warn(f"{one.path}: {one.detail}")
 
 
 def _attend(loaded: Loaded, config: TrainConfig) -> str:
@@ -116,4 +135,7 @@ def _load_again(config: TrainConfig, source: Source, checkpoint: Path) -> Loaded
 def absolute(config: TrainConfig) -> TrainConfig:
     """The settings with local paths made absolute, so that they hold from any folder."""
     dataset = config.dataset and paths.absolute(config.dataset, (*ALIASES, DIGITS))
-    return config.model_copy(update={"dataset": dataset, "model": paths.absolute(config.model, PRESETS)})
+    exclude = config.exclude and paths.absolute(config.exclude, ())
+    return config.model_copy(
+        update={"dataset": dataset, "model": paths.absolute(config.model, PRESETS), "exclude": exclude}
+    )

@@ -187,6 +187,34 @@ def recipe_table(recipes: Sequence[Any]) -> RenderableType:
     return table
 
 
+LISTED_FINDINGS = 5  # of a kind
+
+
+def check_report(findings: Sequence[Any], kinds: Mapping[str, tuple[str, str]], images: int) -> RenderableType:
+    """What the doctor found: a line a kind, its first few findings, and a verdict."""
+    colors = {"error": "red", "warning": "yellow", "note": "cyan"}
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right")
+    table.add_column()
+    for kind, (severity, meaning) in kinds.items():
+        alike = [one for one in findings if one.kind == kind]
+        if not alike:
+            continue
+        table.add_row(Text(kind, colors[severity]), Text(f"{len(alike):,}", "bold"), Text(meaning, "dim"))
+        for one in alike[:LISTED_FINDINGS]:
+            place = ": ".join(filter(None, (one.split, one.path)))
+            table.add_row("", "", Text.assemble(safe(place), (f"  {safe(one.detail)}", "dim")))
+        if len(alike) > LISTED_FINDINGS:
+            table.add_row(
+                "", "", Text(f"... {len(alike) - LISTED_FINDINGS:,} more; --json or --html lists them", "dim")
+            )
+    counts = {severity: sum(one.severity == severity for one in findings) for severity in colors}
+    told = ", ".join(f"{count:,} {name}{'' if count == 1 else 's'}" for name, count in counts.items() if count)
+    verdict = Text(f"{images:,} images: {told or 'nothing is wrong with them'}", "bold")
+    return Group(table, Text(), verdict) if findings else verdict
+
+
 def cache_table(entries: Sequence[Any], folder: Path) -> RenderableType:
     """Decoded photos that are kept, and what they take together."""
     table = Table(box=None, pad_edge=False)

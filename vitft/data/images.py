@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,24 @@ def header(source: bytes | Path) -> tuple[int, int, str]:
     try:
         with _open(source, MAX_PIXELS) as image:
             return *image.size, str(image.format)
+    except Exception as error:
+        raise _bad(error, MAX_PIXELS) from error
+
+
+class About(NamedTuple):
+    """What a file says of its image before a pixel is decoded; orientation is EXIF's, 1 for upright."""
+
+    format: str
+    mode: str
+    orientation: int
+
+
+def about(source: bytes | Path) -> About:
+    """Format, mode and orientation. Raises BadImage."""
+    _silence_pillow()
+    try:
+        with _open(source, MAX_PIXELS) as image:
+            return About(str(image.format), image.mode, _orientation(image))
     except Exception as error:
         raise _bad(error, MAX_PIXELS) from error
 

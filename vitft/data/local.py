@@ -142,6 +142,12 @@ def image_files(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in sorted(files) if _is_image(name))
 
 
+def passed_over(folder: Path) -> Iterator[Path]:
+    """Files below a folder of images that `image_files` leaves out, in order of name."""
+    read = set(image_files(folder))
+    yield from (file for file in sorted(folder.rglob("*")) if file not in read and file.is_file())
+
+
 def _is_image(name: str) -> bool:
     return not _is_junk(name) and os.path.splitext(name)[1].lower() in suffixes()  # noqa: PTH122  (hot loop)
 

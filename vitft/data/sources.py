@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -116,6 +116,33 @@ def sample_ids(split: datasets.Dataset, rows: NDArray[np.int64]) -> Sequence[str
     images = split.data.column("image")
     found = (images[int(row)]["path"].as_py() for row in rows)
     return [str(path).removeprefix(root).replace(os.sep, "/") for path in found]
+
+
+def excluding(source: Source, file: Path) -> Source:
+    """The source without the images that a file lists, as `vitft data check --quarantine` writes it: SPLIT<tab>IMAGE.
+
+    Raises DataError for a file that cannot be read, UsageError for a line that names no image of the source.
+    """
+    try:
+        lines = [line for line in file.expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no text"
+        raise DataError(f"exclude {file}: {reason}; give a list as vitft data check --quarantine writes it.") from error
+    wanted: dict[str, dict[str, str]] = {}
+    for line in lines:
+        split, _, name = line.partition("\t")
+        wanted.setdefault(split, {})[name] = line
+    splits = dict(source.splits)
+    for name, rows in source.splits.items():
+        out = wanted.get(str(name), {})
+        if out:
+            ids = [one if isinstance(one, str) else f"row {one}" for one in sample_ids(rows, np.arange(len(rows)))]
+            splits[name] = rows.select([row for row, one in enumerate(ids) if one not in out])
+            for one in ids:
+                out.pop(one, None)
+    if left := [line for out in wanted.values() for line in out.values()]:
+        raise UsageError(f"exclude {file}: {left[0]!r} names no image of {source.name}; a line is SPLIT, a tab, IMAGE.")
+    return replace(source, splits=datasets.DatasetDict(splits))
 
 
 def class_indices(split: datasets.Dataset) -> NDArray[np.int64]:

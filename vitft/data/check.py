@@ -1,0 +1,257 @@
+"""The doctor: what is wrong with a data set, found in one pass over all of its images.
+
+Each finding has a kind, and each kind a severity: an error stops training, a warning makes its scores worth
+less, a note is worth knowing.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vitft.data.augment import workers
+from vitft.data.images import MAX_PIXELS, BadImage, about, decode
+from vitft.data.local import passed_over
+from vitft.data.sources import Source, class_indices, sample_ids
+
+Severity = Literal["error", "warning", "note"]
+Progress = Callable[[int, int], None]
+
+KINDS: dict[str, tuple[Severity, str]] = {
+    "empty": ("error", "zero bytes"),
+    "not-an-image": ("error", "no image that Pillow reads"),
+    "truncated": ("error", "the end of the file is missing"),
+    "unreadable": ("error", "damaged, gone, or not to be opened"),
+    "too-large": ("error", "more pixels than --max-pixels"),
+    "leak": ("warning", "the same pixels in two splits: the score is of what was learned by heart"),
+    "near-leak": ("warning", "almost the same photo in two splits"),
+    "other-label": ("warning", "the same pixels with two labels"),
+    "duplicate": ("warning", "the same pixels twice in a split"),
+    "near-duplicate": ("note", "almost the same photo twice in a split"),
+    "missing-class": ("warning", "a class without an image in a split"),
+    "similar-labels": ("warning", "labels that differ only in case or spacing"),
+    "imbalance": ("note", "the largest class has over ten times the images of the smallest"),
+    "wrong-extension": ("note", "its name says another format than it has"),
+    "rotated": ("note", "turned upright by its EXIF orientation, which other programs may not do"),
+    "unusual-mode": ("note", "not 8-bit RGB or gray; it is converted"),
+    "extreme-shape": ("note", "over four times as long as wide: much of it is squeezed or cut off"),
+    "passed-over": ("note", "a file beside the images that is not read"),
+}
+PHOTO = 64  # pixels of the shorter side: smaller pictures resemble one another by the thousand
+MANY = 100_000  # photos; more are not compared pair by pair
+_LONG, _UNEQUAL = 4, 10
+_BITS, _ALIKE = 12, 0.97  # photos are almost the same within so many of 64 bits, and this correlated
+_CHUNK, _BLOCK = 256, 128  # rows read at a time, photos compared with all before them
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing: of which split, where (an image's id, a class or a split), what kind, and the particulars."""
+
+    split: str
+    path: str
+    kind: str
+    severity: Severity
+    detail: str
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """An image that was looked at."""
+
+    split: str
+    path: str
+    label: int
+    problems: tuple[tuple[str, str], ...]  # kind and detail
+    digest: bytes | None = None  # of its pixels; None: it could not be decoded
+    sign: int | None = None  # 64 bits that resemble those of a photo that looks like it
+    thumb: NDArray[np.float32] | None = None  # 256 numbers of mean 0 and length 1
+
+
+def check(
+    source: Source, folder: Path | None = None, *, max_pixels: int = MAX_PIXELS,
+    progress: Progress = lambda done, count: None,
+) -> list[Finding]:  # fmt: skip
+    """Everything that is wrong with a data set; `folder` is where it lies, if it is one of class folders.
+
+    Errors come first, and within a kind the order is the data set's.
+    """
+    seen: list[_Seen] = []
+    count = sum(len(split) for split in source.splits.values())
+    for name, split in source.splits.items():
+        for one in _look(str(name), split, max_pixels):
+            seen.append(one)
+            progress(len(seen), count)
+    found = [_finding(one.split, one.path, *problem) for one in seen for problem in one.problems]
+    found += _twins(seen, source.labels)
+    found += _resembling(seen)
+    found += check_labels(source)
+    if folder is not None:
+        found += _beside(folder)
+    places = {kind: place for place, kind in enumerate(KINDS)}
+    return sorted(found, key=lambda finding: places[finding.kind])
+
+
+def document(findings: Sequence[Finding]) -> dict[str, Any]:
+    """JSON-ready."""
+    counts = Counter(finding.kind for finding in findings)
+    return {"findings": [asdict(finding) for finding in findings], "counts": dict(counts)}
+
+
+def quarantined(findings: Sequence[Finding]) -> list[str]:
+    """Lines `SPLIT<tab>IMAGE` of images better left out: those that stop training, and all but one of the same.
+
+    Of two splits that share an image, the later one keeps it: train gives way to test.
+    """
+    out = {"duplicate", "leak", *(kind for kind, (severity, _) in KINDS.items() if severity == "error")}
+    return list(dict.fromkeys(f"{one.split}\t{one.path}" for one in findings if one.kind in out))
+
+
+def _finding(split: str, path: str, kind: str, detail: str) -> Finding:
+    return Finding(split, path, kind, KINDS[kind][0], detail)
+
+
+# -- one image ------------------------------------------------------------------------------------
+
+
+def _look(split: str, rows: datasets.Dataset, max_pixels: int) -> Iterator[_Seen]:
+    labels = class_indices(rows)
+    for start in range(0, len(rows), _CHUNK):
+        index = np.arange(start, min(start + _CHUNK, len(rows)))
+        cells = rows[start : start + _CHUNK]["image"]
+        names = [one if isinstance(one, str) else f"row {one}" for one in sample_ids(rows, index)]
+        jobs = zip(names, labels[index].tolist(), cells, strict=True)
+        yield from workers().map(lambda job: _examined(split, job[0], job[1], job[2], max_pixels), jobs)
+
+
+def _examined(split: str, path: str, label: int, cell: dict[str, Any], max_pixels: int) -> _Seen:
+    source = Path(cell["path"]) if cell["bytes"] is None else cell["bytes"]
+    try:
+        pixels = decode(source, max_pixels)
+        said = about(source)
+    except BadImage as error:
+        return _Seen(split, path, label, ((_kind_of(str(error)), str(error)),))
+    problems = []
+    suffix = Path(path).suffix.lower()
+    named = Image.registered_extensions().get(suffix)
+    if named is not None and named != said.format and {named, said.format} != {"JPEG", "MPO"}:
+        problems.append(("wrong-extension", f"{suffix}, but it is a {said.format}"))
+    if said.orientation != 1:
+        problems.append(("rotated", f"EXIF orientation {said.orientation}"))
+    if said.mode not in ("RGB", "L"):
+        problems.append(("unusual-mode", said.mode))
+    height, width = pixels.shape[:2]
+    if max(height, width) > _LONG * min(height, width):
+        problems.append(("extreme-shape", f"{width} x {height}"))
+    digest = hashlib.blake2b(np.array(pixels.shape).tobytes() + pixels.tobytes(), digest_size=16).digest()
+    sign, thumb = _photo(pixels) if min(height, width) >= PHOTO else (None, None)
+    return _Seen(split, path, label, tuple(problems), digest, sign, thumb)
+
+
+def _kind_of(reason: str) -> str:
+    """The kind of a decoder's complaint."""
+    starts = {"is empty": "empty", "is not an image": "not-an-image", "is truncated": "truncated", "has ": "too-large"}
+    return next((kind for start, kind in starts.items() if reason.startswith(start)), "unreadable")
+
+
+def _photo(pixels: NDArray[np.uint8]) -> tuple[int | None, NDArray[np.float32] | None]:
+    """A photo's perceptual hash (Zauner 2010: signs of its lowest frequencies) and its thumbnail.
+
+    A picture of one colour has neither: it would resemble all others of one colour.
+    """
+    from imagehash import phash
+
+    small = Image.fromarray(pixels).convert("L").resize((64, 64), Image.Resampling.BOX)
+    thumb = np.asarray(small.resize((16, 16), Image.Resampling.BOX), np.float32).ravel()
+    thumb -= thumb.mean()
+    if (length := float(np.linalg.norm(thumb))) < 16:
+        return None, None
+    bits = phash(small).hash.ravel()
+    return int.from_bytes(np.packbits(bits).tobytes(), "big"), thumb / length
+
+
+# -- images beside one another --------------------------------------------------------------------
+
+
+def _twins(seen: Sequence[_Seen], labels: Sequence[str]) -> Iterator[Finding]:
+    """Images with the very same pixels; what is found is said of the earlier split, else of the later image."""
+    first: dict[bytes, list[_Seen]] = {}
+    for one in seen:
+        if one.digest is None:
+            continue
+        others = first.setdefault(one.digest, [])
+        same = next((other for other in others if other.split == one.split), None)
+        if same is not None:
+            yield _finding(one.split, one.path, "duplicate", f"as {same.path}")
+        for other in others:
+            if other.split != one.split:
+                yield _finding(other.split, other.path, "leak", f"as {one.path} of {one.split}")
+            if other.label != one.label:
+                detail = f"{labels[one.label]} here, {labels[other.label]} for {other.path} of {other.split}"
+                yield _finding(one.split, one.path, "other-label", detail)
+        if same is None:
+            others.append(one)
+
+
+def _resembling(seen: Sequence[_Seen]) -> Iterator[Finding]:
+    """Photos that look the same, each with the first that it resembles; those with the same pixels apart."""
+    photos = [one for one in seen if one.sign is not None]
+    if len(photos) < 2 or len(photos) > MANY:
+        return
+    signs = np.array([one.sign for one in photos], np.uint64)
+    thumbs = np.stack([one.thumb for one in photos if one.thumb is not None])
+    for start in range(0, len(photos), _BLOCK):
+        end = min(start + _BLOCK, len(photos))
+        near = np.bitwise_count(signs[start:end, None] ^ signs[None, :end]) <= _BITS
+        told: set[tuple[int, str]] = set()
+        for row, earlier in np.argwhere(near):
+            one, other, alike = photos[start + row], photos[earlier], float(thumbs[start + row] @ thumbs[earlier])
+            if earlier >= start + row or one.digest == other.digest or alike < _ALIKE or (row, other.split) in told:
+                continue
+            told.add((row, other.split))
+            detail = f"{100 * alike:.0f} % alike: "
+            if one.split == other.split:
+                yield _finding(one.split, one.path, "near-duplicate", detail + other.path)
+            else:
+                yield _finding(other.split, other.path, "near-leak", f"{detail}{one.path} of {one.split}")
+
+
+# -- labels and files -----------------------------------------------------------------------------
+
+
+def check_labels(source: Source) -> Iterator[Finding]:
+    """What the labels alone tell: no image is read."""
+    for name, split in source.splits.items():
+        counts = np.bincount(class_indices(split), minlength=len(source.labels))
+        for index in np.flatnonzero(counts == 0):
+            yield _finding(str(name), source.labels[index], "missing-class", "no image of it here")
+        some = counts[counts > 0]
+        if len(some) > 1 and some.max() > _UNEQUAL * some.min():
+            most, least = (source.labels[np.flatnonzero(counts == n)[0]] for n in (some.max(), some.min()))
+            detail = f"{some.max():,} images of {most}, {some.min():,} of {least}"
+            yield _finding(str(name), str(name), "imbalance", detail)
+    spelled: dict[str, str] = {}
+    for label in source.labels:
+        plain = "".join(label.casefold().replace("_", " ").replace("-", " ").split())
+        if plain in spelled:
+            yield _finding("", label, "similar-labels", f"differs from {spelled[plain]!r} in case or spacing alone")
+        spelled.setdefault(plain, label)
+
+
+def _beside(folder: Path) -> Iterator[Finding]:
+    """Files of a folder that are not read; images under another name are said to be such."""
+    for file in passed_over(folder):
+        try:
+            found = about(file).format
+        except BadImage:
+            yield _finding("", str(file.relative_to(folder)), "passed-over", "no image by its name")
+        else:
+            detail = f"it is a {found}, and is not read for its name"
+            yield _finding("", str(file.relative_to(folder)), "wrong-extension", detail)
