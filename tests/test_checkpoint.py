@@ -1,13 +1,19 @@
 """The run folder: whole or absent."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from vitft import TrainConfig, evaluate, predict, train
 from vitft import checkpoint as ckpt
 from vitft.errors import ModelError, UsageError
-from vitft.files import new_folder, write_json, write_text
+from vitft.explain.trace import trace
+from vitft.files import held, new_folder, write_json, write_text
+from vitft.trainer import resume
 
 
 def test_a_folder_that_fails_on_the_way_leaves_what_was_there(tmp_path: Path) -> None:
@@ -122,3 +128,75 @@ def test_what_a_kill_between_two_renames_left_is_found_again(tmp_path: Path) -> 
     with pytest.raises(OSError, match="disk full"):
         fail()
     assert (tmp_path / "best" / "weights").read_text() == "old"
+
+
+# -- whole, and held by one -----------------------------------------------------------------------
+
+FILES = ["config.json", "model.safetensors", "preprocessor_config.json"]
+
+
+@pytest.fixture
+def copied(digits_run: Any, tmp_path: Path) -> Path:
+    shutil.copytree(digits_run.run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_flipped_bit_is_found_by_all_who_read_a_checkpoint(copied: Path, name: str, tmp_path: Path) -> None:
+    file = copied / "best" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    readers: list[Callable[[], object]] = [
+        lambda: evaluate(copied),
+        lambda: predict("docs/digits", copied),
+        lambda: trace(Path("docs/digits/nine.png"), copied),
+        lambda: train(TrainConfig(dataset="digits", model=str(copied / "best"), max_steps=1), output=tmp_path / "new"),
+    ]
+    for read in readers:
+        with pytest.raises(ModelError, match=rf"{name}: is not what was written, its SHA-256 differs; take another"):
+            read()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_missing_file_is_named(copied: Path) -> None:
+    (copied / "best" / "preprocessor_config.json").unlink()
+    with pytest.raises(ModelError, match=r"preprocessor_config\.json: is missing"):
+        evaluate(copied)
+
+
+def test_every_file_of_a_checkpoint_has_its_sum_but_the_one_for_people(digits_run: Any) -> None:
+    for folder in (digits_run.run / "best", digits_run.run / "last"):
+        sums = json.loads((folder / "vitft.json").read_text())["sha256"]
+        assert set(sums) | {"vitft.json", "README.md"} == {file.name for file in folder.iterdir()}
+
+
+def test_a_folder_of_someone_elses_has_no_sums_and_is_taken(saved: Callable[..., Path]) -> None:
+    folder = saved()
+    assert ckpt.prove(folder) == folder
+
+
+def test_two_processes_do_not_train_in_one_folder(copied: Path) -> None:
+    with held(copied) as alone:  # as another process would
+        assert alone
+        with pytest.raises(UsageError, match="another process is training there"):
+            resume(copied)
+        with pytest.raises(UsageError, match="another process is training there"):
+            ckpt.check_free(copied, overwrite=True)
+    before = sorted(copied.rglob("*"))
+    resume(copied)  # it was finished; the folder is free again
+    assert sorted(copied.rglob("*")) == before
+
+
+def test_a_run_holds_its_folder_while_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def look(self: Any, state: Any) -> Any:
+        with held(self.run) as alone:
+            seen.append(alone)
+        return "trained"
+
+    monkeypatch.setattr("vitft.trainer._Run.train", look)
+    settings = TrainConfig(dataset="digits", model="vit-micro", max_train_samples=20, max_steps=1, device="cpu")
+    assert train(settings, output=tmp_path / "run") == "trained"  # type: ignore[comparison-overlap]
+    assert seen == [False]

@@ -23,7 +23,7 @@ from vitft import __version__
 from vitft.config import TrainConfig
 from vitft.data.augment import Preprocess
 from vitft.errors import ModelError, UsageError
-from vitft.files import new_folder, write_json, write_text
+from vitft.files import held, new_folder, write_json, write_text
 from vitft.spec import PRESETS
 
 
@@ -86,6 +86,9 @@ def check_free(path: Path, *, overwrite: bool) -> None:
         raise UsageError(f"output {path}: the folder exists and is not empty; {remedy}.")
     if not is_run(path):
         raise UsageError(f"output {path}: --overwrite replaces run folders only, and this is none; choose another.")
+    with held(path) as alone:
+        if not alone:
+            raise UsageError(f"output {path}: another process is training there; wait for it, or choose another.")
 
 
 def is_run(path: Path) -> bool:
@@ -108,9 +111,10 @@ def save_model(folder: Path, model: Any, how: Preprocess, card: Card) -> None:
 def _fill(folder: Path, model: Any, how: Preprocess, card: Card) -> None:
     model.save_pretrained(folder)
     write_json(folder / "preprocessor_config.json", how.to_json())
-    write_json(folder / "vitft.json", card.to_json())
-    write_text(folder / "README.md", _readme(card))
     (folder / "model.safetensors").chmod(0o644)  # safetensors makes files that only their owner may read
+    sums = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+    write_json(folder / "vitft.json", card.to_json() | {"sha256": sums})
+    write_text(folder / "README.md", _readme(card))
 
 
 def save_step(
@@ -185,20 +189,39 @@ def read_card(folder: Path) -> Card | None:
     try:
         document = json.loads(file.read_text())
         document.pop("vitft")
+        document.pop("sha256", None)  # see `prove`
         config = TrainConfig.parse(document.pop("config"), str(file))
         return Card(config=config, **document | {"labels": tuple(document["labels"])})
     except (ValueError, KeyError, TypeError, UsageError) as error:
         raise ModelError(f"{file}: not readable ({error}); was it edited?") from error
 
 
+def prove(folder: Path) -> Path:
+    """The folder, if every file is what vitft wrote, by its SHA-256. Raises ModelError; other folders have no sums."""
+    try:
+        sums = json.loads((folder / "vitft.json").read_text(encoding="utf-8")).get("sha256", {}).items()
+    except (OSError, ValueError, AttributeError):
+        return folder  # not vitft's; what is wrong with it, its reader says
+    for name, wanted in sums:
+        file = folder / Path(name).name
+        if not file.is_file():
+            raise ModelError(f"{file}: is missing; take another checkpoint.")
+        if _sha256(file) != wanted:
+            raise ModelError(
+                f"{file}: is not what was written, its SHA-256 differs; take another checkpoint, or, if you "
+                "changed it yourself, remove its line from vitft.json."
+            )
+    return folder
+
+
 def find_model(path: Path) -> Path:
-    """The model folder behind a path: itself, or a run's best, last or newest step checkpoint."""
+    """The model folder behind a path: itself, or a run's best, last or newest step checkpoint; proved whole."""
     if is_run(path):
         candidates = [path / "best", path / "last", *step_folders(path)]
         found = next((folder for folder in candidates if (folder / "config.json").is_file()), None)
         if found is None:
             raise ModelError(f"{path}: this run has no checkpoint yet.")
-        return found
+        return prove(found)
     run = next((folder for folder in path.parents if is_run(folder)), None)
     if run is not None and not path.exists():
         find_model(run)  # a run with no checkpoint at all says so
@@ -212,7 +235,7 @@ def find_model(path: Path) -> Path:
     may_be_hub_id = len(path.parts) == 2 and not path.is_absolute() and path.parts[0] not in (".", "..")
     if not path.exists() and not may_be_hub_id and str(path) not in PRESETS:
         raise ModelError(f"{path}: no such folder; give a run, one of its checkpoints, or a hub id (owner/name).")
-    return path
+    return prove(path)
 
 
 def optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

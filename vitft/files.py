@@ -33,6 +33,32 @@ def write_json(path: Path, document: Any) -> None:
 
 
 @contextmanager
+def held(folder: Path) -> Iterator[bool]:
+    """Whether this process alone holds a folder, until it leaves or ends, however that happens; it leaves no file.
+
+    Where folders cannot be held (no such system call, some network disks) the answer is always True.
+    """
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield True
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        except OSError:
+            yield True
+        else:
+            yield True
+    finally:
+        os.close(handle)
+
+
+@contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder to fill; on leaving, it takes the place of `path`, or vanishes on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)

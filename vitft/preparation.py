@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitft import console, paths
+from vitft.checkpoint import prove
 from vitft.config import SIZES, TrainConfig, named_dataset
 from vitft.data.check import check, check_labels
 from vitft.data.sources import ALIASES, DIGITS, Source, excluding, open_source
@@ -88,6 +89,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None) -> Prepared:
         raise DataError(f"{config.dataset}: one class ({source.labels[0]}) leaves nothing to tell apart; add another.")
     if config.early_stopping and "validation" not in splits:
         raise UsageError("early_stopping needs a validation split, and there is none; set --val-fraction above 0.")
+    prove(Path(config.model).expanduser())
     loaded = load_for_training(config, source.labels) if checkpoint is None else _load_again(config, source, checkpoint)
     attention = _attend(loaded, config)
     pinned: dict[str, Any] = {"model_revision": loaded.revision or config.model_revision,

@@ -1,7 +1,10 @@
 """Where a run is written, and what may differ when it is resumed."""
 
 import json
+import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ from vitft import checkpoint as ckpt
 from vitft.config import TrainConfig
 from vitft.data.splits import manifest
 from vitft.errors import DataError, UsageError, as_flag
-from vitft.files import write_json
+from vitft.files import held, write_json
 from vitft.hardware import environment
 from vitft.preparation import Prepared, Stores, absolute
 from vitft.recipe import read_recipe
@@ -34,6 +37,18 @@ def new_run(accelerator: Any, prepared: Prepared, output: Path | None, overwrite
         ckpt.write_config(run, prepared.config)  # last: it makes the folder a run
         chosen = [run]
     return Path(broadcast_object_list(chosen)[0])
+
+
+@contextmanager
+def alone_in(run: Path) -> Iterator[None]:
+    """While a run is trained, no other process may train in its folder. Raises UsageError where one does."""
+    if os.environ.get("RANK", "0") != "0":  # its processes are one run: the first holds the folder
+        yield
+        return
+    with held(run) as alone:
+        if not alone:
+            raise UsageError(f"{run}: another process is training there; wait for it, or choose another.")
+        yield
 
 
 def introduction(prepared: Prepared, total_steps: int, run: Path) -> str:

@@ -59,7 +59,8 @@ def train(config: TrainConfig, *, output: Path | str | None = None, overwrite: b
         prepared.config = tuned(prepared, accelerator.num_processes)
     stores = prepared.decode()  # a bad image is found before anything is written, or overwritten
     run = runs.new_run(accelerator, prepared, output, overwrite)
-    return _Run(accelerator, prepared, stores, run).train(State())
+    with runs.alone_in(run):
+        return _Run(accelerator, prepared, stores, run).train(State())
 
 
 def resume(run: Path | str, changes: dict[str, Any] | None = None) -> Result:
@@ -71,6 +72,11 @@ def resume(run: Path | str, changes: dict[str, Any] | None = None) -> Result:
     run = Path(run).expanduser()
     if not ckpt.is_run(run):
         raise ModelError(f"{run}: no run folder (no config.yaml and checkpoints/ in it); give the folder of a run.")
+    with runs.alone_in(run):
+        return _resume(run, changes)
+
+
+def _resume(run: Path, changes: dict[str, Any] | None) -> Result:
     config = runs.changed(run, changes or {})
     folder, passed = ckpt.newest_whole(run)
     for fault in passed:
