@@ -19,7 +19,7 @@ ROOMS = [
     ["__main__"],
     ["cli"],
     ["shell", "commands"],
-    ["trainer", "textbook.figures"],
+    ["trainer", "textbook.figures", "proof"],
     ["textbook.training", "textbook.report"],
     ["plan", "bench"],
     ["tuning"],

@@ -136,6 +136,27 @@ def evaluate(
 
 
 @app.command()
+def verify_resume(
+    recipe: Annotated[str, typer.Option(help="A recipe's name or file.", autocompletion=_fine_tuning_names)] = "smoke",
+    dataset: Annotated[str | None, typer.Option(help="In place of the recipe's.")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="In place of the recipe's.")] = None,
+    save_every: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="In place of the recipe's.")] = None,
+    kills: Annotated[int, typer.Option(min=1, metavar="<int>", help="How often it is killed, if it takes long enough.")] = 1,
+    seed: Annotated[int, typer.Option(metavar="<int>", help="Of the moments.")] = 0,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Prove on this machine that nothing is lost: train, kill -9, resume, and compare every bit.
+
+    It takes a little over twice as long as the run; exit code 5 if anything differs.
+    """
+    from vitft import commands
+
+    settings = {"dataset": dataset, "max_steps": max_steps, "save_every": save_every}
+    overrides = {name: value for name, value in settings.items() if value is not None}
+    commands.verify_resume(recipe, overrides, kills, seed, json)
+
+
+@app.command()
 def predict(
     paths: Annotated[list[str], typer.Argument(metavar="PATH", help="Image files, folders and globs.")],
     checkpoint: Annotated[str, typer.Option(help="Run folder, one of its checkpoints, or a Transformers folder or hub id.")],

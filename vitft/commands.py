@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vitft import console, reports
-from vitft.errors import DataError, UsageError, as_flag
+from vitft.errors import DataError, TrainingError, UsageError, as_flag
 
 
 def train(
@@ -54,6 +54,29 @@ def evaluate(checkpoint: str, options: dict[str, Any], plot: Path | None, as_jso
         plot_confusion(metrics, plot)
         console.note(f"confusion matrix: {plot}")
     console.say_json(metrics.to_dict()) if as_json else console.say(reports.metrics_report(metrics))
+
+
+def verify_resume(recipe: str, overrides: dict[str, Any], kills: int, seed: int, as_json: bool) -> None:
+    """Train, kill, resume, compare. Raises TrainingError, last, if anything differs."""
+    import tempfile
+
+    from vitft.proof import prove_resume
+    from vitft.recipe import load_config
+
+    config = load_config(recipe, overrides)
+    with tempfile.TemporaryDirectory() as work:
+        proof = prove_resume(config, Path(work), kills=kills, seed=seed, say=console.note)
+    same = "the same bits" if proof.equal else "OTHER WEIGHTS OR LOSSES"
+    left = f"; left or missing: {', '.join(proof.left)}" if proof.left else ""
+    if as_json:
+        console.say_json(asdict(proof) | {"repeated": proof.repeated})
+    else:
+        console.say_text(
+            f"kills: {len(proof.kills)} of {kills}, in a run of {proof.steps} steps; {same} as undisturbed; "
+            f"steps taken twice after a kill: at most {proof.repeated}{left}\n"
+        )
+    if not proof.equal or proof.left:
+        raise TrainingError("the resumed run is not the undisturbed one; please report this with the recipe.")
 
 
 def bench(what: Any, settings: dict[str, Any], steps: int, as_json: bool) -> None:

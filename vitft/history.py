@@ -25,12 +25,19 @@ def record(run: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
+def recorded(run: Path) -> list[dict[str, Any]]:
+    """The lines of the run's metrics that were written whole."""
+    metrics = run / FILE
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
 def forget_after(run: Path, step: int) -> None:
     """Drop the lines of what will be done again: later steps, and the final score."""
     metrics = run / FILE
     if metrics.exists():
-        lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
-        write_text(metrics, "".join(line + "\n" for line in lines if _stays(json.loads(line), step)))
+        lines = (json.dumps(line, allow_nan=False) for line in recorded(run) if _stays(line, step))
+        write_text(metrics, "".join(line + "\n" for line in lines))
 
 
 def _stays(line: dict[str, Any], step: int) -> bool:

@@ -1,0 +1,50 @@
+"""`vitft verify-resume`: a real run, a real kill -9, and a verdict that can fail."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from vitft import proof
+from vitft.cli import app
+from vitft.config import TrainConfig
+from vitft.errors import TrainingError
+from vitft.recipe import load_config
+
+
+def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    config = load_config("smoke", {"save_every": 1, "device": "cpu", "precision": "fp32", "epochs": 8.0})
+    found = proof.prove_resume(config, tmp_path, kills=1, seed=1)
+    assert (found.steps, len(found.kills)) == (32, 1)
+    assert found.equal
+    assert found.left == ()
+    assert found.repeated <= 1
+
+
+def run(*words: str) -> Any:
+    return CliRunner().invoke(app, ["verify-resume", *words])
+
+
+@pytest.mark.parametrize(
+    ("made", "code"),
+    [
+        (proof.Proof(40, [(17, 10), (31, 30)], equal=True), 0),
+        (proof.Proof(40, [(17, 10)], equal=False), 5),
+        (proof.Proof(40, [(17, 10)], equal=True, left=("checkpoints/.step-000020.new",)), 5),
+    ],
+)
+def test_the_verdict(monkeypatch: pytest.MonkeyPatch, made: proof.Proof, code: int) -> None:
+    monkeypatch.setattr(proof, "prove_resume", lambda config, work, **options: made)
+    result = run("--kills", "2")
+    assert result.exit_code == code
+    assert f"at most {made.repeated}" in result.stdout
+    assert ("the same bits" in result.stdout) == made.equal
+    assert json.loads(run("--json").stdout)["repeated"] == 7
+
+
+def test_a_run_that_fails_by_itself_says_how(tmp_path: Path) -> None:
+    config = TrainConfig(dataset=str(tmp_path / "nowhere"), model="vit-micro")
+    with pytest.raises(TrainingError, match=r"vitft train ended with 3: error: no file or folder"):
+        proof.prove_resume(config, tmp_path, kills=1, seed=0)
