@@ -75,13 +75,18 @@ def accelerator_of(config: TrainConfig) -> Any:
     return Accelerator(cpu=known.device == "cpu", mixed_precision=precision)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether that is what an error of torch says; the CPU's has no type of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 @contextmanager
 def memory_guard(config: TrainConfig, processes: int = 1) -> Iterator[None]:
     """Say in one line what to do when memory runs out. Raises TrainingError."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no type of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if not is_out_of_memory(error):
             raise
         micro = max(1, micro_batch(config, processes) // 2)
         raise TrainingError(

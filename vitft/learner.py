@@ -64,6 +64,17 @@ class Learner:
         """Images of a step, over all processes."""
         return len(self.loader.samples(step))
 
+    def halve(self) -> int:
+        """Read half as many images at a time from now on; how many. What a broken-off step left is dropped."""
+        self.optimizer.zero_grad()
+        self._whole = -(-self._whole // 2)
+        return self._whole
+
+    @property
+    def part(self) -> int:
+        """Images of a forward pass of a whole batch."""
+        return self._whole
+
     def step(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Take one; this process's share of loss and correct answers, and the gradient's norm."""
         config, accelerator, clock = self.config, self.accelerator, self.clock

@@ -6,6 +6,8 @@ step). So a run that is resumed from step N ends bit for bit where an undisturbe
 
 import copy
 import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from vitft.config import TrainConfig
 from vitft.data.loader import EvalLoader
 from vitft.errors import ModelError, Stopped, TrainingError
 from vitft.evaluation import measure
-from vitft.hardware import accelerator_of, memory_guard
+from vitft.hardware import accelerator_of, is_out_of_memory, memory_guard
 from vitft.history import Track, Window, forget_after, record, tracker
 from vitft.learner import Learner
 from vitft.metrics import Metrics
@@ -60,7 +62,7 @@ def train(config: TrainConfig, *, output: Path | str | None = None, overwrite: b
     stores = prepared.decode()  # a bad image is found before anything is written, or overwritten
     run = runs.new_run(accelerator, prepared, output, overwrite)
     with runs.alone_in(run):
-        return _Run(accelerator, prepared, stores, run).train(State())
+        return _persisting(run, lambda: _Run(accelerator, prepared, stores, run).train(State()), {})
 
 
 def resume(run: Path | str, changes: dict[str, Any] | None = None) -> Result:
@@ -73,7 +75,29 @@ def resume(run: Path | str, changes: dict[str, Any] | None = None) -> Result:
     if not ckpt.is_run(run):
         raise ModelError(f"{run}: no run folder (no config.yaml and checkpoints/ in it); give the folder of a run.")
     with runs.alone_in(run):
-        return _resume(run, changes)
+        return _persisting(run, lambda: _resume(run, changes), changes or {})
+
+
+class _Rollback(TrainingError):  # noqa: N818  (it reads as what it is)
+    """The loss is no number, and there is a checkpoint to go back to."""
+
+
+_ROLLBACKS = 5  # halvings of the rate in one command: then something else is wrong
+
+
+def _persisting(run: Path, attempt: Callable[[], Result], changes: dict[str, Any]) -> Result:
+    """Train, and after a rollback go on from the newest whole checkpoint at half the rate, which is written down."""
+    for _ in range(_ROLLBACKS):
+        try:
+            return attempt()
+        except _Rollback as fault:
+            config = runs.settings_of(run)
+            config = config.model_copy(update={"lr": config.lr / 2})
+            console.warn(f"{fault}; going on from there at --lr {config.lr:g}")
+            if os.environ.get("RANK", "0") == "0":
+                ckpt.write_config(run, config)
+            attempt = lambda: _resume(run, changes)  # noqa: E731
+    return attempt()
 
 
 def _resume(run: Path, changes: dict[str, Any] | None) -> Result:
@@ -136,7 +160,7 @@ class _Run:
         ):
             while not self.is_over(state):
                 lr = self.learner.lr(state.step)
-                window.add(*self.learner.step(state.step), count=self.learner.images(state.step))
+                window.add(*self._step(state.step), count=self.learner.images(state.step))
                 state.step += 1
                 last = state.step == self.total_steps
                 self.scores = {}  # they were the last step's
@@ -165,6 +189,26 @@ class _Run:
             result = self._finish(state, bar, track)
         world, probe = self.accelerator.num_processes, self.probe is not None
         return replace(result, speed=speed_of(window.pace, self.bare, config, world, probe=probe))
+
+    def _step(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Take a step; where memory runs out, again in smaller parts, from now on. The batch stays what it is."""
+        while True:
+            try:
+                return self.learner.step(step)
+            except RuntimeError as error:
+                # Several processes would have to agree on it, in the middle of an exchange.
+                alone = self.accelerator.num_processes == 1
+                if not is_out_of_memory(error) or self.learner.part == 1 or not alone:
+                    raise
+                before, now = self.learner.part, self.learner.halve()
+            self.config = self.config.model_copy(update={"micro_batch_size": now})
+            ckpt.write_config(self.run, self.config)
+            console.warn(
+                f"out of memory at step {step + 1}: {before} images at a time do not fit; from here on {now}. "
+                f"The batch stays {self.config.batch_size}."
+            )
+            if self.config.device == "cuda":
+                torch.cuda.empty_cache()
 
     def is_over(self, state: State) -> bool:
         """Whether there are no steps left to do."""
@@ -257,6 +301,10 @@ class _Run:
 
     def _diverged(self, step: int, value: float) -> TrainingError:
         folders = ckpt.step_folders(self.run)
+        if folders and self.config.on_nan == "rollback":
+            return _Rollback(
+                f"the loss or its gradient is {value} at step {step}; the last good step is {folders[0].name}"
+            )
         good = f"the last good checkpoint is {folders[0]}" if folders else "no checkpoint was saved before it"
         return TrainingError(
             f"the loss or its gradient is {value} at step {step}; {good}. Try a lower --lr or more --warmup."
