@@ -133,3 +133,20 @@ def test_a_run_of_two_processes_goes_on_as_one(tmp_path: Path) -> None:
     resume(run)
     for a, b in zip(lines(whole), lines(run), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-3)
+
+
+def test_a_run_of_one_process_goes_on_as_two(tmp_path: Path) -> None:
+    """The reverse; every step has the same samples, so the losses agree up to the order of sums."""
+    run = tmp_path / "run"
+    process = start("train", *flags(), "--output", str(run))
+    wait_for_step(process, run, 12)
+    process.kill()
+    process.wait()
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29434",
+             "-m", "vitft", "train", "--resume", str(run)]  # fmt: skip
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    whole = train(config(**LONGER), output=tmp_path / "whole").run
+    for a, b in zip(lines(whole), lines(run), strict=True):
+        assert a["step"] == b["step"]
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
