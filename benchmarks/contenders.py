@@ -236,7 +236,7 @@ STEPS: dict[str, tuple[Callable[..., list[float]], str]] = {
     "timm, --amp --amp-dtype bfloat16": (partial(timm_steps, bf16=True), "bf16"),
     "torchvision and a plain loop": (torchvision_steps, "fp32"),
     "vitft --precision fp32": (partial(vitft_steps, precision="fp32"), "fp32"),
-    "vitft": (partial(vitft_steps, precision="bf16"), "bf16"),
+    "vitft --precision bf16": (partial(vitft_steps, precision="bf16"), "bf16"),
 }
 
 
