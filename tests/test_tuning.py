@@ -9,7 +9,7 @@ import torch
 import transformers
 import yaml
 
-from vitft import TrainConfig, train, trainer, trial, tuning
+from vitft import TrainConfig, hardware, train, trainer, trial, tuning
 from vitft.errors import UsageError
 from vitft.hardware import find_attention, micro_batch
 from vitft.models import compiled
@@ -203,3 +203,25 @@ def test_the_cost_of_a_run_counts_its_images_and_its_steps(prepared: Prepared) -
 
 def test_a_stored_image_is_one_of_the_training_split(prepared: Prepared) -> None:
     assert trial.stored_image(prepared).shape == (8, 8, 3)  # digits are stored as they are
+
+
+# -- precision ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("has", "faster", "processes", "chosen"),
+    [(True, True, 1, "bf16"), (True, False, 1, "fp32"), (False, True, 1, "fp32"), (True, True, 2, "fp32")],
+)
+def test_a_cpu_takes_bf16_where_it_is_measured_to_be_faster(
+    monkeypatch: pytest.MonkeyPatch, has: bool, faster: bool, processes: int, chosen: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: has)
+    rates = {"bf16": 3e11 if faster else 1e11, "fp32": 2e11}
+    monkeypatch.setattr(hardware, "peak_flops", lambda device, precision, seconds: rates[precision])
+    hardware._bf16_is_faster.cache_clear()
+    try:
+        assert hardware.find_precision("auto", "cpu") == chosen
+        assert hardware.find_precision("bf16", "cpu") == "bf16"  # who asks for it gets it
+    finally:
+        hardware._bf16_is_faster.cache_clear()
