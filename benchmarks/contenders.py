@@ -153,7 +153,9 @@ def trainer_of(model: Any, rows: Any, batch: int, **settings: Any) -> Any:
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch, per_device_eval_batch_size=batch,
         remove_unused_columns=False, save_strategy="no", report_to="none", disable_tqdm=True, **settings,
     )  # fmt: skip
-    return transformers.Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collated)
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collated)
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
 
 
 def trainer_steps(model: Any, given: argparse.Namespace, folder: Path, **settings: Any) -> list[float]:
