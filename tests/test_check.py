@@ -352,7 +352,7 @@ def test_the_suspects_have_their_pictures(faulty: Path, tmp_path: Path) -> None:
     page = sheet(faulty, tmp_path / "page.html")
     assert page.count("<img ") == 3
     assert page.count('<div class="none">no picture</div>') == 1
-    assert "train: train/cat/bad.png" in page
+    assert "</div>train/cat/bad.png<span>" in page
 
 
 def test_names_cannot_write_html(tmp_path: Path, rng: Rng) -> None:

@@ -203,8 +203,7 @@ def check_report(findings: Sequence[Any], kinds: Mapping[str, tuple[str, str]], 
             continue
         table.add_row(Text(kind, colors[severity]), Text(f"{len(alike):,}", "bold"), Text(meaning, "dim"))
         for one in alike[:LISTED_FINDINGS]:
-            place = ": ".join(filter(None, (one.split, one.path)))
-            table.add_row("", "", Text.assemble(safe(place), (f"  {safe(one.detail)}", "dim")))
+            table.add_row("", "", Text.assemble(safe(one.place), (f"  {safe(one.detail)}", "dim")))
         if len(alike) > LISTED_FINDINGS:
             table.add_row(
                 "", "", Text(f"... {len(alike) - LISTED_FINDINGS:,} more; --json or --html lists them", "dim")

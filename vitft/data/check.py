@@ -61,6 +61,11 @@ class Finding:
     severity: Severity
     detail: str
 
+    @property
+    def place(self) -> str:
+        """Split and path, without saying the split twice."""
+        return self.path if not self.split or self.path.startswith(f"{self.split}/") else f"{self.split}: {self.path}"
+
 
 @dataclass(frozen=True)
 class _Seen:
@@ -216,7 +221,7 @@ def _resembling(seen: Sequence[_Seen]) -> Iterator[Finding]:
             if earlier >= start + row or one.digest == other.digest or alike < _ALIKE or (row, other.split) in told:
                 continue
             told.add((row, other.split))
-            detail = f"{100 * alike:.0f} % alike: "
+            detail = f"{min(99, int(100 * alike))} % alike: "  # all of it would be the same pixels
             if one.split == other.split:
                 yield _finding(one.split, one.path, "near-duplicate", detail + other.path)
             else:

@@ -47,7 +47,7 @@ def write_suspects(findings: Sequence[Finding], source: Source, file: Path) -> N
             f'<h2><span class="{severity}">{kind}</span> {len(alike):,}{more} <small>{meaning}</small></h2><ul>'
         )
         for one in alike[:SHOWN]:
-            where = escape(safe(f"{one.split}: {one.path}" if one.split else one.path))
+            where = escape(safe(one.place))
             body.append(f"<li>{_picture(one, rows, source)}{where}<span>{escape(safe(one.detail))}</span></li>")
         body.append("</ul>")
     head = f'<meta charset="utf-8"><title>{escape(safe(source.name))}: suspects</title><style>{_STYLE}</style>'
