@@ -360,7 +360,7 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing() -> None:
         "40 images of train", "20 images of train", "20 images of test")  # fmt: skip
     assert rows["steps"] == "2 of 8 images, 5 an epoch"
     assert rows["parameters"] == "207,114, of which 207,114 are trained"
-    assert re.fullmatch(r"about [\d.]+ MB", rows["memory"])
+    assert re.fullmatch(r"about [\d.]+ [MG]B", rows["memory"])
     assert re.fullmatch(r"about .+ of training and .+ of evaluation", rows["time"])
     assert re.fullmatch("cpu, (fp32|bf16)", rows["device"])
     assert rows["folder"] == "runs/digits-vit-micro-scratch-1"

@@ -1,0 +1,65 @@
+"""What a linear probe of many epochs takes, against one forward pass over its images.
+
+python benchmarks/probe.py --dataset CIFAR10_FOLDER --model VIT_FOLDER --image-size 98
+"""
+
+import argparse
+import time
+
+import torch
+
+from vitft.config import TrainConfig
+from vitft.data.augment import preprocess
+from vitft.evaluation import autocast
+from vitft.hardware import accelerator_of
+from vitft.learner import Learner
+from vitft.preparation import prepare
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="digits", help="as for `vitft train`")
+    parser.add_argument("--model", default="vit-micro", help="as for `vitft train`")
+    parser.add_argument("--image-size", type=int)
+    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=64)
+    given = parser.parse_args()
+    for augment in ("none", "flip"):
+        config = TrainConfig.parse({
+            "dataset": given.dataset, "model": given.model, "image_size": given.image_size, "augment": augment,
+            "max_train_samples": given.images, "val_fraction": 0.0, "max_eval_samples": 10, "freeze": "backbone",
+            "batch_size": given.batch_size, "epochs": given.epochs, "lr": 1e-3,
+        }, "flags")  # fmt: skip
+        accelerator = accelerator_of(config)
+        prepared = prepare(config)
+        learner = Learner(accelerator, prepared, prepared.decode())
+        pass_s = min(forward_s(learner) for _ in range(2))
+        started = time.perf_counter()
+        learner.get_ready()
+        features_s = time.perf_counter() - started
+        for step in range(learner.total_steps):
+            learner.step(step)
+        took_s = time.perf_counter() - started
+        print(f"augment {augment}, {prepared.config.precision}: one forward pass {pass_s:.1f} s;", end=" ")
+        print(
+            f"features {features_s:.1f} s and {given.epochs} epochs of the head {took_s - features_s:.1f} s:", end=" "
+        )
+        print(f"{took_s / pass_s:.2f} of it", flush=True)
+
+
+def forward_s(learner: Learner) -> float:
+    """Seconds of one forward pass over all training images, their resizing included."""
+    loader, config = learner.loader, learner.config
+    model = learner.bare.eval()
+    started = time.perf_counter()
+    with torch.no_grad(), autocast(config.device, config.precision):
+        for step in range(learner.steps_per_epoch):
+            images = loader.images(loader.samples(step))
+            model(pixel_values=preprocess(images, loader.how, exact=False))
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
