@@ -48,6 +48,7 @@ class Learner:
         self._whole = micro_batch(config, accelerator.num_processes)
         self._fast = compiled(self.model) if config.compile == "on" else self.model  # for parts of that size
         self.data_wait_s = 0.0  # in all steps so far
+        self.module.eval()  # the first step sets it to training
 
     def get_ready(self) -> None:
         """Of a probe, compute the features that its steps read."""
@@ -81,7 +82,9 @@ class Learner:
         waited = time.perf_counter()
         batch = self.loader.batch(step)
         self.data_wait_s += time.perf_counter() - waited
-        set_training(self.bare, frozen_backbone=config.freeze == "backbone")
+        if not self.module.training:  # an evaluation has changed it; to set every module takes a while
+            self.module.train()
+            set_training(self.bare, frozen_backbone=config.freeze == "backbone")
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(step)
         whole = self.images(step)
