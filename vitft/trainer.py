@@ -91,11 +91,13 @@ def _persisting(run: Path, attempt: Callable[[], Result], changes: dict[str, Any
         try:
             return attempt()
         except _Rollback as fault:
-            config = runs.settings_of(run)
-            config = config.model_copy(update={"lr": config.lr / 2})
-            console.warn(f"{fault}; going on from there at --lr {config.lr:g}")
             if os.environ.get("RANK", "0") == "0":
+                config = runs.settings_of(run)
+                config = config.model_copy(update={"lr": config.lr / 2})
+                console.warn(f"{fault}; going on from there at --lr {config.lr:g}")
                 ckpt.write_config(run, config)
+            if torch.distributed.is_initialized():  # no process reads the rate before it is written
+                torch.distributed.barrier()
             attempt = lambda: _resume(run, changes)  # noqa: E731
     return attempt()
 

@@ -19,7 +19,7 @@ from PIL import Image
 from vitft.data.augment import workers
 from vitft.data.images import MAX_PIXELS, BadImage, about, decode
 from vitft.data.local import passed_over
-from vitft.data.sources import Source, class_indices, sample_ids
+from vitft.data.sources import Source, class_indices, sample_names
 
 Severity = Literal["error", "warning", "note"]
 Progress = Callable[[int, int], None]
@@ -131,8 +131,7 @@ def _look(split: str, rows: datasets.Dataset, max_pixels: int) -> Iterator[_Seen
     for start in range(0, len(rows), _CHUNK):
         index = np.arange(start, min(start + _CHUNK, len(rows)))
         cells = rows[start : start + _CHUNK]["image"]
-        names = [one if isinstance(one, str) else f"row {one}" for one in sample_ids(rows, index)]
-        jobs = zip(names, labels[index].tolist(), cells, strict=True)
+        jobs = zip(sample_names(rows, index), labels[index].tolist(), cells, strict=True)
         yield from workers().map(lambda job: _examined(split, job[0], job[1], job[2], max_pixels), jobs)
 
 

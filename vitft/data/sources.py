@@ -99,8 +99,12 @@ def open_source(
 
 def sample_id(split: datasets.Dataset, row: int) -> str:
     """What a person needs to find an image: its path relative to the data set's folder, or `row 17`."""
-    found = sample_ids(split, np.array([row]))[0]
-    return found if isinstance(found, str) else f"row {found}"
+    return sample_names(split, np.array([row]))[0]
+
+
+def sample_names(split: datasets.Dataset, rows: NDArray[np.int64]) -> list[str]:
+    """The same of each of these rows."""
+    return [one if isinstance(one, str) else f"row {one}" for one in sample_ids(split, rows)]
 
 
 def sample_ids(split: datasets.Dataset, rows: NDArray[np.int64]) -> Sequence[str | int]:
@@ -136,7 +140,7 @@ def excluding(source: Source, file: Path) -> Source:
     for name, rows in source.splits.items():
         out = wanted.get(str(name), {})
         if out:
-            ids = [one if isinstance(one, str) else f"row {one}" for one in sample_ids(rows, np.arange(len(rows)))]
+            ids = sample_names(rows, np.arange(len(rows)))
             splits[name] = rows.select([row for row, one in enumerate(ids) if one not in out])
             for one in ids:
                 out.pop(one, None)

@@ -13,7 +13,7 @@ from PIL import Image
 from vitft.console import safe
 from vitft.data.check import KINDS, Finding
 from vitft.data.images import BadImage, decode
-from vitft.data.sources import Source, sample_ids
+from vitft.data.sources import Source, sample_names
 from vitft.files import write_text
 
 SHOWN = 100  # of a kind
@@ -58,9 +58,8 @@ def _rows(wanted: set[tuple[str, str]], source: Source) -> dict[tuple[str, str],
     """The row of each image that has a finding."""
     found = {}
     for name, split in source.splits.items():
-        for row, one in enumerate(sample_ids(split, np.arange(len(split)))):
-            place = str(name), one if isinstance(one, str) else f"row {one}"
-            if place in wanted:
+        for row, one in enumerate(sample_names(split, np.arange(len(split)))):
+            if (place := (str(name), one)) in wanted:
                 found[place] = row
     return found
 
