@@ -32,8 +32,8 @@ def test_what_may_change_on_resume_is_what_changes_no_weight() -> None:
     steering = {n for n, f in TrainConfig.model_fields.items() if f.json_schema_extra["steers"]}  # type: ignore[index]
 
     assert steering == {
-        "cache_gb", "check", "device", "grad_checkpointing", "save_every", "keep", "log_every", "on_nan",
-        "tracker",
+        "allow_outside", "cache_gb", "check", "device", "grad_checkpointing", "save_every", "keep", "log_every",
+        "on_nan", "tracker",
     }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from vitft.config import TrainConfig
 from vitft.data.augment import Preprocess
 from vitft.errors import ModelError, UsageError
 from vitft.files import held, new_folder, write_json, write_text
+from vitft.recipe import read_recipe
 from vitft.spec import PRESETS
 
 
@@ -99,7 +100,22 @@ def is_run(path: Path) -> bool:
 def write_config(run: Path, config: TrainConfig) -> None:
     """Write `config.yaml`, a recipe of every setting as resolved."""
     text = yaml.safe_dump(config.model_dump(exclude_none=True), sort_keys=False)
-    write_text(run / "config.yaml", text)
+    write_text(run / "config.yaml", f"{text}{_SUM}{_sha256_of(text)}\n")
+
+
+_SUM = "# sha256 of what stands above: "
+
+
+def read_config(run: Path) -> TrainConfig:
+    """The settings that a run was written with. Raises UsageError if they are not what was written."""
+    file = run / "config.yaml"
+    text, mark, sum_ = file.read_bytes().decode(errors="replace").partition(_SUM)
+    if not mark or sum_.strip() != _sha256_of(text):
+        raise UsageError(
+            f"{file}: was changed since the run wrote it, and a resumed run goes on as it was; undo the change, "
+            f"or start a new run with it: vitft train --recipe {file}"
+        )
+    return TrainConfig.parse(read_recipe(file), str(file))
 
 
 def save_model(folder: Path, model: Any, how: Preprocess, card: Card) -> None:
@@ -113,7 +129,8 @@ def _fill(folder: Path, model: Any, how: Preprocess, card: Card) -> None:
     write_json(folder / "preprocessor_config.json", how.to_json())
     (folder / "model.safetensors").chmod(0o644)  # safetensors makes files that only their owner may read
     sums = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
-    write_json(folder / "vitft.json", card.to_json() | {"sha256": sums})
+    document = card.to_json()
+    write_json(folder / "vitft.json", document | {"sha256": sums | {"vitft.json": _sum_of(document)}})
     write_text(folder / "README.md", _readme(card))
 
 
@@ -171,14 +188,17 @@ def fault_of(folder: Path) -> str | None:
                 return f"{name} has {file.stat().st_size} bytes, not {wanted['size']}"
             if _sha256(file) != wanted["sha256"]:
                 return f"{name} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except _UNREADABLE as error:
         return f"{type(error).__name__}: {error}"
     return None
 
 
 def read_state(folder: Path) -> State:
-    """Where the run of a step checkpoint stood."""
-    return State(**json.loads((folder / "state.json").read_text()))
+    """Where the run of a step checkpoint stood. Raises ModelError."""
+    try:
+        return State(**json.loads((folder / "state.json").read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ModelError(f"{folder / 'state.json'}: not readable ({error}); is it of another version?") from error
 
 
 def read_card(folder: Path) -> Card | None:
@@ -192,17 +212,28 @@ def read_card(folder: Path) -> Card | None:
         document.pop("sha256", None)  # see `prove`
         config = TrainConfig.parse(document.pop("config"), str(file))
         return Card(config=config, **document | {"labels": tuple(document["labels"])})
-    except (ValueError, KeyError, TypeError, UsageError) as error:
+    except (*_UNREADABLE, UsageError) as error:
         raise ModelError(f"{file}: not readable ({error}); was it edited?") from error
+
+
+# What reading a JSON document of other contents than one's own can raise.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 def prove(folder: Path) -> Path:
     """The folder, if every file is what vitft wrote, by its SHA-256. Raises ModelError; other folders have no sums."""
-    try:
-        sums = json.loads((folder / "vitft.json").read_text(encoding="utf-8")).get("sha256", {}).items()
-    except (OSError, ValueError, AttributeError):
+    card = folder / "vitft.json"
+    if not card.is_file():
         return folder  # not vitft's; what is wrong with it, its reader says
-    for name, wanted in sums:
+    try:
+        document = json.loads(card.read_text(encoding="utf-8"))
+        sums = dict(document.pop("sha256"))
+        whole = sums.pop(card.name) == _sum_of(document)
+    except _UNREADABLE as error:
+        raise ModelError(f"{card}: not readable ({error}); take another checkpoint.") from error
+    if not whole:
+        raise ModelError(f"{card}: is not what was written, its SHA-256 differs; take another checkpoint.")
+    for name, wanted in sums.items():
         file = folder / Path(name).name
         if not file.is_file():
             raise ModelError(f"{file}: is missing; take another checkpoint.")
@@ -266,6 +297,15 @@ def load_optimizer(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sha256_of(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()
+
+
+def _sum_of(document: dict[str, Any]) -> str:
+    """The SHA-256 of a JSON document, however it is spaced."""
+    return _sha256_of(json.dumps(document, sort_keys=True, ensure_ascii=False))
 
 
 def _readme(card: Card) -> str:

@@ -17,9 +17,7 @@ from vitft.shell import Group
 app = typer.Typer(cls=Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   context_settings={"help_option_names": ["-h", "--help"]})  # fmt: skip
 recipes_app = typer.Typer(cls=Group, no_args_is_help=True, help="List, show and copy recipes: one experiment a file.")
-scratch_app = typer.Typer(
-    cls=Group, no_args_is_help=True, help="Train the textbook's networks: ViTs from first principles."
-)
+scratch_app = typer.Typer(cls=Group, no_args_is_help=True, help="The textbook's networks: ViTs from first principles.")
 data_app = typer.Typer(cls=Group, no_args_is_help=True, help="Look at a data set.")
 cache_app = typer.Typer(cls=Group, no_args_is_help=True, help="Decoded photos that runs keep for the next one.")
 data_app.add_typer(cache_app, name="cache")
@@ -33,6 +31,7 @@ MaxPixels = Annotated[
 ]
 ImageColumn = Annotated[str | None, typer.Option(help="Column of the images; found from the features by default.")]
 LabelColumn = Annotated[str | None, typer.Option(help="Column of the labels; found from the features by default.")]
+AllowOutside = Annotated[bool, typer.Option("--allow-outside", help="Read images outside of a table's own folder too.")]
 Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="auto: a GPU if there is one.")]
 
 
@@ -122,6 +121,7 @@ def evaluate(
     max_pixels: MaxPixels = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    allow_outside: AllowOutside = False,
     plot: Annotated[Path | None, typer.Option(help="Write the confusion matrix as a PNG.")] = None,
     json: Json = False,
 ) -> None:  # fmt: skip
@@ -130,8 +130,7 @@ def evaluate(
 
     options = {"dataset": dataset, "dataset_revision": dataset_revision, "split": split, "device": device,
                "max_eval_samples": max_eval_samples, "batch_size": batch_size, "precision": precision,
-               "on_bad_image": on_bad_image, "max_pixels": max_pixels,
-               "image_column": image_column, "label_column": label_column}  # fmt: skip
+               "on_bad_image": on_bad_image, "max_pixels": max_pixels, "image_column": image_column, "label_column": label_column, "allow_outside": allow_outside}  # fmt: skip
     commands.evaluate(checkpoint, options, plot, json)
 
 
@@ -296,13 +295,14 @@ def data_info(
     dataset_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub data set.")] = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    allow_outside: AllowOutside = False,
     preview: Annotated[Path | None, typer.Option(help="Write a grid of example images as a PNG.")] = None,
     json: Json = False,
 ) -> None:
     """Show a data set's splits, classes, counts and image sizes."""
     from vitft import commands
 
-    options = {"revision": dataset_revision, "image_column": image_column, "label_column": label_column}
+    options = {"revision": dataset_revision, "image_column": image_column, "label_column": label_column, "allow_outside": allow_outside}  # fmt: skip
     commands.data_info(dataset, options, preview, json)
 
 
@@ -312,6 +312,7 @@ def data_check(
     dataset_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub data set.")] = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    allow_outside: AllowOutside = False,
     max_pixels: MaxPixels = None,
     quarantine: Annotated[Path | None, typer.Option(help="Write a list of the images to leave out, for vitft train --exclude.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with the suspects' pictures.")] = None,
@@ -323,7 +324,7 @@ def data_check(
     """
     from vitft import commands
 
-    options = {"revision": dataset_revision, "image_column": image_column, "label_column": label_column}
+    options = {"revision": dataset_revision, "image_column": image_column, "label_column": label_column, "allow_outside": allow_outside}  # fmt: skip
     commands.data_check(dataset, options, max_pixels, quarantine, html, json)
 
 

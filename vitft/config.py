@@ -30,6 +30,7 @@ class TrainConfig(Settings):
     max_eval_samples: int | None = setting(None, "Data", "Evaluate on at most this many images of each split, stratified.", ge=1)
     exclude: str | None = setting(None, "Data", "File of images to leave out, as vitft data check --quarantine writes it.")
     check: Literal["fast", "full", "off"] = setting("fast", "Data", "Look for faults before training. fast: in the labels; full: in every image, as vitft data check.", steers=True)
+    allow_outside: bool = setting(False, "Data", "Read images outside of a table's own folder too.", steers=True)
     on_bad_image: Literal["error", "skip"] = setting("error", "Data", "What a file that is no readable image does: stop before training, or be listed and left out.")
     max_pixels: int = setting(100_000_000, "Data", "Refuse images with more pixels than this.", ge=1)
     cache_gb: float = setting(20.0, "Data", "Decoded photos that are kept on disk for the next run, in GB; see vitft data cache. 0: none.", steers=True, ge=0, le=1e6)

@@ -44,6 +44,9 @@ class VitftError(Exception):
 
     exit_code = 1
 
+    def __init__(self, message: str = "") -> None:
+        super().__init__(" ".join(message.splitlines()))  # names from files may hold line ends
+
 
 class UsageError(VitftError):
     """Wrong usage or configuration."""

@@ -56,7 +56,7 @@ def evaluate(
     checkpoint: str | Path, *, dataset: str | None = None, dataset_revision: str | None = None,
     split: str | None = None, max_eval_samples: int | None = None, batch_size: int = BATCH, device: str = "auto",
     precision: str | None = None, on_bad_image: str | None = None, max_pixels: int | None = None,
-    image_column: str | None = None, label_column: str | None = None,
+    image_column: str | None = None, label_column: str | None = None, allow_outside: bool = False,
     progress: Progress = lambda done, count: None,
     report_skipped: Callable[[list[Skipped]], None] = lambda skipped: None,
 ) -> Metrics:  # fmt: skip
@@ -79,11 +79,13 @@ def evaluate(
                 "exclude"}  # fmt: skip
         config = config.model_copy(update=dict.fromkeys(anew) | {"dataset": dataset, "val_fraction": 0.0})
     typed = {"dataset_revision": dataset_revision, "max_pixels": max_pixels, "on_bad_image": on_bad_image,
-             "image_column": image_column, "label_column": label_column}  # fmt: skip
+             "image_column": image_column, "label_column": label_column,
+             "allow_outside": allow_outside or None}  # fmt: skip
     config = config.model_copy(update={name: value for name, value in typed.items() if value is not None})
     loaded = load_trained(where if where.is_dir() else str(checkpoint))
     source = open_source(str(config.dataset), revision=config.dataset_revision,
-                         image_column=config.image_column, label_column=config.label_column)  # fmt: skip
+                         image_column=config.image_column, label_column=config.label_column,
+                         allow_outside=config.allow_outside)  # fmt: skip
     if config.exclude is not None:
         source = excluding(source, Path(config.exclude))
     chosen = choose_split(source, config, split, max_eval_samples)

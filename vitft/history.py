@@ -29,7 +29,15 @@ def recorded(run: Path) -> list[dict[str, Any]]:
     """The lines of the run's metrics that were written whole."""
     metrics = run / FILE
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return [found for line in lines if (found := _parsed(line)) is not None]
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except ValueError:  # a kill or a full disk fell into it
+        return None
+    return found if isinstance(found, dict) and {"step", "split"} <= found.keys() else None
 
 
 def forget_after(run: Path, step: int) -> None:

@@ -1,8 +1,6 @@
 """Scores of a classifier: from (label, best classes, loss) of every image to a `Metrics`.
 
-The sums are made in `Classification`, a metric of the `evaluate` library that is defined here, since
-`evaluate.load` fetches its code from the network. On several processes the arrays are gathered first
-and scored on the main one.
+On several processes the arrays are gathered first and scored on the main one.
 """
 
 from collections.abc import Sequence
@@ -11,9 +9,7 @@ from math import isfinite, sqrt
 from tempfile import TemporaryDirectory
 from typing import Any, TypedDict
 
-import evaluate
 import numpy as np
-from datasets import Features, List, Value
 from numpy.typing import NDArray
 
 from vitft.errors import DataError, ModelError
@@ -58,48 +54,6 @@ class Metrics:
         return asdict(self) | {"accuracy_interval": list(self.accuracy_interval)}
 
 
-class Classification(evaluate.Metric):  # type: ignore[misc]
-    """Accuracy, top-5, mean loss, F1 and confusion matrix of a classifier over C classes.
-
-    `compute(references=(n,), predictions=(n, k), losses=(n,), classes=C)` takes the true classes, the
-    k best classes of each image, best first, and the loss of each image. Top-5 looks at the k given.
-    Precision and recall are 0 where nothing was predicted or nothing is true, and macro F1 is the
-    mean over the classes that are true or predicted somewhere: scikit-learn's `f1_score` does both.
-    """
-
-    def _info(self) -> Any:
-        return evaluate.MetricInfo(
-            description="Scores of an image classifier.",
-            citation="",
-            inputs_description=self.__doc__,
-            features=Features(predictions=List(Value("int64")), references=Value("int64"), losses=Value("float64")),
-        )
-
-    def _compute(
-        self,
-        predictions: list[list[int]],
-        references: list[int],
-        losses: list[float],
-        classes: int,
-    ) -> dict[str, Any]:
-        top, truth = np.array(predictions), np.array(references)  # (n, k), (n,)
-        cells = truth * classes + top[:, 0]
-        matrix = np.bincount(cells, minlength=classes**2).reshape(classes, classes)
-        hits, true, predicted = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
-        f1 = 2 * hits / np.maximum(true + predicted, 1)
-        return {
-            "correct": int(hits.sum()),
-            "top5": float((top == truth[:, None]).any(axis=1).mean()),
-            "loss": float(np.mean(losses)),
-            "macro_f1": float(f1[true + predicted > 0].mean()),
-            "precision": (hits / np.maximum(predicted, 1)).tolist(),
-            "recall": (hits / np.maximum(true, 1)).tolist(),
-            "f1": f1.tolist(),
-            "count": true.tolist(),
-            "matrix": matrix.tolist(),
-        }
-
-
 def score(
     truth: NDArray[np.int64],
     top: NDArray[np.int64],
@@ -125,6 +79,8 @@ def score(
         raise ValueError(f"got truth {truth.shape}, top {top.shape}, losses {losses.shape}, {classes} labels")
     if min(truth.min(), top.min()) < 0 or max(truth.max(), top.max()) >= classes:
         raise ValueError(f"a class index lies outside 0..{classes - 1}")
+    from vitft.classification import Classification
+
     with TemporaryDirectory() as folder:  # evaluate makes a folder even when it keeps all in memory.
         metric = Classification(keep_in_memory=True, cache_dir=folder)
         got = metric.compute(references=truth, predictions=top, losses=losses, classes=classes)

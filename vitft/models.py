@@ -19,6 +19,7 @@ from torch import nn
 
 from vitft.config import SIZES, TrainConfig
 from vitft.data.augment import Preprocess
+from vitft.demand import check_demand
 from vitft.errors import ModelError, VitftError, nearest
 from vitft.hub import answers, reason
 from vitft.positions import at_image_size, check_size
@@ -155,6 +156,7 @@ def _from_scratch(config: TrainConfig, labels: Sequence[str]) -> Loaded:
             stored.image_size, how = config.image_size, how.at(config.image_size)
     _label(stored, labels)
     check_size(stored, how.height)
+    check_demand(_classifier_class(stored), stored, config.model)
     model = _classifier_class(stored)(stored)
     _without_mask_token(model)
     return Loaded(model, how, tuple(labels), commit, True)
@@ -207,6 +209,7 @@ def _stored(origin: _Origin) -> Any:
 def _weights(origin: _Origin, stored: Any, *, fresh_head: bool) -> Any:
     classifier = _classifier_class(stored)
     torch_state = torch.get_rng_state()
+    check_demand(classifier, stored, origin.where)
     try:
         model, info = classifier.from_pretrained(
             origin.where, config=stored, dtype=torch.float32, ignore_mismatched_sizes=True,

@@ -85,8 +85,8 @@ def plan(config: TrainConfig, output: Path | None = None, overwrite: bool = Fals
     prepared = prepare(config)
     with memory_guard(config):
         prepared.config = tuned(prepared)
-        found = _plan(prepared, cost(prepared))
-        found = replace(found, memory_bytes=memory_bytes(prepared, micro_batch(prepared.config)))
+        memory = memory_bytes(prepared, micro_batch(prepared.config))  # before the trial, which takes some itself
+        found = replace(_plan(prepared, cost(prepared)), memory_bytes=memory)
     folder = folder_of(prepared, output)
     place = f"{folder}, in place of the run there" if ckpt.is_run(folder) else str(folder)
     return [*found.groups(), ("Run", [("folder", place)]), ("Settings", _settings(prepared.config, config))]
@@ -123,7 +123,7 @@ def _plan(prepared: Prepared, each: Cost) -> Plan:
     validations = -(-steps // (config.eval_every or steps_per_epoch))
     evaluated = splits.get("validation", 0) * validations + splits.get("test", 0)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    train_s = each.image_s * steps / steps_per_epoch * splits["train"] + each.step_s * steps
+    train_s = each.start_s + each.image_s * steps / steps_per_epoch * splits["train"] + each.step_s * steps
     if features_pay(config, model, steps, splits["train"]):  # then the head costs next to nothing
         evaluated = splits.get("validation", 0) + splits.get("test", 0)
         train_s = each.evaluate_image_s * splits["train"] * passes(config)

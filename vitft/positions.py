@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitft.demand import check_demand
 from vitft.errors import ModelError
 
 
@@ -21,6 +22,7 @@ def at_image_size(model: Any, image_size: int) -> Any:
         return model  # a convolutional network takes any size
     config.image_size = image_size
     check_size(config, image_size)
+    check_demand(type(model), config, f"image_size {image_size}")
     resized = type(model)(config)
     wanted, weights = resized.state_dict(), model.state_dict()
     for name, tensor in weights.items():

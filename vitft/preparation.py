@@ -70,7 +70,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None) -> Prepared:
     config = resolved(config)
     source = open_source(
         dataset, revision=config.dataset_revision,
-        image_column=config.image_column, label_column=config.label_column,
+        image_column=config.image_column, label_column=config.label_column, allow_outside=config.allow_outside,
     )  # fmt: skip
     if config.exclude is not None:
         source = excluding(source, Path(config.exclude))

@@ -82,15 +82,22 @@ def is_textbook(path: Path) -> bool:
 def read_recipe(path: Path) -> dict[str, Any]:
     """The settings in a recipe's file, unchecked. Raises UsageError."""
     try:
+        if (size := path.stat().st_size) > _LARGEST:
+            raise UsageError(f"recipe {path}: has {size:,} bytes; a recipe is a page of settings, is it another file?")
         settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        first = " ".join(str(error).split())
+    except UsageError:
+        raise
+    except Exception as error:  # what is no YAML makes the reader raise almost anything
+        first = " ".join(str(error).split())[:300] or type(error).__name__
         raise UsageError(f"recipe {path}: cannot be read: {first}") from error
     if settings is None:
         return {}
     if not isinstance(settings, dict):
         raise UsageError(f"recipe {path}: a recipe is `setting: value` lines, got {type(settings).__name__}.")
     return settings
+
+
+_LARGEST = 100_000  # bytes
 
 
 class _Loader(yaml.SafeLoader):

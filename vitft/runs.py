@@ -13,11 +13,10 @@ from accelerate.utils import broadcast_object_list
 from vitft import checkpoint as ckpt
 from vitft.config import TrainConfig
 from vitft.data.splits import manifest
-from vitft.errors import DataError, UsageError, as_flag
+from vitft.errors import DataError, ModelError, UsageError, as_flag
 from vitft.files import held, write_json
 from vitft.hardware import environment
 from vitft.preparation import Prepared, Stores, absolute
-from vitft.recipe import read_recipe
 
 
 def folder_of(prepared: Prepared, output: Path | None) -> Path:
@@ -74,9 +73,13 @@ def whereabouts(
     return f"{run} is finished, {place}{early}; to train on from it: {shlex.join(next_run)}"
 
 
-def settings_of(run: Path) -> TrainConfig:
-    """The settings that a run was written with."""
-    return TrainConfig.parse(read_recipe(run / "config.yaml"), str(run / "config.yaml"))
+def threads_of(run: Path) -> int:
+    """Threads that the run began with: with another number the same sums may be rounded otherwise."""
+    file = run / "environment.json"
+    try:
+        return int(json.loads(file.read_text(encoding="utf-8"))["threads"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file}: not readable ({error}); start anew from the newest checkpoint of {run}.") from error
 
 
 def changed(run: Path, changes: dict[str, Any]) -> TrainConfig:
@@ -85,7 +88,7 @@ def changed(run: Path, changes: dict[str, Any]) -> TrainConfig:
     A data set may have moved: `check_splits` proves later that it is the same one. Raises UsageError
     naming any other change, DataError where the data set is gone.
     """
-    before = settings_of(run)
+    before = ckpt.read_config(run)
     after = absolute(TrainConfig.parse(before.model_dump() | changes, "flags"))
     if after.dataset != before.dataset and "dataset_revision" not in changes:
         after = after.model_copy(update={"dataset_revision": None})  # it was the other place's
@@ -109,7 +112,7 @@ def changed(run: Path, changes: dict[str, Any]) -> TrainConfig:
     return after
 
 
-def check_splits(run: Path, prepared: Prepared, stores: Stores, *, write: bool) -> None:
+def check_splits(run: Path, prepared: Prepared, stores: Stores, *, begun: bool, write: bool) -> None:
     """Write `splits.json`, or prove by it that a resumed run goes on with the very same images.
 
     Raises DataError that names the difference.
@@ -119,13 +122,16 @@ def check_splits(run: Path, prepared: Prepared, stores: Stores, *, write: bool) 
     for role, (store, _) in stores.items():
         now[role]["pixels"] = store.digest
     file = run / "splits.json"
-    if not file.exists():
+    if not file.exists() and not begun:
         if write:
             write_json(file, document)
         return
-    then = json.loads(file.read_text(encoding="utf-8"))["splits"]
-    for role in then | now:
-        difference = _difference(then.get(role), now.get(role))
+    try:
+        then = dict(json.loads(file.read_text(encoding="utf-8"))["splits"])
+        differences = {role: _difference(then.get(role), now.get(role)) for role in then | now}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{file}: not readable ({error}); start anew from the newest checkpoint of {run}.") from error
+    for role, difference in differences.items():
         if difference:
             weights = ckpt.find_model(run) if ckpt.step_folders(run) else prepared.config.model
             raise DataError(
@@ -150,7 +156,7 @@ def _difference(then: dict[str, Any] | None, now: dict[str, Any] | None) -> str 
 
 def keep_dataset(run: Path, config: TrainConfig) -> None:
     """Write down where the run's data set is from now on, if it has moved."""
-    before = settings_of(run)
+    before = ckpt.read_config(run)
     if before.dataset != config.dataset:
         place = {name: getattr(config, name) for name in ("dataset", "dataset_revision")}
         ckpt.write_config(run, before.model_copy(update=place))

@@ -5,9 +5,6 @@ step). So a run that is resumed from step N ends bit for bit where an undisturbe
 """
 
 import copy
-import json
-import os
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from vitft.config import TrainConfig
 from vitft.data.loader import EvalLoader
 from vitft.errors import ModelError, Stopped, TrainingError
 from vitft.evaluation import measure
+from vitft.faults import Rollback, persisting
 from vitft.hardware import accelerator_of, is_out_of_memory, memory_guard
 from vitft.history import Track, Window, forget_after, record, tracker
 from vitft.learner import Learner
@@ -62,7 +60,8 @@ def train(config: TrainConfig, *, output: Path | str | None = None, overwrite: b
     stores = prepared.decode()  # a bad image is found before anything is written, or overwritten
     run = runs.new_run(accelerator, prepared, output, overwrite)
     with runs.alone_in(run):
-        return _persisting(run, lambda: _Run(accelerator, prepared, stores, run).train(State()), {})
+        first = lambda: _Run(accelerator, prepared, stores, run).train(State())  # noqa: E731
+        return persisting(run, first, again=lambda: _resume(run, {}))
 
 
 def resume(run: Path | str, changes: dict[str, Any] | None = None) -> Result:
@@ -75,31 +74,8 @@ def resume(run: Path | str, changes: dict[str, Any] | None = None) -> Result:
     if not ckpt.is_run(run):
         raise ModelError(f"{run}: no run folder (no config.yaml and checkpoints/ in it); give the folder of a run.")
     with runs.alone_in(run):
-        return _persisting(run, lambda: _resume(run, changes), changes or {})
-
-
-class _Rollback(TrainingError):  # noqa: N818  (it reads as what it is)
-    """The loss is no number, and there is a checkpoint to go back to."""
-
-
-_ROLLBACKS = 5  # halvings of the rate in one command: then something else is wrong
-
-
-def _persisting(run: Path, attempt: Callable[[], Result], changes: dict[str, Any]) -> Result:
-    """Train, and after a rollback go on from the newest whole checkpoint at half the rate, which is written down."""
-    for _ in range(_ROLLBACKS):
-        try:
-            return attempt()
-        except _Rollback as fault:
-            if os.environ.get("RANK", "0") == "0":
-                config = runs.settings_of(run)
-                config = config.model_copy(update={"lr": config.lr / 2})
-                console.warn(f"{fault}; going on from there at --lr {config.lr:g}")
-                ckpt.write_config(run, config)
-            if torch.distributed.is_initialized():  # no process reads the rate before it is written
-                torch.distributed.barrier()
-            attempt = lambda: _resume(run, changes)  # noqa: E731
-    return attempt()
+        attempt = lambda: _resume(run, changes)  # noqa: E731
+        return persisting(run, attempt, again=attempt)
 
 
 def _resume(run: Path, changes: dict[str, Any] | None) -> Result:
@@ -108,7 +84,7 @@ def _resume(run: Path, changes: dict[str, Any] | None) -> Result:
     for fault in passed:
         console.warn(f"passed over {fault}")
     accelerator = accelerator_of(config)
-    torch.set_num_threads(json.loads((run / "environment.json").read_text())["threads"])
+    torch.set_num_threads(runs.threads_of(run))
     with accelerator.main_process_first():
         prepared = prepare(config, folder)
     state = ckpt.read_state(folder) if folder else State()
@@ -130,7 +106,7 @@ class _Run:
         self.config, self.how = prepared.config, prepared.loaded.preprocess
         self.labels, self.resumed_from = prepared.loaded.labels, resumed_from
         self.stores = stores
-        runs.check_splits(run, prepared, stores, write=accelerator.is_main_process)
+        runs.check_splits(run, prepared, stores, begun=resumed_from is not None, write=accelerator.is_main_process)
         self.learner = Learner(accelerator, prepared, stores)
         self.bare, self.probe = self.learner.bare, self.learner.probe
         self.steps_per_epoch, self.total_steps = self.learner.steps_per_epoch, self.learner.total_steps
@@ -304,7 +280,7 @@ class _Run:
     def _diverged(self, step: int, value: float) -> TrainingError:
         folders = ckpt.step_folders(self.run)
         if folders and self.config.on_nan == "rollback":
-            return _Rollback(
+            return Rollback(
                 f"the loss or its gradient is {value} at step {step}; the last good step is {folders[0].name}"
             )
         good = f"the last good checkpoint is {folders[0]}" if folders else "no checkpoint was saved before it"

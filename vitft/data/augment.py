@@ -4,8 +4,9 @@ Shapes: images are uint8 (B, H, W, 3), boxes are int64 (B, 4) of top, left, heig
 `preprocess` serves training, evaluation and prediction.
 """
 
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -60,7 +61,7 @@ class Preprocess:
         if number not in _RESAMPLE:
             raise ModelError(f"preprocessor_config.json: resample {number} is not supported; use 2 or 3.")
         normalizes = stored.get("do_normalize", True)
-        return cls(
+        found = cls(
             height=int(box["height"]),
             width=int(box["width"]),
             mean=tuple(stored.get("image_mean", cls.mean)) if normalizes else (0.0, 0.0, 0.0),
@@ -69,8 +70,20 @@ class Preprocess:
             rescale=float(stored.get("rescale_factor", cls.rescale)) if stored.get("do_rescale", True) else 1.0,
             shortest_edge=edge if crops else None,
             before_crop=before,
-            processor=stored.get("image_processor_type", stored.get("feature_extractor_type", cls.processor)),
+            processor=str(stored.get("image_processor_type", stored.get("feature_extractor_type", cls.processor))),
         )
+        found._check()
+        return found
+
+    def _check(self) -> None:
+        """Raise ModelError for what no image could be made into, or no memory would hold."""
+        for side in (self.height, self.width, self.shortest_edge, *(self.before_crop or ())):
+            if side is not None and not (isinstance(side, int) and 1 <= side <= _LARGEST):
+                raise ModelError(f"preprocessor_config.json: a side of {side} pixels; it must be 1 to {_LARGEST:,}.")
+        for name, values in (("image_mean", self.mean), ("image_std", self.std), ("rescale_factor", (self.rescale,))):
+            numbers = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
+            if len(numbers) != (1 if name == "rescale_factor" else 3) or (name == "image_std" and 0 in numbers):
+                raise ModelError(f"preprocessor_config.json: {name} {values} is not usable; it takes finite numbers.")
 
     def to_json(self) -> dict[str, Any]:
         """The configuration as Transformers' image processors of both backends read it."""
@@ -99,10 +112,24 @@ class Preprocess:
         return replace(self, height=image_size, width=image_size, shortest_edge=edge, before_crop=before)
 
 
+_LARGEST = 4096  # pixels of a side of the model's input
+
+
 @cache
 def workers() -> ThreadPoolExecutor:
     """Threads for decoding and resizing, which both release Python's lock."""
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="vitft-image")
+
+
+def each_of(bytes_of_one: int) -> Callable[..., Iterator[Any]]:
+    """`map` for work on encoded images of about this size: by the workers, or right here when they are tiny.
+
+    Of a tiny image most of the time is Python's, which threads cannot share.
+    """
+    return map if bytes_of_one < _TINY else workers().map
+
+
+_TINY = 3000  # bytes: there threads begin to gain, by JPEGs of 96 and PNGs of 48 pixels
 
 
 def resize(images: Tensor, height: int, width: int, resample: str) -> Tensor:

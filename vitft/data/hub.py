@@ -39,6 +39,8 @@ def read(repo: str, config: str | None, revision: str | None) -> tuple[dict[str,
         raise
     except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow each have their own tree
         raise DataError(_failure(repo, config, revision, error)) from error
+    for split in splits.values():
+        split.info.homepage = ""  # here a file: address says that our own reader named the files
     return dict(splits), used
 
 
@@ -83,6 +85,11 @@ def _failure(repo: str, config: str | None, revision: str | None, error: Excepti
 
 def _endpoint() -> str:
     return str(datasets.config.HF_ENDPOINT)
+
+
+def caches() -> tuple[Path, ...]:
+    """The folders in which all lies that came from the hub."""
+    return tuple(map(Path, (constants.HF_HOME, constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)))
 
 
 def _cache() -> str:

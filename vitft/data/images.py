@@ -6,7 +6,7 @@ does differently from mode to mode is settled here, once.
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -25,6 +25,8 @@ MAX_PIXELS: int = TrainConfig.model_fields["max_pixels"].default
 
 # Documents, films and containers that Pillow opens only by way of other programs, or not at all.
 _NO_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+_COMMON = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # a format that is tried in vain takes as long as a tiny image
 
 
 class BadImage(DataError):  # noqa: N818  (it reads as what it is)
@@ -47,9 +49,8 @@ def decode(
     _silence_pillow()
     try:
         if isinstance(source, Image.Image):
-            return _pixels(source, max_pixels, enough)
-        with _open(source, max_pixels) as image:
-            return _pixels(image, max_pixels, enough)
+            return _upright(*_pixels(source, max_pixels, enough))
+        return _upright(*_read(source, max_pixels, enough))  # the file's own copy of the pixels is gone by now
     except Exception as error:  # broken data makes Pillow raise almost anything, MemoryError included
         raise _bad(error, max_pixels) from error
 
@@ -76,10 +77,11 @@ class About(NamedTuple):
 
 
 def about(source: bytes | Path) -> About:
-    """Format, mode and orientation. Raises BadImage."""
+    """Format, mode and orientation. Raises BadImage, for one of over MAX_PIXELS too: some EXIF follows the pixels."""
     _silence_pillow()
     try:
         with _open(source, MAX_PIXELS) as image:
+            _check_size(image, MAX_PIXELS)
             return About(str(image.format), image.mode, _orientation(image))
     except Exception as error:
         raise _bad(error, MAX_PIXELS) from error
@@ -87,9 +89,9 @@ def about(source: bytes | Path) -> About:
 
 @cache
 def formats() -> tuple[str, ...]:
-    """Pillow's names of the formats that are read."""
+    """Pillow's names of the formats that are read, in the order in which they are tried."""
     Image.init()
-    return tuple(name for name in Image.ID if name in Image.OPEN and name not in _NO_PIXELS)
+    return tuple(name for name in dict.fromkeys((*_COMMON, *Image.ID)) if name in Image.OPEN and name not in _NO_PIXELS)
 
 
 @cache
@@ -114,59 +116,108 @@ def _open(source: bytes | Path, max_pixels: int) -> Image.Image:
     return Image.open(source, formats=formats())
 
 
-def _pixels(image: Image.Image, max_pixels: int, enough: int | None) -> NDArray[np.uint8]:
+def _read(source: bytes | Path, max_pixels: int, enough: int | None) -> tuple[NDArray[np.uint8], int]:
+    with _open(source, max_pixels) as image:
+        return _pixels(image, max_pixels, enough)
+
+
+def _pixels(image: Image.Image, max_pixels: int, enough: int | None) -> tuple[NDArray[np.uint8], int]:
+    """RGB as stored, and the orientation."""
+    _check_size(image, max_pixels)
+    if enough is not None and image.format == "JPEG":
+        image.draft(None, (enough, enough))
+    image.load()
+    width, height = image.size
+    convert = _converter(image)
+    if width * height <= _STRIP:
+        return convert(image), _orientation(image)
+    pixels = np.empty((height, width, 3), np.uint8)
+    for top, strip in _strips(image):
+        pixels[top : top + strip.height] = convert(strip)
+    return pixels, _orientation(image)
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
         raise BadImage(f"{_too_many(width * height, max_pixels)} ({width} x {height})")
     if width * height == 0:
         raise BadImage(f"has no pixels ({width} x {height})")
-    if enough is not None and image.format == "JPEG":
-        image.draft(None, (enough, enough))
-    image.load()
-    return np.ascontiguousarray(_TURN.get(_orientation(image), _upright)(_rgb(image)))
 
 
-def _rgb(image: Image.Image) -> Array:
-    """The loaded image in its stored orientation: uint8, (H, W, 3)."""
+_STRIP = 1 << 20  # pixels that are converted at a time: what that takes beside the image stays small
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """The image in pieces of whole rows, each with its first."""
+    width, height = image.size
+    rows = max(1, _STRIP // width)
+    for top in range(0, height, rows):
+        yield top, image.crop((0, top, width, min(top + rows, height)))
+
+
+def _converter(image: Image.Image) -> Callable[[Image.Image], NDArray[np.uint8]]:
+    """What turns the loaded image, or a piece of it, into RGB in its stored orientation: uint8, (H, W, 3)."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        stored = np.asarray(image)
-        gray = _float_to_8_bit(stored) if image.mode == "F" else _integer_to_8_bit(stored)
-        if isinstance(see_through := image.info.get("transparency"), int):
-            gray = np.where(stored == see_through, np.uint8(255), gray)
-        return np.repeat(gray[:, :, None], 3, axis=2)
+        to_8_bit = _float_to_8_bit(image) if image.mode == "F" else _integer_to_8_bit(image)
+        see_through = image.info.get("transparency")
+
+        def convert(part: Image.Image) -> NDArray[np.uint8]:
+            stored = np.asarray(part)
+            gray = to_8_bit(stored)
+            if isinstance(see_through, int):
+                gray = np.where(stored == see_through, np.uint8(255), gray)
+            return np.repeat(gray[:, :, None], 3, axis=2)
+
+        return convert
     if image.mode == "LAB":
         from PIL import ImageCms
 
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
-        return np.array(converted, np.uint8)
-    if not image.has_transparency_data:
-        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        transform = ImageCms.buildTransform(lab, srgb, "LAB", "RGB")
+        return lambda part: np.array(ImageCms.applyTransform(part, transform), np.uint8)
+    if image.has_transparency_data:
+        return _over_white
+    return lambda part: np.array(part if part.mode == "RGB" else part.convert("RGB"))
+
+
+def _over_white(image: Image.Image) -> NDArray[np.uint8]:
     rgba = np.asarray(image.convert("RGBA"), np.uint16)
     color, alpha = rgba[..., :3], rgba[..., 3:]
     return ((color * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)  # at most 65,152
 
 
-def _integer_to_8_bit(stored: Array) -> NDArray[np.uint8]:
+def _integer_to_8_bit(image: Image.Image) -> Callable[[Array], NDArray[np.uint8]]:
     """16-bit values by 1/257 (65535 -> 255); wider or negative ones stretched from least to greatest."""
-    if stored.min() < 0 or stored.max() > 65_535:
-        return _stretch(stored.astype(np.float64))
-    return ((stored.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    ends = [(int(stored.min()), int(stored.max())) for _, part in _strips(image) for stored in [np.asarray(part)]]
+    low, high = min(low for low, _ in ends), max(high for _, high in ends)
+    if low < 0 or high > 65_535:
+        return lambda stored: _stretch(stored.astype(np.float64), low, high)
+    return lambda stored: ((stored.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-def _float_to_8_bit(stored: Array) -> NDArray[np.uint8]:
+def _float_to_8_bit(image: Image.Image) -> Callable[[Array], NDArray[np.uint8]]:
     """0..1 times 255, 0..255 as they are, others stretched; not-a-number is black."""
-    finite = stored[np.isfinite(stored)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    values = np.nan_to_num(stored.astype(np.float64), nan=low, posinf=high, neginf=low)
-    values[np.isnan(stored)] = low if low < 0 else 0.0
-    if low < 0 or high > 255:
-        return _stretch(values)
-    return np.asarray(np.floor(values * (255 if high <= 1 else 1) + 0.5), np.uint8)
+    low, high, gaps = np.inf, -np.inf, False
+    for _, part in _strips(image):
+        stored = np.asarray(part)
+        finite = stored[np.isfinite(stored)]
+        low, high = float(finite.min(initial=low)), float(finite.max(initial=high))
+        gaps = gaps or bool(np.isnan(stored).any())
+    low, high = (low, high) if low <= high else (0.0, 0.0)
+    black = min(low, 0.0)
+    least = black if gaps else low
+
+    def convert(stored: Array) -> NDArray[np.uint8]:
+        values = np.nan_to_num(stored.astype(np.float64), nan=black, posinf=high, neginf=low)
+        if low < 0 or high > 255:
+            return _stretch(values, least, high)
+        return np.asarray(np.floor(values * (255 if high <= 1 else 1) + 0.5), np.uint8)
+
+    return convert
 
 
-def _stretch(values: NDArray[np.float64]) -> NDArray[np.uint8]:
-    low, high = values.min(), values.max()
+def _stretch(values: NDArray[np.float64], low: float, high: float) -> NDArray[np.uint8]:
     scaled = (values - low) / max(high - low, 1e-300)
     return np.asarray(np.floor(scaled * 255 + 0.5), np.uint8)
 
@@ -179,8 +230,9 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _upright(pixels: Array) -> Array:
-    return pixels
+def _upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    turn = _TURN.get(orientation)
+    return pixels if turn is None else np.ascontiguousarray(turn(pixels))
 
 
 # What ImageOps.exif_transpose does, for every mode and without writing the EXIF block anew.

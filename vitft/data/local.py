@@ -25,14 +25,14 @@ _JUNK = {"thumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "@eadir"}
 Splits = dict[str, datasets.Dataset]
 
 
-def read(path: Path, image_column: str | None, label_column: str | None) -> Splits:
+def read(path: Path, image_column: str | None, label_column: str | None, *, allow_outside: bool = False) -> Splits:
     """Read a file or folder, whatever it holds, into raw splits. Raises DataError."""
     try:
         if path.is_file():
             if path.suffix.lower() == ".parquet":
                 return read_parquet(_by_split([path]), image_column, label_column)
             if path.suffix.lower() in TABLE_SUFFIXES:
-                return read_table(path, image_column, label_column)
+                return read_table(path, image_column, label_column, allow_outside=allow_outside)
             raise DataError(f"{path} is no data set; give a folder, or a .csv, .jsonl or .parquet file.")
         if (batches := pixels.cifar_folder(path)) is not None:
             return pixels.read_cifar(batches, label_column)
@@ -100,7 +100,9 @@ def _parquet_split(
             columns = find_columns(features, image_column, None if absent else label_column)
             wanted = [column for column in columns if column]
             tables.append(pq.read_table(file, columns=wanted, memory_map=True, partitioning=None))
-        except (pa.ArrowException, OSError) as error:
+        except DataError:
+            raise
+        except Exception as error:  # torn files fail in pyarrow, in datasets, or where they read text
             reason = " ".join(str(error).split())
             raise DataError(f"{file} is no readable parquet file: {reason}") from error
     try:

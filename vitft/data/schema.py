@@ -1,5 +1,6 @@
 """What every data set is brought to: columns `image` (bytes or path) and `label` (a class index)."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def image_structs(data: pa.Array | None, paths: list[str] | None = None) -> pa.A
 def in_memory(table: pa.Table, info: datasets.DatasetInfo, split: str | None = None) -> datasets.Dataset:
     """Wrap an arrow table as a Dataset. A given fingerprint saves datasets from hashing all images."""
     fingerprint = datasets.fingerprint.generate_random_fingerprint()
-    named = datasets.NamedSplit(split) if split else None
+    named = datasets.NamedSplit(re.sub(r"\W", "_", split)) if split else None  # it takes words alone
     return datasets.Dataset(table, info=info, split=named, fingerprint=fingerprint)
 
 

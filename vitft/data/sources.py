@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from vitft.data import hub, local, pixels
 from vitft.data.schema import standardize
-from vitft.data.tables import TABLE_SUFFIXES
+from vitft.data.tables import TABLE_SUFFIXES, located
 from vitft.errors import DataError, UsageError, nearest
 
 
@@ -64,6 +64,7 @@ def open_source(
     revision: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    allow_outside: bool = False,
 ) -> Source:
     """Open an alias, `digits`, a hub id with optional `:config`, or anything `local.read` knows.
 
@@ -85,7 +86,7 @@ def open_source(
         name, raw = DIGITS, pixels.read_digits()
     elif is_here:
         name = path.resolve().stem if path.is_file() else path.resolve().name
-        raw = local.read(path, image_column, label_column)
+        raw = local.read(path, image_column, label_column, allow_outside=allow_outside)
         if (path.is_dir() and pixels.cifar_folder(path)) or path.suffix.lower() in TABLE_SUFFIXES:
             image_column = label_column = None  # the reader has chosen, and named them image and label
     elif hub_id is not None:
@@ -94,6 +95,10 @@ def open_source(
     else:
         raise DataError(_unknown(dataset))
     splits, labels = standardize(raw, image_column, label_column)
+    for split_name, split in splits.items():
+        if not _has_own_files(split):  # what others wrote names no file but their own
+            folders = hub.caches() if not is_here else (path if path.is_dir() else path.parent,)
+            splits[split_name] = located(str(split_name), split, folders, allow_outside=allow_outside)
     return Source(re.sub(r"[^\w.-]+", "-", name) or "data", splits, labels, used)
 
 
@@ -114,12 +119,17 @@ def sample_ids(split: datasets.Dataset, rows: NDArray[np.int64]) -> Sequence[str
     """
     if split._indices is not None:
         rows = split._indices.column(0).take(pa.array(rows)).to_numpy()
-    if not (split.info.homepage or "").startswith("file:"):
+    if not _has_own_files(split):
         return [int(row) for row in rows]
     root = url2pathname(urlsplit(split.info.homepage).path) + os.sep
     images = split.data.column("image")
     found = (images[int(row)]["path"].as_py() for row in rows)
     return [str(path).removeprefix(root).replace(os.sep, "/") for path in found]
+
+
+def _has_own_files(split: datasets.Dataset) -> bool:
+    """Whether our own reader named the files of a split, all below the folder that stands for its homepage."""
+    return (split.info.homepage or "").startswith("file:")
 
 
 def excluding(source: Source, file: Path) -> Source:

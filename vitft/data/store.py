@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitft.data import cache
-from vitft.data.augment import Images, Preprocess, resize, uncropped, workers
+from vitft.data.augment import Images, Preprocess, each_of, resize, uncropped, workers
 from vitft.data.images import BadImage, decode, header
 from vitft.data.sources import sample_id
 from vitft.errors import DataError
@@ -188,7 +188,16 @@ def _results(
     rows: datasets.Dataset, work: Callable[[dict[str, Any]], NDArray[np.uint8] | BadImage]
 ) -> Iterator[NDArray[np.uint8] | BadImage]:
     for start in range(0, len(rows), _CHUNK):
-        yield from workers().map(work, rows[start : start + _CHUNK]["image"])
+        cells = rows[start : start + _CHUNK]["image"]
+        yield from each_of(_encoded_bytes(cells[0]))(work, cells)
+
+
+def _encoded_bytes(cell: dict[str, Any]) -> int:
+    if cell["bytes"] is not None:
+        return len(cell["bytes"])
+    with suppress(OSError):
+        return Path(cell["path"]).stat().st_size
+    return 0
 
 
 class _Pixels:

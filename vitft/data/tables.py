@@ -9,15 +9,18 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from vitft.data.schema import LABEL_NAMES, image_structs, make_split
+from vitft.data.schema import LABEL_NAMES, image_structs, in_memory, make_split
 from vitft.errors import DataError, nearest
 
 PATH_NAMES = ("path", "file", "filename", "file_name", "filepath", "image_path", "image", "img")
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 
 
-def read_table(path: Path, image_column: str | None, label_column: str | None) -> dict[str, datasets.Dataset]:
+def read_table(
+    path: Path, image_column: str | None, label_column: str | None, *, allow_outside: bool = False
+) -> dict[str, datasets.Dataset]:
     """Read a CSV, TSV or JSONL file of image path (relative to its own folder), label and perhaps split."""
     try:
         rows = list(_json_rows(path) if path.suffix.lower() in (".jsonl", ".ndjson") else _csv_rows(path))
@@ -32,7 +35,7 @@ def read_table(path: Path, image_column: str | None, label_column: str | None) -
     label_column = _column(path, dict.fromkeys(rest), label_column, known, "--label-column")
     splits: dict[str, list[tuple[Path, Any]]] = {}
     for number, row in enumerate(rows, 1):
-        file = _inside(path.parent, row.get(path_column), f"{path} row {number}")
+        file = _named_file((path.parent,), row.get(path_column), f"{path} row {number}", allow_outside=allow_outside)
         splits.setdefault(str(row.get("split") or "train"), []).append((file, row.get(label_column)))
     return {name: file_split(path.parent, found) for name, found in splits.items()}
 
@@ -81,11 +84,40 @@ def _column(path: Path, columns: dict[str, None], wanted: str | None, known: tup
     return found
 
 
-def _inside(folder: Path, relative: Any, where: str) -> Path:
-    if not isinstance(relative, str) or not relative.strip() or "\0" in relative:
-        raise DataError(f"{where}: {relative!r} is no path of an image.")
-    # By name alone: a link that the folder's owner put there may lead where it likes.
-    inner = os.path.normpath(relative)
-    if os.path.isabs(inner) or Path(inner).parts[0] == "..":  # noqa: PTH117
-        raise DataError(f"{where}: {relative} leads out of {folder}; paths must stay within the file's folder.")
-    return folder / inner
+def located(name: str, split: datasets.Dataset, folders: tuple[Path, ...], *, allow_outside: bool) -> datasets.Dataset:
+    """A split whose images may be paths that its maker wrote down: relative to the first folder, made absolute.
+
+    Raises DataError for one that leads out of the folders: whoever made the data set could name any file here.
+    """
+    chunks = [
+        _located(chunk, folders, f"split {name}", allow_outside=allow_outside)
+        for chunk in split.data.column("image").chunks
+    ]
+    images = pa.chunked_array(chunks, split.data.schema.field("image").type)
+    return in_memory(pa.table({"image": images, "label": split.data.column("label")}), split.info, name)
+
+
+def _located(chunk: pa.Array, folders: tuple[Path, ...], where: str, *, allow_outside: bool) -> pa.Array:
+    data, path = chunk.flatten()
+    named = pc.and_(pc.is_null(data), pc.is_valid(path))
+    if not pc.any(named).as_py():
+        return chunk
+    pairs = zip(named.to_pylist(), path.to_pylist(), strict=True)
+    files = [
+        str(_named_file(folders, one, where, allow_outside=allow_outside)) if by_name else one for by_name, one in pairs
+    ]
+    return pa.StructArray.from_arrays([data, pa.array(files, pa.string())], ["bytes", "path"])
+
+
+def _named_file(folders: tuple[Path, ...], name: Any, where: str, *, allow_outside: bool) -> Path:
+    """The file that a data set in these folders names, `where` it does. Raises DataError for one outside of them.
+
+    By name alone: a link that the folder's owner put there may lead where it likes.
+    """
+    if not isinstance(name, str) or not name.strip() or "\0" in name:
+        raise DataError(f"{where}: {name!r} is no path of an image.")
+    roots = [os.path.abspath(folder) for folder in folders]  # noqa: PTH100  (resolve() would follow links)
+    file = Path(os.path.normpath(Path(roots[0], name)))
+    if not allow_outside and not any(file.is_relative_to(root) for root in roots):
+        raise DataError(f"{where}: {name} leads out of {folders[0]}; where that is meant, add --allow-outside.")
+    return file

@@ -1,0 +1,75 @@
+"""Run a fuzz target in this process and print what came of it as one JSON document.
+
+python -m tests.fuzz recipes --count 20000 --seed 1
+"""
+
+import argparse
+import faulthandler
+import json
+import random
+import resource
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+from tests.fuzz.targets import TARGETS
+
+SLOW_S = 2.0
+
+
+def main() -> int:
+    """Exit code 1 if anything but a success or the right error came out."""
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, help="Try the one with this number alone, and show its traceback.")
+    given = parser.parse_args()
+    faulthandler.enable()
+    # A hang shows where, and ends the process: nothing may take so long.
+    with tempfile.TemporaryDirectory() as work:
+        counts: Counter[str] = Counter()
+        attempt, kind = TARGETS[given.target](Path(work), counts)
+        for number in range(20):  # imports and caches belong to the baseline
+            with suppress(Exception):
+                attempt(random.Random(number))
+        counts.clear()
+        baseline, slowest, wrong = peak_bytes(), (0.0, -1), []
+        numbers = range(given.count) if given.only is None else [given.only]
+        for number in numbers:
+            faulthandler.dump_traceback_later(60, exit=True)
+            started = time.perf_counter()
+            try:
+                attempt(random.Random(f"{given.seed}.{number}"))
+                counts["loaded"] += 1
+            except kind as error:
+                counts["refused"] += 1
+                if "\n" in str(error):
+                    wrong.append((number, f"two lines: {error}"))
+            except Exception as error:
+                wrong.append((number, f"{type(error).__name__}: {error}"[:300]))
+                if given.only is not None:
+                    traceback.print_exc()
+            slowest = max(slowest, (time.perf_counter() - started, number))
+            if slowest[0] > SLOW_S and slowest[1] == number:
+                wrong.append((number, f"took {slowest[0]:.1f} s"))
+        faulthandler.cancel_dump_traceback_later()
+    print(json.dumps({
+        "target": given.target, "tried": len(numbers), **counts,
+        "slowest_s": round(slowest[0], 2), "memory_over_baseline_mb": round((peak_bytes() - baseline) / 1e6, 1),
+        "wrong": len(wrong), "first_wrong": wrong[:20],
+    }, indent=2))  # fmt: skip
+    return 1 if wrong else 0
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+if __name__ == "__main__":
+    sys.exit(main())
