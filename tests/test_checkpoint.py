@@ -10,7 +10,8 @@ import pytest
 
 from vitft import TrainConfig, evaluate, predict, train
 from vitft import checkpoint as ckpt
-from vitft.errors import ModelError, UsageError
+from vitft.card import prove, read_card
+from vitft.errors import DataError, ModelError, UsageError
 from vitft.explain.trace import trace
 from vitft.files import held, new_folder, write_json, write_text
 from vitft.trainer import resume
@@ -114,7 +115,7 @@ def test_a_checkpoint_that_is_not_there_names_those_that_are(digits_run: object)
 def test_a_card_that_was_edited_badly_is_named(tmp_path: Path) -> None:
     (tmp_path / "vitft.json").write_text('{"vitft": "0", "config": {"lr": -1}}')
     with pytest.raises(ModelError, match=r"vitft\.json: not readable"):
-        ckpt.read_card(tmp_path)
+        read_card(tmp_path)
 
 
 def test_what_a_kill_between_two_renames_left_is_found_again(tmp_path: Path) -> None:
@@ -171,9 +172,59 @@ def test_every_file_of_a_checkpoint_has_its_sum_but_the_one_for_people(digits_ru
         assert set(sums) | {"vitft.json", "README.md"} == {file.name for file in folder.iterdir()}
 
 
+def test_every_bit_of_what_a_checkpoint_says_of_itself_is_proved(copied: Path) -> None:
+    file = copied / "last" / "vitft.json"
+    whole = file.read_bytes()
+    for bit in range(8 * len(whole)):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(content)
+        with pytest.raises(ModelError, match=r"vitft\.json|is missing|is not what was written"):
+            prove(copied / "last")
+
+
+def test_settings_that_were_changed_are_no_longer_the_runs(copied: Path) -> None:
+    file = copied / "config.yaml"
+    whole = file.read_bytes()
+    assert ckpt.read_config(copied).dataset == "digits"
+    for bit in range(0, 8 * len(whole), 7):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(content)
+        with pytest.raises(UsageError, match=r"config\.yaml: was changed since the run wrote it"):
+            ckpt.read_config(copied)
+    file.write_bytes(whole.replace(b"lr: 0.001", b"lr: 0.1"))
+    with pytest.raises(UsageError, match=r"undo the change, or start a new run with it: vitft train --recipe"):
+        resume(copied)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"splits": 3}', '{"splits": {"train": {}}}', None])
+def test_a_run_whose_splits_cannot_be_proved_does_not_go_on(copied: Path, content: str | None) -> None:
+    shutil.rmtree(copied / "checkpoints" / "step-000003")
+    file = copied / "splits.json"
+    file.unlink() if content is None else file.write_text(content)
+    with pytest.raises(DataError, match=r"splits\.json: not readable .*start anew|the train split is not the one"):
+        resume(copied)
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"threads": "x"}', None])
+def test_a_run_that_does_not_know_its_threads_does_not_go_on(copied: Path, content: str | None) -> None:
+    file = copied / "environment.json"
+    file.unlink() if content is None else file.write_text(content)
+    with pytest.raises(ModelError, match=r"environment\.json: not readable"):
+        resume(copied)
+
+
+def test_a_foreign_state_is_named(copied: Path) -> None:
+    folder = copied / "checkpoints" / "step-000003"
+    (folder / "state.json").write_text('{"steps": 3}')
+    with pytest.raises(ModelError, match=r"state\.json: not readable"):
+        ckpt.read_state(folder)
+
+
 def test_a_folder_of_someone_elses_has_no_sums_and_is_taken(saved: Callable[..., Path]) -> None:
     folder = saved()
-    assert ckpt.prove(folder) == folder
+    assert prove(folder) == folder
 
 
 def test_two_processes_do_not_train_in_one_folder(copied: Path) -> None:

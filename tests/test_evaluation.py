@@ -14,7 +14,8 @@ from sklearn import metrics as sk
 from typer.testing import CliRunner
 
 from vitft import TrainConfig
-from vitft.checkpoint import read_card, step_folders
+from vitft.card import read_card
+from vitft.checkpoint import step_folders
 from vitft.cli import app
 from vitft.data.augment import Preprocess, preprocess
 from vitft.data.images import decode

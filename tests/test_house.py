@@ -34,7 +34,7 @@ ROOMS = [
     ["explain.table", "textbook.config", "textbook.run", "textbook.torch_engine"],
     ["faults"],
     ["checkpoint", "history", "metrics", "models", "optim", "signals"],
-    ["recipe"],
+    ["recipe", "card"],
     ["positions", "classification"],
     ["data.suspects"],
     ["data.info", "data.preview", "data.loader", "data.check"],

@@ -15,7 +15,8 @@ import transformers
 
 from tests.conftest import ARCHITECTURES, tiny_model
 from vitft import TrainConfig
-from vitft.checkpoint import Card, save_model
+from vitft.card import Card
+from vitft.checkpoint import save_model
 from vitft.data.augment import Preprocess
 from vitft.errors import ModelError, UsageError, VitftError
 from vitft.models import Loaded, load_for_training, load_trained, set_training, spec_of

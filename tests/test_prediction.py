@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from tests.conftest import tiny_model
 from vitft import TrainConfig
-from vitft.checkpoint import Card, save_model
+from vitft.card import Card
+from vitft.checkpoint import save_model
 from vitft.cli import app
 from vitft.data.augment import Preprocess, preprocess
 from vitft.data.images import decode

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -13,7 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from vitft.data import hub
 from vitft.data.images import decode
+from vitft.data.schema import image_structs, make_split
 from vitft.data.sources import ALIASES, class_indices, open_source, sample_id
 from vitft.errors import DataError, UsageError
 
@@ -329,6 +332,54 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path, path):
     file = tmp_path / "t.jsonl"
     file.write_text(json.dumps({"path": "ok.png", "label": "x"}) + "\n" + json.dumps({"path": path, "label": "x"}))
     refused(file, "row 2")
+
+
+def test_where_it_is_asked_for_a_path_may_leave_the_folder(tmp_path):
+    draw(tmp_path / "photos" / "a.png")
+    draw(tmp_path / "photos" / "b.png", "blue")
+    (tmp_path / "lists").mkdir()
+    file = tmp_path / "lists" / "t.csv"
+    file.write_text(f"path,label\n../photos/a.png,x\n{tmp_path}/photos/b.png,y\n")
+    refused(file, r"row 1: \.\./photos/a\.png leads out of .*add --allow-outside")
+    source = open_source(str(file), allow_outside=True)
+    assert pixels_of(source, 1)[0, 0].tolist() == [0, 0, 255]
+
+
+def test_an_absolute_path_may_stay_inside(tmp_path):
+    draw(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text(f"path,label\n{tmp_path}/a.png,x\n")
+    assert pixels_of(open_source(str(tmp_path / "t.csv"))).shape[2] == 3
+
+
+@pytest.mark.parametrize("column", [pa.struct({"bytes": pa.binary(), "path": pa.string()}), pa.string()])
+def test_a_parquet_file_names_images_of_its_own_folder_alone(tmp_path, column):
+    draw(tmp_path / "data" / "inside.png", "blue")
+    draw(tmp_path / "secret.png")
+
+    def stored(name: str) -> Path:
+        rows = [name if column == pa.string() else {"bytes": None, "path": name}] * 2
+        table = pa.table({"image": pa.array(rows, column), "label": ["x", "y"]})
+        write_parquet(tmp_path / "data" / "train.parquet", table)
+        return tmp_path / "data" / "train.parquet"
+
+    source = open_source(str(stored("inside.png")), image_column="image")
+    assert pixels_of(source)[0, 0].tolist() == [0, 0, 255]
+    for name in ("../secret.png", str(tmp_path / "secret.png"), "/etc/passwd"):
+        refused(stored(name), "leads out of", image_column="image")
+    assert pixels_of(open_source(str(stored("../secret.png")), image_column="image", allow_outside=True)).any()
+
+
+def test_a_hub_data_set_names_no_file_of_this_machine(tmp_path, monkeypatch):
+    draw(tmp_path / "secret.png")
+    images = image_structs(None, [str(tmp_path / "secret.png")] * 2)
+    hostile = make_split(images, ["x", "y"], root=tmp_path)  # its homepage claims that its files are our own
+    builder = SimpleNamespace(
+        hash="0" * 40, base_path=None, info=SimpleNamespace(download_checksums={}),
+        download_and_prepare=lambda: None, as_dataset=lambda: {"train": hostile},
+    )  # fmt: skip
+    monkeypatch.setattr(hub, "answers", lambda *asked: True)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *asked, **how: builder)
+    refused("some/body", r"secret\.png leads out of")
 
 
 def test_broken_tables(tmp_path):

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from vitft import TrainConfig, train
-from vitft.checkpoint import read_card
+from vitft.card import read_card
 from vitft.data.loader import TrainLoader
 from vitft.errors import DataError, TrainingError, UsageError
 from vitft.optim import lr_at, make_optimizer

@@ -5,7 +5,6 @@ checkpoints/step-000400/   a model folder, optimizer.safetensors, state.json; ma
 last/ best/                plain Transformers model folders
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -19,30 +18,13 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vitft import __version__
+from vitft.card import UNREADABLE, Card, prove, sha256, sha256_of, write_card
 from vitft.config import TrainConfig
 from vitft.data.augment import Preprocess
 from vitft.errors import ModelError, UsageError
 from vitft.files import held, new_folder, write_json, write_text
 from vitft.recipe import read_recipe
 from vitft.spec import PRESETS
-
-
-@dataclass(frozen=True)
-class Card:
-    """What a checkpoint knows of itself; stored as `vitft.json`."""
-
-    config: TrainConfig
-    labels: tuple[str, ...]
-    step: int
-    epoch: float
-    splits: dict[str, dict[str, Any]]  # of each split its source, count and hash
-    scores: dict[str, Any]  # the scores of this step, by split
-
-    def to_json(self) -> dict[str, Any]:
-        """As stored: settings that were not given are left out."""
-        document = asdict(self) | {"config": self.config.model_dump(exclude_none=True)}
-        return {"vitft": __version__} | document
 
 
 @dataclass
@@ -61,10 +43,10 @@ class State:
 def create_run(path: Path, *, overwrite: bool) -> None:
     """Make an empty run folder. Raises UsageError if something stands there."""
     check_free(path, overwrite=overwrite)
-    if path.exists() and any(path.iterdir()):
+    if path.exists() and not _never_begun(path):
         shutil.rmtree(path)
     try:
-        (path / "checkpoints").mkdir(parents=True)
+        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"output {path}: cannot be made: {error.strerror or error}; choose another.") from error
 
@@ -80,7 +62,7 @@ def check_free(path: Path, *, overwrite: bool) -> None:
     """Raise UsageError unless a run may be written to this folder."""
     if path.is_file():
         raise UsageError(f"output {path}: a file; choose a folder.")
-    if not path.exists() or not any(path.iterdir()):
+    if not path.exists() or _never_begun(path):
         return
     if not overwrite:
         remedy = f"--resume {path} goes on with it, --overwrite replaces it" if is_run(path) else "choose another"
@@ -92,6 +74,12 @@ def check_free(path: Path, *, overwrite: bool) -> None:
             raise UsageError(f"output {path}: another process is training there; wait for it, or choose another.")
 
 
+def _never_begun(path: Path) -> bool:
+    """Whether a folder is empty, or has what a run writes before its settings make it one: a kill fell between."""
+    first = {"checkpoints", "environment.json", ".environment.json.new", ".config.yaml.new"}
+    return {file.name for file in path.iterdir()} <= first and not any((path / "checkpoints").glob("*"))
+
+
 def is_run(path: Path) -> bool:
     """Whether a folder is a run folder."""
     return (path / "config.yaml").is_file() and (path / "checkpoints").is_dir()
@@ -100,7 +88,7 @@ def is_run(path: Path) -> bool:
 def write_config(run: Path, config: TrainConfig) -> None:
     """Write `config.yaml`, a recipe of every setting as resolved."""
     text = yaml.safe_dump(config.model_dump(exclude_none=True), sort_keys=False)
-    write_text(run / "config.yaml", f"{text}{_SUM}{_sha256_of(text)}\n")
+    write_text(run / "config.yaml", f"{text}{_SUM}{sha256_of(text)}\n")
 
 
 _SUM = "# sha256 of what stands above: "
@@ -110,7 +98,7 @@ def read_config(run: Path) -> TrainConfig:
     """The settings that a run was written with. Raises UsageError if they are not what was written."""
     file = run / "config.yaml"
     text, mark, sum_ = file.read_bytes().decode(errors="replace").partition(_SUM)
-    if not mark or sum_.strip() != _sha256_of(text):
+    if not mark or sum_.strip() != sha256_of(text):
         raise UsageError(
             f"{file}: was changed since the run wrote it, and a resumed run goes on as it was; undo the change, "
             f"or start a new run with it: vitft train --recipe {file}"
@@ -128,10 +116,7 @@ def _fill(folder: Path, model: Any, how: Preprocess, card: Card) -> None:
     model.save_pretrained(folder)
     write_json(folder / "preprocessor_config.json", how.to_json())
     (folder / "model.safetensors").chmod(0o644)  # safetensors makes files that only their owner may read
-    sums = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
-    document = card.to_json()
-    write_json(folder / "vitft.json", document | {"sha256": sums | {"vitft.json": _sum_of(document)}})
-    write_text(folder / "README.md", _readme(card))
+    write_card(folder, card)
 
 
 def save_step(
@@ -143,7 +128,7 @@ def save_step(
         _fill(fresh, model, how, card)
         save_file(optimizer_tensors(model, optimizer), fresh / "optimizer.safetensors")
         write_json(fresh / "state.json", asdict(state))
-        manifest = {f.name: {"size": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(fresh.iterdir())}
+        manifest = {f.name: {"size": f.stat().st_size, "sha256": sha256(f)} for f in sorted(fresh.iterdir())}
         write_json(fresh / "manifest.json", manifest)
     # Newer ones than this were torn, or this run would have gone on from them.
     torn = [old for old in step_folders(run) if _step_of(old) > state.step]
@@ -178,17 +163,23 @@ def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
     return None, passed
 
 
+_NEEDED = {"config.json", "model.safetensors", "optimizer.safetensors", "preprocessor_config.json", "state.json",
+           "vitft.json"}  # fmt: skip
+
+
 def fault_of(folder: Path) -> str | None:
     """What is wrong with a step checkpoint's files, by size and SHA-256; None if nothing is."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         for name, wanted in manifest.items():
             file = folder / name
-            if file.stat().st_size != wanted["size"]:
-                return f"{name} has {file.stat().st_size} bytes, not {wanted['size']}"
-            if _sha256(file) != wanted["sha256"]:
+            if (size := file.stat().st_size) != wanted["size"]:
+                return f"{name} has {size} bytes, not {wanted['size']}"
+            if wanted != {"size": size, "sha256": sha256(file)}:
                 return f"{name} is not what was written"
-    except _UNREADABLE as error:
+        if unlisted := _NEEDED - manifest.keys():
+            return f"{min(unlisted)} is not in its manifest"
+    except UNREADABLE as error:
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -199,50 +190,6 @@ def read_state(folder: Path) -> State:
         return State(**json.loads((folder / "state.json").read_text()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ModelError(f"{folder / 'state.json'}: not readable ({error}); is it of another version?") from error
-
-
-def read_card(folder: Path) -> Card | None:
-    """What a checkpoint knows of itself; None if vitft did not write it. Raises ModelError."""
-    file = folder / "vitft.json"
-    if not file.is_file():
-        return None
-    try:
-        document = json.loads(file.read_text())
-        document.pop("vitft")
-        document.pop("sha256", None)  # see `prove`
-        config = TrainConfig.parse(document.pop("config"), str(file))
-        return Card(config=config, **document | {"labels": tuple(document["labels"])})
-    except (*_UNREADABLE, UsageError) as error:
-        raise ModelError(f"{file}: not readable ({error}); was it edited?") from error
-
-
-# What reading a JSON document of other contents than one's own can raise.
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
-
-
-def prove(folder: Path) -> Path:
-    """The folder, if every file is what vitft wrote, by its SHA-256. Raises ModelError; other folders have no sums."""
-    card = folder / "vitft.json"
-    if not card.is_file():
-        return folder  # not vitft's; what is wrong with it, its reader says
-    try:
-        document = json.loads(card.read_text(encoding="utf-8"))
-        sums = dict(document.pop("sha256"))
-        whole = sums.pop(card.name) == _sum_of(document)
-    except _UNREADABLE as error:
-        raise ModelError(f"{card}: not readable ({error}); take another checkpoint.") from error
-    if not whole:
-        raise ModelError(f"{card}: is not what was written, its SHA-256 differs; take another checkpoint.")
-    for name, wanted in sums.items():
-        file = folder / Path(name).name
-        if not file.is_file():
-            raise ModelError(f"{file}: is missing; take another checkpoint.")
-        if _sha256(file) != wanted:
-            raise ModelError(
-                f"{file}: is not what was written, its SHA-256 differs; take another checkpoint, or, if you "
-                "changed it yourself, remove its line from vitft.json."
-            )
-    return folder
 
 
 def find_model(path: Path) -> Path:
@@ -292,45 +239,3 @@ def load_optimizer(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -
         parameter = parameters[parameter_name]
         # Adam's step counters stay where they were; moments live beside their parameter.
         optimizer.state[parameter][quantity] = value.to(parameter.device)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sha256_of(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="replace")).hexdigest()
-
-
-def _sum_of(document: dict[str, Any]) -> str:
-    """The SHA-256 of a JSON document, however it is spaced."""
-    return _sha256_of(json.dumps(document, sort_keys=True, ensure_ascii=False))
-
-
-def _readme(card: Card) -> str:
-    scores = "\n".join(
-        f"- {split}: accuracy {100 * score['accuracy']:.2f} % on {score['count']} images (split {score['split_hash']})"
-        for split, score in card.scores.items()
-    )
-    config = card.config
-    start = f"{config.model}, new weights" if config.from_scratch else config.model
-    header = yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "image-classification"})
-    return f"""---
-{header}---
-
-# An image classifier
-
-Classes: {", ".join(card.labels[:50])}{", ..." if len(card.labels) > 50 else ""}
-
-Started from {start}; trained on {config.dataset} for {card.step} steps ({card.epoch:.2f} epochs)
-with vitft {__version__}.
-
-{scores or "Not scored at this step."}
-
-```python
-from transformers import pipeline
-
-classify = pipeline("image-classification", model="path/to/this/folder")
-```
-"""

@@ -32,7 +32,7 @@ class TrainConfig(Settings):
     check: Literal["fast", "full", "off"] = setting("fast", "Data", "Look for faults before training. fast: in the labels; full: in every image, as vitft data check.", steers=True)
     allow_outside: bool = setting(False, "Data", "Read images outside of a table's own folder too.", steers=True)
     on_bad_image: Literal["error", "skip"] = setting("error", "Data", "What a file that is no readable image does: stop before training, or be listed and left out.")
-    max_pixels: int = setting(100_000_000, "Data", "Refuse images with more pixels than this.", ge=1)
+    max_pixels: int = setting(50_000_000, "Data", "Refuse images with more pixels than this: half a gigabyte is what decoding them takes.", ge=1)
     cache_gb: float = setting(20.0, "Data", "Decoded photos that are kept on disk for the next run, in GB; see vitft data cache. 0: none.", steers=True, ge=0, le=1e6)
     augment: Literal["none", "flip", "crop"] = setting("flip", "Data", "flip: left to right, half of the time. crop: random resized crop, and flip.")
 

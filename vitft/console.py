@@ -33,9 +33,9 @@ def say_json(document: Any) -> None:
 
 
 def say_text(text: str) -> None:
-    """Print text as is, for files and pipes: no markup, no wrapping."""
+    """Print text with no markup and no wrapping: for files and pipes as it is, and safely on a terminal."""
     if _main_process:
-        print(text, end="")
+        print(safe(text.replace("\r\n", "\n")) if out.is_terminal else text, end="")
 
 
 def note(message: str) -> None:

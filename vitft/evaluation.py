@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from vitft.checkpoint import find_model, read_card
+from vitft.card import read_card
+from vitft.checkpoint import find_model
 from vitft.config import TrainConfig
 from vitft.data.loader import Batches, EvalLoader
 from vitft.data.sources import ALIASES, DIGITS, Source, excluding, open_source

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,18 +11,17 @@ from typing import Any
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file's text, whole."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        try:
+    temporary = path.parent / f".{path.name}.new"  # what a kill leaves is replaced by the next writing of this file
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        except BaseException:
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
-            raise
+        raise
     _sync(path.parent)
 
 

@@ -303,7 +303,7 @@ def _preprocess(origin: _Origin, stored: Any) -> Preprocess:
         how = Preprocess.from_json(document) if document else Preprocess(height, width)
     except ModelError as error:
         raise ModelError(f"{origin.where}: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # other values than expected fail in any way
         raise ModelError(f"{origin.where}: {file} cannot be read: {_first_line(error)}.") from error
     # DINOv2 checkpoints state the size they were trained at, and take smaller images too.
     fixed = hasattr(stored, "image_size") and not stored.model_type.startswith("dinov2")

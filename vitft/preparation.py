@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitft import console, paths
-from vitft.checkpoint import prove
+from vitft.card import prove
 from vitft.config import SIZES, TrainConfig, named_dataset
 from vitft.data.check import check, check_labels
 from vitft.data.sources import ALIASES, DIGITS, Source, excluding, open_source

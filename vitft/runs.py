@@ -32,8 +32,13 @@ def new_run(accelerator: Any, prepared: Prepared, output: Path | None, overwrite
         ckpt.create_run(run, overwrite=overwrite)
         revisions = {"model_revision": prepared.loaded.revision, "dataset_revision": prepared.source.revision}
         processes = {"processes": accelerator.num_processes}
-        write_json(run / "environment.json", environment() | revisions | processes)
-        ckpt.write_config(run, prepared.config)  # last: it makes the folder a run
+        try:
+            write_json(run / "environment.json", environment() | revisions | processes)
+            ckpt.write_config(run, prepared.config)  # last: it makes the folder a run
+        except OSError as error:
+            raise UsageError(
+                f"output {run}: cannot be written: {error.strerror or error}; make room, or choose another."
+            ) from error
         chosen = [run]
     return Path(broadcast_object_list(chosen)[0])
 

@@ -14,7 +14,8 @@ from accelerate.utils import gather_object
 
 from vitft import checkpoint as ckpt
 from vitft import console, evaluation, runs
-from vitft.checkpoint import Card, State
+from vitft.card import Card, read_card
+from vitft.checkpoint import State
 from vitft.config import TrainConfig
 from vitft.data.loader import EvalLoader
 from vitft.errors import ModelError, Stopped, TrainingError
@@ -111,7 +112,7 @@ class _Run:
         self.bare, self.probe = self.learner.bare, self.learner.probe
         self.steps_per_epoch, self.total_steps = self.learner.steps_per_epoch, self.learner.total_steps
         self.pending: tuple[Card, dict[str, torch.Tensor]] | None = None  # a best/ that is not written yet
-        card = ckpt.read_card(resumed_from) if resumed_from else None
+        card = read_card(resumed_from) if resumed_from else None
         self.scores: dict[str, dict[str, Any]] = card.scores if card else {}
 
     # -- the loop ---------------------------------------------------------------------------------
@@ -293,7 +294,7 @@ class _Run:
         chosen = "last" if state.best_step is None else "best"
         if chosen == "best" and state.best_step != state.step:
             self._write_model("last", self._card(state))
-            card = ckpt.read_card(self.run / "best")
+            card = read_card(self.run / "best")
             assert card is not None, "best/ is written by vitft"
             self.bare.load_state_dict(load_trained(self.run / "best").model.state_dict())
             state, self.scores = State(step=card.step), card.scores

@@ -79,7 +79,8 @@ def tables(work: Path, counts: Counter[str]) -> Target:
 
 def checkpoints(work: Path, counts: Counter[str]) -> Target:
     """A stranger's model folder, and the documents of vitft's own: one file of it is mutated."""
-    from vitft.checkpoint import fault_of, find_model, read_card, read_state
+    from vitft.card import read_card
+    from vitft.checkpoint import fault_of, find_model, read_state
     from vitft.models import load_trained
 
     strangers, own = SEEDS / "checkpoints" / "model", SEEDS / "checkpoints" / "step-000002"

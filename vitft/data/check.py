@@ -26,7 +26,7 @@ Progress = Callable[[int, int], None]
 
 KINDS: dict[str, tuple[Severity, str]] = {
     "empty": ("error", "zero bytes"),
-    "not-an-image": ("error", "no image that Pillow reads"),
+    "not-an-image": ("error", "no image of a format that is read"),
     "truncated": ("error", "the end of the file is missing"),
     "unreadable": ("error", "damaged, gone, or not to be opened"),
     "too-large": ("error", "more pixels than --max-pixels"),

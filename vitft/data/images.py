@@ -23,8 +23,13 @@ Array = NDArray[Any]
 
 MAX_PIXELS: int = TrainConfig.model_fields["max_pixels"].default
 
-# Documents, films and containers that Pillow opens only by way of other programs, or not at all.
-_NO_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+# Documents and films that Pillow opens only by way of other programs, or not at all; and containers of an
+# image in another format, whose size their own header does not tell.
+_NO_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"} | {"BLP", "ICNS", "ICO", "IPTC"}
+
+# How many pixels of a JPEG or PNG a pixel counts as: by the memory of its decoder (10 bytes a pixel at most
+# for those; docs/reliability.md has all), or by its time, where it is written in Python.
+_WEIGHT = {"AVIF": 1.5, "WEBP": 2.0, "JPEG2000": 2.5} | dict.fromkeys(("DDS", "FITS", "MSP", "QOI", "XPM"), 50.0)
 
 _COMMON = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # a format that is tried in vain takes as long as a tiny image
 
@@ -139,8 +144,10 @@ def _pixels(image: Image.Image, max_pixels: int, enough: int | None) -> tuple[ND
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
-    if width * height > max_pixels:
-        raise BadImage(f"{_too_many(width * height, max_pixels)} ({width} x {height})")
+    weight = _WEIGHT.get(str(image.format), 1.0)
+    if width * height * weight > max_pixels:
+        each = f", and a pixel of {image.format} counts as {weight:g}" if weight > 1 else ""
+        raise BadImage(f"{_too_many(width * height, max_pixels)} ({width} x {height}{each})")
     if width * height == 0:
         raise BadImage(f"has no pixels ({width} x {height})")
 
@@ -267,7 +274,7 @@ def _bad(error: Exception, max_pixels: int) -> BadImage:
         count = re.search(r"\d+", text)
         return BadImage(_too_many(int(count[0]), max_pixels) if count else text)
     if isinstance(error, UnidentifiedImageError):
-        return BadImage("is not an image that Pillow reads")
+        return BadImage("is not an image of a format that is read")
     if isinstance(error, MemoryError):
         return BadImage("does not fit in memory")
     if isinstance(error, OSError) and error.strerror:

@@ -110,7 +110,11 @@ def _parquet_split(
     except pa.ArrowException as error:
         raise DataError(f"the parquet files of split {name} differ in their columns: {error}") from error
     features = datasets.Features({column: features[column] for column in wanted})
-    return in_memory(table.replace_schema_metadata(None), datasets.DatasetInfo(features=features), name)
+    try:
+        return in_memory(table.replace_schema_metadata(None), datasets.DatasetInfo(features=features), name)
+    except (ValueError, TypeError, pa.ArrowException) as error:  # names with zero bytes are cut short
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{files[0]}: its columns are not what its features say: {reason}") from error
 
 
 def _by_split(files: list[Path]) -> dict[str, list[Path]]:

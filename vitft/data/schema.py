@@ -190,7 +190,7 @@ def _class_names(class_lists: list[list[str]], found: Iterable[tuple[Any, list[s
 
 
 def _is_whole(word: str) -> bool:
-    return word.removeprefix("-").isdecimal() and str(int(word)) == word
+    return len(word) < 20 and word.removeprefix("-").isdecimal() and str(int(word)) == word
 
 
 def _dataset(

@@ -94,11 +94,16 @@ def open_source(
         raw, used = hub.read(hub_id[1], hub_id[2], revision)
     else:
         raise DataError(_unknown(dataset))
-    splits, labels = standardize(raw, image_column, label_column)
-    for split_name, split in splits.items():
-        if not _has_own_files(split):  # what others wrote names no file but their own
-            folders = hub.caches() if not is_here else (path if path.is_dir() else path.parent,)
-            splits[split_name] = located(str(split_name), split, folders, allow_outside=allow_outside)
+    try:
+        splits, labels = standardize(raw, image_column, label_column)
+        for split_name, split in splits.items():
+            if not _has_own_files(split):  # what others wrote names no file but their own
+                folders = hub.caches() if not is_here else (path if path.is_dir() else path.parent,)
+                splits[split_name] = located(str(split_name), split, folders, allow_outside=allow_outside)
+    except DataError:
+        raise
+    except Exception as error:  # columns of other contents than their types say fail wherever they are read
+        raise DataError(f"{dataset}: its columns cannot be read: {' '.join(str(error).split())[:300]}") from error
     return Source(re.sub(r"[^\w.-]+", "-", name) or "data", splits, labels, used)
 
 

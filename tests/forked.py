@@ -1,0 +1,51 @@
+"""`vitft` in processes of its own that start at once: forked from one that has imported everything."""
+
+import multiprocessing as mp
+import os
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_context = mp.get_context("forkserver")
+_context.set_forkserver_preload(
+    ["vitft.trainer", "vitft.classification", "vitft.evaluation", "transformers.models.vit.modeling_vit"]
+)
+Process = Any
+
+
+def start(*words: str, log: Path, before: Callable[[], None] | None = None, largest_file: int | None = None) -> Process:
+    """`vitft` with these words; what it says goes to `log`, what it may write to one file is `largest_file` bytes.
+
+    `before` runs first, in the process: a module's function.
+    """
+    process = _context.Process(target=_run, args=(words, log, before, largest_file))
+    process.start()
+    return process
+
+
+def finish(*words: str, log: Path, **how: Any) -> tuple[int, str]:
+    """Run to the end: the exit code, and all that was said."""
+    process = start(*words, log=log, **how)
+    process.join(240)
+    assert process.exitcode is not None, "it does not end"
+    return process.exitcode, log.read_text()
+
+
+def _run(words: tuple[str, ...], log: Path, before: Callable[[], None] | None, largest_file: int | None) -> None:
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.argv = ["vitft", *words]
+    if before is not None:
+        before()
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    from vitft.cli import main
+
+    try:
+        main()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()

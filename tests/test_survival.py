@@ -1,0 +1,242 @@
+"""Runs that are killed, interrupted and starved, in real processes: nothing is torn, and each ends as undisturbed."""
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.forked import finish, start
+from tests.test_processes import flags, steps_done
+from vitft.checkpoint import is_run, newest_whole, read_state
+from vitft.history import recorded
+
+KILLED = -signal.SIGKILL
+
+
+def left_in(run: Path) -> set[str]:
+    return {file.relative_to(run).as_posix() for file in run.rglob("*")}
+
+
+def assert_as_undisturbed(run: Path, whole: Path) -> None:
+    """The same files, weights bit for bit, and losses."""
+    assert left_in(run) == left_in(whole)
+    for model in ("best", "last"):
+        file = Path(model) / "model.safetensors"
+        assert (run / file).read_bytes() == (whole / file).read_bytes(), model
+    assert [(line["step"], line["loss"]) for line in recorded(run)] == [
+        (line["step"], line["loss"]) for line in recorded(whole)
+    ]
+
+
+def begin_or_resume(run: Path, words: list[str]) -> list[str]:
+    return ["train", "--resume", str(run)] if is_run(run) else ["train", *words, "--output", str(run)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run of 80 steps."""
+    folder = tmp_path_factory.mktemp("whole")
+    code, said = finish("train", *flags(), "--output", str(folder / "run"), log=folder / "log")
+    assert code == 0, said
+    return folder / "run"
+
+
+def wait_for_step(process: Any, run: Path, step: int) -> None:
+    limit = time.monotonic() + 120
+    while steps_done(run) < step:
+        assert process.is_alive(), "the run ended by itself"
+        assert time.monotonic() < limit, "the run does not get on"
+        time.sleep(0.002)
+
+
+# -- kill -9 ----------------------------------------------------------------------------------------
+
+
+def dies_at(number: int, run: str) -> None:
+    """From now on this process kills itself before the so-manieth change that it makes to a run's files."""
+    done = 0
+
+    def dying(real: Callable[..., Any], what: object, *more: Any, **named: Any) -> Any:
+        nonlocal done
+        if isinstance(what, int) or str(what).startswith(run):
+            done += 1
+            if done == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return real(what, *more, **named)
+
+    for name in ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink"):
+        setattr(os, name, partial(dying, getattr(os, name)))
+
+
+@pytest.mark.parametrize("every", [17, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_between_any_two_changes_of_its_files(tmp_path: Path, every: int) -> None:
+    words = flags(max_steps=4, save_every=2, keep=1, eval_every=2)
+    undisturbed = train_in(tmp_path / "whole", words)
+    number = 1
+    while True:
+        run = tmp_path / "run"
+        dying = partial(dies_at, number, str(run))
+        code, said = finish(*begin_or_resume(run, words), log=tmp_path / "log", before=dying)
+        if code == 0:
+            break
+        assert code == KILLED, said
+        code, said = finish(*begin_or_resume(run, words), log=tmp_path / "log")
+        assert code == 0, said
+        assert_as_undisturbed(run, undisturbed)
+        shutil.rmtree(run)
+        number += every
+    assert number > 60  # it has more changes than that
+
+
+def train_in(run: Path, words: list[str]) -> Path:
+    code, said = finish("train", *words, "--output", str(run), log=run.with_suffix(".log"))
+    assert code == 0, said
+    return run
+
+
+@pytest.mark.parametrize("runs", [2, pytest.param(100, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(tmp_path: Path, whole: Path, runs: int) -> None:
+    """kill -9 three times a run at any moment, with `--save-every 10`; at most ten steps are done again."""
+    started = time.monotonic()
+    assert finish("train", *flags(), "--output", str(tmp_path / "timed"), log=tmp_path / "log")[0] == 0
+    took_s = time.monotonic() - started
+    kills, most = 0, 0
+    for number in range(runs):
+        run, moments = tmp_path / f"run-{number}", random.Random(number)
+        for _ in range(3):
+            process = start(*begin_or_resume(run, flags()), log=tmp_path / "log")
+            process.join(moments.uniform(0, took_s))
+            if process.exitcode is not None:
+                assert process.exitcode == 0, (tmp_path / "log").read_text()
+                break
+            process.kill()
+            process.join()
+            kills += 1
+            if is_run(run):
+                folder, passed = newest_whole(run)
+                assert passed == []  # none is torn
+                most = max(most, steps_done(run) - (read_state(folder).step if folder else 0))
+        code, said = finish(*begin_or_resume(run, flags()), log=tmp_path / "log")
+        assert code == 0, said
+        assert_as_undisturbed(run, whole)
+        shutil.rmtree(run)
+    print(f"{runs} runs, {kills} kills, at most {most} steps done again")  # noqa: T201
+    assert most <= 10
+
+
+def test_a_second_ctrl_c_ends_it_at_once_and_tears_nothing(tmp_path: Path, whole: Path) -> None:
+    run = tmp_path / "run"
+    process = start("train", *flags(), "--output", str(run), log=tmp_path / "log")
+    wait_for_step(process, run, 25)
+    for _ in range(2):
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.003)
+    process.join(30)
+    assert process.exitcode in (-signal.SIGINT, 130)  # the second one, or the first had saved before it came
+    assert newest_whole(run)[1] == []
+    code, said = finish("train", "--resume", str(run), log=tmp_path / "log")
+    assert code == 0, said
+    assert_as_undisturbed(run, whole)
+
+
+# -- the disk ---------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_is_full_costs_nothing_that_was_saved(tmp_path: Path, whole: Path) -> None:
+    run = tmp_path / "run"
+    process = start("train", *flags(), "--output", str(run), log=tmp_path / "log")
+    wait_for_step(process, run, 25)
+    process.kill()
+    process.join()
+    saved = read_state(newest_whole(run)[0] or Path()).step
+    for largest in (20_000, 3000, 0):  # too little for the weights, for a document, for anything
+        code, said = finish("train", "--resume", str(run), log=tmp_path / "log", largest_file=largest)
+        said = " ".join(said.split())
+        assert "Traceback" not in said
+        assert code == 5 or not said, said  # the log is on that disk too
+        if said:
+            assert "cannot be written: " in said
+            assert f"what was saved before is whole. Make room, then go on with: vitft train --resume {run}" in said
+        assert [folder.name for folder in (run / "checkpoints").iterdir()].count(f"step-{saved:06d}") == 1
+        assert newest_whole(run)[1] == []
+    code, said = finish("train", "--resume", str(run), log=tmp_path / "log")
+    assert code == 0, said
+    assert_as_undisturbed(run, whole)
+
+
+def test_a_new_run_on_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    code, said = finish("train", *flags(), "--output", str(tmp_path / "run"), log=tmp_path / "log", largest_file=500)
+    assert code == 2, said
+    assert "Traceback" not in said
+    assert train_in(tmp_path / "run", flags(max_steps=2)).is_dir()  # the name is free
+
+
+@pytest.mark.parametrize("words", [["eval"], ["predict", "docs/digits", "--checkpoint"]])
+def test_a_checkpoint_is_read_where_nothing_may_be_written(whole: Path, tmp_path: Path, words: list[str]) -> None:
+    code, said = finish(*words, str(whole), log=tmp_path / "log", before=partial(read_only, str(whole)))
+    assert code == 0, said
+
+
+def read_only(folder: str) -> None:
+    """What a read-only folder does, to the superuser too."""
+    real = os.open
+
+    def opened(path: Any, mode: int, *more: Any, **named: Any) -> Any:
+        if str(path).startswith(folder) and mode & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, mode, *more, **named)
+
+    def refusing(real: Callable[..., Any], path: Any, *more: Any, **named: Any) -> Any:
+        if str(path).startswith(folder):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *more, **named)
+
+    os.open = opened
+    for name in ("mkdir", "rename", "replace"):
+        setattr(os, name, partial(refusing, getattr(os, name)))
+
+
+def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path, whole: Path) -> None:
+    locked = tmp_path / "locked"
+    code, said = finish(
+        "train", *flags(), "--output", str(locked / "run"), log=tmp_path / "log", before=partial(read_only, str(locked))
+    )
+    assert code == 2, said
+    assert f"output {locked / 'run'}: cannot be made: Permission denied; choose another." in " ".join(said.split())
+    assert not locked.exists()
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoints" / "step-000080")
+    code, said = finish("train", "--resume", str(run), log=tmp_path / "log", before=partial(read_only, str(run)))
+    assert code == 5, said
+    assert "cannot be written: Permission denied" in " ".join(said.split())
+
+
+# -- the clock --------------------------------------------------------------------------------------
+
+
+def clock_is_back() -> None:
+    """It is 1971 from now on."""
+    for name in ("time", "time_ns"):
+        real = getattr(time, name)
+        setattr(time, name, lambda real=real: real() % (10**7 if real is time.time else 10**16))
+
+
+def test_a_clock_that_was_set_back_changes_nothing(tmp_path: Path, whole: Path) -> None:
+    run = tmp_path / "run"
+    process = start("train", *flags(), "--output", str(run), log=tmp_path / "log")
+    wait_for_step(process, run, 35)
+    process.kill()
+    process.join()
+    for age, folder in enumerate(sorted((run / "checkpoints").iterdir())):
+        os.utime(folder, (2e9 - age, 2e9 - age))  # from the future, and the newest looks oldest
+    code, said = finish("train", "--resume", str(run), log=tmp_path / "log", before=clock_is_back)
+    assert code == 0, said
+    assert_as_undisturbed(run, whole)
