@@ -27,9 +27,10 @@ def say(renderable: RenderableType = "") -> None:
 
 
 def say_json(document: Any) -> None:
-    """Print one JSON document to standard output, as is: no colour, no wrapping."""
+    """Print one JSON document to standard output, as is: no colour, no wrapping; what is not printable is escaped."""
     if _main_process:
-        print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+        print("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
 
 def say_text(text: str) -> None:

@@ -155,8 +155,8 @@ def _from_scratch(config: TrainConfig, labels: Sequence[str]) -> Loaded:
         if config.image_size is not None:
             stored.image_size, how = config.image_size, how.at(config.image_size)
     _label(stored, labels)
-    check_size(stored, how.height)
     check_demand(_classifier_class(stored), stored, config.model)
+    check_size(stored, how.height)
     model = _classifier_class(stored)(stored)
     _without_mask_token(model)
     return Loaded(model, how, tuple(labels), commit, True)

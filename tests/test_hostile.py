@@ -1,0 +1,275 @@
+"""Data, models and settings made to do harm: through the real command line, each is refused in a line or does none."""
+# ruff: noqa: E501  (lists of hostile words)
+
+import io
+import json
+import os
+import time
+import zipfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.forked import finish
+from tests.test_processes import flags
+from vitft import TrainConfig
+from vitft.card import prove
+from vitft.data.images import BadImage, decode
+from vitft.data.local import image_files
+from vitft.data.sources import open_source
+from vitft.errors import ModelError
+from vitft.models import load_for_training, load_trained
+
+Saved = Callable[..., Path]
+
+
+def vitft(tmp_path: Path, *words: str, **how: Any) -> tuple[int, str]:
+    code, said = finish(*words, log=tmp_path / "log", **how)
+    assert "Traceback" not in said
+    return code, said
+
+
+# -- names ------------------------------------------------------------------------------------------
+
+NAMES = [
+    "\x1b[31mred\x1b[0m\x07", "../../up", "/etc/passwd", "<script>alert(1)</script>", "a\r\nb: c", "[bold]x[/]", "# title",
+    "![x](http://x.example/y.png)", "‮gnp", "NUL", "a" * 300, "{}", "%s%n", "'; drop", " ", "é", "e\u0301",
+]  # fmt: skip
+
+
+@pytest.fixture
+def named(tmp_path: Path) -> Path:
+    """A table whose classes have such names."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = []
+    for number in range(4 * len(NAMES)):
+        pixels = np.random.default_rng(number).integers(0, 256, (28, 28, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        split = "test" if number >= 3 * len(NAMES) else "train"
+        rows.append(json.dumps({"path": f"{number}.png", "label": NAMES[number % len(NAMES)], "split": split}))
+    (folder / "t.jsonl").write_text("\n".join(rows))
+    return folder / "t.jsonl"
+
+
+def test_names_of_classes_steer_neither_the_terminal_nor_a_page_nor_a_path(named: Path, tmp_path: Path) -> None:
+    run, before = tmp_path / "run", set(tmp_path.rglob("*"))
+    small = flags(dataset=str(named), max_train_samples=None, max_steps=2, val_fraction=0)
+    page = tmp_path / "page.html"
+    for words in (
+        ["data", "info", str(named), "--preview", str(tmp_path / "preview.png")],
+        ["data", "check", str(named), "--html", str(page)],
+        ["train", *small, "--output", str(run)],
+        ["eval", str(run), "--plot", str(tmp_path / "confusion.png")],
+        ["predict", str(named.parent / "0.png"), "--checkpoint", str(run)],
+        ["eval", str(run), "--json"],
+    ):
+        code, said = vitft(tmp_path, *words)
+        assert code == 0, said
+        for control in "\x1b\x07\r‮":
+            assert control not in said, (words, control)
+    assert "<script>" not in page.read_text()
+    card = (run / "last" / "README.md").read_text()
+    assert "<script>" not in card
+    assert "\n# title" not in card
+    assert "[x](" not in card
+    new = {path for path in tmp_path.rglob("*") if path not in before and run not in path.parents}
+    assert {path.name for path in new} == {"run", "log", "preview.png", "page.html", "confusion.png"}
+    assert set(load_trained(run / "last").labels) == set(NAMES)  # the names themselves are kept as they are
+
+
+def test_a_split_may_have_any_name(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    names = ["\x1b[2J", "../x", "<b>", "train", "a b", "\u00e9"]
+    rows = [f"a.png,{label},{split}" for split in names for label in "xy"]
+    (tmp_path / "t.csv").write_text("\n".join(["path,label,split", *rows]))
+    assert set(open_source(str(tmp_path / "t.csv")).splits) == set(names)
+    code, said = vitft(tmp_path, "data", "info", str(tmp_path / "t.csv"))
+    assert code == 0
+    assert "\x1b[2J" not in said
+
+
+# -- sizes ------------------------------------------------------------------------------------------
+
+
+def test_a_shape_of_terabytes_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    sizes = {"width": 16384, "layers": 256, "mlp": 65536, "heads": 1, "image_size": 4096, "patch_size": 1}
+    started = time.monotonic()
+    code, said = vitft(tmp_path, "train", *flags(**sizes))
+    assert code == 4
+    assert "its weights alone take 4." in said
+    assert "TB, and this machine has" in said
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 10**9, "num_attention_heads": 1}, {"num_hidden_layers": 10**9}, {"intermediate_size": 10**12},
+        {"image_size": 10**7}, {"num_channels": 10**10}, {"hidden_size": 0}, {"num_attention_heads": 0}, {"patch_size": 0},
+        {"hidden_size": -16}, {"image_size": "x"}, {"hidden_size": 1e300}, {"layer_norm_eps": "1"}, {"hidden_act": "none"},
+        {"id2label": {str(n): "x" for n in range(3)}, "hidden_size": 2**62},
+    ],
+)  # fmt: skip
+def test_a_configuration_of_absurd_sizes_is_one_line(saved: Saved, changes: dict[str, Any]) -> None:
+    folder = saved()
+    document = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(document))
+    started = time.monotonic()
+    for from_scratch in (False, True):
+        with pytest.raises(ModelError) as caught:
+            load_for_training(TrainConfig(model=str(folder), from_scratch=from_scratch), ("a", "b"))
+        assert "\n" not in str(caught.value)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"size": {"height": 10**6, "width": 10**6}}, {"size": {"height": 0, "width": 8}}, {"size": -1},
+        {"do_center_crop": True, "crop_size": 10**5, "size": {"shortest_edge": 10**5}},
+        {"image_std": [0, 1, 1]}, {"image_mean": [1]}, {"image_mean": ["a", "b", "c"]}, {"rescale_factor": 1e999},
+    ],
+)  # fmt: skip
+def test_a_preprocessor_of_absurd_values_is_one_line(saved: Saved, changes: dict[str, Any]) -> None:
+    folder = saved("dinov2")
+    (folder / "preprocessor_config.json").write_text(json.dumps(changes))
+    with pytest.raises(ModelError, match=r"preprocessor_config\.json"):
+        load_trained(folder)
+
+
+def test_an_input_size_that_no_memory_holds_is_refused(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved(patch_size=1, hidden_size=64, image_size=8)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=4_000_000_000))
+    with pytest.raises(ModelError, match=r"image_size 4096: its weights alone take 4\.3 GB, and this machine has 4\.0"):
+        load_for_training(TrainConfig(model=str(folder), image_size=4096), ("a", "b"))
+
+
+# -- code -------------------------------------------------------------------------------------------
+
+
+def test_code_in_a_model_folder_is_never_run(saved: Saved, tmp_path: Path) -> None:
+    """There is no `--trust-remote-code`: what vitft trains, Transformers has."""
+    folder = saved()
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    document = json.loads((folder / "config.json").read_text())
+    document |= {"auto_map": {"AutoConfig": "evil.Evil", "AutoModelForImageClassification": "evil.Evil"}}
+    said = {}
+    for kind in ("vit", "evil"):
+        (folder / "config.json").write_text(json.dumps(document | {"model_type": kind}))
+        words = ["--dataset", "digits", "--model", str(folder), "--max-steps", "1", "--max-eval-samples", "50"]
+        said[kind] = vitft(tmp_path, "train", *words, "--output", str(tmp_path / f"run-{kind}"))
+    assert said["vit"][0] == 0
+    assert said["evil"][0] == 4
+    assert len(said["evil"][1].strip().splitlines()) == 1
+    assert not (tmp_path / "ran").exists()
+
+
+# -- folders ----------------------------------------------------------------------------------------
+
+
+def test_pipes_archives_and_loops_in_a_folder_are_no_images(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "pets" / split / name
+            folder.mkdir(parents=True)
+            Image.new("RGB", (9, 9), (len(name + split) * 9, 3, 3)).save(folder / "1.png")
+    (tmp_path / "pets" / "train" / "cat" / "again").symlink_to(tmp_path / "pets" / "train")
+    (tmp_path / "pets" / "train" / "dog" / "self.png").symlink_to("self.png")
+    (tmp_path / "pets" / "train" / "self").symlink_to("self")
+    with zipfile.ZipFile(tmp_path / "pets" / "train" / "cat" / "more.zip", "w") as archive:
+        archive.writestr("2.png", b"x")
+    started = time.monotonic()
+    assert len(list(image_files(tmp_path / "pets"))) == 5  # the link to itself, too, is named as one
+    code, said = vitft(tmp_path, "data", "check", str(tmp_path / "pets"))
+    assert code == 3
+    assert "dog/self.png" in said
+    os.mkfifo(tmp_path / "pets" / "train" / "dog" / "pipe.png")
+    code, said = vitft(tmp_path, "data", "check", str(tmp_path / "pets"))
+    assert code == 3
+    assert "pipe.png" in said
+    assert time.monotonic() - started < 60
+
+
+# -- pictures ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_of_a_thousand_frames_the_first_is_read(kind: str) -> None:
+    frames = [Image.new("RGB", (64, 64), (n % 256, n // 4, 7)) for n in range(1000)]
+    stream = io.BytesIO()
+    frames[0].save(stream, kind, save_all=True, append_images=frames[1:])
+    started = time.monotonic()
+    assert decode(stream.getvalue())[0, 0].tolist()[2] in range(4, 11)
+    assert time.monotonic() - started < 1
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG", "BMP", "GIF", "TIFF", "QOI", "DDS", "JPEG2000", "AVIF"])
+def test_a_pixel_counts_as_what_decoding_it_takes(kind: str) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (40, 10)).save(stream, kind)
+    weight = {"AVIF": 1.5, "WEBP": 2, "JPEG2000": 2.5, "QOI": 50, "DDS": 50}.get(kind, 1)
+    assert decode(stream.getvalue(), int(400 * weight)).shape == (10, 40, 3)
+    with pytest.raises(
+        BadImage, match=r"over --max-pixels .*40 x 10" + (f", .* {kind} counts as" if weight > 1 else "")
+    ):
+        decode(stream.getvalue(), int(400 * weight) - 1)
+
+
+@pytest.mark.parametrize("shape", [(65_535, 1), (1, 65_535), (65_535, 762)])
+def test_extreme_shapes_are_decoded_or_refused(shape: tuple[int, int]) -> None:
+    stream = io.BytesIO()
+    Image.new("L", shape).save(stream, "PNG")
+    assert decode(stream.getvalue()).shape == (shape[1], shape[0], 3)
+    with pytest.raises(BadImage, match="over --max-pixels"):
+        decode(stream.getvalue(), shape[0] * shape[1] - 1)
+
+
+def test_a_bomb_within_another_format_is_not_opened() -> None:
+    """An icon's header says 16 x 16; the PNG within it may have any size."""
+    bomb, icon = io.BytesIO(), io.BytesIO()
+    Image.new("1", (9000, 9000)).save(bomb, "PNG")
+    Image.new("RGB", (16, 16)).save(icon, "ICO", sizes=[(16, 16)])
+    entry = icon.getvalue()[:14] + len(bomb.getvalue()).to_bytes(4, "little") + (22).to_bytes(4, "little")
+    with pytest.raises(BadImage, match="is not an image of a format that is read"):
+        decode(entry + bomb.getvalue())
+
+
+# -- secrets ----------------------------------------------------------------------------------------
+
+SECRETS = {
+    "HF_TOKEN": "hf_TOKENtokenTOKENtoken",
+    "WANDB_API_KEY": "0123456789abcdef0123",
+    "MY_PASSWORD": "hunter2hunter2",
+}
+
+
+def secretive(home: str) -> None:
+    os.environ.update(SECRETS | {"HOME": home})
+
+
+def test_no_token_and_no_home_folder_stand_in_a_run(named: Path, tmp_path: Path) -> None:
+    run = tmp_path / "home" / "run"
+    (tmp_path / "home").mkdir()
+    data = tmp_path / "home" / "data"
+    named.parent.rename(data)
+    words = flags(dataset=str(data / "t.jsonl"), max_train_samples=None, max_steps=2)
+    code, said = vitft(
+        tmp_path, "train", *words, "--output", str(run), before=partial(secretive, str(tmp_path / "home"))
+    )
+    assert code == 0, said
+    written = "".join(file.read_bytes().decode(errors="replace") for file in run.rglob("*") if file.is_file()) + said
+    for secret in SECRETS.values():
+        assert secret not in written
+    assert "~/data/t.jsonl" in written
+    assert f"{tmp_path}/home/data" not in written
+    assert prove(run / "last").is_dir()
+    assert load_file(run / "last" / "model.safetensors")
