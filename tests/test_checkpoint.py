@@ -178,8 +178,6 @@ def test_every_bit_of_what_a_checkpoint_says_of_itself_is_proved(copied: Path) -
     for bit in range(8 * len(whole)):
         content = bytearray(whole)
         content[bit // 8] ^= 1 << bit % 8
-        if bit % 8 == 5 and chr(whole[bit // 8]) == "e":  # of 1e-05, which 1E-05 says too
-            continue
         file.write_bytes(content)
         with pytest.raises(ModelError, match=r"vitft\.json|is missing|is not what was written"):
             prove(copied / "last")

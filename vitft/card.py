@@ -14,7 +14,7 @@ from vitft import __version__
 from vitft.config import TrainConfig
 from vitft.console import safe
 from vitft.errors import ModelError, UsageError
-from vitft.files import write_json, write_text
+from vitft.files import json_text, write_json, write_text
 
 # What reading a JSON document of other contents than one's own can raise.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -41,7 +41,7 @@ def write_card(folder: Path, card: Card) -> None:
     """Write both into a folder whose other files are there."""
     document = card.to_json()
     sums = {file.name: sha256(file) for file in sorted(folder.iterdir())}
-    write_json(folder / "vitft.json", document | {"sha256": sums | {"vitft.json": _sum_of(document)}})
+    write_json(folder / "vitft.json", document | {"sha256": sums | {"vitft.json": sha256_of(json_text(document))}})
     write_text(folder / "README.md", _readme(card))
 
 
@@ -66,9 +66,11 @@ def prove(folder: Path) -> Path:
     if not card.is_file():
         return folder  # not vitft's; what is wrong with it, its reader says
     try:
-        document = json.loads(card.read_text(encoding="utf-8"))
+        text = card.read_text(encoding="utf-8")
+        document = json.loads(text)
+        whole = text == json_text(document)  # more digits than a number has would read as the same
         sums = dict(document.pop("sha256"))
-        whole = sums.pop(card.name) == _sum_of(document)
+        whole = sums.pop(card.name) == sha256_of(json_text(document)) and whole
     except UNREADABLE as error:
         raise ModelError(f"{card}: not readable ({error}); take another checkpoint.") from error
     if not whole:
@@ -94,11 +96,6 @@ def sha256(file: Path) -> str:
 def sha256_of(text: str) -> str:
     """A text's SHA-256, in hexadecimal."""
     return hashlib.sha256(text.encode(errors="replace")).hexdigest()
-
-
-def _sum_of(document: dict[str, Any]) -> str:
-    """The SHA-256 of a JSON document, however it is spaced."""
-    return sha256_of(json.dumps(document, sort_keys=True, ensure_ascii=False))
 
 
 def _plain(name: str) -> str:

@@ -27,7 +27,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, document: Any) -> None:
     """Replace a file by a JSON document, whole."""
-    write_text(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json_text(document))
+
+
+def json_text(document: Any) -> str:
+    """A JSON document as it is written here."""
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 @contextmanager
