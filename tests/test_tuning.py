@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from PIL import Image
 
 from vitft import TrainConfig, hardware, train, trainer, trial, tuning
 from vitft.errors import UsageError
@@ -199,6 +200,16 @@ def test_the_cost_of_a_run_counts_its_images_and_its_steps(prepared: Prepared) -
     assert 0 < found.evaluate_image_s < 1
     assert 0 < found.image_s < 1
     assert 0 < found.step_s < 1
+
+
+def test_a_stored_image_is_read_from_its_file(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for number in range(8):
+            Image.new("RGB", (9, 7), "red").save(tmp_path / "pets" / name / f"{number}.png")
+    found = trial.stored_image(prepare(config(dataset=str(tmp_path / "pets"), max_train_samples=None)))
+    assert found.shape == (7, 9, 3)
+    assert found[0, 0].tolist() == [255, 0, 0]
 
 
 def test_a_stored_image_is_one_of_the_training_split(prepared: Prepared) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from vitft.clock import settle
 from vitft.data.augment import augment, preprocess
-from vitft.data.images import BadImage, decode
+from vitft.data.images import BadImage, decode, encoded
 from vitft.data.store import IN_MEMORY, reduced
 from vitft.evaluation import autocast
 from vitft.hardware import micro_batch
@@ -106,7 +106,7 @@ def stored_image(prepared: Prepared) -> torch.Tensor:
     for row in prepared.source.splits[split.source].select(split.rows[:8]):
         cell = row["image"]
         try:
-            image = decode(cell["path"] if cell["bytes"] is None else cell["bytes"], config.max_pixels)
+            image = decode(encoded(cell), config.max_pixels)
         except BadImage:
             continue
         return torch.from_numpy(reduced(image, how, config.augment == "crop"))

@@ -38,6 +38,21 @@ class BadImage(DataError):  # noqa: N818  (it reads as what it is)
     """No readable image; the text says what is wrong with it. Who knows its name puts it in front."""
 
 
+def encoded(cell: dict[str, Any]) -> bytes | Path:
+    """The encoded image of a row of a data set, {"bytes", "path"}: its bytes, or its file."""
+    return Path(cell["path"]) if cell["bytes"] is None else cell["bytes"]
+
+
+def encoded_bytes(source: bytes | Path) -> int:
+    """How many bytes it has; 0 where there is no such file."""
+    if isinstance(source, bytes):
+        return len(source)
+    try:
+        return source.stat().st_size
+    except OSError:
+        return 0
+
+
 def decode(
     source: bytes | Path | Image.Image, max_pixels: int = MAX_PIXELS, enough: int | None = None
 ) -> NDArray[np.uint8]:

@@ -1,13 +1,12 @@
 """What is in a data set: splits, classes, counts, sizes, formats."""
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 
-from vitft.data.images import BadImage, header
+from vitft.data.images import BadImage, encoded, header
 from vitft.data.sources import Source, class_indices
 
 LOOK_AT = 2000  # images of a split whose headers are read
@@ -53,6 +52,6 @@ def _describe_split(name: str, split: datasets.Dataset, labels: tuple[str, ...])
 
 def _header(image: dict[str, Any]) -> tuple[int, int, str] | None:
     try:
-        return header(image["bytes"] if image["bytes"] is not None else Path(image["path"]))
+        return header(encoded(image))
     except BadImage:
         return None

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vitft.console import safe
-from vitft.data.images import BadImage, decode
+from vitft.data.images import BadImage, decode, encoded
 from vitft.data.sources import Source, class_indices
 from vitft.data.splits import split_for
 from vitft.fonts import drawable
@@ -58,7 +58,7 @@ def _draw_cell(sheet: Image.Image, x: int, y: int, image: dict[str, Any]) -> Non
     draw = ImageDraw.Draw(sheet)
     box = (x, y, x + _CELL - 1, y + _CELL - 1)
     try:
-        pixels = decode(image["bytes"] if image["bytes"] is not None else Path(image["path"]))
+        pixels = decode(encoded(image))
     except BadImage:
         draw.rectangle(box, _EMPTY)
         draw.line((x + 32, y + 32, x + 63, y + 63), _FAINT, 2)

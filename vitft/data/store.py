@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from io import BytesIO
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from vitft.data import cache
 from vitft.data.augment import Images, Preprocess, each_of, resize, uncropped, workers
-from vitft.data.images import BadImage, decode, header
+from vitft.data.images import BadImage, decode, encoded, encoded_bytes, header
 from vitft.data.sources import sample_id
 from vitft.errors import DataError
 
@@ -103,8 +102,7 @@ def decode_all(
 
     def work(cell: dict[str, Any]) -> NDArray[np.uint8] | BadImage:
         try:
-            source = Path(cell["path"]) if cell["bytes"] is None else cell["bytes"]
-            return reduced(decode(source, max_pixels, _enough(how, crops) if training else None), how, crops)
+            return reduced(decode(encoded(cell), max_pixels, _enough(how, crops) if training else None), how, crops)
         except BadImage as error:
             return error
 
@@ -155,7 +153,7 @@ def _are_reduced(rows: datasets.Dataset, how: Preprocess) -> bool:
     """Whether the first image is larger than the model's: small ones are decoded as fast as they are read."""
     for cell in rows.select(range(min(1, len(rows))))["image"]:
         with suppress(BadImage):
-            width, height, _ = header(Path(cell["path"]) if cell["bytes"] is None else cell["bytes"])
+            width, height, _ = header(encoded(cell))
             return width * height > how.height * how.width
     return False
 
@@ -189,15 +187,7 @@ def _results(
 ) -> Iterator[NDArray[np.uint8] | BadImage]:
     for start in range(0, len(rows), _CHUNK):
         cells = rows[start : start + _CHUNK]["image"]
-        yield from each_of(_encoded_bytes(cells[0]))(work, cells)
-
-
-def _encoded_bytes(cell: dict[str, Any]) -> int:
-    if cell["bytes"] is not None:
-        return len(cell["bytes"])
-    with suppress(OSError):
-        return Path(cell["path"]).stat().st_size
-    return 0
+        yield from each_of(encoded_bytes(encoded(cells[0])))(work, cells)
 
 
 class _Pixels:

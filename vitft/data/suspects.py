@@ -12,7 +12,7 @@ from PIL import Image
 
 from vitft.console import safe
 from vitft.data.check import KINDS, Finding
-from vitft.data.images import BadImage, decode
+from vitft.data.images import BadImage, decode, encoded
 from vitft.data.sources import Source, sample_names
 from vitft.files import write_text
 
@@ -70,7 +70,7 @@ def _picture(one: Finding, rows: dict[tuple[str, str], int], source: Source) -> 
         return ""
     cell = source.splits[one.split][row]["image"]
     try:
-        pixels = decode(Path(cell["path"]) if cell["bytes"] is None else cell["bytes"])
+        pixels = decode(encoded(cell))
     except BadImage:
         return '<div class="none">no picture</div>'
     image = Image.fromarray(pixels)

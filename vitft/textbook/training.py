@@ -21,7 +21,7 @@ import yaml
 from numpy.typing import NDArray
 
 from vitft import __version__, console, paths
-from vitft.data.images import BadImage, decode
+from vitft.data.images import BadImage, decode, encoded
 from vitft.data.sources import ALIASES, DIGITS, Source, open_source, sample_id
 from vitft.data.splits import Split, make_splits, split_for
 from vitft.errors import DataError, TrainingError, UsageError
@@ -248,7 +248,7 @@ def decoded(source: Source, split: Split) -> NDArray[np.uint8]:
     with console.working(f"decoding {split.name}") as progress:
         for number, cell in enumerate(cells):
             try:
-                image = decode(Path(cell["path"]) if cell["bytes"] is None else cell["bytes"]).transpose(2, 0, 1)
+                image = decode(encoded(cell)).transpose(2, 0, 1)
             except BadImage as error:
                 raise DataError(f"{sample_id(rows, number)}: {error}; mend or remove it.") from error
             if number == 0:
