@@ -16,9 +16,11 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-from tests.fuzz.targets import TARGETS
+from tests.fuzz.mutations import mutated
+from tests.fuzz.targets import TARGETS, Target
 
 SLOW_S = 2.0
+BINARY = {".parquet", ".safetensors"}
 
 
 def main() -> int:
@@ -33,10 +35,10 @@ def main() -> int:
     # A hang shows where, and ends the process: nothing may take so long.
     with tempfile.TemporaryDirectory() as work:
         counts: Counter[str] = Counter()
-        attempt, kind = TARGETS[given.target](Path(work), counts)
+        target = TARGETS[given.target](Path(work), counts)
         for number in range(20):  # imports and caches belong to the baseline
             with suppress(Exception):
-                attempt(random.Random(number))
+                attempt(target, random.Random(number))
         counts.clear()
         baseline, slowest, wrong = peak_bytes(), (0.0, -1), []
         numbers = range(given.count) if given.only is None else [given.only]
@@ -44,9 +46,9 @@ def main() -> int:
             faulthandler.dump_traceback_later(60, exit=True)
             started = time.perf_counter()
             try:
-                attempt(random.Random(f"{given.seed}.{number}"))
+                attempt(target, random.Random(f"{given.seed}.{number}"))
                 counts["loaded"] += 1
-            except kind as error:
+            except target.refusal as error:
                 counts["refused"] += 1
                 if "\n" in str(error):
                     wrong.append((number, f"two lines: {error}"))
@@ -64,6 +66,15 @@ def main() -> int:
         "wrong": len(wrong), "first_wrong": wrong[:20],
     }, indent=2))  # fmt: skip
     return 1 if wrong else 0
+
+
+def attempt(target: Target, rng: random.Random) -> None:
+    """Mutate one of the seeds, and read it."""
+    seed = rng.choice(list(target.seeds))
+    text = seed.suffix not in BINARY and target.tokens
+    alike = [data for file, data in target.seeds.items() if file.suffix == seed.suffix]
+    header, tokens = (0, target.tokens) if text else (target.header, ())
+    target.read(seed, mutated(target.seeds[seed], alike, rng, header=header, tokens=tokens))
 
 
 def peak_bytes() -> int:

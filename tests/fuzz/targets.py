@@ -1,36 +1,43 @@
-"""What reads mutated files, as the commands do; each gives whether the file was usable, or raises what vitft says."""
+"""What reads mutated files, as the commands do: to end in nothing, or in the error that vitft says."""
 # ruff: noqa: E501  (lists of words)
 
 import json
-import random
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from tests.fuzz.mutations import mutated
 from vitft.errors import DataError, ModelError, UsageError, VitftError
 
 SEEDS = Path(__file__).parent / "seeds"
-Try = Callable[[random.Random], None]
-"""Mutates a file and reads it."""
-Target = tuple[Try, type[VitftError]]
-"""A try, and the kind of error that a file which is refused must give."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Valid files, what reads one of them by its path among the seeds, and the kind of error it may raise."""
+
+    seeds: dict[Path, bytes]
+    read: Callable[[Path, bytes], None]
+    refusal: type[VitftError]
+    header: int = 0  # bytes that most mutations spare
+    tokens: Sequence[bytes] = ()  # words that mean something in a text file
+
+
+def seeds_in(folder: str) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in sorted((SEEDS / folder).rglob("*")) if file.is_file()}
 
 
 def images(work: Path, counts: Counter[str]) -> Target:
-    """The decoder, by bytes as from a parquet file; every fourth by file."""
+    """The decoder, by bytes as from a parquet file, or by file."""
     from vitft.data.images import BadImage, decode, header
 
-    seeds = [file.read_bytes() for file in sorted((SEEDS / "images").iterdir())]
-
-    def attempt(rng: random.Random) -> None:
-        data = mutated(rng.choice(seeds), seeds, rng, header=64)
+    def read(seed: Path, data: bytes) -> None:
         source: bytes | Path = data
-        if rng.random() < 0.25:
+        if len(data) % 4 == 0:
             source = work / "image"
             source.write_bytes(data)
         with suppress(BadImage):
@@ -40,83 +47,63 @@ def images(work: Path, counts: Counter[str]) -> Target:
         assert pixels.dtype == np.uint8
         assert pixels.shape[2:] == (3,)
 
-    return attempt, DataError
+    return Target(seeds_in("images"), read, DataError, header=64)
 
 
 def recipes(work: Path, counts: Counter[str]) -> Target:
     """`load_config`, as `vitft train --recipe` calls it."""
     from vitft.recipe import load_config
 
-    seeds = [file.read_bytes() for file in sorted((SEEDS / "recipes").iterdir())]
-
-    def attempt(rng: random.Random) -> None:
+    def read(seed: Path, data: bytes) -> None:
         file = work / "recipe.yaml"
-        file.write_bytes(mutated(rng.choice(seeds), seeds, rng, tokens=YAML))
+        file.write_bytes(data)
         load_config(str(file), {})
 
-    return attempt, UsageError
+    return Target(seeds_in("recipes"), read, UsageError, tokens=YAML)
 
 
 def tables(work: Path, counts: Counter[str]) -> Target:
     """`open_source` on a CSV, TSV, JSONL or parquet file, and the names of its images."""
     from vitft.data.sources import open_source, sample_id
 
-    seeds = sorted((SEEDS / "tables").iterdir())
-    contents = [file.read_bytes() for file in seeds]
-
-    def attempt(rng: random.Random) -> None:
-        number = rng.randrange(len(seeds))
-        file = work / f"table{seeds[number].suffix}"
-        binary = file.suffix == ".parquet"
-        alike = [data for seed, data in zip(seeds, contents, strict=True) if (seed.suffix == ".parquet") == binary]
-        file.write_bytes(mutated(contents[number], alike, rng, header=4 * binary, tokens=() if binary else CSV))
-        source = open_source(str(file))
-        for split in source.splits.values():
+    def read(seed: Path, data: bytes) -> None:
+        file = work / f"table{seed.suffix}"
+        file.write_bytes(data)
+        for split in open_source(str(file)).splits.values():
             sample_id(split, 0)
 
-    return attempt, DataError
+    return Target(seeds_in("tables"), read, DataError, header=4, tokens=CSV)
 
 
 def checkpoints(work: Path, counts: Counter[str]) -> Target:
-    """A stranger's model folder, and the documents of vitft's own: one file of it is mutated."""
+    """A stranger's model folder, and vitft's own with its documents: one file of it is mutated."""
     from vitft.card import read_card
     from vitft.checkpoint import fault_of, find_model, read_state
     from vitft.models import load_trained
 
-    strangers, own = SEEDS / "checkpoints" / "model", SEEDS / "checkpoints" / "step-000002"
-    contents = {file: file.read_bytes() for folder in (strangers, own) for file in sorted(folder.iterdir())}
+    seeds = seeds_in("checkpoints")
 
-    def attempt(rng: random.Random) -> None:
-        seed = rng.choice(list(contents))
-        alike = [data for file, data in contents.items() if file.suffix == seed.suffix]
-        is_text = seed.suffix == ".json"
+    def read(seed: Path, data: bytes) -> None:
         folder = work / seed.parent.name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        for file, data in contents.items():
+        for file, content in seeds.items():
             if file.parent == seed.parent:
-                (folder / file.name).write_bytes(data)
-        (folder / seed.name).write_bytes(
-            mutated(contents[seed], alike, rng, header=0 if is_text else 8, tokens=JSON if is_text else ())
-        )
-        if seed.parent == own:
-            changed = (folder / seed.name).read_bytes() != contents[seed]
-            fault = fault_of(folder)
-            assert (fault is None) <= (not changed or same_document(folder / seed.name, seed)), (
-                "a changed file is whole"
-            )
+                (folder / file.name).write_bytes(data if file == seed else content)
+        if (folder / "manifest.json").exists():
+            assert fault_of(folder) is not None or same(data, seeds[seed]), "a changed file is taken for whole"
             read_card(folder)
             read_state(folder)
         find_model(folder)
         load_trained(folder)
 
-    return attempt, ModelError
+    return Target(seeds, read, ModelError, header=8, tokens=JSON)
 
 
-def same_document(one: Path, other: Path) -> bool:
+def same(one: bytes, other: bytes) -> bool:
     """Whether two files say the same, however they are spaced."""
     try:
-        return bool(json.loads(one.read_bytes()) == json.loads(other.read_bytes()))
+        return one == other or bool(json.loads(one) == json.loads(other))
     except ValueError:
         return False
 
