@@ -3,7 +3,6 @@
 import json
 import os
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from vitft.data.augment import Preprocess
 from vitft.data.images import decode
 from vitft.data.sources import open_source
 from vitft.data.store import Store, decode_all
+from vitft.files import held
 
 
 @pytest.fixture(autouse=True)
@@ -169,13 +169,16 @@ def test_a_damaged_entry_is_as_none(folder: Path, decoded: list[object], fault: 
     assert len(decoded) == 12  # a whole one has taken its place: only the one without a cache decoded again
 
 
-def test_what_a_killed_run_left_is_removed_in_time(folder: Path, place: Path) -> None:
-    (place / ".left").mkdir(parents=True)
-    (place / ".now").mkdir()
-    os.utime(place / ".left", (time.time() - 2 * 86_400,) * 2)
-    stored(folder)
-    assert not (place / ".left").exists()
-    assert (place / ".now").exists()
+def test_what_a_killed_run_left_is_removed_and_what_is_being_written_is_not(folder: Path, place: Path) -> None:
+    root = place / "decoded"
+    for name in (".killed", ".writing", ".young"):
+        (root / name).mkdir(parents=True)
+        if name != ".young":
+            os.utime(root / name, (1e9, 1e9))
+    with held(root / ".writing") as alone:
+        assert alone
+        stored(folder)
+        assert {path.name for path in root.glob(".*")} == {".writing", ".young"}
 
 
 def test_a_folder_that_cannot_be_written_keeps_nothing_and_loses_nothing(

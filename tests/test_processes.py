@@ -1,7 +1,6 @@
-"""Real processes: killed, signalled, and several at once. What counts is what they leave behind."""
+"""Real processes: signalled, and several at once. What counts is what they leave behind."""
 
 import json
-import random
 import signal
 import subprocess
 import sys
@@ -51,26 +50,6 @@ def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
         time.sleep(0.002)
 
 
-def test_killed_at_random_steps_it_still_ends_where_an_undisturbed_run_does(tmp_path: Path) -> None:
-    """kill -9 five times over; after each at most `save_every` steps are done again."""
-    whole = train(config(**LONGER), output=tmp_path / "whole").run
-    run = tmp_path / "killed"
-    places = sorted(random.Random(2026).sample(range(4, 76), 5))
-    words = ["train", *flags(), "--output", str(run)]
-    for place in places:
-        process = start(*words)
-        wait_for_step(process, run, place)
-        process.kill()
-        process.wait()
-        saved = max((int(f.name.removeprefix("step-")) for f in (run / "checkpoints").glob("step-*")), default=0)
-        assert steps_done(run) - saved <= 10  # what is done again
-        words = ["train", "--resume", str(run)]
-    resumed = resume(run)
-    assert_same_weights(whole / "last", resumed.run / "last")
-    assert_same_weights(whole / "best", resumed.run / "best")
-    assert not [path for path in run.rglob("*") if path.name.endswith((".new", ".old"))]
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals, code: int) -> None:
     run = tmp_path / "run"
@@ -115,19 +94,17 @@ def test_two_processes_train_as_one_does(tmp_path: Path, port: int, other: dict[
     assert evaluate(two).count == 49
 
 
-def test_a_run_of_two_processes_goes_on_as_one(tmp_path: Path) -> None:
+def test_a_run_of_two_processes_that_loses_one_goes_on_as_one(tmp_path: Path) -> None:
     """Batches depend on the step alone, so the number of processes may change."""
     run = tmp_path / "run"
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29432",
              "-m", "vitft", "train", *flags(), "--output", str(run)]  # fmt: skip
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for_step(process, run, 12)
-    workers = psutil.Process(process.pid).children(recursive=True)  # they have sessions of their own
-    process.kill()
-    for worker in workers:
-        worker.kill()
-    psutil.wait_procs(workers)
-    process.wait()
+    workers = psutil.Process(process.pid).children()
+    next(worker for worker in workers if worker.environ().get("RANK") == "1").kill()
+    assert process.wait(timeout=120) != 0  # the other one does not go on alone
+    assert not psutil.wait_procs(workers, timeout=30)[1]
     assert steps_done(run) < 80
     whole = train(config(**LONGER), output=tmp_path / "whole").run
     resume(run)

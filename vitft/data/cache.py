@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vitft.files import held
+
 _FORMAT = 1
-_ABANDONED_S = 24 * 3600.0  # an unfinished entry this old belongs to a run that was killed
+_ABANDONED_S = 60.0  # an unfinished entry this old that no process holds belongs to a run that was killed
 _CHUNK = 1000
 
 
@@ -85,10 +88,11 @@ def write(key: str, name: str, pixels: Tensor, index: dict[str, NDArray[Any]], l
         _make_room(limit - pixels.nbytes)
         fresh = Path(tempfile.mkdtemp(prefix=".", dir=root()))
         try:
-            pixels.numpy().tofile(fresh / "pixels")
-            np.savez(fresh / "index.npz", **index)  # type: ignore[arg-type]
-            (fresh / "entry.json").write_text(json.dumps({"name": name, "images": len(index["shapes"])}))
-            fresh.rename(root() / key)
+            with held(fresh):
+                pixels.numpy().tofile(fresh / "pixels")
+                np.savez(fresh / "index.npz", **index)  # type: ignore[arg-type]
+                (fresh / "entry.json").write_text(json.dumps({"name": name, "images": len(index["shapes"])}))
+                fresh.rename(root() / key)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     except OSError:  # another run was first, or the disk is full: this run has its images all the same
@@ -129,5 +133,6 @@ def _make_room(limit: int) -> None:
 
 def _remove_abandoned() -> None:
     for folder in root().glob(".*"):
-        if time.time() - folder.stat().st_mtime > _ABANDONED_S:
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError), held(folder) as alone:  # it may become an entry this moment
+            if alone and time.time() - folder.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(folder, ignore_errors=True)
