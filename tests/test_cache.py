@@ -170,15 +170,14 @@ def test_a_damaged_entry_is_as_none(folder: Path, decoded: list[object], fault: 
 
 
 def test_what_a_killed_run_left_is_removed_and_what_is_being_written_is_not(folder: Path, place: Path) -> None:
-    root = place / "decoded"
     for name in (".killed", ".writing", ".young"):
-        (root / name).mkdir(parents=True)
+        (place / name).mkdir(parents=True)
         if name != ".young":
-            os.utime(root / name, (1e9, 1e9))
-    with held(root / ".writing") as alone:
+            os.utime(place / name, (1e9, 1e9))
+    with held(place / ".writing") as alone:
         assert alone
         stored(folder)
-        assert {path.name for path in root.glob(".*")} == {".writing", ".young"}
+        assert {path.name for path in place.glob(".*")} == {".writing", ".young"}
 
 
 def test_a_folder_that_cannot_be_written_keeps_nothing_and_loses_nothing(
