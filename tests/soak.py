@@ -21,7 +21,7 @@ import psutil
 from tests.conftest import TINY_THREADS
 from tests.forked import finish, start
 from tests.test_processes import LONGER, flags
-from tests.test_survival import assert_as_undisturbed, begin_or_resume
+from tests.test_survival import assert_as_undisturbed, begin_or_resume, left_in
 from tests.test_trainer import config
 from vitft.checkpoint import is_run, newest_whole, step_folders
 
@@ -51,15 +51,19 @@ def main() -> int:
             took_s = time.monotonic() - began
         tempfile.tempdir = os.environ["TMPDIR"]
         while time.monotonic() < end:
-            run = work / "run"
+            run, tried = work / "run", list[str]()
             for _ in range(rng.randint(1, 3)):
                 fault = rng.choice(FAULTS)
                 if not disturb(run, fault, rng, took_s, work / "log"):
                     break
                 faults[fault] += 1
+                tried.append(fault)
             code, said = finish(*begin_or_resume(run, flags()), log=work / "log")
             assert code == 0, said
-            assert_as_undisturbed(run, whole)
+            try:
+                assert_as_undisturbed(run, whole)
+            except AssertionError as error:
+                raise AssertionError(f"after {tried}: {sorted(left_in(run) ^ left_in(whole))}") from error
             code, said = finish("eval", str(run), "--json", log=work / "log")
             assert code == 0, said
             in_this_process(run, work / "mine")

@@ -14,19 +14,24 @@ import pytest
 
 from tests.forked import finish, start
 from tests.test_processes import flags, steps_done
-from vitft.checkpoint import is_run, newest_whole, read_state
+from vitft.checkpoint import fault_of, is_run, newest_whole, read_state, step_folders
 from vitft.history import recorded
 
 KILLED = -signal.SIGKILL
 
 
 def left_in(run: Path) -> set[str]:
-    return {file.relative_to(run).as_posix() for file in run.rglob("*")}
+    """All its files; of step checkpoints, which a signal may have had saved at another step, as many and whole."""
+    steps = step_folders(run)
+    assert [fault_of(folder) for folder in steps] == [None] * len(steps)
+    names = {folder.name: f"step {place}" for place, folder in enumerate(steps)}
+    files = (file.relative_to(run).parts for file in run.rglob("*"))
+    return {"/".join(names.get(part, part) for part in parts) for parts in files}
 
 
 def assert_as_undisturbed(run: Path, whole: Path) -> None:
     """The same files, weights bit for bit, and losses."""
-    assert left_in(run) == left_in(whole)
+    assert left_in(run) ^ left_in(whole) == set()
     for model in ("best", "last"):
         file = Path(model) / "model.safetensors"
         assert (run / file).read_bytes() == (whole / file).read_bytes(), model
@@ -141,6 +146,22 @@ def test_a_second_ctrl_c_ends_it_at_once_and_tears_nothing(tmp_path: Path, whole
     process.join(30)
     assert process.exitcode in (-signal.SIGINT, 130)  # the second one, or the first had saved before it came
     assert newest_whole(run)[1] == []
+    code, said = finish("train", "--resume", str(run), log=tmp_path / "log")
+    assert code == 0, said
+    assert_as_undisturbed(run, whole)
+
+
+def test_a_save_that_nobody_planned_is_cleared_away_too(tmp_path: Path, whole: Path) -> None:
+    """The first Ctrl-C saves at whatever step it came; the second kills that save, and no later one has its place."""
+    run = tmp_path / "run"
+    process = start("train", *flags(), "--output", str(run), log=tmp_path / "log")
+    wait_for_step(process, run, 25)
+    process.kill()
+    process.join()
+    (run / "checkpoints" / ".step-000023.new").mkdir()
+    (run / "checkpoints" / ".step-000023.new" / "config.json").write_text("{")
+    (run / "best").rename(run / ".best.old") if (run / "best").exists() else None
+    (run / ".splits.json.new").write_text("{")
     code, said = finish("train", "--resume", str(run), log=tmp_path / "log")
     assert code == 0, said
     assert_as_undisturbed(run, whole)

@@ -89,6 +89,16 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+def heal(folder: Path) -> None:
+    """Undo in a folder what a kill left half done: the former of two renames, and all that is under another name."""
+    for left in folder.glob(".*"):
+        whole = folder / left.stem.removeprefix(".")
+        if left.suffix == ".old" and not whole.exists():
+            left.rename(whole)
+        elif left.suffix in (".new", ".old"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
 def _sync(path: Path) -> None:
     with suppress(OSError):  # some systems cannot open a folder
         handle = os.open(path, os.O_RDONLY)

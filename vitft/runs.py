@@ -4,7 +4,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from vitft import checkpoint as ckpt
 from vitft.config import TrainConfig
 from vitft.data.splits import manifest
 from vitft.errors import DataError, ModelError, UsageError, as_flag
-from vitft.files import held, write_json
+from vitft.files import heal, held, write_json
 from vitft.hardware import environment
 from vitft.preparation import Prepared, Stores, absolute
 
@@ -52,6 +52,9 @@ def alone_in(run: Path) -> Iterator[None]:
     with held(run) as alone:
         if not alone:
             raise UsageError(f"{run}: another process is training there; wait for it, or choose another.")
+        with suppress(OSError):  # where nothing may be written, training will say so
+            for folder in (run, run / "checkpoints"):
+                heal(folder)
         yield
 
 
