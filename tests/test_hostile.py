@@ -4,6 +4,8 @@
 import io
 import json
 import os
+import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -222,6 +224,39 @@ def test_a_pixel_counts_as_what_decoding_it_takes(kind: str) -> None:
         BadImage, match=r"over --max-pixels .*40 x 10" + (f", .* {kind} counts as" if weight > 1 else "")
     ):
         decode(stream.getvalue(), int(400 * weight) - 1)
+
+
+DECODED = """
+import sys
+from pathlib import Path
+from tests.fuzz.__main__ import peak_bytes as used
+from vitft.data.images import decode
+decode(Path(sys.argv[2]))
+before = used()
+decode(Path(sys.argv[1]))
+print(used() - before)
+"""
+LARGEST: dict[str, tuple[str, str, float, dict[str, Any]]] = {
+    "jpeg": ("RGB", "JPEG", 1, {}), "progressive": ("RGB", "JPEG", 1.1, {"progressive": True, "subsampling": 0}),
+    "png": ("RGBA", "PNG", 1, {"compress_level": 1}), "gray 16": ("I;16", "PNG", 1, {"compress_level": 1}),
+    "float": ("F", "TIFF", 1, {}), "integers": ("I", "TIFF", 1, {}), "palette": ("P", "GIF", 1, {}),
+    "cmyk": ("CMYK", "TIFF", 1, {"compression": "tiff_lzw"}), "lab": ("LAB", "TIFF", 1, {}),
+    "webp": ("RGBA", "WEBP", 2, {"method": 0}), "jpeg 2000": ("RGBA", "JPEG2000", 2.5, {}),
+    "avif": ("RGBA", "AVIF", 1.5, {"speed": 10}), "qoi": ("RGB", "QOI", 50, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["jpeg", *(pytest.param(kind, marks=pytest.mark.slow) for kind in LARGEST)])
+def test_the_largest_image_that_is_read_takes_half_a_gigabyte(kind: str, tmp_path: Path) -> None:
+    mode, written, weight, how = LARGEST[kind]
+    largest = TrainConfig().max_pixels / weight
+    side = int(largest**0.5)
+    for name, size in (("large", (side, int(largest / side))), ("small", (64, 64))):
+        Image.new(mode, size, 77 if mode in ("P", "I", "I;16", "F") else None).save(tmp_path / name, written, **how)
+    words = [sys.executable, "-c", DECODED, str(tmp_path / "large"), str(tmp_path / "small")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    print(f"{kind}: {int(done.stdout) / 1e6:.0f} MB for {side * int(largest / side) / 1e6:.1f} million pixels")  # noqa: T201
+    assert int(done.stdout) <= 500_000_000
 
 
 @pytest.mark.parametrize("shape", [(65_535, 1), (1, 65_535), (65_535, 762)])

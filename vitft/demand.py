@@ -1,5 +1,6 @@
 """What a model's configuration asks of this machine, before anything is allocated for it."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,8 @@ def check_demand(make: Callable[[Any], Any], stored: Any, where: str) -> None:
     try:
         if sum(depths) > _LAYERS:
             raise ModelError(f"{where}: {sum(depths):,} layers are over {_LAYERS:,}; is its config.json right?")
-        with torch.device("meta"):  # shapes alone
+        with torch.device("meta"), warnings.catch_warnings():  # shapes alone
+            warnings.simplefilter("ignore")
             model = make(stored)
     except ModelError:
         raise

@@ -27,9 +27,10 @@ MAX_PIXELS: int = TrainConfig.model_fields["max_pixels"].default
 # image in another format, whose size their own header does not tell.
 _NO_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"} | {"BLP", "ICNS", "ICO", "IPTC"}
 
-# How many pixels of a JPEG or PNG a pixel counts as: by the memory of its decoder (10 bytes a pixel at most
-# for those; docs/reliability.md has all), or by its time, where it is written in Python.
-_WEIGHT = {"AVIF": 1.5, "WEBP": 2.0, "JPEG2000": 2.5} | dict.fromkeys(("DDS", "FITS", "MSP", "QOI", "XPM"), 50.0)
+# How many pixels of an ordinary JPEG or PNG a pixel counts as: by the memory of its decoder (8 bytes a pixel
+# for those; docs/reliability.md has all), or by its time, where the decoder is written in Python.
+_WEIGHT = {"progressive JPEG": 1.1, "AVIF": 1.5, "WEBP": 2.0, "JPEG2000": 2.5}
+_WEIGHT |= dict.fromkeys(("DDS", "FITS", "MSP", "QOI", "XPM"), 50.0)
 
 _COMMON = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # a format that is tried in vain takes as long as a tiny image
 
@@ -159,9 +160,10 @@ def _pixels(image: Image.Image, max_pixels: int, enough: int | None) -> tuple[ND
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
-    weight = _WEIGHT.get(str(image.format), 1.0)
+    kind = "progressive JPEG" if image.info.get("progressive") else str(image.format)
+    weight = _WEIGHT.get(kind, 1.0)
     if width * height * weight > max_pixels:
-        each = f", and a pixel of {image.format} counts as {weight:g}" if weight > 1 else ""
+        each = f", and a pixel of {kind} counts as {weight:g}" if weight > 1 else ""
         raise BadImage(f"{_too_many(width * height, max_pixels)} ({width} x {height}{each})")
     if width * height == 0:
         raise BadImage(f"has no pixels ({width} x {height})")
