@@ -4,15 +4,32 @@ import multiprocessing as mp
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tests.test_trainer import config
+from vitft.history import recorded
 
 _context = mp.get_context("forkserver")
 _context.set_forkserver_preload(
     ["vitft.trainer", "vitft.classification", "vitft.evaluation", "transformers.models.vit.modeling_vit"]
 )
 Process = Any
+
+# 320 images in batches of 8: 40 steps an epoch, 80 in all.
+LONGER = {"batch_size": 8, "max_train_samples": 320, "save_every": 10, "epochs": 2}
+
+
+def flags(**changes: object) -> list[str]:
+    """Those of a small run, with changes."""
+    given = config(**LONGER | changes).model_dump(exclude_defaults=True)
+    return [
+        word
+        for name, value in given.items()
+        for word in ([f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", str(value)])
+    ]
 
 
 def start(*words: str, log: Path, before: Callable[[], None] | None = None, largest_file: int | None = None) -> Process:
@@ -31,6 +48,20 @@ def finish(*words: str, log: Path, **how: Any) -> tuple[int, str]:
     process.join(240)
     assert process.exitcode is not None, "it does not end"
     return process.exitcode, log.read_text()
+
+
+def steps_done(run: Path) -> int:
+    """The last step that a run has written down."""
+    return max((line["step"] for line in recorded(run)), default=0)
+
+
+def wait_for_step(alive: Callable[[], bool], run: Path, step: int) -> None:
+    """Until a running process has got there."""
+    limit = time.monotonic() + 120
+    while steps_done(run) < step:
+        assert alive(), "the run ended by itself"
+        assert time.monotonic() < limit, "the run does not get on"
+        time.sleep(0.002)
 
 
 def _run(words: tuple[str, ...], log: Path, before: Callable[[], None] | None, largest_file: int | None) -> None:

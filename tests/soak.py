@@ -19,8 +19,7 @@ from typing import Any
 import psutil
 
 from tests.conftest import TINY_THREADS
-from tests.forked import finish, start
-from tests.test_processes import LONGER, flags
+from tests.forked import LONGER, finish, flags, start
 from tests.test_survival import assert_as_undisturbed, begin_or_resume, left_in
 from tests.test_trainer import config
 from vitft.checkpoint import is_run, newest_whole, step_folders

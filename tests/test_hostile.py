@@ -20,8 +20,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.forked import finish
-from tests.test_processes import flags
+from tests.forked import finish, flags
 from vitft import TrainConfig
 from vitft.card import prove
 from vitft.data.images import BadImage, decode

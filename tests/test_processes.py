@@ -1,63 +1,31 @@
 """Real processes: signalled, and several at once. What counts is what they leave behind."""
 
-import json
+import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 from safetensors.torch import load_file
 
+from tests.forked import LONGER, flags, start, steps_done, wait_for_step
 from tests.test_trainer import assert_same_weights, config, lines
 from vitft import evaluate, train
 from vitft.checkpoint import is_run
 from vitft.trainer import resume
 
-# 320 images in batches of 8: 40 steps an epoch, 80 in all.
-LONGER = {"batch_size": 8, "max_train_samples": 320, "save_every": 10, "epochs": 2}
-
-
-def flags(**changes: object) -> list[str]:
-    given = config(**LONGER | changes).model_dump(exclude_defaults=True)
-    return [
-        word
-        for name, value in given.items()
-        for word in ([f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", str(value)])
-    ]
-
-
-def start(*words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "vitft", *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def steps_done(run: Path) -> int:
-    file = run / "metrics.jsonl"
-    if not file.exists():
-        return 0
-    whole = [line for line in file.read_text().splitlines() if line.endswith("}")]
-    return max((json.loads(line)["step"] for line in whole), default=0)
-
-
-def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
-    limit = time.monotonic() + 120
-    while steps_done(run) < step:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < limit, "the run does not get on"
-        time.sleep(0.002)
-
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals, code: int) -> None:
     run = tmp_path / "run"
-    process = start("train", *flags(save_every=1000), "--output", str(run))
-    wait_for_step(process, run, 12)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == code
+    process = start("train", *flags(save_every=1000), "--output", str(run), log=tmp_path / "log")
+    wait_for_step(process.is_alive, run, 12)
+    os.kill(process.pid, number)
+    process.join(60)
+    said = (tmp_path / "log").read_text()
+    assert process.exitcode == code
     assert f"vitft train --resume {run}" in said.replace("\n", " ")
     assert "Traceback" not in said
     saved = [folder.name for folder in (run / "checkpoints").iterdir()]
@@ -100,7 +68,7 @@ def test_a_run_of_two_processes_that_loses_one_goes_on_as_one(tmp_path: Path) ->
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29432",
              "-m", "vitft", "train", *flags(), "--output", str(run)]  # fmt: skip
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for_step(process, run, 12)
+    wait_for_step(lambda: process.poll() is None, run, 12)
     workers = psutil.Process(process.pid).children()
     next(worker for worker in workers if worker.environ().get("RANK") == "1").kill()
     assert process.wait(timeout=120) != 0  # the other one does not go on alone
@@ -115,10 +83,10 @@ def test_a_run_of_two_processes_that_loses_one_goes_on_as_one(tmp_path: Path) ->
 def test_a_run_of_one_process_goes_on_as_two(tmp_path: Path) -> None:
     """The reverse; every step has the same samples, so the losses agree up to the order of sums."""
     run = tmp_path / "run"
-    process = start("train", *flags(), "--output", str(run))
-    wait_for_step(process, run, 12)
+    process = start("train", *flags(), "--output", str(run), log=tmp_path / "log")
+    wait_for_step(process.is_alive, run, 12)
     process.kill()
-    process.wait()
+    process.join()
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29434",
              "-m", "vitft", "train", "--resume", str(run)]  # fmt: skip
     done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)

@@ -22,7 +22,7 @@ from vitft.card import UNREADABLE, Card, prove, sha256, sha256_of, write_card
 from vitft.config import TrainConfig
 from vitft.data.augment import Preprocess
 from vitft.errors import ModelError, UsageError
-from vitft.files import held, new_folder, write_json, write_text
+from vitft.files import held, new_folder, remove_folder, write_json, write_text
 from vitft.recipe import read_recipe
 from vitft.spec import PRESETS
 
@@ -130,11 +130,16 @@ def save_step(
         write_json(fresh / "state.json", asdict(state))
         manifest = {f.name: {"size": f.stat().st_size, "sha256": sha256(f)} for f in sorted(fresh.iterdir())}
         write_json(fresh / "manifest.json", manifest)
-    # Newer ones than this were torn, or this run would have gone on from them.
-    torn = [old for old in step_folders(run) if _step_of(old) > state.step]
-    for old in torn + [kept for kept in step_folders(run) if kept not in torn][card.config.keep :]:
-        shutil.rmtree(old)
+    prune(run, state.step, card.config.keep)
     return folder
+
+
+def prune(run: Path, newest: int, keep: int) -> None:
+    """Remove all step checkpoints but the last so many up to the step that is the newest."""
+    # Newer ones than that were torn, or the run would have gone on from them.
+    torn = [old for old in step_folders(run) if _step_of(old) > newest]
+    for old in torn + [kept for kept in step_folders(run) if kept not in torn][keep:]:
+        remove_folder(old)
 
 
 def step_folders(run: Path) -> list[Path]:

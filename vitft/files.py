@@ -89,13 +89,21 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder, which is there whole or not at all."""
+    gone = path.parent / f".{path.name}.gone"
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone)
+
+
 def heal(folder: Path) -> None:
     """Undo in a folder what a kill left half done: the former of two renames, and all that is under another name."""
     for left in folder.glob(".*"):
         whole = folder / left.stem.removeprefix(".")
         if left.suffix == ".old" and not whole.exists():
             left.rename(whole)
-        elif left.suffix in (".new", ".old"):
+        elif left.suffix in (".new", ".old", ".gone"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 

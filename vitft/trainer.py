@@ -124,7 +124,8 @@ class _Run:
             ckpt.load_optimizer(self.resumed_from, self.bare, self.learner.optimizer.optimizer)
             if state.scaler and self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state.scaler)
-        forget_after(self.run, state.step)
+        if self.accelerator.is_main_process:
+            forget_after(self.run, state.step)
         if not self.is_over(state):
             console.note(runs.introduction(self.prepared, self.total_steps, self.run))
             self.learner.get_ready()
@@ -291,6 +292,8 @@ class _Run:
 
     def _finish(self, state: State, bar: "console.TrainingProgress", track: Track) -> Result:
         """Score the best checkpoint, or the last where there was nothing to choose by, on the test split."""
+        if self.accelerator.is_main_process:
+            ckpt.prune(self.run, state.step, self.config.keep)  # a kill may have come before it
         chosen = "last" if state.best_step is None else "best"
         if chosen == "best" and state.best_step != state.step:
             self._write_model("last", self._card(state))
