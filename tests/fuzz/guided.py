@@ -32,6 +32,8 @@ def main() -> None:
         names = list(target.seeds)
         for number, data in enumerate(target.seeds.values()):  # the first byte says which seed's name it has
             (corpus / str(number)).write_bytes(bytes([number]) + data)
+            with suppress(target.refusal):  # imports are no hang
+                target.read(names[number], data)
 
         def one(data: bytes) -> None:
             if data:
