@@ -62,8 +62,9 @@ bench: .venv-bench/.installed  ## vitft beside its peers on this machine, in an 
 mutants: .venv/.installed-dev  ## every contract broken once, on a copy: some test must notice
 	$(BIN)/python tests/mutants/run.py
 
-soak: .venv/.installed-dev  ## the longer proofs
-	$(BIN)/python -m pytest -m slow --timeout 7200
+soak: .venv/.installed-dev  ## the longer proofs, an hour of faults among them: about two hours, on an idle machine
+	$(BIN)/python -m pytest -m slow -s --timeout 7200
+	$(BIN)/python -m tests.soak --minutes 60
 
 wheel: .venv/.installed-dev  ## build the wheel into dist/
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .

@@ -10,7 +10,8 @@ import typer
 from vitft.cli import app
 
 ROOT = Path(__file__).parent.parent
-TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
+NAMES = ("README.md", "CONTRIBUTING.md", "docs/reliability.md")
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 
 
 def blocks(language: str) -> list[str]:
@@ -44,6 +45,14 @@ def test_a_command_of_the_docs_parses(line: str) -> None:
         if not hasattr(command, "resolve_command"):
             return
         _, command, words = command.resolve_command(context, rest)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/reliability.md"])
+def test_a_promise_names_a_test_that_there_is(name: str) -> None:
+    named = re.findall(r"`(?:tests/)?(test_\w+\.py)::(test_\w+)`", TEXTS[name])
+    assert len(named) >= 5
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
 
 
 def test_make_targets_of_the_docs_exist() -> None:
