@@ -52,6 +52,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+def killed_at(step: int, run: Path) -> None:
+    """Begin a run, and kill it at about that step."""
+    process = start("train", *flags(), "--output", str(run), log=run.with_suffix(".log"))
+    wait_for_step(process.is_alive, run, step)
+    process.kill()
+    process.join()
+
+
 # -- kill -9 ----------------------------------------------------------------------------------------
 
 
@@ -145,10 +153,7 @@ def test_a_second_ctrl_c_ends_it_at_once_and_tears_nothing(tmp_path: Path, whole
 def test_a_save_that_nobody_planned_is_cleared_away_too(tmp_path: Path, whole: Path) -> None:
     """The first Ctrl-C saves at whatever step it came; the second kills that save, and no later one has its place."""
     run = tmp_path / "run"
-    process = start("train", *flags(), "--output", str(run), log=tmp_path / "log")
-    wait_for_step(process.is_alive, run, 25)
-    process.kill()
-    process.join()
+    killed_at(25, run)
     (run / "checkpoints" / ".step-000023.new").mkdir()
     (run / "checkpoints" / ".step-000023.new" / "config.json").write_text("{")
     (run / "best").rename(run / ".best.old") if (run / "best").exists() else None
@@ -163,10 +168,7 @@ def test_a_save_that_nobody_planned_is_cleared_away_too(tmp_path: Path, whole: P
 
 def test_a_disk_that_is_full_costs_nothing_that_was_saved(tmp_path: Path, whole: Path) -> None:
     run = tmp_path / "run"
-    process = start("train", *flags(), "--output", str(run), log=tmp_path / "log")
-    wait_for_step(process.is_alive, run, 25)
-    process.kill()
-    process.join()
+    killed_at(25, run)
     saved = read_state(newest_whole(run)[0] or Path()).step
     for largest in (20_000, 3000, 0):  # too little for the weights, for a document, for anything
         code, said = finish("train", "--resume", str(run), log=tmp_path / "log", largest_file=largest)
@@ -243,10 +245,7 @@ def clock_is_back() -> None:
 
 def test_a_clock_that_was_set_back_changes_nothing(tmp_path: Path, whole: Path) -> None:
     run = tmp_path / "run"
-    process = start("train", *flags(), "--output", str(run), log=tmp_path / "log")
-    wait_for_step(process.is_alive, run, 35)
-    process.kill()
-    process.join()
+    killed_at(35, run)
     for age, folder in enumerate(sorted((run / "checkpoints").iterdir())):
         os.utime(folder, (2e9 - age, 2e9 - age))  # from the future, and the newest looks oldest
     code, said = finish("train", "--resume", str(run), log=tmp_path / "log", before=clock_is_back)
