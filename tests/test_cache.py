@@ -170,14 +170,17 @@ def test_a_damaged_entry_is_as_none(folder: Path, decoded: list[object], fault: 
 
 
 def test_what_a_killed_run_left_is_removed_and_what_is_being_written_is_not(folder: Path, place: Path) -> None:
-    for name in (".killed", ".writing", ".young"):
+    for name in (".killed", ".writing", ".young", ".filling"):
         (place / name).mkdir(parents=True)
+        (place / name / "pixels").write_bytes(b"1")
+        if name != ".filling":
+            os.utime(place / name / "pixels", (1e9, 1e9))
         if name != ".young":
             os.utime(place / name, (1e9, 1e9))
     with held(place / ".writing") as alone:
         assert alone
         stored(folder)
-        assert {path.name for path in place.glob(".*")} == {".writing", ".young"}
+        assert {path.name for path in place.glob(".*")} == {".writing", ".young", ".filling"}
 
 
 def test_a_folder_that_cannot_be_written_keeps_nothing_and_loses_nothing(

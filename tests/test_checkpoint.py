@@ -14,6 +14,7 @@ from vitft.card import prove, read_card
 from vitft.errors import DataError, ModelError, UsageError
 from vitft.explain.trace import trace
 from vitft.files import held, new_folder, write_json, write_text
+from vitft.history import recorded
 from vitft.trainer import resume
 
 
@@ -196,6 +197,15 @@ def test_settings_that_were_changed_are_no_longer_the_runs(copied: Path) -> None
     file.write_bytes(whole.replace(b"lr: 0.001", b"lr: 0.1"))
     with pytest.raises(UsageError, match=r"undo the change, or start a new run with it: vitft train --recipe"):
         resume(copied)
+
+
+def test_metrics_with_a_flipped_bit_lose_a_line_and_no_run(copied: Path) -> None:
+    file = copied / "metrics.jsonl"
+    content = bytearray(file.read_bytes())
+    content[3] ^= 0x80
+    file.write_bytes(content)
+    assert len(recorded(copied)) == len(content.splitlines()) - 1
+    resume(copied)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"splits": 3}', '{"splits": {"train": {}}}', None])

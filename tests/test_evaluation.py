@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn import metrics as sk
 from typer.testing import CliRunner
 
-from vitft import TrainConfig
+from vitft import TrainConfig, train
 from vitft.card import read_card
 from vitft.checkpoint import step_folders
 from vitft.cli import app
@@ -278,3 +278,21 @@ def test_the_public_names_are_the_rooms_own() -> None:
 
     assert vitft.evaluate is evaluate
     assert vitft.TrainConfig is TrainConfig
+
+
+def test_what_one_data_set_was_allowed_another_is_not(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "lists").mkdir()
+    rows = ["path,label"]
+    for number in range(8):
+        Image.new("RGB", (28, 28), (number * 9, 0, 0)).save(tmp_path / "photos" / f"{number}.png")
+        rows.append(f"../photos/{number}.png,{'ab'[number % 2]}")
+    for name in ("mine.csv", "other.csv"):
+        (tmp_path / "lists" / name).write_text("\n".join(rows))
+    mine, other = (str(tmp_path / "lists" / name) for name in ("mine.csv", "other.csv"))
+    small = {"model": "vit-micro", "max_steps": 1, "val_fraction": 0, "device": "cpu", "precision": "fp32"}
+    run = train(TrainConfig(dataset=mine, allow_outside=True, **small), output=tmp_path / "run").run  # type: ignore[arg-type]
+    assert evaluate(run).count == 8
+    with pytest.raises(DataError, match="leads out of"):
+        evaluate(run, dataset=other)
+    assert evaluate(run, dataset=other, allow_outside=True).count == 8

@@ -213,6 +213,12 @@ def test_of_a_thousand_frames_the_first_is_read(kind: str) -> None:
     assert time.monotonic() - started < 1
 
 
+def test_a_texture_that_pillow_reads_in_c_counts_as_it_is() -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (40, 12)).save(stream, "DDS", pixel_format="DXT1")
+    assert decode(stream.getvalue(), 480).shape == (12, 40, 3)
+
+
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG", "BMP", "GIF", "TIFF", "QOI", "DDS", "JPEG2000", "AVIF"])
 def test_a_pixel_counts_as_what_decoding_it_takes(kind: str) -> None:
     stream = io.BytesIO()

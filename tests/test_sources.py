@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -215,6 +216,13 @@ def test_parquet_in_several_folders_is_ambiguous(tmp_path):
     for name in ("cropped", "full"):
         write_parquet(tmp_path / name / "train.parquet", {"img": IMAGES, "label": [1, 0]}, HUB)
     refused(tmp_path, "2 folders: cropped, full; name one")
+
+
+def test_a_parquet_file_of_more_rows_than_memory_holds_is_refused(tmp_path, monkeypatch):
+    table = {"image": pa.nulls(100_000, pa.binary()), "label": pa.array(["x"] * 100_000)}
+    write_parquet(tmp_path / "train.parquet", pa.table(table))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=5_000_000))
+    refused(tmp_path / "train.parquet", r"its 100,000 rows take 6\.\d MB, and this machine has 5\.0 MB of memory")
 
 
 def test_broken_parquet(tmp_path):

@@ -81,6 +81,17 @@ def test_a_bad_image_stops_the_run_by_name_or_is_listed(tmp_path: Path) -> None:
     assert skipped == ["train/dog/004.png"]
 
 
+def test_a_photo_that_is_gone_is_named_as_such(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "d", [(90, 90)] * 3)
+    source = open_source(str(folder))
+    gone = sorted(folder.rglob("*.png"))[1]
+    gone.unlink()
+    with pytest.raises(DataError, match=rf"{gone.name}: does not exist; mend or remove it"):
+        decode_all(
+            source.splits["train"], Preprocess(32, 32), crops=False, max_pixels=10**6, skip_bad=False, cache_gb=1
+        )
+
+
 def digits_loader(**changes: object) -> TrainLoader:
     rows = open_source("digits").splits["train"].select(range(53))
     store, _ = decode_all(rows, HOW, crops=False, max_pixels=10**6, skip_bad=False)

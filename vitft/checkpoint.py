@@ -41,12 +41,15 @@ class State:
 
 
 def create_run(path: Path, *, overwrite: bool) -> None:
-    """Make an empty run folder. Raises UsageError if something stands there."""
-    check_free(path, overwrite=overwrite)
-    if path.exists() and not _never_begun(path):
-        shutil.rmtree(path)
+    """Make an empty run folder, which this process holds. Raises UsageError if something stands there."""
+    check_kind(path, overwrite=overwrite)
     try:
+        # The folder itself stays: it is held, and may be where a disk is mounted. The settings, which make it
+        # a run, go last: what a kill leaves can be overwritten.
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        every = [file for file in (*path.iterdir(), *(path / "checkpoints").iterdir()) if file.name != "checkpoints"]
+        for old in sorted(every, key=lambda file: file.name == "config.yaml"):
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     except OSError as error:
         raise UsageError(f"output {path}: cannot be made: {error.strerror or error}; choose another.") from error
 
@@ -59,7 +62,15 @@ def free_name(config: TrainConfig, data: str) -> Path:
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:
-    """Raise UsageError unless a run may be written to this folder."""
+    """Raise UsageError unless a run may be written to this folder, and nobody trains there."""
+    check_kind(path, overwrite=overwrite)
+    with held(path) as alone:
+        if not alone:
+            raise UsageError(f"output {path}: another process is training there; wait for it, or choose another.")
+
+
+def check_kind(path: Path, *, overwrite: bool) -> None:
+    """Raise UsageError unless what stands there, if anything, may give way to a new run."""
     if path.is_file():
         raise UsageError(f"output {path}: a file; choose a folder.")
     if not path.exists() or _never_begun(path):
@@ -69,15 +80,13 @@ def check_free(path: Path, *, overwrite: bool) -> None:
         raise UsageError(f"output {path}: the folder exists and is not empty; {remedy}.")
     if not is_run(path):
         raise UsageError(f"output {path}: --overwrite replaces run folders only, and this is none; choose another.")
-    with held(path) as alone:
-        if not alone:
-            raise UsageError(f"output {path}: another process is training there; wait for it, or choose another.")
 
 
 def _never_begun(path: Path) -> bool:
     """Whether a folder is empty, or has what a run writes before its settings make it one: a kill fell between."""
+    names = {file.name for file in path.iterdir()}
     first = {"checkpoints", "environment.json", ".environment.json.new", ".config.yaml.new"}
-    return {file.name for file in path.iterdir()} <= first and not any((path / "checkpoints").glob("*"))
+    return not names or ("checkpoints" in names <= first and not any((path / "checkpoints").glob("*")))
 
 
 def is_run(path: Path) -> bool:
@@ -98,10 +107,11 @@ def read_config(run: Path) -> TrainConfig:
     """The settings that a run was written with. Raises UsageError if they are not what was written."""
     file = run / "config.yaml"
     text, mark, sum_ = file.read_bytes().decode(errors="replace").partition(_SUM)
-    if not mark or sum_.strip() != sha256_of(text):
+    if sum_.strip() != sha256_of(text):
+        remedy = "undo the change, or start" if mark else "its last line, the sum, is gone; start"
         raise UsageError(
-            f"{file}: was changed since the run wrote it, and a resumed run goes on as it was; undo the change, "
-            f"or start a new run with it: vitft train --recipe {file}"
+            f"{file}: was changed since the run wrote it, and a resumed run goes on as it was; {remedy} a new run "
+            f"with it: vitft train --recipe {file}"
         )
     return TrainConfig.parse(read_recipe(file), str(file))
 

@@ -78,7 +78,9 @@ def evaluate(
         # What the checkpoint's own data set was split and read by says nothing of another one.
         anew = {"dataset_revision", "image_column", "label_column", "max_train_samples", "max_eval_samples",
                 "exclude"}  # fmt: skip
-        config = config.model_copy(update=dict.fromkeys(anew) | {"dataset": dataset, "val_fraction": 0.0})
+        config = config.model_copy(
+            update=dict.fromkeys(anew) | {"dataset": dataset, "val_fraction": 0.0, "allow_outside": False}
+        )
     typed = {"dataset_revision": dataset_revision, "max_pixels": max_pixels, "on_bad_image": on_bad_image,
              "image_column": image_column, "label_column": label_column,
              "allow_outside": allow_outside or None}  # fmt: skip

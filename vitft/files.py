@@ -13,7 +13,7 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file's text, whole."""
     temporary = path.parent / f".{path.name}.new"  # what a kill leaves is replaced by the next writing of this file
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

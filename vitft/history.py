@@ -28,7 +28,7 @@ def record(run: Path, line: dict[str, Any]) -> None:
 def recorded(run: Path) -> list[dict[str, Any]]:
     """The lines of the run's metrics that were written whole."""
     metrics = run / FILE
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.exists() else []
     return [found for line in lines if (found := _parsed(line)) is not None]
 
 

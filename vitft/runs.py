@@ -4,7 +4,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +24,41 @@ def folder_of(prepared: Prepared, output: Path | None) -> Path:
     return output if output is not None else ckpt.free_name(prepared.config, prepared.source.name)
 
 
-def new_run(accelerator: Any, prepared: Prepared, output: Path | None, overwrite: bool) -> Path:
-    """Make the run folder, on the main process, and write what the run is."""
-    chosen: list[Any] = [None]
-    if accelerator.is_main_process:
+@contextmanager
+def new_run(accelerator: Any, prepared: Prepared, output: Path | None, overwrite: bool) -> Iterator[Path]:
+    """Make the run folder, on the main process, which holds it from now on, and write what the run is."""
+    with ExitStack() as claims:
+        chosen: list[Any] = [None]
+        if accelerator.is_main_process:
+            run = _made(prepared, output)
+            claims.enter_context(alone_in(run))
+            ckpt.create_run(run, overwrite=overwrite)
+            revisions = {"model_revision": prepared.loaded.revision, "dataset_revision": prepared.source.revision}
+            processes = {"processes": accelerator.num_processes}
+            try:
+                write_json(run / "environment.json", environment() | revisions | processes)
+                ckpt.write_config(run, prepared.config)  # last: it makes the folder a run
+            except OSError as error:
+                raise UsageError(
+                    f"output {run}: cannot be written: {error.strerror or error}; make room, or choose another."
+                ) from error
+            chosen = [run]
+        yield Path(broadcast_object_list(chosen)[0])
+
+
+def _made(prepared: Prepared, output: Path | None) -> Path:
+    """The folder of a new run, which exists; of two runs that begin at once, each gets a number of its own."""
+    while True:
         run = folder_of(prepared, output)
-        ckpt.create_run(run, overwrite=overwrite)
-        revisions = {"model_revision": prepared.loaded.revision, "dataset_revision": prepared.source.revision}
-        processes = {"processes": accelerator.num_processes}
         try:
-            write_json(run / "environment.json", environment() | revisions | processes)
-            ckpt.write_config(run, prepared.config)  # last: it makes the folder a run
+            run.mkdir(parents=True, exist_ok=output is not None)
+        except FileExistsError:
+            if output is not None:
+                raise UsageError(f"output {run}: a file; choose a folder.") from None
         except OSError as error:
-            raise UsageError(
-                f"output {run}: cannot be written: {error.strerror or error}; make room, or choose another."
-            ) from error
-        chosen = [run]
-    return Path(broadcast_object_list(chosen)[0])
+            raise UsageError(f"output {run}: cannot be made: {error.strerror or error}; choose another.") from error
+        else:
+            return run
 
 
 @contextmanager

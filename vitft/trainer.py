@@ -59,8 +59,7 @@ def train(config: TrainConfig, *, output: Path | str | None = None, overwrite: b
         warn_if_long(prepared, accelerator.num_processes)
         prepared.config = tuned(prepared, accelerator.num_processes)
     stores = prepared.decode()  # a bad image is found before anything is written, or overwritten
-    run = runs.new_run(accelerator, prepared, output, overwrite)
-    with runs.alone_in(run):
+    with runs.new_run(accelerator, prepared, output, overwrite) as run:
         first = lambda: _Run(accelerator, prepared, stores, run).train(State())  # noqa: E731
         return persisting(run, first, again=lambda: _resume(run, {}))
 

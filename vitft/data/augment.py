@@ -121,15 +121,16 @@ def workers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="vitft-image")
 
 
-def each_of(bytes_of_one: int) -> Callable[..., Iterator[Any]]:
-    """`map` for work on encoded images of about this size: by the workers, or right here when they are tiny.
+def each_of(cells: Sequence[dict[str, Any]]) -> Callable[..., Iterator[Any]]:
+    """`map` for work on encoded images, {"bytes", "path"} each: by the workers, or right here when they are tiny.
 
-    Of a tiny image most of the time is Python's, which threads cannot share.
+    Of a tiny image most of the time is Python's, which threads cannot share; but they wait for files together.
     """
-    return map if bytes_of_one < _TINY else workers().map
+    held = [len(cell["bytes"]) for cell in cells if cell["bytes"] is not None]
+    return map if len(held) == len(cells) and sum(held) < _TINY * len(cells) else workers().map
 
 
-_TINY = 3000  # bytes: there threads begin to gain, by JPEGs of 96 and PNGs of 48 pixels
+_TINY = 3000  # bytes on average: there threads begin to gain, by JPEGs of 96 and PNGs of 48 pixels
 
 
 def resize(images: Tensor, height: int, width: int, resample: str) -> Tensor:

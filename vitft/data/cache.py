@@ -31,7 +31,7 @@ from torch import Tensor
 from vitft.files import held
 
 _FORMAT = 1
-_ABANDONED_S = 60.0  # an unfinished entry this old that no process holds belongs to a run that was killed
+_ABANDONED_S = 600.0  # an unfinished entry this long untouched that no process holds is a killed run's
 _CHUNK = 1000
 
 
@@ -58,8 +58,9 @@ def fingerprint(rows: datasets.Dataset, *made_by: Any) -> str:
     for start in range(0, len(rows), _CHUNK):
         for cell in rows[start : start + _CHUNK]["image"]:
             if cell["bytes"] is None:
-                status = Path(cell["path"]).stat()
-                found.update(repr((cell["path"], status.st_size, status.st_mtime_ns)).encode())
+                with suppress(OSError):  # what is wrong with the file, the decoder says
+                    status = Path(cell["path"]).stat()
+                    found.update(repr((cell["path"], status.st_size, status.st_mtime_ns)).encode())
             else:
                 found.update(len(cell["bytes"]).to_bytes(8, "little") + cell["bytes"])
     return found.hexdigest()
@@ -134,5 +135,6 @@ def _make_room(limit: int) -> None:
 def _remove_abandoned() -> None:
     for folder in root().glob(".*"):
         with suppress(OSError), held(folder) as alone:  # it may become an entry this moment
-            if alone and time.time() - folder.stat().st_mtime > _ABANDONED_S:
+            touched = max(file.stat().st_mtime for file in (folder, *folder.iterdir()))
+            if alone and time.time() - touched > _ABANDONED_S:
                 shutil.rmtree(folder, ignore_errors=True)

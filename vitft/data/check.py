@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vitft.data.augment import each_of
-from vitft.data.images import MAX_PIXELS, BadImage, about, decode, encoded, encoded_bytes
+from vitft.data.images import MAX_PIXELS, BadImage, about, decode, encoded
 from vitft.data.local import passed_over
 from vitft.data.sources import Source, class_indices, sample_names
 
@@ -132,15 +132,14 @@ def _look(split: str, rows: datasets.Dataset, max_pixels: int) -> Iterator[_Seen
         index = np.arange(start, min(start + _CHUNK, len(rows)))
         cells = rows[start : start + _CHUNK]["image"]
         jobs = zip(sample_names(rows, index), labels[index].tolist(), cells, strict=True)
-        each = each_of(encoded_bytes(encoded(cells[0])))
-        yield from each(lambda job: _examined(split, job[0], job[1], job[2], max_pixels), jobs)
+        yield from each_of(cells)(lambda job: _examined(split, job[0], job[1], job[2], max_pixels), jobs)
 
 
 def _examined(split: str, path: str, label: int, cell: dict[str, Any], max_pixels: int) -> _Seen:
     source = encoded(cell)
     try:
         pixels = decode(source, max_pixels)
-        said = about(source)
+        said = about(source, max_pixels)
     except BadImage as error:
         return _Seen(split, path, label, ((_kind_of(str(error)), str(error)),))
     problems = []

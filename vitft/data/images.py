@@ -28,9 +28,10 @@ MAX_PIXELS: int = TrainConfig.model_fields["max_pixels"].default
 _NO_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"} | {"BLP", "ICNS", "ICO", "IPTC"}
 
 # How many pixels of an ordinary JPEG or PNG a pixel counts as: by the memory of its decoder (8 bytes a pixel
-# for those; docs/reliability.md has all), or by its time, where the decoder is written in Python.
+# for those; docs/reliability.md has all), or by its time, where Pillow has a decoder written in Python: over a
+# second for a million pixels.
 _WEIGHT = {"progressive JPEG": 1.1, "AVIF": 1.5, "WEBP": 2.0, "JPEG2000": 2.5}
-_WEIGHT |= dict.fromkeys(("DDS", "FITS", "MSP", "QOI", "XPM"), 50.0)
+_BY_PYTHON = 50.0
 
 _COMMON = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # a format that is tried in vain takes as long as a tiny image
 
@@ -42,16 +43,6 @@ class BadImage(DataError):  # noqa: N818  (it reads as what it is)
 def encoded(cell: dict[str, Any]) -> bytes | Path:
     """The encoded image of a row of a data set, {"bytes", "path"}: its bytes, or its file."""
     return Path(cell["path"]) if cell["bytes"] is None else cell["bytes"]
-
-
-def encoded_bytes(source: bytes | Path) -> int:
-    """How many bytes it has; 0 where there is no such file."""
-    if isinstance(source, bytes):
-        return len(source)
-    try:
-        return source.stat().st_size
-    except OSError:
-        return 0
 
 
 def decode(
@@ -97,15 +88,15 @@ class About(NamedTuple):
     orientation: int
 
 
-def about(source: bytes | Path) -> About:
-    """Format, mode and orientation. Raises BadImage, for one of over MAX_PIXELS too: some EXIF follows the pixels."""
+def about(source: bytes | Path, max_pixels: int = MAX_PIXELS) -> About:
+    """Format, mode and orientation. Raises BadImage, for one of too many pixels too: some EXIF follows the pixels."""
     _silence_pillow()
     try:
-        with _open(source, MAX_PIXELS) as image:
-            _check_size(image, MAX_PIXELS)
+        with _open(source, max_pixels) as image:
+            _check_size(image, max_pixels)
             return About(str(image.format), image.mode, _orientation(image))
     except Exception as error:
-        raise _bad(error, MAX_PIXELS) from error
+        raise _bad(error, max_pixels) from error
 
 
 @cache
@@ -161,7 +152,8 @@ def _pixels(image: Image.Image, max_pixels: int, enough: int | None) -> tuple[ND
 def _check_size(image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
     kind = "progressive JPEG" if image.info.get("progressive") else str(image.format)
-    weight = _WEIGHT.get(kind, 1.0)
+    tiles = getattr(image, "tile", None)
+    weight = _BY_PYTHON if tiles and tiles[0][0] in Image.DECODERS else _WEIGHT.get(kind, 1.0)
     if width * height * weight > max_pixels:
         each = f", and a pixel of {kind} counts as {weight:g}" if weight > 1 else ""
         raise BadImage(f"{_too_many(width * height, max_pixels)} ({width} x {height}{each})")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vitft.data import cache
 from vitft.data.augment import Images, Preprocess, each_of, resize, uncropped, workers
-from vitft.data.images import BadImage, decode, encoded, encoded_bytes, header
+from vitft.data.images import BadImage, decode, encoded, header
 from vitft.data.sources import sample_id
 from vitft.errors import DataError
 
@@ -187,7 +187,7 @@ def _results(
 ) -> Iterator[NDArray[np.uint8] | BadImage]:
     for start in range(0, len(rows), _CHUNK):
         cells = rows[start : start + _CHUNK]["image"]
-        yield from each_of(encoded_bytes(encoded(cells[0])))(work, cells)
+        yield from each_of(cells)(work, cells)
 
 
 class _Pixels:
