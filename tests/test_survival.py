@@ -276,13 +276,17 @@ def begins_late() -> None:
     """Runs that begin at once have prepared, and make their folders in the same moment."""
     from vitft import runs
 
-    real = runs._made
+    made, environment = runs._made, runs.environment
 
-    def made(*given: Any) -> Path:
+    def made_late(*given: Any) -> Path:
         time.sleep(1 - time.time() % 1)
-        return real(*given)
+        return made(*given)
 
-    runs._made = made
+    def slow_environment() -> dict[str, Any]:
+        time.sleep(0.5)
+        return environment()
+
+    runs._made, runs.environment = made_late, slow_environment
 
 
 def test_of_two_runs_that_begin_in_one_folder_one_is_refused(tmp_path: Path) -> None:
