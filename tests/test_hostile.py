@@ -117,7 +117,9 @@ def test_a_shape_of_terabytes_is_refused_before_it_is_made(tmp_path: Path) -> No
         {"hidden_size": 10**9, "num_attention_heads": 1}, {"num_hidden_layers": 10**9}, {"intermediate_size": 10**12},
         {"image_size": 10**7}, {"num_channels": 10**10}, {"hidden_size": 0}, {"num_attention_heads": 0}, {"patch_size": 0},
         {"hidden_size": -16}, {"image_size": "x"}, {"hidden_size": 1e300}, {"layer_norm_eps": "1"}, {"hidden_act": "none"},
-        {"id2label": {str(n): "x" for n in range(3)}, "hidden_size": 2**62},
+        {"id2label": {str(n): "x" for n in range(3)}, "hidden_size": 2**62}, {"num_labels": 10**9, "id2label": None},
+        {"text_config": {"num_labels": 10**9}}, {"model_type": "dinov2", "num_hidden_layers": 10**9},
+        {"model_type": "swin", "depths": [1, 10**9]},
     ],
 )  # fmt: skip
 def test_a_configuration_of_absurd_sizes_is_one_line(saved: Saved, changes: dict[str, Any]) -> None:

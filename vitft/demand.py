@@ -10,20 +10,26 @@ import torch
 from vitft.console import size
 from vitft.errors import ModelError
 
-_LAYERS = 1000  # the deepest ViTs have under a hundred
+_MOST = {"num_labels": 1_000_000, "num_hidden_layers": 1000, "depths": 1000}
+"""Of what a configuration makes a list as long as it says, while it is read: far over any that there is."""
+
+
+def check_lengths(document: Any, where: str) -> None:
+    """Raise ModelError for a config.json, as read, that would make lists of absurd length."""
+    for name, value in document.items() if isinstance(document, dict) else ():
+        lengths = value if isinstance(value, list) else [value]
+        for length in lengths if name in _MOST else ():
+            if isinstance(length, int) and length > _MOST[name]:
+                raise ModelError(f"{where}: {name} {length:,} is over {_MOST[name]:,}; is its config.json right?")
+        check_lengths(value, where)
 
 
 def check_demand(make: Callable[[Any], Any], stored: Any, where: str) -> None:
     """Raise ModelError for a configuration of which `make` could make no model, or none that fits in memory."""
-    depths = getattr(stored, "depths", None) or [getattr(stored, "num_hidden_layers", 0)]
     try:
-        if sum(depths) > _LAYERS:
-            raise ModelError(f"{where}: {sum(depths):,} layers are over {_LAYERS:,}; is its config.json right?")
         with torch.device("meta"), warnings.catch_warnings():  # shapes alone
             warnings.simplefilter("ignore")
             model = make(stored)
-    except ModelError:
-        raise
     except Exception as error:  # sizes that do not fit together fail in as many ways as there are layers
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:300]
         raise ModelError(f"{where}: config.json is not usable: {reason}.") from error

@@ -19,7 +19,7 @@ from torch import nn
 
 from vitft.config import SIZES, TrainConfig
 from vitft.data.augment import Preprocess
-from vitft.demand import check_demand
+from vitft.demand import check_demand, check_lengths
 from vitft.errors import ModelError, VitftError, nearest
 from vitft.hub import answers, reason
 from vitft.positions import at_image_size, check_size
@@ -197,7 +197,11 @@ def _origin(where: str, revision: str | None) -> _Origin:
 def _stored(origin: _Origin) -> Any:
     """The model's Transformers configuration, of an architecture that classifies images."""
     try:
+        file = transformers.utils.cached_file(origin.where, "config.json", **origin.arguments())
+        check_lengths(json.loads(Path(str(file)).read_text(encoding="utf-8")), origin.where)
         stored = transformers.AutoConfig.from_pretrained(origin.where, trust_remote_code=False, **origin.arguments())
+    except ModelError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unreadable(origin, error) from error
     except Exception as error:  # Transformers checks the values with an error of its own
