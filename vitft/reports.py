@@ -152,10 +152,11 @@ def bench_report(found: Mapping[str, Any]) -> RenderableType:
         lines.append(f"time before the model has its input: {percent(found['data_wait'])}")
     if found.get("peak_flops_per_s"):
         peak = f"{found['peak_flops_per_s'] / 1e9:,.0f} GFLOP/s of a large {settings['precision']} product here"
-        rate_said = (
-            f"{found['flops_per_s'] / 1e9:,.0f} GFLOP/s, {percent(found['mfu'])} of the " if found["mfu"] else ""
-        )
-        lines.append(f"{rate_said}{peak}")
+        reached = ""
+        if found["mfu"]:
+            rate = found["flops_per_s"] / 1e9
+            reached = f"{rate:,.{0 if rate >= 10 else 2}f} GFLOP/s, {percent(found['mfu'])} of the "
+        lines.append(f"{reached}{peak}")
     memory = found["peak_memory_bytes"]
     on_device = f", {size(memory['device'])} on the device" if memory["device"] else ""
     lines.append(f"peak memory: {size(memory['process'])} of the process{on_device}")
