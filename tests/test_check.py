@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
@@ -277,6 +278,15 @@ def test_a_clean_data_set_exits_with_0(folder: Path) -> None:
     result = vitft(str(folder))
     assert result.exit_code == 0
     assert "24 images: nothing is wrong with them" in result.stdout
+
+
+def test_the_files_of_a_parquet_folder_are_not_beside_it(tmp_path: Path, rng: Rng) -> None:
+    rows = [{"bytes": write(tmp_path, f"{i}.png", tiny(rng)).read_bytes(), "path": None} for i in range(8)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    made = datasets.Dataset.from_dict({"image": rows, "label": [0, 1] * 4}, features=features)
+    (tmp_path / "data").mkdir()
+    made.to_parquet(str(tmp_path / "data" / "train.parquet"))
+    assert json.loads(vitft(str(tmp_path / "data"), "--json").stdout)["findings"] == []
 
 
 def test_training_leaves_out_what_is_quarantined(faulty: Path, tmp_path: Path) -> None:

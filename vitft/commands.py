@@ -226,7 +226,7 @@ def data_check(
     """Show what is wrong with a data set. Raises DataError, last, if it would stop a training."""
     from vitft.data.check import KINDS, check, document, quarantined
     from vitft.data.images import MAX_PIXELS
-    from vitft.data.sources import open_source
+    from vitft.data.sources import has_own_files, open_source
     from vitft.files import write_text
 
     for file in filter(None, (quarantine, html)):
@@ -234,10 +234,9 @@ def data_check(
             raise UsageError(f"{file}: no such folder; make it first, or choose another.")
     source = open_source(dataset, **options)
     folder = Path(dataset).expanduser()
+    of_files = folder.is_dir() and all(map(has_own_files, source.splits.values()))
     with console.working("checking") as progress:
-        found = check(
-            source, folder if folder.is_dir() else None, max_pixels=max_pixels or MAX_PIXELS, progress=progress
-        )
+        found = check(source, folder if of_files else None, max_pixels=max_pixels or MAX_PIXELS, progress=progress)
     if html is not None:
         from vitft.data.suspects import write_suspects
 

@@ -97,7 +97,7 @@ def open_source(
     try:
         splits, labels = standardize(raw, image_column, label_column)
         for split_name, split in splits.items():
-            if not _has_own_files(split):  # what others wrote names no file but their own
+            if not has_own_files(split):  # what others wrote names no file but their own
                 folders = hub.caches() if not is_here else (path if path.is_dir() else path.parent,)
                 splits[split_name] = located(str(split_name), split, folders, allow_outside=allow_outside)
     except DataError:
@@ -124,7 +124,7 @@ def sample_ids(split: datasets.Dataset, rows: NDArray[np.int64]) -> Sequence[str
     """
     if split._indices is not None:
         rows = split._indices.column(0).take(pa.array(rows)).to_numpy()
-    if not _has_own_files(split):
+    if not has_own_files(split):
         return [int(row) for row in rows]
     root = url2pathname(urlsplit(split.info.homepage).path) + os.sep
     images = split.data.column("image")
@@ -132,7 +132,7 @@ def sample_ids(split: datasets.Dataset, rows: NDArray[np.int64]) -> Sequence[str
     return [str(path).removeprefix(root).replace(os.sep, "/") for path in found]
 
 
-def _has_own_files(split: datasets.Dataset) -> bool:
+def has_own_files(split: datasets.Dataset) -> bool:
     """Whether our own reader named the files of a split, all below the folder that stands for its homepage."""
     return (split.info.homepage or "").startswith("file:")
 
