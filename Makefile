@@ -63,8 +63,8 @@ mutants: .venv/.installed-dev  ## every contract broken once, on a copy: some te
 	$(BIN)/python tests/mutants/run.py
 
 soak: .venv/.installed-dev  ## the longer proofs, an hour of faults among them: about two hours, on an idle machine
-	$(BIN)/python -m pytest -m slow -s --timeout 7200
 	$(BIN)/python -m tests.soak --minutes 60
+	$(BIN)/python -m pytest -m slow -s --timeout 7200
 
 wheel: .venv/.installed-dev  ## build the wheel into dist/
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .

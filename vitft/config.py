@@ -13,6 +13,7 @@ from vitft.errors import UsageError
 from vitft.settings import Settings, setting
 
 SIZES = ("patch_size", "width", "layers", "heads", "mlp")
+LARGEST_SIDE = 4096  # pixels of a side of the model's input
 
 
 class TrainConfig(Settings):
@@ -38,7 +39,7 @@ class TrainConfig(Settings):
 
     model: str = setting("google/vit-base-patch16-224-in21k", "Model", "Hub id, local folder, vit-micro (bundled), or with --from-scratch a preset.")
     model_revision: str | None = setting(None, "Model", "Commit, tag or branch of a hub model.")
-    image_size: int | None = setting(None, "Model", "Side of the model's input in pixels; the model's own by default.", ge=8, le=4096)
+    image_size: int | None = setting(None, "Model", "Side of the model's input in pixels; the model's own by default.", ge=8, le=LARGEST_SIDE)
     from_scratch: bool = setting(False, "Model", "Start from random weights of the model's shape; sizes given without a model are put into vit-micro's.")
     patch_size: int | None = setting(None, "Model", "With --from-scratch: side of a patch in pixels.", ge=1, le=1024)
     width: int | None = setting(None, "Model", "With --from-scratch: length of a token vector.", ge=1, le=16_384)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from vitft.config import LARGEST_SIDE
 from vitft.errors import ModelError
 from vitft.randomness import uniform
 
@@ -78,8 +79,10 @@ class Preprocess:
     def _check(self) -> None:
         """Raise ModelError for what no image could be made into, or no memory would hold."""
         for side in (self.height, self.width, self.shortest_edge, *(self.before_crop or ())):
-            if side is not None and not (isinstance(side, int) and 1 <= side <= _LARGEST):
-                raise ModelError(f"preprocessor_config.json: a side of {side} pixels; it must be 1 to {_LARGEST:,}.")
+            if side is not None and not (isinstance(side, int) and 1 <= side <= LARGEST_SIDE):
+                raise ModelError(
+                    f"preprocessor_config.json: a side of {side} pixels; it must be 1 to {LARGEST_SIDE:,}."
+                )
         for name, values in (("image_mean", self.mean), ("image_std", self.std), ("rescale_factor", (self.rescale,))):
             numbers = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
             if len(numbers) != (1 if name == "rescale_factor" else 3) or (name == "image_std" and 0 in numbers):
@@ -110,9 +113,6 @@ class Preprocess:
         edge = self.shortest_edge and round(self.shortest_edge * scale)
         before = self.before_crop and (round(self.before_crop[0] * scale), round(self.before_crop[1] * scale))
         return replace(self, height=image_size, width=image_size, shortest_edge=edge, before_crop=before)
-
-
-_LARGEST = 4096  # pixels of a side of the model's input
 
 
 @cache
