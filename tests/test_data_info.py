@@ -1,13 +1,16 @@
 """What `data info` shows: the description and the contact sheet."""
 
+import io
 import json
 
 import numpy as np
 from PIL import Image
+from rich.console import Console
 
 from vitft.data.info import describe
 from vitft.data.preview import CLASSES, preview
 from vitft.data.sources import open_source
+from vitft.reports import data_report
 
 
 def photos(root, classes, sizes=((40, 30), (200, 100), (90, 300)), color="red"):
@@ -50,6 +53,20 @@ def test_describe_without_a_readable_image(tmp_path):
     (tmp_path / "cat" / "bad.png").write_bytes(b"")
     (split,) = describe(open_source(str(tmp_path)))["splits"]
     assert (split["unreadable"], split["sizes"], split["formats"]) == (1, None, {})
+
+
+def test_what_was_decided_is_in_the_document_and_in_the_report(tmp_path):
+    (tmp_path / "t.jsonl").write_text(
+        '{"path": "1.png", "label": "cat"}\n{"path": "2.png", "label": null, "split": "test"}\n'
+    )
+    document = describe(open_source(str(tmp_path / "t.jsonl")))
+    assert "split test is left out: none of its 1 images has a label" in document["decisions"]
+    assert document["warnings"] == []
+    console = Console(width=80, file=io.StringIO())
+    console.print(data_report(document | {"warnings": ["a \x1b[31mred\x1b[0m name"]}))
+    shown = console.file.getvalue()
+    assert "split test is left out" in shown
+    assert "warning: a \\x1b[31mred" in shown
 
 
 def test_preview_shows_every_class_in_a_row(tmp_path):

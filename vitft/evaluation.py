@@ -16,7 +16,7 @@ from vitft.card import read_card
 from vitft.checkpoint import find_model
 from vitft.config import TrainConfig
 from vitft.data.loader import Batches, EvalLoader
-from vitft.data.sources import ALIASES, DIGITS, Source, excluding, open_source
+from vitft.data.sources import ALIASES, DIGITS, Source, source_of
 from vitft.data.splits import Split, make_splits, split_hash
 from vitft.data.store import Skipped, decode_all
 from vitft.errors import DataError, ModelError, UsageError
@@ -86,11 +86,7 @@ def evaluate(
              "allow_outside": allow_outside or None}  # fmt: skip
     config = config.model_copy(update={name: value for name, value in typed.items() if value is not None})
     loaded = load_trained(where if where.is_dir() else str(checkpoint))
-    source = open_source(str(config.dataset), revision=config.dataset_revision,
-                         image_column=config.image_column, label_column=config.label_column,
-                         allow_outside=config.allow_outside)  # fmt: skip
-    if config.exclude is not None:
-        source = excluding(source, Path(config.exclude))
+    source = source_of(config)
     chosen = choose_split(source, config, split, max_eval_samples)
     truth = matched(chosen.labels, source.labels, loaded.labels, name=str(checkpoint))
     skip_bad = config.on_bad_image == "skip"

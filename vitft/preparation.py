@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from vitft import console, paths
 from vitft.card import prove
-from vitft.config import SIZES, TrainConfig, named_dataset
+from vitft.config import SIZES, TrainConfig
 from vitft.data.check import check, check_labels
-from vitft.data.sources import ALIASES, DIGITS, Source, excluding, open_source
+from vitft.data.sources import ALIASES, DIGITS, Source, source_of
 from vitft.data.splits import Split, make_splits
 from vitft.data.store import Store, decode_all
 from vitft.errors import DataError, UsageError
@@ -66,14 +66,8 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None) -> Prepared:
 
     On resume, a `checkpoint` of the run takes the place of what the run began from.
     """
-    dataset = named_dataset(config)
     config = resolved(config)
-    source = open_source(
-        dataset, revision=config.dataset_revision,
-        image_column=config.image_column, label_column=config.label_column, allow_outside=config.allow_outside,
-    )  # fmt: skip
-    if config.exclude is not None:
-        source = excluding(source, Path(config.exclude))
+    source = source_of(config)
     _tell_faults(source, config)
     splits = make_splits(
         source, val_fraction=config.val_fraction, max_train_samples=config.max_train_samples,
@@ -100,6 +94,8 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None) -> Prepared:
 
 def _tell_faults(source: Source, config: TrainConfig) -> None:
     """Say what the labels tell, or with `check: full` what all images do; missing training classes are told later."""
+    for warning in source.warnings:
+        console.warn(warning)
     if config.check == "full":
         with console.working("checking the data") as progress:
             counts = Counter(one.kind for one in check(source, max_pixels=config.max_pixels, progress=progress))

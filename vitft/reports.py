@@ -129,7 +129,10 @@ def data_report(described: Mapping[str, Any]) -> RenderableType:
         counts = (str(split["classes"].get(label, 0)) for split in described["splits"])
         classes.add_row(Text(safe(label)), *counts)
     more = len(described["labels"]) - len(shown)
-    return Group(head, "", splits, "", classes, *([f"... and {more} more classes (--json has all)"] if more else []))
+    rest = [f"... and {more} more classes (--json has all)"] if more else []
+    told = [Text(safe(sentence)) for sentence in described.get("decisions", ())]
+    told += [Text(safe(f"warning: {sentence}"), "yellow") for sentence in described.get("warnings", ())]
+    return Group(head, *told, "", splits, "", classes, *rest)
 
 
 def bench_report(found: Mapping[str, Any]) -> RenderableType:

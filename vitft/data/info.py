@@ -22,6 +22,8 @@ def describe(source: Source) -> dict[str, Any]:
     return {
         "name": source.name,
         "revision": source.revision,
+        "decisions": list(source.decisions),
+        "warnings": list(source.warnings),
         "labels": list(source.labels),
         "splits": splits,
     }

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from vitft.console import size
 from vitft.data import pixels
 from vitft.data.images import suffixes
-from vitft.data.schema import find_columns, in_memory, role_of
+from vitft.data.schema import Notes, Reading, find_columns, in_memory, role_of
 from vitft.data.tables import TABLE_SUFFIXES, file_split, read_table
 from vitft.errors import DataError
 
@@ -27,14 +27,15 @@ _JUNK = {"thumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "@eadir"}
 Splits = dict[str, datasets.Dataset]
 
 
-def read(path: Path, image_column: str | None, label_column: str | None, *, allow_outside: bool = False) -> Splits:
-    """Read a file or folder, whatever it holds, into raw splits. Raises DataError."""
+def read(path: Path, reading: Reading, notes: Notes) -> Splits:
+    """Read a file or folder, whatever it holds, into raw splits; what was decided goes to `notes`. Raises DataError."""
+    image_column, label_column = reading.image_column, reading.label_column
     try:
         if path.is_file():
             if path.suffix.lower() == ".parquet":
                 return read_parquet(_by_split([path]), image_column, label_column)
             if path.suffix.lower() in TABLE_SUFFIXES:
-                return read_table(path, image_column, label_column, allow_outside=allow_outside)
+                return read_table(path, reading, notes)
             raise DataError(f"{path} is no data set; give a folder, or a .csv, .jsonl or .parquet file.")
         if (batches := pixels.cifar_folder(path)) is not None:
             return pixels.read_cifar(batches, label_column)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,33 @@ ROLES = {  # the names a split goes by; the first one present is taken
 }
 
 Columns = tuple[str, str | None]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a data set is to be read, where it does not say so itself."""
+
+    image_column: str | None = None
+    label_column: str | None = None
+    allow_outside: bool = False  # whether a table may name files outside of its own folder
+
+
+@dataclass
+class Notes:
+    """What readers decided, each a sentence for a person: "the labels are column 'breed': the only other column"."""
+
+    decisions: list[str] = field(default_factory=list)  # what was taken for what, and why
+    warnings: list[str] = field(default_factory=list)  # what is probably not as it was meant, with the remedy
+
+    def decide(self, sentence: str) -> None:
+        """Write down a decision, once."""
+        if sentence not in self.decisions:
+            self.decisions.append(sentence)
+
+    def warn(self, sentence: str) -> None:
+        """Write down a warning, once: it is shown before a training, and by `vitft data info`."""
+        if sentence not in self.warnings:
+            self.warnings.append(sentence)
 
 
 def _by_role(item: tuple[str, Any]) -> int:
@@ -55,12 +83,12 @@ def find_columns(features: Mapping[str, Any], image: str | None, label: str | No
 
 
 def standardize(
-    raw: Mapping[str, datasets.Dataset], image: str | None = None, label: str | None = None
+    raw: Mapping[str, datasets.Dataset], image: str | None = None, label: str | None = None, notes: Notes | None = None
 ) -> tuple[datasets.DatasetDict, tuple[str, ...]]:
     """Bring splits to columns `image` (Image(decode=False)) and `label` (ClassLabel over all splits).
 
     Also returns the class names in index order. A split without labels (no column, or all missing or
-    -1, as hub test splits are) is left out. Image data is not copied. Raises DataError.
+    -1, as hub test splits are) is left out, and `notes` say so. Image data is not copied. Raises DataError.
     """
     columns = {name: _checked_columns(name, split, image, label) for name, split in raw.items()}
     values = {
@@ -72,6 +100,9 @@ def standardize(
     if not labeled:
         features = next(iter(raw.values())).features if raw else {}
         raise DataError(f"no labels; {_columns(features)}; name the column of the classes with --label-column.")
+    notes = notes or Notes()
+    for name in raw.keys() - labeled.keys():
+        notes.decide(f"split {name} is left out: none of its {len(raw[name]):,} images has a label")
     class_lists = [
         raw[name].features[columns[name][1]].names
         for name in labeled

@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from vitft.config import TrainConfig, named_dataset
 from vitft.data import hub, local, pixels
-from vitft.data.schema import standardize
+from vitft.data.schema import Notes, Reading, standardize
 from vitft.data.tables import TABLE_SUFFIXES, located
 from vitft.errors import DataError, UsageError, nearest
 
@@ -56,6 +57,8 @@ class Source:
     splits: datasets.DatasetDict
     labels: tuple[str, ...]  # class names in index order
     revision: str | None  # the hub commit that was really used
+    decisions: tuple[str, ...] = ()  # what readers took for what, and why: see `schema.Notes`
+    warnings: tuple[str, ...] = ()  # what is probably not as it was meant
 
 
 def open_source(
@@ -77,7 +80,8 @@ def open_source(
     is_here = bool(dataset.strip()) and os.path.exists(path)  # noqa: PTH110  (False, too, for impossible names)
     if revision is not None and alias is None and (is_here or dataset == DIGITS):
         raise UsageError(f"revision {revision} asked of {dataset}, which is not on the hub; leave it out.")
-    used = None
+    used, notes = None, Notes()
+    reading = Reading(image_column, label_column, allow_outside)
     if alias is not None:
         name = dataset
         raw, used = hub.read(alias.repo, alias.config, revision)
@@ -86,7 +90,7 @@ def open_source(
         name, raw = DIGITS, pixels.read_digits()
     elif is_here:
         name = path.resolve().stem if path.is_file() else path.resolve().name
-        raw = local.read(path, image_column, label_column, allow_outside=allow_outside)
+        raw = local.read(path, reading, notes)
         if (path.is_dir() and pixels.cifar_folder(path)) or path.suffix.lower() in TABLE_SUFFIXES:
             image_column = label_column = None  # the reader has chosen, and named them image and label
     elif hub_id is not None:
@@ -95,7 +99,7 @@ def open_source(
     else:
         raise DataError(_unknown(dataset))
     try:
-        splits, labels = standardize(raw, image_column, label_column)
+        splits, labels = standardize(raw, image_column, label_column, notes)
         for split_name, split in splits.items():
             if not has_own_files(split):  # what others wrote names no file but their own
                 folders = hub.caches() if not is_here else (path if path.is_dir() else path.parent,)
@@ -104,7 +108,15 @@ def open_source(
         raise
     except Exception as error:  # columns of other contents than their types say fail wherever they are read
         raise DataError(f"{dataset}: its columns cannot be read: {' '.join(str(error).split())[:300]}") from error
-    return Source(re.sub(r"[^\w.-]+", "-", name) or "data", splits, labels, used)
+    name = re.sub(r"[^\w.-]+", "-", name) or "data"
+    return Source(name, splits, labels, used, tuple(notes.decisions), tuple(notes.warnings))
+
+
+def source_of(config: TrainConfig) -> Source:
+    """Open the data set of a run's settings, without the images that these leave out. Raises VitftError."""
+    reading = {name: getattr(config, name) for name in Reading.__dataclass_fields__}
+    source = open_source(named_dataset(config), revision=config.dataset_revision, **reading)
+    return source if config.exclude is None else excluding(source, Path(config.exclude))
 
 
 def sample_id(split: datasets.Dataset, row: int) -> str:

@@ -11,16 +11,14 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vitft.data.schema import LABEL_NAMES, image_structs, in_memory, make_split
+from vitft.data.schema import LABEL_NAMES, Notes, Reading, image_structs, in_memory, make_split
 from vitft.errors import DataError, nearest
 
 PATH_NAMES = ("path", "file", "filename", "file_name", "filepath", "image_path", "image", "img")
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 
 
-def read_table(
-    path: Path, image_column: str | None, label_column: str | None, *, allow_outside: bool = False
-) -> dict[str, datasets.Dataset]:
+def read_table(path: Path, reading: Reading, notes: Notes) -> dict[str, datasets.Dataset]:
     """Read a CSV, TSV or JSONL file of image path (relative to its own folder), label and perhaps split."""
     try:
         rows = list(_json_rows(path) if path.suffix.lower() in (".jsonl", ".ndjson") else _csv_rows(path))
@@ -29,14 +27,14 @@ def read_table(
     if not rows:
         raise DataError(f"{path} has no rows; give one line an image, with its path and label.")
     columns = {name: None for row in rows for name in row}
-    path_column = _column(path, columns, image_column, PATH_NAMES, "--image-column")
+    path_column = _column(path, columns, reading.image_column, PATH_NAMES, "--image-column")
     rest = [name for name in columns if name not in (path_column, "split")]
     known = LABEL_NAMES if len(rest) != 1 else (*LABEL_NAMES, rest[0])
-    label_column = _column(path, dict.fromkeys(rest), label_column, known, "--label-column")
+    label_column = _column(path, dict.fromkeys(rest), reading.label_column, known, "--label-column")
     splits: dict[str, list[tuple[Path, Any]]] = {}
     folders = _absolute((path.parent,))
     for number, row in enumerate(rows, 1):
-        file = _named_file(folders, row.get(path_column), f"{path} row {number}", allow_outside=allow_outside)
+        file = _named_file(folders, row.get(path_column), f"{path} row {number}", allow_outside=reading.allow_outside)
         splits.setdefault(str(row.get("split") or "train"), []).append((file, row.get(label_column)))
     return {name: file_split(Path(folders[0]), found) for name, found in splits.items()}
 
