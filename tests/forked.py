@@ -57,8 +57,13 @@ def steps_done(run: Path) -> int:
 
 def wait_for_step(alive: Callable[[], bool], run: Path, step: int) -> None:
     """Until a running process has got there."""
+    wait_until(lambda: steps_done(run) >= step, alive)
+
+
+def wait_until(reached: Callable[[], bool], alive: Callable[[], bool]) -> None:
+    """Until a running process has got so far."""
     limit = time.monotonic() + 120
-    while steps_done(run) < step:
+    while not reached():
         assert alive(), "the run ended by itself"
         assert time.monotonic() < limit, "the run does not get on"
         time.sleep(0.002)

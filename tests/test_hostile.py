@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +19,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.counted import calls
 from tests.forked import finish, flags
 from vitft import TrainConfig
 from vitft.card import prove
@@ -103,12 +103,10 @@ def test_a_split_may_have_any_name(tmp_path: Path) -> None:
 
 def test_a_shape_of_terabytes_is_refused_before_it_is_made(tmp_path: Path) -> None:
     sizes = {"width": 16384, "layers": 256, "mlp": 65536, "heads": 1, "image_size": 4096, "patch_size": 1}
-    started = time.monotonic()
     code, said = vitft(tmp_path, "train", *flags(**sizes))
     assert code == 4
     assert "its weights alone take 4." in said
     assert "TB, and this machine has" in said
-    assert time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize(
@@ -126,12 +124,10 @@ def test_a_configuration_of_absurd_sizes_is_one_line(saved: Saved, changes: dict
     folder = saved()
     document = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(document))
-    started = time.monotonic()
     for from_scratch in (False, True):
         with pytest.raises(ModelError) as caught:
             load_for_training(TrainConfig(model=str(folder), from_scratch=from_scratch), ("a", "b"))
         assert "\n" not in str(caught.value)
-    assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize(
@@ -190,7 +186,6 @@ def test_pipes_archives_and_loops_in_a_folder_are_no_images(tmp_path: Path) -> N
     (tmp_path / "pets" / "train" / "self").symlink_to("self")
     with zipfile.ZipFile(tmp_path / "pets" / "train" / "cat" / "more.zip", "w") as archive:
         archive.writestr("2.png", b"x")
-    started = time.monotonic()
     assert len(list(image_files(tmp_path / "pets"))) == 5  # the link to itself, too, is named as one
     code, said = vitft(tmp_path, "data", "check", str(tmp_path / "pets"))
     assert code == 3
@@ -199,7 +194,6 @@ def test_pipes_archives_and_loops_in_a_folder_are_no_images(tmp_path: Path) -> N
     code, said = vitft(tmp_path, "data", "check", str(tmp_path / "pets"))
     assert code == 3
     assert "pipe.png" in said
-    assert time.monotonic() - started < 60
 
 
 # -- pictures ---------------------------------------------------------------------------------------
@@ -210,9 +204,10 @@ def test_of_a_thousand_frames_the_first_is_read(kind: str) -> None:
     frames = [Image.new("RGB", (64, 64), (n % 256, n // 4, 7)) for n in range(1000)]
     stream = io.BytesIO()
     frames[0].save(stream, kind, save_all=True, append_images=frames[1:])
-    started = time.monotonic()
+    two = io.BytesIO()
+    frames[0].save(two, kind, save_all=True, append_images=frames[1:2])
     assert decode(stream.getvalue())[0, 0].tolist()[2] in range(4, 11)
-    assert time.monotonic() - started < 1
+    assert calls(lambda: decode(stream.getvalue())) < 1.5 * calls(lambda: decode(two.getvalue()))
 
 
 def test_a_texture_that_pillow_reads_in_c_counts_as_it_is() -> None:

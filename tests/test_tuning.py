@@ -52,8 +52,9 @@ def test_the_model_has_the_attention_that_was_asked_for(wanted: str) -> None:
 def test_both_attentions_train_alike(tmp_path: Path) -> None:
     runs = [train(config(attention=wanted), output=tmp_path / wanted) for wanted in ("eager", "sdpa")]
     one, other = (transformers.ViTForImageClassification.from_pretrained(run.checkpoint) for run in runs)
-    for a, b in zip(one.parameters(), other.parameters(), strict=True):
-        assert torch.allclose(a, b, atol=2e-5)
+    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+        if not name.endswith("key.bias"):  # softmax does not see it: its gradient is rounding, and Adam magnifies it
+            assert torch.allclose(a, b, atol=2e-5), name
 
 
 def test_a_model_without_an_attention_says_so(tmp_path: Path) -> None:
