@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -158,7 +159,6 @@ def test_arrays_that_do_not_belong_together_are_refused(truth: list[int], top: l
 
 
 def test_scoring_needs_no_network_and_leaves_no_file(tmp_path) -> None:
-    """The metric library is given nowhere to write but its own temporary folder, which goes again."""
     home, temporary = tmp_path / "home", tmp_path / "temporary"
     home.mkdir()
     temporary.mkdir()
@@ -215,6 +215,43 @@ def test_of_many_classes_the_report_shows_the_worst() -> None:
     assert "The 10 lowest F1 of 40 classes" in text
     after_title = text.split("Most frequent confusions")[1].splitlines()
     assert [line.split() for line in after_title[1:]] == [["c2", "→", "c7", "3"]]
+
+
+def test_of_20_000_classes_no_square_matrix_is_made(tmp_path: Path) -> None:
+    labels = [f"c{i}" for i in range(20_000)]
+    random = np.random.default_rng(0)
+    truth = random.integers(0, 20_000, 3000)
+    top = np.stack([np.where(random.random(3000) < 0.5, truth, (truth + 1) % 20_000), *[truth] * 4], axis=1)
+    tracemalloc.start()
+    metrics = score(truth, top, np.ones(3000), labels, split="test", split_hash="0" * 16, elapsed_s=1.0)
+    text, document = rendered(metrics), json.dumps(metrics.to_dict())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6  # the matrix would be 3.2e9
+    plot_confusion(metrics, tmp_path / "many.png")
+    assert len(document) < 4e6
+    assert json.loads(document)["confusion"]["cells"] == metrics.cells.tolist()
+    assert metrics.cells[:, 2].sum() == 3000
+    assert metrics.accuracy == accuracy_score(truth, top[:, 0])
+    assert metrics.macro_f1 == pytest.approx(f1_score(truth, top[:, 0], average="macro"), abs=1e-12)
+    assert "The 10 lowest F1 of 20000 classes" in text
+    assert re.search(r"c\d+ +→ c\d+ +\d", text)
+
+
+def test_the_matrix_and_its_cells_are_the_same_numbers() -> None:
+    metrics = random_scores(300, [f"c{i}" for i in range(7)])
+    matrix = np.zeros((7, 7), np.int64)
+    for true, predicted, count in metrics.cells:
+        matrix[true, predicted] = count
+    assert metrics.confusion["matrix"] == matrix.tolist()
+    assert metrics.cells[:, 2].min() > 0
+
+
+def test_a_class_without_images_has_no_scores_in_the_table() -> None:
+    text = rendered(scored(np.array([0, 0, 1]), np.eye(3)[[0, 1, 1]], ["a", "b", "absent"]))
+    assert next(line.split() for line in text.splitlines() if line.startswith("absent")) == ["absent", *"–––0"]
+    many = scored(np.zeros(5, np.int64), np.eye(40)[[0] * 5], [f"c{i}" for i in range(40)])
+    assert "c1 " not in rendered(many)
 
 
 @pytest.mark.parametrize("classes", [1, 2, 10, 20, 100, 130])

@@ -8,6 +8,7 @@ from vitft.metrics import Metrics
 
 NUMBERED_CLASSES = 20  # Up to so many classes, each cell shows its number.
 NAMED_CLASSES = 120  # Up to so many, each row and column has its name.
+DRAWN_CLASSES = 2000  # Up to so many, each class has a row and a column of its own.
 NAME_LENGTH = 24  # Characters of a name that are shown.
 
 
@@ -22,11 +23,14 @@ def plot_confusion(metrics: Metrics, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.font_manager import FontProperties
 
-    matrix = np.array(metrics.confusion["matrix"])  # (C, C)
-    classes = len(matrix)
+    labels = [row.label for row in metrics.per_class]
+    classes = len(labels)
+    step = -(-classes // DRAWN_CLASSES)  # of more classes, so many in a row share a cell
+    matrix = np.zeros((-(-classes // step),) * 2, np.int64)
+    np.add.at(matrix, (metrics.cells[:, 0] // step, metrics.cells[:, 1] // step), metrics.cells[:, 2])
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     side = min(max(5.0, 0.55 * classes), 8.0) if classes <= NUMBERED_CLASSES else 16.0  # inches
-    shown = range(0, classes, -(-classes // NAMED_CLASSES))
+    shown = range(0, len(matrix), -(-len(matrix) // NAMED_CLASSES))
     font = min(10.0, 40 * side / len(shown))  # points: 3/4 of a row's height
 
     figure = Figure(figsize=(side, side), dpi=120, layout="constrained")
@@ -36,7 +40,7 @@ def plot_confusion(metrics: Metrics, path: Path) -> None:
     axes.set_title(f"{percent(metrics.accuracy)} of {metrics.count} images of {metrics.split} are right")
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    names, fonts = zip(*(_shown(metrics.confusion["labels"][i], i) for i in shown), strict=True)
+    names, fonts = zip(*(_shown(labels[i * step], i * step) for i in shown), strict=True)
     turn = 45 if classes <= NUMBERED_CLASSES else 90
     axes.set_xticks(shown, names, rotation=turn, rotation_mode="anchor", ha="right", va="center")
     axes.set_yticks(shown, names)

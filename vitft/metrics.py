@@ -4,15 +4,17 @@ On several processes the arrays are gathered first and scored on the main one.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from math import isfinite, sqrt
-from tempfile import TemporaryDirectory
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vitft.errors import DataError, ModelError
+
+CROSSED = 1000  # Up to so many classes the confusion matrix is written out; of more, the cells that are not zero.
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,6 @@ class ClassScore:
     recall: float
     f1: float
     count: int
-
-
-class Confusion(TypedDict):
-    """matrix[i][j] counts the images of class labels[i] that were taken for labels[j]."""
-
-    labels: list[str]
-    matrix: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -47,11 +42,31 @@ class Metrics:
     split_hash: str
     images_per_s: float
     per_class: list[ClassScore]
-    confusion: Confusion
+    # (k, 3), sorted: a true class, a predicted one, how many images
+    cells: NDArray[np.int64] = field(compare=False, repr=False)
+
+    @cached_property
+    def confusion(self) -> dict[str, Any]:
+        """`labels`, and `matrix`: matrix[i][j] counts the images of class labels[i] taken for labels[j].
+
+        Over `CROSSED` classes, in its place, `cells`: rows [i, j, count] of the counts that are not zero.
+        """
+        labels = [row.label for row in self.per_class]
+        if len(labels) > CROSSED:
+            return {"labels": labels, "cells": self.cells.tolist()}
+        matrix = np.zeros((len(labels), len(labels)), np.int64)
+        matrix[self.cells[:, 0], self.cells[:, 1]] = self.cells[:, 2]
+        return {"labels": labels, "matrix": matrix.tolist()}
+
+    def summary(self) -> dict[str, Any]:
+        """The scores of the whole split as plain JSON values, under the names of the fields."""
+        fields = ("accuracy", "accuracy_interval", "top5", "loss", "macro_f1", "count", "split", "split_hash",
+                  "images_per_s")  # fmt: skip
+        return {name: getattr(self, name) for name in fields} | {"accuracy_interval": list(self.accuracy_interval)}
 
     def to_dict(self) -> dict[str, Any]:
-        """The scores as plain JSON values, under the names of the fields."""
-        return asdict(self) | {"accuracy_interval": list(self.accuracy_interval)}
+        """The summary, `per_class` and `confusion`."""
+        return self.summary() | {"per_class": [asdict(row) for row in self.per_class], "confusion": self.confusion}
 
 
 def score(
@@ -67,7 +82,9 @@ def score(
     """Score a split of n images: truth is (n,), top (n, k) best class first, losses (n,) in nats.
 
     k is 5, or the number of classes where there are fewer. `labels` names the classes in the order of
-    their indices; `elapsed_s` is the time that reading and classifying the n images took.
+    their indices; `elapsed_s` is the time that reading and classifying the n images took. Precision and
+    recall are 0 where nothing was predicted or nothing is true, and macro F1 is the mean over the classes
+    that are true or predicted somewhere: scikit-learn's `f1_score` does both.
 
     Raises DataError if n is 0, ModelError if the mean loss is not a finite number, and ValueError if
     the arrays do not belong together.
@@ -79,28 +96,28 @@ def score(
         raise ValueError(f"got truth {truth.shape}, top {top.shape}, losses {losses.shape}, {classes} labels")
     if min(truth.min(), top.min()) < 0 or max(truth.max(), top.max()) >= classes:
         raise ValueError(f"a class index lies outside 0..{classes - 1}")
-    from vitft.classification import Classification
-
-    with TemporaryDirectory() as folder:  # evaluate makes a folder even when it keeps all in memory.
-        metric = Classification(keep_in_memory=True, cache_dir=folder)
-        got = metric.compute(references=truth, predictions=top, losses=losses, classes=classes)
-    if not isfinite(got["loss"]):
-        raise ModelError(f"loss on {split} is {got['loss']}: the weights or inputs are not finite numbers")
+    loss = float(np.mean(losses, dtype=np.float64))
+    if not isfinite(loss):
+        raise ModelError(f"loss on {split} is {loss}: the weights or inputs are not finite numbers")
+    best = top[:, 0]
+    pairs, sizes = np.unique(truth * classes + best, return_counts=True)  # never C x C numbers
+    true, predicted = np.bincount(truth, minlength=classes), np.bincount(best, minlength=classes)
+    hits = np.bincount(truth[truth == best], minlength=classes)
+    f1 = 2 * hits / np.maximum(true + predicted, 1)
+    columns = (hits / np.maximum(predicted, 1), hits / np.maximum(true, 1), f1, true)
+    correct = int(hits.sum())
     return Metrics(
-        accuracy=got["correct"] / count,
-        accuracy_interval=wilson_interval(got["correct"], count),
-        top5=got["top5"],
-        loss=got["loss"],
-        macro_f1=got["macro_f1"],
+        accuracy=correct / count,
+        accuracy_interval=wilson_interval(correct, count),
+        top5=float((top == truth[:, None]).any(axis=1).mean()),
+        loss=loss,
+        macro_f1=float(f1[true + predicted > 0].mean()),
         count=count,
         split=split,
         split_hash=split_hash,
         images_per_s=count / max(elapsed_s, 1e-9),
-        per_class=[
-            ClassScore(*row)
-            for row in zip(labels, got["precision"], got["recall"], got["f1"], got["count"], strict=True)
-        ],
-        confusion={"labels": list(labels), "matrix": got["matrix"]},
+        per_class=[ClassScore(*row) for row in zip(labels, *(column.tolist() for column in columns), strict=True)],
+        cells=np.stack([pairs // classes, pairs % classes, sizes], axis=1),
     )
 
 

@@ -31,7 +31,7 @@ def metrics_report(metrics: Any) -> RenderableType:
         f"{top5}loss {metrics.loss:.4f}, macro F1 {percent(metrics.macro_f1)}, {metrics.images_per_s:.0f} images/s"
     )
     few = len(metrics.per_class) <= CROSSED_CLASSES
-    confusion = _confusion_table(metrics) if few else _mistakes_table(metrics)
+    confusion = _confusion_table(metrics.confusion) if few else _mistakes_table(metrics)
     return Group(headline, rest, "", *_class_table(metrics), "", *confusion)
 
 
@@ -45,15 +45,15 @@ def _class_table(metrics: Any) -> list[RenderableType]:
     table.add_column("class", no_wrap=True, overflow="ellipsis", max_width=36)
     for name in ("precision", "recall", "F1", "count"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        scores = (percent(score) for score in (row.precision, row.recall, row.f1))
+    for row in rows:  # a class without an image has no scores
+        scores = (percent(score) if row.count else "–" for score in (row.precision, row.recall, row.f1))
         table.add_row(Text(safe(row.label)), *scores, str(row.count))
     return [*title, table]
 
 
-def _confusion_table(metrics: Any) -> list[RenderableType]:
+def _confusion_table(confusion: Mapping[str, Any]) -> list[RenderableType]:
     """The confusion matrix; a column's head is the start of its class's name."""
-    labels, matrix = metrics.confusion["labels"], metrics.confusion["matrix"]
+    labels, matrix = confusion["labels"], confusion["matrix"]
     digits = len(str(max(map(max, matrix))))
     room = max(digits, min(14, 62 // len(labels) - 1))  # 18 of 80 for the rows' names; 1 between columns.
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
@@ -69,16 +69,16 @@ def _confusion_table(metrics: Any) -> list[RenderableType]:
 
 def _mistakes_table(metrics: Any) -> list[RenderableType]:
     """The ten most frequent confusions, as `cat → dog 34`."""
-    labels, matrix = metrics.confusion["labels"], metrics.confusion["matrix"]
-    cells = ((n, i, j) for i, row in enumerate(matrix) for j, n in enumerate(row) if n and i != j)
-    worst = sorted(cells, key=lambda cell: -cell[0])[:10]
+    labels = [row.label for row in metrics.per_class]
+    cells = (cell for cell in metrics.cells.tolist() if cell[0] != cell[1])
+    worst = sorted(cells, key=lambda cell: -cell[2])[:10]
     if not worst:
         return ["No image was taken for another class."]
     table = Table(box=None, pad_edge=False, show_header=False)
     for name in ("true", "predicted"):
         table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=34)
     table.add_column("images", justify="right", no_wrap=True)
-    for count, i, j in worst:
+    for i, j, count in worst:
         table.add_row(Text(safe(labels[i])), Text(f"→ {safe(labels[j])}"), str(count))
     return ["Most frequent confusions (true → predicted, images):", table]
 

@@ -195,8 +195,8 @@ class _Run:
 
     def _validate(self, state: State, bar: "console.TrainingProgress", track: Track) -> None:
         metrics = self._measure("validation", bar)
-        self.scores = {"validation": _summary(metrics)}
-        line = {"step": state.step, "epoch": self._epoch(state.step)} | _summary(metrics)
+        self.scores = {"validation": metrics.summary()}
+        line = {"step": state.step, "epoch": self._epoch(state.step)} | metrics.summary()
         self._record(line)
         track(line)
         better = (metrics.accuracy, -metrics.loss) > (state.best_accuracy, -state.best_loss)
@@ -305,16 +305,10 @@ class _Run:
             names = list({"last", chosen})
         if "test" in self.stores:
             metrics = self._measure("test", bar)
-            self.scores = self.scores | {"test": _summary(metrics)}
-            line = {"step": state.step, "epoch": self._epoch(state.step)} | _summary(metrics)
+            self.scores = self.scores | {"test": metrics.summary()}
+            line = {"step": state.step, "epoch": self._epoch(state.step)} | metrics.summary()
             self._record(line)
             track(line)
         for name in names:
             self._write_model(name, self._card(state))
         return Result(self.run, self.run / chosen, state.step, self.scores)
-
-
-def _summary(metrics: Metrics) -> dict[str, Any]:
-    """The scores of a split, without the per-class table."""
-    whole = metrics.to_dict()
-    return {key: value for key, value in whole.items() if key not in ("per_class", "confusion")}
