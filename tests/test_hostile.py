@@ -23,8 +23,8 @@ from tests.counted import calls
 from tests.forked import finish, flags
 from vitft import TrainConfig
 from vitft.card import prove
+from vitft.data.folders import image_files
 from vitft.data.images import BadImage, decode
-from vitft.data.local import image_files
 from vitft.data.sources import open_source
 from vitft.errors import ModelError
 from vitft.models import load_for_training, load_trained

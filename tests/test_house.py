@@ -42,7 +42,7 @@ ROOMS = [
     ["data.cache"],
     ["data.sources"],
     ["data.local", "data.hub"],
-    ["data.pixels"],
+    ["data.folders", "data.pixels"],
     ["data.tables", "data.choice"],
     ["data.schema", "data.augment", "data.images"],
     ["hardware", "sizes", "demand"],

@@ -10,8 +10,8 @@ import torch
 
 from vitft.checkpoint import find_model
 from vitft.data.augment import fit, normalize, workers
+from vitft.data.folders import image_files
 from vitft.data.images import MAX_PIXELS, BadImage, decode
-from vitft.data.local import image_files
 from vitft.errors import DataError
 from vitft.hardware import find_device
 from vitft.models import load_trained

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vitft.data.augment import each_of
+from vitft.data.folders import passed_over
 from vitft.data.images import MAX_PIXELS, BadImage, about, decode, encoded
-from vitft.data.local import passed_over
 from vitft.data.sources import Source, class_indices, sample_names
 
 Severity = Literal["error", "warning", "note"]

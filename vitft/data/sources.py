@@ -178,8 +178,8 @@ def excluding(source: Source, file: Path) -> Source:
 
 def class_indices(split: datasets.Dataset) -> NDArray[np.int64]:
     """The class index of every row of a split: (n,)."""
-    labels = split.select_columns(["label"]).with_format("arrow")[:].column("label")
-    return np.asarray(labels.combine_chunks(), np.int64)
+    labels = np.asarray(split.data.column("label").combine_chunks(), np.int64)
+    return labels if split._indices is None else labels[split._indices.column(0).to_numpy()]
 
 
 def _unknown(dataset: str) -> str:
