@@ -13,7 +13,17 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from vitft.data.augment import Preprocess, augment, crop_boxes, fit, normalize, preprocess, resize
+from vitft.data.augment import (
+    Preprocess,
+    augment,
+    crop_boxes,
+    fit,
+    normalize,
+    pillow_resize,
+    preprocess,
+    resize,
+    uncropped,
+)
 from vitft.errors import ModelError
 from vitft.randomness import uniform
 
@@ -97,6 +107,34 @@ def test_memory_that_is_given_is_written_to() -> None:
     assert got.data_ptr() == memory.data_ptr()
     assert torch.equal(got, normalize(image, Preprocess(8, 8)))
     assert (memory[1:] == 9).all()
+
+
+@pytest.mark.parametrize("resample", FILTERS)
+@pytest.mark.parametrize("size", [(1, 5200), (5200, 1), (2, 9000), (9001, 2)])
+@pytest.mark.parametrize("crop", [(64, 48), (40, 64), (64, 70)])
+def test_a_long_image_is_cut_before_it_is_enlarged_to_the_same_pixels(
+    resample: Any, size: tuple[int, int], crop: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = Preprocess(*crop, shortest_edge=64, resample=resample)
+    image = pixels(*size, contrast=True)
+    whole = by_pillow(image, *(64 * side // min(size) for side in size), resample)
+    top, left = ((have - want) // 2 for have, want in zip(whole.shape, crop, strict=False))
+    wanted = np.zeros((*crop, 3), np.uint8)
+    part = whole[max(0, top) : max(0, top) + crop[0], max(0, left) : max(0, left) + crop[1]]
+    down, right = max(0, -top), max(0, -left)
+    wanted[down : down + part.shape[0], right : right + part.shape[1]] = part
+    made: list[int] = []
+
+    def watched(images: torch.Tensor, height: int, width: int, *others: Any) -> torch.Tensor:
+        made.append(height * width)
+        return pillow_resize(images, height, width, *others)
+
+    monkeypatch.setattr("vitft.data.augment.pillow_resize", watched)
+    image_once = uncropped(torch.from_numpy(image)[None], how)
+
+    assert np.array_equal(fit(image_once, how)[0].numpy(), wanted)
+    assert torch.equal(uncropped(image_once, how), image_once)
+    assert max(made) <= max(size) * 71
 
 
 # -- as Transformers -------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from vitft.cli import app
 from vitft.data.augment import Preprocess, preprocess
 from vitft.data.images import decode
 from vitft.errors import DataError, ModelError
+from vitft.models import load_for_training
 from vitft.prediction import Prediction, predict
 
 OPAQUE = ("RGB", "L", "P", "1", "CMYK")
@@ -126,6 +127,18 @@ def test_the_pipeline_agrees_on_decoded_alpha_and_16_bits(checkpoint: Path, tmp_
     theirs = classify([Image.fromarray(decode(path)) for path in paths], top_k=7)
 
     assert_agree(predict(paths, checkpoint, top_k=7), theirs)
+
+
+def test_a_model_trains_after_another_of_its_shape_has_predicted(saved: Callable[..., Path], tmp_path: Path) -> None:
+    """BEiT's index of relative positions stays in a cache of Transformers, which the backward pass reads too."""
+    folder, image = saved("beit"), tmp_path / "image.png"
+    picture(0, 32, 32).save(image)
+
+    predict(image, folder)
+
+    model = load_for_training(TrainConfig(model=str(folder)), ("ant", "bee")).model
+    model(pixel_values=torch.zeros(1, 3, 32, 32)).logits.sum().backward()
+    assert model.classifier.weight.grad is not None
 
 
 def assert_agree(ours: list[Prediction], theirs: list[list[dict[str, Any]]]) -> None:

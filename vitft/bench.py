@@ -123,7 +123,7 @@ def _eval(accelerator: Any, prepared: Prepared, stores: Stores, steps: int) -> d
         with clock.part("forward"):
             model(pixel_values=batch.pixels)
 
-    with torch.inference_mode(), autocast(config.device, config.precision):
+    with torch.no_grad(), autocast(config.device, config.precision):
         times, parts = _timed(step, steps, config.device, clock)
     flops = _flops(prepared, lambda spec, batch: total(spec, batch).flops)
     wait = parts["wait"]["median"] / sum(part["median"] for part in parts.values())

@@ -39,7 +39,7 @@ def measure(
     model.eval()
     started = time.perf_counter()
     tops, losses, truths = [], [], []
-    with torch.inference_mode():
+    with torch.no_grad():
         for number, batch in enumerate(loader, 1):
             logits = model(pixel_values=batch.pixels).logits.float()
             tops.append(logits.topk(min(5, len(labels)), dim=1).indices)

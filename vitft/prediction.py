@@ -77,7 +77,7 @@ def predict(
 
 
 def _top(model: Any, pixels: torch.Tensor, top_k: int) -> Iterator[list[tuple[int, float]]]:
-    with torch.inference_mode():
+    with torch.no_grad():
         scores = model(pixel_values=pixels).logits.float().softmax(dim=1)
     best = scores.topk(min(top_k, scores.shape[1]), dim=1)
     for index, value in zip(best.indices.tolist(), best.values.tolist(), strict=True):

@@ -155,7 +155,7 @@ def evaluate_s(prepared: Prepared, images: torch.Tensor) -> float:
     config, model = prepared.config, prepared.loaded.model.eval()
     settle(config.device)
     started = time.perf_counter()
-    with torch.inference_mode(), autocast(config.device, config.precision):
+    with torch.no_grad(), autocast(config.device, config.precision):
         model(pixel_values=preprocess(images.to(config.device), prepared.loaded.preprocess))
     settle(config.device)
     return time.perf_counter() - started

@@ -152,17 +152,21 @@ def resize(images: Tensor, height: int, width: int, resample: str) -> Tensor:
     return channels_last.to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def pillow_resize(images: Tensor, height: int, width: int, resample: str) -> Tensor:
+def pillow_resize(
+    images: Tensor, height: int, width: int, resample: str, box: tuple[float, float, float, float] | None = None
+) -> Tensor:
     """The same by Pillow itself, so that a checkpoint's scores are those of Transformers' pipeline.
 
     One in 255 was seen to move a probability by 0.003; and where rows get fewer, Pillow 13 may begin
-    with them, which moves bicubic pixels by up to 31.
+    with them, which moves bicubic pixels by up to 31. `box` is the part that is resized: left, top, right
+    and bottom, in pixels of the image.
     """
-    if images.shape[1:3] == (height, width):
+    if box is None and images.shape[1:3] == (height, width):
         return images
     filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
     resized = [
-        np.array(Image.fromarray(image).resize((width, height), filters[resample])) for image in images.cpu().numpy()
+        np.array(Image.fromarray(image).resize((width, height), filters[resample], box))
+        for image in images.cpu().numpy()
     ]
     return torch.from_numpy(np.stack(resized)).to(images.device)
 
@@ -183,12 +187,28 @@ def fit(images: Tensor, how: Preprocess, *, exact: bool = True) -> Tensor:
 
 
 def uncropped(images: Tensor, how: Preprocess, *, exact: bool = True) -> Tensor:
-    """`fit` before its centre crop, if it has one. Doing it twice is doing it once."""
+    """`fit` before its centre crop, if it has one. Doing it twice is doing it once.
+
+    Where enlarging a long image whole would take more than the largest input (of 65,535 x 1 pixels it takes
+    gigabytes), only the middle that the crop sees is made.
+    """
     rows, columns = images.shape[1:3]
     if how.shortest_edge is not None:
         old = (rows, columns)
         # Transformers truncates the longer side.
         rows, columns = (max(how.shortest_edge, int(how.shortest_edge * side / min(old))) for side in old)
+        if how.shortest_edge > min(old) and rows * columns > LARGEST_SIDE**2:
+            top, left = (
+                max(0, (side - max(how.shortest_edge, crop)) // 2)
+                for side, crop in ((rows, how.height), (columns, how.width))
+            )
+            # As much is cut off at both ends, so a centre crop finds the same pixels. Columns first, as Pillow does
+            # where rows get more.
+            across, down = old[1] / columns, old[0] / rows
+            box = (left * across, 0.0, (columns - left) * across, float(old[0]))
+            images = pillow_resize(images, old[0], columns - 2 * left, how.resample, box)
+            box = (0.0, top * down, float(columns - 2 * left), (rows - top) * down)
+            return pillow_resize(images, rows - 2 * top, columns - 2 * left, how.resample, box)
     else:
         rows, columns = how.before_crop or (how.height, how.width)
     return (pillow_resize if exact else resize)(images, rows, columns, how.resample)

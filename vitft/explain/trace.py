@@ -90,11 +90,11 @@ def trace(image: Path, checkpoint: str | Path) -> Trace:
         shown, normal = _fitted(image, how), (how.mean[0], how.std[0])
         pixels = normalize(torch.from_numpy(shown)[None], how).contiguous()
         weights = from_transformers({name: p.detach().numpy() for name, p in model.named_parameters()}, spec)
-        with torch.inference_mode():
+        with torch.no_grad():
             _watch_transformers(model, spec, _keep(by_transformers))(pixels)
     with np.errstate(all="ignore"):  # broken weights are told in words, below
         vit(pixels.numpy(), weights, spec, watch=_keep(by_numpy))
-    with torch.inference_mode():
+    with torch.no_grad():
         TorchViT(spec).load(weights).watched_by(_keep(by_torch))(pixels)
     if bad := next((name for name, array in by_numpy.items() if not np.isfinite(array).all()), None):
         raise ModelError(f"{checkpoint}: {bad} is not finite: its weights are broken; use another checkpoint.")
