@@ -45,7 +45,7 @@ ROOMS = [
     ["data.folders", "data.pixels"],
     ["data.tables", "data.choice"],
     ["data.schema", "data.augment", "data.images"],
-    ["hardware", "sizes", "demand"],
+    ["hardware", "sizes", "demand", "heads"],
     ["config", "spec", "options"],
     ["hub", "settings", "clock", "reports"],
     ["console", "errors", "files", "fonts", "paths", "randomness"],

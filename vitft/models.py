@@ -17,10 +17,12 @@ import torch
 import transformers
 from torch import nn
 
+from vitft import console
 from vitft.config import SIZES, TrainConfig
 from vitft.data.augment import Preprocess
 from vitft.demand import check_demand, check_lengths
 from vitft.errors import ModelError, VitftError, nearest
+from vitft.heads import head_modules, in_head, label_tensors
 from vitft.hub import answers, reason
 from vitft.positions import at_image_size, check_size
 from vitft.randomness import seed_of
@@ -66,7 +68,9 @@ def load_for_training(config: TrainConfig, labels: Sequence[str]) -> Loaded:
         model = at_image_size(model, config.image_size)
         how = how.at(config.image_size)
     if config.freeze == "backbone":
-        model.base_model.requires_grad_(False)
+        model.requires_grad_(False)
+        for head in head_modules(model):
+            head.requires_grad_(True)
     _without_mask_token(model)
     return Loaded(model, how, names, origin.commit, not keeps_head)
 
@@ -211,50 +215,72 @@ def _stored(origin: _Origin) -> Any:
 
 
 def _weights(origin: _Origin, stored: Any, *, fresh_head: bool) -> Any:
+    """The model with every tensor that the checkpoint has; only a `fresh_head` is new, and depends on the seed alone.
+
+    Raises ModelError naming what else is missing or of another shape, and what is no number. Vectors beside the
+    blocks, such as the norm of a pooler that pretraining does without, begin at their initial values, with a warning.
+    """
     classifier = _classifier_class(stored)
     torch_state = torch.get_rng_state()
     check_demand(classifier, stored, origin.where)
+    model, info = _read_weights(classifier, origin, stored)
+    if not label_tensors(model):
+        raise ModelError(f"{origin.where}: a {stored.model_type} has no classifier that could get other labels.")
+    missing = {name for name in info["missing_keys"] if not name.endswith(("mask_token", "num_batches_tracked"))}
+    reshaped = {name for name, *_ in info["mismatched_keys"]}
+    headless = {name for name in missing | reshaped if in_head(model, name)}
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    initial = {name for name in missing - headless if _beside_blocks(name, tensors[name])} if fresh_head else set()
+    if wrong := sorted((missing | reshaped) - headless - initial):
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise ModelError(
+            f"{origin.where}: {wrong[0]}{more} of a {stored.model_type}'s {len(tensors)} tensors "
+            f"{'are' if more else 'is'} missing or of another shape; is this the right folder?"
+        )
+    if headless and not fresh_head:
+        raise _headless(origin)
+    if initial:
+        console.warn(f"{origin.where} has no {', '.join(sorted(initial))}: they begin at their initial values")
+    if fresh_head:
+        torch.set_rng_state(torch_state)  # not on what loading drew
+        for name in sorted(label_tensors(model) | headless & dict(model.named_parameters()).keys()):
+            if tensors[name].ndim > 1:
+                nn.init.trunc_normal_(tensors[name], std=getattr(stored, "initializer_range", 0.02))
+            elif name in label_tensors(model):
+                nn.init.zeros_(tensors[name])
+    for name, tensor in model.float().state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"{origin.where}: {name} holds values that are no number; use another checkpoint.")
+    return model
+
+
+def _read_weights(classifier: Any, origin: _Origin, stored: Any, **how: Any) -> tuple[Any, dict[str, Any]]:
+    """The model as Transformers reads it, and what it says was missing, of other shapes and left over."""
     try:
         model, info = classifier.from_pretrained(
             origin.where, config=stored, dtype=torch.float32, ignore_mismatched_sizes=True,
-            output_loading_info=True, weights_only=True, **origin.arguments(),
+            output_loading_info=True, weights_only=True, **origin.arguments(), **how,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise _unreadable(origin, error) from error
     except Exception as error:  # safetensors and pickle raise types of their own for a torn file
         raise ModelError(f"{origin.where}: its weights cannot be read: {_first_line(error)}.") from error
-    heads = head_of(model)
-    # A backbone pretrained without classes may lack what pools its tokens: that belongs to the head.
-    wrong = [key for key in info["missing_keys"] if not key.startswith(heads) and ".pooler." not in key]
-    wrong += [key for key, *_ in info["mismatched_keys"] if not key.startswith(heads)]
-    if wrong:
-        raise ModelError(
-            f"{origin.where}: {len(wrong)} tensors of a {stored.model_type} are missing or of another shape "
-            f"({sorted(wrong)[0]}, ...); is this the right folder?"
-        )
-    if fresh_head:
-        torch.set_rng_state(torch_state)  # the head depends on the seed alone, not on what loading drew
-        for name in heads:
-            for module in getattr(model, name).modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.trunc_normal_(module.weight, std=getattr(stored, "initializer_range", 0.02))
-                    if module.bias is not None:
-                        nn.init.zeros_(module.bias)
-    elif info["missing_keys"] or info["mismatched_keys"]:
-        raise _headless(origin)
-    return model.float()
+    if not how and info["unexpected_keys"] and all(key.startswith("module.") for key in info["unexpected_keys"]):
+        # Saved from torch's DataParallel.
+        return _read_weights(classifier, origin, stored, key_mapping={r"^module\.": ""})
+    return model, info
 
 
-def head_of(model: Any) -> tuple[str, ...]:
-    """The names of the modules beside the backbone."""
-    return tuple(name for name, _ in model.named_children() if name != model.base_model_prefix)
+def _beside_blocks(name: str, tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a vector, and not of one of the repeated blocks."""
+    return tensor.ndim <= 1 and not any(part.isdecimal() for part in name.split("."))
 
 
 def set_training(model: Any, *, frozen_backbone: bool) -> None:
     """Training mode; a frozen backbone stays in evaluation mode, without dropout."""
-    model.train()
-    if frozen_backbone:
-        model.base_model.eval()
+    model.train(not frozen_backbone)
+    for head in head_modules(model) if frozen_backbone else ():
+        head.train()
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -277,7 +303,10 @@ def _label(stored: Any, names: Sequence[str]) -> None:
 
 
 def _labels_of(stored: Any) -> tuple[str, ...]:
-    return tuple(str(stored.id2label.get(i, f"LABEL_{i}")) for i in range(stored.num_labels))
+    """Of each class its name; `LABEL_3`, as Transformers has it, of one that has none."""
+    given = stored.id2label or {}
+    names = given if isinstance(given, dict) else dict(enumerate(given))
+    return tuple(str(names.get(i, f"LABEL_{i}")) for i in range(stored.num_labels))
 
 
 def _has_head(stored: Any) -> bool:

@@ -17,7 +17,7 @@ from vitft.data.augment import flips, mirrored, preprocess
 from vitft.data.loader import Batch, EvalLoader, TrainLoader
 from vitft.evaluation import BATCH, autocast
 from vitft.hardware import micro_batch
-from vitft.models import head_of
+from vitft.heads import head_of
 
 Features = Callable[[Tensor], Tensor]
 """Pixels (B, 3, H, W) to what the head reads of them, (B, F)."""
@@ -34,13 +34,13 @@ def features_pay(config: TrainConfig, model: nn.Module, steps: int, images: int)
     Random crops have no features that stay; a model with two heads reads two kinds at once; and a short
     run sees fewer images than the passes would.
     """
-    stay = config.freeze == "backbone" and config.augment != "crop" and head_of(model) == ("classifier",)
+    stay = config.freeze == "backbone" and config.augment != "crop" and len(head_of(model)) == 1
     return stay and steps * config.batch_size > passes(config) * images
 
 
 def classifier_of(model: nn.Module) -> nn.Module:
     """The layer that reads the features."""
-    return model.get_submodule("classifier")
+    return model.get_submodule(head_of(model)[0])
 
 
 class Head(nn.Module):

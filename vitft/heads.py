@@ -1,0 +1,49 @@
+"""What of an image classifier is its head, in any architecture: found by its tensors, not by their names."""
+
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+_found: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
+
+
+def label_tensors(model: Any) -> frozenset[str]:
+    """The names of the parameters whose shapes follow from the number of labels; empty where none does."""
+    if model not in _found:
+        config = type(model.config).from_dict(model.config.to_dict())
+        config.num_labels = model.config.num_labels + 1
+        with torch.device("meta"):  # shapes alone
+            other = dict(type(model)(config).named_parameters())
+        _found[model] = frozenset(name for name, p in model.named_parameters() if p.shape != other[name].shape)
+    return _found[model]
+
+
+def head_of(model: Any) -> tuple[str, ...]:
+    """The names of the modules that make up the head: the largest around those tensors without a stack of blocks.
+
+    A linear layer in most; with LeViT also the norm before it, with a distilled DeiT two layers.
+    """
+    return tuple(dict.fromkeys(_largest(model, name) for name in sorted(label_tensors(model))))
+
+
+def in_head(model: Any, tensor: str) -> bool:
+    """Whether a parameter or buffer of this name belongs to the head."""
+    return tensor.startswith(tuple(f"{name}." for name in head_of(model)))
+
+
+def head_modules(model: Any) -> Iterator[nn.Module]:
+    """The modules of `head_of`."""
+    return map(model.get_submodule, head_of(model))
+
+
+def _largest(model: nn.Module, tensor: str) -> str:
+    """The outermost module around a tensor, below the model itself, that holds no list of modules."""
+    parts = tensor.split(".")[:-1]
+    around = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+    return next(
+        (name for name in around if not any(isinstance(m, nn.ModuleList) for m in model.get_submodule(name).modules())),
+        around[-1] if around else "",
+    )
