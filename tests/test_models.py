@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import ARCHITECTURES, tiny_model
 from vitft import TrainConfig
@@ -169,6 +170,28 @@ def test_a_model_of_another_size_loads_in_plain_transformers(
     assert plain.config.image_size == size
     assert plain.config.id2label == dict(enumerate(OWN))
     assert torch.equal(logits(plain, images(size)), logits(loaded.model, images(size)))
+
+
+def test_beits_relative_positions_keep_their_axes(saved: Saved) -> None:
+    """One head's bias grows with the offset in rows, the other's with that in columns: so it stays."""
+    folder = saved("beit")
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    tables = [name for name in weights if name.endswith("relative_position_bias_table")]
+    rows, columns = torch.meshgrid(torch.arange(7.0), torch.arange(7.0), indexing="ij")
+    for name in tables:
+        weights[name][:-3] = torch.stack([rows, columns], dim=-1).view(49, 2)
+    save_file(weights, file, {"format": "pt"})
+
+    state = load(folder, image_size=48).model.state_dict()
+
+    resized = [tensor for name, tensor in state.items() if name.endswith("relative_position_bias_table")]
+    assert len(resized) == len(tables) == 2
+    for table in resized:
+        by_row, by_column = table[:-3].view(11, 11, 2).unbind(-1)
+        for bias in (by_row, by_column.T):
+            torch.testing.assert_close(bias, bias[:, :1].expand(11, 11))
+            assert (bias[:, 0].diff() > 0.3).all()  # seven values over eleven places: 7 / 11 a place, less at the ends
 
 
 def test_beits_relative_positions_are_resized_too(saved: Saved) -> None:

@@ -11,6 +11,7 @@ import transformers
 
 from tests.test_trainer import PowerCut, assert_same_weights, config, lines, weights
 from vitft import TrainConfig, evaluate, train
+from vitft.data.loader import Batch
 from vitft.errors import Stopped
 from vitft.models import load_for_training
 from vitft.plan import plan
@@ -127,15 +128,24 @@ def test_a_signal_saves_the_best_head_too(tmp_path: Path, monkeypatch: pytest.Mo
     assert resume(tmp_path / "run").step == 9
 
 
-def test_the_best_head_is_the_one_that_was_best(tmp_path: Path) -> None:
-    result = train(probe(lr=1.0, epochs=12, schedule="constant"), output=tmp_path / "run")
+def test_the_best_head_is_the_one_that_was_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From half of the run on the labels are wrong, so that the last head is worse than the best."""
+    batch = FeatureLoader.batch
+
+    def misled(self: FeatureLoader, step: int) -> Batch:
+        given = batch(self, step)
+        return given if step < 18 else Batch(given.pixels, (given.labels + 1) % 10, given.index)
+
+    monkeypatch.setattr(FeatureLoader, "batch", misled)
+    result = train(probe(epochs=12, schedule="constant"), output=tmp_path / "run")
     validations = [line for line in lines(result.run) if line["split"] == "validation"]
     best = max(validations, key=lambda line: (line["accuracy"], -line["loss"]))  # type: ignore[operator]
     assert result.step == best["step"]
     assert evaluate(result.run / "best", split="validation").accuracy == best["accuracy"]
     assert evaluate(result.run / "best").accuracy == result.scores["test"]["accuracy"]
-    if result.step != validations[-1]["step"]:
-        assert not torch.equal(*(weights(result.run / name)["classifier.weight"] for name in ("best", "last")))
+    assert result.step <= 18 < validations[-1]["step"]  # type: ignore[operator]
+    assert best["accuracy"] > 2 * validations[-1]["accuracy"]  # type: ignore[operator]
+    assert not torch.equal(*(weights(result.run / name)["classifier.weight"] for name in ("best", "last")))
 
 
 @pytest.mark.parametrize("kind", ["ViT", "Dinov2", "Beit", "Swin", "DeiT"])

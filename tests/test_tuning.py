@@ -57,12 +57,24 @@ def test_both_attentions_train_alike(tmp_path: Path) -> None:
             assert torch.allclose(a, b, atol=2e-5), name
 
 
-def test_a_model_without_an_attention_says_so(tmp_path: Path) -> None:
-    sizes = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
-    transformers.SwinForImageClassification(transformers.SwinConfig(**sizes)).save_pretrained(tmp_path)
-    swin = {"model": str(tmp_path), "from_scratch": False, "width": None, "heads": None, "mlp": None, "layers": None}
-    own = prepare(config(image_size=32, **swin)).config.attention
-    assert own in ("eager", "sdpa")  # auto: what the architecture has
+@pytest.mark.parametrize("kind", ["Swinv2", "ConvNext"])
+def test_a_model_without_an_attention_says_so(tmp_path: Path, kind: str) -> None:
+    sizes: dict[str, Any] = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "image_size": 32}
+    if kind == "Swinv2":  # asked for what it has not, Transformers leaves it as it is
+        sizes = {
+            "image_size": 32,
+            "patch_size": 4,
+            "embed_dim": 8,
+            "depths": [1, 1],
+            "num_heads": [1, 2],
+            "window_size": 4,
+        }
+    model = getattr(transformers, f"{kind}ForImageClassification")(getattr(transformers, f"{kind}Config")(**sizes))
+    model.save_pretrained(tmp_path)
+    given = {"model": str(tmp_path), "from_scratch": False, "width": None, "heads": None, "mlp": None, "layers": None}
+    assert prepare(config(image_size=32, **given)).config.attention == "eager"  # auto: what the architecture has
+    with pytest.raises(UsageError, match=rf"^attention sdpa: a {kind.lower()} model has none; use auto\.$"):
+        prepare(config(image_size=32, attention="sdpa", **given))
 
 
 # -- the micro-batch ------------------------------------------------------------------------------
@@ -196,11 +208,33 @@ def test_a_batch_keeps_as_much_as_counted_in_full(prepared: Prepared) -> None:
         assert trial._kept(prepared, 7) == pytest.approx(trial._kept_counted(prepared, 7), rel=0.01)
 
 
-def test_the_cost_of_a_run_counts_its_images_and_its_steps(prepared: Prepared) -> None:
+@pytest.mark.parametrize(("first_s", "start_s", "largest"), [(0.125, 7.0, 4), (50.0, 57.0, 1)])
+def test_the_cost_of_a_run_counts_its_images_and_its_steps(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, first_s: float, start_s: float, largest: int
+) -> None:
+    """By a clock that stands still but for the model's forward passes and the optimizer's steps."""
+    now, counts = 0.0, list[int]()
+    first = {"pass": first_s, "step": 7.0}  # what the first of each takes over the others
+
+    def takes(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def seen(module: Any, given: Any, named: dict[str, torch.Tensor]) -> None:
+        counts.append(len(named["pixel_values"]))
+        takes(0.25 * counts[-1] + first.pop("pass", 0.0) if module.training else 0.125 * counts[-1])
+
+    class Adam(torch.optim.AdamW):
+        def step(self, *given: Any, **named: Any) -> Any:
+            takes(3.0 + first.pop("step", 0.0))
+            return super().step(*given, **named)
+
+    prepared.loaded.model.register_forward_pre_hook(seen, with_kwargs=True)
+    monkeypatch.setattr(trial.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(torch.optim, "AdamW", Adam)
     found = trial.cost(prepared)
-    assert 0 < found.evaluate_image_s < 1
-    assert 0 < found.image_s < 1
-    assert 0 < found.step_s < 1
+    assert found == trial.Cost(image_s=0.25, step_s=3.0, evaluate_image_s=0.125, start_s=start_s)
+    assert max(counts) == largest  # a first pass that takes seconds is not tried with more
 
 
 def test_a_stored_image_is_read_from_its_file(tmp_path: Path) -> None:

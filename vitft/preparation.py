@@ -1,6 +1,7 @@
 """What a run starts from: settings resolved, splits made, model loaded. Nothing is decoded or written."""
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,10 +114,10 @@ def _attend(loaded: Loaded, config: TrainConfig) -> str:
     spec, model = shape_of(loaded.model), loaded.model
     wanted = find_attention(config.attention, config.device, spec.tokens if spec else None)
     if wanted is not None:
-        try:
+        with suppress(ValueError):  # some architectures refuse what they do not have, others stay as they are
             model.set_attn_implementation(wanted)
-        except ValueError as error:
-            raise UsageError(f"attention {wanted}: a {model.config.model_type} model has none; use auto.") from error
+        if config.attention != "auto" and model.config._attn_implementation != wanted:
+            raise UsageError(f"attention {wanted}: a {model.config.model_type} model has none; use auto.")
     return str(model.config._attn_implementation)
 
 
