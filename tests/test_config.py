@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from vitft.config import TrainConfig
 from vitft.errors import UsageError
 
-PANELS = ["Data", "Model", "Optimization", "Hardware", "Run"]
+PANELS = ["Data", "Reading", "Model", "Optimization", "Hardware", "Run"]
 
 
 def refusal(**values: Any) -> str:

@@ -44,6 +44,8 @@ ROOMS = [
     ["data.local", "data.hub"],
     ["data.folders", "data.pixels"],
     ["data.tables", "data.choice"],
+    ["data.columns"],
+    ["data.rows", "data.named"],
     ["data.schema", "data.augment", "data.images"],
     ["hardware", "sizes", "demand", "heads"],
     ["config", "spec", "options"],

@@ -282,7 +282,7 @@ def test_columns_are_found_or_asked_for(tmp_path):
     refused(tmp_path, "did you mean right", image_column="rigth")
     write_parquet(tmp_path / "train.parquet", {"image": IMAGES, "score": [0.5, 0.7]})
     refused(tmp_path, "no labels; the columns are image")
-    refused(tmp_path, "holds double; a class must be", label_column="score")
+    refused(tmp_path, "the labels are real numbers", label_column="score")
     write_parquet(tmp_path / "train.parquet", {"text": ["a"], "label": [1]})
     refused(tmp_path, "no image column")
 
@@ -322,15 +322,18 @@ def test_table_of_path_and_label(tmp_path, suffix):
 def test_table_columns_of_other_names(tmp_path):
     file = tmp_path / "t.csv"
     file.write_text("where,species\n1.png,cat\n")
-    refused(file, "the columns are where, species; name one with --image-column")
-    assert open_source(str(file), image_column="where").labels == ("cat",)
+    refused(file, "the columns are where, species, name one with --image-column")
+    draw(tmp_path / "1.png")
+    assert open_source(str(file)).labels == ("cat",)
     file.write_text("file_name,width,kind\n1.png,3,cat\n")
-    refused(file, "--label-column")
+    refused(file, "width, kind could be the label; name one with --label-column")
     assert open_source(str(file), label_column="kind").labels == ("cat",)
     refused(file, "did you mean kind", label_column="kidn")
 
 
 def test_whole_numbers_in_a_table_are_ordered_by_value(tmp_path):
+    draw(tmp_path / "1.png")
+    draw(tmp_path / "2.png")
     (tmp_path / "t.csv").write_text("path,label\n1.png,10\n2.png,9\n")
     assert open_source(str(tmp_path / "t.csv")).labels == ("9", "10")
 
@@ -338,8 +341,9 @@ def test_whole_numbers_in_a_table_are_ordered_by_value(tmp_path):
 @pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd", "a/../../b.png", "", "a\0b"])
 def test_a_path_that_leaves_the_folder_is_refused(tmp_path, path):
     file = tmp_path / "t.jsonl"
+    draw(tmp_path / "ok.png")
     file.write_text(json.dumps({"path": "ok.png", "label": "x"}) + "\n" + json.dumps({"path": path, "label": "x"}))
-    refused(file, "row 2")
+    refused(file, "line 2")
 
 
 def test_where_it_is_asked_for_a_path_may_leave_the_folder(tmp_path):
@@ -348,7 +352,7 @@ def test_where_it_is_asked_for_a_path_may_leave_the_folder(tmp_path):
     (tmp_path / "lists").mkdir()
     file = tmp_path / "lists" / "t.csv"
     file.write_text(f"path,label\n../photos/a.png,x\n{tmp_path}/photos/b.png,y\n")
-    refused(file, r"row 1: \.\./photos/a\.png leads out of .*add --allow-outside")
+    refused(file, r"line 2: \.\./photos/a\.png leads out of .*add --allow-outside")
     source = open_source(str(file), allow_outside=True)
     assert pixels_of(source, 1)[0, 0].tolist() == [0, 0, 255]
 
@@ -395,11 +399,12 @@ def test_broken_tables(tmp_path):
     for content, message in (
         (b"{}\n[1]\n", "line 2"),
         (b"{'a'}\n", "line 1"),
-        (b"\xff\xfe\n", "UTF-8"),
+        (b"\xff\xfe\n", "utf-16 text"),
         (b"", "no rows"),
     ):
         file.write_bytes(content)
         refused(file, message)
+    draw(tmp_path / "a.png")
     file.write_text('{"path": "a", "label": "x"}\n{"path": "b", "label": 3}\n')
     refused(file, "several kinds")
     file.write_text('{"path": "a", "label": "x"}\n{"path": "b"}\n')

@@ -29,9 +29,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 MaxPixels = Annotated[
     int | None, typer.Option(min=1, metavar="<int>", help="Refuse images with more pixels than this.")
 ]
-ImageColumn = Annotated[str | None, typer.Option(help="Column of the images; found from the features by default.")]
-LabelColumn = Annotated[str | None, typer.Option(help="Column of the labels; found from the features by default.")]
-AllowOutside = Annotated[bool, typer.Option("--allow-outside", help="Read images outside of a table's own folder too.")]
 Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="auto: a GPU if there is one.")]
 
 
@@ -108,6 +105,7 @@ def train(
 
 
 @app.command("eval")
+@options_from(_train_settings, "Reading")
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Run folder, one of its checkpoints, or a Transformers folder or hub id.")],
     dataset: Annotated[str | None, typer.Option(help="The checkpoint's own data set by default.")] = None,
@@ -119,18 +117,16 @@ def evaluate(
     precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="As it was trained by default.")] = None,
     on_bad_image: Annotated[Literal["error", "skip"] | None, typer.Option(help="As it was trained by default.")] = None,
     max_pixels: MaxPixels = None,
-    image_column: ImageColumn = None,
-    label_column: LabelColumn = None,
-    allow_outside: AllowOutside = False,
     plot: Annotated[Path | None, typer.Option(help="Write the confusion matrix as a PNG.")] = None,
     json: Json = False,
+    *, overrides: dict[str, Any],
 ) -> None:  # fmt: skip
     """Score a checkpoint: accuracy with its interval, top-5, F1 by class, confusion matrix."""
     from vitft import commands
 
     options = {"dataset": dataset, "dataset_revision": dataset_revision, "split": split, "device": device,
                "max_eval_samples": max_eval_samples, "batch_size": batch_size, "precision": precision,
-               "on_bad_image": on_bad_image, "max_pixels": max_pixels, "image_column": image_column, "label_column": label_column, "allow_outside": allow_outside}  # fmt: skip
+               "on_bad_image": on_bad_image, "max_pixels": max_pixels} | overrides  # fmt: skip
     commands.evaluate(checkpoint, options, plot, json)
 
 
@@ -290,33 +286,31 @@ def scratch_figures(
 
 
 @data_app.command("info")
+@options_from(_train_settings, "Reading")
 def data_info(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="Alias, hub id, folder, CSV, JSONL or parquet.")],
     dataset_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub data set.")] = None,
-    image_column: ImageColumn = None,
-    label_column: LabelColumn = None,
-    allow_outside: AllowOutside = False,
     preview: Annotated[Path | None, typer.Option(help="Write a grid of example images as a PNG.")] = None,
     json: Json = False,
-) -> None:
+    *, overrides: dict[str, Any],
+) -> None:  # fmt: skip
     """Show a data set's splits, classes, counts and image sizes."""
     from vitft import commands
 
-    options = {"revision": dataset_revision, "image_column": image_column, "label_column": label_column, "allow_outside": allow_outside}  # fmt: skip
+    options = {"revision": dataset_revision} | overrides
     commands.data_info(dataset, options, preview, json)
 
 
 @data_app.command("check")
+@options_from(_train_settings, "Reading")
 def data_check(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="Alias, hub id, folder, CSV, JSONL or parquet.")],
     dataset_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub data set.")] = None,
-    image_column: ImageColumn = None,
-    label_column: LabelColumn = None,
-    allow_outside: AllowOutside = False,
     max_pixels: MaxPixels = None,
     quarantine: Annotated[Path | None, typer.Option(help="Write a list of the images to leave out, for vitft train --exclude.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with the suspects' pictures.")] = None,
     json: Json = False,
+    *, overrides: dict[str, Any],
 ) -> None:  # fmt: skip
     """Look for what is wrong with a data set: broken files, duplicates, leaks between splits, labels.
 
@@ -324,7 +318,7 @@ def data_check(
     """
     from vitft import commands
 
-    options = {"revision": dataset_revision, "image_column": image_column, "label_column": label_column, "allow_outside": allow_outside}  # fmt: skip
+    options = {"revision": dataset_revision} | overrides
     commands.data_check(dataset, options, max_pixels, quarantine, html, json)
 
 

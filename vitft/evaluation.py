@@ -16,6 +16,7 @@ from vitft.card import read_card
 from vitft.checkpoint import find_model
 from vitft.config import TrainConfig
 from vitft.data.loader import Batches, EvalLoader
+from vitft.data.schema import Reading
 from vitft.data.sources import ALIASES, DIGITS, Source, source_of
 from vitft.data.splits import Split, make_splits, split_hash
 from vitft.data.store import Skipped, decode_all
@@ -57,7 +58,9 @@ def evaluate(
     checkpoint: str | Path, *, dataset: str | None = None, dataset_revision: str | None = None,
     split: str | None = None, max_eval_samples: int | None = None, batch_size: int = BATCH, device: str = "auto",
     precision: str | None = None, on_bad_image: str | None = None, max_pixels: int | None = None,
-    image_column: str | None = None, label_column: str | None = None, allow_outside: bool = False,
+    image_column: str | None = None, label_column: str | None = None, split_column: str | None = None,
+    fold_column: str | None = None, fold: int | None = None, image_folder: str | None = None,
+    encoding: str | None = None, allow_outside: bool = False,
     progress: Progress = lambda done, count: None,
     report_skipped: Callable[[list[Skipped]], None] = lambda skipped: None,
 ) -> Metrics:  # fmt: skip
@@ -76,13 +79,13 @@ def evaluate(
     config = card.config if card else TrainConfig(val_fraction=0)
     if dataset is not None and (dataset := absolute(dataset, (*ALIASES, DIGITS))) != config.dataset:
         # What the checkpoint's own data set was split and read by says nothing of another one.
-        anew = {"dataset_revision", "image_column", "label_column", "max_train_samples", "max_eval_samples",
-                "exclude"}  # fmt: skip
+        anew = {"dataset_revision", "max_train_samples", "max_eval_samples", "exclude", *Reading.__dataclass_fields__}
         config = config.model_copy(
             update=dict.fromkeys(anew) | {"dataset": dataset, "val_fraction": 0.0, "allow_outside": False}
         )
     typed = {"dataset_revision": dataset_revision, "max_pixels": max_pixels, "on_bad_image": on_bad_image,
-             "image_column": image_column, "label_column": label_column,
+             "image_column": image_column, "label_column": label_column, "split_column": split_column,
+             "fold_column": fold_column, "fold": fold, "image_folder": image_folder, "encoding": encoding,
              "allow_outside": allow_outside or None}  # fmt: skip
     config = config.model_copy(update={name: value for name, value in typed.items() if value is not None})
     loaded = load_trained(where if where.is_dir() else str(checkpoint))

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     Command = Callable[..., Any]
 
 
-def options_from(settings: "Settings") -> "Callable[[Command], Command]":
-    """Give a command one flag for each field; it receives those that were typed, as `overrides`.
+def options_from(settings: "Settings", panel: str | None = None) -> "Callable[[Command], Command]":
+    """Give a command one flag for each field, or for those of a panel; it receives what was typed, as `overrides`.
 
     `settings` gives the class of the fields when the command is asked for (see `with_flags`), so that
     the help of the others needs no pydantic. A flag's default is None, so that what was not typed is
@@ -30,7 +30,7 @@ def options_from(settings: "Settings") -> "Callable[[Command], Command]":
         signature = inspect.signature(command)
         own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.name != "overrides"]
         _sign(command, own)
-        command.make_flags = lambda: _flagged(command, own, settings())  # type: ignore[attr-defined]
+        command.make_flags = lambda: _flagged(command, own, settings(), panel)  # type: ignore[attr-defined]
         return command
 
     return decorate
@@ -46,8 +46,10 @@ def with_flags(command: Any) -> Any:
     return typer.main.get_command(alone)
 
 
-def _flagged(command: "Command", own: list[inspect.Parameter], config: "type[BaseModel]") -> "Command":
-    fields = config.model_fields
+def _flagged(
+    command: "Command", own: list[inspect.Parameter], config: "type[BaseModel]", panel: str | None
+) -> "Command":
+    fields = {name: field for name, field in config.model_fields.items() if panel in (None, _panel(field))}
 
     def wrapper(**given: Any) -> Any:
         values = {name: given.pop(name) for name in fields}

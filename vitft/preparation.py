@@ -134,7 +134,7 @@ def _load_again(config: TrainConfig, source: Source, checkpoint: Path) -> Loaded
 def absolute(config: TrainConfig) -> TrainConfig:
     """The settings with local paths made absolute, so that they hold from any folder."""
     dataset = config.dataset and paths.absolute(config.dataset, (*ALIASES, DIGITS))
-    exclude = config.exclude and paths.absolute(config.exclude, ())
-    return config.model_copy(
-        update={"dataset": dataset, "model": paths.absolute(config.model, PRESETS), "exclude": exclude}
-    )
+    model = paths.absolute(config.model, PRESETS)
+    others = {"exclude": config.exclude, "image_folder": config.image_folder}
+    others = {name: path and paths.absolute(path, ()) for name, path in others.items()}
+    return config.model_copy(update={"dataset": dataset, "model": model} | others)

@@ -1,6 +1,8 @@
 """What every data set is brought to: columns `image` (bytes or path) and `label` (a class index)."""
 
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,11 @@ class Reading:
 
     image_column: str | None = None
     label_column: str | None = None
+    split_column: str | None = None
+    fold_column: str | None = None
+    fold: int | None = None  # the one that is for validation
+    image_folder: str | None = None  # that a table's names start from: its own by default
+    encoding: str | None = None  # of a table: found by default
     allow_outside: bool = False  # whether a table may name files outside of its own folder
 
 
@@ -91,29 +98,26 @@ def standardize(
     -1, as hub test splits are) is left out, and `notes` say so. Image data is not copied. Raises DataError.
     """
     columns = {name: _checked_columns(name, split, image, label) for name, split in raw.items()}
+    notes = notes or Notes()
     values = {
         name: _label_values(split, label_name, name)
         for name, split in raw.items()
         if (label_name := columns[name][1]) is not None and len(split)
     }
-    labeled = {name: found for name, found in values.items() if found is not None}
+    for name in raw.keys() - values.keys():
+        notes.decide(f"split {name} is left out: it has no images" if not len(raw[name]) else
+                     f"split {name} is left out: it has no column of labels")  # fmt: skip
+    labeled = _labeled(values, raw, notes)
     if not labeled:
         features = next(iter(raw.values())).features if raw else {}
         raise DataError(f"no labels; {_columns(features)}; name the column of the classes with --label-column.")
-    notes = notes or Notes()
-    for name in raw.keys() - labeled.keys():
-        notes.decide(f"split {name} is left out: none of its {len(raw[name]):,} images has a label")
-    class_lists = [
-        raw[name].features[columns[name][1]].names
-        for name in labeled
-        if isinstance(raw[name].features[columns[name][1]], datasets.ClassLabel)
-    ]
-    names = _class_names(class_lists, labeled.values())
+    _doubt(labeled, notes)
+    names = _class_names(list(labeled.values()))
     index = {name: i for i, name in enumerate(names)}
     splits = datasets.DatasetDict()
-    for name, (codes, vocabulary) in sorted(labeled.items(), key=_by_role):
-        remap = np.array([index[word] for word in vocabulary], np.int64)
-        splits[name] = _dataset(name, raw[name], columns[name][0], remap[codes], names)
+    for name, one in sorted(labeled.items(), key=_by_role):
+        remap = np.array([index[word] for word in one.words], np.int64)
+        splits[name] = _dataset(name, raw[name], columns[name][0], remap[one.codes], names)
     return splits, names
 
 
@@ -170,8 +174,29 @@ def _like_image(feature: Any) -> bool:
     return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in ("binary", "large_binary")
 
 
-def _label_values(split: datasets.Dataset, column: str, name: str) -> tuple[np.ndarray, list[str]] | None:
-    """(n,) codes and the class names they stand for; None if no row has a label."""
+def is_missing(text: str) -> bool:
+    """Whether a label's text is what programs write where there is none."""
+    return text in _MISSING
+
+
+# What pandas.read_csv takes for missing.
+_MISSING = {
+    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
+    "NULL", "NaN", "None", "n/a", "nan", "null",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """The labels of a split: (n,) codes, -1 where there is none, and the class names they stand for."""
+
+    codes: np.ndarray
+    words: list[str]
+    declared: bool = False  # whether the data set says what the classes are
+
+
+def _label_values(split: datasets.Dataset, column: str, name: str) -> _Labels:
+    """The labels of a split. Raises DataError for a column that can be none."""
     feature = split.features[column]
     values = split.select_columns([column]).with_format("arrow")[:].column(column).combine_chunks()
     if isinstance(feature, datasets.ClassLabel):
@@ -179,43 +204,100 @@ def _label_values(split: datasets.Dataset, column: str, name: str) -> tuple[np.n
         codes = np.asarray(pc.fill_null(values, -1).cast(pa.int64()))
         if len(codes) and codes.max() >= len(words):
             raise DataError(f"split {name}: label {codes.max()} but only {len(words)} class names.")
-    else:
-        kind = values.type
-        if pa.types.is_floating(kind) and pc.all(pc.equal(values, pc.floor(values))).as_py():
+        return _Labels(codes, words, declared=True)
+    kind = values.type
+    if not any(is_kind(kind) for is_kind in _LABEL_KINDS):
+        raise DataError(f"column {column!r} of split {name} holds {kind}; a class must be a name or a whole number.")
+    if pa.types.is_floating(kind):
+        values = pc.if_else(pc.is_nan(values), None, values)
+        if pc.all(pc.equal(values, pc.floor(values))).as_py():
             values = values.cast(pa.int64())
-        elif pa.types.is_boolean(kind):
-            values = values.cast(pa.string())
-        elif not any(is_kind(kind) for is_kind in _LABEL_KINDS):
+    coded = values.cast(pa.string()).dictionary_encode()
+    words = coded.dictionary.to_pylist()
+    known = [word for word in words if not is_missing(word)]
+    place = {word: index for index, word in enumerate(dict.fromkeys(known))}
+    remap = np.array([place.get(word, -1) for word in words] + [-1], np.int64)  # the last one: what is null
+    return _Labels(remap[np.asarray(pc.fill_null(coded.indices.cast(pa.int64()), -1))], list(place))
+
+
+_LABEL_KINDS = (
+    pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string,
+    pa.types.is_null,
+)  # fmt: skip
+
+
+def _labeled(found: Mapping[str, _Labels], raw: Mapping[str, datasets.Dataset], notes: Notes) -> dict[str, _Labels]:
+    """The splits that have labels: all of their images then have. Raises DataError.
+
+    -1 throughout a split, or beside other numbers, is no label; a class it is beside 1 alone.
+    """
+    only = {name for name, one in found.items() if one.words == ["-1"] and not one.declared}
+    union = {word for name, one in found.items() if name not in only and not one.declared for word in one.words}
+    labeled = {}
+    for name, one in found.items():
+        codes = np.full_like(one.codes, -1) if name in only else one.codes
+        if "-1" in one.words and not one.declared and union != {"-1", "1"}:
+            codes = np.where(codes == one.words.index("-1"), -1, codes)
+        if not (codes >= 0).any():
+            notes.decide(f"split {name} is left out: none of its {len(codes):,} images has a label")
+        elif (codes < 0).any():
+            row = int(np.argmax(codes < 0))
             raise DataError(
-                f"column {column!r} of split {name} holds {kind}; a class must be a name or a whole number."
+                f"split {name}: {np.count_nonzero(codes < 0):,} of {len(codes):,} images have no label "
+                f"(first: {_image_name(raw[name], row)}); label them or take them out."
             )
-        if pa.types.is_integer(values.type):
-            values = pc.if_else(pc.equal(values, -1), None, values)
-        elif not pa.types.is_null(kind):
-            values = pc.if_else(pc.equal(values.cast(pa.string()), ""), None, values.cast(pa.string()))
-        coded = values.dictionary_encode()
-        words = [str(word) for word in coded.dictionary.to_pylist()]
-        codes = np.asarray(pc.fill_null(coded.indices.cast(pa.int64()), -1))
-    if not (codes >= 0).any():
-        return None
-    if (codes < 0).any():
-        raise DataError(
-            f"split {name}: {np.count_nonzero(codes < 0):,} of {len(codes):,} images have no label "
-            f"(first: row {np.argmax(codes < 0)}); label them or take them out."
+        else:
+            used = [word for word in one.words if one.declared or word != "-1" or union == {"-1", "1"}]
+            remap = np.array([used.index(word) if word in used else -1 for word in one.words], np.int64)
+            labeled[name] = _Labels(remap[codes], used, one.declared)
+    return labeled
+
+
+def _image_name(split: datasets.Dataset, row: int) -> str:
+    """A row for a person: its file, or its number."""
+    (cells,) = split.with_format("arrow")[row].to_pylist()
+    files = (cell["path"] for cell in cells.values() if isinstance(cell, dict) and cell.get("path"))
+    return next(files, f"row {row}")
+
+
+def _doubt(found: Mapping[str, _Labels], notes: Notes) -> None:
+    """Warn of labels that hardly are classes. Raises DataError for those that are none: numbers to be predicted."""
+    if any(one.declared for one in found.values()):
+        return
+    counts: Counter[str] = Counter()
+    for one in found.values():
+        counts.update(dict(zip(one.words, np.bincount(one.codes, minlength=len(one.words)).tolist(), strict=True)))
+    images, some = counts.total(), ", ".join(list(counts)[:4])
+    if all(map(_is_number, counts)) and any(float(word) % 1 for word in counts):
+        if 2 * len(counts) > images:
+            raise DataError(
+                f"the labels are real numbers ({some}, ...), {len(counts):,} of them for {images:,} images: values to "
+                "be predicted, and not classes; name the column of the classes with --label-column."
+            )
+        notes.warn(f"the labels are real numbers ({some}); each of the {len(counts):,} is taken for a class")
+    elif len(counts) >= _MANY and 2 * sum(count == 1 for count in counts.values()) > len(counts):
+        single = sum(count == 1 for count in counts.values())
+        notes.warn(
+            f"{single:,} of {len(counts):,} classes have one image ({some}, ...): is this the column of classes?"
         )
-    return codes, words
 
 
-_LABEL_KINDS = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
+_MANY = 10  # classes of one image each
 
 
-def _class_names(class_lists: list[list[str]], found: Iterable[tuple[Any, list[str]]]) -> tuple[str, ...]:
-    """A ClassLabel's own order if all splits share it, else the union: numbers by value, others by name."""
-    found = list(found)
-    if len(class_lists) == len(found) and all(names == class_lists[0] for names in class_lists):
-        return tuple(class_lists[0])
-    union = {word for _, words in found for word in words}
-    if all(_is_whole(word) for word in union):
+def _is_number(word: str) -> bool:
+    try:
+        return math.isfinite(float(word))
+    except ValueError:
+        return False
+
+
+def _class_names(found: list[_Labels]) -> tuple[str, ...]:
+    """The data set's own order if all splits share it, else the union: numbers by value, others by name."""
+    if all(one.declared and one.words == found[0].words for one in found):
+        return tuple(found[0].words)
+    union = {word for one in found for word in one.words}
+    if all(map(_is_whole, union)):
         return tuple(sorted(union, key=int))
     return tuple(sorted(union))
 

@@ -67,6 +67,11 @@ def open_source(
     revision: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    split_column: str | None = None,
+    fold_column: str | None = None,
+    fold: int | None = None,
+    image_folder: str | None = None,
+    encoding: str | None = None,
     allow_outside: bool = False,
 ) -> Source:
     """Open an alias, `digits`, a hub id with optional `:config`, or anything `local.read` knows.
@@ -81,7 +86,9 @@ def open_source(
     if revision is not None and alias is None and (is_here or dataset == DIGITS):
         raise UsageError(f"revision {revision} asked of {dataset}, which is not on the hub; leave it out.")
     used, notes = None, Notes()
-    reading = Reading(image_column, label_column, allow_outside)
+    reading = Reading(
+        image_column, label_column, split_column, fold_column, fold, image_folder, encoding, allow_outside
+    )
     if alias is not None:
         name = dataset
         raw, used = hub.read(alias.repo, alias.config, revision)
