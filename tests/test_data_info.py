@@ -56,6 +56,8 @@ def test_describe_without_a_readable_image(tmp_path):
 
 
 def test_what_was_decided_is_in_the_document_and_in_the_report(tmp_path):
+    for name in ("1.png", "2.png"):
+        Image.new("L", (1, 1)).save(tmp_path / name)
     (tmp_path / "t.jsonl").write_text(
         '{"path": "1.png", "label": "cat"}\n{"path": "2.png", "label": null, "split": "test"}\n'
     )
