@@ -96,7 +96,7 @@ def evaluate(
     rows = source.splits[chosen.source].select(chosen.rows)
     store, skipped = decode_all(
         rows, loaded.preprocess, crops=False, max_pixels=config.max_pixels, skip_bad=skip_bad, progress=progress,
-        cache_gb=config.cache_gb, name=f"{source.name}, {chosen.name}",
+        cache_gb=config.cache_gb, whole=config.check == "full", name=f"{source.name}, {chosen.name}",
     )  # fmt: skip
     chosen, truth = without(chosen, skipped, source), np.delete(truth, [s.position for s in skipped])
     report_skipped(skipped)

@@ -53,6 +53,7 @@ class Prepared:
                 skip_bad=config.on_bad_image == "skip",
                 training=role == "train",
                 cache_gb=config.cache_gb,
+                whole=config.check == "full",
                 name=f"{self.source.name}, {role}",
                 progress=progress,
             )

@@ -45,7 +45,8 @@ def cost(prepared: Prepared) -> Cost:
             count = min(share, 4 * count)  # alone an image says little of a batch
             took_s = pass_s(prepared, one.expand(count, -1, -1, -1))
         images = one.expand(count, -1, -1, -1)
-        evaluated_s = min(evaluate_s(prepared, images) for _ in range(2))
+        scored = stored_image(prepared, crops=False)[None].expand(count, -1, -1, -1)
+        evaluated_s = min(evaluate_s(prepared, scored) for _ in range(2))
         optimizer = make_optimizer(
             prepared.loaded.model.named_parameters(), prepared.config.model_copy(update={"lr": 0.0})
         )
@@ -73,9 +74,10 @@ def memory_bytes(prepared: Prepared, micro: int) -> int | None:
     splits = {role: len(split.rows) for role, split in prepared.splits.items()}
     steps = total_steps(config, -(-splits["train"] // config.batch_size))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    image = stored_image(prepared).numel()
-    decoded = min(image * sum(splits.values()), IN_MEMORY)
     how = prepared.loaded.preprocess
+    trained_on, scored = stored_image(prepared).numel(), stored_image(prepared, crops=False).numel()
+    sizes = [count * (trained_on if role == "train" else scored) for role, count in splits.items()]
+    decoded = sum(min(size, IN_MEMORY) for size in sizes)
     batch = 4 * 3 * how.height * how.width * min(config.batch_size, splits["train"])
     if features_pay(config, model, steps, splits["train"]):  # nothing is kept but every image's features
         kept = 4 * getattr(classifier_of(model), "in_features", 0) * splits["train"] * passes(config)
@@ -106,8 +108,11 @@ def untouched(prepared: Prepared) -> Iterator[Any]:
     torch.set_rng_state(random)
 
 
-def stored_image(prepared: Prepared) -> torch.Tensor:
-    """A training image as the store would hold it: uint8 (H, W, 3); gray of the model's size if none is readable."""
+def stored_image(prepared: Prepared, *, crops: bool | None = None) -> torch.Tensor:
+    """A training image as the store would hold it, for `crops` if the run makes any by default: uint8 (H, W, 3).
+
+    Gray of the model's size if none is readable.
+    """
     how, config, split = prepared.loaded.preprocess, prepared.config, prepared.splits["train"]
     for row in prepared.source.splits[split.source].select(split.rows[:8]):
         cell = row["image"]
@@ -115,7 +120,7 @@ def stored_image(prepared: Prepared) -> torch.Tensor:
             image = decode(encoded(cell), config.max_pixels)
         except BadImage:
             continue
-        return torch.from_numpy(reduced(image, how, config.augment == "crop"))
+        return torch.from_numpy(reduced(image, how, config.augment == "crop" if crops is None else crops))
     return torch.full((how.height, how.width, 3), 128, dtype=torch.uint8)
 
 
@@ -129,7 +134,8 @@ def pass_s(prepared: Prepared, images: torch.Tensor, module: Any = None) -> floa
     settle(config.device)
     started = time.perf_counter()
     index = np.arange(len(images))
-    pixels = augment(images.to(config.device), prepared.loaded.preprocess, config.augment, config.seed, 0, index)
+    images = images if config.augment == "crop" else images.to(config.device)  # as the loader does
+    pixels = augment(images, prepared.loaded.preprocess, config.augment, config.seed, 0, index).to(config.device)
     torch.autograd.backward(_loss(prepared, module or model, pixels))
     settle(config.device)
     return time.perf_counter() - started

@@ -26,6 +26,9 @@ from vitft.randomness import uniform
 Images = Tensor | Sequence[Tensor]
 """uint8 (B, H, W, 3), or B images (H, W, 3) of several sizes."""
 
+CROP_AREA = 0.08  # of the image: the least that a random crop shows; all of it is the most
+CROP_RATIO = (3 / 4, 4 / 3)  # width to height of a random crop
+
 _RESAMPLE: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
@@ -251,11 +254,15 @@ def augment(
     """Training: flips and crops that are functions of (seed, epoch, sample index); shapes as preprocess."""
     if kind == "none":
         return preprocess(images, how, out, exact=False)
-    flip = flips(seed, epoch, index)
     if kind == "flip":
-        return preprocess(mirrored(images, flip), how, out, exact=False)
-    sizes = np.array([image.shape[:2] for image in images])
-    boxes = crop_boxes(sizes, uniform(seed, "crop", epoch, index))
+        return preprocess(mirrored(images, flips(seed, epoch, index)), how, out, exact=False)
+    return normalize(crops(images, how, seed, epoch, index), how, out)
+
+
+def crops(images: Images, how: Preprocess, seed: int, epoch: int, index: NDArray[np.int64]) -> Tensor:
+    """Random resized crops, flipped half of the time: uint8 images of any sizes -> (B, height, width, 3)."""
+    flip = flips(seed, epoch, index)
+    boxes = crop_boxes(np.array([image.shape[:2] for image in images]), seed, epoch, index)
 
     def crop(sample: int) -> Tensor:
         top, left, height, width = boxes[sample].tolist()
@@ -263,7 +270,7 @@ def augment(
         piece = piece.flip(2) if flip[sample] else piece
         return resize(piece, how.height, how.width, how.resample)
 
-    return normalize(_joined(range(len(images)), crop), how, out)
+    return _joined(range(len(images)), crop)
 
 
 def flips(seed: int, epoch: int, index: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -280,18 +287,36 @@ def mirrored(images: Images, flip: NDArray[np.bool_]) -> Images:
     return [image.flip(1) if f else image for image, f in zip(images, flip, strict=True)]
 
 
-def crop_boxes(sizes: NDArray[np.int64], drawn: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Random resized crops (Szegedy et al. 2015, section 6): area 8 to 100 %, aspect 3/4 to 4/3.
+def crop_boxes(sizes: NDArray[np.int64], seed: int, epoch: int, index: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Random resized crops (Szegedy et al. 2015, section 6), drawn as torchvision's `RandomResizedCrop` does.
 
-    sizes is (B, 2) of height, width; drawn is (B, 4) in [0, 1): area, aspect, top, left. The result
-    is (B, 4). A box that would leave the image is cut to it.
+    sizes is (B, 2) of height, width; index is (B,). The result is (B, 4). Area and aspect ratio are drawn up to
+    ten times, until the box lies within the image; where none does, it is the largest one in the centre whose
+    aspect ratio is allowed. So every box has an allowed aspect ratio (but for rounding), whatever the image's.
     """
-    area = sizes.prod(axis=1) * (0.08 + 0.92 * drawn[:, 0])
-    aspect = np.exp(np.log(3 / 4) + (np.log(4 / 3) - np.log(3 / 4)) * drawn[:, 1])
-    wanted = np.stack([np.sqrt(area / aspect), np.sqrt(area * aspect)], axis=1)
-    box = np.clip(np.rint(wanted).astype(np.int64), 1, sizes)
-    corner = np.floor(drawn[:, 2:] * (sizes - box + 1)).astype(np.int64)
-    return np.concatenate([corner, box], axis=1)
+    low, high = np.log(CROP_RATIO)
+    boxes = _central(sizes)
+    left = np.arange(len(sizes))  # those without a box
+    for draw in range(10):
+        drawn = uniform(seed, "crop", epoch, index[left], draw)
+        area = sizes[left].prod(axis=1) * (CROP_AREA + (1 - CROP_AREA) * drawn[:, 0])
+        aspect = np.exp(low + (high - low) * drawn[:, 1])
+        box = np.rint(np.sqrt(np.stack([area / aspect, area * aspect], axis=1))).astype(np.int64)
+        fits = ((box > 0) & (box <= sizes[left])).all(axis=1)
+        corner = np.floor(drawn[:, 2:] * (sizes[left] - box + 1)).astype(np.int64)
+        boxes[left[fits]] = np.concatenate([corner, box], axis=1)[fits]
+        left = left[~fits]
+        if not len(left):
+            break
+    return boxes
+
+
+def _central(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The largest boxes in the centre whose aspect ratio is allowed: (B, 2) -> (B, 4)."""
+    narrowest, widest = CROP_RATIO
+    most = np.rint(np.stack([sizes[:, 1] / narrowest, sizes[:, 0] * widest], axis=1)).astype(np.int64)
+    box = np.maximum(np.minimum(sizes, most), 1)
+    return np.concatenate([(sizes - box) // 2, box], axis=1)
 
 
 def _pieces(images: Tensor, exact: bool) -> int:

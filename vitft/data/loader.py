@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitft.clock import Clock
-from vitft.data.augment import Images, Preprocess, augment, preprocess
+from vitft.data.augment import Images, Preprocess, augment, crops, normalize, preprocess
 from vitft.data.store import Store, resident
 from vitft.randomness import order
 
@@ -64,10 +64,13 @@ class TrainLoader:
         return np.array_split(self.samples(step), self.world)[self.rank]
 
     def images(self, index: NDArray[np.int64]) -> Images:
-        """The stored images of these positions, on the device."""
+        """The stored images of these positions: on the device, or those that are to be cropped where the store is."""
+        cropped = self.kind == "crop"
         with self.clock.part("wait"):
-            images = self.store.gather(index)
+            images = self.store.gather(index, stacked=not cropped)
         with self.clock.part("transfer"):
+            if cropped:  # a crop is smaller than what it is cut from
+                return images
             if isinstance(images, Tensor):
                 return _sent(images, self.device)
             return [_sent(image, self.device) for image in images]
@@ -81,7 +84,11 @@ class TrainLoader:
             images = self.images(mine)
             with self.clock.part("augment"):
                 memory = self._memory.rows(len(mine))
-                pixels = augment(images, self.how, self.kind, self.seed, epoch, mine, memory)
+                if self.kind == "crop":
+                    cut = _sent(crops(images, self.how, self.seed, epoch, mine), self.device)
+                    pixels = normalize(cut, self.how, memory)
+                else:
+                    pixels = augment(images, self.how, self.kind, self.seed, epoch, mine, memory)
         return Batch(pixels, _sent(self.labels[mine], self.device), mine)
 
 
