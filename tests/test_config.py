@@ -33,7 +33,7 @@ def test_what_may_change_on_resume_is_what_changes_no_weight() -> None:
 
     assert steering == {
         "allow_outside", "cache_gb", "check", "device", "grad_checkpointing", "save_every", "keep", "log_every",
-        "on_nan", "tracker",
+        "on_nan", "threads", "tracker",
     }  # fmt: skip
 
 

@@ -1,6 +1,9 @@
 """What is chosen before a run: attention, the micro-batch that fits, compiling; and what a trial of it measures."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from PIL import Image
 from vitft import TrainConfig, hardware, train, trainer, trial, tuning
 from vitft.errors import UsageError
 from vitft.hardware import find_attention, micro_batch
+from vitft.learner import Learner
 from vitft.models import compiled
 from vitft.preparation import Prepared, prepare
 
@@ -29,6 +33,77 @@ def config(**changes: Any) -> TrainConfig:
 @pytest.fixture
 def prepared() -> Prepared:
     return prepare(config())
+
+
+# -- threads --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def four_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(tuning, "cpus", lambda: 4)
+    now = [4]
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: now.__setitem__(0, count))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now[0])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [
+        ({1: 1.0, 2: 0.95, 4: 0.3}, 1),  # two are not worth it: four are not tried
+        ({1: 1.0, 2: 0.6, 4: 0.58}, 2),
+        ({1: 1.0, 2: 0.6, 4: 0.35}, 4),
+        ({1: 1.0, 2: 25.0, 4: 90.0}, 1),  # another program holds a CPU
+    ],
+)
+def test_threads_of_a_small_model_are_chosen_by_a_trial(
+    seconds: dict[int, float], chosen: int, prepared: Prepared, four_cpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "pass_s", lambda prepared, images: seconds[torch.get_num_threads()])
+    assert tuning.tuned(prepared).threads == chosen
+    assert torch.get_num_threads() == 4
+
+
+def test_a_large_model_gets_all_threads_untried(
+    prepared: Prepared, four_cpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "_LARGE_FLOPS", 1.0)
+    monkeypatch.setattr(tuning, "pass_s", lambda *given: pytest.fail("tried"))
+    assert tuning.tuned(prepared).threads == 4
+
+
+def test_threads_that_the_environment_sets_stand(
+    prepared: Prepared, four_cpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    torch.set_num_threads(3)
+    monkeypatch.setattr(tuning, "pass_s", lambda *given: pytest.fail("tried"))
+    assert tuning.tuned(prepared).threads == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
+def test_no_more_threads_than_cpus_that_a_process_may_use() -> None:
+    code = """if True:
+        import os
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        from vitft.hardware import cpus
+        print(cpus())
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
+
+
+def test_a_run_trains_scores_and_goes_on_with_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    step = Learner.step
+    monkeypatch.setattr(
+        Learner, "step", lambda self, number: seen.append(torch.get_num_threads()) or step(self, number)
+    )
+    before = torch.get_num_threads()
+    train(config(threads=before + 1, max_steps=1), output=tmp_path / "run")
+    assert seen == [before + 1]
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["threads"] == before + 1
+    assert torch.get_num_threads() == before  # the program's own are as they were
 
 
 # -- attention ------------------------------------------------------------------------------------

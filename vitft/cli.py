@@ -4,6 +4,7 @@ Rooms are imported inside commands, so that `vitft --help` needs neither torch n
 """
 # ruff: noqa: E501  (an option is a line, however long)
 
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -340,4 +341,7 @@ def cache_clear() -> None:
 
 def main() -> None:
     """Run the command line."""
+    # Threads that wait for one another sleep. By default they spin for milliseconds, and where another program holds one
+    # of their CPUs a step of a small model was seen to take 20 times as long. Read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()

@@ -71,6 +71,7 @@ class TrainConfig(Settings):
     seed: int = setting(0, "Optimization", "Seed of splits, order, augmentation, dropout and new weights.", ge=0, lt=2**32)
 
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "Hardware", "auto: a GPU if there is one.", steers=True)
+    threads: int | None = setting(None, "Hardware", "CPU threads of one process. By default as many as the CPUs it may use, or fewer where a trial shows a small model to be faster with them.", steers=True, ge=1, le=1024)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "Hardware", "Of the matrix products; weights stay float32. auto: what the hardware is fast at.")
     attention: Literal["auto", "eager", "sdpa"] = setting("auto", "Hardware", "eager: plain products; sdpa: torch's fused ones. auto: what was measured to be faster for so many tokens.")
     compile: Literal["auto", "on", "off"] = setting("auto", "Hardware", "torch.compile. auto: on where a trial of it is faster, in runs long enough to earn it back.")

@@ -21,7 +21,7 @@ from vitft.data.sources import ALIASES, DIGITS, Source, source_of
 from vitft.data.splits import Split, make_splits, split_hash
 from vitft.data.store import Skipped, decode_all
 from vitft.errors import DataError, ModelError, UsageError
-from vitft.hardware import find_device, find_precision
+from vitft.hardware import find_device, find_precision, threads
 from vitft.metrics import Metrics, score
 from vitft.models import load_trained, read_config
 from vitft.paths import absolute
@@ -105,7 +105,7 @@ def evaluate(
     precision = find_precision(precision or recorded, device)
     model = loaded.model.to(device)
     loader = EvalLoader(store, truth, loaded.preprocess, batch_size=batch_size, device=torch.device(device))
-    with autocast(device, precision):
+    with autocast(device, precision), threads(card.config.threads if card and card.config.device == device else None):
         return measure(model, loader, loaded.labels, chosen, progress=progress)
 
 

@@ -36,6 +36,25 @@ def find_device(wanted: str) -> str:
     return wanted
 
 
+@cache
+def cpus() -> int:
+    """CPUs that this process may use: those of its affinity, and no more than its container is granted."""
+    import joblib
+
+    return int(joblib.cpu_count())
+
+
+@contextmanager
+def threads(count: int | None = None) -> Iterator[None]:
+    """Run torch with `count` CPU threads, or with its own number of them where that is no more than it may use."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or min(before, cpus()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def find_precision(wanted: str, device: str) -> str:
     """fp32, bf16 or fp16; `auto` takes bf16 where matrix products of it are faster, which on a CPU is measured.
 

@@ -8,7 +8,7 @@ from vitft import checkpoint as ckpt
 from vitft import console
 from vitft.config import TrainConfig
 from vitft.console import duration, size
-from vitft.hardware import memory_guard, micro_batch
+from vitft.hardware import memory_guard, micro_batch, threads
 from vitft.optim import total_steps
 from vitft.preparation import Prepared, prepare
 from vitft.probing import features_pay, passes
@@ -85,8 +85,9 @@ def plan(config: TrainConfig, output: Path | None = None, overwrite: bool = Fals
     prepared = prepare(config)
     with memory_guard(config):
         prepared.config = tuned(prepared)
-        memory = memory_bytes(prepared, micro_batch(prepared.config))  # before the trial, which takes some itself
-        found = replace(_plan(prepared, cost(prepared)), memory_bytes=memory)
+        with threads(prepared.config.threads):
+            memory = memory_bytes(prepared, micro_batch(prepared.config))  # before the trial, which takes some itself
+            found = replace(_plan(prepared, cost(prepared)), memory_bytes=memory)
     folder = folder_of(prepared, output)
     place = f"{folder}, in place of the run there" if ckpt.is_run(folder) else str(folder)
     return [*found.groups(), ("Run", [("folder", place)]), ("Settings", _settings(prepared.config, config))]

@@ -13,7 +13,7 @@ from vitft.data.augment import fit, normalize, workers
 from vitft.data.folders import image_files
 from vitft.data.images import MAX_PIXELS, BadImage, decode
 from vitft.errors import DataError
-from vitft.hardware import find_device
+from vitft.hardware import find_device, threads
 from vitft.models import load_trained
 
 _BATCH = 64
@@ -77,7 +77,7 @@ def predict(
 
 
 def _top(model: Any, pixels: torch.Tensor, top_k: int) -> Iterator[list[tuple[int, float]]]:
-    with torch.no_grad():
+    with torch.no_grad(), threads():
         scores = model(pixel_values=pixels).logits.float().softmax(dim=1)
     best = scores.topk(min(top_k, scores.shape[1]), dim=1)
     for index, value in zip(best.indices.tolist(), best.values.tolist(), strict=True):

@@ -100,7 +100,7 @@ def whereabouts(
 
 
 def threads_of(run: Path) -> int:
-    """Threads that the run began with: with another number the same sums may be rounded otherwise."""
+    """Threads that a run whose settings do not say so began with: with another number, sums are rounded otherwise."""
     file = run / "environment.json"
     try:
         return int(json.loads(file.read_text(encoding="utf-8"))["threads"])

@@ -5,6 +5,7 @@ step). So a run that is resumed from step N ends bit for bit where an undisturbe
 """
 
 import copy
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from vitft.data.loader import EvalLoader
 from vitft.errors import ModelError, Stopped, TrainingError
 from vitft.evaluation import measure
 from vitft.faults import Rollback, persisting
-from vitft.hardware import accelerator_of, is_out_of_memory, memory_guard
+from vitft.hardware import accelerator_of, is_out_of_memory, memory_guard, threads
 from vitft.history import Track, Window, forget_after, record, tracker
 from vitft.learner import Learner
 from vitft.metrics import Metrics
@@ -58,8 +59,10 @@ def train(config: TrainConfig, *, output: Path | str | None = None, overwrite: b
     with memory_guard(prepared.config, accelerator.num_processes):
         warn_if_long(prepared, accelerator.num_processes)
         prepared.config = tuned(prepared, accelerator.num_processes)
-    stores = prepared.decode()  # a bad image is found before anything is written, or overwritten
-    with runs.new_run(accelerator, prepared, output, overwrite) as run:
+    with ExitStack() as held:
+        held.enter_context(threads(prepared.config.threads))
+        stores = prepared.decode()  # a bad image is found before anything is written, or overwritten
+        run = held.enter_context(runs.new_run(accelerator, prepared, output, overwrite))
         first = lambda: _Run(accelerator, prepared, stores, run).train(State())  # noqa: E731
         return persisting(run, first, again=lambda: _resume(run, {}))
 
@@ -80,11 +83,15 @@ def resume(run: Path | str, changes: dict[str, Any] | None = None) -> Result:
 
 def _resume(run: Path, changes: dict[str, Any] | None) -> Result:
     config = runs.changed(run, changes or {})
+    with threads(config.threads or runs.threads_of(run)):
+        return _resumed(run, config)
+
+
+def _resumed(run: Path, config: TrainConfig) -> Result:
     folder, passed = ckpt.newest_whole(run)
     for fault in passed:
         console.warn(f"passed over {fault}")
     accelerator = accelerator_of(config)
-    torch.set_num_threads(runs.threads_of(run))
     with accelerator.main_process_first():
         prepared = prepare(config, folder)
     state = ckpt.read_state(folder) if folder else State()

@@ -1,5 +1,7 @@
 """What is chosen by trying, once, before a run begins; it is written down, and used again on resume."""
 
+import os
+import statistics
 from typing import Any
 
 import psutil
@@ -8,27 +10,33 @@ from accelerate.utils import broadcast_object_list
 
 from vitft import console
 from vitft.config import TrainConfig
-from vitft.hardware import micro_batch
-from vitft.models import compiled
+from vitft.hardware import cpus, micro_batch, threads
+from vitft.models import compiled, shape_of
 from vitft.optim import total_steps
 from vitft.preparation import Prepared
+from vitft.spec import training_flops
 from vitft.trial import cost, first_image_s, memory_bytes, pass_s, stored_image, untouched
 
 _COMPILING_S = 90.0  # what compiling takes, about, and so what a run must at least be able to earn back
 _GAIN = 0.1  # share of the time that compiling may save
 _ROOM = 0.8  # share of the free memory that is taken
+_LARGE_FLOPS = 2e10  # of a pass, from which on all threads have enough to do: about half a second on one core
+_THREADS_PAY = 0.9  # share of the time that twice the threads may take at most
 
 
 def tuned(prepared: Prepared, processes: int = 1) -> TrainConfig:
-    """The settings with the micro-batch that fits and whether compiling pays: one process chooses for all."""
+    """The settings with threads, micro-batch and compilation chosen: one process chooses for all."""
     chosen: list[Any] = [None]
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         config = prepared.config
-        if config.micro_batch_size == "auto":
-            config = config.model_copy(update={"micro_batch_size": _fitting(prepared, processes)})
-        if config.compile == "auto":
-            compiles = _compiling_pays(prepared, config, processes)
-            config = config.model_copy(update={"compile": "on" if compiles else "off"})
+        if config.threads is None:
+            config = config.model_copy(update={"threads": _fastest_threads(prepared, processes)})
+        with threads(config.threads):
+            if config.micro_batch_size == "auto":
+                config = config.model_copy(update={"micro_batch_size": _fitting(prepared, processes)})
+            if config.compile == "auto":
+                compiles = _compiling_pays(prepared, config, processes)
+                config = config.model_copy(update={"compile": "on" if compiles else "off"})
         chosen = [config]
     found: TrainConfig = broadcast_object_list(chosen)[0]
     return found
@@ -63,6 +71,43 @@ def _fits_on_gpu(prepared: Prepared, micro: int) -> bool:
         del spare
         torch.cuda.empty_cache()
     return True
+
+
+def _fastest_threads(prepared: Prepared, processes: int) -> int:
+    """CPU threads: all that the process may use, or of a small model as many as are still faster than half of them.
+
+    The parts of a small model's step take microseconds: there threads wait for one another, and for a long time where
+    other programs take turns on the same CPUs. What the environment sets (OMP_NUM_THREADS, as launchers do) stands.
+    """
+    most = min(torch.get_num_threads(), cpus())
+    share = micro_batch(prepared.config, processes)
+    if prepared.config.device != "cpu" or processes > 1 or "OMP_NUM_THREADS" in os.environ:
+        return most
+    if _pass_flops(prepared) * share > _LARGE_FLOPS:
+        return most
+    images = stored_image(prepared)[None].expand(share, -1, -1, -1)
+
+    def median_s(count: int) -> float:
+        with threads(count):
+            return statistics.median([pass_s(prepared, images) for _ in range(4)][1:])  # the first makes the threads
+
+    with untouched(prepared):
+        count, took_s = 1, median_s(1)
+        while count < most:
+            more = min(2 * count, most)
+            if (now_s := median_s(more)) > _THREADS_PAY * took_s:
+                break
+            count, took_s = more, now_s
+    return count
+
+
+def _pass_flops(prepared: Prepared) -> float:
+    """FLOPs of an image's forward and backward pass; an estimate where the architecture has no stage table."""
+    if (spec := shape_of(prepared.loaded.model)) is not None:
+        return training_flops(spec)
+    how = prepared.loaded.preprocess
+    weights: int = sum(p.numel() for p in prepared.loaded.model.parameters())
+    return 6.0 * weights * (how.height / 16) * (how.width / 16)
 
 
 def _compiling_pays(prepared: Prepared, config: TrainConfig, processes: int) -> bool:

@@ -5,7 +5,6 @@ Shapes: images are uint8 (B, H, W, 3), boxes are int64 (B, 4) of top, left, heig
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from vitft.config import LARGEST_SIDE
 from vitft.errors import ModelError
+from vitft.hardware import cpus
 from vitft.randomness import uniform
 
 Images = Tensor | Sequence[Tensor]
@@ -121,7 +121,7 @@ class Preprocess:
 @cache
 def workers() -> ThreadPoolExecutor:
     """Threads for decoding and resizing, which both release Python's lock."""
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="vitft-image")
+    return ThreadPoolExecutor(cpus(), thread_name_prefix="vitft-image")
 
 
 def each_of(cells: Sequence[dict[str, Any]]) -> Callable[..., Iterator[Any]]:
@@ -320,14 +320,14 @@ def _central(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _pieces(images: Tensor, exact: bool) -> int:
-    return 1 if (images.is_cuda and not exact) or len(images) < 8 else min(len(images), os.cpu_count() or 1)
+    return 1 if (images.is_cuda and not exact) or len(images) < 8 else min(len(images), cpus())
 
 
 def _joined(pieces: Sequence[Any], work: Callable[[Any], Tensor]) -> Tensor:
     """Do the work on every piece, in threads where there are several, and join along the batch."""
     if len(pieces) == 1:
         return work(pieces[0])
-    if len(pieces) <= (os.cpu_count() or 1):
+    if len(pieces) <= cpus():
         return torch.cat(list(workers().map(work, pieces)))
-    groups = np.array_split(np.arange(len(pieces)), (os.cpu_count() or 1))  # a task a thread, not an image
+    groups = np.array_split(np.arange(len(pieces)), cpus())  # a task a thread, not an image
     return torch.cat(list(workers().map(lambda group: torch.cat([work(pieces[i]) for i in group]), groups)))
