@@ -48,6 +48,32 @@ def finish(*words: str, log: Path, **how: Any) -> tuple[int, str]:
     return process.exitcode, log.read_text()
 
 
+def within(extra_bytes: int, call: Callable[..., Any], *arguments: Any) -> str:
+    """What a function came to in a process that may take so many bytes beside those it has: its repr, or its error."""
+    receiving, sending = _context.Pipe(duplex=False)
+    process = _context.Process(target=_within, args=(extra_bytes, sending, call, arguments))
+    process.start()
+    sending.close()
+    try:
+        return str(receiving.recv())
+    except EOFError:
+        process.join()
+        return f"the process ended with {process.exitcode}"
+    finally:
+        process.join(60)
+
+
+def _within(extra_bytes: int, sending: Any, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + extra_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    try:
+        said = repr(call(*arguments))
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    sending.send(said)
+
+
 def steps_done(run: Path) -> int:
     """The last step that a run has written down."""
     return max((line["step"] for line in recorded(run)), default=0)

@@ -20,11 +20,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.counted import calls
-from tests.forked import finish, flags
+from tests.forked import finish, flags, within
 from vitft import TrainConfig
 from vitft.card import prove
 from vitft.data.folders import image_files
-from vitft.data.images import BadImage, decode
+from vitft.data.images import BadImage, decode, formats
+from vitft.data.limits import check_scans
 from vitft.data.sources import open_source
 from vitft.errors import ModelError
 from vitft.models import load_for_training, load_trained
@@ -244,7 +245,8 @@ LARGEST: dict[str, tuple[str, str, float, dict[str, Any]]] = {
     "float": ("F", "TIFF", 1, {}), "integers": ("I", "TIFF", 1, {}), "palette": ("P", "GIF", 1, {}),
     "cmyk": ("CMYK", "TIFF", 1, {"compression": "tiff_lzw"}), "lab": ("LAB", "TIFF", 1, {}),
     "webp": ("RGBA", "WEBP", 2, {"method": 0}), "jpeg 2000": ("RGBA", "JPEG2000", 2.5, {}),
-    "avif": ("RGBA", "AVIF", 1.5, {"speed": 10}), "qoi": ("RGB", "QOI", 50, {}),
+    "avif": ("RGBA", "AVIF", 1.5, {"speed": 10}), "heic": ("RGB", "HEIF", 1, {}),
+    "jpeg xl": ("RGBA", "JXL", 2.5, {"effort": 1}), "qoi": ("RGB", "QOI", 50, {}),
 }  # fmt: skip
 
 
@@ -278,6 +280,117 @@ def test_a_bomb_within_another_format_is_not_opened() -> None:
     entry = icon.getvalue()[:14] + len(bomb.getvalue()).to_bytes(4, "little") + (22).to_bytes(4, "little")
     with pytest.raises(BadImage, match="is not an image of a format that is read"):
         decode(entry + bomb.getvalue())
+
+
+# -- what reading takes ------------------------------------------------------------------------------
+
+MB = 1_000_000
+assert {"HEIF", "JXL"} <= set(formats())  # of plugins, which it registers
+
+
+def holed(file: Path, head: bytes, size: int) -> Path:
+    """A file of so many bytes of which only the head takes room on the disk."""
+    with file.open("wb") as stream:
+        stream.write(head)
+        stream.truncate(size)
+    return file
+
+
+def shape_of(file: Path) -> tuple[int, ...]:
+    return decode(file).shape
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "AVIF", "JPEG", "GIF", "TIFF", "HEIF", "JXL", "BMP"])
+def test_a_file_of_more_bytes_than_its_pixels_could_have_is_not_read(kind: str, tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(stream, kind)
+    file = holed(tmp_path / "x", stream.getvalue(), 1_500 * MB)
+    said = within(60 * MB, shape_of, file)
+    assert said.startswith("BadImage: has 1,500,000,000 bytes, over the "), said
+    assert "that --max-pixels 50,000,000 allows such a file" in said
+
+
+def test_a_chunk_of_a_png_that_is_longer_than_any_profile_is_not_read(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(stream, "PNG")
+    png = stream.getvalue()
+    for at in (33, len(png) - 12):  # before its pixels, and behind them
+        chunk = (300 * MB).to_bytes(4, "big") + b"zTXt"
+        file = holed(tmp_path / "x", png[:at] + chunk, at + 312 * MB)
+        with file.open("r+b") as end:
+            end.seek(at + 12 + 300 * MB)
+            end.write(png[at:])
+        assert "has a chunk of 300,000,000 bytes beside its pixels" in within(60 * MB, shape_of, file)
+
+
+def repeated_scan(side: int, times: int) -> bytes:
+    """A progressive JPEG whose last scan, of a few bytes, comes so many times more."""
+    stream = io.BytesIO()
+    Image.new("RGB", (side, side), (90, 90, 90)).save(stream, "JPEG", progressive=True, subsampling=0)
+    whole = stream.getvalue()
+    return whole[:-2] + whole[whole.rindex(b"\xff\xda") : -2] * times + whole[-2:]
+
+
+def test_scans_of_a_jpeg_are_counted_before_it_is_decoded(tmp_path: Path) -> None:
+    side = 200
+    assert decode(repeated_scan(side, 0), side * side * 2).shape == (side, side, 3)  # it has ten
+    assert decode(repeated_scan(side, 10), side * side * 2).shape == (side, side, 3)
+    with pytest.raises(BadImage, match=r"^has 60 scans, over the 40 that --max-pixels 80,000 allows so many pixels"):
+        decode(repeated_scan(side, 50), side * side * 2)
+    (tmp_path / "x.jpg").write_bytes(repeated_scan(side, 50_000))
+    with pytest.raises(BadImage, match=r"^has 50,010 scans, over the 25,000"):
+        decode(tmp_path / "x.jpg")
+
+
+def test_scans_of_components_that_come_one_by_one_are_counted_too() -> None:
+    """Without being progressive: libjpeg then reads all scans that there are, before the first row."""
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 64), (90, 90, 90)).save(stream, "JPEG", subsampling=0)
+    whole = bytearray(stream.getvalue())
+    at = whole.index(b"\xff\xda")
+    one = whole[:at] + bytes.fromhex("ffda0008010100003f00") + b"\x00" * 8 + bytes.fromhex("ffda0008010200003f00") * 99
+    with pytest.raises(BadImage, match=r"^has 100 scans, over the 20 that --max-pixels 4,096"):
+        decode(bytes(one) + b"\xff\xd9", 64 * 64)
+
+
+class ReadInPieces(io.BytesIO):
+    """A file that is never read to its end at once."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        assert size is not None
+        assert size >= 0
+        return super().read(size)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_usual_jpeg_is_not_searched(mode: str) -> None:
+    stream = ReadInPieces()
+    Image.new(mode, (16, 16)).save(stream, "JPEG")
+    with Image.open(stream) as image:
+        at = stream.tell()
+        assert check_scans(image, 256) is None
+        assert stream.tell() == at
+
+
+@pytest.mark.parametrize("container", [False, True])
+def test_a_jpeg_xl_of_too_many_pixels_is_refused_unopened(container: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its plugin decodes when it opens."""
+    from pillow_jxl import JpegXLImagePlugin
+
+    stream = io.BytesIO()
+    Image.new("RGB", (60, 50)).save(stream, "JXL", use_container=container)
+    assert decode(stream.getvalue(), 7500).shape == (50, 60, 3)
+    monkeypatch.setattr(JpegXLImagePlugin, "Decoder", None)
+    with pytest.raises(BadImage, match=r"has 3,000 pixels, over --max-pixels 7,499 .*a pixel of JXL counts as 2.5"):
+        decode(stream.getvalue(), 7499)
+
+
+def test_fits_whose_values_pillow_reads_wrong_is_no_image() -> None:
+    card = "".join(
+        f"{line:<80}" for line in ("SIMPLE  = T", "BITPIX  = 8", "NAXIS   = 2", "NAXIS1  = 2", "NAXIS2  = 2", "END")
+    )
+    with pytest.raises(BadImage, match="is not an image of a format that is read"):
+        decode(card.encode().ljust(2880) + b"\0" * 2880)
 
 
 # -- secrets ----------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import struct
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,9 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps, TiffImagePlugin
 
-from vitft.data.images import BadImage, decode, formats, header, suffixes
+from tests import icc
+from vitft.data import images
+from vitft.data.images import BadImage, decode, formats, header, suffixes, unused_range
+from vitft.data.limits import jxl_size
 from vitft.errors import DataError
 
 RNG = np.random.default_rng(0)
@@ -112,22 +117,249 @@ def test_16_bit_is_divided_by_257(kind, dtype):
     assert (pixels == pixels[..., :1]).all()
 
 
-def test_32_bit_integers():
-    assert decode(Image.fromarray(np.array([[0, 257, 65_535]], np.int32)))[0, :, 0].tolist() == [0, 1, 255]
-    assert decode(Image.fromarray(np.array([[-10, 0, 10]], np.int32)))[0, :, 0].tolist() == [0, 128, 255]
-    assert decode(Image.fromarray(np.array([[0, 2**31 - 1]], np.int32)))[0, :, 0].tolist() == [0, 255]
+def shown(values: np.ndarray, kind: str = "TIFF", value_range=None, **options) -> np.ndarray:
+    """The gray levels of one row of values."""
+    pixels = decode(encoded(Image.fromarray(np.atleast_2d(values)), kind, **options), value_range=value_range)
+    assert (pixels == pixels[..., :1]).all()
+    return pixels[0, :, 0]
 
 
-def test_floats():
-    def gray(*values: float) -> list[int]:
-        return decode(encoded(Image.fromarray(np.array([values], np.float32)), "TIFF"))[0, :, 0].tolist()
+def tags(**values: tuple[int, float]) -> dict[str, TiffImagePlugin.ImageFileDirectory_v2]:
+    """TIFF tags by name: their type and value."""
+    found = TiffImagePlugin.ImageFileDirectory_v2()
+    numbers = {"sample_format": 339, "smin": 340, "smax": 341}
+    for name, (kind, value) in values.items():
+        found.tagtype[numbers[name]] = kind
+        found[numbers[name]] = value
+    return {"tiffinfo": found}
 
-    assert gray(0, 0.5, 1) == [0, 128, 255]
-    assert gray(0, 12.4, 254.6) == [0, 12, 255]
-    assert gray(-1, 0, 1) == [0, 128, 255]
-    assert gray(0, 1000) == [0, 255]
-    assert gray(np.nan, 0.5, np.inf) == [0, 128, 128]
-    assert gray(np.nan, np.nan) == [0, 0]
+
+def test_one_pixel_moves_no_other() -> None:
+    """Of a float image a hair above 1, of integers with one below zero: the rest is what it was."""
+    ramp = np.linspace(0, 1, 100, dtype=np.float32)
+    plain = shown(ramp)
+    assert plain[0] == 0
+    assert plain[-1] == 255
+    assert len(np.unique(plain)) == 100
+    for last in (1.0000002, 1.02, 1.9):
+        np.testing.assert_array_equal(shown(np.append(ramp, np.float32(last)))[:-1], plain)
+    whole = np.arange(0, 3000, 30, dtype=np.int32)
+    ranged = shown(whole, value_range=(0, 3000))
+    np.testing.assert_array_equal(ranged, np.floor(whole / 3000 * 255 + 0.5))
+    for first in (-1, -500, 5999):
+        np.testing.assert_array_equal(shown(np.append(np.int32(first), whole), value_range=(0, 3000))[1:], ranged)
+
+
+def test_floats_are_0_to_1() -> None:
+    assert shown(np.float32([0, 0.5, 1])).tolist() == [0, 128, 255]
+    assert shown(np.float32([0, 0.25, 0.5, 0.75, np.nan])).tolist() == [0, 64, 128, 191, 0]
+    assert shown(np.float32([0.1] * 200 + [np.inf, -np.inf]))[-2:].tolist() == [255, 0]
+    assert shown(np.float32([np.nan, np.nan])).tolist() == [0, 0]
+
+
+def test_a_range_that_nothing_tells_is_asked_for() -> None:
+    for values in (np.int32([0, 3000]), np.int32([-5, 5]), np.int16([-5, 5]), np.uint32([0, 9])):
+        file = io.BytesIO()
+        Image.fromarray(values.astype(np.int32)[None]).save(file, "TIFF")
+        with pytest.raises(BadImage, match=r"integers, and nothing says which is white; .* --value-range BLACK:WHITE"):
+            decode(file.getvalue())
+    signed = encoded(Image.fromarray(np.uint8([[0, 127, 128, 255]])), "TIFF", **tags(sample_format=(3, 2)))
+    with pytest.raises(BadImage, match="has signed integers"):
+        decode(signed)
+    assert decode(signed, value_range=(-128, 127))[0, :, 0].tolist() == [128, 255, 0, 127]
+
+
+def test_values_that_do_not_fit_the_range_are_refused() -> None:
+    """What was 0 to 255 becomes neither white nor a stretched image."""
+    for values in (np.linspace(0, 255, 50), np.r_[np.zeros(80), np.full(20, 200)], np.linspace(-1, 1, 50)):
+        with pytest.raises(BadImage, match=r"% of its values outside 0 to 1, the range of its format; .*--value-range"):
+            shown(values.astype(np.float32))
+    assert shown(np.float32([0, 12.4, 254.6]), value_range=(0, 255)).tolist() == [0, 12, 255]
+    assert shown(np.float32([-1, 0, 1]), value_range=(-1, 1)).tolist() == [0, 128, 255]
+    with pytest.raises(BadImage, match="outside 0 to 1, its --value-range"):
+        shown(np.uint16([500, 600]), value_range=(0, 1))
+
+
+def test_the_range_of_tiff_tags() -> None:
+    deep = np.uint16([0, 2048, 4095])
+    assert shown(deep).tolist() == [0, 8, 16]
+    assert shown(deep, **tags(smin=(3, 0), smax=(3, 4095))).tolist() == [0, 128, 255]
+    assert shown(np.float32([0, 500, 1000]), **tags(smin=(11, 0.0), smax=(11, 1000.0))).tolist() == [0, 128, 255]
+    assert shown(deep, value_range=(0, 8190), **tags(smin=(3, 0), smax=(3, 4095))).tolist() == [0, 64, 128]  # asked for
+    twelve = bytearray(encoded(Image.fromarray(np.zeros((1, 2), np.uint16)), "TIFF"))
+    at = twelve.index(struct.pack("<HHIHH", 258, 3, 1, 16, 0))
+    twelve[at + 8] = 12
+    twelve[-4:-1] = bytes([0xFF, 0xF8, 0x00])  # 4095 and 2048 in 12 bits each
+    assert decode(bytes(twelve))[0, :, 0].tolist() == [255, 128]
+
+
+@pytest.mark.parametrize("values", [np.uint16([0, 65_535]), np.float32([0, 1])])
+def test_white_is_zero(values: np.ndarray) -> None:
+    data = bytearray(encoded(Image.fromarray(values[None]), "TIFF"))
+    at = data.index(struct.pack("<HHIHH", 262, 3, 1, 1, 0))
+    data[at + 8] = 0
+    assert decode(bytes(data))[0, :, 0].tolist() == [255, 0]
+
+
+def test_a_png_with_significant_bits_fills_all_16() -> None:
+    """As the specification has it: the 12 bits are the upper ones."""
+    scaled = np.uint16([0, 2048, 4095]) << 4 | np.uint16([0, 2048, 4095]) >> 8
+    plain = encoded(Image.fromarray(scaled[None]))
+    chunk = b"sBIT" + bytes([12])
+    marked = plain[:33] + struct.pack(">I", 1) + chunk + struct.pack(">I", zlib.crc32(chunk)) + plain[33:]
+    assert decode(marked)[0, :, 0].tolist() == decode(plain)[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_a_range_needs_all_bits() -> None:
+    """Of 16-bit colors Pillow reads 8: a range of theirs would be of other values."""
+    rgb = bytearray(encoded(Image.new("RGB", (1, 1))))
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    rgb[16:33] = header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    end = rgb.index(b"IDAT") - 4
+    body = b"IDAT" + zlib.compress(b"\0" + bytes([200, 0, 100, 0, 50, 0]))
+    idat = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    deep = bytes(rgb[:end]) + idat + bytes(rgb[-12:])
+    assert decode(deep)[0, 0].tolist() == [200, 100, 50]
+    with pytest.raises(BadImage, match="16 bits a color, of which Pillow reads the upper 8"):
+        decode(deep, value_range=(0, 4095))
+
+
+def test_12_bits_in_16_are_told_by_many_images() -> None:
+    dark = [encoded(Image.fromarray(np.full((2, 2), value, np.uint16))) for value in (7, 4000, 90)]
+    assert unused_range(dark) == (
+        "16-bit images that reach 4,000 of 65,535 become nearly black; if they hold 12 bits, add --value-range 0:4095"
+    )
+    assert unused_range([*dark, encoded(Image.fromarray(np.full((2, 2), 40_000, np.uint16)))]) is None
+    assert unused_range([*dark, encoded(Image.fromarray(RGB))]) is None
+    assert unused_range([b"nothing"]) is None
+
+
+# -- color profiles -----------------------------------------------------------------------------------
+
+
+def converted(image: Image.Image, profile: bytes) -> np.ndarray:
+    """By the profile, with Pillow's own function."""
+    made = ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")
+    assert made is not None
+    return np.asarray(made)
+
+
+WIDE = icc.rgb()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_colors_of_another_profile_become_srgb(kind: str) -> None:
+    data = encoded(Image.fromarray(RGB), kind, icc_profile=WIDE)
+    expected = converted(Image.open(io.BytesIO(data)), WIDE)
+    np.testing.assert_array_equal(decode(data), expected)
+    assert np.abs(expected.astype(int) - np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))).max() > 20
+    green = encoded(Image.new("RGB", (1, 1), (100, 200, 100)), icc_profile=WIDE)
+    red, green_level, blue = decode(green)[0, 0].tolist()  # Adobe's green is greener: sRGB needs less of the others
+    assert red < 60
+    assert 198 <= green_level <= 203
+    assert blue < 100
+
+
+def test_a_profile_that_is_srgbs_changes_nothing() -> None:
+    for profile in (ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), b"no profile", b"", WIDE[:200]):
+        np.testing.assert_array_equal(decode(encoded(Image.fromarray(RGB), icc_profile=profile)), RGB)
+        gray = encoded(Image.fromarray(GRAY), icc_profile=profile)
+        np.testing.assert_array_equal(decode(gray), np.repeat(GRAY[..., None], 3, 2))
+
+
+def test_a_profile_for_another_kind_of_image_is_left_out() -> None:
+    np.testing.assert_array_equal(decode(encoded(Image.fromarray(RGB), icc_profile=icc.gray(1.0))), RGB)
+    np.testing.assert_array_equal(
+        decode(encoded(Image.fromarray(GRAY), icc_profile=WIDE)), np.repeat(GRAY[..., None], 3, 2)
+    )
+
+
+def test_gray_profiles_of_8_and_16_bits_and_with_alpha() -> None:
+    linear = icc.gray(1.0)
+    expected = converted(Image.fromarray(GRAY), linear)
+    assert expected.mean() > GRAY.mean() + 20  # linear light is darker in numbers
+    np.testing.assert_array_equal(decode(encoded(Image.fromarray(GRAY), icc_profile=linear)), expected)
+    deep = Image.fromarray(GRAY.astype(np.uint16) * 257)
+    np.testing.assert_array_equal(decode(encoded(deep, icc_profile=linear)), expected)
+    alpha = GRAY[::-1].copy()
+    both = Image.merge("LA", [Image.fromarray(GRAY), Image.fromarray(alpha)])
+    np.testing.assert_array_equal(decode(encoded(both, icc_profile=linear)), over_white(expected, alpha))
+
+
+def test_profiles_with_alpha_and_palette() -> None:
+    rgba = Image.fromarray(np.dstack([RGB, GRAY]))
+    expected = over_white(converted(Image.fromarray(RGB), WIDE), GRAY)
+    np.testing.assert_array_equal(decode(encoded(rgba, icc_profile=WIDE)), expected)
+    palette = Image.fromarray(RGB).quantize(16)
+    expected = converted(palette.convert("RGB"), WIDE)
+    np.testing.assert_array_equal(decode(encoded(palette, icc_profile=WIDE)), expected)
+
+
+def test_cmyk_with_and_without_a_profile() -> None:
+    """Adobe's JPEG has its inks inverted; 0 is full ink there, and white paper decodes as white in both."""
+    inks = Image.fromarray(np.uint8([[[0, 0, 0, 0], [0, 0, 0, 255], [0, 255, 255, 0]]]), "CMYK").resize((24, 8), 0)
+    lightness = np.full((2, 2, 2, 2), 60.0)
+    lightness[0, 0, 0, 0], lightness[:, :, :, 1] = 100, 10
+    for kind, options in (("JPEG", {"quality": 100, "subsampling": 0}), ("TIFF", {})):
+        plain = decode(encoded(inks, kind, **options))
+        assert (plain[0, 0] >= 254).all()
+        assert (plain[0, 12] <= 1).all()
+        assert (np.abs(plain[0, 20].astype(int) - [255, 0, 0]) <= 2).all()
+        printed = decode(encoded(inks, kind, icc_profile=icc.cmyk(lightness), **options))
+        assert (printed[0, 0] >= 253).all()
+        assert printed[0, 12].mean() <= 35  # its darkest
+        assert 120 <= printed[0, 20].mean() <= 150  # L* 60, a gray
+        assert np.ptp(printed[0, 20]) <= 2
+
+
+# -- formats of plugins -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["HEIF", "JXL", "AVIF"])
+def test_what_phones_and_cameras_write_is_read(kind: str, tmp_path: Path) -> None:
+    assert kind in formats()
+    assert {"HEIF": ".heic", "JXL": ".jxl", "AVIF": ".avif"}[kind] in suffixes()
+    large = Image.fromarray(np.uint8([[200, 30], [90, 250]])).resize((64, 32), 0).convert("RGB")
+    (tmp_path / "x").write_bytes(encoded(large, kind, quality=95))
+    for source in (tmp_path / "x", (tmp_path / "x").read_bytes()):
+        assert np.abs(decode(source).astype(int) - np.asarray(large)).mean() < 6
+        with pytest.raises(BadImage, match="over --max-pixels 2,047"):
+            decode(source, 2047)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_heic_is_turned_once(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright = Image.new("RGB", (64, 32), "white")
+    upright.paste("red", (0, 0, 16, 32))
+    data = encoded(upright, "HEIF", exif=exif.tobytes(), quality=95)
+    plain = Image.new("RGB", (64, 32), "white")
+    plain.paste("red", (0, 0, 16, 32))
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded(plain, "PNG", exif=exif)))))
+    pixels = decode(data)
+    assert pixels.shape == expected.shape
+    assert np.abs(pixels.astype(int) - expected).mean() < 8
+
+
+@pytest.mark.parametrize(
+    "size", [(8, 8), (256, 256), (40, 30), (300, 200), (1600, 901), (64, 3000), (16, 9), (5000, 2)]
+)
+@pytest.mark.parametrize("container", [False, True])
+def test_the_size_of_a_jpeg_xl_is_read_from_its_header(size: tuple[int, int], container: bool) -> None:
+    import pillow_jxl  # noqa: F401
+
+    data = encoded(Image.new("RGB", size), "JXL", use_container=container, effort=1)
+    stream = io.BytesIO(data)
+    assert jxl_size(stream) == size
+    assert stream.tell() == 0
+
+
+def test_a_format_whose_plugin_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "formats", lambda: ("JPEG", "PNG"))
+    for kind, name in (("HEIF", "HEIC"), ("JXL", "JPEG XL")):
+        with pytest.raises(BadImage, match=rf"is {name}, which is read with: pip install 'vitft\[heic\]'"):
+            decode(encoded(Image.fromarray(np.tile(RGB, (9, 9, 1))), kind))
 
 
 def test_lab_becomes_rgb():

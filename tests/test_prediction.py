@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from vitft.checkpoint import save_model
 from vitft.cli import app
 from vitft.data.augment import Preprocess, preprocess
 from vitft.data.images import decode
-from vitft.errors import DataError, ModelError
+from vitft.errors import DataError, ModelError, UsageError
 from vitft.models import load_for_training
 from vitft.prediction import Prediction, predict
 
@@ -338,3 +339,21 @@ def test_a_checkpoint_that_is_not_there_is_exit_code_4(folder: Path) -> None:
 def test_an_unknown_format_names_the_nearest(command: Callable[..., Any]) -> None:
     done = command("b.png", "--format", "jsnl")
     assert done.exit_code == 2
+
+
+def test_a_range_is_kept_with_the_model_and_asked_for_by_a_flag(tmp_path: Path) -> None:
+    """12 bits in 16 are what their 8 upper bits are, where the checkpoint was trained with that range."""
+    deep = (np.random.default_rng(0).integers(0, 256, (64, 64)) * 4095 / 255).round().astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    Image.fromarray(np.round(deep / 4095 * 255).astype(np.uint8)).save(tmp_path / "plain.png")
+    both = [tmp_path / "deep.png", tmp_path / "plain.png"]
+    ranged = make_checkpoint(tmp_path / "ranged", replace(PREPROCESSES["vit"], value_range=(0.0, 4095.0)))
+    deep_row, plain_row = predict(both, ranged)
+    assert deep_row.top == plain_row.top
+    transformers.pipeline("image-classification", model=str(ranged))  # it passes over the key
+    plain = make_checkpoint(tmp_path / "plain", PREPROCESSES["vit"])
+    assert len({row.top for row in predict(both, plain)}) == 2
+    assert len({row.top for row in predict(both, plain, value_range="0:4095")}) == 1
+    for wrong in ("4095", "1:0", "a:b", "0:inf"):
+        with pytest.raises(UsageError, match=f"--value-range {wrong}: should be two numbers"):
+            predict(both, plain, value_range=wrong)

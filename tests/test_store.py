@@ -301,7 +301,7 @@ def test_a_full_disk_is_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_only_training_takes_what_the_decoder_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int | None] = []
 
-    def spy(source: object, max_pixels: int, enough: int | None) -> np.ndarray:
+    def spy(source: object, max_pixels: int, enough: int | None, value_range: object) -> np.ndarray:
         asked.append(enough)
         return np.zeros((8, 8, 3), np.uint8)
 

@@ -30,6 +30,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 MaxPixels = Annotated[
     int | None, typer.Option(min=1, metavar="<int>", help="Refuse images with more pixels than this.")
 ]
+ValueRange = Annotated[
+    str | None,
+    typer.Option(
+        metavar="<black:white>", help="Of images of more than 8 bits; the checkpoint's, or the format's own by default."
+    ),
+]
 Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="auto: a GPU if there is one.")]
 
 
@@ -118,6 +124,7 @@ def evaluate(
     precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="As it was trained by default.")] = None,
     on_bad_image: Annotated[Literal["error", "skip"] | None, typer.Option(help="As it was trained by default.")] = None,
     max_pixels: MaxPixels = None,
+    value_range: ValueRange = None,
     plot: Annotated[Path | None, typer.Option(help="Write the confusion matrix as a PNG.")] = None,
     json: Json = False,
     *, overrides: dict[str, Any],
@@ -127,7 +134,7 @@ def evaluate(
 
     options = {"dataset": dataset, "dataset_revision": dataset_revision, "split": split, "device": device,
                "max_eval_samples": max_eval_samples, "batch_size": batch_size, "precision": precision,
-               "on_bad_image": on_bad_image, "max_pixels": max_pixels} | overrides  # fmt: skip
+               "on_bad_image": on_bad_image, "max_pixels": max_pixels, "value_range": value_range} | overrides  # fmt: skip
     commands.evaluate(checkpoint, options, plot, json)
 
 
@@ -160,12 +167,14 @@ def predict(
     device: Device = "auto",
     format: Annotated[Literal["table", "csv", "jsonl"], typer.Option(help="How the rows are printed.")] = "table",
     max_pixels: MaxPixels = None,
+    value_range: ValueRange = None,
     json: Json = False,
 ) -> None:  # fmt: skip
     """Classify images. An unreadable one gets a row of its own, and exit code 3 at the end."""
     from vitft import commands
 
-    commands.predict(paths, checkpoint, top_k, device, max_pixels, "json" if json else format)
+    limits = {"max_pixels": max_pixels, "value_range": value_range}
+    commands.predict(paths, checkpoint, top_k, device, limits, "json" if json else format)
 
 
 @app.command()
@@ -308,6 +317,7 @@ def data_check(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="Alias, hub id, folder, CSV, JSONL or parquet.")],
     dataset_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub data set.")] = None,
     max_pixels: MaxPixels = None,
+    value_range: ValueRange = None,
     quarantine: Annotated[Path | None, typer.Option(help="Write a list of the images to leave out, for vitft train --exclude.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with the suspects' pictures.")] = None,
     json: Json = False,
@@ -320,7 +330,7 @@ def data_check(
     from vitft import commands
 
     options = {"revision": dataset_revision} | overrides
-    commands.data_check(dataset, options, max_pixels, quarantine, html, json)
+    commands.data_check(dataset, options, max_pixels, value_range, quarantine, html, json)
 
 
 @cache_app.command("ls")

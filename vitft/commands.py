@@ -87,12 +87,14 @@ def bench(what: Any, settings: dict[str, Any], steps: int, as_json: bool) -> Non
     console.say_json(found) if as_json else console.say(reports.bench_report(found))
 
 
-def predict(paths: list[str], checkpoint: str, top_k: int, device: str, max_pixels: int | None, form: str) -> None:
+def predict(
+    paths: list[str], checkpoint: str, top_k: int, device: str, limits: dict[str, Any], form: str
+) -> None:  # fmt: skip
     """Classify images and show the rows; an unreadable image makes it exit code 3."""
     from vitft.prediction import predict as classify
 
-    limit = {} if max_pixels is None else {"max_pixels": max_pixels}
-    rows = classify(paths, checkpoint, top_k=top_k, device=device, **limit)
+    given = {name: value for name, value in limits.items() if value is not None}
+    rows = classify(paths, checkpoint, top_k=top_k, device=device, **given)
     match form:
         case "json":
             console.say_json({"predictions": [row.to_dict() for row in rows]})
@@ -220,10 +222,11 @@ def data_info(dataset: str, options: dict[str, Any], preview: Path | None, as_js
 
 
 def data_check(
-    dataset: str, options: dict[str, Any], max_pixels: int | None, quarantine: Path | None, html: Path | None,
-    as_json: bool,
+    dataset: str, options: dict[str, Any], max_pixels: int | None, value_range: str | None,
+    quarantine: Path | None, html: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Show what is wrong with a data set. Raises DataError, last, if it would stop a training."""
+    from vitft.config import range_of
     from vitft.data.check import KINDS, check, document, quarantined
     from vitft.data.images import MAX_PIXELS
     from vitft.data.sources import has_own_files, open_source
@@ -236,7 +239,10 @@ def data_check(
     folder = Path(dataset).expanduser()
     of_files = folder.is_dir() and all(map(has_own_files, source.splits.values()))
     with console.working("checking") as progress:
-        found = check(source, folder if of_files else None, max_pixels=max_pixels or MAX_PIXELS, progress=progress)
+        found = check(
+            source, folder if of_files else None, max_pixels=max_pixels or MAX_PIXELS,
+            value_range=range_of(value_range), progress=progress,
+        )  # fmt: skip
     if html is not None:
         from vitft.data.suspects import write_suspects
 

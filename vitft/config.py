@@ -5,9 +5,10 @@ YAML, and the trainer reads `config.<name>`. No default is written anywhere else
 """
 # ruff: noqa: E501  (an option is a line, however long)
 
+import math
 from typing import Any, Literal, Self
 
-from pydantic import PositiveInt, model_validator
+from pydantic import PositiveInt, field_validator, model_validator
 
 from vitft.errors import UsageError
 from vitft.settings import Settings, setting
@@ -31,6 +32,7 @@ class TrainConfig(Settings):
     check: Literal["fast", "full", "off"] = setting("fast", "Data", "Look for faults before training. fast: in the labels; full: in every image, as vitft data check.", steers=True)
     on_bad_image: Literal["error", "skip"] = setting("error", "Data", "What a file that is no readable image does: stop before training, or be listed and left out.")
     max_pixels: int = setting(50_000_000, "Data", "Refuse images with more pixels than this: half a gigabyte is what decoding them takes.", ge=1)
+    value_range: str | None = setting(None, "Data", "Black and white of images of more than 8 bits, as BLACK:WHITE, such as 0:4095; the format's own by default.")
     cache_gb: float = setting(20.0, "Data", "Decoded photos that are kept on disk for the next run, in GB; see vitft data cache. 0: none.", steers=True, ge=0, le=1e6)
     augment: Literal["none", "flip", "crop"] = setting("flip", "Data", "flip: left to right, half of the time. crop: random resized crop, and flip.")
 
@@ -85,6 +87,15 @@ class TrainConfig(Settings):
     tracker: Literal["none", "tensorboard", "wandb"] = setting("none", "Run", "Where metrics go besides metrics.jsonl.", steers=True)
     # fmt: on
 
+    @field_validator("value_range")
+    @classmethod
+    def _range_is_one(cls, text: str | None) -> str | None:
+        try:
+            range_of(text)
+        except UsageError:
+            raise ValueError("should be two numbers, BLACK:WHITE, such as 0:4095") from None
+        return text
+
     @model_validator(mode="before")
     @classmethod
     def _sizes_alone_shape_the_smallest_preset(cls, values: Any) -> Any:
@@ -104,6 +115,19 @@ class TrainConfig(Settings):
         if self.from_scratch and self.freeze == "backbone":
             raise ValueError("`freeze` backbone with `from_scratch` would train a head on random features; drop one")
         return self
+
+
+def range_of(text: str | None) -> tuple[float, float] | None:
+    """Black and white of a setting `BLACK:WHITE`. Raises UsageError."""
+    if text is None:
+        return None
+    try:
+        black, white = map(float, text.split(":"))
+    except ValueError:
+        black = white = math.nan
+    if not (math.isfinite(black) and math.isfinite(white) and black < white):
+        raise UsageError(f"--value-range {text}: should be two numbers, BLACK:WHITE, such as 0:4095.")
+    return black, white
 
 
 def named_dataset(config: TrainConfig) -> str:

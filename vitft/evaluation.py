@@ -60,7 +60,7 @@ def evaluate(
     precision: str | None = None, on_bad_image: str | None = None, max_pixels: int | None = None,
     image_column: str | None = None, label_column: str | None = None, split_column: str | None = None,
     fold_column: str | None = None, fold: int | None = None, image_folder: str | None = None,
-    encoding: str | None = None, allow_outside: bool = False,
+    encoding: str | None = None, allow_outside: bool = False, value_range: str | None = None,
     progress: Progress = lambda done, count: None,
     report_skipped: Callable[[list[Skipped]], None] = lambda skipped: None,
 ) -> Metrics:  # fmt: skip
@@ -86,16 +86,18 @@ def evaluate(
     typed = {"dataset_revision": dataset_revision, "max_pixels": max_pixels, "on_bad_image": on_bad_image,
              "image_column": image_column, "label_column": label_column, "split_column": split_column,
              "fold_column": fold_column, "fold": fold, "image_folder": image_folder, "encoding": encoding,
+             "value_range": value_range,
              "allow_outside": allow_outside or None}  # fmt: skip
     config = config.model_copy(update={name: value for name, value in typed.items() if value is not None})
     loaded = load_trained(where if where.is_dir() else str(checkpoint))
+    how = loaded.preprocess.ranged(config.value_range)
     source = source_of(config)
     chosen = choose_split(source, config, split, max_eval_samples)
     truth = matched(chosen.labels, source.labels, loaded.labels, name=str(checkpoint))
     skip_bad = config.on_bad_image == "skip"
     rows = source.splits[chosen.source].select(chosen.rows)
     store, skipped = decode_all(
-        rows, loaded.preprocess, crops=False, max_pixels=config.max_pixels, skip_bad=skip_bad, progress=progress,
+        rows, how, crops=False, max_pixels=config.max_pixels, skip_bad=skip_bad, progress=progress,
         cache_gb=config.cache_gb, whole=config.check == "full", name=f"{source.name}, {chosen.name}",
     )  # fmt: skip
     chosen, truth = without(chosen, skipped, source), np.delete(truth, [s.position for s in skipped])
@@ -104,7 +106,7 @@ def evaluate(
     recorded = config.precision if card and config.device == device else "fp32"
     precision = find_precision(precision or recorded, device)
     model = loaded.model.to(device)
-    loader = EvalLoader(store, truth, loaded.preprocess, batch_size=batch_size, device=torch.device(device))
+    loader = EvalLoader(store, truth, how, batch_size=batch_size, device=torch.device(device))
     with autocast(device, precision), threads(card.config.threads if card and card.config.device == device else None):
         return measure(model, loader, loaded.labels, chosen, progress=progress)
 

@@ -54,7 +54,8 @@ def load_for_training(config: TrainConfig, labels: Sequence[str]) -> Loaded:
     _quiet()
     torch.manual_seed(seed_of(config.seed, "weights"))
     if config.from_scratch:
-        return _from_scratch(config, labels)
+        loaded = _from_scratch(config, labels)
+        return replace(loaded, preprocess=loaded.preprocess.ranged(config.value_range))
     origin = _origin(locate(config.model), config.model_revision)
     stored = _stored(origin)
     known = _labels_of(stored)
@@ -72,7 +73,7 @@ def load_for_training(config: TrainConfig, labels: Sequence[str]) -> Loaded:
         for head in head_modules(model):
             head.requires_grad_(True)
     _without_mask_token(model)
-    return Loaded(model, how, names, origin.commit, not keeps_head)
+    return Loaded(model, how.ranged(config.value_range), names, origin.commit, not keeps_head)
 
 
 def _without_mask_token(model: Any) -> None:

@@ -36,7 +36,7 @@ class Prediction:
 
 def predict(
     paths: Sequence[str | Path] | str | Path, checkpoint: str | Path, *, top_k: int = 3, device: str = "auto",
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int = MAX_PIXELS, value_range: str | None = None,
 ) -> list[Prediction]:  # fmt: skip
     """Classify images, in the order given; an unreadable one gets a row with its error.
 
@@ -47,6 +47,7 @@ def predict(
     found = list(find_images(given))
     where = find_model(Path(checkpoint).expanduser())
     loaded = load_trained(where if where.is_dir() else str(checkpoint))
+    how = loaded.preprocess.ranged(value_range)
     device = find_device(device)
     model = loaded.model.to(device)
 
@@ -55,7 +56,7 @@ def predict(
         try:  # fitted at once, so that a batch of photos never lies in memory at full size
             if not path.exists() and glob.has_magic(name):
                 return "matches no file"
-            return fit(torch.from_numpy(decode(path, max_pixels))[None], loaded.preprocess)
+            return fit(torch.from_numpy(decode(path, max_pixels, value_range=how.value_range))[None], how)
         except BadImage as error:
             return str(error)
         except OSError as error:
@@ -66,7 +67,7 @@ def predict(
         part = found[start : start + _BATCH]
         results = list(workers().map(read, part))
         images = [image for image in results if isinstance(image, torch.Tensor)]
-        tops = _top(model, normalize(torch.cat(images).to(device), loaded.preprocess), top_k) if images else iter(())
+        tops = _top(model, normalize(torch.cat(images).to(device), how), top_k) if images else iter(())
         for name, result in zip(part, results, strict=True):
             if isinstance(result, str):
                 rows.append(Prediction(name, error=result))

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from vitft import console, paths
 from vitft.card import prove
-from vitft.config import SIZES, TrainConfig
-from vitft.data.check import check, check_labels
+from vitft.config import SIZES, TrainConfig, range_of
+from vitft.data.check import check, check_labels, some_of
+from vitft.data.images import unused_range
 from vitft.data.sources import ALIASES, DIGITS, Source, source_of
 from vitft.data.splits import Split, make_splits
 from vitft.data.store import Store, decode_all
@@ -44,9 +45,12 @@ class Prepared:
 
     def _decode(self, role: str) -> tuple[Store, NDArray[np.int64]]:
         split, config = self.splits[role], self.config
+        rows = self.source.splits[split.source].select(split.rows)
+        if role == "train" and self.loaded.preprocess.value_range is None and (said := unused_range(some_of(rows))):
+            console.warn(said)
         with console.working(f"decoding {role}") as progress:
             store, skipped = decode_all(
-                self.source.splits[split.source].select(split.rows),
+                rows,
                 self.loaded.preprocess,
                 crops=role == "train" and config.augment == "crop",
                 max_pixels=config.max_pixels,
@@ -100,7 +104,12 @@ def _tell_faults(source: Source, config: TrainConfig) -> None:
         console.warn(warning)
     if config.check == "full":
         with console.working("checking the data") as progress:
-            counts = Counter(one.kind for one in check(source, max_pixels=config.max_pixels, progress=progress))
+            counts = Counter(
+                one.kind
+                for one in check(
+                    source, max_pixels=config.max_pixels, value_range=range_of(config.value_range), progress=progress
+                )
+            )
         if counts:
             listed = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
             console.warn(f"{listed}; `vitft data check` with the same data set lists them")

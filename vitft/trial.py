@@ -117,7 +117,7 @@ def stored_image(prepared: Prepared, *, crops: bool | None = None) -> torch.Tens
     for row in prepared.source.splits[split.source].select(split.rows[:8]):
         cell = row["image"]
         try:
-            image = decode(encoded(cell), config.max_pixels)
+            image = decode(encoded(cell), config.max_pixels, value_range=how.value_range)
         except BadImage:
             continue
         return torch.from_numpy(reduced(image, how, config.augment == "crop" if crops is None else crops))

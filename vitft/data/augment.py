@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vitft.config import LARGEST_SIDE
+from vitft.config import LARGEST_SIDE, range_of
 from vitft.errors import ModelError
 from vitft.hardware import cpus
 from vitft.randomness import uniform
@@ -48,6 +48,7 @@ class Preprocess:
     rescale: float = 1 / 255
     shortest_edge: int | None = None
     before_crop: tuple[int, int] | None = None  # height and width
+    value_range: tuple[float, float] | None = None  # black and white of images of more than 8 bits; see `data.color`
     processor: str = "ViTImageProcessor"
 
     @classmethod
@@ -74,6 +75,7 @@ class Preprocess:
             rescale=float(stored.get("rescale_factor", cls.rescale)) if stored.get("do_rescale", True) else 1.0,
             shortest_edge=edge if crops else None,
             before_crop=before,
+            value_range=_pair(stored.get("value_range")),
             processor=str(stored.get("image_processor_type", stored.get("feature_extractor_type", cls.processor))),
         )
         found._check()
@@ -108,7 +110,12 @@ class Preprocess:
             "do_normalize": True,
             "image_mean": list(self.mean),
             "image_std": list(self.std),
+            **({"value_range": list(self.value_range)} if self.value_range else {}),  # vitft's own; others ignore it
         }
+
+    def ranged(self, value_range: str | None) -> "Preprocess":
+        """The same preprocessing with a black and white of one's own, as the setting has it; None changes nothing."""
+        return self if value_range is None else replace(self, value_range=range_of(value_range))
 
     def at(self, image_size: int) -> "Preprocess":
         """The same preprocessing for another input size."""
@@ -116,6 +123,15 @@ class Preprocess:
         edge = self.shortest_edge and round(self.shortest_edge * scale)
         before = self.before_crop and (round(self.before_crop[0] * scale), round(self.before_crop[1] * scale))
         return replace(self, height=image_size, width=image_size, shortest_edge=edge, before_crop=before)
+
+
+def _pair(stored: Any) -> tuple[float, float] | None:
+    if stored is None:
+        return None
+    black, white = map(float, stored)
+    if not (math.isfinite(black) and math.isfinite(white) and black < white):
+        raise ModelError(f"preprocessor_config.json: value_range {stored} is not usable; it takes black and white.")
+    return black, white
 
 
 @cache

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vitft.data.augment import each_of
+from vitft.data.color import Range
 from vitft.data.folders import passed_over
-from vitft.data.images import MAX_PIXELS, BadImage, about, decode, encoded
+from vitft.data.images import MAX_PIXELS, BadImage, about, decode, encoded, unused_range
 from vitft.data.sources import Source, class_indices, sample_names
 
 Severity = Literal["error", "warning", "note"]
@@ -40,6 +41,7 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "imbalance": ("note", "the largest class has over ten times the images of the smallest"),
     "wrong-extension": ("note", "its name says another format than it has"),
     "rotated": ("note", "turned upright by its EXIF orientation, which other programs may not do"),
+    "unused-range": ("warning", "16-bit images so dark that they may hold fewer bits"),
     "unusual-mode": ("note", "not 8-bit RGB or gray; it is converted"),
     "extreme-shape": ("note", "over four times as long as wide: much of it is squeezed or cut off"),
     "passed-over": ("note", "a file beside the images that is not read"),
@@ -82,7 +84,7 @@ class _Seen:
 
 def check(
     source: Source, folder: Path | None = None, *, max_pixels: int = MAX_PIXELS,
-    progress: Progress = lambda done, count: None,
+    value_range: Range | None = None, progress: Progress = lambda done, count: None,
 ) -> list[Finding]:  # fmt: skip
     """Everything that is wrong with a data set; `folder` is where it lies, if it is one of class folders.
 
@@ -91,13 +93,16 @@ def check(
     seen: list[_Seen] = []
     count = sum(len(split) for split in source.splits.values())
     for name, split in source.splits.items():
-        for one in _look(str(name), split, max_pixels):
+        for one in _look(str(name), split, max_pixels, value_range):
             seen.append(one)
             progress(len(seen), count)
     found = [_finding(one.split, one.path, *problem) for one in seen for problem in one.problems]
     found += _twins(seen, source.labels)
     found += _resembling(seen)
     found += check_labels(source)
+    if value_range is None:
+        found += [_finding(str(name), str(name), "unused-range", said) for name, split in source.splits.items()
+                  if (said := unused_range(some_of(split)))]  # fmt: skip
     if folder is not None:
         found += _beside(folder)
     places = {kind: place for place, kind in enumerate(KINDS)}
@@ -123,22 +128,32 @@ def _finding(split: str, path: str, kind: str, detail: str) -> Finding:
     return Finding(split, path, kind, KINDS[kind][0], detail)
 
 
+def some_of(split: datasets.Dataset, count: int = 32) -> Iterator[bytes | Path]:
+    """Encoded images from all over a split."""
+    for row in np.unique(np.linspace(0, len(split) - 1, count).round().astype(int)) if len(split) else ():
+        yield encoded(split[int(row)]["image"])
+
+
 # -- one image ------------------------------------------------------------------------------------
 
 
-def _look(split: str, rows: datasets.Dataset, max_pixels: int) -> Iterator[_Seen]:
+def _look(
+    split: str, rows: datasets.Dataset, max_pixels: int, value_range: Range | None
+) -> Iterator[_Seen]:  # fmt: skip
     labels = class_indices(rows)
     for start in range(0, len(rows), _CHUNK):
         index = np.arange(start, min(start + _CHUNK, len(rows)))
         cells = rows[start : start + _CHUNK]["image"]
         jobs = zip(sample_names(rows, index), labels[index].tolist(), cells, strict=True)
-        yield from each_of(cells)(lambda job: _examined(split, job[0], job[1], job[2], max_pixels), jobs)
+        yield from each_of(cells)(lambda job: _examined(split, job[0], job[1], job[2], max_pixels, value_range), jobs)
 
 
-def _examined(split: str, path: str, label: int, cell: dict[str, Any], max_pixels: int) -> _Seen:
+def _examined(
+    split: str, path: str, label: int, cell: dict[str, Any], max_pixels: int, value_range: Range | None
+) -> _Seen:  # fmt: skip
     source = encoded(cell)
     try:
-        pixels = decode(source, max_pixels)
+        pixels = decode(source, max_pixels, value_range=value_range)
         said = about(source, max_pixels)
     except BadImage as error:
         return _Seen(split, path, label, ((_kind_of(str(error)), str(error)),))

@@ -6,31 +6,36 @@ does differently from mode to mode is settled here, once.
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from vitft.config import TrainConfig
+from vitft.data.color import STRIP as _STRIP
+from vitft.data.color import Range, RangeError, converter, is_cut, samples, strips
+from vitft.data.limits import check_bytes, check_scans, is_jxl, jxl_size
 from vitft.errors import DataError
 
 Array = NDArray[Any]
 
 MAX_PIXELS: int = TrainConfig.model_fields["max_pixels"].default
 
-# Documents and films that Pillow opens only by way of other programs, or not at all; and containers of an
-# image in another format, whose size their own header does not tell.
-_NO_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"} | {"BLP", "ICNS", "ICO", "IPTC"}
+# Documents and films that Pillow opens only by way of other programs, or not at all; containers of an image in
+# another format, whose size their own header does not tell; and FITS, whose BZERO and BSCALE Pillow leaves out, so
+# that its 16-bit values come out as others.
+_NO_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"} | {"BLP", "ICNS", "ICO", "IPTC"} | {"FITS"}
 
 # How many pixels of an ordinary JPEG or PNG a pixel counts as: by the memory of its decoder (8 bytes a pixel
 # for those; docs/reliability.md has all), or by its time, where Pillow has a decoder written in Python: over a
 # second for a million pixels.
-_WEIGHT = {"progressive JPEG": 1.1, "AVIF": 1.5, "WEBP": 2.0, "JPEG2000": 2.5}
+_WEIGHT = {"progressive JPEG": 1.1, "AVIF": 1.5, "WEBP": 2.0, "JPEG2000": 2.5, "JXL": 2.5}
 _BY_PYTHON = 50.0
 
 _COMMON = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # a format that is tried in vain takes as long as a tiny image
@@ -46,23 +51,30 @@ def encoded(cell: dict[str, Any]) -> bytes | Path:
 
 
 def decode(
-    source: bytes | Path | Image.Image, max_pixels: int = MAX_PIXELS, enough: int | None = None
+    source: bytes | Path | Image.Image,
+    max_pixels: int = MAX_PIXELS,
+    enough: int | None = None,
+    value_range: Range | None = None,
 ) -> NDArray[np.uint8]:
-    """Turn an encoded image into upright RGB: uint8, (H, W, 3), C-contiguous, writable.
+    """Turn an encoded image into upright sRGB: uint8, (H, W, 3), C-contiguous, writable.
 
-    Transparent parts are laid over white, 16 bits become 8 by dividing by 257, of an animation the
-    first frame counts, and the EXIF orientation is applied. An opaque 8-bit image comes out exactly
-    as Pillow's `convert("RGB")`. With `enough`, for training alone, a JPEG is decoded at a half, a
-    quarter or an eighth where its shorter side still has that many pixels: several times as fast.
+    Transparent parts are laid over white, an ICC profile is applied, of an animation the first frame counts, and
+    the EXIF orientation is applied. Samples of more than 8 bits become 8 by the range of the file's format and tags,
+    or by `value_range`, its black and white (`vitft.data.color` has the rules), and never by the image's own values.
+    An opaque 8-bit image without a profile other than sRGB's comes out exactly as Pillow's `convert("RGB")`.
 
-    Raises BadImage, and nothing else, for anything that is not wholly readable or that has more than
-    `max_pixels` pixels (checked before any pixel is decoded).
+    With `enough`, for training alone, a JPEG is decoded at a half, a quarter or an eighth where its shorter side
+    still has that many pixels: several times as fast.
+
+    Raises BadImage, and nothing else, for anything that is not wholly readable, whose range is not known, or that
+    would take more memory or time than an image of `max_pixels` pixels (checked before any pixel is decoded).
     """
     _silence_pillow()
     try:
         if isinstance(source, Image.Image):
-            return _upright(*_pixels(source, max_pixels, enough))
-        return _upright(*_read(source, max_pixels, enough))  # the file's own copy of the pixels is gone by now
+            return _upright(*_pixels(source, max_pixels, enough, value_range))
+        # The file's own copy of the pixels is gone by the time they are turned.
+        return _upright(*_read(source, max_pixels, enough, value_range))
     except Exception as error:  # broken data makes Pillow raise almost anything, MemoryError included
         raise _bad(error, max_pixels) from error
 
@@ -99,10 +111,32 @@ def about(source: bytes | Path, max_pixels: int = MAX_PIXELS) -> About:
         raise _bad(error, max_pixels) from error
 
 
+def unused_range(sources: Iterable[bytes | Path], max_pixels: int = MAX_PIXELS) -> str | None:
+    """What to say where images of 16 bits use so little of them that they become nearly black; None if they do not.
+
+    A PNG does not say that its 16 bits hold 12. That is told by many images, and said, and changes none of them.
+    """
+    brightest = 0
+    for source in sources:
+        with suppress(Exception), _open(source, max_pixels) as image:  # what is wrong with it, `decode` says
+            if not image.mode.startswith("I;16"):
+                return None
+            _check_size(image, max_pixels)
+            brightest = max(brightest, *(int(samples(part, image).max()) for _, part in strips(image)))
+    if not 0 < brightest < 65_536 // 4:
+        return None
+    white = 2 ** brightest.bit_length() - 1
+    return (
+        f"16-bit images that reach {brightest:,} of 65,535 become nearly black; if they hold "
+        f"{brightest.bit_length()} bits, add --value-range 0:{white}"
+    )
+
+
 @cache
 def formats() -> tuple[str, ...]:
     """Pillow's names of the formats that are read, in the order in which they are tried."""
     Image.init()
+    _register_plugins()
     return tuple(name for name in dict.fromkeys((*_COMMON, *Image.ID)) if name in Image.OPEN and name not in _NO_PIXELS)
 
 
@@ -112,48 +146,90 @@ def suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats())
 
 
+def _register_plugins() -> None:
+    """Let Pillow read HEIC and JPEG XL, where vitft[heic] is installed."""
+    with suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener(thumbnails=False)
+    with suppress(ImportError):
+        from pillow_jxl import JpegXLImagePlugin
+
+        JpegXLImagePlugin.DECODE_THREADS = 0  # each of our own threads decodes an image
+
+
 def _open(source: bytes | Path, max_pixels: int) -> Image.Image:
     # Pillow refuses over twice its own limit. Who asks for more than that gets it: the limit is only
     # ever raised, so threads that decode at the same time cannot disturb one another.
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels
     if not isinstance(source, Path):
-        if not source:
-            raise BadImage("is empty (zero bytes)")
-        return Image.open(BytesIO(source), formats=formats())
+        return _opened(BytesIO(source), len(source), max_pixels, None)
     if not source.is_file():  # a pipe would block, a folder has no pixels
         raise BadImage("is not a file" if source.exists() else "does not exist")
-    if source.stat().st_size == 0:
+    with source.open("rb") as stream:
+        return _opened(stream, source.stat().st_size, max_pixels, source)
+
+
+def _opened(stream: BinaryIO, size: int, max_pixels: int, file: Path | None) -> Image.Image:
+    if size == 0:
         raise BadImage("is empty (zero bytes)")
-    return Image.open(source, formats=formats())
+    if too_large := check_bytes(stream, size, max_pixels):
+        raise BadImage(too_large)
+    head = stream.read(32)
+    stream.seek(0)
+    if is_jxl(head) and "JXL" in formats():
+        width, height = jxl_size(stream) or (0, 0)
+        _check_pixels(width, height, "JXL", _WEIGHT["JXL"], max_pixels)
+    try:
+        return Image.open(file or stream, formats=formats())
+    except UnidentifiedImageError:
+        kind = "JPEG XL" if is_jxl(head) else "HEIC" if head[4:8] == b"ftyp" and _HEIC.search(head) else None
+        if kind and {"JPEG XL": "JXL", "HEIC": "HEIF"}[kind] not in formats():
+            raise BadImage(f"is {kind}, which is read with: pip install 'vitft[heic]'") from None
+        raise
 
 
-def _read(source: bytes | Path, max_pixels: int, enough: int | None) -> tuple[NDArray[np.uint8], int]:
+_HEIC = re.compile(b"hei[cxms]|hev[cmx]|mif1")
+
+
+def _read(
+    source: bytes | Path, max_pixels: int, enough: int | None, value_range: Range | None
+) -> tuple[NDArray[np.uint8], int]:
     with _open(source, max_pixels) as image:
-        return _pixels(image, max_pixels, enough)
+        return _pixels(image, max_pixels, enough, value_range)
 
 
-def _pixels(image: Image.Image, max_pixels: int, enough: int | None) -> tuple[NDArray[np.uint8], int]:
+def _pixels(
+    image: Image.Image, max_pixels: int, enough: int | None, value_range: Range | None
+) -> tuple[NDArray[np.uint8], int]:
     """RGB as stored, and the orientation."""
     _check_size(image, max_pixels)
+    if value_range is not None and is_cut(image):
+        raise BadImage("has 16 bits a color, of which Pillow reads the upper 8; save it as gray, or as 8 bits")
     if enough is not None and image.format == "JPEG":
         image.draft(None, (enough, enough))
     image.load()
     width, height = image.size
-    convert = _converter(image)
+    convert = converter(image, value_range)
     if width * height <= _STRIP:
         return convert(image), _orientation(image)
     pixels = np.empty((height, width, 3), np.uint8)
-    for top, strip in _strips(image):
+    for top, strip in strips(image):
         pixels[top : top + strip.height] = convert(strip)
     return pixels, _orientation(image)
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
-    width, height = image.size
     kind = "progressive JPEG" if image.info.get("progressive") else str(image.format)
     tiles = getattr(image, "tile", None)
     weight = _BY_PYTHON if tiles and tiles[0][0] in Image.DECODERS else _WEIGHT.get(kind, 1.0)
+    _check_pixels(*image.size, kind, weight, max_pixels)
+    if too_many := check_scans(image, max_pixels):
+        raise BadImage(too_many)
+
+
+def _check_pixels(width: int, height: int, kind: str, weight: float, max_pixels: int) -> None:
     if width * height * weight > max_pixels:
         each = f", and a pixel of {kind} counts as {weight:g}" if weight > 1 else ""
         raise BadImage(f"{_too_many(width * height, max_pixels)} ({width} x {height}{each})")
@@ -161,85 +237,10 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
         raise BadImage(f"has no pixels ({width} x {height})")
 
 
-_STRIP = 1 << 20  # pixels that are converted at a time: what that takes beside the image stays small
-
-
-def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """The image in pieces of whole rows, each with its first."""
-    width, height = image.size
-    rows = max(1, _STRIP // width)
-    for top in range(0, height, rows):
-        yield top, image.crop((0, top, width, min(top + rows, height)))
-
-
-def _converter(image: Image.Image) -> Callable[[Image.Image], NDArray[np.uint8]]:
-    """What turns the loaded image, or a piece of it, into RGB in its stored orientation: uint8, (H, W, 3)."""
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        to_8_bit = _float_to_8_bit(image) if image.mode == "F" else _integer_to_8_bit(image)
-        see_through = image.info.get("transparency")
-
-        def convert(part: Image.Image) -> NDArray[np.uint8]:
-            stored = np.asarray(part)
-            gray = to_8_bit(stored)
-            if isinstance(see_through, int):
-                gray = np.where(stored == see_through, np.uint8(255), gray)
-            return np.repeat(gray[:, :, None], 3, axis=2)
-
-        return convert
-    if image.mode == "LAB":
-        from PIL import ImageCms
-
-        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        transform = ImageCms.buildTransform(lab, srgb, "LAB", "RGB")
-        return lambda part: np.array(ImageCms.applyTransform(part, transform), np.uint8)
-    if image.has_transparency_data:
-        return _over_white
-    return lambda part: np.array(part if part.mode == "RGB" else part.convert("RGB"))
-
-
-def _over_white(image: Image.Image) -> NDArray[np.uint8]:
-    rgba = np.asarray(image.convert("RGBA"), np.uint16)
-    color, alpha = rgba[..., :3], rgba[..., 3:]
-    return ((color * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)  # at most 65,152
-
-
-def _integer_to_8_bit(image: Image.Image) -> Callable[[Array], NDArray[np.uint8]]:
-    """16-bit values by 1/257 (65535 -> 255); wider or negative ones stretched from least to greatest."""
-    ends = [(int(stored.min()), int(stored.max())) for _, part in _strips(image) for stored in [np.asarray(part)]]
-    low, high = min(low for low, _ in ends), max(high for _, high in ends)
-    if low < 0 or high > 65_535:
-        return lambda stored: _stretch(stored.astype(np.float64), low, high)
-    return lambda stored: ((stored.astype(np.uint32) + 128) // 257).astype(np.uint8)
-
-
-def _float_to_8_bit(image: Image.Image) -> Callable[[Array], NDArray[np.uint8]]:
-    """0..1 times 255, 0..255 as they are, others stretched; not-a-number is black."""
-    low, high, gaps = np.inf, -np.inf, False
-    for _, part in _strips(image):
-        stored = np.asarray(part)
-        finite = stored[np.isfinite(stored)]
-        low, high = float(finite.min(initial=low)), float(finite.max(initial=high))
-        gaps = gaps or bool(np.isnan(stored).any())
-    low, high = (low, high) if low <= high else (0.0, 0.0)
-    black = min(low, 0.0)
-    least = black if gaps else low
-
-    def convert(stored: Array) -> NDArray[np.uint8]:
-        values = np.nan_to_num(stored.astype(np.float64), nan=black, posinf=high, neginf=low)
-        if low < 0 or high > 255:
-            return _stretch(values, least, high)
-        return np.asarray(np.floor(values * (255 if high <= 1 else 1) + 0.5), np.uint8)
-
-    return convert
-
-
-def _stretch(values: NDArray[np.float64], low: float, high: float) -> NDArray[np.uint8]:
-    scaled = (values - low) / max(high - low, 1e-300)
-    return np.asarray(np.floor(scaled * 255 + 0.5), np.uint8)
-
-
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 to 8; 1 when there is none or the EXIF block is damaged (the pixels are not)."""
+    if image.format == "JXL" and not getattr(image, "jpeg", False):
+        return 1  # its decoder has turned it; what its EXIF says is of no account (ISO/IEC 18181-2)
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:
@@ -282,6 +283,8 @@ def _bad(error: Exception, max_pixels: int) -> BadImage:
     if isinstance(error, Image.DecompressionBombError):
         count = re.search(r"\d+", text)
         return BadImage(_too_many(int(count[0]), max_pixels) if count else text)
+    if isinstance(error, RangeError):
+        return BadImage(f"{text} --value-range BLACK:WHITE")
     if isinstance(error, UnidentifiedImageError):
         return BadImage("is not an image of a format that is read")
     if isinstance(error, MemoryError):

@@ -124,7 +124,7 @@ def decode_all(
         try:
             source = encoded(cell)
             enough = _enough(source, how, crops) if training else None
-            return np.ascontiguousarray(reduced(decode(source, max_pixels, enough), how, crops))
+            return np.ascontiguousarray(reduced(decode(source, max_pixels, enough, how.value_range), how, crops))
         except BadImage as error:
             return error
 

@@ -104,7 +104,7 @@ def trace(image: Path, checkpoint: str | Path) -> Trace:
 def _fitted(image: Path, how: Preprocess) -> NDArray[np.uint8]:
     """The image at the model's size, (H, W, 3)."""
     try:
-        decoded = decode(image.expanduser())
+        decoded = decode(image.expanduser(), value_range=how.value_range)
     except (BadImage, OSError) as error:
         raise DataError(f"{image}: {getattr(error, 'strerror', None) or error}; give an image file.") from None
     fitted: NDArray[np.uint8] = fit(torch.from_numpy(decoded)[None], how)[0].numpy()
