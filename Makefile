@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test check smoke bench mutants soak wheel clean
+.PHONY: help demo test check smoke bench mutants mutation soak wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -62,7 +62,13 @@ bench: .venv-bench/.installed  ## vitft beside its peers on this machine, in an 
 mutants: .venv/.installed-dev  ## every contract broken once, on a copy: some test must notice
 	$(BIN)/python tests/mutants/run.py
 
-soak: .venv/.installed-dev  ## the longer proofs, an hour of faults among them: about two hours, on an idle machine
+mutation: .venv/.installed-dev  ## a sample of small faults in the code: what share do the tests notice? (hours; it can be broken off)
+	$(BIN)/python -m tests.mutants.sample record
+	$(BIN)/python -m tests.mutants.sample run --count 600
+	$(BIN)/python -m tests.mutants.sample report
+
+soak: .venv/.installed-dev  ## the longer proofs: all tests under other kernels, an hour of faults; about four hours, idle
+	$(BIN)/python -m tests.kernels
 	$(BIN)/python -m tests.soak --minutes 60
 	$(BIN)/python -m pytest -m slow -s --timeout 7200
 

@@ -10,7 +10,7 @@ import pytest
 
 # Models here are so small that a second thread costs more than it brings, above all on a busy machine.
 # Set before torch is first imported, and inherited by the processes that tests start.
-os.environ["OMP_NUM_THREADS"] = TINY_THREADS = "1"
+os.environ["OMP_NUM_THREADS"] = TINY_THREADS = os.environ.get("VITFT_TEST_THREADS", "1")
 os.environ["VITFT_CACHE"] = tempfile.mkdtemp(prefix="vitft-tests-")  # decoded photos of tests are no user's
 
 ARCHITECTURES = ("vit", "deit", "beit", "dinov2", "swin")
