@@ -13,7 +13,9 @@ from tests.test_trainer import config
 from vitft.history import recorded
 
 _context = mp.get_context("forkserver")
-_context.set_forkserver_preload(["vitft.trainer", "vitft.evaluation", "transformers.models.vit.modeling_vit"])
+_context.set_forkserver_preload(
+    ["vitft.trainer", "vitft.classification", "vitft.evaluation", "transformers.models.vit.modeling_vit"]
+)
 Process = Any
 
 # 320 images in batches of 8: 40 steps an epoch, 80 in all.

@@ -35,7 +35,7 @@ ROOMS = [
     ["faults"],
     ["checkpoint", "history", "metrics", "models", "optim", "signals"],
     ["recipe", "card"],
-    ["positions"],
+    ["positions", "classification"],
     ["data.suspects"],
     ["data.info", "data.preview", "data.loader", "data.check"],
     ["data.splits", "data.store"],
@@ -54,7 +54,7 @@ ROOMS = [
     ["console", "errors", "files", "fonts", "paths", "randomness"],
     ["__init__"],  # the version; its public API is lazy, and may name any room
 ]
-HEAVY = {"torch", "transformers", "datasets", "numpy", "accelerate", "sklearn", "matplotlib"}
+HEAVY = {"torch", "transformers", "datasets", "numpy", "accelerate", "evaluate", "sklearn", "matplotlib"}
 LIGHT = ["cli", "shell", "config", "settings", "options", "errors", "spec", "recipe", "console", "textbook.config"]
 SCRATCH = {"numpy", "scipy", "safetensors", "vitft"}
 

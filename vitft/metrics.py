@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import isfinite, sqrt
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -82,9 +83,7 @@ def score(
     """Score a split of n images: truth is (n,), top (n, k) best class first, losses (n,) in nats.
 
     k is 5, or the number of classes where there are fewer. `labels` names the classes in the order of
-    their indices; `elapsed_s` is the time that reading and classifying the n images took. Precision and
-    recall are 0 where nothing was predicted or nothing is true, and macro F1 is the mean over the classes
-    that are true or predicted somewhere: scikit-learn's `f1_score` does both.
+    their indices; `elapsed_s` is the time that reading and classifying the n images took.
 
     Raises DataError if n is 0, ModelError if the mean loss is not a finite number, and ValueError if
     the arrays do not belong together.
@@ -96,28 +95,27 @@ def score(
         raise ValueError(f"got truth {truth.shape}, top {top.shape}, losses {losses.shape}, {classes} labels")
     if min(truth.min(), top.min()) < 0 or max(truth.max(), top.max()) >= classes:
         raise ValueError(f"a class index lies outside 0..{classes - 1}")
-    loss = float(np.mean(losses, dtype=np.float64))
-    if not isfinite(loss):
-        raise ModelError(f"loss on {split} is {loss}: the weights or inputs are not finite numbers")
-    best = top[:, 0]
-    pairs, sizes = np.unique(truth * classes + best, return_counts=True)  # never C x C numbers
-    true, predicted = np.bincount(truth, minlength=classes), np.bincount(best, minlength=classes)
-    hits = np.bincount(truth[truth == best], minlength=classes)
-    f1 = 2 * hits / np.maximum(true + predicted, 1)
-    columns = (hits / np.maximum(predicted, 1), hits / np.maximum(true, 1), f1, true)
-    correct = int(hits.sum())
+    from vitft.classification import Classification
+
+    with TemporaryDirectory() as folder:  # evaluate makes a folder even when it keeps all in memory.
+        metric = Classification(keep_in_memory=True, cache_dir=folder)
+        found = (top == truth[:, None]).any(axis=1)
+        got = metric.compute(references=truth, predictions=top[:, 0], found=found, losses=losses, classes=classes)
+    if not isfinite(got["loss"]):
+        raise ModelError(f"loss on {split} is {got['loss']}: the weights or inputs are not finite numbers")
+    columns = (got[name].tolist() for name in ("precision", "recall", "f1", "count"))
     return Metrics(
-        accuracy=correct / count,
-        accuracy_interval=wilson_interval(correct, count),
-        top5=float((top == truth[:, None]).any(axis=1).mean()),
-        loss=loss,
-        macro_f1=float(f1[true + predicted > 0].mean()),
+        accuracy=got["correct"] / count,
+        accuracy_interval=wilson_interval(got["correct"], count),
+        top5=got["top5"],
+        loss=got["loss"],
+        macro_f1=got["macro_f1"],
         count=count,
         split=split,
         split_hash=split_hash,
         images_per_s=count / max(elapsed_s, 1e-9),
-        per_class=[ClassScore(*row) for row in zip(labels, *(column.tolist() for column in columns), strict=True)],
-        cells=np.stack([pairs // classes, pairs % classes, sizes], axis=1),
+        per_class=[ClassScore(*row) for row in zip(labels, *columns, strict=True)],
+        cells=got["cells"],
     )
 
 
