@@ -18,7 +18,7 @@ from PIL import Image
 
 from vitft.data.augment import each_of
 from vitft.data.color import Range
-from vitft.data.folders import passed_over
+from vitft.data.folders import relative, scan
 from vitft.data.images import MAX_PIXELS, BadImage, about, decode, encoded, unused_range
 from vitft.data.sources import Source, class_indices, sample_names
 
@@ -104,7 +104,7 @@ def check(
         found += [_finding(str(name), str(name), "unused-range", said) for name, split in source.splits.items()
                   if (said := unused_range(some_of(split)))]  # fmt: skip
     if folder is not None:
-        found += _beside(folder)
+        found += _beside(folder, source)
     places = {kind: place for place, kind in enumerate(KINDS)}
     return sorted(found, key=lambda finding: places[finding.kind])
 
@@ -160,7 +160,9 @@ def _examined(
     problems = []
     suffix = Path(path).suffix.lower()
     named = Image.registered_extensions().get(suffix)
-    if named is not None and named != said.format and {named, said.format} != {"JPEG", "MPO"}:
+    if named is None and isinstance(source, Path):
+        problems.append(("wrong-extension", f"{suffix or 'no suffix'}, but it is a {said.format}"))
+    elif named not in (None, said.format) and {named, said.format} != {"JPEG", "MPO"}:
         problems.append(("wrong-extension", f"{suffix}, but it is a {said.format}"))
     if said.orientation != 1:
         problems.append(("rotated", f"EXIF orientation {said.orientation}"))
@@ -264,13 +266,13 @@ def check_labels(source: Source) -> Iterator[Finding]:
         spelled.setdefault(plain, label)
 
 
-def _beside(folder: Path) -> Iterator[Finding]:
-    """Files of a folder that are not read; images under another name are said to be such."""
-    for file in passed_over(folder):
-        try:
-            found = about(file).format
-        except BadImage:
-            yield _finding("", str(file.relative_to(folder)), "passed-over", "no image by its name")
-        else:
-            detail = f"it is a {found}, and is not read for its name"
-            yield _finding("", str(file.relative_to(folder)), "wrong-extension", detail)
+def _beside(folder: Path, source: Source) -> Iterator[Finding]:
+    """Files of a folder that are not read, and images that belong to no split of the data set."""
+    tree = scan(folder).tree
+    for path, kind in tree.passed():
+        detail = f"{kind}, which is not read" if kind else "no image"
+        yield _finding("", relative(path, tree.path), "passed-over", detail)
+    read = {name for rows in source.splits.values() for name in sample_names(rows, np.arange(len(rows)))}
+    for path in tree.files():
+        if (name := relative(path, tree.path)) not in read:
+            yield _finding("", name, "passed-over", "an image of no split")

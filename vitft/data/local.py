@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 
 from vitft.console import size
 from vitft.data import pixels
-from vitft.data.folders import Folder, read_folder, scan
+from vitft.data.folders import Folder, scan
+from vitft.data.layouts import read_folder
 from vitft.data.schema import Notes, Reading, find_columns, in_memory, role_of
 from vitft.data.tables import TABLE_SUFFIXES, read_table
 from vitft.errors import DataError
@@ -36,10 +37,10 @@ def read(path: Path, reading: Reading, notes: Notes) -> Splits:
             raise DataError(f"{path} is no data set; give a folder, or a .csv, .jsonl or .parquet file.")
         if (batches := pixels.cifar_folder(path)) is not None:
             return pixels.read_cifar(batches, label_column)
-        tree = scan(path.absolute())
-        if files := find_parquet(tree):
+        listing = scan(path.absolute())
+        if files := find_parquet(listing.tree):
             return read_parquet(files, image_column, label_column)
-        return read_folder(path, tree)
+        return read_folder(path, listing, reading, notes)
     except OSError as error:
         raise DataError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
 
@@ -121,4 +122,4 @@ def _by_split(files: list[Path]) -> dict[str, list[Path]]:
 
 
 def _parquet_in(folder: Folder) -> list[Path]:
-    return [Path(folder.path, name) for name in folder.others if name.endswith(".parquet")]
+    return [Path(folder.path, one.name) for one in folder.others if one.name.endswith(".parquet")]
