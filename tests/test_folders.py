@@ -3,15 +3,18 @@
 import os
 import resource
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from vitft.data import folders, images
 from vitft.data.folders import scan
 from vitft.data.sources import Source, class_indices, open_source, sample_names
 from vitft.data.splits import make_splits, manifest
 from vitft.errors import DataError
+from vitft.prediction import find_images
 
 
 def draw(*files: Path) -> None:
@@ -71,6 +74,96 @@ def test_folders_without_end_are_refused(tmp_path: Path) -> None:
     draw(tmp_path / Path(*"x" * 110) / "1.png")
     with pytest.raises(DataError, match="lies over 100 folders deep"):
         open_source(str(tmp_path))
+
+
+# -- what a file is -------------------------------------------------------------------------------
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+
+
+@pytest.fixture
+def no_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As where neither HEIC nor JPEG XL can be read."""
+    known = tuple(name for name in images.formats() if name not in ("HEIF", "JXL"))
+    names = frozenset(name for name in images.suffixes() if name not in (".heic", ".heif", ".hif", ".jxl"))
+    monkeypatch.setattr(folders, "formats", lambda: known)
+    monkeypatch.setattr(folders, "suffixes", lambda: names)
+    folders._readers.cache_clear()
+    yield
+    folders._readers.cache_clear()
+
+
+def write(file: Path, content: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
+
+
+@pytest.mark.usefixtures("no_plugins")
+def test_pictures_that_are_not_read_are_counted_with_the_remedy(tmp_path: Path) -> None:
+    draw(tmp_path / "cat" / "1.png", tmp_path / "dog" / "1.png", tmp_path / "dog" / "a photo.heic")
+    for number in range(3):
+        write(tmp_path / "dog" / f"{number}.HEIC", HEIC)
+    write(tmp_path / "cat" / "x.jxl", b"\xff\x0a" + bytes(40))
+    source = open_source(str(tmp_path))
+    assert content(source)["train"] == [("cat/1.png", "cat"), ("dog/1.png", "dog"), ("dog/a photo.heic", "dog")]
+    assert source.warnings == (
+        "1 file is JPEG XL, which is not read (the first is cat/x.jxl): pip install 'vitft[heic]'",
+        "3 files are HEIC, which is not read (the first is dog/0.HEIC): pip install 'vitft[heic]'",
+    )
+
+
+@pytest.mark.usefixtures("no_plugins")
+def test_a_class_of_which_no_picture_is_read_is_an_error(tmp_path: Path) -> None:
+    draw(tmp_path / "cat" / "1.png", tmp_path / "dog" / "1.png")
+    write(tmp_path / "fish" / "1.HEIC", HEIC)
+    with pytest.raises(DataError, match=r"the folder fish holds no image that is read: 1 file is HEIC.*vitft\[heic\]"):
+        open_source(str(tmp_path))
+
+
+def test_what_pillow_can_read_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "suffixes", lambda: images.suffixes() | {".heic"})  # as with a plugin
+    draw(tmp_path / "cat" / "1.png", tmp_path / "dog" / "1.heic")
+    assert content(open_source(str(tmp_path)))["train"] == [("cat/1.png", "cat"), ("dog/1.heic", "dog")]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", "DDS", "QOI"])
+def test_every_format_is_known_without_its_name(tmp_path: Path, kind: str) -> None:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "x", kind)
+    assert scan(tmp_path).tree.unnamed == ["x"]
+
+
+@pytest.mark.parametrize(
+    "head", [b"", b"P", b"BM", b"II*\0", b"RIFF", b"GIF", b"\x0a\x05", b"# notes\n", b"\0" * 99, b"P1x"]
+)
+def test_what_merely_begins_like_an_image_is_none(tmp_path: Path, head: bytes) -> None:
+    write(tmp_path / "x", head)
+    assert scan(tmp_path).tree.count == (head == b"II*\0")  # a TIFF that is cut short; decoding it says so
+
+
+def test_a_pipe_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert scan(tmp_path).tree.others == [("pipe", "")]
+
+
+def test_files_known_by_name_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw(tmp_path / "1.png")
+    for name in ("1.txt", "1.XML", "1.npy", "2.json"):
+        write(tmp_path / name, b"x")
+    monkeypatch.setattr("builtins.open", lambda *a, **k: pytest.fail(f"opened {a[0]}"))
+    listing = scan(tmp_path)
+    assert (listing.tree.count, len(listing.tree.others)) == (1, 4)
+
+
+def test_a_folder_that_is_predicted_tells_what_is_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(tmp_path / "1.png", tmp_path / "no suffix")
+    write(tmp_path / "a.NEF", b"II*\0")
+    write(tmp_path / "notes.txt", b"x")
+    assert [Path(name).name for name in find_images([tmp_path])] == ["1.png", "no suffix"]
+    said = capsys.readouterr().err
+    assert "1 file is camera raw, which is not read (the first is a.NEF): convert to JPEG or PNG" in said
+    assert "1 file is no image and not read: 1 .txt (the first is notes.txt)" in said
 
 
 @pytest.mark.slow

@@ -122,7 +122,7 @@ def test_what_starts_the_command_line_is_light(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["config", "errors", "spec", "recipe", "options"])
 def test_the_lowest_rooms_enter_no_heavy_one(name: str) -> None:
-    assert rooms_entered(name) <= {"config", "errors", "settings", "spec"}
+    assert rooms_entered(name) <= {"config", "errors", "paths", "settings", "spec"}
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -164,6 +164,12 @@ def test_a_module_says_what_it_is_and_leaves_nothing_open(name: str) -> None:
 def test_there_is_no_drawer_for_odds_and_ends() -> None:
     assert not {"utils", "util", "helpers", "misc", "common"} & {name.split(".")[-1] for name in MODULES}
     assert not [name for name, body in BODIES.items() if "__main__'" in ast.unparse(body)]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_home_folder_is_found_in_one_place(name: str) -> None:
+    """`Path.expanduser` ends in an error for a name that merely begins with ~; `paths.expanded` does not."""
+    assert name == "paths" or not [line for line, code in calls(name) if code.endswith("expanduser")]
 
 
 def test_every_import_is_declared() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vitft.paths import absolute, shown
+from vitft.paths import absolute, expanded, shown
 
 
 def test_the_home_folder_is_a_tilde_and_nothing_else_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,3 +21,14 @@ def test_what_exists_is_absolute_and_names_stay(tmp_path: Path, monkeypatch: pyt
     assert absolute("photos", ["digits"]) == str(tmp_path / "photos")
     assert absolute("digits", ["digits"]) == "digits"
     assert absolute("owner/name", ["digits"]) == "owner/name"
+
+
+def test_a_name_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/ann")
+    (tmp_path / "~data").mkdir()
+    (tmp_path / "~root").mkdir()  # a user of that name is not meant where this is here
+    assert expanded("~/photos") == Path("/home/ann/photos")
+    assert expanded("~") == Path("/home/ann")
+    for name in ("~data", "~data/1.png", "~root/x", "~nobody-of-this-name/x", "photos/~", "a~b", ""):
+        assert expanded(name) == Path(name)

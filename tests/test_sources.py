@@ -92,6 +92,8 @@ def test_relative_paths_and_the_home_folder(tmp_path, monkeypatch):
     draw(tmp_path / "pets" / "cat" / "a.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
+    draw(tmp_path / "~pets" / "cat" / "a.png")
+    assert ids_of(open_source("~pets")) == ["cat/a.png"]
     for spelled in ("pets", "./pets", "~/pets", "pets/../pets"):
         source = open_source(spelled)
         assert (source.name, ids_of(source)) == ("pets", ["cat/a.png"])

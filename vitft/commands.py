@@ -10,6 +10,7 @@ from typing import Any
 
 from vitft import console, reports
 from vitft.errors import DataError, TrainingError, UsageError, as_flag
+from vitft.paths import expanded
 
 
 def train(
@@ -139,7 +140,7 @@ def scratch_figures(folder: Path) -> None:
     from vitft.textbook.figures import draw_figures
 
     try:
-        written = draw_figures(folder.expanduser())
+        written = draw_figures(expanded(folder))
     except OSError as error:
         raise UsageError(f"{folder}: {error.strerror or error}; choose another folder.") from error
     console.note(f"{len(written)} figures in {folder}")
@@ -198,10 +199,10 @@ def explain_image(
     elif folder is None and page is None:
         console.say(trace_table(found))
     if folder is not None:
-        written = draw(found, folder.expanduser())
+        written = draw(found, expanded(folder))
         console.note(f"{len(written)} pictures in {folder}; {written[-1].name} has all of them")
     if page is not None:
-        write_page(found, page.expanduser())
+        write_page(found, expanded(page))
         console.note(f"{page}: open it in a browser; it needs no network")
 
 
@@ -236,7 +237,7 @@ def data_check(
         if not file.parent.is_dir():
             raise UsageError(f"{file}: no such folder; make it first, or choose another.")
     source = open_source(dataset, **options)
-    folder = Path(dataset).expanduser()
+    folder = expanded(dataset)
     of_files = folder.is_dir() and all(map(has_own_files, source.splits.values()))
     with console.working("checking") as progress:
         found = check(

@@ -24,7 +24,7 @@ from vitft.errors import DataError, ModelError, UsageError
 from vitft.hardware import find_device, find_precision, threads
 from vitft.metrics import Metrics, score
 from vitft.models import load_trained, read_config
-from vitft.paths import absolute
+from vitft.paths import absolute, composed, expanded
 
 BATCH = 64  # images of a forward pass: it keeps no activations, so this fits wherever training does
 Progress = Callable[[int, int], None]
@@ -69,7 +69,7 @@ def evaluate(
     vitft's own checkpoints know their data set and splits; for others name a `dataset`. Without
     `split` it is test, else validation, else train. Raises VitftError.
     """
-    where = find_model(Path(checkpoint).expanduser())
+    where = find_model(expanded(checkpoint))
     card = read_card(where) if where.is_dir() else None
     if dataset is None and (card is None or card.config.dataset is None):
         if not where.exists():
@@ -139,6 +139,7 @@ def matched(
     """Class indices of a data set as the model numbers them, matched by name. Raises DataError."""
     if tuple(given) == tuple(known):
         return labels  # also where two classes share a name, as two of ImageNet's do
+    given, known = [composed(label) for label in given], [composed(label) for label in known]
     if set(given) - set(known):
 
         def listed(names: Sequence[str]) -> str:

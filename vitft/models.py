@@ -24,6 +24,7 @@ from vitft.demand import check_demand, check_lengths
 from vitft.errors import ModelError, VitftError, nearest
 from vitft.heads import head_modules, in_head, label_tensors
 from vitft.hub import answers, reason
+from vitft.paths import expanded
 from vitft.positions import at_image_size, check_size
 from vitft.randomness import seed_of
 from vitft.sizes import with_sizes
@@ -100,7 +101,7 @@ def read_config(where: str | Path) -> Any:
 
 def locate(model: str) -> str:
     """The folder or hub id behind a name; the bundled checkpoint has a name of its own."""
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.is_dir():
         return str(path)
     if path.is_file():

@@ -10,6 +10,7 @@ from vitft.config import TrainConfig
 from vitft.console import duration, size
 from vitft.hardware import memory_guard, micro_batch, threads
 from vitft.optim import total_steps
+from vitft.paths import expanded
 from vitft.preparation import Prepared, prepare
 from vitft.probing import features_pay, passes
 from vitft.runs import folder_of
@@ -79,7 +80,7 @@ def plan(config: TrainConfig, output: Path | None = None, overwrite: bool = Fals
 
     Raises UsageError where the run may not be written to `output`.
     """
-    output = None if output is None else output.expanduser()
+    output = None if output is None else expanded(output)
     if output is not None:
         ckpt.check_free(output, overwrite=overwrite)
     prepared = prepare(config)

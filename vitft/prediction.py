@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
+from vitft import console
 from vitft.checkpoint import find_model
 from vitft.data.augment import fit, normalize, workers
-from vitft.data.folders import image_files
+from vitft.data.folders import scan, told
 from vitft.data.images import MAX_PIXELS, BadImage, decode
 from vitft.errors import DataError
 from vitft.hardware import find_device, threads
 from vitft.models import load_trained
+from vitft.paths import expanded
 
 _BATCH = 64
 
@@ -45,14 +47,14 @@ def predict(
     """
     given = [paths] if isinstance(paths, str | Path) else paths
     found = list(find_images(given))
-    where = find_model(Path(checkpoint).expanduser())
+    where = find_model(expanded(checkpoint))
     loaded = load_trained(where if where.is_dir() else str(checkpoint))
     how = loaded.preprocess.ranged(value_range)
     device = find_device(device)
     model = loaded.model.to(device)
 
     def read(name: str) -> torch.Tensor | str:
-        path = Path(name).expanduser()
+        path = expanded(name)
         try:  # fitted at once, so that a batch of photos never lies in memory at full size
             if not path.exists() and glob.has_magic(name):
                 return "matches no file"
@@ -86,17 +88,23 @@ def _top(model: Any, pixels: torch.Tensor, top_k: int) -> Iterator[list[tuple[in
 
 
 def find_images(given: Sequence[str | Path]) -> Iterator[str]:
-    """The image files behind files, folders and globs, in order, each as it was written.
+    """The image files behind files, folders and globs, in order, each as it was written; what is no image is told.
 
     What is not there, or matches nothing, stays as it is, to get its own row. Raises DataError if
     folders are all that was given and they hold no image.
     """
     count = 0
     for word in map(str, given):
-        path = Path(word).expanduser()
+        path = expanded(word)
         found = [word]
         if path.is_dir():
-            found = [str(file) for file in image_files(path)]
+            tree = scan(path).tree
+            found = [str(Path(file)) for file in tree.files()]
+            plain, pictures = told(tree.passed(), tree.path)
+            for sentence in plain:
+                console.note(f"{word}: {sentence}")
+            for sentence in pictures:
+                console.warn(f"{word}: {sentence}")
         elif not path.exists() and glob.has_magic(word):
             names = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (Path.glob wants relative ones)
             found = [name for name in names if Path(name).is_file()] or [word]

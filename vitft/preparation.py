@@ -21,6 +21,7 @@ from vitft.errors import DataError, UsageError
 from vitft.evaluation import matched, without
 from vitft.hardware import find_attention, resolved
 from vitft.models import Loaded, load_for_training, shape_of
+from vitft.paths import expanded
 from vitft.spec import PRESETS
 
 Stores = dict[str, tuple[Store, NDArray[np.int64]]]
@@ -89,7 +90,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None) -> Prepared:
         raise DataError(f"{config.dataset}: one class ({source.labels[0]}) leaves nothing to tell apart; add another.")
     if config.early_stopping and "validation" not in splits:
         raise UsageError("early_stopping needs a validation split, and there is none; set --val-fraction above 0.")
-    prove(Path(config.model).expanduser())
+    prove(expanded(config.model))
     loaded = load_for_training(config, source.labels) if checkpoint is None else _load_again(config, source, checkpoint)
     attention = _attend(loaded, config)
     pinned: dict[str, Any] = {"model_revision": loaded.revision or config.model_revision,

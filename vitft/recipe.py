@@ -14,6 +14,7 @@ import yaml
 
 from vitft.config import TrainConfig
 from vitft.errors import UsageError, nearest
+from vitft.paths import expanded
 
 Config = TypeVar("Config")
 TEXTBOOK = "scratch/"
@@ -59,7 +60,7 @@ def find_recipe(name_or_file: str, *, textbook: bool | None = None) -> Path:
     Raises UsageError: for no recipe, naming the nearest; and for one that is not of the wanted kind, where
     `textbook` says which.
     """
-    path = Path(name_or_file).expanduser()
+    path = expanded(name_or_file)
     if path.is_file():
         return path
     known = {recipe.name: recipe for recipe in recipes()}

@@ -16,6 +16,7 @@ from vitft.data.splits import manifest
 from vitft.errors import DataError, ModelError, UsageError, as_flag
 from vitft.files import heal, held, write_json
 from vitft.hardware import environment
+from vitft.paths import expanded
 from vitft.preparation import Prepared, Stores, absolute
 
 
@@ -129,7 +130,7 @@ def changed(run: Path, changes: dict[str, Any]) -> TrainConfig:
                 f"Leave {as_flag(name)} out, or start anew from its weights: "
                 f"vitft train --dataset {after.dataset} --model {weights} {as_flag(name)} {now}"
             )
-    place = Path(after.dataset or "").expanduser()
+    place = expanded(after.dataset or "")
     if place.is_absolute() and not place.exists():
         raise DataError(
             f"{after.dataset}, the data set of {run}, is not there; where it has moved, say where to: "

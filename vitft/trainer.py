@@ -27,6 +27,7 @@ from vitft.history import Track, Window, forget_after, record, tracker
 from vitft.learner import Learner
 from vitft.metrics import Metrics
 from vitft.models import load_trained
+from vitft.paths import expanded
 from vitft.plan import warn_if_long
 from vitft.preparation import Prepared, Stores, prepare
 from vitft.signals import StopSignals
@@ -51,7 +52,7 @@ def train(config: TrainConfig, *, output: Path | str | None = None, overwrite: b
     Raises VitftError; Stopped after a signal, when everything is saved.
     """
     accelerator = accelerator_of(config)
-    output = None if output is None else Path(output).expanduser()
+    output = None if output is None else expanded(output)
     if output is not None:
         ckpt.check_free(output, overwrite=overwrite)
     with accelerator.main_process_first():
@@ -73,7 +74,7 @@ def resume(run: Path | str, changes: dict[str, Any] | None = None) -> Result:
     `changes` may hold settings that steer a run without changing its weights (save_every, keep,
     log_every, tracker), and where its data set has moved to. Raises UsageError naming any other.
     """
-    run = Path(run).expanduser()
+    run = expanded(run)
     if not ckpt.is_run(run):
         raise ModelError(f"{run}: no run folder (no config.yaml and checkpoints/ in it); give the folder of a run.")
     with runs.alone_in(run):

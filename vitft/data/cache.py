@@ -37,6 +37,7 @@ from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest, xxh3_128
 from vitft import console
 from vitft.data.augment import each_of
 from vitft.files import held, json_text
+from vitft.paths import expanded
 
 _FORMAT = 2  # entries of another format have other keys: they are never read, are the first to go, and can be cleared
 _ABANDONED_S = 600.0  # an unfinished entry this long untouched that no process holds is a killed run's
@@ -60,7 +61,7 @@ class Entry:
 def root() -> Path:
     """Where entries are kept: in VITFT_CACHE, else in the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("VITFT_CACHE") or Path(home) / "vitft").expanduser() / "decoded"
+    return expanded(os.environ.get("VITFT_CACHE") or Path(home) / "vitft") / "decoded"
 
 
 def fingerprint(rows: datasets.Dataset, *made_by: Any, whole: bool = False) -> str | None:

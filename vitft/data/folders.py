@@ -239,8 +239,3 @@ def told(passed: Iterable[tuple[str, str]], root: str) -> tuple[list[str], list[
 
 def _files(count: int) -> str:
     return "1 file is" if count == 1 else f"{count:,} files are"
-
-
-def image_files(folder: Path) -> Iterator[Path]:
-    """Image files at any depth, those of a folder before those of the folders in it, in order of name."""
-    return map(Path, scan(folder).tree.files())

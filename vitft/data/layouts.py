@@ -6,7 +6,6 @@ as good, the data set is refused.
 
 import os
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from vitft.data.folders import Folder, Listing, relative, told
 from vitft.data.schema import Notes, Reading, image_structs, make_split, role_of
 from vitft.data.tables import read_table
 from vitft.errors import DataError
+from vitft.paths import composed
 
 Classes = dict[str, list[str]]
 """Paths of the images of each class, by its name in composed form (NFC)."""
@@ -55,7 +55,10 @@ def _tell_files(folder: Folder, notes: Notes, used: Iterable[Path] = ()) -> None
         notes.warn(sentence)
     if unnamed := [f"{inner.path}{os.sep}{name}" for inner in folder.walk() for name in inner.unnamed]:
         first = relative(unnamed[0], folder.path)
-        notes.decide(f"{len(unnamed):,} files are images by their content, not by their names: the first is {first}")
+        are = "1 file is an image by its content, not by its name"
+        if len(unnamed) > 1:
+            are = f"{len(unnamed):,} files are images by their content, not by their names"
+        notes.decide(f"{are}: the first is {first}")
 
 
 def _dataset(root: Path, classes: Classes, names: list[str]) -> datasets.Dataset:
@@ -66,11 +69,6 @@ def _dataset(root: Path, classes: Classes, names: list[str]) -> datasets.Dataset
         return make_split(image_structs(None, paths), labels, names, root)
     except UnicodeEncodeError as error:
         raise DataError(f"the file name {error.object!r} is not UTF-8; rename it.") from error
-
-
-def composed(name: str) -> str:
-    """A name in Unicode's composed form: macOS writes é as e and an accent, others as one letter."""
-    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def _holding(folder: Folder) -> list[Folder]:
@@ -187,11 +185,9 @@ class _Layout:
                 self._leave_out(name, part, "no class folders")
         if self.others and not told_others:
             count = sum(one.count for one in self.others)
-            self.notes.warn(f"{count:,} images in {_named(self.others)} are left out: no split is called so")
+            self.notes.warn(f"{_images(count)} in {_named(self.others)} left out: no split is called so")
         if self.top.images:
-            self.notes.warn(
-                f"{_images(len(self.top.images))} directly in {self.top.path} {_is(self.top.images)} left out"
-            )
+            self.notes.warn(f"{_images(len(self.top.images))} directly in {self.top.path} left out: in no split")
         return {name if role_of(name) else self.roles[name]: classes for name, classes in found.items()}
 
     def _leave_out(self, name: str, part: Folder, why: str) -> None:
@@ -372,10 +368,6 @@ def _by_first_folder(rows: datasets.Dataset, folder: Path) -> dict[str, datasets
 
 def _images(count: int) -> str:
     return "1 image" if count == 1 else f"{count:,} images"
-
-
-def _is(of: list[str]) -> str:
-    return "is" if len(of) == 1 else "are"
 
 
 def _are(of: list[Folder]) -> str:

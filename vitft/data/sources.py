@@ -19,6 +19,7 @@ from vitft.data import hub, local, pixels
 from vitft.data.schema import Notes, Reading, standardize
 from vitft.data.tables import TABLE_SUFFIXES, located
 from vitft.errors import DataError, UsageError, nearest
+from vitft.paths import expanded
 
 
 class Alias(NamedTuple):
@@ -79,7 +80,7 @@ def open_source(
     An alias wins over a file or folder of the same name; `./cifar10` means the folder. Raises
     DataError where nothing usable is found, UsageError for a revision of what has none.
     """
-    path = Path(dataset).expanduser() if dataset else Path()
+    path = expanded(dataset) if dataset else Path()
     hub_id = _HUB_ID.fullmatch(dataset)
     alias = ALIASES.get(dataset)
     is_here = bool(dataset.strip()) and os.path.exists(path)  # noqa: PTH110  (False, too, for impossible names)
@@ -162,7 +163,7 @@ def excluding(source: Source, file: Path) -> Source:
     Raises DataError for a file that cannot be read, UsageError for a line that names no image of the source.
     """
     try:
-        lines = [line for line in file.expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in expanded(file).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "no text"
         raise DataError(f"exclude {file}: {reason}; give a list as vitft data check --quarantine writes it.") from error

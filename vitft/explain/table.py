@@ -13,6 +13,7 @@ from rich.text import Text
 
 from vitft.console import size
 from vitft.errors import ModelError, UsageError, as_flag
+from vitft.paths import expanded
 from vitft.sizes import with_sizes
 from vitft.spec import PRESETS, Stage, ViTSpec, preset, spec_from_config, stages, total, training_flops
 
@@ -47,7 +48,7 @@ def resolve_spec(
 
 def _model_spec(model: str) -> ViTSpec:
     """The sizes of a preset, a local folder or a hub id, looked for in that order."""
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     if model in PRESETS:
         return PRESETS[model]
     if folder.is_dir():

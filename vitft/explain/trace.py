@@ -24,6 +24,7 @@ from vitft.data.augment import Preprocess, fit, normalize
 from vitft.data.images import BadImage, decode
 from vitft.errors import DataError, ModelError
 from vitft.models import load_trained
+from vitft.paths import expanded
 from vitft.scratch.augment import normalise
 from vitft.scratch.interop import from_transformers
 from vitft.scratch.tensors import Array, softmax
@@ -66,7 +67,7 @@ def trace(image: Path, checkpoint: str | Path) -> Trace:
     A run of `vitft scratch train` will do too. Raises DataError for an image that cannot be read,
     ModelError for what is no plain ViT.
     """
-    folder = Path(checkpoint).expanduser()
+    folder = expanded(checkpoint)
     by_numpy, by_torch, by_transformers = Stages(), Stages(), Stages()
     if is_textbook_run(folder):
         network = read_run(folder)
@@ -104,7 +105,7 @@ def trace(image: Path, checkpoint: str | Path) -> Trace:
 def _fitted(image: Path, how: Preprocess) -> NDArray[np.uint8]:
     """The image at the model's size, (H, W, 3)."""
     try:
-        decoded = decode(image.expanduser(), value_range=how.value_range)
+        decoded = decode(expanded(image), value_range=how.value_range)
     except (BadImage, OSError) as error:
         raise DataError(f"{image}: {getattr(error, 'strerror', None) or error}; give an image file.") from None
     fitted: NDArray[np.uint8] = fit(torch.from_numpy(decoded)[None], how)[0].numpy()
