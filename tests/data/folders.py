@@ -191,7 +191,7 @@ CASES = [
         warned="none of the 2 classes of test is one of training",
     ),
     Case(
-        "unicode-forms",
+        "unicode-forms-of-a-class",
         _two_forms,
         ".",
         {"train": {NFC: (f"train/{NFC}/0.png",), "tea": 1}, "test": {NFC: (f"test/{NFD}/0.png",), "tea": 1}},

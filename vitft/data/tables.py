@@ -13,13 +13,14 @@ from vitft.data.named import Misnamed, Names, absolute, named_file
 from vitft.data.rows import Table, in_short, read_rows
 from vitft.data.schema import Notes, Reading, image_structs, in_memory, make_split, role_of
 from vitft.errors import DataError
+from vitft.paths import expanded
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt")
 
 
 def read_table(path: Path, reading: Reading, notes: Notes) -> dict[str, datasets.Dataset]:
     """Read a file of paths, labels and perhaps splits, by the columns that its rows have. Raises VitftError."""
-    folder = None if reading.image_folder is None else Path(reading.image_folder).expanduser()
+    folder = None if reading.image_folder is None else expanded(reading.image_folder)
     names = Names(path, folder, allow_outside=reading.allow_outside)
     table = read_rows(path, reading.encoding, columns.KNOWN, lambda cell: names.meant(cell)[0] is not None, notes)
     image = columns.image_column(table, names, reading.image_column, notes)
