@@ -143,7 +143,8 @@ def formats() -> tuple[str, ...]:
 @cache
 def suffixes() -> frozenset[str]:
     """Lower-case suffixes, dot included, of files that are taken for images."""
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats())
+    read = formats()  # first: it registers the suffixes of plugins
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in read)
 
 
 def _register_plugins() -> None:
