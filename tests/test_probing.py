@@ -166,6 +166,21 @@ def test_features_are_what_the_classifier_of_any_architecture_reads(kind: str) -
     assert logits.requires_grad
 
 
+def test_features_are_made_without_dropout(tmp_path: Path) -> None:
+    """With it they would be another draw of it for each image, once and for all epochs."""
+    torch.manual_seed(0)
+    shape = {"image_size": 28, "patch_size": 14, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 32}  # fmt: skip
+    model = transformers.ViTModel(transformers.ViTConfig(**shape))
+    runs = []
+    for rate in (0.0, 0.5):
+        model.config.hidden_dropout_prob = rate
+        model.save_pretrained(tmp_path / "model")
+        runs.append(train(probe(model=str(tmp_path / "model")), output=tmp_path / f"{rate}").run)
+    assert_same_weights(*(run / "last" for run in runs))
+    assert [line["loss"] for line in lines(runs[0])] == [line["loss"] for line in lines(runs[1])]
+
+
 def test_the_plan_of_a_probe_does_not_grow_with_its_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitft.plan.cost", lambda prepared: Cost(0.5, 0.0, 0.25))
 

@@ -1,5 +1,7 @@
 """Philox against its published vectors, and what the rest of the package relies on it for."""
 
+import zlib
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -101,3 +103,16 @@ def test_torch_seeds_differ_by_every_number_and_its_place() -> None:
 
     assert len(seeds) == 20
     assert all(0 <= seed < 2**63 for seed in seeds)  # what torch.manual_seed takes
+
+
+def test_what_is_drawn_stays_as_it_was() -> None:
+    """A run goes on with a later version of this code: which counter and key a sample has is settled."""
+    seed = 2**40 + 7
+    key = (7, zlib.crc32(b"crop") ^ 2**8)
+    counters = np.array([[0, 2, 5, 1], [9, 0, 5, 1]], np.uint64)  # index in two words, epoch, draw
+    drawn = words(seed, "crop", 5, np.array([2**33, 9]), draw=1)
+    assert drawn.tolist() == philox(counters, key).tolist()
+    assert uniform(seed, "crop", 5, np.array([2**33, 9]), draw=1).tolist() == (drawn / 2**32).tolist()
+    first = words(seed, "order", 2, np.arange(50)).tolist()
+    assert order(seed, "order", 2, 50).tolist() == sorted(range(50), key=lambda i: first[i][0] * 2**32 + first[i][1])
+    assert seed_of(1, "dropout", 2, 3, 4) == 3731270403847504835

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from vitft.data.augment import CROP_AREA, Preprocess, crop_boxes, crops, fit, normalize
+from vitft.data.augment import CROP_AREA, Preprocess, crop_boxes, crops, fit, flips, normalize
 from vitft.data.images import decode
 from vitft.data.loader import EvalLoader, TrainLoader
 from vitft.data.sources import open_source
 from vitft.data.store import Store, decode_all, resident
 from vitft.errors import DataError
+from vitft.randomness import order, uniform
 
 HOW = Preprocess(32, 32)
 
@@ -134,6 +135,13 @@ def test_an_epoch_sees_each_image_once_in_an_order_of_its_own() -> None:
     for seen in epochs:
         assert sorted(seen) == list(range(53))
     assert (epochs[0] != epochs[1]).any()
+
+
+def test_the_draws_of_a_run_are_those_of_earlier_versions() -> None:
+    """A run that one of them began goes on with the same batches, flips and crops."""
+    assert LOADER.samples(7).tolist() == order(3, "order", 1, 53)[:8].tolist()
+    index = np.arange(20)
+    assert flips(3, 1, index).tolist() == (uniform(3, "flip", 1, index)[:, 0] < 0.5).tolist()
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 60])

@@ -46,8 +46,11 @@ def assert_same_weights(a: Path, b: Path) -> None:
         assert torch.equal(one[name], other[name]), name
 
 
-def plain_loop(settings: TrainConfig) -> dict[str, torch.Tensor]:
-    """The same training as one reads it in a textbook: the whole batch's mean loss, step by step."""
+def plain_loop(settings: TrainConfig) -> tuple[dict[str, torch.Tensor], list[tuple[float, float, float]]]:
+    """The same training as one reads it in a textbook: the whole batch's mean loss, step by step.
+
+    Its weights, and of each step the loss, the accuracy and the gradient's norm.
+    """
     prepared = prepare(settings)
     store, labels = prepared.decode()["train"]
     loader = TrainLoader(
@@ -57,26 +60,40 @@ def plain_loop(settings: TrainConfig) -> dict[str, torch.Tensor]:
     model = prepared.loaded.model.train()
     optimizer = make_optimizer(model.named_parameters(), settings)
     total = int(settings.epochs * loader.steps_per_epoch)
+    steps = []
     for step in range(total):
         batch = loader.batch(step)
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, settings, total_steps=total, steps_per_epoch=loader.steps_per_epoch)
-        F.cross_entropy(model(pixel_values=batch.pixels).logits, batch.labels).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        logits = model(pixel_values=batch.pixels).logits
+        loss = F.cross_entropy(logits, batch.labels, label_smoothing=settings.label_smoothing)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
-    return dict(model.state_dict())
+        steps.append((loss.item(), (logits.argmax(1) == batch.labels).float().mean().item(), norm.item()))
+    return dict(model.state_dict()), steps
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 5])
-def test_it_trains_as_a_plain_loop_does_whatever_the_micro_batch(tmp_path: Path, micro_batch_size: int | None) -> None:
-    settings = config(micro_batch_size=micro_batch_size, val_fraction=0)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"label_smoothing": 0.2, "optimizer": "sgd", "clip_norm": 0, "schedule": "step", "warmup": 0.3, "lr": 0.1}],
+)
+def test_it_trains_as_a_plain_loop_does_whatever_the_micro_batch(
+    tmp_path: Path, micro_batch_size: int | None, changes: dict[str, object]
+) -> None:
+    settings = config(micro_batch_size=micro_batch_size, val_fraction=0, **changes)
     result = train(settings, output=tmp_path / "run")
-    expected = plain_loop(settings)
+    expected, steps = plain_loop(settings)
     model = __import__("transformers").ViTForImageClassification.from_pretrained(result.checkpoint)
     for name, value in model.state_dict().items():
         # Sums in another order; Adam divides small gradients by small numbers.
         assert torch.allclose(value, expected[name], atol=2e-5), name
+    written = [line for line in lines(result.run) if line["split"] == "train"]
+    assert [line["step"] for line in written] == list(range(1, len(steps) + 1))
+    for line, step in zip(written, steps, strict=True):
+        assert (line["loss"], line["accuracy"], line["grad_norm"]) == pytest.approx(step, abs=1e-4)
 
 
 def test_the_loss_of_a_tail_is_its_own_mean(tmp_path: Path) -> None:
