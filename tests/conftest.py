@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,15 @@ def tiny_model(architecture: str, image_size: int = 32, **settings: Any) -> Any:
     return model
 
 
+@pytest.fixture(autouse=True)
+def flags_were_typed() -> Iterator[None]:
+    """Errors name settings as a command does, wherever a test calls what would raise them."""
+    from vitft.errors import typed_flags
+
+    with typed_flags():
+        yield
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Callable[..., Path]:
     """Saves a tiny model as Transformers does, and gives its folder."""
@@ -72,7 +81,8 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     config = TrainConfig(
         dataset="digits", model="vit-micro", from_scratch=True, max_steps=3, batch_size=16, layers=2,
         width=32,
-        heads=2, image_size=16, patch_size=4, max_eval_samples=150, eval_every=2, save_every=2, lr=1e-3,
+        heads=2, image_size=16, patch_size=4, max_eval_samples=150, eval_every=2, save_every=2, keep_finished=2,
+        lr=1e-3,
         device="cpu", precision="fp32",
     )  # fmt: skip
     return train(config, output=tmp_path_factory.mktemp("runs") / "digits")

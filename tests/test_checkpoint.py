@@ -1,20 +1,25 @@
 """The run folder: whole or absent."""
 
+import dataclasses
 import json
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from vitft import TrainConfig, evaluate, predict, train
 from vitft import checkpoint as ckpt
-from vitft.card import prove, read_card
+from vitft.card import prove, read_card, write_card
 from vitft.errors import DataError, ModelError, UsageError
 from vitft.explain.trace import trace
 from vitft.files import held, new_folder, write_json, write_text
 from vitft.history import recorded
+from vitft.runs import alone_in
 from vitft.trainer import resume
 
 
@@ -83,6 +88,73 @@ def test_an_existing_run_is_refused_and_overwritten_when_asked(tmp_path: Path) -
     assert not (run / "config.yaml").exists()
 
 
+class PowerCut(Exception):  # noqa: N818
+    pass
+
+
+def cut_before_its_first_save(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begin a run from the last weights of another, in its place, and lose power before it has saved any."""
+
+    def cut(*given: Any) -> None:
+        raise PowerCut
+
+    settings = TrainConfig(
+        dataset="digits", model=str(run / "last"), max_steps=2, save_every=1, batch_size=16, max_eval_samples=20,
+        device="cpu", precision="fp32", seed=7,
+    )  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(ckpt, "save_step", cut)
+        with pytest.raises(PowerCut):
+            train(settings, output=run, overwrite=True)
+
+
+def test_a_run_that_replaces_what_it_began_from_is_gone_on_with(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_before_its_first_save(copied, monkeypatch)
+    assert ckpt.read_config(copied).seed == 7
+    assert resume(copied).step == 2
+    names = {file.name for file in copied.iterdir()}
+    assert names == {"best", "last", "checkpoints", "config.yaml", "environment.json", "splits.json", "metrics.jsonl"}
+    assert ckpt.read_config(copied).model == str(copied / "last")
+
+
+def test_a_run_whose_successor_saved_nothing_is_back_where_another_begins(
+    copied: Path, digits_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        cut_before_its_first_save(copied, monkeypatch)
+    ckpt.give_back(copied)
+    names = {file.relative_to(digits_run.run) for file in digits_run.run.rglob("*")}
+    assert {file.relative_to(copied) for file in copied.rglob("*")} == names
+    assert evaluate(copied).accuracy == digits_run.scores["test"]["accuracy"]
+
+
+@pytest.mark.parametrize("moves", range(1, 17))
+def test_a_kill_while_a_run_is_set_aside_or_put_back_costs_nothing(
+    copied: Path, digits_run: Any, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    """Seven files and folders are moved, and moved back; each time the folder that has them gets another name."""
+    real, done = Path.rename, []
+
+    def rename(self: Path, target: Path) -> Path:
+        done.append(self)
+        if len(done) == moves:
+            raise PowerCut
+        return real(self, target)
+
+    def there_and_back() -> None:
+        ckpt.create_run(copied, overwrite=True)
+        ckpt.give_back(copied)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(PowerCut):
+            there_and_back()
+    with alone_in(copied):
+        pass
+    names = {file.relative_to(digits_run.run) for file in digits_run.run.rglob("*")}
+    assert {file.relative_to(copied) for file in copied.rglob("*")} == names
+
+
 def test_the_model_behind_a_path(tmp_path: Path, digits_run: object) -> None:
     run: Path = digits_run.run  # type: ignore[attr-defined]
     assert ckpt.find_model(run) == run / "best"
@@ -120,8 +192,8 @@ def test_a_card_that_was_edited_badly_is_named(tmp_path: Path) -> None:
 
 
 def test_what_a_kill_between_two_renames_left_is_found_again(tmp_path: Path) -> None:
-    (tmp_path / ".best.old").mkdir()
-    (tmp_path / ".best.old" / "weights").write_text("old")
+    (tmp_path / ".best.vitft-old").mkdir()
+    (tmp_path / ".best.vitft-old" / "weights").write_text("old")
 
     def fail() -> None:
         with new_folder(tmp_path / "best"):
@@ -130,6 +202,44 @@ def test_what_a_kill_between_two_renames_left_is_found_again(tmp_path: Path) -> 
     with pytest.raises(OSError, match="disk full"):
         fail()
     assert (tmp_path / "best" / "weights").read_text() == "old"
+
+
+def test_what_somebody_else_keeps_in_a_run_folder_stays(copied: Path) -> None:
+    others = [".notes.old", ".slurm.new", ".cache.gone", ".vimrc.new", "notes.vitft-old", ".vitft-old"]
+    for name in others:
+        (copied / name).write_text("mine")
+    (copied / ".trash.old").mkdir()
+    with alone_in(copied):
+        pass
+    assert [(copied / name).read_text() for name in others] == ["mine"] * len(others)
+    assert (copied / ".trash.old").is_dir()
+    (copied / ".best.vitft-new").mkdir()
+    (copied / ".last.vitft-old").mkdir()
+    with alone_in(copied):
+        pass
+    assert not (copied / ".best.vitft-new").exists()
+    assert not (copied / ".last.vitft-old").exists()
+
+
+def test_a_folder_whose_number_is_not_in_ascii_is_no_step(copied: Path) -> None:
+    (copied / "checkpoints" / "step-²").mkdir()
+    (copied / "checkpoints" / "step-٣").mkdir()
+    assert [folder.name for folder in ckpt.step_folders(copied)] == ["step-000003", "step-000002"]
+    resume(copied)
+
+
+@pytest.mark.parametrize(("mask", "files", "folders"), [(0o027, 0o640, 0o750), (0o002, 0o664, 0o775)])
+def test_what_a_run_writes_has_the_permissions_of_its_owners_other_files(
+    tmp_path: Path, mask: int, files: int, folders: int
+) -> None:
+    before = os.umask(mask)
+    try:
+        settings = TrainConfig(dataset="digits", model="vit-micro", max_train_samples=20, max_steps=1, device="cpu")
+        run = train(settings, output=tmp_path / "run").run
+    finally:
+        os.umask(before)
+    modes = {file: stat.S_IMODE(file.stat().st_mode) for file in (run, *run.rglob("*"))}
+    assert {file: mode for file, mode in modes.items() if mode != (folders if file.is_dir() else files)} == {}
 
 
 # -- whole, and held by one -----------------------------------------------------------------------
@@ -182,6 +292,49 @@ def test_every_bit_of_what_a_checkpoint_says_of_itself_is_proved(copied: Path) -
         file.write_bytes(content)
         with pytest.raises(ModelError, match=r"vitft\.json|is missing|is not what was written"):
             prove(copied / "last")
+
+
+def test_what_is_shared_has_no_path_of_this_machine_and_its_run_knows_them(tmp_path: Path, digits_run: Any) -> None:
+    data = tmp_path / "secret" / "photos"
+    for label in ("cat", "dog"):
+        (data / label).mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (8, 8), (i, 2 * i, 200)).save(data / label / f"{i}.png")
+    out = tmp_path / "secret" / "out.txt"
+    out.write_text("train\tcat/3.png\n")
+    settings = TrainConfig(
+        dataset=str(data), model=str(digits_run.run / "last"), exclude=str(out), max_steps=2, save_every=1,
+        device="cpu", keep_finished=1, batch_size=8,
+    )  # fmt: skip
+    run = train(settings, output=tmp_path / "run").run
+    folders = [run / "best", run / "last", *ckpt.step_folders(run)]
+    for folder in folders:
+        for file in folder.iterdir():
+            assert str(tmp_path).encode() not in file.read_bytes(), file
+            assert str(digits_run.run).encode() not in file.read_bytes(), file
+        card = read_card(folder)
+        assert card is not None
+        assert (card.config.dataset, card.config.exclude) == (str(data), str(out))
+        assert (evaluate(folder).count, evaluate(folder).split_hash) == (4, card.splits["validation"]["hash"])
+    assert "Started from last; trained on photos for 2 steps" in (run / "best" / "README.md").read_text()
+    shared = shutil.copytree(run / "best", tmp_path / "shared" / "photos")
+    with pytest.raises(UsageError, match="it does not say what data it was trained on; add --dataset"):
+        evaluate(shared)
+    assert evaluate(shared, dataset=str(data), split="train").count == 40
+
+
+def test_a_folder_called_as_a_data_set_is_not_taken_for_it(copied: Path, tmp_path: Path) -> None:
+    """Of a path only the name is written; it must not be read as one of the hub's, or of vitft's own."""
+    card = read_card(copied / "best")
+    assert card is not None
+    card = dataclasses.replace(card, config=card.config.model_copy(update={"dataset": "/data/digits"}))
+    folder = shutil.copytree(copied / "best", tmp_path / "elsewhere" / "best")
+    (folder / "vitft.json").unlink()
+    write_card(folder, card)
+    assert "/data" not in (folder / "vitft.json").read_text()
+    found = read_card(folder)
+    assert found is not None
+    assert found.config.dataset is None
 
 
 def test_settings_that_were_changed_are_no_longer_the_runs(copied: Path) -> None:

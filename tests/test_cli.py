@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,30 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error_of("train", code=130) == "interrupted"
 
 
+def test_what_is_queued_when_a_command_is_interrupted_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in decoding: the threads would work on until the queue is empty, and Python waits for them."""
+    from vitft.data.augment import workers
+
+    begun, gate = [], threading.Event()
+
+    def decode(number: int) -> int:
+        begun.append(number)
+        if number:
+            gate.wait(60)
+        return number
+
+    def interrupted(*given: Any, **named: Any) -> None:
+        for _ in workers().map(decode, range(1000)):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "train", interrupted)
+    result = CliRunner().invoke(app, ["train"])
+    gate.set()
+    assert result.exit_code == 130
+    assert workers().submit(len, "it is done").result(60) == 10
+    assert len(begun) < 100
+
+
 # -- settings -------------------------------------------------------------------------------------
 
 
@@ -323,7 +348,7 @@ def test_a_finished_run_says_so_and_what_to_type_next(run: Path) -> None:
     done = vitft("train", "--resume", str(run))
 
     assert (done.exit_code, done.stderr.count("\n")) == (0, 1), done.output
-    assert done.stderr.startswith(f"{run} is finished, at step 2 of 2; to train on from it: vitft train --dataset ")
+    assert done.stderr.startswith(f"{run} is finished, at step 2 of 2; to train on: vitft train --resume {run} --")
     assert "resuming" not in done.stderr
     assert "test accuracy" in done.stdout
 

@@ -32,8 +32,8 @@ def test_what_may_change_on_resume_is_what_changes_no_weight() -> None:
     steering = {n for n, f in TrainConfig.model_fields.items() if f.json_schema_extra["steers"]}  # type: ignore[index]
 
     assert steering == {
-        "allow_outside", "cache_gb", "check", "device", "grad_checkpointing", "save_every", "keep", "log_every",
-        "on_nan", "threads", "tracker",
+        "allow_outside", "cache_gb", "check", "device", "grad_checkpointing", "save_every", "keep", "keep_finished",
+        "log_every", "on_nan", "threads", "tracker",
     }  # fmt: skip
 
 
@@ -163,3 +163,36 @@ def test_every_word_from_elsewhere_means_something_here() -> None:
     flags = {"output", "resume", "classes"}  # of commands, not settings
     assert set(_HERE.values()) <= set(TrainConfig.model_fields) | flags
     assert not set(_HERE) & (set(TrainConfig.model_fields) | flags)
+
+
+@pytest.mark.parametrize(
+    ("said", "in_python"),
+    [
+        ("no data set; add --dataset: digits", "no data set; add dataset: digits"),
+        ("Try a lower --lr or more --warmup.", "Try a lower lr or more warmup."),
+        ("over --max-pixels 50 (7 x 5)", "over max_pixels 50 (7 x 5)"),
+        ("stopped. Go on with: vitft train --resume runs/x", "stopped. Go on with: vitft train --resume runs/x"),
+        ("set --val-fraction, or (vitft train --lr 1) --lr", "set val_fraction, or (vitft train --lr 1) lr"),
+        ("data/a--lr/--x: a file -- or none", "data/a--lr/--x: a file -- or none"),
+    ],
+)
+def test_an_error_names_a_setting_as_whoever_called_spells_it(
+    monkeypatch: pytest.MonkeyPatch, said: str, in_python: str
+) -> None:
+    assert str(UsageError(said)) == said
+    monkeypatch.setattr("vitft.errors._typed", False)
+    assert str(UsageError(said)) == in_python
+
+
+def test_a_library_call_gets_no_flags_and_a_command_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from vitft import train
+    from vitft.cli import app
+
+    monkeypatch.setattr("vitft.errors._typed", False)
+    with pytest.raises(UsageError, match=r"no data set; add dataset: digits"):
+        train(TrainConfig())
+    assert "no data set; add --dataset: digits" in CliRunner().invoke(app, ["train"]).output
+    with pytest.raises(UsageError, match=r"^batch_size should be greater"):
+        TrainConfig.parse({"batch_size": 0}, "flags")

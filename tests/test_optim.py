@@ -74,6 +74,15 @@ def test_step_is_a_tenth_after_each_epoch_on_its_first_step(per_epoch: int) -> N
     assert found[2 * per_epoch :] == pytest.approx([2e-7] * per_epoch, rel=1e-12)
 
 
+@pytest.mark.parametrize("warmup", [0.05, 0.3, 0.7])
+def test_step_reaches_its_peak_after_any_warm_up_and_decays_from_there(warmup: float) -> None:
+    config = TrainConfig.parse({"schedule": "step", "lr": 1.0, "warmup": warmup, "decay_epochs": 1})
+    found, warm = rates(config, total=100, per_epoch=10), round(100 * warmup)
+    assert found[warm : warm + 10] == [1.0] * 10
+    assert found[warm + 10] == pytest.approx(0.1)
+    assert max(found[:warm]) < 1.0
+
+
 def test_step_decays_as_often_and_as_much_as_it_is_told() -> None:
     config = TrainConfig.parse({"schedule": "step", "lr": 1.0, "decay_epochs": 0.5, "decay_factor": 0.5})
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests.forked import LONGER, flags, start, steps_done, wait_for_step
 from tests.test_trainer import assert_same_weights, config, lines
 from vitft import evaluate, train
-from vitft.checkpoint import is_run
+from vitft.checkpoint import is_run, newest_whole, read_state
 from vitft.trainer import resume
 
 
@@ -95,3 +95,74 @@ def test_a_run_of_one_process_goes_on_as_two(tmp_path: Path) -> None:
     for a, b in zip(lines(whole), lines(run), strict=True):
         assert a["step"] == b["step"]
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+
+
+# What happens in one of two processes, before `vitft` begins there.
+SIGNALLED = """
+import os, signal
+from vitft import evaluation
+from vitft.data.loader import EvalLoader
+evaluation.BATCH, real = 4, EvalLoader.__iter__
+def batches(self):
+    for number, batch in enumerate(real(self)):
+        open(f"batch-{os.environ['RANK']}-{number}", "w").close()
+        yield batch
+        if os.environ["RANK"] == "1" and number == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+EvalLoader.__iter__ = batches
+"""
+KILLED_IN_A_SAVE = """
+import os, signal
+real, done = os.fsync, []
+def fsync(handle):
+    done.append("step-000004" in os.readlink(f"/proc/self/fd/{handle}"))
+    if os.environ["RANK"] == "0" and sum(done) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(handle)
+os.fsync = fsync
+"""
+
+
+def two(before: str, port: int, folder: Path, **changes: object) -> "subprocess.CompletedProcess[str]":
+    """`vitft train` in two processes, with what is done before in each, in this folder."""
+    script = folder / "script.py"
+    script.write_text(f"{before}\nfrom vitft.cli import main\nmain()\n")
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port),
+             str(script), "train", *flags(**changes), "--output", str(folder / "run")]  # fmt: skip
+    paths = {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.run(
+        words, capture_output=True, text=True, timeout=240, check=False, cwd=folder, env=os.environ | paths
+    )
+
+
+def test_two_processes_break_a_validation_off_together(tmp_path: Path) -> None:
+    """One is told to stop after its first batch; of 49 images the other has one batch more than it."""
+    changes = {"max_eval_samples": 49, "max_train_samples": 64, "save_every": 100}
+    done = two(SIGNALLED, 29435, tmp_path, **changes)
+    assert done.returncode != 0
+    said = " ".join(done.stderr.split())
+    assert "stopped by SIGTERM at step 8 of 16; everything is saved" in said, said[-2000:]
+    assert len(list(tmp_path.glob("batch-1-*"))) < 6  # of six
+    assert len(list(tmp_path.glob("batch-0-*"))) < 6  # of seven
+    folder, passed = newest_whole(tmp_path / "run")
+    assert folder is not None
+    assert passed == []
+    assert read_state(folder).validation_due
+    whole = train(config(**LONGER | changes), output=tmp_path / "whole").run
+    resume(tmp_path / "run")
+    for a, b in zip(lines(whole), lines(tmp_path / "run"), strict=True):
+        assert (a["step"], a["split"]) == (b["step"], b["split"])
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+
+
+def test_a_process_that_is_killed_in_the_middle_of_a_save_costs_nothing_that_was_saved(tmp_path: Path) -> None:
+    done = two(KILLED_IN_A_SAVE, 29436, tmp_path, max_steps=8, save_every=2)
+    assert done.returncode != 0
+    run = tmp_path / "run"
+    assert list((run / "checkpoints").glob(".step-*.vitft-new")), done.stderr[-2000:]  # it was in the middle of it
+    folder, passed = newest_whole(run)
+    assert folder is not None
+    assert passed == []
+    assert resume(run).step > 0
+    assert read_state(run / "last").step == 8
+    assert not list(run.rglob(".*"))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from tests.test_trainer import config
 from vitft import proof
 from vitft.cli import app
 from vitft.config import TrainConfig
@@ -15,8 +16,8 @@ from vitft.recipe import load_config
 
 
 def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
-    config = load_config("smoke", {"save_every": 1, "device": "cpu", "precision": "fp32", "epochs": 8.0})
-    found = proof.prove_resume(config, tmp_path, kills=1, seed=1)
+    settings = load_config("smoke", {"save_every": 1, "device": "cpu", "precision": "fp32", "epochs": 8.0})
+    found = proof.prove_resume(settings, tmp_path, kills=1, seed=1)
     assert (found.steps, len(found.kills)) == (32, 1)
     assert found.equal
     assert found.left == ()
@@ -37,14 +38,51 @@ def run(*words: str) -> Any:
 )
 def test_the_verdict(monkeypatch: pytest.MonkeyPatch, made: proof.Proof, code: int) -> None:
     monkeypatch.setattr(proof, "prove_resume", lambda config, work, **options: made)
-    result = run("--kills", "2")
+    result = run()
     assert result.exit_code == code
     assert f"at most {made.repeated}" in result.stdout
     assert ("the same bits" in result.stdout) == made.equal
     assert json.loads(run("--json").stdout)["repeated"] == 7
 
 
+class Over:
+    """A run that was over before anyone could kill it."""
+
+    returncode = 0
+
+    def __init__(self, words: list[str]) -> None:
+        assert CliRunner().invoke(app, ["train", *words]).exit_code == 0
+
+    def poll(self) -> int:
+        return 0
+
+    def wait(self) -> None: ...
+
+    def send_signal(self, number: int) -> None: ...
+
+    def communicate(self) -> tuple[None, str]:
+        return None, ""
+
+
+@pytest.mark.parametrize(("steps", "kills"), [(4, 1), (2, 2)])
+def test_where_no_kill_comes_in_time_nothing_is_proved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, kills: int
+) -> None:
+    begun: list[list[str]] = []
+
+    def over(words: list[str]) -> Over:
+        begun.append(words)
+        return Over(words)
+
+    monkeypatch.setattr(proof, "_start", over)
+    monkeypatch.setattr(proof, "_ATTEMPTS", 2)
+    small = config(max_steps=steps, val_fraction=0)
+    with pytest.raises(TrainingError, match=rf"was over before it was killed {kills} times: nothing is proved"):
+        proof.prove_resume(small, tmp_path, kills=kills, seed=0)
+    assert len(begun) == (1 + 2 if steps > kills else 1)  # it was begun anew, as often as it may be
+
+
 def test_a_run_that_fails_by_itself_says_how(tmp_path: Path) -> None:
-    config = TrainConfig(dataset=str(tmp_path / "nowhere"), model="vit-micro")
+    settings = TrainConfig(dataset=str(tmp_path / "nowhere"), model="vit-micro")
     with pytest.raises(TrainingError, match=r"vitft train ended with 3: error: no file or folder"):
-        proof.prove_resume(config, tmp_path, kills=1, seed=0)
+        proof.prove_resume(settings, tmp_path, kills=1, seed=0)

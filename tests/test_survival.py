@@ -172,11 +172,11 @@ def test_a_save_that_nobody_planned_is_cleared_away_too(tmp_path: Path, whole: P
     """The first Ctrl-C saves at whatever step it came; the second kills that save, and no later one has its place."""
     run = tmp_path / "run"
     killed_at(25, run)
-    (run / "checkpoints" / ".step-000023.new").mkdir()
-    (run / "checkpoints" / ".step-000023.new" / "config.json").write_text("{")
-    (run / "checkpoints" / ".step-000001.gone").mkdir()
-    (run / "best").rename(run / ".best.old") if (run / "best").exists() else None
-    (run / ".splits.json.new").write_text("{")
+    (run / "checkpoints" / ".step-000023.vitft-new").mkdir()
+    (run / "checkpoints" / ".step-000023.vitft-new" / "config.json").write_text("{")
+    (run / "checkpoints" / ".step-000001.vitft-gone").mkdir()
+    (run / "best").rename(run / ".best.vitft-old") if (run / "best").exists() else None
+    (run / ".splits.json.vitft-new").write_text("{")
     code, said = finish("train", "--resume", str(run), log=tmp_path / "log")
     assert code == 0, said
     assert_as_undisturbed(run, whole)
@@ -236,7 +236,7 @@ def read_only(folder: str) -> None:
         setattr(os, name, partial(refusing, getattr(os, name)))
 
 
-def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path, whole: Path) -> None:
+def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
     locked = tmp_path / "locked"
     code, said = finish(
         "train", *flags(), "--output", str(locked / "run"), log=tmp_path / "log", before=partial(read_only, str(locked))
@@ -245,8 +245,7 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path, whole: Path) 
     assert f"output {locked / 'run'}: cannot be made: Permission denied; choose another." in " ".join(said.split())
     assert not locked.exists()
     run = tmp_path / "run"
-    shutil.copytree(whole, run)
-    shutil.rmtree(run / "checkpoints" / "step-000080")
+    killed_at(25, run)
     code, said = finish("train", "--resume", str(run), log=tmp_path / "log", before=partial(read_only, str(run)))
     assert code == 5, said
     assert "cannot be written: Permission denied" in " ".join(said.split())

@@ -1,8 +1,13 @@
 """The loop: what a step does, what a run leaves behind, and when it stops."""
 
 import json
+import os
 import shutil
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +15,13 @@ import torch
 import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file
+from transformers import ViTForImageClassification
 
-from vitft import TrainConfig, train
-from vitft.card import read_card
-from vitft.data.loader import TrainLoader
-from vitft.errors import DataError, TrainingError, UsageError
+from vitft import TrainConfig, train, trainer
+from vitft import checkpoint as ckpt
+from vitft.card import read_card, sha256, sha256_of
+from vitft.data.loader import Batch, EvalLoader, TrainLoader
+from vitft.errors import DataError, ModelError, Stopped, TrainingError, UsageError
 from vitft.optim import lr_at, make_optimizer
 from vitft.preparation import prepare
 from vitft.trainer import resume
@@ -104,14 +111,14 @@ def test_the_loss_of_a_tail_is_its_own_mean(tmp_path: Path) -> None:
 
 
 def test_the_run_folder_holds_what_it_should(tmp_path: Path) -> None:
-    run = train(config(save_every=2, keep=1), output=tmp_path / "run").run
+    run = train(config(save_every=2, keep=1, keep_finished=1), output=tmp_path / "run").run
     names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     folder = {"config.json", "model.safetensors", "preprocessor_config.json", "vitft.json", "README.md"}
     step = "checkpoints/step-000006"
     assert names == {
         "config.yaml", "environment.json", "splits.json", "metrics.jsonl",
         *(f"{model}/{name}" for model in ("best", "last", step) for name in folder),
-        f"{step}/optimizer.safetensors", f"{step}/state.json", f"{step}/manifest.json",
+        f"{step}/optimizer.safetensors", f"{step}/state.json", f"{step}/manifest.json", "last/state.json",
     }  # fmt: skip
     assert TrainConfig.parse(yaml.safe_load((run / "config.yaml").read_text())).width == 16
     environment = json.loads((run / "environment.json").read_text())
@@ -150,6 +157,66 @@ def test_early_stopping_stops_and_the_best_is_what_is_scored(tmp_path: Path) -> 
     assert last is not None
     assert last.step == 9
     assert "test" not in last.scores
+
+
+# Accuracy, loss and macro-F1 of four validations.
+SCORES = [(0.5, 2.0, 0.4), (0.5, 1.9, 0.4), (0.5, 1.8, 0.6), (0.6, 1.85, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "best", "stopped"),
+    [
+        ({}, 3, 9),  # of equal ones the earlier is kept, though its loss is higher
+        ({"best_by": "loss"}, 9, 12),
+        ({"best_by": "macro-f1"}, 9, 12),
+        ({"early_stopping": 4}, 12, 12),
+        ({"best_by": "loss", "min_delta": 0.15}, 9, 12),  # 2.0, and 1.8 counts again
+        ({"best_by": "loss", "min_delta": 0.3}, 9, 9),  # what does not count is kept if it is better
+    ],
+)
+def test_one_score_chooses_the_best_and_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object], best: int, stopped: int
+) -> None:
+    real = trainer.measure
+
+    def measured(*given: Any, **named: Any) -> Any:
+        found = real(*given, **named)
+        if found.split == "test":
+            return found
+        accuracy, loss, macro_f1 = next(scores)
+        return replace(found, accuracy=accuracy, loss=loss, macro_f1=macro_f1)
+
+    scores = iter(SCORES)
+    monkeypatch.setattr(trainer, "measure", measured)
+    result = train(config(epochs=4, **{"early_stopping": 2} | settings), output=tmp_path / "run")
+    state = ckpt.read_state(result.run / "last")
+    assert (state.step, result.step, state.best_step) == (stopped, best, best)
+
+
+def test_a_smallest_gain_without_early_stopping_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"--min-delta is for early stopping; add --early-stopping, or leave"):
+        TrainConfig.parse({"min_delta": 0.1}, "flags")
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its state had the best accuracy and loss; its settings none of what came later."""
+    settings = config(save_every=2, epochs=3)
+    whole, run = train(settings, output=tmp_path / "whole").run, tmp_path / "cut"
+    interrupted(settings, run, 5, monkeypatch)
+    folder = run / "checkpoints" / "step-000004"
+    state = json.loads((folder / "state.json").read_text())
+    old = {"step": 4, "best_step": 3, "best_accuracy": state["best_score"], "best_loss": 2.3,
+           "evaluations_since_best": 0, "stopped_early": False, "scaler": None}  # fmt: skip
+    (folder / "state.json").write_text(json.dumps(old))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["state.json"] = {"size": len(json.dumps(old)), "sha256": sha256(folder / "state.json")}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    later = ("best_by", "min_delta", "keep_finished")
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    text = yaml.safe_dump({name: value for name, value in written.items() if name not in later})
+    (run / "config.yaml").write_text(f"{text}{ckpt._SUM}{sha256_of(text)}\n")
+    assert_same_weights(whole / "last", resume(run).run / "last")
+    assert_same_weights(whole / "best", run / "best")
 
 
 def test_a_run_that_diverges_stops_and_says_where(tmp_path: Path) -> None:
@@ -356,14 +423,26 @@ def test_a_run_that_had_saved_nothing_begins_again(tmp_path: Path, monkeypatch: 
     assert lines(tmp_path / "cut")[0]["step"] == 1
 
 
-def test_resume_does_not_need_what_the_run_began_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ["gone", "damaged"])
+def test_resume_does_not_need_what_the_run_began_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
     start = train(config(), output=tmp_path / "start").run / "last"
     sizes = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp"))
     settings = config(model=str(start), from_scratch=False, **sizes, save_every=2)
     whole = train(settings, output=tmp_path / "whole")
     interrupted(settings, tmp_path / "cut", 3, monkeypatch)
-    shutil.rmtree(start)
+    shutil.rmtree(start) if what == "gone" else (start / "model.safetensors").write_bytes(b"torn")
     assert_same_weights(whole.run / "last", resume(tmp_path / "cut").run / "last")
+
+
+def test_before_its_first_save_a_run_needs_what_it_began_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = train(config(), output=tmp_path / "start").run / "last"
+    sizes = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp"))
+    interrupted(config(model=str(start), from_scratch=False, **sizes, save_every=5), tmp_path / "cut", 3, monkeypatch)
+    shutil.rmtree(start)
+    with pytest.raises(ModelError, match=r"began from, is gone, and the run had saved nothing; start anew"):
+        resume(tmp_path / "cut")
 
 
 def test_a_finished_run_can_be_resumed_says_so_and_stays_as_it_is(
@@ -375,9 +454,149 @@ def test_a_finished_run_can_be_resumed_says_so_and_stays_as_it_is(
     assert again.scores["test"]["accuracy"] == done.scores["test"]["accuracy"]
     assert again.step == done.step
     assert capsys.readouterr().err == (
-        f"{done.run} is finished, at step 6 of 6; to train on from it: "
-        f"vitft train --dataset digits --model {done.run / 'last'}\n"
+        f"{done.run} is finished, at step 6 of 6; to train on: vitft train --resume {done.run} --epochs 4; "
+        f"or anew from its weights: vitft train --dataset digits --model {done.run / 'last'}\n"
     )
+
+
+def test_a_finished_run_keeps_no_steps_unless_it_is_told_to(tmp_path: Path) -> None:
+    runs = [train(config(save_every=2, keep_finished=keep), output=tmp_path / str(keep)).run for keep in (0, 1, 9)]
+    kept = [[folder.name for folder in ckpt.step_folders(run)] for run in runs]
+    assert kept == [[], ["step-000006"], ["step-000006", "step-000004"]]  # --keep is 2
+    before = {file.relative_to(runs[0]) for file in runs[0].rglob("*")}
+    resume(runs[0])
+    assert {file.relative_to(runs[0]) for file in runs[0].rglob("*")} == before
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+@pytest.mark.parametrize("longer", [{"epochs": 4}, {"max_steps": 8}], ids=["epochs", "steps"])
+def test_a_finished_run_can_be_made_longer(
+    tmp_path: Path, keep: int, longer: dict[str, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit = {"max_steps": 6, "epochs": 9} if "max_steps" in longer else {}
+    run = train(config(keep_finished=keep, **limit), output=tmp_path / "run").run
+    first = weights(run / "last")
+    result = resume(run, longer)
+    said = capsys.readouterr().err
+    total = 12 if "epochs" in longer else 8
+    assert f"resuming {run} at step 6 of {total}, from {'step-000006' if keep else 'last'}" in said
+    assert ("the optimizer's moments begin anew" in said) == (not keep)
+    assert [line["step"] for line in lines(run) if line["split"] == "train"] == list(range(1, total + 1))
+    assert ckpt.read_state(run / "last").step == total
+    assert not torch.equal(first["classifier.weight"], weights(run / "last")["classifier.weight"])
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    assert {name: written[name] for name in longer} == longer
+    assert resume(run).scores["test"]["loss"] == result.scores["test"]["loss"]
+    with pytest.raises(UsageError, match="it would no longer be the same run"):
+        resume(run, dict.fromkeys(longer, 1))
+
+
+def test_a_finished_run_that_would_not_be_longer_is_refused(tmp_path: Path) -> None:
+    run = train(config(max_steps=4), output=tmp_path / "run").run
+    with pytest.raises(UsageError, match="is finished, at step 4, and would be after 4 steps too; give it more"):
+        resume(run, {"epochs": 5})
+    assert yaml.safe_load((run / "config.yaml").read_text())["epochs"] == 2.0
+
+
+def test_a_run_that_was_stopped_early_can_be_made_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(self: TrainLoader, step: int) -> None:
+        raise PowerCut
+
+    run = train(config(early_stopping=2, epochs=50, lr=1e-12), output=tmp_path / "run").run
+    assert ckpt.read_state(run / "last").step == 9
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainLoader, "batch", cut)
+        with pytest.raises(PowerCut):
+            resume(run, {"epochs": 60})
+    resume(run)  # it is to be longer, still
+    assert ckpt.read_state(run / "last").step == 15  # two more evaluations, in vain
+
+
+# -- stopping ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"lr": 1e-12}], ids=["the last may be best", "the first is best"])
+@pytest.mark.parametrize("which", [1, 2, 3])
+def test_a_signal_breaks_off_a_validation_and_the_final_scoring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: int, settings: dict[str, object]
+) -> None:
+    """A run scores at steps 3 and 6, and at its end; the signal comes after the first of five batches."""
+    read: list[int] = []
+
+    def batches(self: EvalLoader) -> Iterator[Batch]:
+        read.append(0)
+        for batch in real(self):
+            read[-1] += 1
+            yield batch
+            if len(read) == which:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("vitft.evaluation.BATCH", 10)
+    whole = train(config(save_every=4, **settings), output=tmp_path / "whole").run
+    real = EvalLoader.__iter__
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(EvalLoader, "__iter__", batches)
+        with pytest.raises(Stopped, match=rf"at step {min(6, 3 * which)} of 6") as caught:
+            train(config(save_every=4, **settings), output=run)
+    assert caught.value.exit_code == 143
+    assert read == [5] * (which - 1) + [1]
+    assert ckpt.read_state(run / "last").step == min(6, 3 * which)
+    resume(run)
+    for name in ("best", "last"):
+        assert_same_weights(whole / name, run / name)
+    assert [(line["step"], line["split"], line["loss"]) for line in lines(run)] == [
+        (line["step"], line["split"], line["loss"]) for line in lines(whole)
+    ]
+    assert sorted(file.relative_to(run) for file in run.rglob("*")) == sorted(
+        file.relative_to(whole) for file in whole.rglob("*")
+    )
+
+
+def test_a_signal_breaks_off_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(save_every=50, micro_batch_size=12)  # two passes a step
+    whole = train(settings, output=tmp_path / "whole").run
+    real, passes = ViTForImageClassification.forward, []
+
+    def signalled(self: Any, *given: Any, **named: Any) -> Any:
+        if self.training:
+            passes.append(1)
+        if len(passes) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, *given, **named)
+
+    run = tmp_path / "run"
+    # Before it trains, a run is tried for a pass.
+    with monkeypatch.context() as patch:
+        patch.setattr("vitft.trainer.warn_if_long", lambda *given: None)
+        patch.setattr("vitft.trainer.tuned", lambda prepared, processes: prepared.config)
+        patch.setattr(ViTForImageClassification, "forward", signalled)
+        with pytest.raises(Stopped, match=r"Ctrl-C at step 2 of 6; everything is saved"):
+            train(settings, output=run)
+    assert len(passes) == 5
+    assert [line["step"] for line in lines(run)] == [1, 2]
+    resume(run)
+    assert_same_weights(whole / "last", run / "last")
+
+
+def test_a_signal_before_anything_is_saved_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the features of a frozen backbone are computed."""
+    start = train(config(), output=tmp_path / "start").run / "last"
+    sizes = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp"))
+    settings = config(model=str(start), from_scratch=False, **sizes, freeze="backbone", epochs=4)
+    real, read = TrainLoader.images, []
+
+    def images(self: TrainLoader, index: Any) -> Any:
+        read.append(len(index))
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainLoader, "images", images)
+        with pytest.raises(Stopped, match="at step 0 of 12; there is nothing to save yet"):
+            train(settings, output=tmp_path / "run")
+    assert read == [24]
+    assert_same_weights(resume(tmp_path / "run").run / "last", train(settings, output=tmp_path / "whole").run / "last")
 
 
 def test_tensorboard_gets_the_metrics(tmp_path: Path) -> None:
@@ -388,7 +607,7 @@ def test_tensorboard_gets_the_metrics(tmp_path: Path) -> None:
 
 def test_a_score_is_of_the_weights_it_stands_with(tmp_path: Path) -> None:
     """A checkpoint between two evaluations has not been scored."""
-    run = train(config(save_every=2, keep=9, epochs=2), output=tmp_path / "run").run
+    run = train(config(save_every=2, keep=9, keep_finished=9, epochs=2), output=tmp_path / "run").run
     scored = {folder.name: bool(read_card(folder).scores) for folder in (run / "checkpoints").iterdir()}  # type: ignore[union-attr]
     assert scored == {"step-000002": False, "step-000004": False, "step-000006": True}
 

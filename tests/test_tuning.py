@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import transformers
 import yaml
 from PIL import Image
 
-from vitft import TrainConfig, hardware, train, trainer, trial, tuning
+from vitft import TrainConfig, evaluate, hardware, learner, predict, train, trainer, trial, tuning
 from vitft.errors import UsageError
 from vitft.hardware import find_attention, micro_batch
 from vitft.learner import Learner
@@ -312,6 +313,43 @@ def test_the_cost_of_a_run_counts_its_images_and_its_steps(
     assert max(counts) == largest  # a first pass that takes seconds is not tried with more
 
 
+def test_a_trial_that_fails_leaves_the_model_and_the_generator_as_they_were(prepared: Prepared) -> None:
+    model = prepared.loaded.model.eval()
+    model.vit.layernorm.train()  # as modules of their own mode are
+    model.register_buffer("seen", torch.zeros(1))
+    modes, random = [module.training for module in model.modules()], torch.get_rng_state()
+
+    def fail() -> None:
+        with trial.untouched(prepared) as tried:
+            trial.pass_s(prepared, trial.stored_image(prepared)[None])
+            torch.rand(3)
+            tried.seen += 1
+            assert any(parameter.grad is not None for parameter in tried.parameters())
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fail()
+    assert [parameter.grad for parameter in model.parameters()] == [None] * len(list(model.parameters()))
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.seen == 0
+
+
+def test_a_step_begins_without_the_gradients_that_were_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = train(config(max_steps=1), output=tmp_path / "clean").run
+    made = learner.make_optimizer
+
+    def with_gradients(named: Any, settings: TrainConfig) -> Any:
+        parameters = list(named)
+        for _, parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        return made(parameters, settings)
+
+    monkeypatch.setattr(learner, "make_optimizer", with_gradients)
+    left = train(config(max_steps=1), output=tmp_path / "left").run
+    assert (clean / "last/model.safetensors").read_bytes() == (left / "last/model.safetensors").read_bytes()
+
+
 def test_a_stored_image_is_read_from_its_file(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         (tmp_path / "pets" / name).mkdir(parents=True)
@@ -346,3 +384,21 @@ def test_a_cpu_takes_bf16_where_it_is_measured_to_be_faster(
         assert hardware.find_precision("bf16", "cpu") == "bf16"  # who asks for it gets it
     finally:
         hardware._bf16_is_faster.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"device": "cuda:0"}, "device cuda:0: it is cuda, and CUDA_VISIBLE_DEVICES chooses which GPU that is"),
+        ({"device": "gpu"}, "device gpu: not one of auto, cpu, cuda, mps"),
+        ({"precision": "float16"}, "precision float16: not one of auto, fp32, bf16, fp16; did you mean fp16?"),
+    ],
+)
+def test_a_device_or_precision_that_there_is_not_is_named_in_a_library_call(
+    digits_run: Any, given: dict[str, str], said: str
+) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)):
+        evaluate(digits_run.run, **given)  # type: ignore[arg-type]
+    if "device" in given:
+        with pytest.raises(UsageError, match=re.escape(said)):
+            predict("docs/digits", digits_run.run, **given)

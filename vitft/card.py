@@ -4,6 +4,7 @@ import hashlib
 import html
 import json
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from vitft.files import json_text, write_json, write_text
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
+_PLACES = ("dataset", "model", "exclude")
+"""The settings that may be paths of this machine: a checkpoint, which may be shared, has their names alone."""
+
+
 @dataclass(frozen=True)
 class Card:
     """What a checkpoint knows of itself; stored as `vitft.json`."""
@@ -32,9 +37,11 @@ class Card:
     scores: dict[str, Any]  # the scores of this step, by split
 
     def to_json(self) -> dict[str, Any]:
-        """As stored: settings that were not given are left out."""
-        document = asdict(self) | {"config": self.config.model_dump(exclude_none=True)}
-        return {"vitft": __version__} | document
+        """As stored: without settings that were not given, and of paths only the names, `local` saying which."""
+        settings = self.config.model_dump(exclude_none=True)
+        local = [name for name in _PLACES if _is_path(settings.get(name))]
+        settings |= {name: _name(settings[name]) for name in local}
+        return {"vitft": __version__} | asdict(self) | {"config": settings, "local": local}
 
 
 def write_card(folder: Path, card: Card) -> None:
@@ -46,18 +53,43 @@ def write_card(folder: Path, card: Card) -> None:
 
 
 def read_card(folder: Path) -> Card | None:
-    """What a checkpoint knows of itself; None if vitft did not write it. Raises ModelError."""
+    """What a checkpoint knows of itself; None if vitft did not write it. Raises ModelError.
+
+    Where its data lies, the run that it stands in knows; elsewhere `config.dataset` is None if that was a path.
+    """
     file = folder / "vitft.json"
     if not file.is_file():
         return None
     try:
-        document = json.loads(file.read_text())
+        document = json.loads(file.read_text(encoding="utf-8"))
         document.pop("vitft")
         document.pop("sha256", None)  # see `prove`
-        config = TrainConfig.parse(document.pop("config"), str(file))
+        settings = document.pop("config")
+        for name in document.pop("local", ()):
+            settings[name] = _place(folder, name, settings[name])
+        config = TrainConfig.parse(settings, str(file))
         return Card(config=config, **document | {"labels": tuple(document["labels"])})
     except (*UNREADABLE, UsageError) as error:
         raise ModelError(f"{file}: not readable ({error}); was it edited?") from error
+
+
+def _is_path(value: str | None) -> bool:
+    """Whether a setting is a local path, as `paths.absolute` writes them, and no name of the hub or of vitft."""
+    return value is not None and (value.startswith("~") or Path(value).is_absolute())
+
+
+def _name(value: str) -> str:
+    return Path(value).name if _is_path(value) else value
+
+
+def _place(folder: Path, name: str, known: str) -> str | None:
+    """The path of which a checkpoint has the name, by the settings of the run that it stands in."""
+    for run in folder.absolute().parents[:2]:
+        with suppress(*UNREADABLE, yaml.YAMLError):
+            found = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))[name]
+            if Path(found).name == known:
+                return str(found)
+    return None if name == "dataset" else known
 
 
 def prove(folder: Path) -> Path:
@@ -109,7 +141,7 @@ def _readme(card: Card) -> str:
         for split, score in card.scores.items()
     )
     config = card.config
-    start = f"{config.model}, new weights" if config.from_scratch else config.model
+    start = f"{_name(config.model)}, new weights" if config.from_scratch else _name(config.model)
     header = yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "image-classification"})
     return f"""---
 {header}---
@@ -118,8 +150,8 @@ def _readme(card: Card) -> str:
 
 Classes: {", ".join(map(_plain, card.labels[:50]))}{", ..." if len(card.labels) > 50 else ""}
 
-Started from {_plain(start)}; trained on {_plain(str(config.dataset))} for {card.step} steps ({card.epoch:.2f} epochs)
-with vitft {__version__}.
+Started from {_plain(start)}; trained on {_plain(_name(str(config.dataset)))} for {card.step} steps
+({card.epoch:.2f} epochs) with vitft {__version__}.
 
 {scores or "Not scored at this step."}
 

@@ -1,8 +1,8 @@
 """The run folder: write, read, newest. Everything in it is whole or absent, and nothing is a pickle.
 
 config.yaml  environment.json  splits.json  metrics.jsonl
-checkpoints/step-000400/   a model folder, optimizer.safetensors, state.json; manifest.json last
-last/ best/                plain Transformers model folders
+checkpoints/step-000400/   a model folder, state.json, optimizer.safetensors; manifest.json last
+last/ best/                plain Transformers model folders; in last/ a state.json too
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from vitft.card import UNREADABLE, Card, prove, sha256, sha256_of, write_card
@@ -33,10 +33,12 @@ class State:
 
     step: int = 0
     best_step: int | None = None
-    best_accuracy: float = -1.0
-    best_loss: float = 0.0
-    evaluations_since_best: int = 0
+    best_score: float | None = None  # by the run's `best_by`, where more is better
+    counted_score: float | None = None  # the last that was better by more than `min_delta`
+    evaluations_since_best: int = 0  # or rather since that one
     stopped_early: bool = False
+    total_steps: int | None = None  # of the run as it was when this was saved
+    validation_due: bool = False  # a signal came before it, or in the middle of it
     scaler: dict[str, Any] | None = None
 
 
@@ -44,14 +46,62 @@ def create_run(path: Path, *, overwrite: bool) -> None:
     """Make an empty run folder, which this process holds. Raises UsageError if something stands there."""
     check_kind(path, overwrite=overwrite)
     try:
-        # The folder itself stays: it is held, and may be where a disk is mounted. The settings, which make it
-        # a run, go last: what a kill leaves can be overwritten.
-        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        every = [file for file in (*path.iterdir(), *(path / "checkpoints").iterdir()) if file.name != "checkpoints"]
-        for old in sorted(every, key=lambda file: file.name == "config.yaml"):
-            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+        # The folder itself stays: it is held, and may be where a disk is mounted.
+        path.mkdir(parents=True, exist_ok=True)
+        if is_run(path):
+            _set_aside(path)
+        else:
+            _empty(path)  # what a kill left of a run that never began
+        (path / "checkpoints").mkdir()
     except OSError as error:
         raise UsageError(f"output {path}: cannot be made: {error.strerror or error}; choose another.") from error
+
+
+# A run that gives way to another stands in its folder under this name until the other has saved a whole checkpoint:
+# the other may have begun from it, and may be killed. While it is moved there or back, it is under the second name.
+_REPLACED, _MOVING = ".vitft-replaced", ".vitft-moving"
+
+
+def _set_aside(run: Path) -> None:
+    _move(run, run / _MOVING)
+    (run / _MOVING).rename(run / _REPLACED)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Move all that is in a folder to one in it or around it; last the settings, which make it a run."""
+    target.mkdir(exist_ok=True)
+    for file in sorted(source.iterdir(), key=lambda file: file.name == "config.yaml"):
+        if file != target:
+            file.rename(target / file.name)
+
+
+def _empty(folder: Path, keep: str = "") -> None:
+    # The settings go last: what a kill leaves can be overwritten.
+    for old in sorted(folder.iterdir(), key=lambda file: file.name == "config.yaml"):
+        if old.name != keep:
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+
+
+def give_back(path: Path) -> None:
+    """Put the run that was to be replaced back in its place, where its successor has saved nothing."""
+    if (path / _REPLACED).is_dir() and not step_folders(path):
+        _empty(path, keep=_REPLACED)
+        (path / _REPLACED).rename(path / _MOVING)
+    if (path / _MOVING).is_dir():
+        _move(path / _MOVING, path)
+        (path / _MOVING).rmdir()
+
+
+def settle(path: Path) -> None:
+    """Undo a replacement that a kill broke off before the successor had its settings."""
+    if not is_run(path) or (path / _MOVING).is_dir():
+        give_back(path)
+
+
+def set_aside_at(run: Path, path: Path) -> Path:
+    """Where a file of the run that `run` is to replace is now; the path itself if it is not one of those."""
+    here = run.resolve()
+    return here / _REPLACED / path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def free_name(config: TrainConfig, data: str) -> Path:
@@ -78,14 +128,14 @@ def check_kind(path: Path, *, overwrite: bool) -> None:
     if not overwrite:
         remedy = f"--resume {path} goes on with it, --overwrite replaces it" if is_run(path) else "choose another"
         raise UsageError(f"output {path}: the folder exists and is not empty; {remedy}.")
-    if not is_run(path):
+    if not is_run(path) and not any((path / name).is_dir() for name in (_REPLACED, _MOVING)):
         raise UsageError(f"output {path}: --overwrite replaces run folders only, and this is none; choose another.")
 
 
 def _never_begun(path: Path) -> bool:
     """Whether a folder is empty, or has what a run writes before its settings make it one: a kill fell between."""
     names = {file.name for file in path.iterdir()}
-    first = {"checkpoints", "environment.json", ".environment.json.new", ".config.yaml.new"}
+    first = {"checkpoints", "environment.json", ".environment.json.vitft-new", ".config.yaml.vitft-new"}
     return not names or ("checkpoints" in names <= first and not any((path / "checkpoints").glob("*")))
 
 
@@ -116,16 +166,20 @@ def read_config(run: Path) -> TrainConfig:
     return TrainConfig.parse(read_recipe(file), str(file))
 
 
-def save_model(folder: Path, model: Any, how: Preprocess, card: Card) -> None:
-    """Write a plain Transformers model folder in place of `folder`, whole."""
+def save_model(folder: Path, model: Any, how: Preprocess, card: Card, state: State | None = None) -> None:
+    """Write a plain Transformers model folder in place of `folder`, whole.
+
+    With the run's `state` in it, the run can be gone on with from there, though its optimizer begins anew.
+    """
     with new_folder(folder) as fresh:
-        _fill(fresh, model, how, card)
+        _fill(fresh, model, how, card, state)
 
 
-def _fill(folder: Path, model: Any, how: Preprocess, card: Card) -> None:
+def _fill(folder: Path, model: Any, how: Preprocess, card: Card, state: State | None) -> None:
     model.save_pretrained(folder)
     write_json(folder / "preprocessor_config.json", how.to_json())
-    (folder / "model.safetensors").chmod(0o644)  # safetensors makes files that only their owner may read
+    if state is not None:
+        write_json(folder / "state.json", asdict(state))
     write_card(folder, card)
 
 
@@ -135,9 +189,8 @@ def save_step(
     """Write all that resume needs as `checkpoints/step-N`, and drop the oldest over `keep`."""
     folder = run / "checkpoints" / f"step-{state.step:06d}"
     with new_folder(folder) as fresh:
-        _fill(fresh, model, how, card)
-        save_file(optimizer_tensors(model, optimizer), fresh / "optimizer.safetensors")
-        write_json(fresh / "state.json", asdict(state))
+        _fill(fresh, model, how, card, state)
+        save_file(optimizer_tensors(model, optimizer), fresh / OPTIMIZER)
         manifest = {f.name: {"size": f.stat().st_size, "sha256": sha256(f)} for f in sorted(fresh.iterdir())}
         write_json(fresh / "manifest.json", manifest)
     prune(run, state.step, card.config.keep)
@@ -147,25 +200,35 @@ def save_step(
 def prune(run: Path, newest: int, keep: int) -> None:
     """Remove all step checkpoints but the last so many up to the step that is the newest."""
     # Newer ones than that were torn, or the run would have gone on from them.
-    torn = [old for old in step_folders(run) if _step_of(old) > newest]
-    for old in torn + [kept for kept in step_folders(run) if kept not in torn][keep:]:
+    shutil.rmtree(run / _REPLACED, ignore_errors=True)  # its successor is whole
+    forget_after(run, newest)
+    for old in step_folders(run)[keep:]:
         remove_folder(old)
+
+
+def forget_after(run: Path, step: int) -> None:
+    """Remove the step checkpoints of later steps, the last first: what is left of a run that is killed here is one."""
+    for later in step_folders(run):
+        if step_of(later) > step:
+            remove_folder(later)
 
 
 def step_folders(run: Path) -> list[Path]:
     """The step checkpoints of a run, newest first."""
-    found = (folder for folder in (run / "checkpoints").glob("step-*") if folder.name[5:].isdigit())
-    return sorted(found, key=_step_of, reverse=True)
+    found = (folder for folder in (run / "checkpoints").glob("step-*") if re.fullmatch("step-[0-9]+", folder.name))
+    return sorted(found, key=step_of, reverse=True)
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The step of its checkpoint's folder."""
     return int(folder.name.removeprefix("step-"))
 
 
 def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
     """The newest step checkpoint that matches its manifest, and why newer ones were passed over.
 
-    None if the run had saved nothing yet. Raises ModelError if all that it saved is torn.
+    Of a finished run that kept none it is `last/`. None if the run had saved nothing yet. Raises ModelError if all
+    that it saved is torn.
     """
     passed: list[str] = []
     for folder in step_folders(run):
@@ -175,11 +238,12 @@ def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
         passed.append(f"{folder.name}: {fault}")
     if passed:
         raise ModelError(f"{run}: no whole checkpoint to resume from ({'; '.join(passed)}); start anew elsewhere.")
-    return None, passed
+    last = run / "last"
+    return prove(last) if (last / "state.json").is_file() else None, passed
 
 
-_NEEDED = {"config.json", "model.safetensors", "optimizer.safetensors", "preprocessor_config.json", "state.json",
-           "vitft.json"}  # fmt: skip
+OPTIMIZER = "optimizer.safetensors"
+_NEEDED = {"config.json", "model.safetensors", OPTIMIZER, "preprocessor_config.json", "state.json", "vitft.json"}
 
 
 def fault_of(folder: Path) -> str | None:
@@ -199,19 +263,38 @@ def fault_of(folder: Path) -> str | None:
     return None
 
 
+def is_finite(folder: Path) -> bool:
+    """Whether the weights and moments of a step checkpoint are numbers; its scores are, or they were not written."""
+    for name in ("model.safetensors", OPTIMIZER):
+        with safe_open(folder / name, "pt") as stored:
+            if not all(stored.get_tensor(key).isfinite().all() for key in stored.keys()):  # noqa: SIM118
+                return False
+    return True
+
+
 def read_state(folder: Path) -> State:
-    """Where the run of a step checkpoint stood. Raises ModelError."""
+    """Where the run of a checkpoint stood. Raises ModelError."""
     try:
-        return State(**json.loads((folder / "state.json").read_text()))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        document = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if "best_accuracy" in document:  # written before there was `best_by`
+            accuracy, _ = document.pop("best_accuracy"), document.pop("best_loss")
+            score = None if document["best_step"] is None else accuracy
+            document |= {"best_score": score, "counted_score": score}
+        return State(**document)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f"{folder / 'state.json'}: not readable ({error}); is it of another version?") from error
+
+
+def weights_in(run: Path) -> Path | None:
+    """The model folder of a run that its users want, best, last or the newest step's; None if it has saved none."""
+    candidates = [run / "best", run / "last", *step_folders(run)]
+    return next((folder for folder in candidates if (folder / "config.json").is_file()), None)
 
 
 def find_model(path: Path) -> Path:
     """The model folder behind a path: itself, or a run's best, last or newest step checkpoint; proved whole."""
     if is_run(path):
-        candidates = [path / "best", path / "last", *step_folders(path)]
-        found = next((folder for folder in candidates if (folder / "config.json").is_file()), None)
+        found = weights_in(path)
         if found is None:
             raise ModelError(f"{path}: this run has no checkpoint yet.")
         return prove(found)
@@ -222,7 +305,7 @@ def find_model(path: Path) -> Path:
         there = [name for name in ("best", "last") if (run / name).is_dir()]
         there += [folder.relative_to(run).as_posix() for folder in steps]
         number = re.search(r"\d+$", path.name)
-        same = [folder for folder in steps if number and _step_of(folder) == int(number[0])]
+        same = [folder for folder in steps if number and step_of(folder) == int(number[0])]
         hint = f"; did you mean {same[0]}?" if same else "."
         raise ModelError(f"{path}: no such checkpoint; this run has {', '.join(there)}{hint}")
     may_be_hub_id = len(path.parts) == 2 and not path.is_absolute() and path.parts[0] not in (".", "..")
@@ -245,9 +328,9 @@ def optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str,
 def load_optimizer(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
     """Put a step checkpoint's optimizer state back. Raises ModelError."""
     try:
-        stored = load_file(folder / "optimizer.safetensors")
+        stored = load_file(folder / OPTIMIZER)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{folder}: optimizer.safetensors cannot be read: {error}.") from error
+        raise ModelError(f"{folder}: {OPTIMIZER} cannot be read: {error}.") from error
     parameters = dict(model.named_parameters())
     for name, value in stored.items():
         parameter_name, quantity = name.split("|")

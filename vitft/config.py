@@ -63,7 +63,7 @@ class TrainConfig(Settings):
     lr: float = setting(5e-5, "Optimization", "Peak learning rate.", gt=0, le=100)
     schedule: Literal["constant", "linear", "cosine", "step"] = setting("linear", "Optimization", "How the rate falls after warm-up; linear and cosine end at 0.")
     warmup: float = setting(0.0, "Optimization", "Share of all optimizer steps spent in linear warm-up.", ge=0, lt=1)
-    decay_epochs: float = setting(1.0, "Optimization", "With --schedule step: epochs between two decays.", gt=0)
+    decay_epochs: float = setting(1.0, "Optimization", "With --schedule step: epochs between two decays, counted from the end of the warm-up.", gt=0)
     decay_factor: float = setting(0.1, "Optimization", "With --schedule step: what the rate is multiplied by.", gt=0, le=1)
     optimizer: Literal["adamw", "adam", "sgd"] = setting("adamw", "Optimization", "sgd has momentum 0.9.")
     weight_decay: float = setting(0.01, "Optimization", "Decay of the weight matrices; biases, norms, tokens and positions have none. adam has none at all.", ge=0, le=10)
@@ -80,9 +80,12 @@ class TrainConfig(Settings):
     grad_checkpointing: bool = setting(False, "Hardware", "Keep only what each block reads, and compute it a second time for the backward pass: slower, in a fraction of the memory.", steers=True)
 
     eval_every: int | None = setting(None, "Run", "Evaluate the validation split every so many steps; each epoch by default.", ge=1)
-    early_stopping: int | None = setting(None, "Run", "Stop after this many evaluations without a better validation accuracy.", ge=1)
+    best_by: Literal["accuracy", "loss", "macro-f1"] = setting("accuracy", "Run", "The validation score that chooses the best checkpoint, and that early stopping waits for; of equal ones the earlier is kept.")
+    early_stopping: int | None = setting(None, "Run", "Stop after this many evaluations without a better score, by --best-by.", ge=1)
+    min_delta: float = setting(0.0, "Run", "With --early-stopping: by how much a score must be better to count. Accuracy and F1 are fractions: 0.001 is 0.1 %.", ge=0)
     save_every: int | None = setting(None, "Run", "Save all that resume needs every so many steps; each epoch by default, of a head on stored features at the end.", ge=1, steers=True)
     keep: int = setting(2, "Run", "How many of the newest step checkpoints stay.", ge=1, steers=True)
+    keep_finished: int = setting(0, "Run", "How many step checkpoints stay once the run is finished; best/ and last/ stay in any case.", ge=0, steers=True)
     log_every: int = setting(10, "Run", "Steps between two lines of metrics.jsonl.", ge=1, steers=True)
     tracker: Literal["none", "tensorboard", "wandb"] = setting("none", "Run", "Where metrics go besides metrics.jsonl.", steers=True)
     # fmt: on
@@ -114,6 +117,8 @@ class TrainConfig(Settings):
             raise ValueError(f"`{sizes[0]}` shapes a new model; add `from_scratch`, or leave `{sizes[0]}` out")
         if self.from_scratch and self.freeze == "backbone":
             raise ValueError("`freeze` backbone with `from_scratch` would train a head on random features; drop one")
+        if self.min_delta and self.early_stopping is None:
+            raise ValueError("`min_delta` is for early stopping; add `early_stopping`, or leave `min_delta` out")
         return self
 
 

@@ -8,11 +8,14 @@ VitftError             a person can mend it: one line says what, got, remedy
 └── Stopped        130 by SIGINT, 143 by SIGTERM; everything is saved
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 # What other trainers call a setting or a flag, beside its name here.
 _ELSEWHERE = {
+    "best_by": "metric_for_best_model monitor",
     "batch_size": "batch bs train_batch_size per_device_train_batch_size",
     "classes": "num_classes num_labels n_classes",
     "clip_norm": "max_grad_norm grad_clip clip_grad",
@@ -24,7 +27,9 @@ _ELSEWHERE = {
     "image_size": "img_size input_size resolution",
     "layers": "depth num_layers n_layers num_hidden_layers",
     "log_every": "logging_steps log_interval",
+    "keep": "save_total_limit",
     "lr": "learning_rate",
+    "min_delta": "early_stopping_threshold",
     "mlp": "mlp_dim intermediate_size",
     "model": "model_name model_name_or_path pretrained",
     "optimizer": "optim opt",
@@ -39,13 +44,34 @@ _ELSEWHERE = {
 _HERE = {other: ours for ours, others in _ELSEWHERE.items() for other in others.split()}
 
 
+_typed = False
+
+
+@contextmanager
+def typed_flags() -> Iterator[None]:
+    """While a command runs, errors name settings as it spells them, --batch-size; else as Python does, batch_size."""
+    global _typed
+    before, _typed = _typed, True
+    try:
+        yield
+    finally:
+        _typed = before
+
+
+def _in_python(message: str) -> str:
+    """The message with its flags spelled as arguments, but for those of a command to be typed."""
+    flag = re.compile(r"vitft [a-z][^;)`]*|(?<![^\s(`'\"])--([a-z][a-z-]*[a-z])")
+    return flag.sub(lambda found: found[1].replace("-", "_") if found[1] else found[0], message)
+
+
 class VitftError(Exception):
     """A failure that a person can mend; its text is one line: what, got, remedy."""
 
     exit_code = 1
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(" ".join(message.splitlines()))  # names from files may hold line ends
+        line = " ".join(message.splitlines())  # names from files may hold line ends
+        super().__init__(line if _typed else _in_python(line))
 
 
 class UsageError(VitftError):

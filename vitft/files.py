@@ -1,4 +1,8 @@
-"""Files that are whole or absent: written under a temporary name in the same place, then renamed."""
+"""Files that are whole or absent: written under a temporary name in the same place, then renamed.
+
+Until then they are called `.NAME.vitft-new`; what they replace, `.NAME.vitft-old`; what is being removed,
+`.NAME.vitft-gone`. So whatever a kill leaves is known, and nobody else's files are taken for it.
+"""
 
 import json
 import os
@@ -8,10 +12,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+_NEW, _OLD, _GONE = ".vitft-new", ".vitft-old", ".vitft-gone"
+
+
+def _aside(path: Path, suffix: str) -> Path:
+    """The name that a file or folder has beside its own place."""
+    return path.parent / f".{path.name}{suffix}"
+
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file's text, whole."""
-    temporary = path.parent / f".{path.name}.new"  # what a kill leaves is replaced by the next writing of this file
+    temporary = _aside(path, _NEW)  # what a kill leaves is replaced by the next writing of this file
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
             file.write(text)
@@ -63,17 +74,22 @@ def held(folder: Path) -> Iterator[bool]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder to fill; on leaving, it takes the place of `path`, or vanishes on an error."""
+    """A temporary folder to fill; on leaving, it takes the place of `path`, or vanishes on an error.
+
+    Its files get the permissions that this process gives to new ones, whatever the writer gave them.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.new"
-    previous = path.parent / f".{path.name}.old"
+    temporary, previous = _aside(path, _NEW), _aside(path, _OLD)
     if previous.exists() and not path.exists():  # a kill fell between the two renames below
         previous.rename(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+    mode = temporary.stat().st_mode & 0o666  # safetensors makes files that only their owner may read
     try:
         yield temporary
         for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                file.chmod(mode)
             _sync(file)
         _sync(temporary)
         shutil.rmtree(previous, ignore_errors=True)
@@ -91,7 +107,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def remove_folder(path: Path) -> None:
     """Remove a folder, which is there whole or not at all."""
-    gone = path.parent / f".{path.name}.gone"
+    gone = _aside(path, _GONE)
     shutil.rmtree(gone, ignore_errors=True)
     path.rename(gone)
     shutil.rmtree(gone)
@@ -99,12 +115,12 @@ def remove_folder(path: Path) -> None:
 
 def heal(folder: Path) -> None:
     """Undo in a folder what a kill left half done: the former of two renames, and all that is under another name."""
-    for left in folder.glob(".*"):
+    for left in folder.glob(".?*.vitft-*"):
         whole = folder / left.stem.removeprefix(".")
-        if left.suffix == ".old" and not whole.exists():
+        if left.suffix == _OLD and not whole.exists():
             left.rename(whole)
-        elif left.suffix in (".new", ".old", ".gone"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        elif left.suffix in (_NEW, _OLD, _GONE):
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
 def _sync(path: Path) -> None:

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from vitft.clock import settle
 from vitft.config import TrainConfig
-from vitft.errors import TrainingError, UsageError
+from vitft.errors import TrainingError, UsageError, nearest
 from vitft.paths import shown
 
 
@@ -27,7 +27,10 @@ def resolved(config: TrainConfig) -> TrainConfig:
 
 
 def find_device(wanted: str) -> str:
-    """cuda, mps or cpu; `auto` takes the first of these that is there."""
+    """cuda, mps or cpu; `auto` takes the first of these that is there. Raises UsageError."""
+    if wanted.startswith("cuda:"):
+        raise UsageError(f"device {wanted}: it is cuda, and CUDA_VISIBLE_DEVICES chooses which GPU that is.")
+    _known("device", wanted)
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted == "auto":
         return next(name for name, is_there in there.items() if is_there)
@@ -59,8 +62,9 @@ def find_precision(wanted: str, device: str) -> str:
     """fp32, bf16 or fp16; `auto` takes bf16 where matrix products of it are faster, which on a CPU is measured.
 
     A CPU without it emulates it: a product was seen to take 300 times as long; one with it, half as long as in
-    float32, or twice. Several processes on a CPU would measure one another, and take fp32.
+    float32, or twice. Several processes on a CPU would measure one another, and take fp32. Raises UsageError.
     """
+    _known("precision", wanted)
     if wanted == "auto":
         if device == "cuda":
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -69,6 +73,14 @@ def find_precision(wanted: str, device: str) -> str:
     if wanted == "fp16" and device != "cuda":
         raise UsageError(f"precision fp16 needs a CUDA device, got {device}; use fp32 or auto.")
     return wanted
+
+
+def _known(name: str, wanted: str) -> None:
+    """Raise UsageError for a value that its setting does not have: a library call passes any."""
+    choices = get_args(TrainConfig.model_fields[name].annotation)
+    if wanted not in choices:
+        hint = nearest(wanted, choices) or "; choose one of these"
+        raise UsageError(f"{name} {wanted}: not one of {', '.join(choices)}{hint}.")
 
 
 @cache

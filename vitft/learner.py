@@ -2,7 +2,8 @@
 
 import math
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from vitft.optim import lr_at, make_optimizer, total_steps
 from vitft.preparation import Prepared, Stores
 from vitft.probing import FeatureLoader, Probe, features_pay
 from vitft.randomness import seed_of
+from vitft.signals import Gather, Progress
+
+Watched = Callable[[Progress, Gather], tuple[Progress, Gather]]
 
 
 class Learner:
@@ -48,14 +52,20 @@ class Learner:
         self._whole = micro_batch(config, accelerator.num_processes)
         self._fast = compiled(self.model) if config.compile == "on" else self.model  # for parts of that size
         self.data_wait_s = 0.0  # in all steps so far
+        self.breakable: Callable[[], AbstractContextManager[None]] = nullcontext  # around what may be broken off
+        if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
+            for parameter in self.bare.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(_let_signals_in)
         self.module.eval()  # the first step sets it to training
 
-    def get_ready(self) -> None:
-        """Of a probe, compute the features that its steps read."""
+    def get_ready(self, watched: Watched = lambda progress, gather: (progress, gather)) -> None:
+        """Of a probe, compute the features that its steps read; `watched`: see StopSignals."""
         if self.probe is not None and isinstance(self.loader, TrainLoader):
             guard = memory_guard(self.config, self.accelerator.num_processes)
-            with console.working("reading features") as progress, guard:
-                self.loader = self.probe.training(self.loader, gather_object, progress)
+            with self.breakable(), console.working("reading features") as shown, guard:
+                progress, gather = watched(shown, gather_object)
+                self.loader = self.probe.training(self.loader, gather, progress)
 
     def lr(self, step: int) -> float:
         """The learning rate of a step (from 0)."""
@@ -66,8 +76,7 @@ class Learner:
         return len(self.loader.samples(step))
 
     def halve(self) -> int:
-        """Read half as many images at a time from now on; how many. What a broken-off step left is dropped."""
-        self.optimizer.zero_grad()
+        """Read half as many images at a time from now on; how many."""
         self._whole = -(-self._whole // 2)
         return self._whole
 
@@ -78,6 +87,18 @@ class Learner:
 
     def step(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Take one; this process's share of loss and correct answers, and the gradient's norm."""
+        with self.breakable():
+            loss, correct = self._gradients(step)
+        with self.clock.part("optimizer"):
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm or math.inf)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr(step)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return loss, correct, norm
+
+    def _gradients(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute those of a step's batch; this process's share of loss and correct answers."""
         config, accelerator, clock = self.config, self.accelerator, self.clock
         waited = time.perf_counter()
         batch = self.loader.batch(step)
@@ -85,8 +106,7 @@ class Learner:
         if not self.module.training:  # an evaluation has changed it; to set every module takes a while
             self.module.train()
             set_training(self.bare, frozen_backbone=config.freeze == "backbone")
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr(step)
+        self.optimizer.zero_grad()  # a step that was broken off has left some
         whole = self.images(step)
         world = accelerator.num_processes
         # Every process takes as many micro-steps, even where its share of a tail is empty.
@@ -114,8 +134,8 @@ class Learner:
                     accelerator.backward(loss * world)  # the processes' gradients are averaged
             loss_sum += loss.detach()
             correct += weight * (logits.detach().argmax(dim=1) == labels).sum()
-        with clock.part("optimizer"):
-            norm = accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        return loss_sum, correct, norm
+        return loss_sum, correct
+
+
+def _let_signals_in(parameter: torch.Tensor) -> None:
+    """Do nothing, in Python, which handles signals between its own instructions: else a backward pass has none."""

@@ -28,7 +28,7 @@ def lr_at(step: int, config: TrainConfig, *, total_steps: int, steps_per_epoch: 
     """The rate of optimizer step `step` (from 0) of `total_steps`: warm-up, then the schedule.
 
     linear and cosine (Loshchilov & Hutter 2017, eq. 5) reach 0 just after the last step; step
-    multiplies by `decay_factor` every `decay_epochs`.
+    multiplies by `decay_factor` every `decay_epochs`, counted from the end of the warm-up.
     """
     warm = min(round(config.warmup * total_steps), total_steps - 1)  # the peak is reached in any run
     if step < warm:
@@ -44,7 +44,7 @@ def lr_at(step: int, config: TrainConfig, *, total_steps: int, steps_per_epoch: 
         case "step":
             # Whole steps, so that a decay after each epoch falls on the epoch's first step exactly.
             every = max(1, round(config.decay_epochs * steps_per_epoch))
-            return config.lr * config.decay_factor ** (step // every)
+            return config.lr * config.decay_factor ** ((step - warm) // every)
 
 
 def parameter_groups(named: Iterable[tuple[str, "Tensor"]], weight_decay: float) -> list[dict[str, Any]]:

@@ -89,7 +89,7 @@ def plan(config: TrainConfig, output: Path | None = None, overwrite: bool = Fals
         with threads(prepared.config.threads):
             memory = memory_bytes(prepared, micro_batch(prepared.config))  # before the trial, which takes some itself
             found = replace(_plan(prepared, cost(prepared)), memory_bytes=memory)
-    folder = folder_of(prepared, output)
+    folder = folder_of(prepared.config, prepared.source.name, output)
     place = f"{folder}, in place of the run there" if ckpt.is_run(folder) else str(folder)
     return [*found.groups(), ("Run", [("folder", place)]), ("Settings", _settings(prepared.config, config))]
 

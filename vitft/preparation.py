@@ -90,8 +90,11 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None) -> Prepared:
         raise DataError(f"{config.dataset}: one class ({source.labels[0]}) leaves nothing to tell apart; add another.")
     if config.early_stopping and "validation" not in splits:
         raise UsageError("early_stopping needs a validation split, and there is none; set --val-fraction above 0.")
-    prove(expanded(config.model))
-    loaded = load_for_training(config, source.labels) if checkpoint is None else _load_again(config, source, checkpoint)
+    if checkpoint is None:
+        prove(expanded(config.model))
+        loaded = load_for_training(config, source.labels)
+    else:
+        loaded = _load_again(config, source, checkpoint)
     attention = _attend(loaded, config)
     pinned: dict[str, Any] = {"model_revision": loaded.revision or config.model_revision,
               "dataset_revision": source.revision or config.dataset_revision,

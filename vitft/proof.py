@@ -1,7 +1,9 @@
 """`vitft verify-resume`: train, kill, resume, and compare with a run that nobody disturbed."""
 
 import random
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -11,13 +13,14 @@ from pathlib import Path
 
 import yaml
 
-from vitft.checkpoint import is_run, newest_whole, read_state
+from vitft.checkpoint import is_run, newest_whole, read_config, read_state
 from vitft.config import TrainConfig
 from vitft.errors import TrainingError
 from vitft.history import recorded
 
 Say = Callable[[str], None]
-_POLL_S = 0.02
+_POLL_S = 0.005
+_ATTEMPTS = 5
 
 
 @dataclass
@@ -36,44 +39,69 @@ class Proof:
 
 
 def prove_resume(config: TrainConfig, work: Path, *, kills: int, seed: int, say: Say = lambda text: None) -> Proof:
-    """Train as `config` says in work/whole, and in work/killed with `kills` kill -9 at random moments.
+    """Train as `config` says in work/whole, and in work/killed with `kills` kill -9 at random steps.
 
-    Raises TrainingError where a run fails by itself.
+    A run that is over before it was killed often enough proves nothing: it begins anew, a few times. Raises
+    TrainingError where that does not help, or a run fails by itself.
     """
     recipe = work / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(config.model_dump(exclude_none=True)))
+    # Each step is written down: that is what a kill is timed by.
+    recipe.write_text(yaml.safe_dump(config.model_dump(exclude_none=True) | {"log_every": 1}))
     whole, killed = work / "whole", work / "killed"
     started = time.perf_counter()
-    running = _start(["--recipe", str(recipe), "--output", str(whole)])
-    while running.poll() is None and not is_run(whole):
-        time.sleep(_POLL_S)
-    begun_s = time.perf_counter() - started
-    _complain(running)
-    took_s = time.perf_counter() - started
-    proof = Proof(_reached(whole))
-    say(f"undisturbed: {proof.steps} steps in {took_s:.0f} s")
+    _complain(_start(["--recipe", str(recipe), "--output", str(whole)]))
+    steps, took_s = _reached(whole), time.perf_counter() - started
+    say(f"undisturbed: {steps} steps in {took_s:.0f} s")
+    step_s = _step_s(whole)
     moments = random.Random(seed)
-    while len(proof.kills) < kills:
-        words = ["--resume", str(killed)] if is_run(killed) else ["--recipe", str(recipe), "--output", str(killed)]
-        running = _start(words)
-        _sleep(moments.uniform(0.7 * begun_s, took_s), running)
-        if running.poll() is not None:
-            _complain(running)
-            if is_run(killed):  # it got to its end first: a kill of a finished run proves nothing
+    for _ in range(_ATTEMPTS if steps > kills else 0):
+        shutil.rmtree(killed, ignore_errors=True)
+        proof = Proof(steps)
+        while len(proof.kills) < kills:
+            reached = _reached(killed)
+            # Each kill comes later than the last, and leaves room for those to come.
+            room = (steps - 1 - reached) // (kills - len(proof.kills))
+            if room < 1:
                 break
-            continue
-        running.send_signal(signal.SIGKILL)
-        running.wait()
-        resumed = 0
-        if is_run(killed):
+            running = _start(_go_on(recipe, killed))
+            landed = _kill_at(reached + moments.randint(1, room), running, killed, moments.uniform(0, step_s))
+            if not landed or _reached(killed) == steps:
+                break
             folder, _ = newest_whole(killed)
-            resumed = read_state(folder).step if folder else 0
-        proof.kills.append((_reached(killed), resumed))
-        say(f"kill {len(proof.kills)}: at step {_reached(killed)}; whole is step {resumed}")
-    _finish(["--resume", str(killed)] if is_run(killed) else ["--recipe", str(recipe), "--output", str(killed)])
-    proof.equal = _outcome(whole) == _outcome(killed)
-    proof.left = tuple(sorted(set(_files(killed)) ^ set(_files(whole))))
-    return proof
+            proof.kills.append((_reached(killed), read_state(folder).step if folder else 0))
+            say(f"kill {len(proof.kills)}: at step {proof.kills[-1][0]}; whole is step {proof.kills[-1][1]}")
+        else:
+            _complain(_start(_go_on(recipe, killed)))
+            proof.equal = _outcome(whole) == _outcome(killed)
+            proof.left = tuple(sorted(set(_files(killed)) ^ set(_files(whole))))
+            return proof
+    raise TrainingError(
+        f"a run of {steps} steps in {took_s:.0f} s was over before it was killed {kills} times: nothing is proved; "
+        "give it more steps (--max-steps), or fewer --kills."
+    )
+
+
+def _go_on(recipe: Path, run: Path) -> list[str]:
+    return ["--resume", str(run)] if is_run(run) else ["--recipe", str(recipe), "--output", str(run)]
+
+
+def _kill_at(step: int, running: "subprocess.Popen[str]", run: Path, delay_s: float) -> bool:
+    """Kill a run once it has taken this step, and a moment later; False where it was over before that."""
+    while running.poll() is None and _reached(run) < step:
+        time.sleep(_POLL_S)
+    time.sleep(delay_s)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    if running.returncode == -signal.SIGKILL:
+        return True
+    _complain(running)
+    return False
+
+
+def _step_s(run: Path) -> float:
+    """Seconds of a step, about: a kill so much later falls into a save too."""
+    speeds = [line["images_per_s"] for line in recorded(run) if line["split"] == "train"]
+    return float(read_config(run).batch_size / statistics.median(speeds))
 
 
 def _start(words: list[str]) -> "subprocess.Popen[str]":
@@ -81,21 +109,10 @@ def _start(words: list[str]) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def _finish(words: list[str]) -> None:
-    running = _start(words)
-    _complain(running)
-
-
 def _complain(running: "subprocess.Popen[str]") -> None:
     _, said = running.communicate()
     if running.returncode:
         raise TrainingError(f"vitft train ended with {running.returncode}: {said.strip().splitlines()[-1]}")
-
-
-def _sleep(seconds: float, running: "subprocess.Popen[str]") -> None:
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end and running.poll() is None:
-        time.sleep(_POLL_S)
 
 
 def _reached(run: Path) -> int:

@@ -17,28 +17,50 @@ from vitft.errors import DataError, ModelError, UsageError, as_flag
 from vitft.files import heal, held, write_json
 from vitft.hardware import environment
 from vitft.paths import expanded
-from vitft.preparation import Prepared, Stores, absolute
+from vitft.preparation import Prepared, Stores, absolute, prepare
 
 
-def folder_of(prepared: Prepared, output: Path | None) -> Path:
+def folder_of(config: TrainConfig, data: str, output: Path | None) -> Path:
     """The folder of a new run: `output`, or the next free number in runs/."""
-    return output if output is not None else ckpt.free_name(prepared.config, prepared.source.name)
+    return output if output is not None else ckpt.free_name(config, data)
+
+
+class Beginning:
+    """What a new run's folder says of it: of what was prepared, all but the model and the data."""
+
+    def __init__(self, prepared: Prepared, accelerator: Any) -> None:
+        self.config, self.data = prepared.config, prepared.source.name
+        self.main: bool = accelerator.is_main_process
+        self.facts = {
+            "model_revision": prepared.loaded.revision,
+            "dataset_revision": prepared.source.revision,
+            "processes": accelerator.num_processes,
+        }
+
+
+def make_room(output: Path, *, overwrite: bool) -> None:
+    """Raise UsageError unless a run may be written to `output`.
+
+    Where another was to be replaced there and its successor came to nothing, it is back in its place.
+    """
+    if overwrite and output.is_dir():
+        with alone_in(output):
+            ckpt.give_back(output)
+    ckpt.check_free(output, overwrite=overwrite)
 
 
 @contextmanager
-def new_run(accelerator: Any, prepared: Prepared, output: Path | None, overwrite: bool) -> Iterator[Path]:
+def new_run(beginning: Beginning, output: Path | None, overwrite: bool) -> Iterator[Path]:
     """Make the run folder, on the main process, which holds it from now on, and write what the run is."""
     with ExitStack() as claims:
         chosen: list[Any] = [None]
-        if accelerator.is_main_process:
-            run = _made(prepared, output)
+        if beginning.main:
+            run = _made(beginning, output)
             claims.enter_context(alone_in(run))
             ckpt.create_run(run, overwrite=overwrite)
-            revisions = {"model_revision": prepared.loaded.revision, "dataset_revision": prepared.source.revision}
-            processes = {"processes": accelerator.num_processes}
             try:
-                write_json(run / "environment.json", environment() | revisions | processes)
-                ckpt.write_config(run, prepared.config)  # last: it makes the folder a run
+                write_json(run / "environment.json", environment() | beginning.facts)
+                ckpt.write_config(run, beginning.config)  # last: it makes the folder a run
             except OSError as error:
                 raise UsageError(
                     f"output {run}: cannot be written: {error.strerror or error}; make room, or choose another."
@@ -47,10 +69,10 @@ def new_run(accelerator: Any, prepared: Prepared, output: Path | None, overwrite
         yield Path(broadcast_object_list(chosen)[0])
 
 
-def _made(prepared: Prepared, output: Path | None) -> Path:
+def _made(beginning: Beginning, output: Path | None) -> Path:
     """The folder of a new run, which exists; of two runs that begin at once, each gets a number of its own."""
     while True:
-        run = folder_of(prepared, output)
+        run = folder_of(beginning.config, beginning.data, output)
         try:
             run.mkdir(parents=True, exist_ok=output is not None)
         except FileExistsError:
@@ -74,6 +96,7 @@ def alone_in(run: Path) -> Iterator[None]:
         with suppress(OSError):  # where nothing may be written, training will say so
             for folder in (run, run / "checkpoints"):
                 heal(folder)
+            ckpt.settle(run)
         yield
 
 
@@ -96,8 +119,40 @@ def whereabouts(
     if not over:
         return f"resuming {run} {place}, {f'from {folder.name}' if folder else 'for nothing was saved'}"
     early = ", stopped early" if state.stopped_early else ""
-    next_run = ["vitft", "train", "--dataset", str(config.dataset), "--model", str(run / "last")]
-    return f"{run} is finished, {place}{early}; to train on from it: {shlex.join(next_run)}"
+    more = ("--epochs", 2 * config.epochs) if config.max_steps is None else ("--max-steps", 2 * config.max_steps)
+    longer = [
+        "vitft",
+        "train",
+        "--resume",
+        str(run),
+        *(f"{word:g}" if isinstance(word, float) else str(word) for word in more),
+    ]
+    anew = ["vitft", "train", "--dataset", str(config.dataset), "--model", str(run / "last")]
+    return (
+        f"{run} is finished, {place}{early}; to train on: {shlex.join(longer)}; "
+        f"or anew from its weights: {shlex.join(anew)}"
+    )
+
+
+def is_finished(state: ckpt.State) -> bool:
+    """Whether a run had no steps left to do when this was saved."""
+    return state.total_steps is not None and (state.stopped_early or state.step >= state.total_steps)
+
+
+def prepared_again(run: Path, config: TrainConfig, checkpoint: Path | None) -> Prepared:
+    """What a run goes on with: one of its checkpoints; or, where it has none yet, what it began from.
+
+    Raises ModelError where that is gone.
+    """
+    origin = expanded(config.model)
+    if checkpoint is not None or not origin.is_absolute() or origin.exists():
+        return prepare(config, checkpoint)
+    kept = ckpt.set_aside_at(run, origin)
+    if not kept.exists():
+        raise ModelError(f"{config.model}, which {run} began from, is gone, and the run had saved nothing; start anew.")
+    prepared = prepare(config.model_copy(update={"model": str(kept)}))
+    prepared.config = prepared.config.model_copy(update={"model": config.model})
+    return prepared
 
 
 def threads_of(run: Path) -> int:
@@ -109,13 +164,16 @@ def threads_of(run: Path) -> int:
         raise ModelError(f"{file}: not readable ({error}); start anew from the newest checkpoint of {run}.") from error
 
 
-def changed(run: Path, changes: dict[str, Any]) -> TrainConfig:
+LONGER = ("epochs", "max_steps")
+"""The settings of which a finished run may get more."""
+
+
+def changed(run: Path, before: TrainConfig, changes: dict[str, Any], *, finished: bool) -> TrainConfig:
     """The run's settings with the changes that may be made to it.
 
-    A data set may have moved: `check_splits` proves later that it is the same one. Raises UsageError
-    naming any other change, DataError where the data set is gone.
+    A data set may have moved: `check_splits` proves later that it is the same one. A finished run may be made
+    longer. Raises UsageError naming any other change, DataError where the data set is gone.
     """
-    before = ckpt.read_config(run)
     after = absolute(TrainConfig.parse(before.model_dump() | changes, "flags"))
     if after.dataset != before.dataset and "dataset_revision" not in changes:
         after = after.model_copy(update={"dataset_revision": None})  # it was the other place's
@@ -123,8 +181,9 @@ def changed(run: Path, changes: dict[str, Any]) -> TrainConfig:
         extra = TrainConfig.model_fields[name].json_schema_extra
         assert isinstance(extra, dict)
         was, now = getattr(before, name), getattr(after, name)
-        if was != now and not extra["steers"] and name != "dataset":
-            weights = ckpt.find_model(run) if ckpt.step_folders(run) else before.model
+        longer = finished and name in LONGER and was is not None and now > was
+        if was != now and not extra["steers"] and name != "dataset" and not longer:
+            weights = ckpt.weights_in(run) or before.model
             raise UsageError(
                 f"{run} began with {name} {was}, got {now}: it would no longer be the same run. "
                 f"Leave {as_flag(name)} out, or start anew from its weights: "
@@ -160,7 +219,7 @@ def check_splits(run: Path, prepared: Prepared, stores: Stores, *, begun: bool, 
         raise DataError(f"{file}: not readable ({error}); start anew from the newest checkpoint of {run}.") from error
     for role, difference in differences.items():
         if difference:
-            weights = ckpt.find_model(run) if ckpt.step_folders(run) else prepared.config.model
+            weights = ckpt.weights_in(run) or prepared.config.model
             raise DataError(
                 f"the {role} split is not the one the run began with ({difference}): the data set has changed; "
                 f"start a new run from its weights: vitft train --dataset {prepared.config.dataset} --model {weights}"
@@ -181,9 +240,10 @@ def _difference(then: dict[str, Any] | None, now: dict[str, Any] | None) -> str 
     return "the same names, but other pixels" if then.get("pixels") != now["pixels"] else None
 
 
-def keep_dataset(run: Path, config: TrainConfig) -> None:
-    """Write down where the run's data set is from now on, if it has moved."""
+def keep_changes(run: Path, config: TrainConfig) -> None:
+    """Write down what of a run changes for good: where its data set is, if it has moved, and how long it is."""
     before = ckpt.read_config(run)
-    if before.dataset != config.dataset:
-        place = {name: getattr(config, name) for name in ("dataset", "dataset_revision")}
-        ckpt.write_config(run, before.model_copy(update=place))
+    kept = ("dataset", *(["dataset_revision"] if before.dataset != config.dataset else []), *LONGER)
+    after = before.model_copy(update={name: getattr(config, name) for name in kept})
+    if after != before:
+        ckpt.write_config(run, after)

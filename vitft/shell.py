@@ -1,12 +1,13 @@
 """Where an error becomes one line and an exit code: what every group of commands is made of."""
 
+from traceback import clear_frames
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
 from vitft import console
-from vitft.errors import VitftError
+from vitft.errors import VitftError, typed_flags
 from vitft.options import name_what_was_meant, with_flags
 
 
@@ -35,12 +36,14 @@ class Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command. Raises typer.Exit with the code of an error, which was said in one line."""
         try:
-            return super().invoke(ctx)
+            with typed_flags():
+                return super().invoke(ctx)
         except VitftError as error:
             self._debug(ctx)
             console.fail(str(error))
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
+            clear_frames(error.__traceback__)  # else Python waits at its end for all that was to be decoded
             console.fail("interrupted")
             raise typer.Exit(130) from error
         except (typer.Exit, typer.Abort, BrokenPipeError):

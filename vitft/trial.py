@@ -98,14 +98,23 @@ def memory_bytes(prepared: Prepared, micro: int) -> int | None:
 
 @contextmanager
 def untouched(prepared: Prepared) -> Iterator[Any]:
-    """The model, to be trained for a moment: afterwards it and torch's generator are as they were."""
+    """The model, to be trained for a moment: afterwards, also of a trial that failed, it is as it was.
+
+    So are torch's generators, which its dropout draws from.
+    """
     model = prepared.loaded.model.to(prepared.config.device)
-    random, buffers = torch.get_rng_state(), {name: buffer.clone() for name, buffer in model.named_buffers()}
-    yield model
-    model.zero_grad(set_to_none=True)
-    for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[name])
-    torch.set_rng_state(random)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    modes = {module: module.training for module in model.modules()}
+    gpus = [torch.cuda.current_device()] if prepared.config.device == "cuda" else []
+    with torch.random.fork_rng(gpus):
+        try:
+            yield model
+        finally:
+            model.zero_grad(set_to_none=True)
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+            for module, mode in modes.items():
+                module.training = mode
 
 
 def stored_image(prepared: Prepared, *, crops: bool | None = None) -> torch.Tensor:
