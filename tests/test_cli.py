@@ -103,7 +103,7 @@ def test_every_setting_is_a_flag_in_its_panel_with_its_default() -> None:
     text = vitft("train", "--help", columns=200).stdout
     panels = re.findall(r"╭─ (\w+) ─+╮\n(.*?)╰", text, re.DOTALL)
 
-    assert [name for name, _ in panels] == ["Options", "Data", "Model", "Optimization", "Hardware", "Run"]
+    assert [name for name, _ in panels] == ["Options", "Data", "Reading", "Model", "Optimization", "Hardware", "Run"]
     body = dict(panels)
     for name, field in TrainConfig.model_fields.items():
         row = re.search(rf"--{name.replace('_', '-')} (.*)", body[field.json_schema_extra["panel"]])  # type: ignore[index]

@@ -42,7 +42,14 @@ def fuzz(target: str, count: int, seed: int) -> None:
 
 def test_there_are_seeds_of_many_kinds() -> None:
     assert len({file.suffix for file in (SEEDS / "images").iterdir()}) >= 10
-    assert {file.suffix for file in (SEEDS / "tables").iterdir()} == {".csv", ".tsv", ".jsonl", ".parquet"}
+    assert {file.suffix for file in (SEEDS / "tables").iterdir()} == {
+        ".csv",
+        ".tsv",
+        ".jsonl",
+        ".json",
+        ".txt",
+        ".parquet",
+    }
 
 
 def test_a_mutation_is_the_same_again_and_often_spares_the_header() -> None:

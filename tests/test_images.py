@@ -558,3 +558,15 @@ def test_what_is_no_jpeg_is_decoded_whole() -> None:
 def test_a_torn_jpeg_is_bad_at_any_size() -> None:
     with pytest.raises(BadImage, match="truncated"):
         decode(photo(1600, 1200)[:20_000], enough=100)
+
+
+def test_a_plugin_may_register_its_suffixes_while_they_are_listed(monkeypatch) -> None:
+    monkeypatch.setattr(Image, "EXTENSION", dict(Image.registered_extensions()))
+    monkeypatch.setattr(images, "_register_plugins", lambda: Image.register_extension("PNG", ".pngx"))
+    try:
+        images.formats.cache_clear()
+        images.suffixes.cache_clear()
+        assert ".pngx" in images.suffixes()
+    finally:
+        images.formats.cache_clear()
+        images.suffixes.cache_clear()

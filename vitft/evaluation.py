@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from vitft import console
 from vitft.card import read_card
 from vitft.checkpoint import find_model
 from vitft.config import TrainConfig
@@ -92,6 +93,8 @@ def evaluate(
     loaded = load_trained(where if where.is_dir() else str(checkpoint))
     how = loaded.preprocess.ranged(config.value_range)
     source = source_of(config)
+    for warning in source.warnings:
+        console.warn(warning)
     chosen = choose_split(source, config, split, max_eval_samples)
     truth = matched(chosen.labels, source.labels, loaded.labels, name=str(checkpoint))
     skip_bad = config.on_bad_image == "skip"

@@ -5,6 +5,8 @@ less, a note is worth knowing.
 """
 
 import hashlib
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -37,7 +39,8 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "duplicate": ("warning", "the same pixels twice in a split"),
     "near-duplicate": ("note", "almost the same photo twice in a split"),
     "missing-class": ("warning", "a class without an image in a split"),
-    "similar-labels": ("warning", "labels that differ only in case or spacing"),
+    "similar-labels": ("warning", "labels that differ only in case, spacing or how a number is written"),
+    "reading": ("warning", "what readers took for something else than it may be"),
     "imbalance": ("note", "the largest class has over ten times the images of the smallest"),
     "wrong-extension": ("note", "its name says another format than it has"),
     "rotated": ("note", "turned upright by its EXIF orientation, which other programs may not do"),
@@ -100,6 +103,7 @@ def check(
     found += _twins(seen, source.labels)
     found += _resembling(seen)
     found += check_labels(source)
+    found += [_finding("", source.name, "reading", warning) for warning in source.warnings]
     if value_range is None:
         found += [_finding(str(name), str(name), "unused-range", said) for name, split in source.splits.items()
                   if (said := unused_range(some_of(split)))]  # fmt: skip
@@ -260,10 +264,18 @@ def check_labels(source: Source) -> Iterator[Finding]:
             yield _finding(str(name), str(name), "imbalance", detail)
     spelled: dict[str, str] = {}
     for label in source.labels:
-        plain = "".join(label.casefold().replace("_", " ").replace("-", " ").split())
+        plain = _plain(label)
         if plain in spelled:
-            yield _finding("", label, "similar-labels", f"differs from {spelled[plain]!r} in case or spacing alone")
+            yield _finding("", label, "similar-labels", f"differs from {spelled[plain]!r} in how it is written alone")
         spelled.setdefault(plain, label)
+
+
+def _plain(label: str) -> str:
+    """A label without what differs by hand or by program alone: case, spacing, Unicode form, `07` and `7.0` for 7."""
+    text = unicodedata.normalize("NFKC", label).casefold()
+    if re.fullmatch(r"\d{1,15}(\.0*)?", text):
+        return str(int(float(text)))
+    return "".join(text.replace("_", " ").replace("-", " ").split())
 
 
 def _beside(folder: Path, source: Source) -> Iterator[Finding]:

@@ -407,8 +407,9 @@ def _as_labels(table: Table, column: str, notes: Notes) -> list[str | None]:
     """Cells as the names of classes. Raises DataError for one that can be none, and for words beside numbers."""
     labels: list[str | None] = []
     kinds: dict[str, int] = {}
+    known: dict[str, tuple[str, str | None]] = {}
     for row, cell in enumerate(table[column]):
-        kind, label = _label(cell)
+        kind, label = known.get(cell) or known.setdefault(cell, _label(cell)) if isinstance(cell, str) else _label(cell)
         if label is None and kind:
             shown = in_short(repr(cell))
             raise DataError(f"{table.where(row)}: the label is {kind} ({shown}); a class is a name or a whole number.")

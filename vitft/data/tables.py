@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vitft.data import columns
-from vitft.data.named import Misnamed, Names, absolute, named_file
+from vitft.data.named import Misnamed, Names, absolute, named_file, role_within
 from vitft.data.rows import Table, in_short, read_rows
 from vitft.data.schema import Notes, Reading, image_structs, in_memory, make_split, role_of
 from vitft.errors import DataError
@@ -23,6 +23,7 @@ def read_table(path: Path, reading: Reading, notes: Notes) -> dict[str, datasets
     folder = None if reading.image_folder is None else expanded(reading.image_folder)
     names = Names(path, folder, allow_outside=reading.allow_outside)
     table = read_rows(path, reading.encoding, columns.KNOWN, lambda cell: names.meant(cell)[0] is not None, notes)
+    _tell_siblings(path, notes)
     image = columns.image_column(table, names, reading.image_column, notes)
     taken = {image, *columns.labels_by_name(table, reading.label_column)}
     assigned, used = columns.split_of_rows(table, taken, reading, notes)
@@ -36,6 +37,15 @@ def read_table(path: Path, reading: Reading, notes: Notes) -> dict[str, datasets
     return {
         name: _split(root, [files[row] for row in rows], [labels[row] for row in rows]) for name, rows in splits.items()
     }
+
+
+def _tell_siblings(path: Path, notes: Notes) -> None:
+    """Tell of tables of other splits beside one that is called after its own: `val.csv` beside `train.csv`."""
+    if (role := role_within(path.stem)) is None:
+        return
+    roles = {other.name: role_within(other.stem) for other in sorted(path.parent.glob(f"*{path.suffix}"))}
+    if others := [name for name, its in roles.items() if its not in (None, role)]:
+        notes.decide(f"{', '.join(others[:5])} beside it is not read; one table with a column split would hold all")
 
 
 def _files(table: Table, image: str, names: Names, assigned: Sequence[str] | None, notes: Notes) -> list[str]:

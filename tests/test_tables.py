@@ -1,0 +1,97 @@
+"""What the corpus of tables cannot say: what reading costs, and what the commands make of it."""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.data import photos
+from vitft import TrainConfig
+from vitft.cli import app
+from vitft.data.check import check
+from vitft.data.schema import Reading
+from vitft.data.sources import open_source, source_of
+from vitft.preparation import absolute
+
+
+def write(folder: Path, table: str, *images: str) -> str:
+    """A table beside images; its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in photos(*images).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    (folder / "t.csv").write_text(table, encoding="utf-8")
+    return str(folder / "t.csv")
+
+
+@pytest.mark.parametrize("name", ["train/{}/{}.png", "{}/{}.png", "{}/{}"])
+def test_a_folder_is_listed_once_and_no_row_costs_a_look_at_the_disk(tmp_path, monkeypatch, name: str) -> None:
+    images = [f"train/{i % 3}/{i}.png" for i in range(60)]
+    rows = [f"{name.format(i % 3, i)},{'ab'[i % 2]}" for i in range(60)]
+    table = write(tmp_path, "\n".join(["path,label", *rows]), *images)
+    listed: Counter[str] = Counter()
+    looked: Counter[str] = Counter()
+    scandir, stat = os.scandir, os.stat
+    monkeypatch.setattr(os, "scandir", lambda folder=".": (listed.update([str(folder)]), scandir(folder))[1])
+    monkeypatch.setattr(os, "stat", lambda file, **how: (looked.update([str(file)]), stat(file, **how))[1])
+    source = open_source(table)
+    assert len(source.splits["train"]) == 60
+    assert max(listed.values()) == 1
+    assert not [file for file in looked if file.endswith(".png")]
+
+
+def test_the_panel_of_reading_is_what_a_reader_is_asked() -> None:
+    panel = [name for name, field in TrainConfig.model_fields.items() if field.json_schema_extra["panel"] == "Reading"]  # type: ignore[index,call-overload]
+    assert panel == list(Reading.__dataclass_fields__)
+
+
+def test_every_command_that_reads_a_table_takes_a_fold(tmp_path) -> None:
+    table = write(tmp_path, "path,label,fold\n0.png,a,0\n1.png,b,1\n2.png,a,1\n", "0.png", "1.png", "2.png")
+    done = CliRunner().invoke(app, ["data", "info", table, "--fold", "1", "--fold-column", "fold", "--json"])
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert {split["name"]: split["count"] for split in document["splits"]} == {"train": 1, "validation": 2}
+    assert any("folds: column 'fold': 1 (2) is validation" in sentence for sentence in document["decisions"])
+    source = source_of(TrainConfig(dataset=table, fold=0))
+    assert {name: len(split) for name, split in source.splits.items()} == {"train": 2, "validation": 1}
+    done = CliRunner().invoke(app, ["data", "check", table, "--json"])
+    found = json.loads(done.stdout)["findings"]
+    assert [one["detail"] for one in found if one["kind"] == "reading"] == list(open_source(table).warnings) != []
+    for command in (["eval"], ["data", "check"], ["train"]):
+        text = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*command, "--help"]).stdout
+        assert all(
+            flag in text for flag in ("--split-column", "--fold ", "--fold-column", "--image-folder", "--encoding")
+        )
+
+
+def test_images_may_lie_in_a_folder_that_is_named(tmp_path, monkeypatch) -> None:
+    write(tmp_path / "lists", "id,label\na,x\nb,y\n")
+    write(tmp_path / "images", "", "a.jpg", "b.jpg")
+    monkeypatch.chdir(tmp_path)
+    config = absolute(TrainConfig(dataset="lists/t.csv", image_folder="images"))
+    monkeypatch.chdir("/")  # a run is resumed from anywhere
+    images = source_of(config).splits["train"][:]["image"]
+    assert [Path(image["path"]).relative_to(tmp_path) for image in images] == [
+        Path("images/a.jpg"),
+        Path("images/b.jpg"),
+    ]
+
+
+def test_tables_of_other_splits_beside_it_are_named(tmp_path) -> None:
+    table = Path(write(tmp_path, "path,label\n0.png,a\n1.png,b\n", "0.png", "1.png"))
+    for name in ("train.csv", "val.csv", "test_labels.csv", "notes.csv"):
+        (tmp_path / name).write_bytes(table.read_bytes())
+    told = open_source(str(tmp_path / "train.csv")).decisions
+    assert any(sentence.startswith("test_labels.csv, val.csv beside it") for sentence in told)
+    assert not any("beside it" in sentence for sentence in open_source(str(table)).decisions)
+
+
+def test_labels_that_are_written_in_two_ways_are_named(tmp_path) -> None:
+    labels = ["7", "07", "7.0", "8", "True", "TRUE", "caf\u00e9", "cafe\u0301", "10", "100"]
+    rows = [f'{i}.png,"{label}"' for i, label in enumerate(labels)]
+    source = open_source(write(tmp_path, "\n".join(["path,label", *rows]), *(f"{i}.png" for i in range(10))))
+    found = {one.path for one in check(source) if one.kind == "similar-labels"}
+    assert found == {"7", "7.0", "True", "caf\u00e9"}
