@@ -1,9 +1,11 @@
 """Data, models and settings made to do harm: through the real command line, each is refused in a line or does none."""
 # ruff: noqa: E501  (lists of hostile words)
 
+import copy
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -15,7 +17,10 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -321,6 +326,106 @@ def test_a_chunk_of_a_png_that_is_longer_than_any_profile_is_not_read(tmp_path: 
             end.seek(at + 12 + 300 * MB)
             end.write(png[at:])
         assert "has a chunk of 300,000,000 bytes beside its pixels" in within(60 * MB, shape_of, file)
+
+
+def loaded_source(file: Path) -> object:
+    return sorted(open_source(str(file)).splits)
+
+
+def test_a_pickle_whose_memo_is_longer_than_itself_is_not_read(tmp_path: Path) -> None:
+    """Seven bytes, of which four say where to remember an empty dictionary: Python makes a list of that length."""
+    memo = b"\x80\x02}r" + (2**31 - 1).to_bytes(4, "little") + b"."
+    array = b"\x80\x05\x96" + (2**33).to_bytes(8, "little") + b"."  # a bytearray of 8 GB
+    dictionaries = b"\x80\x02(" + b"}" * 4_000_000 + b"l."
+    text = b"\x80\x02c_codecs\nencode\nq\x00X" + (2**20).to_bytes(4, "little") + b"a" * 2**20 + b"q\x01"
+    text += b"0" + (b"h\x00h\x01\x85R" * 500)  # one text of a megabyte, encoded again and again
+    made = b"\x80\x02cnumpy\nndarray\n(J\xff\xff\xff\x7ftR."
+    objects = b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(J\xff\xff\xff\x7ftU\x01OtR."
+    for content in (memo, memo[2:], array, dictionaries, text + b".", made, objects):
+        (tmp_path / "data_batch_1").write_bytes(content)
+        said = within(400 * MB, loaded_source, tmp_path)
+        assert said.startswith("DataError: "), said
+        assert "is no CIFAR batch: " in said
+        assert "MemoryError" not in said
+    holed(tmp_path / "data_batch_1", memo, 1_500 * MB)
+    assert "it has 1,500,000,000 bytes, over 500,000,000" in within(100 * MB, loaded_source, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["one value", "nulls", "nested", "compressed", "labels"])
+def test_a_parquet_file_of_few_bytes_and_gigabytes_of_values_is_not_read(kind: str, tmp_path: Path) -> None:
+    rows, value = 400_000, b"x" * 20_000
+    images = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array([value]))
+    labels: pa.Array = pa.array(np.zeros(rows, np.int8))
+    if kind == "nulls":
+        rows = 60_000_000
+        images, labels = pa.nulls(rows, pa.binary()), pa.nulls(rows, pa.int8())
+    elif kind == "nested":
+        images = pa.StructArray.from_arrays([images, pa.nulls(rows, pa.string())], ["bytes", "path"])
+    elif kind == "compressed":
+        images, labels = pa.array([bytes(3 * 10**8)]), pa.array([1], pa.int8())
+    elif kind == "labels":
+        images, labels = (
+            pa.array([b"x"] * rows),
+            pa.DictionaryArray.from_arrays(images.indices, pa.array(["y" * 20_000])),
+        )
+    file = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"image": images, "label": labels}), file, compression="zstd", row_group_size=len(images))
+    assert file.stat().st_size < MB
+    said = within(600 * MB, loaded_source, file)
+    assert re.search(
+        r"DataError: .* rows take .* or more, and the file has .*; no data set of images is like that", said
+    )
+
+
+def test_a_parquet_file_of_equal_images_is_read(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "PNG")
+    table = pa.table({"image": [stream.getvalue()] * 5000, "label": ["a", "b"] * 2500})
+    pq.write_table(table, tmp_path / "train.parquet")
+    assert len(open_source(str(tmp_path / "train.parquet")).splits["train"]) == 5000
+
+
+def read_weights(folder: Path) -> object:
+    return load_trained(folder).labels
+
+
+@pytest.mark.parametrize("kind", ["deflated", "repeated", "overlapping"])
+def test_pickled_weights_of_few_bytes_and_gigabytes_of_numbers_are_not_read(saved: Saved, kind: str) -> None:
+    folder = saved()
+    state: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if kind == "repeated":  # one number, shown two thousand million times
+        state["classifier.weight"] = torch.zeros(1, dtype=torch.float16).expand(2 * 10**9)
+    file = folder / "pytorch_model.bin"
+    torch.save(state, file)
+    assert within(4000 * MB, read_weights, folder) == "('ant', 'bee', 'cat')" or kind == "repeated"
+    if kind == "deflated":
+        with zipfile.ZipFile(file) as stored:
+            parts = {name: stored.read(name) for name in stored.namelist()}
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in parts.items():
+                archive.writestr(name, content)
+            with archive.open("archive/data/99", "w", force_zip64=True) as stream:
+                for _ in range(10):
+                    stream.write(bytes(10 * MB))
+    elif kind == "overlapping":
+        with zipfile.ZipFile(file, "a") as archive:
+            for number in range(3000):
+                one = copy.copy(max(archive.infolist(), key=lambda entry: entry.file_size))
+                one.filename = f"archive/data/{number + 100}"
+                archive.filelist.append(one)
+            archive._didModify = True
+    said = within(800 * MB, read_weights, folder)
+    assert re.search(r"ModelError: .*pytorch_model.bin: its weights take .*B of memory, and the file has", said), said
+
+
+def test_pickled_weights_of_the_older_form_are_read(saved: Saved) -> None:
+    folder = saved()
+    torch.save(
+        load_file(folder / "model.safetensors"), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False
+    )
+    (folder / "model.safetensors").unlink()
+    assert load_trained(folder).labels == ("ant", "bee", "cat")
 
 
 def repeated_scan(side: int, times: int) -> bytes:

@@ -47,7 +47,7 @@ ROOMS = [
     ["data.columns"],
     ["data.rows", "data.named", "data.folders"],
     ["data.schema", "data.augment", "data.images"],
-    ["data.color", "data.limits"],
+    ["data.color", "data.limits", "data.room"],
     ["hardware", "sizes", "demand", "heads"],
     ["config", "spec", "options"],
     ["hub", "settings", "clock", "reports"],

@@ -1,7 +1,9 @@
-"""What a model's configuration asks of this machine, before anything is allocated for it."""
+"""What a model's configuration and its pickled weights ask of this machine, before anything is allocated for them."""
 
 import warnings
+import zipfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -38,3 +40,38 @@ def check_demand(make: Callable[[Any], Any], stored: Any, where: str) -> None:
         raise ModelError(
             f"{where}: its weights alone take {size(needed)}, and this machine has {size(there)} of memory."
         )
+
+
+def check_pickled(file: Path) -> None:
+    """Raise ModelError for a pytorch_model.bin that would take far more memory than its bytes.
+
+    torch.save compresses nothing, so the parts of its archive have no more bytes than the file; and a tensor may
+    repeat the few numbers that it stores (a stride of 0), which reading it in float32 writes out.
+    """
+    own = file.stat().st_size
+    zipped = zipfile.is_zipfile(file)
+    try:
+        if zipped:
+            with zipfile.ZipFile(file) as archive:
+                parts = sum(entry.file_size for entry in archive.infolist())
+            if parts > own:
+                raise _inflated(file, parts, own)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped or None)
+    except ModelError:
+        raise
+    except Exception as error:  # a torn or hostile pickle raises almost anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:300]
+        raise ModelError(f"{file}: its weights cannot be read: {reason}.") from error
+    tensors = [value for value in state.values() if isinstance(value, torch.Tensor)] if isinstance(state, dict) else []
+    written = sum(4 * tensor.numel() for tensor in tensors)  # in float32
+    if written > _INFLATION * own + _SLACK:
+        raise _inflated(file, written, own)
+
+
+_INFLATION, _SLACK = 8, 64_000_000  # of a byte for each number, and of weights that two layers share
+
+
+def _inflated(file: Path, needed: int, own: int) -> ModelError:
+    return ModelError(
+        f"{file}: its weights take {size(needed)} of memory, and the file has {size(own)}; take safetensors."
+    )

@@ -20,7 +20,7 @@ from torch import nn
 from vitft import console
 from vitft.config import SIZES, TrainConfig
 from vitft.data.augment import Preprocess
-from vitft.demand import check_demand, check_lengths
+from vitft.demand import check_demand, check_lengths, check_pickled
 from vitft.errors import ModelError, VitftError, nearest
 from vitft.heads import head_modules, in_head, label_tensors
 from vitft.hub import answers, reason
@@ -216,6 +216,23 @@ def _stored(origin: _Origin) -> Any:
     return stored
 
 
+def _pickled(origin: _Origin) -> list[Path]:
+    """The pickles that Transformers would read the weights from: it takes safetensors where there are any."""
+    folder = Path(origin.where)
+    if folder.is_dir():
+        return [] if any(folder.glob("model*.safetensors")) else sorted(folder.glob("pytorch_model*.bin"))
+    for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"):
+        try:
+            found = transformers.utils.cached_file(
+                origin.where, name, _raise_exceptions_for_missing_entries=False, **origin.arguments()
+            )
+        except (OSError, ValueError):  # what the hub said is told where the weights are read
+            return []
+        if found:
+            return [Path(found)] if name.endswith(".bin") else []
+    return []
+
+
 def _weights(origin: _Origin, stored: Any, *, fresh_head: bool) -> Any:
     """The model with every tensor that the checkpoint has; only a `fresh_head` is new, and depends on the seed alone.
 
@@ -225,6 +242,8 @@ def _weights(origin: _Origin, stored: Any, *, fresh_head: bool) -> Any:
     classifier = _classifier_class(stored)
     torch_state = torch.get_rng_state()
     check_demand(classifier, stored, origin.where)
+    for file in _pickled(origin):
+        check_pickled(file)
     model, info = _read_weights(classifier, origin, stored)
     if not label_tensors(model):
         raise ModelError(f"{origin.where}: a {stored.model_type} has no classifier that could get other labels.")

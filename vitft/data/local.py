@@ -8,14 +8,13 @@ import re
 from pathlib import Path
 
 import datasets
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitft.console import size
 from vitft.data import pixels
 from vitft.data.folders import Folder, scan
 from vitft.data.layouts import read_folder
+from vitft.data.room import check_room
 from vitft.data.schema import Notes, Reading, find_columns, in_memory, role_of
 from vitft.data.tables import TABLE_SUFFIXES, read_table
 from vitft.errors import DataError
@@ -75,12 +74,12 @@ def _parquet_split(
     tables = []
     for file in files:
         try:
-            _check_room(file)
             schema = pq.read_schema(file)
             features = datasets.Features.from_arrow_schema(schema)
             absent = label_column is not None and label_column not in features and role_of(name) == "test"
             columns = find_columns(features, image_column, None if absent else label_column)
             wanted = [column for column in columns if column]
+            check_room(file, wanted)
             tables.append(pq.read_table(file, columns=wanted, memory_map=True, partitioning=None))
         except DataError:
             raise
@@ -97,19 +96,6 @@ def _parquet_split(
     except (ValueError, TypeError, pa.ArrowException) as error:  # names with zero bytes are cut short
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"{files[0]}: its columns are not what its features say: {reason}") from error
-
-
-def _check_room(file: Path) -> None:
-    """Raise DataError for a file of few bytes that says it has more rows, or larger ones, than memory holds."""
-    said = pq.read_metadata(file)
-    needed = _ROW_BYTES * said.num_rows + sum(said.row_group(i).total_byte_size for i in range(said.num_row_groups))
-    if needed > (there := psutil.virtual_memory().total):
-        raise DataError(
-            f"{file}: its {said.num_rows:,} rows take {size(needed)}, and this machine has {size(there)} of memory."
-        )
-
-
-_ROW_BYTES = 60  # in memory, of a row of nulls
 
 
 def _by_split(files: list[Path]) -> dict[str, list[Path]]:

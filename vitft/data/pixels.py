@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -86,31 +87,69 @@ def _batch(file: Path, key: bytes) -> tuple[NDArray[np.uint8], NDArray[np.int64]
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads what CIFAR batches hold: dictionaries, lists, bytes, numbers and plain NumPy arrays."""
+    """Reads what CIFAR batches hold: dictionaries, lists, bytes, numbers and plain NumPy arrays of bytes."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="bytes")
+        self._left = len(data)  # bytes that texts may come to: each stands in the file
 
     def find_class(self, module: str, name: str) -> Any:
-        """Give out NumPy's array and nothing else: a pickle may otherwise name any function to call."""
+        """Give out what makes an array of bytes and nothing else: a pickle may otherwise name any function to call."""
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return np.ndarray.__reduce__(np.zeros(0))[0]
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
+            return _no_array
+        if (module, name) == ("numpy", "ndarray"):
+            return name  # an argument of the above; called by itself it would make an array of any size
+        if (module, name) == ("numpy", "dtype"):
+            return _byte
         if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
-            return _latin1
+            return self._latin1
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR batch needs")
 
+    def _latin1(self, text: str, encoding: str = "latin1") -> bytes:
+        self._left -= len(text)
+        if self._left < 0:
+            raise pickle.UnpicklingError("it has more text than bytes")
+        return text.encode("latin1")
 
-def _latin1(text: str, encoding: str = "latin1") -> bytes:
-    return text.encode("latin1")
+
+def _no_array(kind: str, shape: tuple[int, ...], code: bytes) -> NDArray[np.uint8]:
+    return np.empty(0, np.uint8)  # what it holds, and its shape, comes next, and has to be in the file
+
+
+def _byte(code: str | bytes, align: bool = False, copy: bool = True) -> np.dtype[Any]:
+    if code not in ("u1", "|u1", b"u1", b"|u1"):
+        raise pickle.UnpicklingError(f"its array holds {code!r}, and images are made of bytes")
+    return np.dtype("u1", False, True)
+
+
+_LARGEST = 500_000_000  # bytes; CIFAR-100's has 155 million
+_OPERATIONS = 3_000_000  # of at most 72 bytes each, an empty dictionary and a place for it; CIFAR-100's has 300,000
+
+
+def _check_pickle(data: bytes) -> None:
+    """Raise UnpicklingError for a pickle that would take much more memory than its bytes.
+
+    Its memo is a list as long as the largest number in it, and a bytearray is made as long as it says.
+    """
+    most = 0
+    for count, (operation, argument, _) in enumerate(pickletools.genops(data), 1):
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            most = max(most, int(argument or 0))
+        if most > count or count > _OPERATIONS or operation.name == "BYTEARRAY8":
+            raise pickle.UnpicklingError("it asks for more memory than a batch of its size needs")
 
 
 def _unpickle(file: Path) -> dict[bytes, Any]:
     try:
-        with file.open("rb") as stream:
-            content = _Unpickler(stream, encoding="bytes").load()
+        if (length := file.stat().st_size) > _LARGEST:
+            raise pickle.UnpicklingError(f"it has {length:,} bytes, over {_LARGEST:,}")
+        data = file.read_bytes()
+        _check_pickle(data)
+        content = _Unpickler(data).load()
     except OSError:
         raise
     except Exception as error:  # a broken or hostile pickle makes the unpickler raise almost anything
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:300]
         raise DataError(f"{file} is no CIFAR batch: {reason}; unpack the archive again.") from error
     if not isinstance(content, dict):
         raise DataError(f"{file} is no CIFAR batch: it holds {type(content).__name__}; unpack the archive again.")

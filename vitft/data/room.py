@@ -1,0 +1,65 @@
+"""What a parquet file takes in memory, counted before its values are made."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from vitft.console import size
+from vitft.errors import DataError
+
+_ROW_BYTES = 60  # in memory, of a row of nulls
+_SLACK, _RATIO = 256_000_000, 100  # bytes that any file may take; as many times its own as images are compressed
+_ROWS = 1024  # counted at a time
+
+
+def check_room(file: Path, columns: Sequence[str]) -> None:
+    """Raise DataError for a file of few bytes of which these columns take far more, or more than there is memory.
+
+    A row of nulls takes nothing in a file, a value that repeats a few bits (it stands in a dictionary), and what
+    compresses well little.
+    """
+    said = pq.read_metadata(file)
+    chunks = [said.row_group(g).column(c) for g in range(said.num_row_groups) for c in range(said.num_columns)]
+    chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
+    values = max(said.num_rows, *(chunk.num_values for chunk in chunks), 0)
+    stored = _ROW_BYTES * values + sum(chunk.total_uncompressed_size for chunk in chunks)
+    there, own = psutil.virtual_memory().total, file.stat().st_size
+    allowed = min(there, _SLACK + _RATIO * own)
+    needed = stored
+    repeated = [chunk for chunk in chunks if chunk.physical_type == "BYTE_ARRAY" and chunk.has_dictionary_page]
+    if needed <= allowed < needed + sum(chunk.num_values * chunk.total_uncompressed_size for chunk in repeated):
+        leaves = sorted({chunk.path_in_schema for chunk in repeated})
+        for length in _lengths(file, leaves):
+            if (needed := needed + length) > allowed:
+                break
+    if needed <= allowed:
+        return
+    if needed > there:
+        raise DataError(
+            f"{file}: its {said.num_rows:,} rows take {size(needed)}, and this machine has {size(there)} of memory."
+        )
+    raise DataError(
+        f"{file}: its {said.num_rows:,} rows take {size(needed)} or more, and the file has {size(own)}; no data set of "
+        "images is like that: is it damaged?"
+    )
+
+
+def _lengths(file: Path, leaves: Sequence[str]) -> Iterator[int]:
+    """Bytes of the values of these leaves, a few rows at a time; a dictionary's are counted, not made."""
+    with pq.ParquetFile(file, read_dictionary=list(leaves), memory_map=True) as opened:
+        for batch in opened.iter_batches(_ROWS, columns=list(leaves), use_threads=False):
+            yield sum(_length(column) for column in batch.columns)
+
+
+def _length(array: pa.Array) -> int:
+    if pa.types.is_struct(array.type):
+        return sum(map(_length, array.flatten()))
+    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+        return _length(array.flatten())
+    if pa.types.is_dictionary(array.type):
+        return int(pc.sum(pc.binary_length(array.dictionary).cast(pa.int64()).take(array.indices)).as_py() or 0)
+    return int(array.nbytes)
