@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 
+from vitft import console
+
+console.SAY_AFTER_S = 3600.0  # what is being worked on would be among the lines that tests count, on a busy machine
+
 # Models here are so small that a second thread costs more than it brings, above all on a busy machine.
 # Set before torch is first imported, and inherited by the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = TINY_THREADS = os.environ.get("VITFT_TEST_THREADS", "1")

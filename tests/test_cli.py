@@ -393,6 +393,21 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing() -> None:
     assert not list(Path().iterdir())
 
 
+def test_a_dry_run_refuses_an_image_that_the_run_would_refuse(tmp_path: Path) -> None:
+    for number in range(24):
+        place = tmp_path / "photos" / "ab"[number % 2] / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (10 * number, 0, 0)).save(place)
+    (tmp_path / "photos" / "a" / "0.png").write_bytes(b"")
+    words = ["train", "--dataset", str(tmp_path / "photos"), "--model", "vit-micro", "--val-fraction", "0"]
+    told = error_of(*words, "--dry-run", code=3)
+    assert told == error_of(*words, "--output", str(tmp_path / "run"), code=3)
+    assert "a/0.png" in told
+    skipping = vitft(*words, "--dry-run", "--on-bad-image", "skip")
+    assert skipping.exit_code == 0
+    assert "23 images of train" in flat(skipping.stdout)
+
+
 def test_a_dry_run_lists_the_settings_that_are_not_the_defaults() -> None:
     text = vitft("train", *TINY, "--lr", str(TrainConfig().lr), "--dry-run").stdout.split("Settings")[1]
     given, chosen = text.split("chosen")
@@ -401,7 +416,7 @@ def test_a_dry_run_lists_the_settings_that_are_not_the_defaults() -> None:
         ("dataset", "digits"), ("max_train_samples", "40"), ("max_eval_samples", "20"), ("model", "vit-micro"),
         ("from_scratch", "True"), ("max_steps", "2"), ("batch_size", "8"), ("device", "cpu")]  # fmt: skip
     named = dict(re.findall(r"(\w+): (\S+)", chosen))
-    assert set(named) == {"attention", "compile", "image_size", "precision"}
+    assert set(named) == {"attention", "compile", "image_size", "precision", "threads"}
     assert named["image_size"] == "28"
     assert "others" in chosen
     assert "vitft train --help" in flat(chosen)

@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import threading
 
 import pytest
 from rich.console import Console, RenderableType
@@ -103,3 +105,63 @@ def test_a_data_set_fits_80_columns() -> None:
     assert "mine, 40 classes, commit 0123456789ab" in text
     assert "50,000  32×32     500×375  4000×3000  JPEG, PNG" in text
     assert "... and 10 more classes (--json has all)" in text
+
+
+# -- what is being worked on ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What standard error shows, if it were a terminal of 80 columns."""
+    shown = io.StringIO()
+    monkeypatch.setattr(console, "err", Console(file=shown, force_terminal=True, width=80, color_system=None))
+    return shown
+
+
+def test_without_a_terminal_long_work_is_one_line_and_short_work_none(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with console.working("reading"):
+        pass
+    assert capsys.readouterr().err == ""
+    said = threading.Event()
+    monkeypatch.setattr(console, "SAY_AFTER_S", 0.0)
+    monkeypatch.setattr(console, "note", lambda line, note=console.note: (note(line), said.set()))
+    with console.working("reading"):
+        assert said.wait(60)
+    assert capsys.readouterr().err == "reading ...\n"
+
+
+def test_without_a_terminal_progress_is_told_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with console.working("decoding") as progress:
+        progress(1, 3000)
+        monkeypatch.setattr(console, "SAY_EVERY_S", -1.0)
+        progress(2000, 3000)
+        progress(3000, 3000)
+    assert capsys.readouterr().err == "decoding: 2,000 of 3,000\n"
+
+
+def test_on_a_terminal_work_has_a_bar_and_nested_work_another(terminal: io.StringIO) -> None:
+    with console.working("reading the data") as outer, console.working("decoding") as inner:
+        outer(1, 4)
+        inner(1500, 3000)
+        console._working.refresh()
+        shown = terminal.getvalue()
+    assert "reading the data" in shown
+    assert "1/4" in shown
+    assert "1,500/3,000" in shown
+    assert console._working is None
+
+
+def test_the_bar_of_training_moves_with_each_step_and_fits_the_terminal(terminal: io.StringIO) -> None:
+    line = {"step": 2, "epoch": 0.125, "loss": 2.303, "accuracy": 0.1, "lr": 1e-3, "images_per_s": 12345.6,
+            "data_wait": 0.02}  # fmt: skip
+    with console.TrainingProgress(0, 160_000, 8000) as bar:
+        bar.update(line)
+        bar.advance(3)
+        bar._live.refresh()
+    lines = re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", terminal.getvalue()).splitlines()
+    assert any("step 3/160000" in line for line in lines)
+    assert max(map(len, lines)) <= 80

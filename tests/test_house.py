@@ -32,7 +32,7 @@ ROOMS = [
     ["explain.attention", "explain.stage"],
     ["explain.trace"],
     ["explain.table", "textbook.config", "textbook.run", "textbook.torch_engine"],
-    ["faults"],
+    ["faults", "diagnosis"],
     ["checkpoint", "history", "metrics", "models", "optim", "signals"],
     ["recipe", "card"],
     ["positions", "classification"],

@@ -237,7 +237,15 @@ def test_without_a_compiler_a_long_run_goes_on_in_one_line(
     monkeypatch.setattr(tuning, "compiled", broken)
     assert tuning.tuned(prepared).compile == "off"
     said = capsys.readouterr().err.strip().splitlines()
-    assert said[-1] == "not compiled: No working C++ compiler found"
+    assert said[-1].endswith("goes on without it: No working C++ compiler found")
+
+
+def test_what_is_compiled_is_what_is_tried(prepared: Prepared) -> None:
+    """A compiled module asks the model for its length when it is taken for a truth value."""
+    calls = []
+    fast = torch.compile(prepared.loaded.model, backend=lambda graph, inputs: calls.append(1) or graph.forward)
+    trial.pass_s(prepared, trial.stored_image(prepared)[None], fast)
+    assert calls
 
 
 def test_what_is_compiled_reads_whole_parts_and_the_tail_is_not(

@@ -175,7 +175,9 @@ def _flops(prepared: Prepared, count_flops: Callable[[Any, int], int]) -> int | 
 
 
 def _share(config: TrainConfig, flops: int | None, times: list[float]) -> dict[str, Any]:
-    """FLOP/s, those of a large product in the same dtype, measured now, and their ratio (mfu)."""
+    """FLOP/s, those of a large product in the same dtype, measured now, and their ratio (mfu), if it can be said."""
     peak = peak_flops(config.device, config.precision)
     rate = None if flops is None else flops / statistics.median(times)
-    return {"flops_per_s": rate, "peak_flops_per_s": peak, "mfu": None if rate is None else rate / peak}
+    # Above it, the peak was measured beside other work: it says nothing.
+    mfu = rate / peak if rate is not None and rate <= peak else None
+    return {"flops_per_s": rate, "peak_flops_per_s": peak, "mfu": mfu}

@@ -23,7 +23,8 @@ def train(
             raise UsageError(
                 "--resume goes on with a run as it is; leave --recipe, --output, --overwrite, --dry-run out."
             )
-        from vitft import trainer
+        with _loading():
+            from vitft import trainer
 
         console.say_text(reports.training_report(trainer.resume(resume, overrides)))
         return
@@ -33,20 +34,23 @@ def train(
     config = load_config(recipe, overrides)
     named_dataset(config)  # said before torch is loaded
     if dry_run:
-        from vitft.plan import plan
+        with _loading():
+            from vitft.plan import plan
 
         console.say(reports.plan_report(plan(config, output, overwrite)))
         return
-    from vitft import trainer
+    with _loading():
+        from vitft import trainer
 
     console.say_text(reports.training_report(trainer.train(config, output=output, overwrite=overwrite)))
 
 
 def evaluate(checkpoint: str, options: dict[str, Any], plot: Path | None, as_json: bool) -> None:
     """Score a checkpoint and show the report."""
-    from vitft.evaluation import evaluate as score
-
     _writable(plot)
+    with _loading():
+        from vitft.evaluation import evaluate as score
+
     with console.working("evaluating") as progress:
         metrics = score(checkpoint, **options, progress=progress, report_skipped=_report_skipped)
     if plot is not None:
@@ -82,7 +86,8 @@ def verify_resume(recipe: str, overrides: dict[str, Any], kills: int, seed: int,
 
 def bench(what: Any, settings: dict[str, Any], steps: int, as_json: bool) -> None:
     """Measure this machine and show the figures."""
-    from vitft.bench import bench as measured
+    with _loading():
+        from vitft.bench import bench as measured
 
     found = measured(what, settings, steps)
     console.say_json(found) if as_json else console.say(reports.bench_report(found))
@@ -92,7 +97,8 @@ def predict(
     paths: list[str], checkpoint: str, top_k: int, device: str, limits: dict[str, Any], form: str
 ) -> None:  # fmt: skip
     """Classify images and show the rows; an unreadable image makes it exit code 3."""
-    from vitft.prediction import predict as classify
+    with _loading():
+        from vitft.prediction import predict as classify
 
     given = {name: value for name, value in limits.items() if value is not None}
     rows = classify(paths, checkpoint, top_k=top_k, device=device, **given)
@@ -182,10 +188,11 @@ def explain_image(
         raise UsageError(f"{option} shows real numbers; add --image FILE.")
     if others:
         raise UsageError(f"{as_flag(others[0])} shapes a table without numbers; with --image, use --checkpoint alone.")
-    from vitft.explain.attention import draw
-    from vitft.explain.page import write_page
-    from vitft.explain.stage import lesson_text, opened
-    from vitft.explain.trace import document, trace, trace_table
+    with _loading():
+        from vitft.explain.attention import draw
+        from vitft.explain.page import write_page
+        from vitft.explain.stage import lesson_text, opened
+        from vitft.explain.trace import document, trace, trace_table
 
     found = trace(image, checkpoint or "vit-micro")
     lessons = [] if stage is None else opened(found, stage)
@@ -227,10 +234,11 @@ def data_check(
     quarantine: Path | None, html: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Show what is wrong with a data set. Raises DataError, last, if it would stop a training."""
-    from vitft.config import range_of
-    from vitft.data.check import KINDS, check, document, quarantined
-    from vitft.data.images import MAX_PIXELS
-    from vitft.data.sources import has_own_files, open_source
+    with _loading():
+        from vitft.config import range_of
+        from vitft.data.check import KINDS, check, document, quarantined
+        from vitft.data.images import MAX_PIXELS
+        from vitft.data.sources import has_own_files, open_source
     from vitft.files import write_text
 
     for file in filter(None, (quarantine, html)):
@@ -259,6 +267,11 @@ def data_check(
         raise DataError(
             f"{broken:,} of {images:,} images would stop a training; mend or remove them, or leave them out."
         )
+
+
+def _loading() -> Any:
+    """Around imports that take seconds."""
+    return console.working("loading PyTorch and Transformers")
 
 
 def _report_skipped(skipped: list[Any]) -> None:

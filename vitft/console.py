@@ -7,9 +7,10 @@ pipes stay clean. On several processes only the main one speaks.
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Self
 
 from rich.console import Console, RenderableType
@@ -18,7 +19,9 @@ from rich.markup import escape
 _main_process = os.environ.get("RANK", "0") == "0"
 _width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
 out = Console(highlight=False, soft_wrap=False, width=_width, quiet=not _main_process)
-err = Console(highlight=False, stderr=True, soft_wrap=True, quiet=not _main_process)
+err = Console(highlight=False, stderr=True, quiet=not _main_process)
+_working: Any = None  # the bar of what is being worked on, while there is one
+SAY_AFTER_S, SAY_EVERY_S = 0.8, 10.0  # where there is no terminal to show a bar on
 
 
 def say(renderable: RenderableType = "") -> None:
@@ -41,12 +44,12 @@ def say_text(text: str) -> None:
 
 def note(message: str) -> None:
     """Print one line about what is going on; plain text, not markup."""
-    err.print(escape(safe(message)))
+    err.print(escape(safe(message)), soft_wrap=True)  # one line, so that a command in it can be copied
 
 
 def warn(message: str) -> None:
     """Print one line that a person should act on; plain text, not markup."""
-    err.print(f"[yellow]warning:[/] {escape(safe(message))}")
+    err.print(f"[yellow]warning:[/] {escape(safe(message))}", soft_wrap=True)
 
 
 def fail(message: str) -> None:
@@ -91,15 +94,53 @@ def size(count: float) -> str:
 
 @contextmanager
 def working(what: str) -> Iterator[Callable[[int, int], None]]:
-    """While something is counted: a function to call with the number done and in all; a bar on a terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    """Say what is being done, within a second; gives a function to call with the number done and the number in all.
 
-    shown = err.is_terminal and not err.quiet
-    bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
-                   console=err, transient=True, disable=not shown)  # fmt: skip
-    task = bar.add_task(what, total=None)
-    with bar:
-        yield lambda done, count: bar.update(task, completed=done, total=count)
+    On a terminal a bar, which goes when the work is done; elsewhere a line where it takes longer than that, and
+    another every ten seconds. May be nested: the inner work gets a line of its own below the outer one.
+    """
+    global _working
+    if not err.is_terminal or err.quiet:
+        with _spoken(what) as progress:
+            yield progress
+        return
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    outer = _working
+    bar = outer or Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[place]}"),
+        TimeElapsedColumn(), console=err, transient=True,
+    )  # fmt: skip
+    task = bar.add_task(what, total=None, place="")
+    with nullcontext() if outer else bar:
+        _working = bar
+        try:
+            yield lambda done, count: bar.update(task, completed=done, total=count, place=f"{done:,}/{count:,}")
+        finally:
+            _working = outer
+            bar.remove_task(task)
+
+
+@contextmanager
+def _spoken(what: str) -> Iterator[Callable[[int, int], None]]:
+    spoken = time.monotonic()
+
+    def begin() -> None:
+        note(f"{what} ...")
+
+    def progress(done: int, count: int) -> None:
+        nonlocal spoken
+        if time.monotonic() - spoken > SAY_EVERY_S and done < count:
+            spoken = time.monotonic()
+            note(f"{what}: {done:,} of {count:,}")
+
+    timer = threading.Timer(SAY_AFTER_S, begin)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield progress
+    finally:
+        timer.cancel()
 
 
 class TrainingProgress:
@@ -116,7 +157,7 @@ class TrainingProgress:
         self.first, self.step, self.total, self.per_epoch = step, step, total_steps, steps_per_epoch
         self._started = self._spoken = time.monotonic()
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[place]}")
+            TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[place]}")
         )
         self._numbers = Text("", "dim")
         self._live = Live(Group(self._bar, self._numbers), console=err, transient=True, refresh_per_second=4)
@@ -131,21 +172,25 @@ class TrainingProgress:
     def __exit__(self, *error: object) -> None:
         self._live.stop()
 
+    def advance(self, step: int) -> None:
+        """Move the bar to a step that is done."""
+        self.step = step
+        place = f"step {step}/{self.total} · epoch {step / self.per_epoch:.2f} · left {duration(self._left_s())}"
+        self._bar.update(self._task, completed=step, place=place)
+
     def update(self, line: Mapping[str, Any]) -> None:
         """Show one line of training metrics."""
-        self.step = line["step"]
-        left = duration(self._left_s())
-        place = f"step {self.step}/{self.total} · epoch {line['epoch']:.2f}"
+        self.advance(line["step"])
         numbers = (
             f"loss {line['loss']:.3f} · accuracy {percent(line['accuracy'])} · lr {line['lr']:.1e} · "
             f"{line['images_per_s']:.0f} images/s · waiting for data {percent(line['data_wait'], 0)}"
         )
-        self._bar.update(self._task, completed=self.step, place=f"{place} · left {left}")
         self._numbers.plain = numbers
         due = time.monotonic() - self._spoken > self._LINE_EVERY_S or self.step == self.total
         if not self._shown and due:
             self._spoken = time.monotonic()
-            note(f"{place} · {numbers} · left {left}")
+            place = f"step {self.step}/{self.total} · epoch {line['epoch']:.2f}"
+            note(f"{place} · {numbers} · left {duration(self._left_s())}")
 
     def evaluated(self, metrics: Any, better: bool) -> None:
         """Say what a validation came to."""

@@ -76,14 +76,16 @@ class Plan:
 
 
 def plan(config: TrainConfig, output: Path | None = None, overwrite: bool = False) -> list[Group]:
-    """What a run would do, cost and write, by preparing it and probing the machine; nothing is decoded or written.
+    """What a run would do, cost and write, by preparing it and probing the machine; nothing is written.
 
-    Raises UsageError where the run may not be written to `output`.
+    Every image is opened, and none decoded. Raises UsageError where the run may not be written to `output`, DataError
+    for an image that cannot be opened.
     """
     output = None if output is None else expanded(output)
     if output is not None:
         ckpt.check_free(output, overwrite=overwrite)
     prepared = prepare(config)
+    prepared.check_headers()
     with memory_guard(config):
         prepared.config = tuned(prepared)
         with threads(prepared.config.threads):

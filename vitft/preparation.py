@@ -16,7 +16,7 @@ from vitft.data.check import check, check_labels, some_of
 from vitft.data.images import unused_range
 from vitft.data.sources import ALIASES, DIGITS, Source, source_of
 from vitft.data.splits import Split, make_splits
-from vitft.data.store import Store, decode_all
+from vitft.data.store import Skipped, Store, check_headers, decode_all
 from vitft.errors import DataError, UsageError
 from vitft.evaluation import matched, without
 from vitft.hardware import find_attention, resolved
@@ -44,6 +44,21 @@ class Prepared:
         """
         return {role: self._decode(role) for role in self.splits}
 
+    def check_headers(self) -> None:
+        """Open every image, as `decode` will, but decode no pixel. Raises DataError for one that cannot be read."""
+        for role, split in self.splits.items():
+            with console.working(f"opening the {role} images") as progress:
+                skipped = check_headers(
+                    self.source.splits[split.source].select(split.rows), max_pixels=self.config.max_pixels,
+                    skip_bad=self.config.on_bad_image == "skip", progress=progress,
+                )  # fmt: skip
+            self._skip(role, skipped)
+
+    def _skip(self, role: str, skipped: list[Skipped]) -> None:
+        for one in skipped:
+            console.warn(f"skipped {one.name} ({role}): {one.reason}")
+        self.splits[role] = without(self.splits[role], skipped, self.source)
+
     def _decode(self, role: str) -> tuple[Store, NDArray[np.int64]]:
         split, config = self.splits[role], self.config
         rows = self.source.splits[split.source].select(split.rows)
@@ -62,9 +77,8 @@ class Prepared:
                 name=f"{self.source.name}, {role}",
                 progress=progress,
             )
-        for one in skipped:
-            console.warn(f"skipped {one.name} ({role}): {one.reason}")
-        self.splits[role] = split = without(split, skipped, self.source)
+        self._skip(role, skipped)
+        split = self.splits[role]
         return store, matched(split.labels, self.source.labels, self.loaded.labels, name=config.model)
 
 
@@ -74,7 +88,8 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None) -> Prepared:
     On resume, a `checkpoint` of the run takes the place of what the run began from.
     """
     config = resolved(config)
-    source = source_of(config)
+    with console.working("reading the data set"):
+        source = source_of(config)
     _tell_faults(source, config)
     splits = make_splits(
         source, val_fraction=config.val_fraction, max_train_samples=config.max_train_samples,
@@ -90,11 +105,12 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None) -> Prepared:
         raise DataError(f"{config.dataset}: one class ({source.labels[0]}) leaves nothing to tell apart; add another.")
     if config.early_stopping and "validation" not in splits:
         raise UsageError("early_stopping needs a validation split, and there is none; set --val-fraction above 0.")
-    if checkpoint is None:
-        prove(expanded(config.model))
-        loaded = load_for_training(config, source.labels)
-    else:
-        loaded = _load_again(config, source, checkpoint)
+    with console.working("loading the model"):
+        if checkpoint is None:
+            prove(expanded(config.model))
+            loaded = load_for_training(config, source.labels)
+        else:
+            loaded = _load_again(config, source, checkpoint)
     attention = _attend(loaded, config)
     pinned: dict[str, Any] = {"model_revision": loaded.revision or config.model_revision,
               "dataset_revision": source.revision or config.dataset_revision,

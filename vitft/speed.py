@@ -38,7 +38,8 @@ def speed_of(
     # With a frozen backbone a step is no multiple of the forward pass; processes may share one machine's peak.
     if spec is not None and config.freeze == "none" and processes == 1 and _is_fast(config):
         with suppress(RuntimeError):  # no room for the matrices beside the model: then it is not said
-            mfu = training_flops(spec) * pace.images_per_s / peak_flops(config.device, config.precision, 0.3)
+            share = training_flops(spec) * pace.images_per_s / peak_flops(config.device, config.precision, 0.3)
+            mfu = share if share <= 1 else None  # above it, the peak was measured beside other work and says nothing
     return Speed(pace.images_per_s, pace.data_wait, mfu, config.precision, _remedy(pace, mfu, config))
 
 

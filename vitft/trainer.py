@@ -20,6 +20,7 @@ from vitft.card import Card, read_card
 from vitft.checkpoint import State
 from vitft.config import TrainConfig
 from vitft.data.loader import EvalLoader
+from vitft.diagnosis import PaceWatch, nothing_learned
 from vitft.errors import ModelError, Stopped, TrainingError, UsageError
 from vitft.evaluation import measure
 from vitft.faults import REMEDY, Diverged, persisting
@@ -130,7 +131,8 @@ class _Run:
         self.bare, self.probe = self.learner.bare, self.learner.probe
         self.steps_per_epoch, self.total_steps = self.learner.steps_per_epoch, self.learner.total_steps
         self.pending: tuple[Card, dict[str, torch.Tensor]] | None = None  # a best/ that is not written yet
-        self.signals, self.window = StopSignals(accelerator), Window(accelerator)
+        self.signals, self.window, self.pace = StopSignals(accelerator), Window(accelerator), PaceWatch()
+        self.measured: Metrics | None = None  # the last one
         self.learner.breakable = self.signals.breakable
         self.begun = self.saved = self.written_last = -1  # steps: of the beginning, and of what this process last wrote
         card = read_card(resumed_from) if resumed_from else None
@@ -170,6 +172,9 @@ class _Run:
                 result = self._finish(state, bar, track)
             except Interrupted as stop:
                 raise self._stopped(state, stop.number, bar, track) from None
+        trained = window.pace.images > 0  # else it was finished, and has said so before
+        if trained and self.measured and (nothing := nothing_learned(self.measured, self.config, self.total_steps)):
+            console.warn(nothing)
         world, probe = self.accelerator.num_processes, self.probe is not None
         return replace(result, speed=speed_of(window.pace, self.bare, config, world, probe=probe))
 
@@ -180,6 +185,7 @@ class _Run:
         config, window = self.config, self.window
         window.add(*self._step(state.step), count=self.learner.images(state.step))
         state.step += 1
+        bar.advance(state.step)
         last = state.step == self.total_steps
         self.scores = {}  # they were the last step's
         eval_every = config.eval_every or self.steps_per_epoch
@@ -205,6 +211,8 @@ class _Run:
         bar.update(line)
         track(line)
         self._record(line)
+        if slowed := self.pace.slowed(means["images_per_s"]):
+            console.warn(slowed)
 
     def _load_optimizer(self, folder: Path, state: State) -> None:
         if not (folder / ckpt.OPTIMIZER).exists():
@@ -279,8 +287,9 @@ class _Run:
             progress, gather = self.signals.watched(shown, gather_object)
             batches = loader if self.probe is None else self.probe.scoring(role, loader, progress)
             # The bare model: its own would wait for the other processes, which may have another number of batches.
-            return measure(self.learner.module, batches, self.labels, self.prepared.splits[role],
-                           gather=gather, progress=progress)  # fmt: skip
+            self.measured = measure(self.learner.module, batches, self.labels, self.prepared.splits[role],
+                                    gather=gather, progress=progress)  # fmt: skip
+            return self.measured
 
     # -- what is written --------------------------------------------------------------------------
 

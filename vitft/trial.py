@@ -145,7 +145,7 @@ def pass_s(prepared: Prepared, images: torch.Tensor, module: Any = None) -> floa
     index = np.arange(len(images))
     images = images if config.augment == "crop" else images.to(config.device)  # as the loader does
     pixels = augment(images, prepared.loaded.preprocess, config.augment, config.seed, 0, index).to(config.device)
-    torch.autograd.backward(_loss(prepared, module or model, pixels))
+    torch.autograd.backward(_loss(prepared, model if module is None else module, pixels))
     settle(config.device)
     return time.perf_counter() - started
 

@@ -128,6 +128,8 @@ def _compiling_pays(prepared: Prepared, config: TrainConfig, processes: int) -> 
             pass_s(prepared, stored, fast)
             was, now = (min(pass_s(prepared, stored, module) for _ in range(2)) for module in (model, fast))
         except Exception as error:  # a compiler that is missing or fails, in any of the ways they have
-            console.note(f"not compiled: {str(error).strip().splitlines()[0]}")
+            console.note(
+                f"torch.compile does not work here, so the run goes on without it: {str(error).strip().splitlines()[0]}"
+            )
             return False
     return now < 0.97 * was

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from io import BytesIO
 from math import ceil, sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
@@ -25,11 +25,12 @@ from torch import Tensor
 
 from vitft.data import cache
 from vitft.data.augment import CROP_AREA, Images, Preprocess, each_of, uncropped, workers
-from vitft.data.images import BadImage, decode, encoded, header
+from vitft.data.images import BadImage, about, decode, encoded, header
 from vitft.data.sources import sample_id
 from vitft.errors import DataError
 
 IN_MEMORY = 2_000_000_000  # bytes; more goes to a file, which the system may page out
+T = TypeVar("T")
 _CHUNK = 64  # rows that are read and decoded at a time
 _SHARPER = 1.5  # how many times the side of what crops are cut from a JPEG is at least decoded to; docs/benchmarks.md
 
@@ -169,14 +170,45 @@ def decode_all(
             with suppress(OSError):  # a full disk is a bound too
                 pixels.add(raw)
         progress(position + 1, len(rows))
-    if skipped and not skip_bad:
-        more = f" (and {len(skipped) - 1} more like it)" if len(skipped) > 1 else ""
-        first = skipped[0]
-        raise DataError(f"{first.name}: {first.reason}{more}; mend or remove it, or add --on-bad-image skip.")
+    if not skip_bad:
+        _refuse(skipped)
     store = _store(np.array(shapes, np.int64).reshape(-1, 2), hashed.hexdigest(), pixels.mapped(), anew)
     if key and not skipped and store.anew is None:
         cache.write(key, name, store.pixels, store.shapes, sums, store.digest, limit)
     return store, skipped
+
+
+def check_headers(
+    rows: datasets.Dataset, *, max_pixels: int, skip_bad: bool,
+    progress: Callable[[int, int], None] = lambda done, count: None,
+) -> list[Skipped]:  # fmt: skip
+    """Open every image of a split and decode no pixel: the images that `decode_all` would refuse for their headers.
+
+    Raises DataError as `decode_all` does, unless `skip_bad`.
+    """
+
+    def work(cell: dict[str, Any]) -> BadImage | None:
+        try:
+            about(encoded(cell), max_pixels)
+        except BadImage as error:
+            return error
+        return None
+
+    skipped = []
+    for position, error in enumerate(_results(rows, work)):
+        if error is not None:
+            skipped.append(Skipped(position, sample_id(rows, position), str(error)))
+        progress(position + 1, len(rows))
+    if not skip_bad:
+        _refuse(skipped)
+    return skipped
+
+
+def _refuse(skipped: list[Skipped]) -> None:
+    if skipped:
+        more = f" (and {len(skipped) - 1} more like it)" if len(skipped) > 1 else ""
+        first = skipped[0]
+        raise DataError(f"{first.name}: {first.reason}{more}; mend or remove it, or add --on-bad-image skip.")
 
 
 def _store(shapes: NDArray[np.int64], digest: str, pixels: Tensor, anew: Callable[[int], NDArray[np.uint8]]) -> Store:
@@ -226,9 +258,7 @@ def _enough(source: bytes | Path, how: Preprocess, crops: bool) -> int:
     return how.shortest_edge or max(how.before_crop or (how.height, how.width))
 
 
-def _results(
-    rows: datasets.Dataset, work: Callable[[dict[str, Any]], NDArray[np.uint8] | BadImage]
-) -> Iterator[NDArray[np.uint8] | BadImage]:
+def _results(rows: datasets.Dataset, work: Callable[[dict[str, Any]], T]) -> Iterator[T]:
     for start in range(0, len(rows), _CHUNK):
         cells = rows[start : start + _CHUNK]["image"]
         yield from each_of(cells)(work, cells)
