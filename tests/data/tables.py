@@ -133,6 +133,16 @@ KAGGLE = [  # and where images are
     Case("an-image-of-the-test-is-none-of-train", photos("train/1.png", "test/2.png")
          | {"train.csv": "id,label\n1,frog\n2,truck\n"}, "train.csv",
          {"train": {"frog": "train/1.png", "truck": "2"}}, warned="1 of 2 images are not there: the first is 2, line 3"),
+    Case("validation-images-in-the-folder-of-train", photos("train/1.png", "train/2.png")
+         | {"t.csv": "file,label,split\n1.png,frog,train\n2.png,truck,val\n"}, "t.csv",
+         {"train": {"frog": "train/1.png"}, "val": {"truck": "train/2.png"}}),
+    Case("a-fold-of-the-folder-of-train", photos("train/1.png", "train/2.png", "test/1.png")
+         | {"train.csv": "id,label,fold\n1,frog,0\n2,truck,1\n"}, "train.csv",
+         {"train": {"truck": "train/2.png"}, "validation": {"frog": "train/1.png"}}, options={"fold": 0}),
+    Case("class-folders-one-below", photos(*(f"{i % 3}/{i}.png" for i in range(6)))
+         | {"t.csv": "file,label\n" + "".join(f"{i}.png,{'ab'[i % 2]}\n" for i in range(6))}, "t.csv",
+         {"train": {"a": "0/0.png 2/2.png 1/4.png", "b": "1/1.png 0/3.png 2/5.png"}},
+         decided="6 of the images are found in 0/ and 2 more folders"),
     Case("ham10000", photos("part_1/ISIC_1.jpg", "part_2/ISIC_2.jpg", "part_2/ISIC_3.jpg")
          | {"metadata.csv": "lesion_id,image_id,dx,age\nH1,ISIC_1,nv,80\nH1,ISIC_2,mel,80\nH2,ISIC_3,nv,75\n"},
          "metadata.csv", {"train": {"mel": "part_2/ISIC_2.jpg", "nv": "part_1/ISIC_1.jpg part_2/ISIC_3.jpg"}},
@@ -223,6 +233,12 @@ SPLITS = [
          {"train": {"cat": "0.png 2.png", "dog": "3.png"}, "validation": {"dog": "1.png"}}),
     Case("is-train", splits("is_train", "1", "0", "1", "1"), "t.csv",
          {"train": {"cat": "0.png 2.png", "dog": "3.png"}, "test": {"dog": "1.png"}}),
+    Case("train-and-test-of-yes-and-no", splits("train,test", "yes,no", "no,yes", "yes,no"), "t.csv",
+         {"train": {"cat": "0.png 2.png"}, "test": {"dog": "1.png"}}),
+    Case("train-is-a-class", many(3) | {"t.csv": "image,plane,train\n0.png,1,0\n1.png,0,1\n2.png,1,0\n"}, "t.csv",
+         {"train": {"plane": "0.png 2.png", "train": "1.png"}}, warned="column 'train' looks like a split"),
+    Case("folds-by-letters", splits("fold", *"abab"), "t.csv", {"train": {"cat": 2, "dog": 2}},
+         warned="column 'fold' looks like a split (a, b) and is not used"),
     Case("is-train-and-is-test-of-one-row", splits("is_train,is_test", "1,0", "0,1", "1,1"), "t.csv",
          error="line 4 is both train and test"),
     Case("folds-not-asked-for", splits("fold", *"01234" * 2), "t.csv", {"train": {"cat": 5, "dog": 5}},

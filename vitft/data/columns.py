@@ -146,6 +146,8 @@ def split_of_rows(table: Table, taken: set[str], reading: Reading, notes: Notes)
         rest = [name for name in table.names if name not in taken]
         worded = [name for name in rest if _is_split(table[name])]
         flags = {name: role for name in rest if (role := _flag_of(name)) and _is_flag(table[name])}
+        if all(not plain(name).startswith("is") for name in flags) and len(set(flags.values())) < 2:
+            flags = {}  # `train` alone may be a class, where columns of 0 and 1 are classes
         named = [name for name in rest if plain(name) in SPLIT[:3] and name not in worded]
         if worded:
             column = _one_of(table, worded, notes)
@@ -276,13 +278,16 @@ def _warn_of_splits(table: Table, rest: list[str], notes: Notes) -> None:
     """Of columns that look like splits and are none."""
     for name in rest:
         values = _values(table[name])
-        if not 1 < len(values) <= _FEW or plain(name) in _FOLD:
+        numbered = all(_as_number(value)[0] == 0 for value in values)
+        if not 1 < len(values) <= _FEW or (plain(name) in _FOLD and numbered):
             continue
         words = [value for value in values if plain(value) in _ROLE_OF]
-        if len({_ROLE_OF[plain(value)] for value in words}) > 1 or plain(name) in SPLIT:
+        if len({_ROLE_OF[plain(value)] for value in words}) > 1 or plain(name) in (*SPLIT, *_FOLD):
             notes.warn(
                 f"column {name!r} looks like a split ({_listed(values)}) and is not used; --split-column {name} uses it"
             )
+        elif _flag_of(name) and _is_flag(table[name]):
+            notes.warn(f"column {name!r} looks like a split and is not used; write train and {name} in a column split")
 
 
 # -- folds ----------------------------------------------------------------------------------------

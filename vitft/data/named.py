@@ -2,7 +2,8 @@
 
 A table's names are looked up in listings of folders, each read once, so that a million rows cost no stat. Where
 a name is no file as it stands, these are tried, and what was found is told: the same text in another Unicode
-form, `\\` for `/`, a known extension added, and the folders one level below (`train/` beside `train.csv`).
+form, `\\` for `/`, a known extension added, and the folders one level below (`train/` beside `train.csv`; a table
+that is called after another split than the test takes no image from the test's folder, nor the reverse).
 """
 
 import os
@@ -10,7 +11,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def named_file(folders: Sequence[str], name: Any, *, allow_outside: bool) -> str
     return file
 
 
+@cache
 def role_within(name: str) -> str | None:
     """The role that one of a name's words tells: `labels_train.csv`, `seg_test`; None for no or several roles."""
     roles = {role for word in re.split(r"[\W\d_]+", name) if (role := role_of(word))}
@@ -63,9 +65,9 @@ class Names:
     def find(self, name: str, role: str | None = None) -> tuple[str, bool]:
         """The absolute path that a cell means, and whether it is there. Raises Misnamed.
 
-        `role` is of the row's split: a folder of another one is not looked into.
+        `role` is of the row's split, if a column tells it: of two files, that in a folder called so is meant.
         """
-        found, how = self._lookup(name, role or self.role)
+        found, how = self._lookup(name, role)
         if found is None:
             return named_file(self.folders, name, allow_outside=self.allow_outside), False
         if how is not None:
@@ -75,16 +77,18 @@ class Names:
     def meant(self, name: str) -> tuple[str | None, bool]:
         """The file that a cell may mean, and whether by its name as it stands; for who does not know what it is."""
         try:
-            found, how = self._lookup(name, self.role)
+            found, how = self._lookup(name, None)
         except Misnamed:
             return None, False
         return found, found is not None and how is None
 
     def tell(self, notes: Notes) -> None:
         """Write down how the files were found, where it was not by their names as they stand."""
-        for (below, how), count in self._ways.most_common(5):
-            where = f" in {below}{os.sep}" if below else ""
-            notes.decide(f"{count:,} of the images are found{where}{f' {how}' if how else ''}")
+        for how in dict.fromkeys(how for _, how in self._ways):
+            counts = {below: count for (below, way), count in self._ways.items() if way == how}
+            first, *others = [f"{below}{os.sep}" for below in counts if below] or [""]
+            where = f" in {first}" + (f" and {len(others):,} more folders" if others else "") if first else ""
+            notes.decide(f"{sum(counts.values()):,} of the images are found{where}{f' {how}' if how else ''}")
 
     def _lookup(self, name: str, role: str | None) -> tuple[str | None, tuple[str, str] | None]:
         """The file, and the folder below and the way that it was found by; None for its name as it stands."""
@@ -131,14 +135,22 @@ class Names:
         children = dict.fromkeys(child for key in (first, _nfc(first), stem) for child in self._below.get(key, ()))
         found: dict[str, tuple[str, str]] = {}
         for child in children:
-            if role is not None and role_within(child) not in (None, role):
-                continue  # an image for training is not looked for among those of the test
+            its = role_within(child)
+            if (
+                its is not None
+                and self.role is not None
+                and "test" in {self.role, its}
+                and its not in (self.role, role)
+            ):
+                continue
             file = named_file(self.folders, f"{child}/{name}", allow_outside=self.allow_outside)
             here, how = self._match(*os.path.split(file))
             if here is not None:
                 found[child] = here, how
         if len(found) > 1:
-            own = {child: here for child, here in found.items() if role is not None and role_within(child) == role}
+            own: dict[str, tuple[str, str]] = {}
+            for wanted in filter(None, (role, self.role)):
+                own = own or {child: here for child, here in found.items() if role_within(child) == wanted}
             if len(own) != 1:
                 one, other, *_ = found
                 raise Misnamed(f"{name} is in {one} and in {other}; name the folder of the images with --image-folder.")
