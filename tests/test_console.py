@@ -165,3 +165,15 @@ def test_the_bar_of_training_moves_with_each_step_and_fits_the_terminal(terminal
     lines = re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", terminal.getvalue()).splitlines()
     assert any("step 3/160000" in line for line in lines)
     assert max(map(len, lines)) <= 80
+
+
+def test_on_a_terminal_lines_end_between_words_and_commands_stay_whole(terminal: io.StringIO) -> None:
+    words = "other programs may be using the processors of this machine while it trains"
+    console.warn(f"{words}, {words}.")
+    assert " ".join(terminal.getvalue().split()) == f"warning: {words}, {words}."
+    assert max(map(len, terminal.getvalue().splitlines())) <= 80
+    terminal.seek(0)
+    terminal.truncate()
+    command = "vitft train --resume runs/" + "a" * 90
+    console.note(f"go on with: {command}")
+    assert command in terminal.getvalue()

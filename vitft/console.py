@@ -44,12 +44,18 @@ def say_text(text: str) -> None:
 
 def note(message: str) -> None:
     """Print one line about what is going on; plain text, not markup."""
-    err.print(escape(safe(message)), soft_wrap=True)  # one line, so that a command in it can be copied
+    _print(safe(message))
 
 
 def warn(message: str) -> None:
     """Print one line that a person should act on; plain text, not markup."""
-    err.print(f"[yellow]warning:[/] {escape(safe(message))}", soft_wrap=True)
+    _print(safe(message), "[yellow]warning:[/] ")
+
+
+def _print(message: str, before: str = "") -> None:
+    """Lines of a terminal end between words, but not within a command, which can be copied whole."""
+    whole = not err.is_terminal or "vitft " in message
+    err.print(f"{before}{escape(message)}", soft_wrap=whole)
 
 
 def fail(message: str) -> None:

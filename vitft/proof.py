@@ -50,6 +50,7 @@ def prove_resume(config: TrainConfig, work: Path, *, kills: int, seed: int, say:
     whole, killed = work / "whole", work / "killed"
     started = time.perf_counter()
     _complain(_start(["--recipe", str(recipe), "--output", str(whole)]))
+    chosen = whole / "config.yaml"  # threads, precision and compilation too: what they are is measured anew otherwise
     steps, took_s = _reached(whole), time.perf_counter() - started
     say(f"undisturbed: {steps} steps in {took_s:.0f} s")
     step_s = _step_s(whole)
@@ -63,7 +64,7 @@ def prove_resume(config: TrainConfig, work: Path, *, kills: int, seed: int, say:
             room = (steps - 1 - reached) // (kills - len(proof.kills))
             if room < 1:
                 break
-            running = _start(_go_on(recipe, killed))
+            running = _start(_go_on(chosen, killed))
             landed = _kill_at(reached + moments.randint(1, room), running, killed, moments.uniform(0, step_s))
             if not landed or _reached(killed) == steps:
                 break
@@ -71,7 +72,7 @@ def prove_resume(config: TrainConfig, work: Path, *, kills: int, seed: int, say:
             proof.kills.append((_reached(killed), read_state(folder).step if folder else 0))
             say(f"kill {len(proof.kills)}: at step {proof.kills[-1][0]}; whole is step {proof.kills[-1][1]}")
         else:
-            _complain(_start(_go_on(recipe, killed)))
+            _complain(_start(_go_on(chosen, killed)))
             proof.equal = _outcome(whole) == _outcome(killed)
             proof.left = tuple(sorted(set(_files(killed)) ^ set(_files(whole))))
             return proof
