@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
-from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from vitft.data.augment import (
+    RESAMPLE,
     Preprocess,
     augment,
     crop_boxes,
@@ -26,6 +25,7 @@ from vitft.data.augment import (
     uncropped,
 )
 from vitft.errors import ModelError
+from vitft.processors import understood
 from vitft.randomness import uniform
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -138,17 +138,47 @@ def test_a_long_image_is_cut_before_it_is_enlarged_to_the_same_pixels(
     assert max(made) <= max(size) * 71
 
 
+def pil(family: str, **settings: Any) -> Any:
+    """The family's own image processor, by Pillow."""
+    return getattr(transformers, f"{family}ImageProcessorPil")(**settings)
+
+
 # -- as Transformers -------------------------------------------------------------------------------
 
+BOX, EDGE, CROP = {"height": 32, "width": 24}, {"shortest_edge": 36}, {"height": 32, "width": 32}
 PROCESSORS = {
-    "vit": ViTImageProcessorPil(size={"height": 32, "width": 24}),
-    "dinov2": BitImageProcessorPil(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}),
-    "crop over edge": BitImageProcessorPil(size={"shortest_edge": 27}, crop_size={"height": 32, "width": 33}),
-    "deit": DeiTImageProcessorPil(size={"height": 36, "width": 40}, crop_size={"height": 32, "width": 32}),
-    "plain numbers": ViTImageProcessorPil(
-        size={"height": 16, "width": 16}, do_normalize=False, do_rescale=False, resample=3
-    ),
-}
+    "vit": pil("ViT", size=BOX),
+    "dinov2": pil("Bit", size=EDGE, crop_size=CROP),
+    "crop over edge": pil("Bit", size={"shortest_edge": 27}, crop_size={"height": 32, "width": 33}),
+    "crop alone": pil("Bit", do_resize=False, crop_size=CROP),
+    "deit": pil("DeiT", size={"height": 36, "width": 40}, crop_size=CROP),
+    "plain numbers": pil("ViT", size={"height": 16, "width": 16}, do_normalize=False, do_rescale=False, resample=3),
+    "numbers of 0 to 255": pil("ViT", size=BOX, do_rescale=False, image_mean=[120, 110, 100], image_std=[50, 60, 70]),
+    "one mean for all": pil("ViT", size=BOX, image_mean=0.4, image_std=0.3),
+    "lists": pil("ViT", size=[32, 24]),
+    "clip": pil("CLIP", size=36, crop_size=32),
+    "siglip": pil("Siglip", size=BOX),
+    "beit": pil("Beit", size=BOX, do_center_crop=True, crop_size=CROP, do_reduce_labels=True),
+    "convnext": pil("ConvNext", size={"shortest_edge": 32}, crop_pct=0.7),
+    "convnext, large": pil("ConvNext", size={"shortest_edge": 384}),
+    "poolformer": pil("PoolFormer", size={"shortest_edge": 32}, crop_pct=0.8, crop_size=CROP),
+    "poolformer, whole": pil("PoolFormer", size={"height": 32, "width": 32}, crop_size=CROP),
+    "levit": pil("Levit", size={"shortest_edge": 32}, crop_size=CROP),
+    "mobilevit": pil("MobileViT", size=EDGE, crop_size=CROP),
+    "mobilevit, unflipped": pil("MobileViT", size=EDGE, crop_size=CROP, do_flip_channel_order=False),
+    "efficientnet": pil("EfficientNet", size=BOX, image_std=[0.478, 0.473, 0.474]),
+    "efficientnet, -1 to 1": pil("EfficientNet", size=BOX, rescale_factor=1 / 127.5, rescale_offset=True,
+                                 do_normalize=False, include_top=False),
+    "segformer": pil("Segformer", size=BOX, do_center_crop=True, crop_size=CROP),
+    "pvt": pil("Pvt", size=BOX),
+    "mobilenet": pil("MobileNetV2", size=EDGE, crop_size=CROP),
+} | {name: pil("ViT", size=BOX, resample=number) for number, name in RESAMPLE.items()}  # fmt: skip
+
+
+def read(document: dict[str, Any]) -> Preprocess:
+    """What a preprocessor_config.json with this content does."""
+    kind = document.get("image_processor_type", "ViTImageProcessor")
+    return understood(getattr(transformers, f"{kind}Pil").from_dict(document))
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
@@ -156,7 +186,7 @@ PROCESSORS = {
 def test_preprocessing_is_transformers_own(name: str, size: tuple[int, int]) -> None:
     """To a thousandth of the step between two pixel values."""
     processor = PROCESSORS[name]
-    how = Preprocess.from_json(processor.to_dict())
+    how = understood(processor)
     image = pixels(*size, contrast=True)
 
     got = preprocess([torch.from_numpy(image)], how)
@@ -169,17 +199,18 @@ def test_preprocessing_is_transformers_own(name: str, size: tuple[int, int]) -> 
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_a_preprocess_survives_its_own_json(name: str) -> None:
-    how = Preprocess.from_json(PROCESSORS[name].to_dict())
-    assert Preprocess.from_json(json.loads(json.dumps(how.to_json()))) == how
+    how = understood(PROCESSORS[name])
+    assert read(json.loads(json.dumps(how.to_json()))) == how
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_transformers_reads_what_is_written(name: str) -> None:
     processor = PROCESSORS[name]
-    how = Preprocess.from_json(processor.to_dict())
+    how = understood(processor)
     image = Image.fromarray(pixels(70, 45))
 
-    again = type(processor)(**how.to_json())
+    document = how.to_json()
+    again = getattr(transformers, f"{document['image_processor_type']}Pil")(**document)
 
     a, b = (one(image, return_tensors="pt")["pixel_values"] for one in (processor, again))
     torch.testing.assert_close(a, b, check_dtype=False)
@@ -191,23 +222,67 @@ def test_transformers_reads_what_is_written(name: str) -> None:
         ({"size": 32}, Preprocess(32, 32)),
         ({}, Preprocess(224, 224)),
         ({"size": 32, "feature_extractor_type": "ViTFeatureExtractor", "resample": 3},
-         Preprocess(32, 32, resample="bicubic", processor="ViTFeatureExtractor")),
+         Preprocess(32, 32, resample="bicubic")),
         ({"size": 36, "crop_size": 32, "do_center_crop": True}, Preprocess(32, 32, before_crop=(36, 36))),
         ({"size": 32, "crop_size": 28, "do_center_crop": False}, Preprocess(32, 32)),
-        ({"size": {"shortest_edge": 32}}, Preprocess(32, 32)),
         ({"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True},
          Preprocess(32, 32, shortest_edge=36)),
         ({"size": 32, "do_normalize": False}, Preprocess(32, 32, mean=(0.0,) * 3, std=(1.0,) * 3)),
     ],
 )  # fmt: skip
 def test_older_configurations_are_read(stored: dict[str, Any], wanted: Preprocess) -> None:
-    assert Preprocess.from_json(stored) == wanted
-    assert wanted.to_json()["image_processor_type"] == "ViTImageProcessor"
+    assert read(stored) == wanted
 
 
-def test_an_unknown_filter_is_refused() -> None:
-    with pytest.raises(ModelError, match="resample 1 is not supported"):
-        Preprocess.from_json({"resample": 1})
+@pytest.mark.parametrize(
+    ("processor", "says"),
+    [
+        (pil("ViT", size={"shortest_edge": 32}), "size {'shortest_edge': 32} makes images of different shapes"),
+        (pil("ViT", do_resize=False), "do_resize False"),
+        (pil("CLIP", size={"shortest_edge": 32, "longest_edge": 64}, crop_size=32), "longest_edge"),
+        (pil("ViT", size={"max_height": 32, "max_width": 64}), "max_height"),
+        (pil("ViT", size=32, do_pad=True, pad_size=64), "do_pad with a pad_size"),
+        (pil("ViT", size=32, resample=6), "resample 6 is not supported"),
+        (pil("ViT", size=32, image_mean=[0.5, 0.5]), "image_mean"),
+        (pil("ViT", size=32, image_std=[0.5, 0.0, 0.5]), "image_std"),
+        (
+            pil("ConvNext", size={"shortest_edge": 32}, do_center_crop=True, crop_size=24),
+            "do_center_crop beside crop_pct",
+        ),
+        (pil("PoolFormer", size={"height": 32, "width": 24}), "crop_pct with size"),
+        (pil("Perceiver"), "PerceiverImageProcessor does more"),
+        (pil("Donut", size=32), "DonutImageProcessor does more"),
+        (pil("TextNet"), "TextNetImageProcessor with"),
+        (pil("Siglip2"), "Siglip2ImageProcessor with"),
+    ],
+)
+def test_what_a_processor_does_beyond_that_is_refused_by_name(processor: Any, says: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        understood(processor)
+    assert says in str(caught.value)
+
+
+class Sharpening(transformers.ViTImageProcessorPil):
+    """One that no version of this project has heard of."""
+
+    def rescale(self, image: Any, scale: float, **others: Any) -> Any:
+        return super().rescale(image, scale, **others) ** 1.02
+
+
+def test_a_processor_that_does_something_unknown_is_found_out() -> None:
+    with pytest.raises(ModelError, match="Sharpening does more than resize, crop, rescale and normalize"):
+        understood(Sharpening(size=32))
+
+
+def test_gray_is_pillows_luminance_and_of_a_gray_image_itself() -> None:
+    image, how = pixels(9, 7), Preprocess(9, 7, mean=(0.0,), std=(1.0,), rescale=1.0)
+
+    got = normalize(torch.from_numpy(image)[None], how)
+
+    assert got.shape == (1, 1, 9, 7)
+    assert np.array_equal(got[0, 0].numpy(), np.asarray(Image.fromarray(image).convert("L")).astype(np.float32))
+    ramp = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
+    assert torch.equal(normalize(ramp, how).flatten(), torch.arange(256.0))
 
 
 def test_another_size_keeps_the_margin_around_the_crop() -> None:

@@ -17,13 +17,14 @@ from vitft import TrainConfig, train
 from vitft.card import read_card
 from vitft.checkpoint import step_folders
 from vitft.cli import app
-from vitft.data.augment import Preprocess, preprocess
+from vitft.data.augment import preprocess
 from vitft.data.images import decode
 from vitft.data.sources import open_source
 from vitft.data.splits import make_splits
 from vitft.errors import DataError, UsageError
 from vitft.evaluation import evaluate, matched
 from vitft.metrics import Metrics
+from vitft.processors import read_processor
 
 KEYS = ["accuracy", "accuracy_interval", "top5", "loss", "macro_f1", "count", "split", "split_hash",
         "images_per_s", "per_class", "confusion"]  # fmt: skip
@@ -42,7 +43,7 @@ def by_hand(folder: Path, role: str) -> tuple[np.ndarray, np.ndarray, tuple[str,
     split = make_splits(source, val_fraction=card.config.val_fraction, max_train_samples=None,
                         max_eval_samples=card.config.max_eval_samples,
                         seed=card.config.seed)[role]  # fmt: skip
-    how = Preprocess.from_json(json.loads((folder / "preprocessor_config.json").read_text()))
+    how = read_processor(str(folder), transformers.AutoConfig.from_pretrained(folder))
     model = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
     cells = source.splits[split.source].select(split.rows)["image"]
     with torch.no_grad():

@@ -285,7 +285,7 @@ def test_a_damaged_configuration_is_one_line(saved: Saved, text: str) -> None:
     refusal(folder)
 
 
-@pytest.mark.parametrize("text", ["{not json", "[1]", '{"size": {"longest_edge": 9}}', '{"resample": 0}'])
+@pytest.mark.parametrize("text", ["{not json", "[1]", '{"size": {"longest_edge": 9}}', '{"resample": 6}'])
 def test_a_damaged_preprocessor_is_one_line(saved: Saved, text: str) -> None:
     folder = saved()
     (folder / "preprocessor_config.json").write_text(text)

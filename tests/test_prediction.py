@@ -46,8 +46,8 @@ LABELS = tuple("abcdefg")
 PREPROCESSES = {
     "vit": Preprocess(64, 64),
     "bicubic": Preprocess(64, 64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resample="bicubic"),
-    "centre crop": Preprocess(64, 64, resample="bicubic", shortest_edge=72, processor="BitImageProcessor"),
-    "deit": Preprocess(64, 64, resample="bicubic", before_crop=(72, 72), processor="DeiTImageProcessor"),
+    "centre crop": Preprocess(64, 64, resample="bicubic", shortest_edge=72),
+    "deit": Preprocess(64, 64, resample="bicubic", before_crop=(72, 72)),
 }
 
 

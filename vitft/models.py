@@ -25,7 +25,8 @@ from vitft.errors import ModelError, VitftError, nearest
 from vitft.heads import head_modules, in_head, label_tensors
 from vitft.hub import answers, reason
 from vitft.paths import expanded
-from vitft.positions import at_image_size, check_size
+from vitft.positions import at_image_size, check_size, is_fixed, size_of, with_image_size
+from vitft.processors import read_processor
 from vitft.randomness import seed_of
 from vitft.sizes import with_sizes
 from vitft.spec import PRESETS, ViTSpec, spec_from_config
@@ -66,7 +67,7 @@ def load_for_training(config: TrainConfig, labels: Sequence[str]) -> Loaded:
     _label(stored, names)
     model = _weights(origin, stored, fresh_head=not keeps_head)
     how = _preprocess(origin, stored)
-    if config.image_size is not None and config.image_size != how.height:
+    if config.image_size is not None and (how.height, how.width) != (config.image_size,) * 2:
         model = at_image_size(model, config.image_size)
         how = how.at(config.image_size)
     if config.freeze == "backbone":
@@ -159,10 +160,10 @@ def _from_scratch(config: TrainConfig, labels: Sequence[str]) -> Loaded:
         stored, commit = _stored(origin), origin.commit
         how = _preprocess(origin, stored)
         if config.image_size is not None:
-            stored.image_size, how = config.image_size, how.at(config.image_size)
+            stored, how = with_image_size(stored, config.image_size), how.at(config.image_size)
     _label(stored, labels)
     check_demand(_classifier_class(stored), stored, config.model)
-    check_size(stored, how.height)
+    check_size(stored, how.height, how.width)
     model = _classifier_class(stored)(stored)
     _without_mask_token(model)
     return Loaded(model, how, tuple(labels), commit, True)
@@ -345,23 +346,12 @@ def _classifier_class(stored: Any) -> Any:
 
 
 def _preprocess(origin: _Origin, stored: Any) -> Preprocess:
-    file = "preprocessor_config.json"
-    try:
-        found = transformers.utils.cached_file(
-            origin.where, file, _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=not origin.cache_only, **origin.arguments(),
-        )  # fmt: skip
-        document = json.loads(Path(found).read_text()) if found else None
-        size = getattr(stored, "image_size", None) or 224
-        height, width = (size, size) if isinstance(size, int) else size
-        how = Preprocess.from_json(document) if document else Preprocess(height, width)
-    except ModelError as error:
-        raise ModelError(f"{origin.where}: {error}") from error
-    except Exception as error:  # other values than expected fail in any way
-        raise ModelError(f"{origin.where}: {file} cannot be read: {_first_line(error)}.") from error
-    # DINOv2 checkpoints state the size they were trained at, and take smaller images too.
-    fixed = hasattr(stored, "image_size") and not stored.model_type.startswith("dinov2")
-    return how.at(height) if fixed and height == width and how.height != height else how
+    """How the checkpoint prepares images, at a size that the model can read."""
+    how = read_processor(origin.where, stored, **origin.arguments())
+    own = size_of(stored)
+    if own is None or own == (how.height, how.width) or not is_fixed(stored, (how.height, how.width)):
+        return how
+    return how.at(*own)
 
 
 def _headless(origin: _Origin) -> ModelError:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ Images = Tensor | Sequence[Tensor]
 CROP_AREA = 0.08  # of the image: the least that a random crop shows; all of it is the most
 CROP_RATIO = (3 / 4, 4 / 3)  # width to height of a random crop
 
-_RESAMPLE: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+"""Pillow's filters, by the numbers that a `preprocessor_config.json` has."""
 
 
 @dataclass(frozen=True)
@@ -37,79 +38,60 @@ class Preprocess:
     """How an image becomes the model's input; stored as `preprocessor_config.json`.
 
     The image is resized to (height, width); or its shorter side to `shortest_edge`, or both sides to
-    `before_crop`, and the centre is cropped. Then it is scaled to [0, 1] and normalised by mean and std.
+    `before_crop`, or not at all, and the centre is cropped. Then it is scaled by `rescale` and normalised by
+    mean and std. Where these are single numbers the model reads gray, the image's luminance.
     """
 
     height: int
     width: int
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    resample: Literal["bilinear", "bicubic"] = "bilinear"
+    resample: str = "bilinear"
     rescale: float = 1 / 255
     shortest_edge: int | None = None
     before_crop: tuple[int, int] | None = None  # height and width
     value_range: tuple[float, float] | None = None  # black and white of images of more than 8 bits; see `data.color`
-    processor: str = "ViTImageProcessor"
+    resizes: bool = True
+    flips_channels: bool = False  # to blue, green, red
 
-    @classmethod
-    def from_json(cls, stored: dict[str, Any]) -> "Preprocess":
-        """Read a Transformers preprocessor configuration, of this or of older versions."""
-        size = stored.get("size", 224)
-        size = {"height": size, "width": size} if isinstance(size, int) else size
-        edge = size.get("shortest_edge")
-        crop = stored.get("crop_size", edge)
-        crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-        crops = stored.get("do_center_crop", False)
-        box: Any = crop if crops or "height" not in size else size  # one edge and no crop: a plain resize to it
-        before = (int(size["height"]), int(size["width"])) if crops and not edge else None
-        number = stored.get("resample", 2)
-        if number not in _RESAMPLE:
-            raise ModelError(f"preprocessor_config.json: resample {number} is not supported; use 2 or 3.")
-        normalizes = stored.get("do_normalize", True)
-        found = cls(
-            height=int(box["height"]),
-            width=int(box["width"]),
-            mean=tuple(stored.get("image_mean", cls.mean)) if normalizes else (0.0, 0.0, 0.0),
-            std=tuple(stored.get("image_std", cls.std)) if normalizes else (1.0, 1.0, 1.0),
-            resample=_RESAMPLE[number],
-            rescale=float(stored.get("rescale_factor", cls.rescale)) if stored.get("do_rescale", True) else 1.0,
-            shortest_edge=edge if crops else None,
-            before_crop=before,
-            value_range=_pair(stored.get("value_range")),
-            processor=str(stored.get("image_processor_type", stored.get("feature_extractor_type", cls.processor))),
-        )
-        found._check()
-        return found
+    @property
+    def channels(self) -> int:
+        """Of the model's input: 3, or 1 for gray."""
+        return len(self.mean)
 
-    def _check(self) -> None:
+    def check(self) -> None:
         """Raise ModelError for what no image could be made into, or no memory would hold."""
         for side in (self.height, self.width, self.shortest_edge, *(self.before_crop or ())):
             if side is not None and not (isinstance(side, int) and 1 <= side <= LARGEST_SIDE):
-                raise ModelError(
-                    f"preprocessor_config.json: a side of {side} pixels; it must be 1 to {LARGEST_SIDE:,}."
-                )
+                raise ModelError(f"a side of {side} pixels; it must be 1 to {LARGEST_SIDE:,}.")
         for name, values in (("image_mean", self.mean), ("image_std", self.std), ("rescale_factor", (self.rescale,))):
             numbers = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
-            if len(numbers) != (1 if name == "rescale_factor" else 3) or (name == "image_std" and 0 in numbers):
-                raise ModelError(f"preprocessor_config.json: {name} {values} is not usable; it takes finite numbers.")
+            if len(numbers) != len(values) or (name == "image_std" and 0 in numbers):
+                raise ModelError(f"{name} {values} is not usable; it takes finite numbers.")
 
     def to_json(self) -> dict[str, Any]:
-        """The configuration as Transformers' image processors of both backends read it."""
+        """The configuration as Transformers' image processors of both backends read it.
+
+        Of a class that does this and no more, in older versions of Transformers too.
+        """
         box = {"height": self.height, "width": self.width}
         edge, before = self.shortest_edge, self.before_crop
         size = {"shortest_edge": edge} if edge else {"height": before[0], "width": before[1]} if before else box
+        crops = size is not box or not self.resizes
+        kind = "ViT" if not crops else "DeiT" if before else "Bit"
+        flips = {"do_flip_channel_order": True} if self.flips_channels else {}
         return {
-            "image_processor_type": self.processor.replace("FeatureExtractor", "ImageProcessor"),
-            "do_convert_rgb": True,
-            "do_resize": True,
+            "image_processor_type": f"{'MobileViT' if flips else kind}ImageProcessor",
+            "do_convert_rgb": self.channels == 3,
+            "do_resize": self.resizes,
             "size": size,
-            **({"do_center_crop": False} if size is box else {"do_center_crop": True, "crop_size": box}),
-            "resample": {name: number for number, name in _RESAMPLE.items()}[self.resample],
+            **({"do_center_crop": True, "crop_size": box} if crops else {"do_center_crop": False}),
+            "resample": next(number for number, name in RESAMPLE.items() if name == self.resample),
             "do_rescale": True,
             "rescale_factor": self.rescale,
-            "do_normalize": True,
-            "image_mean": list(self.mean),
-            "image_std": list(self.std),
+            "do_normalize": not flips,
+            **({} if flips else {"image_mean": list(self.mean), "image_std": list(self.std)}),
+            **flips,
             **({"value_range": list(self.value_range)} if self.value_range else {}),  # vitft's own; others ignore it
         }
 
@@ -117,20 +99,22 @@ class Preprocess:
         """The same preprocessing with a black and white of one's own, as the setting has it; None changes nothing."""
         return self if value_range is None else replace(self, value_range=range_of(value_range))
 
-    def at(self, image_size: int) -> "Preprocess":
-        """The same preprocessing for another input size."""
-        scale = image_size / self.height
-        edge = self.shortest_edge and round(self.shortest_edge * scale)
-        before = self.before_crop and (round(self.before_crop[0] * scale), round(self.before_crop[1] * scale))
-        return replace(self, height=image_size, width=image_size, shortest_edge=edge, before_crop=before)
+    def at(self, height: int, width: int | None = None) -> "Preprocess":
+        """The same preprocessing for another input size, with the same margins; square where no width is given."""
+        width = height if width is None else width
+        down, across = height / self.height, width / self.width
+        edge = self.shortest_edge and round(self.shortest_edge * max(down, across))
+        before = self.before_crop and (round(self.before_crop[0] * down), round(self.before_crop[1] * across))
+        return replace(self, height=height, width=width, shortest_edge=edge, before_crop=before)
 
 
-def _pair(stored: Any) -> tuple[float, float] | None:
+def stored_range(stored: Any) -> tuple[float, float] | None:
+    """The value_range in a preprocessor_config.json. Raises ModelError for one that is not usable."""
     if stored is None:
         return None
     black, white = map(float, stored)
     if not (math.isfinite(black) and math.isfinite(white) and black < white):
-        raise ModelError(f"preprocessor_config.json: value_range {stored} is not usable; it takes black and white.")
+        raise ModelError(f"value_range {stored} is not usable; it takes black and white.")
     return black, white
 
 
@@ -155,11 +139,13 @@ _TINY = 3000  # bytes on average: there threads begin to gain, by JPEGs of 96 an
 def resize(images: Tensor, height: int, width: int, resample: str) -> Tensor:
     """Antialiased resize, uint8 (B, H, W, 3) -> (B, height, width, 3): columns, then rows, as Pillow's.
 
-    For training: fast, and within 2/255. Where a score or a prediction is made, `pillow_resize` takes its
-    place.
+    For training: fast, and within 2/255. Where a score or a prediction is made, and for filters that torch
+    has not, `pillow_resize` takes its place.
     """
     if images.shape[1:3] == (height, width):
         return images
+    if resample not in ("bilinear", "bicubic"):
+        return pillow_resize(images, height, width, resample)
     channels_last = images.permute(0, 3, 1, 2)
     if images.device.type == "cpu":
         resized = F.interpolate(channels_last, (height, width), mode=resample, antialias=True)
@@ -182,11 +168,8 @@ def pillow_resize(
     """
     if box is None and images.shape[1:3] == (height, width):
         return images
-    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-    resized = [
-        np.array(Image.fromarray(image).resize((width, height), filters[resample], box))
-        for image in images.cpu().numpy()
-    ]
+    by = Image.Resampling[resample.upper()]
+    resized = [np.array(Image.fromarray(image).resize((width, height), by, box)) for image in images.cpu().numpy()]
     return torch.from_numpy(np.stack(resized)).to(images.device)
 
 
@@ -212,6 +195,8 @@ def uncropped(images: Tensor, how: Preprocess, *, exact: bool = True) -> Tensor:
     gigabytes), only the middle that the crop sees is made.
     """
     rows, columns = images.shape[1:3]
+    if not how.resizes:
+        return images
     if how.shortest_edge is not None:
         old = (rows, columns)
         # Transformers truncates the longer side.
@@ -234,11 +219,15 @@ def uncropped(images: Tensor, how: Preprocess, *, exact: bool = True) -> Tensor:
 
 
 def normalize(images: Tensor, how: Preprocess, out: Tensor | None = None) -> Tensor:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in channels-last memory: x * rescale, - mean, / std.
+    """uint8 (B, H, W, 3) -> float32 (B, C, H, W) in channels-last memory: x * rescale, - mean, / std.
 
-    `out`, float32 (at least B, H, W, 3), is memory to write to: fresh memory costs more than the
+    `out`, float32 (at least B, H, W, C), is memory to write to: fresh memory costs more than the
     arithmetic, because the system clears each new page.
     """
+    if how.channels == 1:
+        images = _luminance(images)
+    elif how.flips_channels:
+        images = images.flip(3)
     batch, height, width, channels = images.shape
     scale, shift = _scale_and_shift(how, width, images.device)
     floats = torch.empty(images.shape, device=images.device) if out is None else out[:batch]
@@ -246,6 +235,12 @@ def normalize(images: Tensor, how: Preprocess, out: Tensor | None = None) -> Ten
     rows.copy_(images.reshape(batch * height, width * channels))
     torch.addcmul(shift, rows, scale, out=rows)
     return floats.permute(0, 3, 1, 2)
+
+
+def _luminance(images: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) -> (B, H, W, 1) by ITU-R 601, rounded as Pillow does: gray stays what it is."""
+    weights = torch.tensor([19595, 38470, 7471], dtype=torch.int32, device=images.device)
+    return ((images.int() * weights).sum(dim=3, keepdim=True) + 0x8000 >> 16).to(torch.uint8)
 
 
 @cache
@@ -256,7 +251,7 @@ def _scale_and_shift(how: Preprocess, width: int, device: torch.device) -> tuple
 
 
 def preprocess(images: Images, how: Preprocess, out: Tensor | None = None, *, exact: bool = True) -> Tensor:
-    """Evaluation and prediction: uint8 images of any sizes -> float32 (B, 3, height, width)."""
+    """Evaluation and prediction: uint8 images of any sizes -> float32 (B, C, height, width)."""
     if isinstance(images, Tensor):
         pieces = images.chunk(_pieces(images, exact))
         return normalize(_joined(pieces, lambda piece: fit(piece, how, exact=exact)), how, out)
