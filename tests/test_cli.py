@@ -164,6 +164,7 @@ def test_a_typo_names_the_nearest(typed: str, meant: str) -> None:
         ("--lr=-1", "--lr should be greater than 0, got -1.0"),
         ("--val-fraction 1", "--val-fraction should be less than 1, got 1.0"),
         ("--width 64", "--width shapes a new model; add --from-scratch, or leave --width out"),
+        ("--recipe smoke --no-from-scratch", "(over a recipe: --width none)"),
         ("--recipe nope", "recipe nope: neither a file nor a known recipe"),
     ],
 )

@@ -119,8 +119,9 @@ def test_a_huge_value_is_not_repeated_in_full() -> None:
     [
         (
             {"patch_size": 8},
-            "patch_size shapes a new model; add from_scratch, or leave patch_size out",
-            "--patch-size shapes a new model; add --from-scratch, or leave --patch-size out",
+            "patch_size shapes a new model; add from_scratch, or leave patch_size out (over a recipe: patch_size none)",
+            "--patch-size shapes a new model; add --from-scratch, or leave --patch-size out "
+            "(over a recipe: --patch-size none)",
         ),
         (
             {"from_scratch": True, "freeze": "backbone"},

@@ -9,18 +9,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 from tests.conftest import ARCHITECTURES, tiny_model
-from vitft import TrainConfig
+from tests.families import tiny_classifier
+from vitft import TrainConfig, evaluate, predict, train
 from vitft.card import Card
 from vitft.checkpoint import save_model
 from vitft.data.augment import Preprocess
 from vitft.errors import ModelError, UsageError, VitftError
+from vitft.heads import label_tensors
 from vitft.models import Loaded, load_for_training, load_trained, set_training, spec_of
+from vitft.recipe import read_recipe
 
 Saved = Callable[..., Path]
 OWN, OTHERS = ("ant", "bee", "cat"), ("car", "bus", "tram")
@@ -138,19 +144,96 @@ def test_a_frozen_backbone_leaves_the_head_to_train(saved: Saved) -> None:
 # -- other input sizes ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ["vit", "deit", "dinov2"])
-@pytest.mark.parametrize("size", [16, 48, 80])
-def test_another_size_gives_the_logits_of_transformers_own_interpolation(
-    saved: Saved, architecture: str, size: int
-) -> None:
-    """To 1e-5, for sums in float32. DINOv2 interpolates always, and is not asked to."""
-    loaded = load(saved(architecture), image_size=size)
+NEVER_ASKED = ("dinov2", "dinov2_with_registers")  # they interpolate always
 
-    option = {} if architecture == "dinov2" else {"interpolate_pos_encoding": True}
-    wanted = logits(tiny_model(architecture), images(size), **option)
-    assert wanted.std() > 0.1
+
+@pytest.mark.parametrize(
+    "family",
+    ["vit", "deit", "beit", "data2vec-vision", "clip", "siglip", "vit_msn", "ijepa", "swin", "swinv2", *NEVER_ASKED],
+)
+@pytest.mark.parametrize("size", [16, 48, 80])
+def test_another_size_gives_the_logits_of_the_models_own_interpolation(family: str, size: int, tmp_path: Path) -> None:
+    """To 1e-5, for sums in float32."""
+    model = tiny_classifier(family, id2label=dict(enumerate(OWN)))
+    model.save_pretrained(tmp_path)
+    if size == 16 and family.startswith("swin"):  # less than its windows
+        assert family == "swinv2" or "image_size 16: swin cannot read it" in refusal(tmp_path, image_size=16)
+        return
+    loaded = load(tmp_path, image_size=size)
+
+    option = {} if family in (*NEVER_ASKED, "swin", "swinv2") else {"interpolate_pos_encoding": True}
+    wanted = logits(model, images(size), **option)
+    assert wanted.std() > 0.05
     torch.testing.assert_close(logits(loaded.model, images(size)), wanted, atol=1e-5, rtol=1e-5)
     assert (loaded.preprocess.height, loaded.preprocess.width) == (size, size)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "to"),
+    [({"image_size": [64, 32]}, 32), ({"image_size": [64, 32]}, 64), ({"patch_size": [8, 16]}, 64),
+     ({"image_size": [24, 48], "patch_size": [4, 8]}, 16)],
+)  # fmt: skip
+def test_rectangles_are_resized_along_each_side(saved: Saved, sizes: dict[str, Any], to: int) -> None:
+    folder = saved("vit", **sizes)
+    model = load(folder).model
+    rows, columns = (side // patch for side, patch in zip(pair(model.config.image_size), pair(model.config.patch_size),
+                                                          strict=True))  # fmt: skip
+    with torch.no_grad():  # positions that rise evenly along both sides do so at any size
+        down, across = torch.meshgrid(torch.arange(rows) + 0.5, torch.arange(columns) + 0.5, indexing="ij")
+        table = model.vit.embeddings.position_embeddings
+        table[0, 1:] = torch.stack([down / rows, across / columns] * 8, dim=-1).reshape(rows * columns, 16)
+    model.save_pretrained(folder)
+
+    loaded = load(folder, image_size=to)
+
+    new = loaded.model.vit.embeddings.position_embeddings.detach()
+    down, across = (to // patch for patch in pair(model.config.patch_size))
+    grid = new[0, 1:].reshape(down, across, 16)
+    assert torch.equal(new[:, 0], table[:, 0])
+    middle = grid[down // 2, across // 2]
+    torch.testing.assert_close(middle[:2], torch.tensor([(down // 2 + 0.5) / down, (across // 2 + 0.5) / across]),
+                               atol=0.05, rtol=0)  # fmt: skip
+    assert logits(loaded.model, images(to)).shape == (2, 3)
+    assert (loaded.preprocess.height, loaded.preprocess.width) == (to, to)
+
+
+def pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+@pytest.mark.parametrize("family", ["levit", "hiera", "pvt"])
+def test_positions_that_cannot_be_resized_are_named(family: str, tmp_path: Path) -> None:
+    tiny_classifier(family).save_pretrained(tmp_path)
+    assert "cannot be resized; use" in refusal(tmp_path, image_size=96)
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [({"num_channels": 1}, (32, 32)), ({"image_size": [64, 32]}, (64, 32)), ({"patch_size": [8, 16]}, (32, 32))],
+)
+def test_gray_and_rectangular_models_train_are_scored_and_go_on(
+    saved: Saved, tmp_path: Path, settings: dict[str, Any], size: tuple[int, int]
+) -> None:
+    config = TrainConfig(
+        dataset="digits", model=str(saved("vit", **settings)), max_steps=2, batch_size=8, max_train_samples=40,
+        max_eval_samples=20, device="cpu", precision="fp32", augment="crop",
+    )  # fmt: skip
+    result = train(config, output=tmp_path / "run")
+
+    last = load_trained(tmp_path / "run" / "last")
+    assert (last.preprocess.height, last.preprocess.width, last.preprocess.channels) == (
+        *size, settings.get("num_channels", 3),
+    )  # fmt: skip
+    assert evaluate(result.run).count == 20
+    assert all(len(row.top) == 2 for row in predict("docs/digits", result.run, top_k=2))
+    again = train(config.model_copy(update={"model": str(result.run)}), output=tmp_path / "again")
+    assert again.scores["test"].keys() == result.scores["test"].keys()
+    scratch = TrainConfig.parse(read_recipe(tmp_path / "run" / "config.yaml") | {"from_scratch": True})
+    assert load_for_training(scratch, OWN).preprocess == load(config.model).preprocess
+
+
+def test_a_model_of_other_channels_is_refused(saved: Saved) -> None:
+    assert "a model of 4 channels" in refusal(saved("vit", num_channels=4))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -394,7 +477,7 @@ def test_without_a_network_a_hub_model_is_one_line_at_once(tmp_path: Path) -> No
             "http://127.0.0.1:9 could not be reached",
             str(tmp_path),
             "local folder",
-            "--from-scratch",
+            "from_scratch",
         ):
             assert word in line
 
@@ -411,8 +494,149 @@ def test_googles_own_preprocessor_is_understood(saved: Saved) -> None:
     assert load(folder).preprocess == Preprocess(32, 32)
 
 
-def test_without_a_preprocessor_the_models_own_size_counts(saved: Saved) -> None:
-    assert load(saved()).preprocess == Preprocess(32, 32)
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+CLIPS = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+
+
+@pytest.mark.parametrize(
+    ("family", "wanted"),
+    [
+        ("vit", Preprocess(32, 32)),
+        ("deit", Preprocess(32, 32, **IMAGENET, resample="bicubic", before_crop=(37, 37))),
+        ("siglip", Preprocess(32, 32, resample="bicubic")),
+        ("clip", Preprocess(32, 32, **CLIPS, resample="bicubic", shortest_edge=32)),
+        ("dinov2_with_registers", Preprocess(32, 32, **IMAGENET, resample="bicubic", shortest_edge=32)),
+        ("resnet", Preprocess(384, 384, **IMAGENET, resample="bicubic")),
+        ("pvt", Preprocess(32, 32, **IMAGENET, resample="bicubic")),
+    ],
+)
+def test_without_a_preprocessor_it_is_the_familys_at_the_models_size(
+    family: str, wanted: Preprocess, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_classifier(family).save_pretrained(tmp_path)
+
+    assert load(tmp_path).preprocess == wanted
+    assert "has no preprocessor_config.json: images are prepared as is usual for a" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_processor_of_transformers_5_is_read_and_wins(nested: bool, tmp_path: Path) -> None:
+    tiny_classifier("siglip").save_pretrained(tmp_path)
+    own = transformers.SiglipImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.1, 0.2, 0.3])
+    transformers.ViTImageProcessorPil(size=32).save_pretrained(tmp_path)
+    stored = {"image_processor": own.to_dict()} if nested else {}
+    text = json.dumps(stored | {"processor_class": "SiglipProcessor"}, default=str)
+    (tmp_path / "processor_config.json").write_text(text)
+
+    mean = load(tmp_path).preprocess.mean
+
+    assert mean == ((0.1, 0.2, 0.3) if nested else (0.5, 0.5, 0.5))
+
+
+SAVED = {
+    "vit": {"size": {"height": 32, "width": 32}, "resample": 1},
+    "clip": {"size": 40, "crop_size": 32},
+    "deit": {"size": 36, "crop_size": 32, "image_mean": [0.485, 0.456, 0.406]},
+    "resnet": {"size": {"shortest_edge": 48}, "crop_pct": 0.6},
+    "mobilevit": {"size": {"shortest_edge": 70}, "crop_size": 64},
+    "poolformer": {"size": {"shortest_edge": 48}, "crop_size": 48},
+    "levit": {"size": {"shortest_edge": 32}, "crop_size": 32},
+    "efficientnet": {"size": 32, "image_std": [0.478, 0.473, 0.474]},
+    "dinov2": {"do_resize": False, "crop_size": 32},
+}
+
+
+@pytest.mark.parametrize("family", SAVED)
+def test_a_pipeline_reads_what_was_trained_and_gives_its_scores(family: str, tmp_path: Path) -> None:
+    """As the checkpoint's own processor prepares the photo; and again from what is saved."""
+    model = tiny_classifier(family, id2label=dict(enumerate(OWN)))
+    processor = IMAGE_PROCESSOR_MAPPING[type(model.config)]["pil"](**SAVED[family])
+    rows, columns = np.mgrid[0:91, 0:140]
+    photo = np.stack([columns * 255 / 140, rows * 255 / 91, (rows * columns) % 256], -1).astype("u1")
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    spread = logits(model, processor(photo, return_tensors="pt")["pixel_values"]).std()
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if name in label_tensors(model):
+                tensor.div_(spread)
+    model.save_pretrained(tmp_path / "own")
+    processor.save_pretrained(tmp_path / "own")
+    loaded = load(tmp_path / "own")
+    save_model(tmp_path / "saved", loaded.model, loaded.preprocess, Card(TrainConfig(), OWN, 0, 0.0, {}, {}))
+
+    scores = []
+    for folder in ("own", "saved"):
+        classify = transformers.pipeline("image-classification", model=str(tmp_path / folder))
+        scores.append({one["label"]: one["score"] for one in classify(str(tmp_path / "photo.png"))})
+        (row,) = predict(tmp_path / "photo.png", tmp_path / folder, top_k=3)
+        scores.append(dict(row.top))
+
+    assert 0.4 < max(scores[0].values()) < 0.99
+    for other in scores[1:]:
+        assert max(abs(other[label] - score) for label, score in scores[0].items()) < 1e-4
+
+
+@pytest.mark.parametrize("document", ["{}", "[1]", '{"image_processor": 3}', "{"])
+def test_a_damaged_processor_config_is_one_line_or_passed_over(saved: Saved, document: str) -> None:
+    folder = saved()
+    (folder / "processor_config.json").write_text(document)
+    if document in ("{}", "[1]"):  # as Transformers does
+        assert load(folder).preprocess == Preprocess(32, 32)
+    else:
+        assert "preprocessor_config.json" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "labels"),
+    [({"problem_type": "multi_label_classification"}, OWN), ({}, ("yes",)), ({"problem_type": "regression"}, OWN)],
+)
+def test_labels_that_stand_by_themselves_are_scored_as_by_the_pipeline(
+    saved: Saved, tmp_path: Path, settings: dict[str, Any], labels: tuple[str, ...]
+) -> None:
+    folder = saved("vit", labels, **settings)
+    transformers.ViTImageProcessorPil(size=32).save_pretrained(folder)
+    Image.fromarray(np.full((40, 50, 3), 99, np.uint8)).save(tmp_path / "photo.png")
+    classify = transformers.pipeline("image-classification", model=str(folder))
+
+    (row,) = predict(tmp_path / "photo.png", folder)
+
+    wanted = {one["label"]: one["score"] for one in classify(str(tmp_path / "photo.png"))}
+    assert dict(row.top) == pytest.approx(wanted, abs=1e-5)
+    assert sum(wanted.values()) != pytest.approx(1, abs=1e-3)
+    with pytest.raises(ModelError, match="scores each label by itself"):
+        evaluate(folder, dataset="digits")
+
+
+def test_a_multi_label_head_is_not_trained_on_as_if_it_told_one_class(
+    saved: Saved, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = load(saved("vit", problem_type="multi_label_classification"))
+
+    assert loaded.new_head
+    assert loaded.model.config.problem_type is None
+    assert "its head is left out for a new one" in capsys.readouterr().err
+
+
+def test_a_configuration_that_asks_for_tuples_is_overruled(tmp_path: Path) -> None:
+    for family in ("vit", "clip"):
+        model = tiny_classifier(family, id2label=dict(enumerate(OWN)))
+        model.config.return_dict = False
+        getattr(model.config, "vision_config", model.config).return_dict = False
+        model.save_pretrained(tmp_path / family)
+        assert logits(load_trained(tmp_path / family).model, images(32)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("names", [["ant", "bee", "cat"], {"0": "ant", "2": "cat"}, None])
+def test_names_of_classes_that_are_not_all_there_are_replaced_or_refused(saved: Saved, names: Any) -> None:
+    folder = saved()
+    document = json.loads((folder / "config.json").read_text())
+    document |= {"id2label": names, "num_labels": 3}
+    (folder / "config.json").write_text(json.dumps(document))
+
+    if isinstance(names, list):
+        assert "not a readable Transformers model" in refusal(folder)
+    else:
+        assert load_trained(folder).labels == ("LABEL_0", "LABEL_1", "LABEL_2")
 
 
 def test_a_new_models_sizes_that_do_not_fit_name_values_that_do() -> None:

@@ -1,11 +1,14 @@
 """The learning rate as a function of the step, and who decays."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import ViTConfig, ViTForImageClassification
 
+from tests.families import tiny_classifier
 from vitft.config import TrainConfig
 from vitft.optim import lr_at, make_optimizer, parameter_groups, total_steps
 
@@ -133,6 +136,64 @@ def test_biases_norms_tokens_and_positions_do_not_decay(vit: ViTForImageClassifi
     assert "classifier.weight" in names(vit, decayed)
     assert {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings", "classifier.bias"} <= names(vit, spared)
     assert all("norm" in name or name.endswith("bias") or "embeddings" in name for name in names(vit, spared))
+
+
+# Of each family what has decay, with one number for all in a stack; every other parameter has none.
+_ATTENTION = {f"layers.N.attention.{name}_proj.weight" for name in "qkvo"}
+_MLP = {"layers.N.mlp.fc1.weight", "layers.N.mlp.fc2.weight"}
+_PATCHES = {"embeddings.patch_embeddings.projection.weight"}
+_SWIN = "encoder.layers.N.blocks.N."
+_LEVIT = "encoder.stages.N.layers.N."
+_TWO = {f"encoder.layers.N.self_attn.{name}_proj.weight" for name in ("q", "k", "v", "out")}
+_TWO |= {"encoder.layers.N.mlp.fc1.weight", "encoder.layers.N.mlp.fc2.weight", "embeddings.patch_embedding.weight"}
+DECAYED = {
+    "vit": _PATCHES | _ATTENTION | _MLP,
+    "deit": _PATCHES | _ATTENTION | _MLP,
+    "beit": _PATCHES | _ATTENTION | _MLP,
+    "data2vec-vision": _PATCHES | {
+        f"encoder.layer.N.{name}.weight" for name in ("attention.attention.query", "attention.attention.key",
+        "attention.attention.value", "attention.output.dense", "intermediate.dense", "output.dense")},
+    "vit_msn": _PATCHES | _ATTENTION | _MLP,
+    "clip": _TWO,
+    "siglip": _TWO | {f"head.{name}" for name in ("attention.in_proj_weight", "attention.out_proj.weight",
+                                                  "mlp.fc1.weight", "mlp.fc2.weight")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [*DECAYED, "dinov2_with_registers", "swinv2", "levit"])
+def test_weight_matrices_decay_and_nothing_else_in_each_family(family: str) -> None:
+    """Tokens, registers, tables of positions, scales and biases, by their names, have none."""
+    model = tiny_classifier(family, head=1 if family in ("deit", "levit") else 0)
+    groups = parameter_groups(model.named_parameters(), 0.05)
+    decayed, spared = (
+        {re.sub(r"\.\d+", ".N", name) for name in names(model, group)} for group in groups
+    )  # fmt: skip
+
+    spares = r"(bias|biases|norm\S*\.weight|_token|_tokens|position_embeddings|position_embedding\.weight|table|scale|"
+    spares += r"lambda_?\d?|lambda1|probe|class_embedding|attention_biases|\.N\.weight|"
+    spares += r"batch_norm\S*weight|position_bias_mlp\S*)$"
+    assert all(re.search(spares, name) for name in spared), sorted(n for n in spared if not re.search(spares, n))
+    told = {"dinov2_with_registers": {"register_tokens", "cls_token", "position_embeddings", "lambda1"},
+            "swinv2": {"logit_scale", "continuous_position_bias_mlp.N.weight"},
+            "levit": {"attention_biases"}, "deit": {"distillation_token", "cls_token", "position_embeddings"},
+            "beit": {"relative_position_bias_table", "lambda_1", "cls_token"},
+            "clip": {"position_embedding.weight", "class_embedding"},
+            "siglip": {"position_embedding.weight", "probe"}}.get(family, set())  # fmt: skip
+    assert all(any(name.endswith(one) for name in spared) for one in told)
+    heads = {name for name in decayed if "classifier" in name}
+    assert heads
+    bodies = {name.split(".", 1)[1] for name in decayed - heads}
+    if family in DECAYED:
+        assert bodies == DECAYED[family]
+    modules = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        layer = modules[name.rpartition(".")[0]]
+        product = isinstance(layer, torch.nn.Linear | torch.nn.Conv2d | torch.nn.MultiheadAttention)
+        if re.sub(r"\.\d+", ".N", name) in decayed:
+            assert product, name
+            assert parameter.ndim > 1
+        elif product and parameter.ndim > 1:
+            assert "position_bias_mlp" in name
 
 
 def test_every_trainable_parameter_is_in_exactly_one_group(vit: ViTForImageClassification) -> None:

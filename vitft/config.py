@@ -114,7 +114,9 @@ class TrainConfig(Settings):
         sizes = [name for name in SIZES if getattr(self, name)]
         if sizes and not self.from_scratch:
             # In back quotes: `parse` spells a name as it was given, a key or a flag.
-            raise ValueError(f"`{sizes[0]}` shapes a new model; add `from_scratch`, or leave `{sizes[0]}` out")
+            raise ValueError(
+                f"`{sizes[0]}` shapes a new model; add `from_scratch`, or leave `{sizes[0]}` out (over a recipe: `{sizes[0]}` none)"
+            )
         if self.from_scratch and self.freeze == "backbone":
             raise ValueError("`freeze` backbone with `from_scratch` would train a head on random features; drop one")
         if self.min_delta and self.early_stopping is None:

@@ -91,6 +91,11 @@ def evaluate(
              "allow_outside": allow_outside or None}  # fmt: skip
     config = config.model_copy(update={name: value for name, value in typed.items() if value is not None})
     loaded = load_trained(where if where.is_dir() else str(checkpoint))
+    if loaded.scoring != "softmax":
+        raise ModelError(
+            f"{checkpoint}: scores each label by itself ({loaded.scoring}), and accuracy asks for one class an image; "
+            "predict shows its answers, train makes it a head for one class."
+        )
     how = loaded.preprocess.ranged(config.value_range)
     source = source_of(config)
     for warning in source.warnings:

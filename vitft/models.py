@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -36,6 +36,9 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 _ELSEWHERE = f"--model {BUNDLED} is bundled, a local folder needs no network, --from-scratch no weights"
 
 
+Scoring = Literal["softmax", "sigmoid", "none"]
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A model, what turns an image into its input, and where both came from."""
@@ -45,6 +48,7 @@ class Loaded:
     labels: tuple[str, ...]
     revision: str | None  # the hub commit that was used
     new_head: bool
+    scoring: Scoring = "softmax"  # what makes scores of its logits
 
 
 def load_for_training(config: TrainConfig, labels: Sequence[str]) -> Loaded:
@@ -62,7 +66,12 @@ def load_for_training(config: TrainConfig, labels: Sequence[str]) -> Loaded:
     stored = _stored(origin)
     known = _labels_of(stored)
     same = known == tuple(labels) or (len(set(known)) == len(known) and set(known) == set(labels))
-    keeps_head = same and _has_head(stored)
+    keeps_head = same and _has_head(stored) and (scoring := _scoring(stored)) == "softmax"
+    if same and _has_head(stored) and not keeps_head:
+        console.warn(
+            f"{config.model} scores each label by itself ({scoring}): its head is left out for a new one, "
+            "which tells which one of the labels an image has"
+        )
     names = known if keeps_head else tuple(labels)
     _label(stored, names)
     model = _weights(origin, stored, fresh_head=not keeps_head)
@@ -85,14 +94,28 @@ def _without_mask_token(model: Any) -> None:
             parameter.requires_grad_(False)
 
 
-def load_trained(where: str | Path, revision: str | None = None) -> Loaded:
-    """A finished image classifier, as it is: a folder or a hub id. Raises ModelError."""
+def load_trained(where: str | Path, revision: str | None = None, *, headless: bool = False) -> Loaded:
+    """A finished image classifier, as it is: a folder or a hub id. Raises ModelError.
+
+    `headless`: a backbone without a head is loaded too, with an untrained one for two classes.
+    """
     origin = _origin(locate(str(where)), revision)
     stored = _stored(origin)
-    if not _has_head(stored):
+    lacks = not _has_head(stored)
+    if lacks and not headless:
         raise _headless(origin)
-    model = _weights(origin, stored, fresh_head=False)
-    return Loaded(model.eval(), _preprocess(origin, stored), _labels_of(stored), origin.commit, False)
+    if lacks:
+        _label(stored, ("untrained 1", "untrained 2"))
+    model = _weights(origin, stored, fresh_head=lacks)
+    how = _preprocess(origin, stored)
+    return Loaded(model.eval(), how, _labels_of(stored), origin.commit, lacks, _scoring(stored))
+
+
+def _scoring(stored: Any) -> Scoring:
+    """As Transformers' pipeline decides it."""
+    if stored.problem_type == "regression":
+        return "none"
+    return "sigmoid" if stored.problem_type == "multi_label_classification" or stored.num_labels == 1 else "softmax"
 
 
 def read_config(where: str | Path) -> Any:
@@ -214,6 +237,8 @@ def _stored(origin: _Origin) -> Any:
     except Exception as error:  # Transformers checks the values with an error of its own
         raise ModelError(f"{origin.where}: config.json is not usable: {_first_line(error)}.") from error
     _classifier_class(stored)
+    for part in (stored, getattr(stored, "vision_config", None) or stored):  # logits by their name, and they alone
+        part.return_dict, part.output_hidden_states, part.output_attentions = True, False, False
     return stored
 
 

@@ -10,9 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-_NO_DECAY = (
-    "cls_token", "mask_token", "distillation_token", "position_embeddings", "relative_position_bias_table",
-)  # fmt: skip
+_POSITIONS = ("position_embedding", "relative_position", "position_bias")
 
 
 MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1}  # numbers that an optimizer keeps of each weight
@@ -48,12 +46,16 @@ def lr_at(step: int, config: TrainConfig, *, total_steps: int, steps_per_epoch: 
 
 
 def parameter_groups(named: Iterable[tuple[str, "Tensor"]], weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters by their weight decay: matrices have it; biases, norms, tokens and positions do not."""
+    """Trainable parameters by their weight decay: weight matrices have it, all else has none.
+
+    Biases, norms, tokens, registers, scales, and what knows positions: tables, and Swin V2's network that makes one.
+    """
     decayed: list[Tensor] = []
     spared: list[Tensor] = []
     for name, parameter in named:
         if parameter.requires_grad:
-            (spared if parameter.ndim <= 1 or name.endswith(_NO_DECAY) else decayed).append(parameter)
+            matrix = name.endswith("weight") and parameter.ndim > 1 and not any(word in name for word in _POSITIONS)
+            (decayed if matrix else spared).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

@@ -54,7 +54,8 @@ def _flagged(
     def wrapper(**given: Any) -> Any:
         values = {name: given.pop(name) for name in fields}
         undone = {name: False for name in fields if given.pop(f"no_{name}", None)}
-        overrides = {name: value for name, value in values.items() if value is not None} | undone
+        typed = {name: value for name, value in values.items() if value is not None}
+        overrides = {name: None if _unsets(value, fields[name]) else value for name, value in typed.items()} | undone
         return command(**given, overrides=overrides)
 
     flags = [flag for name, field in fields.items() for flag in _parameters(name, field)]
@@ -63,6 +64,27 @@ def _flagged(
     place = next(i for i, flag in enumerate(flags) if flag.annotation.__metadata__[0].rich_help_panel == last)
     _sign(wrapper, [*flags[:place], *own, *flags[place:]])
     return wrapper
+
+
+def _unsets(value: Any, field: "FieldInfo") -> bool:
+    """Whether a flag's value stands for none, where a setting may have none: it undoes a recipe's.
+
+    The empty text does; where no text is a value, the word none too.
+    """
+    kinds = get_args(field.annotation)
+    return NoneType in kinds and (value == "" or (value == "none" and str not in kinds))
+
+
+def _number(field: "FieldInfo", kind: type) -> Callable[[str], Any]:
+    """Reads a flag's number, or what stands for none."""
+
+    def read(text: str) -> Any:
+        try:
+            return text if _unsets(text, field) else kind(text)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is not a valid {'integer' if kind is int else 'number'}.") from None
+
+    return read
 
 
 def _sign(command: "Command", parameters: list[inspect.Parameter]) -> None:
@@ -84,8 +106,9 @@ def _parameters(name: str, field: "FieldInfo") -> list[inspect.Parameter]:
         help=_help(field, f" {as_flag(f'no_{name}')} undoes it." if kind is bool else ""),
         show_default=False,  # the flag's own default is always None
         rich_help_panel=_panel(field),
-        metavar="|".join(numbers + choices) or None,
+        metavar="|".join(numbers + choices) or (f"<{kind.__name__}>" if united and kind in (int, float) else None),
         autocompletion=completion(choices) if choices else None,
+        parser=_number(field, kind) if united and kind in (int, float) and not choices else None,
     )
     # A choice is a string to Typer: the field checks it, and names the nearest.
     flags = [_parameter(name, str if choices else kind, option)]

@@ -60,7 +60,7 @@ class Plan:
         yield (
             "Model",
             [
-                ("model", f"{config.model}, {config.image_size} px, {start}"),
+                ("model", f"{config.model}, {self.prepared.loaded.preprocess.said} px, {start}"),
                 ("parameters", f"{self.parameters:,}, of which {self.trainable:,} are trained"),
             ],
         )

@@ -50,6 +50,11 @@ def at_image_size(model: Any, image_size: int) -> Any:
             )
         weights[name] = table.reshape(wanted[name].shape)
     resized.load_state_dict(weights)
+    try:
+        with torch.no_grad():  # some, such as Swin's windows, need more than tables
+            resized.eval()(pixel_values=torch.zeros(1, channels_of(config), image_size, image_size))
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"image_size {image_size}: {config.model_type} cannot read it; use {_listed(old)}.") from error
     return resized
 
 
@@ -133,7 +138,9 @@ def is_fixed(config: Any, size: tuple[int, int]) -> bool:
 
 def check_size(config: Any, height: int, width: int) -> None:
     """Raise ModelError unless patches fill the image."""
-    patches = _pair(getattr(_vision(config), "patch_size", 1))
+    vision = _vision(config)
+    stride: Any = getattr(vision, "patch_stride", None) or getattr(vision, "patch_size", 1)
+    patches = _pair(stride)
     for side, patch in zip((height, width), patches, strict=True):
         if side % patch:
             low = max(side // patch, 1) * patch

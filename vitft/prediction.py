@@ -15,7 +15,7 @@ from vitft.data.folders import scan, told
 from vitft.data.images import MAX_PIXELS, BadImage, decode
 from vitft.errors import DataError
 from vitft.hardware import find_device, threads
-from vitft.models import load_trained
+from vitft.models import Scoring, load_trained
 from vitft.paths import expanded
 
 _BATCH = 64
@@ -23,7 +23,10 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class Prediction:
-    """An image's classes, best first, each with its probability; or why it could not be read."""
+    """An image's classes, best first, each with its probability; or why it could not be read.
+
+    Of a checkpoint for several labels an image, or for one, each probability stands by itself.
+    """
 
     path: str
     top: tuple[tuple[str, float], ...] = ()
@@ -69,7 +72,8 @@ def predict(
         part = found[start : start + _BATCH]
         results = list(workers().map(read, part))
         images = [image for image in results if isinstance(image, torch.Tensor)]
-        tops = _top(model, normalize(torch.cat(images).to(device), how), top_k) if images else iter(())
+        pixels = normalize(torch.cat(images).to(device), how) if images else None
+        tops = iter(()) if pixels is None else _top(model, pixels, top_k, loaded.scoring)
         for name, result in zip(part, results, strict=True):
             if isinstance(result, str):
                 rows.append(Prediction(name, error=result))
@@ -79,9 +83,10 @@ def predict(
     return rows
 
 
-def _top(model: Any, pixels: torch.Tensor, top_k: int) -> Iterator[list[tuple[int, float]]]:
+def _top(model: Any, pixels: torch.Tensor, top_k: int, scoring: Scoring) -> Iterator[list[tuple[int, float]]]:
     with torch.no_grad(), threads():
-        scores = model(pixel_values=pixels).logits.float().softmax(dim=1)
+        logits = model(pixel_values=pixels).logits.float()
+    scores = logits.softmax(dim=1) if scoring == "softmax" else logits.sigmoid() if scoring == "sigmoid" else logits
     best = scores.topk(min(top_k, scores.shape[1]), dim=1)
     for index, value in zip(best.indices.tolist(), best.values.tolist(), strict=True):
         yield list(zip(index, value, strict=True))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from vitft import console, paths
 from vitft.card import prove
+from vitft.checkpoint import find_model, is_run
 from vitft.config import SIZES, TrainConfig, range_of
 from vitft.data.check import check, check_labels, some_of
 from vitft.data.images import unused_range
@@ -107,15 +108,24 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None) -> Prepared:
         raise UsageError("early_stopping needs a validation split, and there is none; set --val-fraction above 0.")
     with console.working("loading the model"):
         if checkpoint is None:
-            prove(expanded(config.model))
+            config = config.model_copy(update={"model": _weights_of(config.model)})
             loaded = load_for_training(config, source.labels)
-        else:
+        else:  # a run that goes on needs nothing of what it began from
             loaded = _load_again(config, source, checkpoint)
-    attention = _attend(loaded, config)
+    attention, how = _attend(loaded, config), loaded.preprocess
     pinned: dict[str, Any] = {"model_revision": loaded.revision or config.model_revision,
               "dataset_revision": source.revision or config.dataset_revision,
-              "image_size": loaded.preprocess.height, "attention": attention}  # fmt: skip
+              "image_size": how.height if how.height == how.width else None, "attention": attention}  # fmt: skip
     return Prepared(absolute(config.model_copy(update=pinned)), source, splits, loaded)
+
+
+def _weights_of(model: str) -> str:
+    """Of a run the checkpoint that eval and predict take too; anything else as it is, proved where it has sums."""
+    folder = expanded(model)
+    if is_run(folder):
+        return str(find_model(folder))
+    prove(folder)
+    return model
 
 
 def _tell_faults(source: Source, config: TrainConfig) -> None:
@@ -152,7 +162,8 @@ def _attend(loaded: Loaded, config: TrainConfig) -> str:
 
 
 def _load_again(config: TrainConfig, source: Source, checkpoint: Path) -> Loaded:
-    sizes = dict.fromkeys((*SIZES, "model_revision"))
+    # A checkpoint of the run has its own size, which need not be square.
+    sizes = dict.fromkeys((*SIZES, "image_size", "model_revision"))
     loaded = load_for_training(
         config.model_copy(update={"model": str(checkpoint), "from_scratch": False} | sizes), source.labels
     )

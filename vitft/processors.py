@@ -31,7 +31,10 @@ def read_processor(where: str, stored: Any, **how: Any) -> Preprocess:
     `stored` is the model's configuration, `how` says at which revision to look. Raises ModelError for what
     cannot be read, and naming the key, for what cannot be done.
     """
-    channels = channels_of(stored)
+    try:
+        channels = channels_of(stored)
+    except ModelError as error:
+        raise ModelError(f"{where}: {error}") from error
     try:
         if not _has_file(where, how):
             found = understood(_of_family(stored, where), channels)

@@ -78,7 +78,7 @@ def memory_bytes(prepared: Prepared, micro: int) -> int | None:
     trained_on, scored = stored_image(prepared).numel(), stored_image(prepared, crops=False).numel()
     sizes = [count * (trained_on if role == "train" else scored) for role, count in splits.items()]
     decoded = sum(min(size, IN_MEMORY) for size in sizes)
-    batch = 4 * 3 * how.height * how.width * min(config.batch_size, splits["train"])
+    batch = 4 * how.channels * how.height * how.width * min(config.batch_size, splits["train"])
     if features_pay(config, model, steps, splits["train"]):  # nothing is kept but every image's features
         kept = 4 * getattr(classifier_of(model), "in_features", 0) * splits["train"] * passes(config)
     else:
@@ -210,4 +210,4 @@ def _loss(prepared: Prepared, module: Any, pixels: torch.Tensor) -> torch.Tensor
 
 def _noise(prepared: Prepared, images: int) -> torch.Tensor:
     how = prepared.loaded.preprocess
-    return torch.randn(images, 3, how.height, how.width, device=prepared.config.device)
+    return torch.randn(images, how.channels, how.height, how.width, device=prepared.config.device)

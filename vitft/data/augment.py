@@ -59,6 +59,11 @@ class Preprocess:
         """Of the model's input: 3, or 1 for gray."""
         return len(self.mean)
 
+    @property
+    def said(self) -> str:
+        """The size of the model's input, in pixels."""
+        return f"{self.height}" if self.height == self.width else f"{self.height} x {self.width}"
+
     def check(self) -> None:
         """Raise ModelError for what no image could be made into, or no memory would hold."""
         for side in (self.height, self.width, self.shortest_edge, *(self.before_crop or ())):

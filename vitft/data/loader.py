@@ -21,7 +21,7 @@ from vitft.randomness import order
 
 @dataclass(frozen=True)
 class Batch:
-    """Model input (B, 3, H, W), labels (B,) and positions in the split (B,).
+    """Model input (B, C, H, W), labels (B,) and positions in the split (B,).
 
     The pixels are overwritten by the next batch of the same loader.
     """
@@ -79,7 +79,7 @@ class TrainLoader:
         """This process's share of a step."""
         mine = self.share(step)
         epoch = step // self.steps_per_epoch
-        pixels = torch.empty((0, 3, self.how.height, self.how.width), device=self.device)
+        pixels = torch.empty((0, self.how.channels, self.how.height, self.how.width), device=self.device)
         if len(mine):
             images = self.images(mine)
             with self.clock.part("augment"):
@@ -135,10 +135,10 @@ class Memory:
     """Float32 memory for one batch of inputs that is used again for each, growing as needed."""
 
     def __init__(self, how: Preprocess, device: torch.device) -> None:
-        self._floats = torch.empty((0, how.height, how.width, 3), device=device)
+        self._floats = torch.empty((0, how.height, how.width, how.channels), device=device)
 
     def rows(self, count: int) -> Tensor:
-        """At least `count` images (height, width, 3)."""
+        """At least `count` images (height, width, channels)."""
         if len(self._floats) < count:
             self._floats = torch.empty((count, *self._floats.shape[1:]), device=self._floats.device)
         return self._floats

@@ -124,7 +124,7 @@ def decode_all(
     def work(cell: dict[str, Any]) -> NDArray[np.uint8] | BadImage:
         try:
             source = encoded(cell)
-            enough = _enough(source, how, crops) if training else None
+            enough = _enough(source, how, crops) if training and how.resizes else None
             return np.ascontiguousarray(reduced(decode(source, max_pixels, enough, how.value_range), how, crops))
         except BadImage as error:
             return error

@@ -18,6 +18,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from vitft import console
 from vitft.checkpoint import find_model
 from vitft.console import safe
 from vitft.data.augment import Preprocess, fit, normalize
@@ -79,7 +80,14 @@ def trace(image: Path, checkpoint: str | Path) -> Trace:
         where = find_model(folder)
         if not where.exists() and "/" in str(checkpoint) and folder.parent.is_dir():
             raise ModelError(f"{checkpoint}: no such folder; give a run, a model folder or a hub id.")
-        loaded = load_trained(where if where.is_dir() else str(checkpoint))
+        loaded = load_trained(where if where.is_dir() else str(checkpoint), headless=True)
+        if loaded.new_head:
+            console.warn(f"{checkpoint} has no classification head: the stages after pool are of an untrained one")
+        if loaded.scoring != "softmax":
+            raise ModelError(
+                f"{checkpoint}: scores each label by itself ({loaded.scoring}), and the chapters end in a softmax; "
+                "use a checkpoint that tells one class."
+            )
         model, labels = loaded.model.eval(), loaded.labels
         config = model.config.to_dict()
         spec = spec_from_config(config)
