@@ -30,21 +30,25 @@ def read_folder(root: Path, listing: Listing, reading: Reading, notes: Notes) ->
     are read as `_layout` says; a `metadata.csv` or `.jsonl` with a column file_name tells the labels itself, as it
     does for the imagefolder of `datasets`. Raises DataError.
     """
-    tree = listing.tree
     for remark in listing.remarks:
         notes.decide(remark)
-    layout = _Layout(tree, notes)
-    if (found := _by_metadata(layout, reading, notes)) is not None:
+    if (found := _by_metadata(_Layout(listing.tree, notes), reading, notes)) is not None:
         return found
-    splits = layout.splits()
-    _tell_files(tree, notes)
+    splits = splits_of(listing.tree, notes)
     if listing.doubles:
-        path, first = (relative(one, tree.path) for one in listing.doubles[0])
+        path, first = (relative(one, listing.tree.path) for one in listing.doubles[0])
         notes.warn(
             f"{len(listing.doubles):,} images are there twice, by links: the first is {path}, which is {first} too"
         )
     names = sorted({name for classes in splits.values() for name in classes})
     return {split: _dataset(root, classes, names) for split, classes in splits.items()}
+
+
+def splits_of(tree: Folder, notes: Notes) -> dict[str, Classes]:
+    """Of each split its classes, and of each class its images. Raises DataError."""
+    splits = _Layout(tree, notes).splits()
+    _tell_files(tree, notes)
+    return splits
 
 
 def _tell_files(folder: Folder, notes: Notes, used: Iterable[Path] = ()) -> None:
@@ -288,6 +292,8 @@ def _annotated(part: Folder, images: Folder, known: set[str]) -> Classes | None:
     paths = {os.path.basename(path): path for path in images.files()}  # noqa: PTH119  (hot loop)
     for folder in part.walk():
         for name in (one.name for one in folder.others if one.name.endswith((".txt", ".csv", ".tsv"))):
+            if not Path(folder.path, name).is_file():  # within an archive
+                continue
             classes: Classes = {}
             with Path(folder.path, name).open(encoding="utf-8", errors="replace") as lines:
                 for line in lines:

@@ -13,17 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vitft.errors import DataError, nearest
+from vitft.errors import DataError
 
-IMAGE_NAMES = ("image", "img", "images", "picture", "photo", "pixel_values", "pixels")
-LABEL_NAMES = ("label", "labels", "fine_label", "class", "class_name", "category", "target")
 ROLES = {  # the names a split goes by; the first one present is taken
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
-
-Columns = tuple[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -67,57 +63,33 @@ def role_of(name: str) -> str | None:
     return next((role for role, names in ROLES.items() if name.lower() in names), None)
 
 
-def find_columns(features: Mapping[str, Any], image: str | None, label: str | None) -> Columns:
-    """The image and the label column: those asked for, else found by type and name; no label is None.
-
-    Raises DataError where there is no image column or where several could be meant.
-    """
-    for wanted in filter(None, (image, label)):
-        if wanted not in features:
-            raise DataError(f"no column {wanted!r}{nearest(wanted, features)}; {_columns(features)}.")
-    if image is None:
-        images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-        images = images or [name for name, feature in features.items() if _like_image(feature)]
-        image = _pick(images, IMAGE_NAMES, features, "image")
-        if image is None:
-            raise DataError(f"no image column; {_columns(features)}; name one with --image-column.")
-    if label is None:
-        rest = {name: feature for name, feature in features.items() if name != image}
-        classes = [name for name, feature in rest.items() if isinstance(feature, datasets.ClassLabel)]
-        plain = [name for name in LABEL_NAMES if name in rest and not _like_image(rest[name])]
-        label = _pick(classes, LABEL_NAMES, features, "label") if classes else next(iter(plain), None)
-    return image, label
-
-
 def standardize(
-    raw: Mapping[str, datasets.Dataset], image: str | None = None, label: str | None = None, notes: Notes | None = None
+    raw: Mapping[str, datasets.Dataset], notes: Notes | None = None
 ) -> tuple[datasets.DatasetDict, tuple[str, ...]]:
-    """Bring splits to columns `image` (Image(decode=False)) and `label` (ClassLabel over all splits).
+    """Bring splits of columns `image` and `label` to Image(decode=False) and a ClassLabel over all splits.
 
     Also returns the class names in index order. A split without labels (no column, or all missing or
     -1, as hub test splits are) is left out, and `notes` say so. Image data is not copied. Raises DataError.
     """
-    columns = {name: _checked_columns(name, split, image, label) for name, split in raw.items()}
     notes = notes or Notes()
     values = {
-        name: _label_values(split, label_name, name)
+        name: _label_values(split, "label", name)
         for name, split in raw.items()
-        if (label_name := columns[name][1]) is not None and len(split)
+        if "label" in split.features and len(split)
     }
     for name in raw.keys() - values.keys():
         notes.decide(f"split {name} is left out: it has no images" if not len(raw[name]) else
                      f"split {name} is left out: it has no column of labels")  # fmt: skip
     labeled = _labeled(values, raw, notes)
     if not labeled:
-        features = next(iter(raw.values())).features if raw else {}
-        raise DataError(f"no labels; {_columns(features)}; name the column of the classes with --label-column.")
+        raise DataError("no image has a label; name the column of the classes with --label-column.")
     _doubt(labeled, notes)
     names = _class_names(list(labeled.values()))
     index = {name: i for i, name in enumerate(names)}
     splits = datasets.DatasetDict()
     for name, one in sorted(labeled.items(), key=_by_role):
         remap = np.array([index[word] for word in one.words], np.int64)
-        splits[name] = _dataset(name, raw[name], columns[name][0], remap[one.codes], names)
+        splits[name] = _dataset(name, raw[name], remap[one.codes], names)
     return splits, names
 
 
@@ -149,29 +121,6 @@ def in_memory(table: pa.Table, info: datasets.DatasetInfo, split: str | None = N
     fingerprint = datasets.fingerprint.generate_random_fingerprint()
     named = datasets.NamedSplit(re.sub(r"\W", "_", split)) if split else None  # it takes words alone
     return datasets.Dataset(table, info=info, split=named, fingerprint=fingerprint)
-
-
-def _checked_columns(name: str, split: datasets.Dataset, image: str | None, label: str | None) -> Columns:
-    # A test split may lack the label column that was asked for: then it is a split without labels.
-    missing = label is not None and label not in split.features and role_of(name) == "test"
-    found_image, found_label = find_columns(split.features, image, None if missing else label)
-    return found_image, None if missing else found_label
-
-
-def _pick(found: list[str], known: tuple[str, ...], features: Mapping[str, Any], what: str) -> str | None:
-    named = [name for name in known if name in found]
-    if not named and len(found) > 1:
-        raise DataError(
-            f"{len(found)} columns could hold the {what}: {', '.join(found)}; "
-            f"name one with --{what}-column ({_columns(features)})."
-        )
-    return next(iter(named or found), None)
-
-
-def _like_image(feature: Any) -> bool:
-    if isinstance(feature, dict):
-        return bool(feature) and set(feature) <= {"bytes", "path"}
-    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in ("binary", "large_binary")
 
 
 def is_missing(text: str) -> bool:
@@ -306,11 +255,9 @@ def _is_whole(word: str) -> bool:
     return len(word) < 20 and word.removeprefix("-").isdecimal() and str(int(word)) == word
 
 
-def _dataset(
-    name: str, split: datasets.Dataset, image: str, labels: np.ndarray, names: tuple[str, ...]
-) -> datasets.Dataset:
+def _dataset(name: str, split: datasets.Dataset, labels: np.ndarray, names: tuple[str, ...]) -> datasets.Dataset:
     has_indices = split._indices is not None
-    column = split.with_format("arrow")[:].column(image) if has_indices else split.data.column(image)
+    column = split.with_format("arrow")[:].column("image") if has_indices else split.data.column("image")
     chunks = [_structs(chunk) for chunk in column.chunks]
     structs = pa.chunked_array(chunks, type=_STRUCT)
     features = datasets.Features(
@@ -333,8 +280,3 @@ def _structs(chunk: pa.Array) -> pa.Array:
         return chunk
     data = pc.if_else(missing, pa.scalar(b"", pa.binary()), data)
     return pa.StructArray.from_arrays([data, path], ["bytes", "path"])
-
-
-def _columns(features: Mapping[str, Any]) -> str:
-    shown = (f"{name} ({getattr(feature, '_type', type(feature).__name__)})" for name, feature in features.items())
-    return f"the columns are {', '.join(shown)}"

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from vitft.config import TrainConfig, named_dataset
 from vitft.data import hub, local, pixels
+from vitft.data.features import plain_splits
 from vitft.data.schema import Notes, Reading, standardize
-from vitft.data.tables import TABLE_SUFFIXES, located
+from vitft.data.tables import located
 from vitft.errors import DataError, UsageError, nearest
 from vitft.paths import expanded
 
@@ -93,21 +94,21 @@ def open_source(
     if alias is not None:
         name = dataset
         raw, used = hub.read(alias.repo, alias.config, revision)
-        label_column = label_column or alias.label
+        reading = replace(reading, label_column=label_column or alias.label)
     elif dataset == DIGITS:
         name, raw = DIGITS, pixels.read_digits()
     elif is_here:
         name = path.resolve().stem if path.is_file() else path.resolve().name
         raw = local.read(path, reading, notes)
-        if (path.is_dir() and pixels.cifar_folder(path)) or path.suffix.lower() in TABLE_SUFFIXES:
-            image_column = label_column = None  # the reader has chosen, and named them image and label
     elif hub_id is not None:
         name = hub_id[1].split("/")[1]
         raw, used = hub.read(hub_id[1], hub_id[2], revision)
     else:
         raise DataError(_unknown(dataset))
     try:
-        splits, labels = standardize(raw, image_column, label_column, notes)
+        if used is not None or not (is_here or dataset == DIGITS):
+            raw = plain_splits(raw, Path(dataset), reading, notes)
+        splits, labels = standardize(raw, notes)
         for split_name, split in splits.items():
             if not has_own_files(split):  # what others wrote names no file but their own
                 folders = hub.caches() if not is_here else (path if path.is_dir() else path.parent,)
