@@ -108,7 +108,7 @@ def _walk_tar(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, 
     room = psutil.virtual_memory().total  # what a compressed archive holds is counted as it comes
     with tarfile.open(file, "r:*", tarinfo=_Member) as tar:
         while (member := tar.next()) is not None:
-            tar.members = []  # it would keep a kilobyte of each
+            tar.members = []  # type: ignore[attr-defined]  # it would keep a kilobyte of each
             room -= member.size
             if room < 0:
                 raise DataError(f"{file} holds more than this machine's memory; unpack it, and give the folder.")
@@ -122,7 +122,7 @@ class _Member(tarfile.TarInfo):
     """A member whose extended header, which tarfile reads at once, is of a bounded size."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> Self:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         """Raises DataError for a header of over a megabyte."""
         found = super().frombuf(buf, encoding, errors)
         if not found.isreg() and found.size > 1 << 20:

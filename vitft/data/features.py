@@ -4,6 +4,7 @@ Structs are looked into (`data.image`), a list of one is what it holds, and the 
 type are brought to the plain ones.
 """
 
+import io
 import json
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.features.features import generate_from_arrow_type
+from PIL import Image
 
 from vitft.data import columns
 from vitft.data.rows import Table
@@ -25,6 +28,9 @@ from vitft.errors import DataError, UsageError, nearest
 IMAGE_NAMES = ("image", "img", "images", "picture", "photo", "pixel_values", "pixels", "jpg", "jpeg", "png", "webp")
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "class_name", "category", "target", "cls")
 FILE_NAMES = ("file_name", "filename", "file", "path", "filepath", "file_path", "image_path", "image_file")
+_NO_LABELS = (
+    "id", "idx", "index", "image_id", "key", "__key__", "__url__", "url", "width", "height", *columns.SPLIT, "fold",
+)  # fmt: skip
 _STRUCT = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
 
@@ -111,13 +117,18 @@ def _image_column(known: Mapping[str, Leaf], features: Mapping[str, Any], notes:
 
 def _label_column(known: Mapping[str, Leaf], features: Mapping[str, Any], notes: Notes) -> str | None:
     classes = [name for name, leaf in known.items() if isinstance(leaf.item, datasets.ClassLabel)]
-    plain = [name for name, leaf in known.items() if leaf.last in LABEL_NAMES and not _like_image(leaf.item)]
-    if classes or plain:
-        found = dict.fromkeys([*classes, *(name for name in plain if known[name].last in LABEL_NAMES)])
-        return _picked([*found], LABEL_NAMES, known, features, "label", notes)
-    rest = [name for name, leaf in known.items() if leaf.last not in FILE_NAMES and not _like_image(leaf.item)]
-    if len(rest) == 1 and (_is_text(known[rest[0]].feature) or _is_whole(known[rest[0]].feature)):
-        notes.decide(f"the label is column {rest[0]!r}: the only other one")
+    named = [
+        name for name, leaf in known.items()
+        if leaf.last in LABEL_NAMES and not isinstance(leaf.item, dict | datasets.Image)
+    ]  # fmt: skip
+    if classes or named:
+        return _picked([*dict.fromkeys([*classes, *named])], LABEL_NAMES, known, features, "label", notes)
+    rest = [
+        name for name, leaf in known.items()
+        if leaf.last not in (*FILE_NAMES, *_NO_LABELS) and (_is_text(leaf.feature) or _is_whole(leaf.feature))
+    ]  # fmt: skip
+    if len(rest) == 1:
+        notes.decide(f"the label is column {rest[0]!r}: no other holds names or whole numbers")
         return rest[0]
     return None
 
@@ -248,10 +259,30 @@ def _images(chunks: list[pa.Array], leaf: Leaf) -> Iterator[pa.Array]:
             files = [None if one is None else bytes(one) for one in chunk.to_pylist()]
             yield from _structs(pa.array(files, pa.large_binary()))
         elif depth > 1 and not pa.types.is_nested(kind) and (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-            yield from _structs(chunk)  # pixels
+            yield from _structs(pa.array([_encoded(one, leaf) for one in chunk.to_pylist()], pa.large_binary()))
         else:
             for inner in _of_one([chunk], leaf, "images"):
                 yield from _structs(inner)
+
+
+def _encoded(pixels: list[Any] | None, leaf: Leaf) -> bytes | None:
+    """An image that is stored as nested lists of its pixels, as PNG. Raises DataError."""
+    if pixels is None:
+        return None
+    try:
+        array = np.asarray(pixels)
+        if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
+            array = array.transpose(1, 2, 0)
+        if array.min() < 0 or array.max() > 255 or (array % 1).any():
+            raise ValueError(f"values from {array.min()} to {array.max()}")
+        stream = io.BytesIO()
+        Image.fromarray((array.squeeze(2) if array.shape[2:] == (1,) else array).astype(np.uint8)).save(stream, "PNG")
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"column {'.'.join(leaf.path)!r} holds lists that are no pixels of 0 to 255: {str(error)[:100]}; "
+            "store encoded images."
+        ) from error
+    return stream.getvalue()
 
 
 def _structs(chunk: pa.Array) -> Iterator[pa.Array]:
@@ -297,7 +328,7 @@ def joined(parts: Sequence[tuple[str, Plain]], name: str) -> datasets.Dataset:
 
 def _joined_labels(parts: Sequence[tuple[str, Plain]], name: str) -> tuple[pa.ChunkedArray, Any]:
     declared = [part.feature.names if isinstance(part.feature, datasets.ClassLabel) else None for _, part in parts]
-    labels = [part.labels for _, part in parts]
+    labels = [part.labels for _, part in parts if part.labels is not None]
     if declared[0] is not None and all(names == declared[0] for names in declared):
         return pa.chunked_array([chunk for one in labels for chunk in one.chunks], labels[0].type), parts[0][1].feature
     for number, names in enumerate(declared):
@@ -360,7 +391,7 @@ def need_labels(found: Mapping[str, datasets.Dataset], features: Mapping[str, An
 
 
 def undivided(found: Mapping[str, datasets.Dataset], reading: Reading) -> str | None:
-    """The only split of a data set, if it may hold others. Raises UsageError for a column of splits asked of several."""
+    """The only split of a data set, if it may hold others. Raises UsageError where a column of splits is not it."""
     asked = reading.split_column or reading.fold_column or reading.fold is not None
     if len(found) == 1 and role_of(next(iter(found))) in (None, "train"):
         return next(iter(found))
@@ -385,7 +416,7 @@ def scalars(features: Mapping[str, Any], taken: tuple[Leaf, Leaf | None]) -> lis
 def divided(
     split: datasets.Dataset, table: pa.Table, names: list[str], where: Path, reading: Reading, notes: Notes
 ) -> dict[str, datasets.Dataset]:
-    """A split by the column that tells splits or folds, as `vitft.data.columns` finds it in tables. Raises VitftError."""
+    """A split by the column of splits or folds, found as `vitft.data.columns` does in tables. Raises VitftError."""
     cells = [table.column(name).to_pylist() for name in names]
     rows = Table(where, names, cells, array("q", range(len(split))), "row")
     assigned, _ = columns.split_of_rows(rows, set(), reading, notes)

@@ -76,9 +76,7 @@ def _read_saved(path: Path, reading: Reading, notes: Notes) -> Splits:
     for state in path.rglob("state.json"):
         files = [file["filename"] for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
         if outside := [file for file in files if Path(file).name != file]:
-            raise DataError(
-                f"{state} names the file {outside[0]}, outside of its folder; this is no data set to trust."
-            )
+            raise DataError(f"{state} names the file {outside[0]}, outside of its folder; do not trust it.")
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:  # datasets, pyarrow and json have their own
@@ -120,10 +118,11 @@ def read_parquet(files: dict[str, list[Path]], reading: Reading, notes: Notes) -
     need_labels(found, features)
     if (only := undivided(found, reading)) is not None:
         names = scalars(features, columns_of(only, features, reading, Notes()))
-        tables = [pq.read_table(file, columns=names, partitioning=None) for file in files[only]] if names else []
-        if tables:
-            table = pa.concat_tables(tables, promote_options="permissive")
-            return divided(found[only], table, names, everything[0], reading, notes)
+        for file in everything:
+            check_room(file, names)
+        tables = [pq.read_table(file, columns=names, partitioning=None) for file in everything]
+        table = pa.concat_tables(tables, promote_options="permissive")
+        return divided(found[only], table, names, everything[0], reading, notes)
     return found
 
 
@@ -132,7 +131,7 @@ def _parquet_split(name: str, files: list[Path], reading: Reading, notes: Notes)
     for file in files:
         try:
             image, label = columns_of(name, features_of(pq.read_schema(file)), reading, notes)
-            wanted = [".".join(leaf.path) for leaf in (image, label) if leaf is not None]
+            wanted = list(dict.fromkeys(leaf.path[0] for leaf in (image, label) if leaf is not None))
             check_room(file, wanted)
             table = pq.read_table(file, columns=wanted, memory_map=True, partitioning=None)
             parts.append((str(file), plain(table, image, label)))
