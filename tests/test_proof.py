@@ -56,9 +56,7 @@ class Over:
     def poll(self) -> int:
         return 0
 
-    def wait(self) -> None: ...
-
-    def send_signal(self, number: int) -> None: ...
+    def kill(self) -> None: ...
 
     def communicate(self) -> tuple[None, str]:
         return None, ""

@@ -7,6 +7,7 @@ last/ best/                plain Transformers model folders; in last/ a state.js
 
 import json
 import re
+import shlex
 import shutil
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -161,7 +162,7 @@ def read_config(run: Path) -> TrainConfig:
         remedy = "undo the change, or start" if mark else "its last line, the sum, is gone; start"
         raise UsageError(
             f"{file}: was changed since the run wrote it, and a resumed run goes on as it was; {remedy} a new run "
-            f"with it: vitft train --recipe {file}"
+            f"with it: vitft train --recipe {shlex.quote(str(file))}"
         )
     return TrainConfig.parse(read_recipe(file), str(file))
 

@@ -144,13 +144,13 @@ def verify_resume(
     dataset: Annotated[str | None, typer.Option(help="In place of the recipe's.")] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="In place of the recipe's.")] = None,
     save_every: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="In place of the recipe's.")] = None,
-    kills: Annotated[int, typer.Option(min=1, metavar="<int>", help="How often it is killed, if it takes long enough.")] = 1,
+    kills: Annotated[int, typer.Option(min=1, metavar="<int>", help="How often it is killed.")] = 1,
     seed: Annotated[int, typer.Option(metavar="<int>", help="Of the moments.")] = 0,
     json: Json = False,
 ) -> None:  # fmt: skip
     """Prove on this machine that nothing is lost: train, kill -9, resume, and compare every bit.
 
-    It takes a little over twice as long as the run; exit code 5 if anything differs.
+    It takes a little over twice as long as the run; exit code 5 if anything differs, or the run is too short to be killed.
     """
     from vitft import commands
 

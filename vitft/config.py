@@ -68,7 +68,7 @@ class TrainConfig(Settings):
     optimizer: Literal["adamw", "adam", "sgd"] = setting("adamw", "Optimization", "sgd has momentum 0.9.")
     weight_decay: float = setting(0.01, "Optimization", "Decay of the weight matrices; biases, norms, tokens and positions have none. adam has none at all.", ge=0, le=10)
     clip_norm: float = setting(1.0, "Optimization", "Largest norm of the whole gradient; 0 for no clipping.", ge=0)
-    on_nan: Literal["stop", "rollback"] = setting("stop", "Optimization", "When the loss or its gradient is no number: stop; or go back to the last whole checkpoint and on from there at half the rate.", steers=True)
+    on_nan: Literal["stop", "rollback"] = setting("stop", "Optimization", "When the loss or its gradient is no number: stop; or go back to the newest checkpoint whose weights are numbers, farther each time that does not help, and on from there at half the rate.", steers=True)
     label_smoothing: float = setting(0.0, "Optimization", "Share of each target spread over all classes.", ge=0, lt=1)
     seed: int = setting(0, "Optimization", "Seed of splits, order, augmentation, dropout and new weights.", ge=0, lt=2**32)
 

@@ -209,8 +209,10 @@ class TrainingProgress:
     def evaluating(self, split: str) -> Iterator[Callable[[int, int], None]]:
         """While a split is scored: a function to call with the batches done and in all."""
         task = self._bar.add_task(split, total=None, place="")
-        yield lambda done, count: self._bar.update(task, completed=done, total=count)
-        self._bar.remove_task(task)
+        try:
+            yield lambda done, count: self._bar.update(task, completed=done, total=count)
+        finally:
+            self._bar.remove_task(task)
 
     def _left_s(self) -> float:
         done = max(1, self.step - self.first)

@@ -15,8 +15,8 @@ from difflib import get_close_matches
 
 # What other trainers call a setting or a flag, beside its name here.
 _ELSEWHERE = {
-    "best_by": "metric_for_best_model monitor",
     "batch_size": "batch bs train_batch_size per_device_train_batch_size",
+    "best_by": "metric_for_best_model monitor",
     "classes": "num_classes num_labels n_classes",
     "clip_norm": "max_grad_norm grad_clip clip_grad",
     "dataset": "data data_dir dataset_name train_dir",
@@ -25,9 +25,9 @@ _ELSEWHERE = {
     "eval_every": "eval_steps",
     "heads": "num_heads n_heads num_attention_heads",
     "image_size": "img_size input_size resolution",
+    "keep": "save_total_limit",
     "layers": "depth num_layers n_layers num_hidden_layers",
     "log_every": "logging_steps log_interval",
-    "keep": "save_total_limit",
     "lr": "learning_rate",
     "min_delta": "early_stopping_threshold",
     "mlp": "mlp_dim intermediate_size",

@@ -49,7 +49,7 @@ def prove_resume(config: TrainConfig, work: Path, *, kills: int, seed: int, say:
     recipe.write_text(yaml.safe_dump(config.model_dump(exclude_none=True) | {"log_every": 1}))
     whole, killed = work / "whole", work / "killed"
     started = time.perf_counter()
-    _complain(_start(["--recipe", str(recipe), "--output", str(whole)]))
+    _finish(_start(["--recipe", str(recipe), "--output", str(whole)]))
     chosen = whole / "config.yaml"  # threads, precision and compilation too: what they are is measured anew otherwise
     steps, took_s = _reached(whole), time.perf_counter() - started
     say(f"undisturbed: {steps} steps in {took_s:.0f} s")
@@ -72,7 +72,7 @@ def prove_resume(config: TrainConfig, work: Path, *, kills: int, seed: int, say:
             proof.kills.append((_reached(killed), read_state(folder).step if folder else 0))
             say(f"kill {len(proof.kills)}: at step {proof.kills[-1][0]}; whole is step {proof.kills[-1][1]}")
         else:
-            _complain(_start(_go_on(chosen, killed)))
+            _finish(_start(_go_on(chosen, killed)))
             proof.equal = _outcome(whole) == _outcome(killed)
             proof.left = tuple(sorted(set(_files(killed)) ^ set(_files(whole))))
             return proof
@@ -88,14 +88,16 @@ def _go_on(recipe: Path, run: Path) -> list[str]:
 
 def _kill_at(step: int, running: "subprocess.Popen[str]", run: Path, delay_s: float) -> bool:
     """Kill a run once it has taken this step, and a moment later; False where it was over before that."""
-    while running.poll() is None and _reached(run) < step:
-        time.sleep(_POLL_S)
-    time.sleep(delay_s)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
+    try:
+        while running.poll() is None and _reached(run) < step:
+            time.sleep(_POLL_S)
+        time.sleep(delay_s)
+    finally:  # whoever interrupts the proof leaves no run behind
+        running.kill()
+    _, said = running.communicate()
     if running.returncode == -signal.SIGKILL:
         return True
-    _complain(running)
+    _complain(running.returncode, said)
     return False
 
 
@@ -110,10 +112,17 @@ def _start(words: list[str]) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def _complain(running: "subprocess.Popen[str]") -> None:
-    _, said = running.communicate()
-    if running.returncode:
-        raise TrainingError(f"vitft train ended with {running.returncode}: {said.strip().splitlines()[-1]}")
+def _finish(running: "subprocess.Popen[str]") -> None:
+    try:
+        _, said = running.communicate()
+    finally:
+        running.kill()
+    _complain(running.returncode, said)
+
+
+def _complain(code: int, said: str) -> None:
+    if code:
+        raise TrainingError(f"vitft train ended with {code}: {(said.strip() or 'nothing was said').splitlines()[-1]}")
 
 
 def _reached(run: Path) -> int:

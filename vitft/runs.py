@@ -184,10 +184,10 @@ def changed(run: Path, before: TrainConfig, changes: dict[str, Any], *, finished
         longer = finished and name in LONGER and was is not None and now > was
         if was != now and not extra["steers"] and name != "dataset" and not longer:
             weights = ckpt.weights_in(run) or before.model
+            anew = ["vitft", "train", "--dataset", after.dataset, "--model", weights, as_flag(name), now]
             raise UsageError(
                 f"{run} began with {name} {was}, got {now}: it would no longer be the same run. "
-                f"Leave {as_flag(name)} out, or start anew from its weights: "
-                f"vitft train --dataset {after.dataset} --model {weights} {as_flag(name)} {now}"
+                f"Leave {as_flag(name)} out, or start anew from its weights: {shlex.join(map(str, anew))}"
             )
     place = expanded(after.dataset or "")
     if place.is_absolute() and not place.exists():
