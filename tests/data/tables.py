@@ -118,6 +118,8 @@ KAGGLE = [  # and where images are
     Case("dog-breeds", photos("train/0a.jpg", "train/0b.jpg", "test/0c.jpg") | {"labels.csv": "id,breed\n0a,pug\n0b,akita\n"},
          "labels.csv", {"train": {"akita": "train/0b.jpg", "pug": "train/0a.jpg"}},
          decided=("images: column 'id'", "labels: column 'breed', the only other one", "found in train/ with .jpg added")),
+    Case("columns-of-no-use", csv("0.png,cat,3,4", "1.png,dog,5,6", header="path,label,width,height"), "t.csv",
+         {"train": {"cat": "0.png", "dog": "1.png"}}, decided="not used: column width, height"),
     Case("plant-pathology", photos("images/Train_0.jpg", "images/Train_1.jpg")
          | {"train.csv": "image_id,healthy,rust,scab\nTrain_0,0,1,0\nTrain_1,1,0,0\n"},
          "train.csv", {"train": {"healthy": "images/Train_1.jpg", "rust": "images/Train_0.jpg"}}, decided="is 1: healthy"),

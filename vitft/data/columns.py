@@ -46,7 +46,8 @@ Assigned = list[str]
 """Of each row the split's name."""
 
 
-def _listed(names: Sequence[str], count: int = 6) -> str:
+def listed(names: Sequence[str], count: int = 6) -> str:
+    """The first of some names, for a sentence, and how many there are."""
     return ", ".join(names[:count]) + (f", ... ({len(names)})" if len(names) > count else "")
 
 
@@ -61,7 +62,7 @@ def _asked(table: Table, wanted: str, flag: str) -> str:
         return table.names[int(wanted) - 1]
     raise DataError(
         f"{flag}: {table.path} has no column {wanted!r}{nearest(wanted, table.names)}; "
-        f"the columns are {_listed(table.names, 20)}."
+        f"the columns are {listed(table.names, 20)}."
     )
 
 
@@ -107,7 +108,7 @@ def image_column(table: Table, names: Names, wanted: str | None, notes: Notes) -
     if len(different) > 1:
         usual = [name for name in likely if plain(name) in IMAGE]
         if len(usual) != 1:
-            raise DataError(f"{table.path}: columns {_listed(likely)} name files; name one with --image-column.")
+            raise DataError(f"{table.path}: columns {listed(likely)} name files; name one with --image-column.")
         likely = usual
     if likely:
         column = min(likely, key=lambda name: (_rank(name, IMAGE), table.names.index(name)))
@@ -116,7 +117,7 @@ def image_column(table: Table, names: Names, wanted: str | None, notes: Notes) -
     usual = sorted((n for n in table.names if plain(n) in IMAGE), key=lambda n: _rank(n, IMAGE))
     if not usual:
         raise DataError(
-            f"{table.path}: no column names files in {names.folders[0]}; the columns are {_listed(table.names, 20)}, "
+            f"{table.path}: no column names files in {names.folders[0]}; the columns are {listed(table.names, 20)}, "
             "name one with --image-column, or the folder of the images with --image-folder."
         )
     notes.decide(f"images: column {usual[0]!r}, by its name")
@@ -162,7 +163,7 @@ def split_of_rows(table: Table, taken: set[str], reading: Reading, notes: Notes)
     if reading.fold is not None:
         rows = _by_fold(table, folds[0], reading.fold, rows, notes)
     for column in folds if reading.fold is None else ():
-        some = _listed(sorted(_values(table[column]), key=_as_number))
+        some = listed(sorted(_values(table[column]), key=_as_number))
         notes.warn(
             f"column {column!r} looks like folds ({some}) and is not used; --fold K makes one of them validation"
         )
@@ -207,11 +208,9 @@ def _one_of(table: Table, columns: list[str], notes: Notes) -> str:
 
     differing = [name for name in others if roles(name) != roles(chosen)]
     if differing and plain(chosen) != "split":
-        raise DataError(
-            f"{table.path}: columns {_listed(columns)} hold different splits; name one with --split-column."
-        )
+        raise DataError(f"{table.path}: columns {listed(columns)} hold different splits; name one with --split-column.")
     if differing:
-        notes.warn(f"column {_listed(differing)} holds another split than {chosen!r}, and is not used (--split-column)")
+        notes.warn(f"column {listed(differing)} holds another split than {chosen!r}, and is not used (--split-column)")
     return chosen
 
 
@@ -222,7 +221,7 @@ def _by_words(table: Table, column: str, notes: Notes) -> Assigned:
     values = [value for value in counts if not is_missing(value)]
     if values and all(_as_number(value)[0] == 0 for value in values):
         raise DataError(
-            f"{table.path}: column {column!r} has numbers ({_listed(sorted(values, key=_as_number))}) where splits are "
+            f"{table.path}: column {column!r} has numbers ({listed(sorted(values, key=_as_number))}) where splits are "
             f"called train, validation, test; write these, or choose a fold: --fold-column {column} --fold K."
         )
     roles = {value: _ROLE_OF.get(plain(value)) for value in values}
@@ -246,8 +245,8 @@ def _by_words(table: Table, column: str, notes: Notes) -> Assigned:
         name_of |= {value: next((n for n in name_of.values() if _ROLE_OF.get(plain(n)) == "train"), "train")
                     for value in counts if value not in roles}  # fmt: skip
     if strange := [value for value, role in roles.items() if role is None]:
-        notes.warn(f"column {column!r}: no run uses the rows of {_listed(strange)}; train, validation, test are used")
-    notes.decide(f"splits: column {column!r}: {_listed(told)}")
+        notes.warn(f"column {column!r}: no run uses the rows of {listed(strange)}; train, validation, test are used")
+    notes.decide(f"splits: column {column!r}: {listed(told)}")
     return [name_of[cell] for cell in cells]
 
 
@@ -264,9 +263,9 @@ def _by_flags(table: Table, flags: dict[str, str], notes: Notes) -> Assigned:
     for row in range(len(table.lines)):
         roles = [role for role, cells in columns if _text(cells[row]).casefold() in _YES]
         if len(roles) > 1:
-            raise DataError(f"{table.where(row)} is both {roles[0]} and {roles[1]}, by {_listed(list(flags))}.")
+            raise DataError(f"{table.where(row)} is both {roles[0]} and {roles[1]}, by {listed(list(flags))}.")
         if not roles and len(by_role) == 3:
-            raise DataError(f"{table.where(row)} is of no split, by {_listed(list(flags))}.")
+            raise DataError(f"{table.where(row)} is of no split, by {listed(list(flags))}.")
         assigned.append(roles[0] if roles else otherwise)
     counts = Counter(assigned)
     told = ", ".join(f"{role} {counts[role]:,}" for role in ROLES if role in counts)
@@ -284,7 +283,7 @@ def _warn_of_splits(table: Table, rest: list[str], notes: Notes) -> None:
         words = [value for value in values if plain(value) in _ROLE_OF]
         if len({_ROLE_OF[plain(value)] for value in words}) > 1 or plain(name) in (*SPLIT, *_FOLD):
             notes.warn(
-                f"column {name!r} looks like a split ({_listed(values)}) and is not used; --split-column {name} uses it"
+                f"column {name!r} looks like a split ({listed(values)}) and is not used; --split-column {name} uses it"
             )
         elif _flag_of(name) and _is_flag(table[name]):
             notes.warn(f"column {name!r} looks like a split and is not used; write train and {name} in a column split")
@@ -311,8 +310,8 @@ def _fold_columns(table: Table, taken: set[str], reading: Reading) -> list[str]:
             if 1 < len(values) <= _FEW and all(_as_number(value)[0] == 0 for value in values):
                 found.append(name)
     if reading.fold is not None and len(found) != 1:
-        what = f"columns {_listed(found)} look like folds" if found else "no column looks like folds"
-        raise DataError(f"{table.path}: {what}, of {_listed(table.names, 20)}; name one with --fold-column.")
+        what = f"columns {listed(found)} look like folds" if found else "no column looks like folds"
+        raise DataError(f"{table.path}: {what}, of {listed(table.names, 20)}; name one with --fold-column.")
     return found
 
 
@@ -321,7 +320,7 @@ def _by_fold(table: Table, column: str, fold: int, rows: Assigned | None, notes:
     values = [_as_number(_text(cell)) for cell in table[column]]
     known = sorted({value for value in values if value[0] == 0})
     if (0, float(fold), "") not in known:
-        shown = _listed([f"{value[1]:g}" for value in known])
+        shown = listed([f"{value[1]:g}" for value in known])
         raise DataError(f"--fold {fold}: column {column!r} of {table.path} has the folds {shown or 'none'}.")
     assigned = list(rows) if rows is not None else ["train"] * len(values)
     if any(_ROLE_OF.get(plain(name)) == "validation" for name in assigned):
@@ -337,9 +336,7 @@ def _by_fold(table: Table, column: str, fold: int, rows: Assigned | None, notes:
         counts[f"{number:g}"] += 1
     trained = [f"{name} ({count:,})" for name, count in sorted(counts.items(), key=lambda one: float(one[0]))
                if float(name) != fold]  # fmt: skip
-    notes.decide(
-        f"folds: column {column!r}: {fold} ({counts[str(fold)]:,}) is validation, {_listed(trained)} are train"
-    )
+    notes.decide(f"folds: column {column!r}: {fold} ({counts[str(fold)]:,}) is validation, {listed(trained)} are train")
     return assigned
 
 
@@ -355,28 +352,30 @@ def labels_by_name(table: Table, wanted: str | None) -> set[str]:
 
 def labels_of_rows(
     table: Table, taken: set[str], image: str, wanted: str | None, splits: Assigned, notes: Notes
-) -> list[str | None]:
-    """The label of every row, as text; None where it is missing. Raises DataError.
+) -> tuple[list[str | None], list[str]]:
+    """The label of every row, as text, None where it is missing; and the columns that tell it. Raises DataError.
 
     `splits` are those of the rows, if any, for a test split may be without labels.
     """
     if wanted is not None:
-        return _as_labels(table, _asked(table, wanted, "--label-column"), notes)
+        column = _asked(table, wanted, "--label-column")
+        notes.decide(f"labels: column {column!r}, as asked for")
+        return _as_labels(table, column, notes), [column]
     rest = [name for name in table.names if name not in taken]
     usual = [name for name in rest if plain(name) in LABEL]
     if usual:
         column = _usual_label(table, usual, notes)
-        return _as_labels(table, column, notes)
+        return _as_labels(table, column, notes), [column]
     filled = [name for name in rest if _values(table[name])]
     binary = [name for name in filled if _is_flag(table[name]) and _values(table[name])]
     if len(binary) > 1 and (found := _one_hot(table, binary, splits)) is not None:
-        notes.decide(f"labels: the one of {len(binary)} columns that is 1: {_listed(binary)}")
-        return found
+        notes.decide(f"labels: the one of {len(binary)} columns that is 1: {listed(binary)}")
+        return found, binary
     if len(filled) == 1:
-        return _only_column(table, filled[0], notes)
+        return _only_column(table, filled[0], notes), filled
     if not filled:
-        return _folder_names(table, image, notes)
-    raise DataError(f"{table.path}: columns {_listed(filled, 12)} could be the label; name one with --label-column.")
+        return _folder_names(table, image, notes), []
+    raise DataError(f"{table.path}: columns {listed(filled, 12)} could be the label; name one with --label-column.")
 
 
 def _usual_label(table: Table, usual: list[str], notes: Notes) -> str:
@@ -390,9 +389,8 @@ def _usual_label(table: Table, usual: list[str], notes: Notes) -> str:
             if all(_as_number(one)[0] == 0 for one, _ in pairs) and any(_as_number(two)[0] for _, two in pairs):
                 chosen = other
         elif plain(chosen) not in ("label", "labels"):
-            raise DataError(f"{table.path}: columns {_listed(usual)} could be the label; name one with --label-column.")
-    others = [name for name in usual if name != chosen]
-    notes.decide(f"labels: column {chosen!r}, by its name" + (f"; not used: {_listed(others)}" if others else ""))
+            raise DataError(f"{table.path}: columns {listed(usual)} could be the label; name one with --label-column.")
+    notes.decide(f"labels: column {chosen!r}, by its name")
     return chosen
 
 

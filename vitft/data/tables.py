@@ -27,7 +27,10 @@ def read_table(path: Path, reading: Reading, notes: Notes) -> dict[str, datasets
     image = columns.image_column(table, names, reading.image_column, notes)
     taken = {image, *columns.labels_by_name(table, reading.label_column)}
     assigned, used = columns.split_of_rows(table, taken, reading, notes)
-    labels = columns.labels_of_rows(table, {image} | used, image, reading.label_column, assigned or [], notes)
+    used = {image, *used}
+    labels, telling = columns.labels_of_rows(table, used, image, reading.label_column, assigned or [], notes)
+    if unused := [name for name in table.names if name not in used.union(telling)]:
+        notes.decide(f"not used: column {columns.listed(unused)}")
     files = _files(table, image, names, assigned, notes)
     _tell_repeated(files, labels, assigned, notes)
     splits: dict[str, list[int]] = {}
