@@ -2,6 +2,7 @@
 # ruff: noqa: E501, SIM905  (a row of a table is a line)
 
 import json
+from pathlib import Path
 
 from tests.data import Case, Files, photo, photos
 
@@ -308,4 +309,9 @@ LABELS = [
          '{"path": "1.png", "label": NaN, "split": "test"}\n'}, "u.jsonl", {"train": {"a": "0.png"}}, decided="split test is left out"),
 ]  # fmt: skip
 
-CASES = [*PLAIN, *COMMAS, *FORMS, *KAGGLE, *LISTS, *SPLITS, *LABELS]
+DAMAGED = [  # that pyarrow ends the process for, where it is asked about the file and not for its rows
+    Case("parquet-of-damaged-statistics", {"t.parquet": (Path(__file__).parent / "damaged.parquet").read_bytes()},
+         "t.parquet", error=("no readable parquet file", "histogram size mismatch")),
+]  # fmt: skip
+
+CASES = [*PLAIN, *COMMAS, *FORMS, *KAGGLE, *LISTS, *SPLITS, *LABELS, *DAMAGED]

@@ -23,19 +23,11 @@ def check_room(file: Path, columns: Sequence[str]) -> None:
     compresses well little.
     """
     said = pq.read_metadata(file)
-    chunks = [said.row_group(g).column(c) for g in range(said.num_row_groups) for c in range(said.num_columns)]
-    chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
-    values = max(said.num_rows, *(chunk.num_values for chunk in chunks), 0)
-    stored = _ROW_BYTES * values + sum(chunk.total_uncompressed_size for chunk in chunks)
     there, own = psutil.virtual_memory().total, file.stat().st_size
     allowed = min(there, _SLACK + _RATIO * own)
-    needed = stored
-    repeated = [chunk for chunk in chunks if chunk.physical_type == "BYTE_ARRAY" and chunk.has_dictionary_page]
-    if needed <= allowed < needed + sum(chunk.num_values * chunk.total_uncompressed_size for chunk in repeated):
-        leaves = sorted({chunk.path_in_schema for chunk in repeated})
-        for length in _lengths(file, leaves):
-            if (needed := needed + length) > allowed:
-                break
+    needed = sum(said.row_group(group).total_byte_size for group in range(said.num_row_groups))
+    if needed <= allowed:
+        needed = _needed(file, said, columns, allowed)
     if needed <= allowed:
         return
     if needed > there:
@@ -46,6 +38,25 @@ def check_room(file: Path, columns: Sequence[str]) -> None:
         f"{file}: its {said.num_rows:,} rows take {size(needed)} or more, and the file has {size(own)}; no data set of "
         "images is like that: is it damaged?"
     )
+
+
+def _needed(file: Path, said: pq.FileMetaData, columns: Sequence[str], allowed: int) -> int:
+    """Bytes that these columns take, or so many of them as are more than is allowed. Raises OSError for damage."""
+    with pq.ParquetFile(file, memory_map=True) as opened:
+        for group in range(said.num_row_groups):
+            # Reading a row says so where a chunk's statistics are damaged; asking for the chunk ends the process.
+            next(opened.iter_batches(1, row_groups=[group], columns=list(columns), use_threads=False), None)
+    wanted = [c for c in range(said.num_columns) if said.schema.column(c).path.split(".")[0] in columns]
+    chunks = [said.row_group(group).column(c) for group in range(said.num_row_groups) for c in wanted]
+    values = max(said.num_rows, *(chunk.num_values for chunk in chunks), 0)
+    needed = int(_ROW_BYTES * values + sum(chunk.total_uncompressed_size for chunk in chunks))
+    repeated = [chunk for chunk in chunks if chunk.physical_type == "BYTE_ARRAY" and chunk.has_dictionary_page]
+    if needed <= allowed < needed + sum(chunk.num_values * chunk.total_uncompressed_size for chunk in repeated):
+        leaves = sorted({chunk.path_in_schema for chunk in repeated})
+        for length in _lengths(file, leaves):
+            if (needed := needed + length) > allowed:
+                break
+    return needed
 
 
 def _lengths(file: Path, leaves: Sequence[str]) -> Iterator[int]:
