@@ -1,12 +1,14 @@
 """`vitft explain --image`: three computations of every stage agree, and what is worked out is what was computed."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
@@ -195,3 +197,17 @@ def test_a_vit_of_another_shape_than_a_square_is_followed_too(picture: Path, tmp
     assert found.pixels.shape == (24, 32, 3)
     assert found.by_transformers["embed.positions"].shape == (1, 13, 16)
     assert max(stage["max_rel_diff"]["numpy_torch"] for stage in document(found)["stages"]) <= 1e-5
+
+
+def test_the_stages_of_a_backbone_without_a_head_are_shown(
+    saved: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved("vit")
+    wanted = trace(Path("docs/boot.png"), folder).by_numpy
+    transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False).save_pretrained(folder)
+
+    found = trace(Path("docs/boot.png"), folder)
+
+    assert np.array_equal(found.by_numpy["pool"], wanted["pool"])
+    assert [label for label, _ in found.scores] != ["ant", "bee", "cat"]
+    assert "no classification head: the stages after pool are of an untrained one" in capsys.readouterr().err
