@@ -2,6 +2,7 @@
 # ruff: noqa: E501  (lists of hostile words)
 
 import copy
+import csv
 import io
 import json
 import os
@@ -22,18 +23,22 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from tests.counted import calls
 from tests.forked import finish, flags, within
 from vitft import TrainConfig
 from vitft.card import prove
+from vitft.cli import app
 from vitft.data.folders import scan
 from vitft.data.images import BadImage, decode, formats
 from vitft.data.limits import check_scans
 from vitft.data.sources import open_source
 from vitft.errors import ModelError
 from vitft.models import load_for_training, load_trained
+from vitft.prediction import predict
+from vitft.recipe import load_config
 
 Saved = Callable[..., Path]
 
@@ -496,6 +501,88 @@ def test_fits_whose_values_pillow_reads_wrong_is_no_image() -> None:
     )
     with pytest.raises(BadImage, match="is not an image of a format that is read"):
         decode(card.encode().ljust(2880) + b"\0" * 2880)
+
+
+def read_bomb(file: Path) -> object:
+    return load_config(str(file), {})
+
+
+@pytest.mark.parametrize("use", ["? *j\n: 1", "dataset: *j", "*j : 1", "epochs: *j", "model: {a: *j}", "{*j : *j}: 1"])
+def test_a_recipe_of_lists_of_lists_by_name_is_a_line(use: str, tmp_path: Path) -> None:
+    """A thousand million words, in 400 bytes: as the name of a setting, or as its value."""
+    names = "abcdefghij"
+    lines = [f"{c}: &{c} [{', '.join(['x' if n == 0 else f'*{names[n - 1]}'] * 10)}]" for n, c in enumerate(names)]
+    (tmp_path / "bomb.yaml").write_text("\n".join([*lines, use]))
+    said = within(200 * MB, read_bomb, tmp_path / "bomb.yaml")
+    assert said.startswith("UsageError: "), said[:300]
+    assert len(said) < 500
+    (tmp_path / "setting.yaml").write_text("batch_size: &z 3\nlog_every: *z")
+    assert load_config(str(tmp_path / "setting.yaml"), {}).log_every == 3  # a name for one setting is none
+
+
+@pytest.mark.parametrize("form", [[], ["--json"], ["--format", "csv"]])
+def test_weights_that_are_no_numbers_predict_nothing(saved: Saved, form: list[str]) -> None:
+    folder = saved()
+    state = load_file(folder / "model.safetensors")
+    state["classifier.bias"][:] = float("nan")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    result = CliRunner().invoke(app, ["predict", "docs/digits", "--checkpoint", str(folder), *form])
+    assert result.exit_code == 4
+    assert result.stdout == ""
+
+
+def test_scores_that_are_no_numbers_are_no_prediction(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.setattr(
+        "vitft.prediction._scores", lambda model, pixels, scoring: torch.full((len(pixels), 3), float("nan"))
+    )
+    with pytest.raises(ModelError, match="its scores are no numbers, so its weights are broken"):
+        predict(tmp_path / "a.png", saved())
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "table"])
+def test_names_that_are_no_utf_8_and_formulas_lose_no_row(saved: Saved, tmp_path: Path, form: str) -> None:
+    folder = saved(labels=("-5", "+b", "=c"))
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in (b"\xff\xfe.png", b"=1+1.png", b"@x.png", "é\u2028.png".encode()):
+        Image.new("RGB", (8, 8)).save(photos / os.fsdecode(name), "PNG")
+    words = ["predict", str(photos), "--checkpoint", str(folder), "--format", form]
+    code, said = vitft(tmp_path, *words)
+    assert code == 0, said
+    assert said.count(".png") == 4
+    if form == "csv":
+        rows = list(csv.reader(io.StringIO(said)))[1:]
+        assert {cell for row in rows for cell in row[1:-1:2]} == {"-5", "'+b", "'=c"}  # a number is no formula
+        assert all(row[0].startswith(str(photos)) for row in rows)
+        assert any(r"\udcff\udcfe.png" in row[0] for row in rows)
+    if form == "jsonl":
+        assert {json.loads(line)["path"] for line in said.splitlines()} == set(map(str, photos.iterdir()))
+
+
+@pytest.mark.parametrize(
+    "word", ["https://me:hunter2@data.example/x.zip", "https://data.example/x?access_token=hunter2&a=1"]
+)
+def test_addresses_are_said_without_their_passwords(word: str, tmp_path: Path) -> None:
+    for words in (["data", "info", word], ["eval", word], ["train", "--dataset", "digits", "--model", word]):
+        code, said = vitft(tmp_path, *words)
+        assert code in (2, 3, 4), said
+        assert "data.example" in said
+        assert "hunter2" not in said
+
+
+def strict() -> None:
+    os.umask(0o027)
+
+
+def test_files_of_a_run_have_the_bits_that_the_user_chose(tmp_path: Path) -> None:
+    words = flags(max_steps=2, save_every=1)
+    code, said = vitft(tmp_path, "train", *words, "--output", str(tmp_path / "run"), before=strict)
+    assert code == 0, said
+    for path in (tmp_path / "run").rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
 
 
 # -- secrets ----------------------------------------------------------------------------------------

@@ -117,6 +117,34 @@ def test_arrows_point_down(name: str) -> None:
     assert not above, f"{name} imports {above}, which do not lie below it"
 
 
+@pytest.mark.parametrize("name", PLACED)
+def test_text_is_read_and_written_as_utf_8(name: str) -> None:
+    """Whatever the locale's encoding is."""
+    for node in ast.walk(BODIES[name]):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        first = node.args[0] if node.args else ast.Constant("r")  # a mode, unless it opens a file of an archive
+        opens = node.func.attr == "open" and isinstance(first, ast.Constant) and "b" not in str(first.value)
+        if node.func.attr in ("read_text", "write_text") or opens:
+            assert "encoding" in [word.arg for word in node.keywords], f"{name}:{node.lineno}"
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_a_command_that_is_suggested_can_be_pasted(name: str) -> None:
+    """What is put into it, such as a path with a space, is quoted."""
+    for node in ast.walk(BODIES[name]):
+        if not isinstance(node, ast.JoinedStr):
+            continue
+        before = ""
+        for part in node.values:
+            if isinstance(part, ast.Constant):
+                before += str(part.value)
+            elif isinstance(part, ast.FormattedValue):
+                if re.search(r"--(resume|dataset|model|recipe|checkpoint|exclude|output) $", before):
+                    assert re.search(r"shlex\.quote|^{[A-Z_]+}$", ast.unparse(part)), f"{name}:{node.lineno}: {before}"
+                before += "{}"
+
+
 @pytest.mark.parametrize("name", LIGHT)
 def test_what_starts_the_command_line_is_light(name: str) -> None:
     heavy = {full.split(".")[0] for full in imports(name)} & HEAVY

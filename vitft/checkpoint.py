@@ -127,7 +127,11 @@ def check_kind(path: Path, *, overwrite: bool) -> None:
     if not path.exists() or _never_begun(path):
         return
     if not overwrite:
-        remedy = f"--resume {path} goes on with it, --overwrite replaces it" if is_run(path) else "choose another"
+        remedy = (
+            f"--resume {shlex.quote(str(path))} goes on with it, --overwrite replaces it"
+            if is_run(path)
+            else "choose another"
+        )
         raise UsageError(f"output {path}: the folder exists and is not empty; {remedy}.")
     if not is_run(path) and not any((path / name).is_dir() for name in (_REPLACED, _MOVING)):
         raise UsageError(f"output {path}: --overwrite replaces run folders only, and this is none; choose another.")
@@ -250,7 +254,7 @@ _NEEDED = {"config.json", "model.safetensors", OPTIMIZER, "preprocessor_config.j
 def fault_of(folder: Path) -> str | None:
     """What is wrong with a step checkpoint's files, by size and SHA-256; None if nothing is."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         for name, wanted in manifest.items():
             file = folder / name
             if (size := file.stat().st_size) != wanted["size"]:

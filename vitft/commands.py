@@ -2,8 +2,8 @@
 
 import csv
 import io
-import json
 import os
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ def predict(
         case "json":
             console.say_json({"predictions": [row.to_dict() for row in rows]})
         case "jsonl":
-            console.say_text("".join(json.dumps(row.to_dict(), ensure_ascii=False) + "\n" for row in rows))
+            console.say_text("".join(console.json_text(row.to_dict()) + "\n" for row in rows))
         case "csv":
             console.say_text(_csv(rows, top_k))
         case _:
@@ -260,7 +260,8 @@ def data_check(
     if quarantine is not None:
         lines = quarantined(found)
         write_text(quarantine, "".join(f"{line}\n" for line in lines))
-        console.note(f"{len(lines):,} images to leave out: vitft train --dataset {dataset} --exclude {quarantine}")
+        again = f"--dataset {shlex.quote(dataset)} --exclude {shlex.quote(str(quarantine))}"
+        console.note(f"{len(lines):,} images to leave out: vitft train {again}")
     images = sum(len(split) for split in source.splits.values())
     console.say_json(document(found)) if as_json else console.say(reports.check_report(found, KINDS, images))
     if broken := sum(one.severity == "error" for one in found):
@@ -291,8 +292,23 @@ def _csv(rows: list[Any], top_k: int) -> str:
     writer.writerow(["path", *(f"{name}_{k}" for k in range(1, top_k + 1) for name in ("label", "score")), "error"])
     for row in rows:
         cells = [cell for label, score in row.top for cell in (label, f"{score:.6f}")]
-        writer.writerow([row.path, *cells, *[""] * (2 * top_k - len(cells)), row.error or ""])
+        texts = [row.path, *cells, *[""] * (2 * top_k - len(cells)), row.error or ""]
+        writer.writerow([_no_formula(cell) for cell in texts])
     return text.getvalue()
+
+
+def _no_formula(cell: str) -> str:
+    """The cell with an apostrophe before what a spreadsheet would take for a formula (OWASP, CSV Injection).
+
+    Numbers stay numbers; who reads the file by a program has --format jsonl, which changes nothing.
+    """
+    if not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
 
 
 def cache_ls(as_json: bool) -> None:

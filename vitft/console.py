@@ -6,6 +6,7 @@ pipes stay clean. On several processes only the main one speaks.
 
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -32,24 +33,35 @@ def say(renderable: RenderableType = "") -> None:
 def say_json(document: Any) -> None:
     """Print one JSON document to standard output, as is: no colour, no wrapping; what is not printable is escaped."""
     if _main_process:
-        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-        print("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
+        _put(json_text(document, indent=2) + "\n")
+
+
+def json_text(document: Any, indent: int | None = None) -> str:
+    """A JSON document for a terminal, a file or a pipe: what is not printable, such as half a letter, is escaped."""
+    text = json.dumps(document, indent=indent, ensure_ascii=False, allow_nan=False)
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def say_text(text: str) -> None:
     """Print text with no markup and no wrapping: for files and pipes as it is, and safely on a terminal."""
     if _main_process:
-        print(safe(text.replace("\r\n", "\n")) if out.is_terminal else text, end="")
+        _put(safe(text.replace("\r\n", "\n")) if out.is_terminal else text)
+
+
+def _put(text: str) -> None:
+    """Print all of it: what the output's encoding does not have, as names of files may, is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), end="")
 
 
 def note(message: str) -> None:
     """Print one line about what is going on; plain text, not markup."""
-    _print(safe(message))
+    _print(safe(masked(message)))
 
 
 def warn(message: str) -> None:
     """Print one line that a person should act on; plain text, not markup."""
-    _print(safe(message), "[yellow]warning:[/] ")
+    _print(safe(masked(message)), "[yellow]warning:[/] ")
 
 
 def _print(message: str, before: str = "") -> None:
@@ -61,12 +73,21 @@ def _print(message: str, before: str = "") -> None:
 def fail(message: str) -> None:
     """Print the one line of an error; plain text, not markup. Every process may speak here."""
     line = " ".join(message.split())
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/] {escape(safe(line))}")
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/] {escape(safe(masked(line)))}")
 
 
 def traceback() -> None:
     """Print the traceback of the error being handled."""
     err.print_exception(width=110)
+
+
+def masked(text: str) -> str:
+    """The text without the passwords and tokens of its addresses: what is said is kept in logs and reports."""
+    return _TOKEN.sub(r"\1***", _PASSWORD.sub(r"\1***@", text))
+
+
+_PASSWORD = re.compile(r"(\w:/{1,2})[^/\s@]+@")  # a path has one slash
+_TOKEN = re.compile(r"([?&][\w-]*(?:token|key|secret|password|signature|sig)=)[^&\s'\"]+", re.IGNORECASE)
 
 
 def safe(text: str) -> str:

@@ -13,7 +13,7 @@ from vitft.checkpoint import find_model
 from vitft.data.augment import fit, normalize, workers
 from vitft.data.folders import scan, told
 from vitft.data.images import MAX_PIXELS, BadImage, decode
-from vitft.errors import DataError
+from vitft.errors import DataError, ModelError
 from vitft.hardware import find_device, threads
 from vitft.models import Scoring, load_trained
 from vitft.paths import expanded
@@ -46,7 +46,7 @@ def predict(
     """Classify images, in the order given; an unreadable one gets a row with its error.
 
     `paths` are files, folders (every image below them) and globs. Raises VitftError for a checkpoint
-    that cannot be used, or when no image is found at all.
+    that cannot be used or whose scores are no numbers, or when no image is found at all.
     """
     given = [paths] if isinstance(paths, str | Path) else paths
     found = list(find_images(given))
@@ -73,7 +73,12 @@ def predict(
         results = list(workers().map(read, part))
         images = [image for image in results if isinstance(image, torch.Tensor)]
         pixels = normalize(torch.cat(images).to(device), how) if images else None
-        tops = iter(()) if pixels is None else _top(model, pixels, top_k, loaded.scoring)
+        scores = torch.empty(0, 1) if pixels is None else _scores(model, pixels, loaded.scoring)
+        if not scores.isfinite().all():
+            raise ModelError(
+                f"{checkpoint}: its scores are no numbers, so its weights are broken; use another checkpoint."
+            )
+        tops = _top(scores, top_k)
         for name, result in zip(part, results, strict=True):
             if isinstance(result, str):
                 rows.append(Prediction(name, error=result))
@@ -83,10 +88,13 @@ def predict(
     return rows
 
 
-def _top(model: Any, pixels: torch.Tensor, top_k: int, scoring: Scoring) -> Iterator[list[tuple[int, float]]]:
+def _scores(model: Any, pixels: torch.Tensor, scoring: Scoring) -> torch.Tensor:
     with torch.no_grad(), threads():
-        logits = model(pixel_values=pixels).logits.float()
-    scores = logits.softmax(dim=1) if scoring == "softmax" else logits.sigmoid() if scoring == "sigmoid" else logits
+        logits: torch.Tensor = model(pixel_values=pixels).logits.float()
+    return logits.softmax(dim=1) if scoring == "softmax" else logits.sigmoid() if scoring == "sigmoid" else logits
+
+
+def _top(scores: torch.Tensor, top_k: int) -> Iterator[list[tuple[int, float]]]:
     best = scores.topk(min(top_k, scores.shape[1]), dim=1)
     for index, value in zip(best.indices.tolist(), best.values.tolist(), strict=True):
         yield list(zip(index, value, strict=True))

@@ -46,7 +46,7 @@ def prove_resume(config: TrainConfig, work: Path, *, kills: int, seed: int, say:
     """
     recipe = work / "recipe.yaml"
     # Each step is written down: that is what a kill is timed by.
-    recipe.write_text(yaml.safe_dump(config.model_dump(exclude_none=True) | {"log_every": 1}))
+    recipe.write_text(yaml.safe_dump(config.model_dump(exclude_none=True) | {"log_every": 1}), encoding="utf-8")
     whole, killed = work / "whole", work / "killed"
     started = time.perf_counter()
     _finish(_start(["--recipe", str(recipe), "--output", str(whole)]))

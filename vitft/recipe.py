@@ -108,6 +108,10 @@ class _Loader(yaml.SafeLoader):
         """Read a mapping. Raises yaml.YAMLError for a key that comes twice."""
         found: dict[Any, Any] = {}
         for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):  # of lists of lists by name, the text has no end
+                raise yaml.YAMLError(
+                    f"a setting's name is a word, not a list or mapping, in line {key_node.start_mark.line + 1}"
+                )
             key = self.construct_object(key_node, deep=True)
             key = key.replace("-", "_") if isinstance(key, str) else str(key)
             if key in found:

@@ -222,7 +222,8 @@ def check_splits(run: Path, prepared: Prepared, stores: Stores, *, begun: bool, 
             weights = ckpt.weights_in(run) or prepared.config.model
             raise DataError(
                 f"the {role} split is not the one the run began with ({difference}): the data set has changed; "
-                f"start a new run from its weights: vitft train --dataset {prepared.config.dataset} --model {weights}"
+                "start a new run from its weights: vitft train "
+                f"--dataset {shlex.quote(str(prepared.config.dataset))} --model {shlex.quote(str(weights))}"
             )
 
 

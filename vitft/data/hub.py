@@ -60,7 +60,7 @@ def _check_revision(repo: str, revision: str | None, used: str | None, builder: 
         return
     name = constants.REPO_ID_SEPARATOR.join(["datasets", *repo.split("/")])
     ref = Path(constants.HF_HUB_CACHE, name, "refs", revision)
-    wanted = ref.read_text().strip() if ref.is_file() else revision
+    wanted = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
     if used is None or not used.startswith(wanted):
         raise DataError(
             f"hub data set {repo} at revision {revision} is not in the cache "
