@@ -30,8 +30,8 @@ from vitft.models import load_for_training, shape_of
 from vitft.spec import PRESETS
 
 MEAN = STD = (0.5, 0.5, 0.5)
-Pass = Callable[[], int]
-"""Reads every image once; how many they were."""
+Pass = Callable[[], Iterable[torch.Tensor]]
+"""Reads every image once: the model's input, batch by batch, (B, 3, H, W)."""
 
 
 def model_of(name: str, size: int, folder: Path, seed: int) -> Any:
@@ -78,7 +78,7 @@ def example_input(folder: Path, size: int, kind: str, batch: int, workers: int) 
     """As `Trainer` reads the example's data set."""
     rows = example_rows(folder, size, kind)
     loader = torch.utils.data.DataLoader(rows, batch, shuffle=True, collate_fn=collated, num_workers=workers)
-    return lambda: sum(len(one["labels"]) for one in loader)
+    return lambda: (one["pixel_values"] for one in loader)
 
 
 def folder_loader(folder: Path, size: int, kind: str, batch: int, workers: int = 2) -> Any:
@@ -100,10 +100,10 @@ def timm_loader(folder: Path, size: int, kind: str, batch: int, workers: int = 2
     )  # fmt: skip
 
 
-def counted(make: Callable[..., Any], folder: Path, size: int, kind: str, batch: int) -> Pass:
+def inputs(make: Callable[..., Any], folder: Path, size: int, kind: str, batch: int) -> Pass:
     """A pass over a loader of (images, labels)."""
     loader = make(folder, size, kind, batch)
-    return lambda: sum(len(labels) for _, labels in loader)
+    return lambda: (images for images, _ in loader)
 
 
 def vitft_input(folder: Path, size: int, kind: str, batch: int) -> Pass:
@@ -115,11 +115,11 @@ def vitft_input(folder: Path, size: int, kind: str, batch: int) -> Pass:
                          device=torch.device("cpu"))  # fmt: skip
     epoch = -1
 
-    def read() -> int:
+    def read() -> Iterable[torch.Tensor]:
         nonlocal epoch
         epoch += 1
         steps = range(epoch * loader.steps_per_epoch, (epoch + 1) * loader.steps_per_epoch)
-        return sum(len(loader.batch(step).pixels) for step in steps)
+        return (loader.batch(step).pixels for step in steps)
 
     return read
 
@@ -127,8 +127,8 @@ def vitft_input(folder: Path, size: int, kind: str, batch: int) -> Pass:
 INPUTS: dict[str, Callable[..., Pass]] = {
     "Transformers example": partial(example_input, workers=0),
     "Transformers example, 2 workers": partial(example_input, workers=2),
-    "timm loader, 2 workers": partial(counted, timm_loader),
-    "torchvision ImageFolder, 2 workers": partial(counted, folder_loader),
+    "timm loader, 2 workers": partial(inputs, timm_loader),
+    "torchvision ImageFolder, 2 workers": partial(inputs, folder_loader),
     "vitft": vitft_input,
 }
 

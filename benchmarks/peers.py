@@ -2,6 +2,7 @@
 
     python benchmarks/peers.py data --dataset CIFAR10_FOLDER       # images a second into the model's input
     python benchmarks/peers.py data --photos 600                   # JPEGs of 500x375, made for this
+    python benchmarks/peers.py data --photos 60 --photo-size 2000 1500
     python benchmarks/peers.py train --dataset CIFAR10_FOLDER --model VIT_FOLDER --image-size 98
     python benchmarks/peers.py accuracy --dataset CIFAR10_FOLDER --model VIT_FOLDER --image-size 98 --seeds 3
 
@@ -19,12 +20,14 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import contenders
 import datasets
+import torch
 from photos import make_photos
 
 from vitft.data.sources import class_indices, open_source
@@ -41,6 +44,7 @@ def main() -> None:
     parser.add_argument("what", choices=("data", "train", "accuracy"))
     parser.add_argument("--dataset", default="digits", help="as for `vitft train`")
     parser.add_argument("--photos", type=int, help="in place of a data set: this many photos, made now")
+    parser.add_argument("--photo-size", type=int, nargs=2, default=(500, 375), help="their width and height")
     parser.add_argument("--images", type=int, default=4000, help="of the training split, from its beginning")
     parser.add_argument("--test-images", type=int, default=2000, help="accuracy: of the test split")
     parser.add_argument("--model", default="vit-small-patch14-224", help="a preset (new weights) or a model folder")
@@ -60,7 +64,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if given.photos:
-            make_photos(folder / "train", given.photos)
+            make_photos(folder / "train", given.photos, *given.photo_size)
         else:
             write_images(given.dataset, "train", given.images, folder / "train")
         if given.what == "accuracy":
@@ -82,7 +86,11 @@ def main() -> None:
 
 
 def data(given: argparse.Namespace, folder: Path) -> str:
-    """A table of images a second: the first pass with its decoding, and later ones."""
+    """A table of images a second, of the first pass with its decoding and of later ones, and of what they show.
+
+    The detail is the gradient energy of the inputs, relative to the first row's: who reads smaller copies has less of
+    it, and does less work. Crops are drawn anew in each pass, so theirs agree to a few percent.
+    """
     rows = []
     for kind in ("none", "crop"):
         passes = {}
@@ -90,18 +98,29 @@ def data(given: argparse.Namespace, folder: Path) -> str:
         for name, make in chosen(contenders.INPUTS, given.only).items():
             started = time.perf_counter()
             run = make(folder / "train", given.image_size, kind, given.batch_size)
-            count = run()
-            first[name], passes[name] = count / (time.perf_counter() - started), []
-            passes[name].append(run)
+            count = sum(map(len, run()))
+            first[name], passes[name] = count / (time.perf_counter() - started), run
         rates: dict[str, list[float]] = {name: [] for name in passes}
         for _ in range(given.rounds):
-            for name, (run,) in passes.items():
+            for name, run in passes.items():
                 started = time.perf_counter()
-                count = run()
+                count = sum(map(len, run()))
                 rates[name].append(count / (time.perf_counter() - started))
+        details = {name: detail(run()) for name, run in passes.items()}
         title = {"none": "resize", "crop": "random crop and flip"}[kind]
-        rows += [[title, name, f"{first[name]:,.0f}", *rated(rates, name)] for name in rates]
-    return table(["transforms", "input path", "first pass, images/s", "later passes, images/s", "ratio"], rows)
+        base = next(iter(details.values()))
+        rows += [
+            [title, name, f"{first[name]:,.0f}", *rated(rates, name), f"{details[name] / base:.2f}"] for name in rates
+        ]
+    head = ["transforms", "input path", "first pass, images/s", "later passes, images/s", "ratio", "detail"]
+    return table(head, rows)
+
+
+def detail(batches: Iterable[torch.Tensor]) -> float:
+    """The mean squared difference of neighboring pixels of all images (B, 3, H, W): their gradient energy."""
+    energies = [(pixels.diff(dim=2) ** 2).mean((1, 2, 3)) + (pixels.diff(dim=3) ** 2).mean((1, 2, 3))
+                for pixels in batches]  # fmt: skip
+    return float(torch.cat(energies).mean())
 
 
 def train(given: argparse.Namespace, folder: Path) -> str:

@@ -26,7 +26,7 @@ def test_the_input_paths_are_compared_on_photos_made_for_it(tmp_path: Path) -> N
     page.write_text("before\n<!-- peers photos -->\nold\n<!-- end -->\nafter\n")
     small = ["--photos", "6", "--image-size", "32", "--rounds", "2", "--only", "vitft"]
     said = compared("data", *small, "--into", str(page), "--name", "photos")
-    assert re.search(r"^\| resize \| vitft \| [\d,]+ \| [\d,.]+ \([\d,.]+ to [\d,.]+\) \| 1.00 \|$", said, re.M)
+    assert re.search(r"^\| resize \| vitft \| [\d,]+ \| [\d,.]+ \([\d,.]+ to [\d,.]+\) \| 1.00 \| 1.00 \|$", said, re.M)
     assert "| random crop and flip | vitft |" in said
     assert "`python benchmarks/peers.py data --photos 6 --image-size 32 --rounds 2 --only vitft`" in said
     text = page.read_text()

@@ -267,7 +267,7 @@ def test_crops_are_as_sharp_as_if_cut_from_the_photo(tmp_path: Path, name: str, 
         index = index[area < 0.2][:24] if small else index[:40]
         from_store = crops(store.gather(np.zeros(len(index), np.int64), stacked=False), how, 0, 0, index)
         from_photo = crops([photo] * len(index), how, 0, 0, index)
-        assert sharpness(from_store) == pytest.approx(sharpness(from_photo), rel=0.07)
+        assert sharpness(from_store) == pytest.approx(sharpness(from_photo), rel=0.15)
 
 
 def test_crops_of_photos_are_cut_from_views(tmp_path: Path) -> None:

@@ -20,11 +20,10 @@ import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from vitft.data import cache
-from vitft.data.augment import CROP_AREA, Images, Preprocess, each_of, uncropped, workers
+from vitft.data.augment import CROP_AREA, Images, Preprocess, each_of, resize, uncropped, workers
 from vitft.data.images import BadImage, about, decode, encoded, header
 from vitft.data.sources import sample_id
 from vitft.errors import DataError
@@ -236,9 +235,9 @@ def reduced(image: NDArray[np.uint8], how: Preprocess, crops: bool) -> NDArray[n
     scale = _crop_scale(height, width, how)
     if scale >= 1:
         return image
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    # Sharper than the filter that resizes crops, which comes after it: two of those would blur.
-    return np.array(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+    size = max(1, round(height * scale)), max(1, round(width * scale))
+    # Sharper than the filter that resizes crops, which comes after it: that one twice would blur.
+    return resize(torch.from_numpy(image)[None], *size, "bicubic")[0].contiguous().numpy()
 
 
 def _crop_scale(height: int, width: int, how: Preprocess) -> float:
