@@ -421,7 +421,8 @@ def test_where_a_disk_has_no_times_of_change_the_content_tells(
 ) -> None:
     class Timeless:
         def __init__(self, real: os.stat_result) -> None:
-            self.st_size, self.st_mtime_ns, self.st_ctime_ns = real.st_size, real.st_mtime_ns, 0
+            self.st_mode, self.st_size = real.st_mode, real.st_size
+            self.st_mtime_ns, self.st_ctime_ns = real.st_mtime_ns, 0
 
     real = os.fstat
     monkeypatch.setattr(cache.os, "fstat", lambda handle: Timeless(real(handle)))

@@ -11,6 +11,7 @@ and drops its own. What is removed while a run reads it stays with that run unti
 Nothing in an entry is believed: a run reads all of it once and compares the checksums before it uses an image.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import datasets
@@ -35,7 +37,7 @@ from torch import Tensor
 from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest, xxh3_128
 
 from vitft import console
-from vitft.data.augment import each_of
+from vitft.data.augment import each_of, workers
 from vitft.files import held, json_text
 from vitft.paths import expanded
 
@@ -89,18 +91,20 @@ def _identity(cell: dict[str, Any], whole: bool) -> bytes:
     """What tells one encoded image from another. Raises OSError."""
     if cell["bytes"] is not None:
         return len(cell["bytes"]).to_bytes(8, "little") + xxh3_128(cell["bytes"]).digest()
-    path = Path(cell["path"])
-    if not path.is_file():  # opening a pipe would wait
-        raise FileNotFoundError(path)
-    with path.open("rb", buffering=0) as file:
-        status = os.fstat(file.fileno())
+    handle = os.open(cell["path"], os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for who writes to it
+    try:
+        status = os.fstat(handle)
+        if not S_ISREG(status.st_mode):
+            raise FileNotFoundError(errno.ENOENT, "no file", cell["path"])
         hashed = xxh3_128()
         if whole or status.st_size <= 3 * _SAMPLE:
-            while piece := file.read(_PIECE):
+            while piece := os.read(handle, _PIECE):
                 hashed.update(piece)
         else:
             for place in (0, (status.st_size - _SAMPLE) // 2, status.st_size - _SAMPLE):
-                hashed.update(os.pread(file.fileno(), _SAMPLE, place))
+                hashed.update(os.pread(handle, _SAMPLE, place))
+    finally:
+        os.close(handle)
     return repr((status.st_size, status.st_mtime_ns, status.st_ctime_ns)).encode() + hashed.digest()
 
 
@@ -135,12 +139,19 @@ class Kept:
         if os.fstat(self._file.fileno()).st_size != self.size:
             return False
         memory = None if into is None else into.numpy()
-        for position, end in enumerate(self._ends.tolist()):
+
+        def whole(position: int) -> bool:
             height, width = self.shapes[position].tolist()
+            end = int(self._ends[position])
             own = None if memory is None else memory[end - 3 * height * width : end].reshape(height, width, 3)
-            if self.image(position, own) is None:
-                return False
-            progress(position + 1, len(self.shapes))
+            return self.image(position, own) is not None
+
+        count = len(self.shapes)
+        for start in range(0, count, _CHUNK):
+            for position, one in enumerate(workers().map(whole, range(start, min(start + _CHUNK, count))), start):
+                if not one:
+                    return False
+                progress(position + 1, count)
         return True
 
     def image(self, position: int, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8] | None:
