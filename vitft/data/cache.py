@@ -116,7 +116,7 @@ def _decoder() -> tuple[Any, ...]:
     return PIL.__version__, torch.__version__, libraries, code
 
 
-_CODE = ("augment", "images", "store")
+_CODE = ("augment", "color", "images", "store")
 
 
 class Kept:
