@@ -200,3 +200,11 @@ def test_a_column_that_is_none_is_told_with_all_that_are(tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"no column 'data.lable'; did you mean data.label\?; the columns"):
         open_source(str(file), label_column="data.lable")
     assert seen(open_source(str(file), label_column="tags")) == [(10, "u"), (20, "v")]
+
+
+def test_a_class_in_two_unicode_forms_is_one(tmp_path: Path) -> None:
+    write(tmp_path / "train.parquet", {"image": FILES, "label": ["caf\u00e9", "tea"]})
+    write(tmp_path / "test.parquet", {"image": FILES, "label": ["cafe\u0301", "tea"]})
+    source = open_source(str(tmp_path))
+    assert source.labels == ("caf\u00e9", "tea")
+    assert seen(source) == seen(source, "test")

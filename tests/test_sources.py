@@ -561,3 +561,28 @@ def test_an_unknown_configuration_is_explained_over_two_lines(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset_builder", fail)
     said = refused("owner/name:x", "cannot be used: ValueError: BuilderConfig 'x' not found")
     assert "Available: ['a', 'b'];" in said
+
+
+SECRETS = ("hf_AbCdEfGhIjKlMnOp", "s3cret", "4f3a9c")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://user:s3cret@hub.example/x", "http://hf_AbCdEfGhIjKlMnOp@hub.example", "Bearer hf_AbCdEfGhIjKlMnOp",
+        "for url: https://cdn.example/a.parquet?X-Amz-Signature=4f3a9c&x=1 (403)", "https://hub.example/x?token=s3cret",
+    ],
+)  # fmt: skip
+def test_no_token_of_an_address_is_said(monkeypatch, text):
+    def fail(*args, **kwargs):
+        raise ValueError(f"could not read\n{text}")
+
+    monkeypatch.setattr("vitft.data.hub.answers", lambda *asked: True)
+    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
+    said = refused("owner/name", "the hub's copy cannot be used")
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *a, **k: (_ for _ in ()).throw(ConnectionError()))
+    monkeypatch.setattr("vitft.hub.constants.ENDPOINT", text)
+    said += refused("owner/name", "could not be reached")
+    if "://" in text.split()[0]:
+        said += refused(text, "is an address")
+    assert not [secret for secret in SECRETS if secret in said], said

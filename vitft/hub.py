@@ -1,5 +1,6 @@
 """Why something could not be had from the hub, in words for a person."""
 
+import re
 from pathlib import Path
 
 import huggingface_hub as hub
@@ -47,18 +48,26 @@ def reason(error: BaseException, cache: Path | None = None) -> str:
         if isinstance(cause, GatedRepoError):
             return "the hub wants you to ask for access first (then `hf auth login`)"
         if isinstance(cause, RepositoryNotFoundError):
-            return f"the hub at {constants.ENDPOINT} has none that you may read"
+            return f"the hub at {without_secrets(constants.ENDPOINT)} has none that you may read"
         if isinstance(cause, RevisionNotFoundError):
             return "the hub has it, but not at that revision"
     if constants.HF_HUB_OFFLINE:
         return f"offline mode is set and the cache {held} does not have it"
     kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
     if kinds & _UNREACHABLE or "couldn't connect" in str(error):
-        return f"the hub at {constants.ENDPOINT} could not be reached and the cache {held} does not have it"
+        hub_at = without_secrets(constants.ENDPOINT)
+        return f"the hub at {hub_at} could not be reached and the cache {held} does not have it"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # What ValueErrors explain (an unknown configuration, say) takes a second line.
     said = " ".join(lines[:2] if isinstance(error, ValueError) else lines[:1]).rstrip(".")[:300]
-    return f"the hub's copy cannot be used: {type(error).__name__}{': ' if said else ''}{said}"
+    return without_secrets(f"the hub's copy cannot be used: {type(error).__name__}{': ' if said else ''}{said}")
+
+
+def without_secrets(text: str) -> str:
+    """A text without the tokens, passwords and signatures that addresses and messages may hold."""
+    text = re.sub(r"//[^/@\s]+@", "//***@", text)
+    text = re.sub(r"(https?://[^\s?]+)\?[^\s'\")]+", r"\1?***", text)
+    return re.sub(r"\b(hf|api_org)_[A-Za-z0-9]{8,}", r"\1_***", text)
 
 
 # By name: each client of the hub has errors of its own.

@@ -24,7 +24,7 @@ from vitft.demand import check_demand, check_lengths, check_pickled
 from vitft.errors import ModelError, VitftError, nearest
 from vitft.heads import head_modules, in_head, label_tensors
 from vitft.hub import answers, reason
-from vitft.paths import expanded
+from vitft.paths import composed, expanded
 from vitft.positions import at_image_size, check_size, is_fixed, size_of, with_image_size
 from vitft.processors import read_processor
 from vitft.randomness import seed_of
@@ -65,7 +65,9 @@ def load_for_training(config: TrainConfig, labels: Sequence[str]) -> Loaded:
     origin = _origin(locate(config.model), config.model_revision)
     stored = _stored(origin)
     known = _labels_of(stored)
-    same = known == tuple(labels) or (len(set(known)) == len(known) and set(known) == set(labels))
+    same = known == tuple(labels) or (
+        len(set(known)) == len(known) and {*map(composed, known)} == {*map(composed, labels)}
+    )
     keeps_head = same and _has_head(stored) and (scoring := _scoring(stored)) == "softmax"
     if same and _has_head(stored) and not keeps_head:
         console.warn(

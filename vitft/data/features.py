@@ -359,7 +359,10 @@ def columns_of(name: str, features: Mapping[str, Any], reading: Reading, notes: 
     absent = reading.label_column not in (None, *leaves(features)) and role_of(name) == "test"
     label = None if absent else reading.label_column
     image, found = find_columns(features, reading.image_column, label, notes)
-    return image, None if absent else found
+    found = None if absent else found
+    told = "no label" if found is None else f"the label {'.'.join(found.path)!r}"
+    notes.decide(f"split {name}: the image is column {'.'.join(image.path)!r}, {told}")
+    return image, found
 
 
 def plain_splits(

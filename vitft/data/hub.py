@@ -13,7 +13,7 @@ from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from vitft.errors import DataError
-from vitft.hub import answers, ask, reason
+from vitft.hub import answers, ask, reason, without_secrets
 from vitft.paths import shown
 
 _SHA = re.compile(r"[0-9a-f]{40}")
@@ -84,7 +84,7 @@ def _failure(repo: str, config: str | None, revision: str | None, error: Excepti
 
 
 def _endpoint() -> str:
-    return str(datasets.config.HF_ENDPOINT)
+    return without_secrets(str(datasets.config.HF_ENDPOINT))
 
 
 def caches() -> tuple[Path, ...]:

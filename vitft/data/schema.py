@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vitft.errors import DataError
+from vitft.paths import composed
 
 ROLES = {  # the names a split goes by; the first one present is taken
     "train": ("train", "training"),
@@ -149,7 +150,8 @@ def _label_values(split: datasets.Dataset, column: str, name: str) -> _Labels:
     feature = split.features[column]
     values = split.select_columns([column]).with_format("arrow")[:].column(column).combine_chunks()
     if isinstance(feature, datasets.ClassLabel):
-        words = list(feature.names)
+        words = [composed(word) for word in feature.names]
+        words = words if len(set(words)) == len(words) else list(feature.names)
         codes = np.asarray(pc.fill_null(values, -1).cast(pa.int64()))
         if len(codes) and codes.max() >= len(words):
             raise DataError(f"split {name}: label {codes.max()} but only {len(words)} class names.")
@@ -162,7 +164,7 @@ def _label_values(split: datasets.Dataset, column: str, name: str) -> _Labels:
         if pc.all(pc.equal(values, pc.floor(values))).as_py():
             values = values.cast(pa.int64())
     coded = values.cast(pa.string()).dictionary_encode()
-    words = coded.dictionary.to_pylist()
+    words = [composed(word) for word in coded.dictionary.to_pylist()]
     known = [word for word in words if not is_missing(word)]
     place = {word: index for index, word in enumerate(dict.fromkeys(known))}
     remap = np.array([place.get(word, -1) for word in words] + [-1], np.int64)  # the last one: what is null
@@ -197,8 +199,10 @@ def _labeled(found: Mapping[str, _Labels], raw: Mapping[str, datasets.Dataset], 
             )
         else:
             used = [word for word in one.words if one.declared or word != "-1" or union == {"-1", "1"}]
-            remap = np.array([used.index(word) if word in used else -1 for word in one.words], np.int64)
-            labeled[name] = _Labels(remap[codes], used, one.declared)
+            if len(used) < len(one.words):
+                place = {word: index for index, word in enumerate(used)}
+                codes = np.array([place.get(word, -1) for word in one.words], np.int64)[codes]
+            labeled[name] = _Labels(codes, used, one.declared)
     return labeled
 
 

@@ -20,6 +20,7 @@ from vitft.data.features import plain_splits
 from vitft.data.schema import Notes, Reading, standardize
 from vitft.data.tables import located
 from vitft.errors import DataError, UsageError, nearest
+from vitft.hub import without_secrets
 from vitft.paths import expanded
 
 
@@ -193,6 +194,9 @@ def class_indices(split: datasets.Dataset) -> NDArray[np.int64]:
 
 def _unknown(dataset: str) -> str:
     known = sorted([*ALIASES, DIGITS])
+    if re.match(r"\w+://", dataset):
+        shown = without_secrets(dataset)
+        return f"{shown} is an address; give a hub id (owner/name), or download it and give the file or folder."
     if dataset.startswith((".", "~", os.sep)) or dataset.count("/") > 1:
         return f"no file or folder {dataset}; give one that exists, or one of {', '.join(known)}."
     return (

@@ -68,7 +68,7 @@ def _hub_config(model: str) -> Path:
     """The cached or downloaded config.json of a hub model; raises ModelError where neither can be had."""
     import huggingface_hub as hub
 
-    from vitft.hub import ask
+    from vitft.hub import ask, without_secrets
     from vitft.paths import shown
 
     try:
@@ -79,8 +79,9 @@ def _hub_config(model: str) -> Path:
         return Path(hub.hf_hub_download(model, "config.json"))
     except Exception as error:  # a bad id, no such model, no network: the hub has no common error for them
         cache = shown(Path(hub.constants.HF_HUB_CACHE))
+        endpoint = without_secrets(hub.constants.ENDPOINT)
         raise ModelError(
-            f"config.json of {model} is neither in {cache} nor to be had from {hub.constants.ENDPOINT} "
+            f"config.json of {model} is neither in {cache} nor to be had from {endpoint} "
             f"({type(error).__name__}); offline, give a local folder or a preset such as {DEFAULT_MODEL}."
         ) from None
 
