@@ -511,6 +511,7 @@ def test_an_alias_wins_over_a_folder_unless_spelled_as_a_path(tmp_path, monkeypa
 def test_unknown_names():
     assert "did you mean cifar10" in refused("cifar1O", "no data set 'cifar1O'")
     assert "digits" in refused("", "no data set")
+    refused("digits", "no column 'kind'", label_column="kind")
     refused("./nowhere", "no file or folder ./nowhere")
     refused("a/b/c", "no file or folder a/b/c")
     refused("x" * 5000, "no data set")

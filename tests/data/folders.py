@@ -256,5 +256,12 @@ CASES = [
         error="did you mean the file",
     ),
     Case("images-alone", photos("0.png", "1.png"), ".", error="holds images but no class folders"),
+    Case(
+        "columns-of-folders",
+        of("."),
+        ".",
+        error="holds folders of images, without columns",
+        options={"label_column": "x"},
+    ),
     Case("nothing", {"notes.md": "x"}, ".", error="expected root/class/image.jpg"),
 ]

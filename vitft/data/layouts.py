@@ -16,7 +16,7 @@ import numpy as np
 from vitft.data.folders import Folder, Listing, relative, told
 from vitft.data.schema import Notes, Reading, image_structs, make_split, role_of
 from vitft.data.tables import read_table
-from vitft.errors import DataError
+from vitft.errors import DataError, UsageError, as_flag
 from vitft.paths import composed
 
 Classes = dict[str, list[str]]
@@ -34,6 +34,9 @@ def read_folder(root: Path, listing: Listing, reading: Reading, notes: Notes) ->
         notes.decide(remark)
     if (found := _by_metadata(_Layout(listing.tree, notes), reading, notes)) is not None:
         return found
+    for name in ("image_column", "label_column", "split_column", "fold_column", "fold"):
+        if (value := getattr(reading, name)) is not None:
+            raise UsageError(f"{as_flag(name)} {value}: {root} holds folders of images, without columns; leave it out.")
     splits = splits_of(listing.tree, notes)
     if listing.doubles:
         path, first = (relative(one, listing.tree.path) for one in listing.doubles[0])

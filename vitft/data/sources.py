@@ -107,7 +107,7 @@ def open_source(
     else:
         raise DataError(_unknown(dataset))
     try:
-        if used is not None or not (is_here or dataset == DIGITS):
+        if alias is not None or dataset == DIGITS or not is_here:
             raw = plain_splits(raw, Path(dataset), reading, notes)
         splits, labels = standardize(raw, notes)
         for split_name, split in splits.items():
