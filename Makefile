@@ -63,9 +63,9 @@ mutants: .venv/.installed-dev  ## every contract broken once, on a copy: some te
 	$(BIN)/python tests/mutants/run.py
 
 mutation: .venv/.installed-dev  ## a sample of small faults in the code: what share do the tests notice? (hours; it can be broken off)
-	$(BIN)/python -m tests.mutants.sample record
-	$(BIN)/python -m tests.mutants.sample run --count 600
-	$(BIN)/python -m tests.mutants.sample report
+	$(BIN)/python tests/mutants/sample.py record
+	$(BIN)/python tests/mutants/sample.py run --count 600
+	$(BIN)/python tests/mutants/sample.py report
 
 soak: .venv/.installed-dev  ## the longer proofs: all tests under other kernels, an hour of faults; about four hours, idle
 	$(BIN)/python -m tests.kernels

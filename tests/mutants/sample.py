@@ -1,16 +1,17 @@
 """A sample of small faults, put into the code one at a time: which ones does no test notice?
 
-    python -m tests.mutants.sample record [tests ...]   which test runs which line, and how long it takes
-    python -m tests.mutants.sample run --count 500      try mutants; those tried before are not tried again
-    python -m tests.mutants.sample report               the share caught, and each survivor
+    python tests/mutants/sample.py record [tests ...]   which test runs which line, and how long it takes
+    python tests/mutants/sample.py run --count 500      try mutants; those tried before are not tried again
+    python tests/mutants/sample.py report               the share caught, and each survivor
 
-mutmut and cosmic-ray start Python for each mutant or rewrite each function, which takes minutes with torch and
-Transformers to import, and breaks classes that are read by name. Here one process imports them once; each mutant is
-a line of a copy of the project and a fork of that process, which runs the tests that reach the line, fastest first.
+cosmic-ray starts Python anew for each mutant, which with torch and Transformers takes ten seconds, and mutmut renames
+functions, which breaks what looks them up. Here one process imports all of it, the tests too; a mutant is a fork of
+that process in which one function has other code, and runs the tests that reach the line, fastest first.
 """
 
 import argparse
 import ast
+import gc
 import json
 import os
 import random
@@ -21,22 +22,22 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 STATE = PROJECT / "runs" / "mutants"  # ignored by git, kept by `make clean`
 SAMPLED = (
-    "card", "checkpoint", "classification", "data/augment", "data/cache", "data/check", "data/choice", "data/images",
-    "data/loader", "data/local", "data/pixels", "data/schema", "data/sources", "data/splits", "data/store",
-    "data/tables", "evaluation", "faults", "files", "history", "learner", "metrics", "optim", "positions",
-    "prediction", "preparation", "probing", "randomness", "runs", "trainer", "trial", "tuning",
+    "card", "checkpoint", "classification", "evaluation", "faults", "files", "history", "learner", "metrics", "optim",
+    "positions", "prediction", "preparation", "probing", "randomness", "runs", "signals", "trainer", "trial", "tuning",
+    *(f"data/{file.stem}" for file in sorted((PROJECT / "vitft" / "data").glob("[!_]*.py"))),
 )  # fmt: skip
+IN_PROCESSES = ("tests/test_processes.py", "tests/test_survival.py")  # for lines that no test reaches in its own
 TESTS_S = 90.0  # of recorded time, for one mutant
 SLOWER = 8.0  # so many times its recorded time a test may take, on a busy machine
-HEAVY = ("torch", "transformers", "datasets", "evaluate", "accelerate", "sklearn.metrics", "pytest", "scipy.stats",
-         "matplotlib.figure", "hypothesis", "transformers.models.vit.modeling_vit")  # fmt: skip
+_QUIET = ("-p", "no:randomly", "-p", "no:cacheprovider")
 
 # -- mutants ----------------------------------------------------------------------------------------
 
@@ -65,6 +66,7 @@ class Mutant(NamedTuple):
     was: str
     now: str
     context: str  # the whole line: a mutant is known again when lines above it have moved
+    function: str  # the outermost function whose body it is in, by qualified name; "" where it is in none
 
     @property
     def key(self) -> str:
@@ -77,23 +79,32 @@ def mutants_of(file: str, source: str) -> Iterator[Mutant]:
     starts = [0]
     for line in lines:
         starts.append(starts[-1] + len(line))
-    content = source.encode()
+    content, function = source.encode(), ""
 
     def mutant(node: Any, operator: str, now: str) -> Mutant:
         """An expression is replaced where it stands: `now` is in parentheses where that matters."""
         start = starts[node.lineno - 1] + node.col_offset
         end = starts[node.end_lineno - 1] + node.end_col_offset
         was, context = content[start:end].decode(), lines[node.lineno - 1].decode().strip()
-        return Mutant(file, operator, node.lineno, node.end_lineno, start, end, was, now, context)
+        return Mutant(file, operator, node.lineno, node.end_lineno, start, end, was, now, context, function)
 
-    def visit(node: ast.AST, said: bool) -> Iterator[Mutant]:
+    def visit(node: ast.AST, said: bool, names: tuple[str, ...] = ()) -> Iterator[Mutant]:
+        nonlocal function
         match node:
             case ast.Expr(value=ast.Constant()) | ast.JoinedStr():
                 return
+            case ast.ClassDef():
+                for part in node.body:
+                    yield from visit(part, said, (*names, node.name))
+                return
             case ast.FunctionDef():
-                for part in (*node.args.defaults, *node.args.kw_defaults, *node.body):
-                    if part is not None:
-                        yield from visit(part, said)
+                for default in (*node.args.defaults, *node.args.kw_defaults):
+                    if default is not None:
+                        yield from visit(default, said)
+                outer, function = function, function or ".".join((*names, node.name))
+                for part in node.body:
+                    yield from visit(part, said)
+                function = outer
                 return
             case ast.AnnAssign():
                 if node.value is not None:
@@ -241,24 +252,33 @@ def run(count: int, seed: int, only: list[str]) -> int:
             PROJECT, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "runs", "*_cache", "__pycache__")
         )
         os.chdir(copy)
-        sys.path[:] = [str(copy), *(entry for entry in sys.path if entry not in ("", str(PROJECT)))]
+        mine = ("", str(PROJECT), str(Path(__file__).parent))
+        sys.path[:] = [str(copy), *(entry for entry in sys.path if entry not in mine)]
         os.environ |= {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         sys.dont_write_bytecode = True
-        for name in HEAVY:
-            __import__(name)
+        import pytest
+
+        with Path(os.devnull).open("w") as nothing, redirect_stdout(nothing):
+            files = sorted({test.split("::")[0] for test in seconds})
+            assert pytest.main(["--collect-only", "-q", *_QUIET, *files]) == 0
         for mutant in sample(copy, count, seed, only):
             if mutant.key in tried:
                 continue
             lines = range(mutant.line, mutant.end_line + 1)
             tests = {test for line in lines for test in by_line[mutant.file, line]}
+            # What runs as a file is imported, or in other processes alone, is no test's own.
+            near = tests or {test for (file, _), of_it in by_line.items() if file == mutant.file for test in of_it}
             chosen, total = list[str](), 0.0
-            for test in sorted(tests, key=seconds.__getitem__):
+            for test in sorted(near, key=seconds.__getitem__):
                 total += seconds[test]
                 if chosen and total > TESTS_S:
                     break
                 chosen.append(test)
-            began = time.monotonic()
-            verdict = _try(copy, mutant, chosen, 60 + SLOWER * min(total, TESTS_S)) if chosen else "not reached"
+            began, verdict = time.monotonic(), "SURVIVED"
+            if chosen:
+                verdict = _try(copy, mutant, chosen, 60 + SLOWER * total)
+            if not tests and verdict == "SURVIVED":
+                verdict = _try(copy, mutant, [*IN_PROCESSES, "-m", "not slow"], 1800)
             took_s = round(time.monotonic() - began, 1)
             line = mutant._asdict() | {"key": mutant.key, "verdict": verdict, "tests": len(chosen), "of": len(tests)}
             with (STATE / "results.jsonl").open("a") as file:
@@ -269,8 +289,7 @@ def run(count: int, seed: int, only: list[str]) -> int:
 
 def sample(project: Path, count: int, seed: int, only: list[str]) -> list[Mutant]:
     """The same mutants for the same code: an equal share of each file's, drawn file by file."""
-    every = {name: list(mutants_of(f"vitft/{name}.py", (project / f"vitft/{name}.py").read_text())) for name in SAMPLED
-             if (project / f"vitft/{name}.py").exists()}  # fmt: skip
+    every = {name: list(mutants_of(f"vitft/{name}.py", (project / f"vitft/{name}.py").read_text())) for name in SAMPLED}
     share = count / sum(map(len, every.values()))
     chosen = []
     for name, found in every.items():
@@ -282,16 +301,18 @@ def sample(project: Path, count: int, seed: int, only: list[str]) -> list[Mutant
 def _try(copy: Path, mutant: Mutant, tests: list[str], limit_s: float) -> str:
     file = copy / mutant.file
     content = file.read_bytes()
-    file.write_bytes(content[: mutant.start] + mutant.now.encode() + content[mutant.end :])
+    mutated = content[: mutant.start] + mutant.now.encode() + content[mutant.end :]
+    file.write_bytes(mutated)  # for the processes that tests start
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
         nothing = os.open(os.devnull, os.O_RDWR)
         for handle in (0, 1, 2):
             os.dup2(nothing, handle)
+        _put_in(mutant, compile(mutated, str(file), "exec"))
         import pytest
 
-        os._exit(int(pytest.main(["-x", "-q", "-p", "no:randomly", "-p", "no:cacheprovider", *tests])))
+        os._exit(int(pytest.main(["-x", "-q", *_QUIET, *tests])))
     end = time.monotonic() + limit_s
     ended, status = os.waitpid(child, os.WNOHANG)
     while not ended and time.monotonic() < end:
@@ -304,6 +325,30 @@ def _try(copy: Path, mutant: Mutant, tests: list[str], limit_s: float) -> str:
         os.waitpid(child, 0)
         return "caught late"
     return "SURVIVED" if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0 else "caught"
+
+
+def _put_in(mutant: Mutant, module: CodeType) -> None:
+    """Give the function its new code, wherever it is already in use; or have everything imported anew."""
+    from vitft.data.augment import workers
+
+    workers.cache_clear()  # threads do not survive a fork
+    codes = [code for code in _functions(module) if code.co_qualname == mutant.function]
+    live = [one for one in gc.get_objects() if isinstance(one, FunctionType) and one.__qualname__ == mutant.function
+            and one.__code__.co_filename == module.co_filename]  # fmt: skip
+    if len(codes) == 1 and len({one.__code__ for one in live}) == 1:
+        for one in live:
+            one.__code__ = codes[0]
+        return
+    for name in list(sys.modules):
+        if name.split(".")[0] in ("vitft", "tests"):
+            del sys.modules[name]
+
+
+def _functions(code: CodeType) -> Iterator[CodeType]:
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield inner
+            yield from _functions(inner)
 
 
 def results() -> list[dict[str, Any]]:
@@ -334,7 +379,7 @@ def report() -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.mutants.sample", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python tests/mutants/sample.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("record").add_argument("tests", nargs="*")
     trying = commands.add_parser("run")
