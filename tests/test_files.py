@@ -37,7 +37,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, done: list
     file = tmp_path / "a.txt"
     file.write_text("before")
     files.write_text(file, "é\r\nü\n")
-    assert done == [("sync", ".a.txt.new"), ("rename", ".a.txt.new > a.txt"), ("sync", tmp_path.name)]
+    assert done == [("sync", ".a.txt.vitft-new"), ("rename", ".a.txt.vitft-new > a.txt"), ("sync", tmp_path.name)]
     assert file.read_bytes() == "é\r\nü\n".encode()  # in UTF-8 and with the lines' own ends, wherever it is written
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
@@ -51,8 +51,8 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, done: li
             (new / "inner" / "b").write_text(content)
             (new / "a").write_text(content)
     assert done == [
-        ("sync", "a"), ("sync", "inner"), ("sync", "b"), ("sync", ".folder.new"),
-        ("rename", "folder > .folder.old"), ("rename", ".folder.new > folder"), ("sync", "deep"),
+        ("sync", "a"), ("sync", "inner"), ("sync", "b"), ("sync", ".folder.vitft-new"),
+        ("rename", "folder > .folder.vitft-old"), ("rename", ".folder.vitft-new > folder"), ("sync", "deep"),
     ]  # fmt: skip
     assert (folder / "inner" / "b").read_text() == "second"
     assert [path.name for path in folder.parent.iterdir()] == ["folder"]
@@ -81,7 +81,7 @@ def test_a_folder_that_cannot_be_held_is_free_to_use(
 
 
 def test_removing_a_folder_removes_what_an_earlier_try_left(tmp_path: Path) -> None:
-    for name in ("step", ".step.gone"):
+    for name in ("step", ".step.vitft-gone"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights").touch()
     files.remove_folder(tmp_path / "step")
