@@ -90,6 +90,7 @@ FORMS = [
          "t.csv", CATS),
     Case("comment-lines", FOUR | {"t.csv": "# drawn, by hand\n# 2024\npath,label\n" + "\n".join(ROWS) + "\n# the end\n"},
          "t.csv", CATS, decided="3 lines of comment"),
+    Case("no-header-and-a-long-comment", FOUR | {"t.csv": "# " + "x" * 140_000 + "\n" + "\n".join(ROWS)}, "t.csv", CATS),
     Case("header-in-a-comment", FOUR | {"t.csv": "#path,label\n" + "\n".join(ROWS)}, "t.csv", CATS,
          decided="the header is a comment"),
     Case("utf-8-with-a-mark", FOUR | {"t.csv": "\n".join(["path,label", *ROWS]).encode("utf-8-sig")}, "t.csv", CATS),

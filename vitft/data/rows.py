@@ -267,7 +267,10 @@ class _Delimited:
             while first and not first[-1]:
                 first.pop()
             return _unique([cell or f"column {number}" for number, cell in enumerate(first, 1)]), ""
-        said = next(csv.reader([remark], delimiter=delimiter, skipinitialspace=True), [])
+        try:
+            said = next(csv.reader([remark], delimiter=delimiter, skipinitialspace=True), [])
+        except csv.Error:  # a comment may be anything
+            said = []
         if len(said) == len(first) > 1:
             return _unique([name.strip() for name in said]), "the header is a comment"
         return [f"column {number}" for number in range(1, len(first) + 1)], "no header, the first row names a file"
