@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test check smoke bench mutants mutation soak wheel clean
+.PHONY: help demo test check smoke bench mutants mutation soak lowest wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -48,6 +48,14 @@ smoke: .venv/.installed  ## tiny subsets through the real command line
 	$(BIN)/vitft eval runs/smoke --json
 	$(BIN)/vitft predict docs/digits --checkpoint runs/smoke --json
 
+lowest: pyproject.toml constraints.txt  ## tests of data and models with the lowest versions of what pyproject.toml allows
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	sed -n '/^dependencies/,/^]/s/^  "\([A-Za-z_-]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml | grep -v '^torch=' > .venv-lowest/lowest.txt
+	grep '^torch==' constraints.txt >> .venv-lowest/lowest.txt
+	.venv-lowest/bin/python -m pip --disable-pip-version-check install --quiet --constraint .venv-lowest/lowest.txt \
+		--editable '.[heic]' hypothesis pytest pytest-timeout
+	.venv-lowest/bin/python -m pytest tests/test_images.py tests/test_sources.py tests/test_augment.py tests/test_models.py
+
 .venv-bench/.installed: pyproject.toml benchmarks/requirements.txt
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet \
@@ -76,4 +84,4 @@ wheel: .venv/.installed-dev  ## build the wheel into dist/
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
 
 clean:  ## remove what the other targets made, runs/ apart
-	rm -rf .venv .venv-bench dist .ruff_cache .mypy_cache
+	rm -rf .venv .venv-bench .venv-lowest dist .ruff_cache .mypy_cache
