@@ -4,6 +4,7 @@ import io
 import json
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from typer.testing import CliRunner
 
 from vitft import TrainConfig, evaluate, train
 from vitft.cli import app
-from vitft.data.check import KINDS, check, quarantined
-from vitft.data.sources import open_source
+from vitft.data import check as check_room
+from vitft.data.check import KINDS, _Seen, check, quarantined
+from vitft.data.sources import excluding, open_source, sample_names
 from vitft.data.suspects import write_suspects
 from vitft.errors import DataError, UsageError
 
@@ -172,6 +174,74 @@ def test_a_near_leak_names_both(tmp_path: Path, rng: Rng) -> None:
     assert finding.detail.endswith("% alike: test/cat/b.jpg of test")
 
 
+def frames(count: int, rng: Rng, near: float = 0.05) -> list[Any]:
+    """Frames of a film as the doctor sees them: hashes that differ by a few bits, nearly equal thumbnails."""
+    base, first = int(rng.integers(2**63)), rng.normal(size=256)
+    seen = []
+    for i in range(count):
+        path, split = f"{i}.jpg", ("train", "validation", "test")[3 * i // count]
+        if i % 7 == 3:
+            seen.append(replace(seen[-1], path=path, split=split))  # the same pixels again
+            continue
+        thumb = first + near * rng.normal(size=256)
+        sign = base ^ (1 << int(rng.integers(64))) ^ (1 << int(rng.integers(64)))
+        thumb = ((thumb - thumb.mean()) / np.linalg.norm(thumb - thumb.mean())).astype(np.float32)
+        seen.append(_Seen(split, path, 0, (), i.to_bytes(16, "big"), sign, thumb))
+    return seen
+
+
+def all_pairs(seen: list[Any]) -> set[tuple[str, str, str]]:
+    """What is told of these frames, by looking at every pair."""
+    told = {}
+    for row, one in enumerate(seen):
+        for other in seen[:row]:
+            near = (one.sign ^ other.sign).bit_count() <= check_room._BITS and one.digest != other.digest
+            if near and float(one.thumb @ other.thumb) >= check_room._ALIKE:
+                told.setdefault((one.path, other.split), other.path)
+    return {(path, split, other) for (path, split), other in told.items()}
+
+
+@pytest.mark.parametrize("near", [0.05, 0.175, 0.185])  # all alike, most, few
+def test_of_photos_that_look_alike_each_has_the_first_of_each_split(
+    rng: Rng, monkeypatch: pytest.MonkeyPatch, near: float
+) -> None:
+    monkeypatch.setattr(check_room, "_BLOCK", 7)
+    monkeypatch.setattr(check_room, "_COMPARED", 5)
+    seen = frames(90, rng, near)
+    told = set()
+    for one in check_room._resembling(seen):
+        other = one.detail.split(": ", 1)[1]
+        if one.kind == "near-duplicate":
+            told.add((one.path, one.split, other))
+        else:
+            told.add((other.split(" of ")[0], one.split, one.path))
+    assert told == all_pairs(seen)
+    assert len(told) > 10
+
+
+def test_of_the_frames_of_a_film_not_every_pair_is_visited(rng: Rng) -> None:
+    seen, visits = frames(2000, rng), Counter[str]()
+
+    class Counted:
+        def __init__(self, one: Any) -> None:
+            self.one = one
+
+        def __getattr__(self, name: str) -> Any:
+            visits[name] += 1
+            return getattr(self.one, name)
+
+    found_here = list(check_room._resembling([Counted(one) for one in seen]))
+    assert len(found_here) > 2000
+    assert max(visits.values()) < 10 * len(seen)  # of pairs there are two million
+
+
+def test_more_photos_than_are_compared_are_told(rng: Rng, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_room, "MANY", 20)
+    kinds = Counter(one.kind for one in check_room._resembling(frames(30, rng)))
+    assert kinds["not-compared"] == 1
+    assert kinds["near-duplicate"] > 0
+
+
 def test_shapes_modes_and_turns_are_notes(folder: Path, rng: Rng) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -319,8 +389,6 @@ def test_training_leaves_out_what_is_quarantined(faulty: Path, tmp_path: Path) -
 def test_a_list_that_is_none_is_refused(
     folder: Path, tmp_path: Path, content: str | None, error: type[Exception], said: str
 ) -> None:
-    from vitft.data.sources import excluding
-
     listed = tmp_path / "list.txt"
     if content is not None:
         listed.write_text(content)
@@ -328,9 +396,24 @@ def test_a_list_that_is_none_is_refused(
         excluding(open_source(str(folder)), listed)
 
 
-def test_rows_without_names_are_listed_by_number() -> None:
-    from vitft.data.sources import excluding
+@pytest.mark.parametrize("odd", ["a\u2028b", "a\x85b", "a\nb", "a\r\nb", "a\tb", '"a"', " a", "a\x0cb"])
+def test_names_with_line_ends_in_them_are_read_back(folder: Path, tmp_path: Path, odd: str) -> None:
+    (folder / "train" / "cat" / f"{odd}.png").write_bytes(b"no image")
+    listed = tmp_path / "out.txt"
+    assert vitft(str(folder), "--quarantine", str(listed)).exit_code == 3
+    source = open_source(str(folder))
+    left = excluding(source, listed)
+    assert len(left.splits["train"]) == len(source.splits["train"]) - 1
+    assert f"train/cat/{odd}.png" not in sample_names(left.splits["train"], np.arange(len(left.splits["train"])))
 
+
+def test_a_list_that_was_saved_on_windows_is_read(folder: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "out.txt"
+    listed.write_bytes("\ufefftrain\ttrain/cat/000.png\r\n".encode())
+    assert len(excluding(open_source(str(folder)), listed).splits["train"]) == 11
+
+
+def test_rows_without_names_are_listed_by_number() -> None:
     source = open_source("digits")
     findings = check(source)
     listed = quarantined(findings)

@@ -22,7 +22,7 @@ from vitft.data.augment import each_of
 from vitft.data.color import Range
 from vitft.data.folders import relative, scan
 from vitft.data.images import MAX_PIXELS, BadImage, about, decode, encoded, unused_range
-from vitft.data.sources import Source, class_indices, sample_names
+from vitft.data.sources import Source, class_indices, listed, sample_names
 
 Severity = Literal["error", "warning", "note"]
 Progress = Callable[[int, int], None]
@@ -38,6 +38,7 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "other-label": ("warning", "the same pixels with two labels"),
     "duplicate": ("warning", "the same pixels twice in a split"),
     "near-duplicate": ("note", "almost the same photo twice in a split"),
+    "not-compared": ("note", "so many photos that not all were compared by their looks"),
     "missing-class": ("warning", "a class without an image in a split"),
     "similar-labels": ("warning", "labels that differ only in case, spacing or how a number is written"),
     "reading": ("warning", "what readers took for something else than it may be"),
@@ -50,10 +51,11 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "passed-over": ("note", "a file beside the images that is not read"),
 }
 PHOTO = 64  # pixels of the shorter side: smaller pictures resemble one another by the thousand
-MANY = 100_000  # photos; more are not compared pair by pair
+MANY = 100_000  # photos that are compared with one another
 _LONG, _UNEQUAL = 4, 10
 _BITS, _ALIKE = 12, 0.97  # photos are almost the same within so many of 64 bits, and this correlated
-_CHUNK, _BLOCK = 256, 128  # rows read at a time, photos compared with all before them
+_CHUNK = 256  # rows read at a time
+_BLOCK, _COMPARED = 256, 1024  # photos compared at a time, and with how many
 
 
 @dataclass(frozen=True)
@@ -120,12 +122,12 @@ def document(findings: Sequence[Finding]) -> dict[str, Any]:
 
 
 def quarantined(findings: Sequence[Finding]) -> list[str]:
-    """Lines `SPLIT<tab>IMAGE` of images better left out: those that stop training, and all but one of the same.
+    """Lines, for `excluding`, of images better left out: those that stop training, and all but one of the same.
 
     Of two splits that share an image, the later one keeps it: train gives way to test.
     """
     out = {"duplicate", "leak", *(kind for kind, (severity, _) in KINDS.items() if severity == "error")}
-    return list(dict.fromkeys(f"{one.split}\t{one.path}" for one in findings if one.kind in out))
+    return list(dict.fromkeys(listed(one.split, one.path) for one in findings if one.kind in out))
 
 
 def _finding(split: str, path: str, kind: str, detail: str) -> Finding:
@@ -226,26 +228,58 @@ def _twins(seen: Sequence[_Seen], labels: Sequence[str]) -> Iterator[Finding]:
 
 
 def _resembling(seen: Sequence[_Seen]) -> Iterator[Finding]:
-    """Photos that look the same, each with the first that it resembles; those with the same pixels apart."""
+    """Photos that look the same, each with the first of each split that it resembles; those with the same pixels apart.
+
+    All pairs may have to be looked at, which NumPy does at over 10^8 a second; but of photos that resemble many
+    others, as the frames of a film do, the search ends at the first. Only so many are compared, and that is said.
+    """
     photos = [one for one in seen if one.sign is not None]
-    if len(photos) < 2 or len(photos) > MANY:
+    if len(photos) > MANY:
+        detail = f"{len(photos):,} photos; the first {MANY:,} were compared with one another"
+        yield _finding("", "", "not-compared", detail)
+        photos = photos[:MANY]
+    if len(photos) < 2:
         return
     signs = np.array([one.sign for one in photos], np.uint64)
     thumbs = np.stack([one.thumb for one in photos if one.thumb is not None])
-    for start in range(0, len(photos), _BLOCK):
-        end = min(start + _BLOCK, len(photos))
-        near = np.bitwise_count(signs[start:end, None] ^ signs[None, :end]) <= _BITS
-        told: set[tuple[int, str]] = set()
-        for row, earlier in np.argwhere(near):
-            one, other, alike = photos[start + row], photos[earlier], float(thumbs[start + row] @ thumbs[earlier])
-            if earlier >= start + row or one.digest == other.digest or alike < _ALIKE or (row, other.split) in told:
-                continue
-            told.add((row, other.split))
+    numbers: dict[bytes | None, int] = {}
+    pixels = np.array([numbers.setdefault(one.digest, len(numbers)) for one in photos])
+    splits = np.array([one.split for one in photos])
+    for name in dict.fromkeys(splits.tolist()):
+        members = np.flatnonzero(splits == name)
+        # Of the same pixels the first is enough.
+        members = members[np.sort(np.unique(pixels[members], return_index=True)[1])]
+        for row, earlier, alike in _first_alike(signs, thumbs, pixels, members):
+            one, other = photos[row], photos[earlier]
             detail = f"{min(99, int(100 * alike))} % alike: "  # all of it would be the same pixels
             if one.split == other.split:
                 yield _finding(one.split, one.path, "near-duplicate", detail + other.path)
             else:
                 yield _finding(other.split, other.path, "near-leak", f"{detail}{one.path} of {one.split}")
+
+
+def _first_alike(
+    signs: NDArray[np.uint64], thumbs: NDArray[np.float32], pixels: NDArray[np.int64], members: NDArray[np.int64]
+) -> Iterator[tuple[int, int, float]]:
+    """For each of n photos the first of the members, before it, that looks the same: both places, and how alike."""
+    for start in range(int(members[0]) + 1, len(signs), _BLOCK):
+        left = np.arange(start, min(start + _BLOCK, len(signs)))  # photos that none was found for yet
+        for begin in range(0, len(members), _COMPARED):
+            others = members[begin : begin + _COMPARED]
+            if len(left) == 0 or others[0] >= left[-1]:
+                break
+            near = np.bitwise_count(signs[left, None] ^ signs[None, others]) <= _BITS
+            some = np.flatnonzero(near.any(axis=1))
+            if len(some) == 0:
+                continue
+            rows = left[some]
+            alike = thumbs[rows] @ thumbs[others].T
+            same = near[some] & (alike >= _ALIKE)
+            same &= (others < rows[:, None]) & (pixels[others] != pixels[rows, None])
+            found = np.flatnonzero(same.any(axis=1))
+            for place, first in zip(found.tolist(), same[found].argmax(axis=1).tolist(), strict=True):
+                yield int(rows[place]), int(others[first]), float(alike[place, first])
+            left = np.delete(left, some[found])
 
 
 # -- labels and files -----------------------------------------------------------------------------

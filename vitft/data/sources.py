@@ -1,8 +1,10 @@
 """A name or a path -> the splits of a data set, always with columns `image` and `label`."""
 
+import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -159,19 +161,30 @@ def has_own_files(split: datasets.Dataset) -> bool:
     return (split.info.homepage or "").startswith("file:")
 
 
+def listed(split: str, image: str) -> str:
+    """An image's line in a list of images to leave out: SPLIT<tab>IMAGE, what has tabs or line ends in it as JSON."""
+    return "\t".join(
+        json.dumps(one) if one.startswith('"') or any(mark in one for mark in "\t\n\r") else one
+        for one in (split, image)
+    )
+
+
 def excluding(source: Source, file: Path) -> Source:
-    """The source without the images that a file lists, as `vitft data check --quarantine` writes it: SPLIT<tab>IMAGE.
+    """The source without the images that a file lists, as `vitft data check --quarantine` writes it.
 
     Raises DataError for a file that cannot be read, UsageError for a line that names no image of the source.
     """
     try:
-        lines = [line for line in expanded(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Not splitlines(): it would also end lines where names have U+2028.
+        lines = [line for line in expanded(file).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "no text"
         raise DataError(f"exclude {file}: {reason}; give a list as vitft data check --quarantine writes it.") from error
     wanted: dict[str, dict[str, str]] = {}
     for line in lines:
         split, _, name = line.partition("\t")
+        with suppress(ValueError):  # then it names no image
+            split, name = (str(json.loads(one)) if one.startswith('"') else one for one in (split, name))
         wanted.setdefault(split, {})[name] = line
     splits = dict(source.splits)
     for name, rows in source.splits.items():
