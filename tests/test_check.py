@@ -18,7 +18,8 @@ from vitft import TrainConfig, evaluate, train
 from vitft.cli import app
 from vitft.data import check as check_room
 from vitft.data.check import KINDS, _Seen, check, quarantined
-from vitft.data.sources import excluding, open_source, sample_names
+from vitft.data.identity import sample_names
+from vitft.data.sources import excluding, open_source
 from vitft.data.suspects import write_suspects
 from vitft.errors import DataError, UsageError
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from tests.data import Case, folders, listed, tables
+from vitft.data.identity import sample_names
 from vitft.data.images import encoded, header
-from vitft.data.sources import class_indices, open_source, sample_names
+from vitft.data.sources import class_indices, open_source
 from vitft.errors import VitftError
 
 CASES = [*tables.CASES, *folders.CASES]

@@ -1,10 +1,13 @@
 """A score is what scikit-learn makes of the model's answers, on the split that it names."""
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -13,18 +16,22 @@ from PIL import Image
 from sklearn import metrics as sk
 from typer.testing import CliRunner
 
+from tests.test_trainer import draw
 from vitft import TrainConfig, train
-from vitft.card import read_card
-from vitft.checkpoint import step_folders
+from vitft.card import read_card, sha256, write_card
+from vitft.checkpoint import read_config, step_folders, write_config
 from vitft.cli import app
 from vitft.data.augment import preprocess
+from vitft.data.identity import ids
 from vitft.data.images import decode
 from vitft.data.sources import open_source
 from vitft.data.splits import make_splits
 from vitft.errors import DataError, UsageError
 from vitft.evaluation import evaluate, matched
+from vitft.files import write_json
 from vitft.metrics import Metrics
 from vitft.processors import read_processor
+from vitft.trainer import resume
 
 KEYS = ["accuracy", "accuracy_interval", "top5", "loss", "macro_f1", "count", "split", "split_hash",
         "images_per_s", "per_class", "confusion"]  # fmt: skip
@@ -148,7 +155,12 @@ def make_data(root: Path, labels: tuple[str, ...] = ("ant", "bee", "cat"), count
 
 
 def test_a_plain_folder_is_scored_on_all_of_the_data_named(saved: Callable[..., Path], tmp_path: Path) -> None:
-    got = evaluate(saved("vit"), dataset=str(make_data(tmp_path / "data")))
+    data = str(make_data(tmp_path / "data"))
+    with pytest.raises(
+        UsageError, match=r"data has no test or validation split; to score its 12 images.*--split train"
+    ):
+        evaluate(saved("vit"), dataset=data)
+    got = evaluate(saved("vit"), dataset=data, split="train")
 
     assert (got.split, got.count) == ("train", 12)  # nothing is set aside: this model was not trained on it
     assert [row.label for row in got.per_class] == ["ant", "bee", "cat"]
@@ -173,10 +185,10 @@ def permuted(folder: Path, order: list[int]) -> None:
 
 def test_labels_are_matched_by_name(saved: Callable[..., Path], tmp_path: Path) -> None:
     folder, data = saved("vit"), str(make_data(tmp_path / "data"))
-    before = evaluate(folder, dataset=data)
+    before = evaluate(folder, dataset=data, split="train")
 
     permuted(folder, [2, 0, 1])
-    after = evaluate(folder, dataset=data)
+    after = evaluate(folder, dataset=data, split="train")
 
     assert after.confusion["labels"] == ["cat", "ant", "bee"]
     assert (after.accuracy, after.macro_f1) == pytest.approx((before.accuracy, before.macro_f1))
@@ -186,14 +198,14 @@ def test_labels_are_matched_by_name(saved: Callable[..., Path], tmp_path: Path) 
 
 
 def test_data_with_some_of_the_classes_is_enough(saved: Callable[..., Path], tmp_path: Path) -> None:
-    got = evaluate(saved("vit"), dataset=str(make_data(tmp_path / "data", ("cat", "bee"))))
+    got = evaluate(saved("vit"), dataset=str(make_data(tmp_path / "data", ("cat", "bee"))), split="train")
     assert [row.count for row in got.per_class] == [0, 4, 4]
 
 
 def test_other_labels_are_an_error_that_lists_both_sides(saved: Callable[..., Path], tmp_path: Path) -> None:
     data = make_data(tmp_path / "data", ("ant", "dog"))
     with pytest.raises(DataError) as caught:
-        evaluate(saved("vit"), dataset=str(data))
+        evaluate(saved("vit"), dataset=str(data), split="train")
     assert "the data has [ant, dog]" in str(caught.value)
     assert "knows [ant, bee, cat]" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -208,7 +220,7 @@ def test_classes_that_share_a_name_are_told_apart_by_their_place() -> None:
 def test_a_checkpoints_own_settings_do_not_rule_over_other_data(digits_run: Any, tmp_path: Path) -> None:
     """The run's limit of 150 images, and its share for validation, were for the digits."""
     data = make_data(tmp_path / "data", tuple("0123456789"), 20)
-    got = evaluate(digits_run.run, dataset=str(data))
+    got = evaluate(digits_run.run, dataset=str(data), split="train")
     assert (got.split, got.count) == ("train", 200)
 
 
@@ -218,13 +230,13 @@ def test_naming_the_checkpoints_own_data_set_changes_nothing(digits_run: Any) ->
 
 def test_a_bad_image_stops_it_or_is_left_out_and_reported(saved: Callable[..., Path], tmp_path: Path) -> None:
     folder, data = saved("vit"), make_data(tmp_path / "data")
-    whole = evaluate(folder, dataset=str(data))
+    whole = evaluate(folder, dataset=str(data), split="train")
     (data / "bee" / "1.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"bee/1\.png: is empty"):
-        evaluate(folder, dataset=str(data))
+        evaluate(folder, dataset=str(data), split="train")
 
     skipped: list[Any] = []
-    got = evaluate(folder, dataset=str(data), on_bad_image="skip", report_skipped=skipped.extend)
+    got = evaluate(folder, dataset=str(data), split="train", on_bad_image="skip", report_skipped=skipped.extend)
 
     assert [one.name for one in skipped] == ["bee/1.png"]
     assert [row.count for row in got.per_class] == [4, 3, 4]
@@ -293,7 +305,245 @@ def test_what_one_data_set_was_allowed_another_is_not(tmp_path: Path) -> None:
     mine, other = (str(tmp_path / "lists" / name) for name in ("mine.csv", "other.csv"))
     small = {"model": "vit-micro", "max_steps": 1, "val_fraction": 0, "device": "cpu", "precision": "fp32"}
     run = train(TrainConfig(dataset=mine, allow_outside=True, **small), output=tmp_path / "run").run  # type: ignore[arg-type]
-    assert evaluate(run).count == 8
+    assert evaluate(run, split="train").count == 8
     with pytest.raises(DataError, match="leads out of"):
-        evaluate(run, dataset=other)
-    assert evaluate(run, dataset=other, allow_outside=True).count == 8
+        evaluate(run, dataset=other, split="train")
+    assert evaluate(run, dataset=other, split="train", allow_outside=True).count == 8
+
+
+# -- what was trained on is not scored --------------------------------------------------------------
+
+
+def noise(folder: Path, names: range, seed: int = 0) -> Path:
+    """Images of noise in two classes, named by their numbers; image N is the same in every folder."""
+    for number in names:
+        label = folder / "ab"[number % 2]
+        label.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng([seed, number]).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(label / f"{number:03}.png")
+    return folder
+
+
+TINY: dict[str, Any] = {
+    "model": "vit-micro", "from_scratch": True, "image_size": 8, "patch_size": 4, "width": 8, "layers": 1, "heads": 2,
+    "mlp": 16, "max_steps": 1, "device": "cpu", "precision": "fp32", "val_fraction": 0.3,
+}  # fmt: skip
+ONWARD = {name: value for name, value in TINY.items() if name in ("max_steps", "device", "precision", "val_fraction")}
+
+
+def trained_on(data: Path, run: Path, **settings: Any) -> Path:
+    return train(TrainConfig(dataset=str(data), **TINY | settings), output=run).run
+
+
+def roles(run: Path) -> dict[str, set[str]]:
+    splits = json.loads((run / "splits.json").read_text())["splits"]
+    return {role: set(split["ids"]) for role, split in splits.items()}
+
+
+@pytest.fixture
+def noisy(tmp_path: Path) -> tuple[Path, Path]:
+    """Sixty images, and a run on them."""
+    data = noise(tmp_path / "data", range(60))
+    return data, trained_on(data, tmp_path / "run")
+
+
+def test_photos_that_were_added_change_nothing_of_what_is_scored(
+    noisy: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run = noisy
+    before = evaluate(run, split="validation")
+    noise(data, range(60, 100))
+    after = evaluate(run)
+    assert numbers(after) == numbers(before)
+    assert f"40 images of train are new: in no split of {run}" in capsys.readouterr().err
+    gone = min(roles(run)["validation"])
+    (data / gone).unlink()
+    left = evaluate(run, split="validation")
+    assert left.count == before.count - 1
+    assert left.split_hash != before.split_hash
+    assert f"1 of {before.count} validation images of {run} are gone" in capsys.readouterr().err
+    assert evaluate(run, split="train").count == 60 - before.count
+
+
+def test_a_data_set_that_moved_is_split_as_it_was(noisy: tuple[Path, Path], tmp_path: Path) -> None:
+    data, run = noisy
+    before = evaluate(run, split="validation")
+    renamed = tmp_path / "elsewhere"
+    for file in data.rglob("*.png"):  # other names, and one folder deeper
+        copy = renamed / "train" / file.parent.name / "sub" / f"photo-{file.name}"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    noise(renamed / "train", range(100, 110))
+    assert numbers(evaluate(run, dataset=str(renamed))) == numbers(before)
+    assert evaluate(run, dataset=str(renamed), split="train").split_hash == evaluate(run, split="train").split_hash
+
+
+def test_images_that_were_trained_on_are_not_scored_as_a_test(noisy: tuple[Path, Path], tmp_path: Path) -> None:
+    data, run = noisy
+    other = noise(tmp_path / "other" / "test", range(200, 230)).parent
+    noise(other / "train", range(230, 240))
+    assert evaluate(run, dataset=str(other)).count == 30
+    mine = sorted(roles(run)["train"])[:3]
+    for name in mine:
+        (other / "test" / "a" / f"again-{Path(name).name}").write_bytes((data / name).read_bytes())
+    with pytest.raises(DataError, match=r"3 of the 33 test images were trained on by .*first is test/a/again-"):
+        evaluate(run, dataset=str(other))
+    done = CliRunner().invoke(app, ["eval", str(run), "--dataset", str(other)])
+    assert (done.exit_code, len(done.stderr.splitlines())) == (3, 1)
+    # The same numbers as names, but other pictures: another data set, with nothing held out.
+    third = noise(tmp_path / "third", range(60), seed=1)
+    with pytest.raises(UsageError, match="third has no test or validation split"):
+        evaluate(run, dataset=str(third))
+    assert evaluate(run, dataset=str(third), split="train").count == 60
+
+
+def test_an_image_moved_from_train_to_a_new_test_folder_is_found(tmp_path: Path) -> None:
+    data = noise(tmp_path / "data" / "train", range(60)).parent
+    run = trained_on(data, tmp_path / "run")
+    noise(data / "test", range(300, 310))
+    name = min(roles(run)["train"])
+    (data / name).rename(data / "test" / "a" / "moved.png")
+    with pytest.raises(DataError, match="1 of the 11 test images were trained on"):
+        evaluate(run)
+    assert evaluate(run, split="validation").count == len(roles(run)["validation"])
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_training_on_keeps_what_was_held_out_out(noisy: tuple[Path, Path], tmp_path: Path, seed: int) -> None:
+    data, run = noisy
+    noise(data, range(60, 100))
+    second = train(
+        TrainConfig(dataset=str(data), model=str(run / "last"), seed=seed, **ONWARD), output=tmp_path / "second"
+    ).run
+    first, then = roles(run), roles(second)
+    assert first["validation"] <= then["validation"]
+    assert first["train"] <= then["train"]
+    assert len(then["validation"]) > len(first["validation"])  # of the new ones, a share
+    moved = tmp_path / "moved"
+    data.rename(moved)
+    third = train(TrainConfig(dataset=str(moved), model=str(second / "last"), seed=9, **ONWARD), output=tmp_path / "3")
+    assert {role: {Path(n).name for n in names} for role, names in roles(third.run).items()} == {
+        role: {Path(n).name for n in names} for role, names in then.items()
+    }
+
+
+def test_training_on_with_a_split_that_was_trained_on_is_refused(noisy: tuple[Path, Path], tmp_path: Path) -> None:
+    data, run = noisy
+    other = noise(tmp_path / "other" / "train", range(400, 440)).parent
+    (other / "val" / "a").mkdir(parents=True)
+    (other / "val" / "b").mkdir(parents=True)
+    for name in sorted(roles(run)["train"])[:4]:
+        (other / "val" / name).write_bytes((data / name).read_bytes())
+    settings = TrainConfig(dataset=str(other), model=str(run / "last"), **ONWARD)
+    with pytest.raises(DataError, match=r"4 of the 4 validation images were trained on by .*--exclude"):
+        train(settings, output=tmp_path / "second")
+
+
+def test_where_all_was_trained_on_nothing_is_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = noise(tmp_path / "data", range(40))
+    run = trained_on(data, tmp_path / "run", val_fraction=0.0)
+    second = train(TrainConfig(dataset=str(data), model=str(run / "last"), **ONWARD), output=tmp_path / "second").run
+    assert set(roles(second)) == {"train"}
+    assert "no validation split: " in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_its_run_says_what_it_cannot_know(
+    noisy: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run = noisy
+    before = evaluate(run)
+    alone = tmp_path / "alone"
+    shutil.copytree(run / "best", alone)
+    capsys.readouterr()
+    assert numbers(evaluate(alone, dataset=str(data))) == numbers(before)
+    assert capsys.readouterr().err == ""
+    other = noise(tmp_path / "other" / "test", range(200, 230)).parent
+    noise(other / "train", range(230, 240))
+    evaluate(alone, dataset=str(other))
+    assert "whether these images were trained on cannot be told" in capsys.readouterr().err
+    noise(data, range(60, 80))
+    with pytest.raises(UsageError, match="data has no test or validation split"):
+        evaluate(alone, dataset=str(data))
+    (run / "splits.json").unlink()
+    capsys.readouterr()
+    kept = evaluate(run)
+    assert "the data has changed, or was split by an earlier version" in capsys.readouterr().err
+    assert kept.count >= before.count
+
+
+def test_images_without_files_are_known_by_their_content(tmp_path: Path) -> None:
+    """A parquet file whose rows were shuffled, and to which others were added."""
+
+    def write(numbers_: list[int], folder: Path) -> Path:
+        rows = [{"bytes": (noise(tmp_path / "png", range(n, n + 1)) / "ab"[n % 2] / f"{n:03}.png").read_bytes(),
+                 "path": None} for n in numbers_]  # fmt: skip
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+        made = datasets.Dataset.from_dict({"image": rows, "label": [n % 2 for n in numbers_]}, features=features)
+        folder.mkdir(exist_ok=True)
+        made.to_parquet(str(folder / "train.parquet"))
+        return folder
+
+    data = write(list(range(60)), tmp_path / "data")
+    run = trained_on(data, tmp_path / "run")
+    before = evaluate(run)
+    write([*range(60, 70), *reversed(range(60))], data)
+    assert numbers(evaluate(run)) == numbers(before)
+    again = trained_on(data, tmp_path / "again")
+    assert roles(run)["validation"] <= roles(again)["validation"]
+    assert roles(run)["train"] <= roles(again)["train"]
+
+
+def test_a_list_to_leave_out_moves_no_other_image(tmp_path: Path) -> None:
+    (tmp_path / "out.txt").write_text("train\trow 0\ntrain\trow 1\ntrain\trow 700\n")
+    settings = {"max_train_samples": None, "max_eval_samples": None}
+    whole = trained_on(Path("digits"), tmp_path / "whole", **settings)
+    left = trained_on(Path("digits"), tmp_path / "left", exclude=str(tmp_path / "out.txt"), **settings)
+    for role, names in roles(left).items():
+        assert names <= roles(whole)[role]
+    assert sum(map(len, roles(whole).values())) - sum(map(len, roles(left).values())) == 3
+
+
+# -- runs of old: splits drawn by row numbers -------------------------------------------------------
+
+OLD = Path(__file__).parent / "data" / "old-runs"
+
+
+@pytest.fixture(params=["digits", "photos"])
+def old(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A run that was begun and broken off before splits were drawn by identity."""
+    run = tmp_path / "run"
+    shutil.copytree(OLD / request.param, run)
+    if request.param == "photos":
+        draw(tmp_path / "photos")
+        moved = read_config(run).model_copy(update={"dataset": str(tmp_path / "photos")})
+        write_config(run, moved)
+        for folder in (run / "best", *step_folders(run)):
+            card = read_card(folder)
+            assert card is not None
+            for name in ("vitft.json", "README.md", "manifest.json"):
+                (folder / name).unlink(missing_ok=True)
+            write_card(folder, replace(card, config=moved))
+        for step in step_folders(run):
+            manifest = {f.name: {"size": f.stat().st_size, "sha256": sha256(f)} for f in sorted(step.iterdir())
+                        if f.name != "manifest.json"}  # fmt: skip
+            write_json(step / "manifest.json", manifest)
+    return run
+
+
+def test_an_old_run_is_scored_resumed_and_trained_on_with_its_own_splits(old: Path, tmp_path: Path) -> None:
+    recorded = json.loads((old / "splits.json").read_text())["splits"]
+    for role in ("validation", "train"):
+        got = evaluate(old, split=role)
+        assert (got.count, got.split_hash) == (recorded[role]["count"], recorded[role]["hash"])
+    config = read_config(old)
+    second = train(
+        TrainConfig(dataset=str(config.dataset), model=str(old / "best"), seed=3, **ONWARD), output=tmp_path / "2"
+    ).run
+    resume(old)  # proves by their sum that the pixels are those that it began with, in their order
+    source = open_source(str(config.dataset))
+    for role in ("train", "validation"):
+        rows = recorded[role]["ids"]
+        if isinstance(rows[0], int):
+            rows = ids(source.splits["train"], np.array(rows))
+        assert set(rows) <= roles(second)[role]
+    assert json.loads((old / "splits.json").read_text())["splits"] == recorded

@@ -11,7 +11,8 @@ from PIL import Image
 
 from vitft.data import folders, images
 from vitft.data.folders import scan
-from vitft.data.sources import Source, class_indices, open_source, sample_names
+from vitft.data.identity import sample_names
+from vitft.data.sources import Source, class_indices, open_source
 from vitft.data.splits import make_splits, manifest
 from vitft.errors import DataError
 from vitft.prediction import find_images

@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 
 from vitft.data import hub
+from vitft.data.identity import sample_id
 from vitft.data.images import decode
 from vitft.data.schema import image_structs, make_split
-from vitft.data.sources import ALIASES, class_indices, open_source, sample_id
+from vitft.data.sources import ALIASES, class_indices, open_source
 from vitft.errors import DataError, UsageError
 
 

@@ -149,6 +149,11 @@ def is_run(path: Path) -> bool:
     return (path / "config.yaml").is_file() and (path / "checkpoints").is_dir()
 
 
+def run_of(checkpoint: Path) -> Path | None:
+    """The run that a checkpoint's folder lies in, or is."""
+    return next((folder for folder in (checkpoint, *checkpoint.parents) if is_run(folder)), None)
+
+
 def write_config(run: Path, config: TrainConfig) -> None:
     """Write `config.yaml`, a recipe of every setting as resolved."""
     text = yaml.safe_dump(config.model_dump(exclude_none=True), sort_keys=False)

@@ -117,7 +117,7 @@ def evaluate(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Run folder, one of its checkpoints, or a Transformers folder or hub id.")],
     dataset: Annotated[str | None, typer.Option(help="The checkpoint's own data set by default.")] = None,
     dataset_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub data set.")] = None,
-    split: Annotated[str | None, typer.Option(help="test by default, else validation, else train.")] = None,
+    split: Annotated[str | None, typer.Option(help="test by default, else validation; train has to be asked for.")] = None,
     max_eval_samples: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Evaluate at most this many images, stratified.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, metavar="<int>", help="Images of one forward pass.")] = 64,
     device: Device = "auto",

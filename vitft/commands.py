@@ -237,8 +237,9 @@ def data_check(
     with _loading():
         from vitft.config import range_of
         from vitft.data.check import KINDS, check, document, quarantined
+        from vitft.data.identity import has_own_files
         from vitft.data.images import MAX_PIXELS
-        from vitft.data.sources import has_own_files, open_source
+        from vitft.data.sources import open_source
     from vitft.files import write_text
 
     for file in filter(None, (quarantine, html)):

@@ -25,7 +25,7 @@ class TrainConfig(Settings):
     # fmt: off
     dataset: str | None = setting(None, "Data", "Alias (cifar10, digits, ...), hub id[:config], folder, CSV, JSONL or parquet.")
     dataset_revision: str | None = setting(None, "Data", "Commit, tag or branch of a hub data set.")
-    val_fraction: float = setting(0.1, "Data", "Share of train set aside, stratified, when the data has no validation split; 0 for none.", ge=0, lt=1)
+    val_fraction: float = setting(0.1, "Data", "Share of train set aside when the data has no validation split, about so much of each class; 0 for none.", ge=0, lt=1)
     max_train_samples: int | None = setting(None, "Data", "Train on this many images, stratified, taken after validation is set aside.", ge=1)
     max_eval_samples: int | None = setting(None, "Data", "Evaluate on at most this many images of each split, stratified.", ge=1)
     exclude: str | None = setting(None, "Data", "File of images to leave out, as vitft data check --quarantine writes it.")

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,11 @@ from vitft.config import TrainConfig
 from vitft.data.loader import Batches, EvalLoader
 from vitft.data.schema import Reading
 from vitft.data.sources import ALIASES, DIGITS, Source, source_of
-from vitft.data.splits import Split, make_splits, split_hash
+from vitft.data.splits import Split
 from vitft.data.store import Skipped, decode_all
 from vitft.errors import DataError, ModelError, UsageError
 from vitft.hardware import find_device, find_precision, threads
+from vitft.held_out import choose_split
 from vitft.metrics import Metrics, score
 from vitft.models import load_trained, read_config
 from vitft.paths import absolute, composed, expanded
@@ -68,7 +68,9 @@ def evaluate(
     """Score a checkpoint: a run folder, one of its checkpoints, or a Transformers folder or hub id.
 
     vitft's own checkpoints know their data set and splits; for others name a `dataset`. Without
-    `split` it is test, else validation, else train. Raises VitftError.
+    `split` it is test, else validation. Images keep the roles that the run's `splits.json` says they had, also
+    where the data set grew or moved. Raises VitftError; DataError where the checkpoint was trained on what would
+    be scored.
     """
     where = find_model(expanded(checkpoint))
     card = read_card(where) if where.is_dir() else None
@@ -100,7 +102,7 @@ def evaluate(
     source = source_of(config)
     for warning in source.warnings:
         console.warn(warning)
-    chosen = choose_split(source, config, split, max_eval_samples)
+    chosen = choose_split(where, card, source, config, split, max_eval_samples)
     truth = matched(chosen.labels, source.labels, loaded.labels, name=str(checkpoint))
     skip_bad = config.on_bad_image == "skip"
     rows = source.splits[chosen.source].select(chosen.rows)
@@ -124,21 +126,6 @@ def autocast(device: str, precision: str) -> Any:
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device, torch.bfloat16 if precision == "bf16" else torch.float16)
-
-
-def choose_split(source: Source, config: TrainConfig, name: str | None, max_eval_samples: int | None) -> Split:
-    """The split to evaluate: by role, or by the data set's own name for it. Raises UsageError."""
-    limit = max_eval_samples or config.max_eval_samples
-    limits = [given for given in (config.max_train_samples, max_eval_samples) if given]
-    splits = make_splits(source, val_fraction=config.val_fraction, max_train_samples=min(limits, default=None),
-                         max_eval_samples=limit, seed=config.seed)  # fmt: skip
-    if name is None:
-        return next(splits[role] for role in ("test", "validation", "train") if role in splits)
-    by_source = {split.source: split for split in reversed(splits.values())}  # train before what it lent
-    found = splits.get(name) or by_source.get(name)
-    if found is None:
-        raise UsageError(f"split {name}: {source.name} has {', '.join(splits)}.")
-    return found
 
 
 def matched(
@@ -165,8 +152,8 @@ def without(split: Split, skipped: Sequence[Skipped], source: Source) -> Split:
     """The split less the images that could not be read; its hash names what is left."""
     if not skipped:
         return split
-    gone = [s.position for s in skipped]
-    rows, labels = np.delete(split.rows, gone), np.delete(split.labels, gone)
-    if len(rows) == 0:
+    kept = np.ones(len(split.rows), bool)
+    kept[[s.position for s in skipped]] = False
+    if not kept.any():
         raise DataError(f"{split.name} split: no readable image is left of {len(split.rows)}.")
-    return replace(split, rows=rows, labels=labels, hash=split_hash(source, split.source, rows, labels))
+    return split.select(kept, source.labels)

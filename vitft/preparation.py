@@ -15,12 +15,14 @@ from vitft.checkpoint import find_model, is_run
 from vitft.config import SIZES, TrainConfig, range_of
 from vitft.data.check import check, check_labels, some_of
 from vitft.data.images import unused_range
+from vitft.data.record import Record, news, read_record, recall
 from vitft.data.sources import ALIASES, DIGITS, Source, source_of
 from vitft.data.splits import Split, make_splits
 from vitft.data.store import Skipped, Store, check_headers, decode_all
 from vitft.errors import DataError, UsageError
 from vitft.evaluation import matched, without
 from vitft.hardware import find_attention, resolved
+from vitft.held_out import refuse_trained, settled_by
 from vitft.models import Loaded, load_for_training, shape_of
 from vitft.paths import expanded
 from vitft.spec import PRESETS
@@ -83,19 +85,18 @@ class Prepared:
         return store, matched(split.labels, self.source.labels, self.loaded.labels, name=config.model)
 
 
-def prepare(config: TrainConfig, checkpoint: Path | None = None) -> Prepared:
+def prepare(config: TrainConfig, checkpoint: Path | None = None, run: Path | None = None) -> Prepared:
     """Resolve the settings, open the data, split it and load the model. Raises VitftError.
 
-    On resume, a `checkpoint` of the run takes the place of what the run began from.
+    On resume, a `checkpoint` of the run takes the place of what the run began from, and its splits are those that
+    the `run` recorded.
     """
     config = resolved(config)
     with console.working("reading the data set"):
         source = source_of(config)
     _tell_faults(source, config)
-    splits = make_splits(
-        source, val_fraction=config.val_fraction, max_train_samples=config.max_train_samples,
-        max_eval_samples=config.max_eval_samples, seed=config.seed,
-    )  # fmt: skip
+    record = None if run is None else read_record(run)
+    splits = _split(source, config) if record is None else _recalled(source, record)
     if "train" not in splits or len(splits["train"].rows) == 0:
         raise DataError(f"{config.dataset}: no training images; its splits are {', '.join(source.splits)}.")
     seen = set(splits["train"].labels.tolist())
@@ -126,6 +127,28 @@ def _weights_of(model: str) -> str:
         return str(find_model(folder))
     prove(folder)
     return model
+
+
+def _split(source: Source, config: TrainConfig) -> dict[str, Split]:
+    """The splits of a new run. What its model was trained on is not held out, and what was held out not trained on."""
+    began = expanded(config.model)
+    settled = None if config.from_scratch else settled_by(began, source, absolute(config))
+    splits = make_splits(
+        source, val_fraction=config.val_fraction, max_train_samples=config.max_train_samples,
+        max_eval_samples=config.max_eval_samples, seed=config.seed, settled=settled,
+    )  # fmt: skip
+    if settled is not None:
+        refuse_trained(began, source, splits)
+        if config.val_fraction and "validation" not in splits:
+            console.warn(f"no validation split: {config.model} was trained on all that could be set aside")
+    return splits
+
+
+def _recalled(source: Source, record: Record) -> dict[str, Split]:
+    splits = recall(record, source, moved=False)
+    for sentence in news(record, source, splits):
+        console.note(sentence)
+    return splits
 
 
 def _tell_faults(source: Source, config: TrainConfig) -> None:

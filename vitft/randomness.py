@@ -6,6 +6,7 @@ on workers, not on the number of processes, not on where a run was stopped.
 """
 
 import zlib
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ def philox(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint
     return np.stack([a, b, c, d], axis=1)
 
 
-def words(seed: int, purpose: str, epoch: int, index: NDArray[np.int64], draw: int = 0) -> NDArray[np.uint64]:
+def words(seed: int, purpose: str, epoch: int, index: NDArray[np.integer[Any]], draw: int = 0) -> NDArray[np.uint64]:
     """Four random 32-bit words for each index: (n,) -> (n, 4). `draw` numbers further fours."""
     counter = np.empty((len(index), 4), np.uint64)
     counter[:, 0] = index.astype(np.uint64) & _LOW

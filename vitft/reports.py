@@ -92,7 +92,9 @@ def training_report(result: Any) -> str:
         help_ = f"; {speed.remedy}" if speed.remedy else ""
         waited = f"{percent(speed.data_wait, 0)} of the time waiting for data"
         lines.append(f"{speed.images_per_s:,.0f} images/s, {waited}{of_peak}{help_}")
-    return "\n".join([*lines, f"next: vitft eval {shlex.quote(str(result.run))}", ""])
+    return "\n".join(
+        [*lines, f"next: vitft eval {shlex.quote(str(result.run))}{'' if result.scores else ' --split train'}", ""]
+    )
 
 
 def plan_report(groups: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> RenderableType:

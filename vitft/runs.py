@@ -12,11 +12,12 @@ from accelerate.utils import broadcast_object_list
 
 from vitft import checkpoint as ckpt
 from vitft.config import TrainConfig
-from vitft.data.splits import manifest
+from vitft.data.record import FILE
+from vitft.data.splits import Split, manifest
 from vitft.errors import DataError, ModelError, UsageError, as_flag
 from vitft.files import heal, held, write_json
 from vitft.hardware import environment
-from vitft.paths import expanded
+from vitft.paths import composed, expanded
 from vitft.preparation import Prepared, Stores, absolute, prepare
 
 
@@ -146,11 +147,11 @@ def prepared_again(run: Path, config: TrainConfig, checkpoint: Path | None) -> P
     """
     origin = expanded(config.model)
     if checkpoint is not None or not origin.is_absolute() or origin.exists():
-        return prepare(config, checkpoint)
+        return prepare(config, checkpoint, run)
     kept = ckpt.set_aside_at(run, origin)
     if not kept.exists():
         raise ModelError(f"{config.model}, which {run} began from, is gone, and the run had saved nothing; start anew.")
-    prepared = prepare(config.model_copy(update={"model": str(kept)}))
+    prepared = prepare(config.model_copy(update={"model": str(kept)}), run=run)
     prepared.config = prepared.config.model_copy(update={"model": config.model})
     return prepared
 
@@ -203,17 +204,17 @@ def check_splits(run: Path, prepared: Prepared, stores: Stores, *, begun: bool, 
 
     Raises DataError that names the difference.
     """
-    document = manifest(prepared.source, prepared.splits)
-    now = document["splits"]
-    for role, (store, _) in stores.items():
-        now[role]["pixels"] = store.digest
-    file = run / "splits.json"
+    file = run / FILE
     if not file.exists() and not begun:
         if write:
+            document = manifest(prepared.source, prepared.splits)
+            for role, (store, _) in stores.items():
+                document["splits"][role]["pixels"] = store.digest
             write_json(file, document)
         return
     try:
         then = dict(json.loads(file.read_text(encoding="utf-8"))["splits"])
+        now = {role: (split, stores[role][0].digest) for role, split in prepared.splits.items()}
         differences = {role: _difference(then.get(role), now.get(role)) for role in then | now}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file}: not readable ({error}); start anew from the newest checkpoint of {run}.") from error
@@ -227,18 +228,21 @@ def check_splits(run: Path, prepared: Prepared, stores: Stores, *, begun: bool, 
             )
 
 
-def _difference(then: dict[str, Any] | None, now: dict[str, Any] | None) -> str | None:
-    """What tells two splits apart, as `splits.json` has them; None if nothing does."""
-    if then is None or now is None:
-        return "there was none" if then is None else "there is none now"
-    if then["count"] != now["count"]:
-        return f"{now['count']:,} images now, {then['count']:,} then"
-    if then["ids"] != now["ids"]:
-        was, new = next((a, b) for a, b in zip(then["ids"], now["ids"], strict=True) if a != b)
-        return f"{new} now where {was} was" if isinstance(new, str) else f"row {new} now where row {was} was"
-    if then["hash"] != now["hash"]:
+def _difference(then: dict[str, Any] | None, now: tuple[Split, str] | None) -> str | None:
+    """What tells a split from what `splits.json` says of it; None if nothing does."""
+    if then is None:
+        return "there was none"
+    wanted = [composed(one) if isinstance(one, str) else one for one in then["ids"]]
+    here = list(now[0].ids) if now else []
+    left = set(here)
+    if gone := [one for one in wanted if one not in left]:
+        first = f"row {gone[0]}" if isinstance(gone[0], int) else gone[0]
+        return f"{len(gone):,} of its {len(wanted):,} images are gone, {first} first"
+    if now is None or here != wanted:
+        return f"{len(here):,} images now, {len(wanted):,} then"
+    if then["hash"] != now[0].hash:
         return "the same names, but in other classes"
-    return "the same names, but other pixels" if then.get("pixels") != now["pixels"] else None
+    return "the same names, but other pixels" if then.get("pixels") != now[1] else None
 
 
 def keep_changes(run: Path, config: TrainConfig) -> None:

@@ -64,7 +64,8 @@ def recipes(work: Path, counts: Counter[str]) -> Target:
 
 def tables(work: Path, counts: Counter[str]) -> Target:
     """`open_source` on a table or a parquet file, and the names of its images."""
-    from vitft.data.sources import open_source, sample_id
+    from vitft.data.identity import sample_id
+    from vitft.data.sources import open_source
 
     for number in range(6):  # what the seeds name
         for name in (f"img/{number}.png", f"{number}.png", f"a {number}.jpg", f"train/id{number}.jpg"):

@@ -21,8 +21,9 @@ from PIL import Image
 from vitft.data.augment import each_of
 from vitft.data.color import Range
 from vitft.data.folders import relative, scan
+from vitft.data.identity import sample_names
 from vitft.data.images import MAX_PIXELS, BadImage, about, decode, encoded, unused_range
-from vitft.data.sources import Source, class_indices, listed, sample_names
+from vitft.data.sources import Source, class_indices, listed
 
 Severity = Literal["error", "warning", "note"]
 Progress = Callable[[int, int], None]

@@ -3,22 +3,19 @@
 import json
 import os
 import re
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import datasets
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from vitft.config import TrainConfig, named_dataset
 from vitft.data import hub, local, pixels
 from vitft.data.features import plain_splits
+from vitft.data.identity import has_own_files, numbered, sample_names
 from vitft.data.schema import Notes, Reading, standardize
 from vitft.data.tables import located
 from vitft.errors import DataError, UsageError, nearest
@@ -55,7 +52,7 @@ _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::(.+))?")
 class Source:
     """A data set, opened: nothing is decoded yet.
 
-    Every split has columns `image` (rows of {"bytes", "path"}, one of them set) and `label` (ClassLabel).
+    Every split has columns `image` (rows of {"bytes", "path"}, one of them set), `label` (ClassLabel) and `row`.
     """
 
     name: str  # short, for run folders: "cifar10", the folder's name
@@ -115,7 +112,8 @@ def open_source(
         for split_name, split in splits.items():
             if not has_own_files(split):  # what others wrote names no file but their own
                 folders = hub.caches() if not is_here else (path if path.is_dir() else path.parent,)
-                splits[split_name] = located(str(split_name), split, folders, allow_outside=allow_outside)
+                split = located(str(split_name), split, folders, allow_outside=allow_outside)
+            splits[split_name] = numbered(split)
     except DataError:
         raise
     except Exception as error:  # columns of other contents than their types say fail wherever they are read
@@ -129,36 +127,6 @@ def source_of(config: TrainConfig) -> Source:
     reading = {name: getattr(config, name) for name in Reading.__dataclass_fields__}
     source = open_source(named_dataset(config), revision=config.dataset_revision, **reading)
     return source if config.exclude is None else excluding(source, Path(config.exclude))
-
-
-def sample_id(split: datasets.Dataset, row: int) -> str:
-    """What a person needs to find an image: its path relative to the data set's folder, or `row 17`."""
-    return sample_names(split, np.array([row]))[0]
-
-
-def sample_names(split: datasets.Dataset, rows: NDArray[np.int64]) -> list[str]:
-    """The same of each of these rows."""
-    return [one if isinstance(one, str) else f"row {one}" for one in sample_ids(split, rows)]
-
-
-def sample_ids(split: datasets.Dataset, rows: NDArray[np.int64]) -> Sequence[str | int]:
-    """The name of each of these rows: relative paths (with /) of files, or the row numbers.
-
-    Of a selection of a source's split, the numbers are those of the split it was selected from.
-    """
-    if split._indices is not None:
-        rows = split._indices.column(0).take(pa.array(rows)).to_numpy()
-    if not has_own_files(split):
-        return [int(row) for row in rows]
-    root = url2pathname(urlsplit(split.info.homepage).path) + os.sep
-    images = split.data.column("image")
-    found = (images[int(row)]["path"].as_py() for row in rows)
-    return [str(path).removeprefix(root).replace(os.sep, "/") for path in found]
-
-
-def has_own_files(split: datasets.Dataset) -> bool:
-    """Whether our own reader named the files of a split, all below the folder that stands for its homepage."""
-    return (split.info.homepage or "").startswith("file:")
 
 
 def listed(split: str, image: str) -> str:
@@ -190,9 +158,9 @@ def excluding(source: Source, file: Path) -> Source:
     for name, rows in source.splits.items():
         out = wanted.get(str(name), {})
         if out:
-            ids = sample_names(rows, np.arange(len(rows)))
-            splits[name] = rows.select([row for row, one in enumerate(ids) if one not in out])
-            for one in ids:
+            names = sample_names(rows, np.arange(len(rows)))
+            splits[name] = rows.select([row for row, one in enumerate(names) if one not in out])
+            for one in names:
                 out.pop(one, None)
     if left := [line for out in wanted.values() for line in out.values()]:
         raise UsageError(f"exclude {file}: {left[0]!r} names no image of {source.name}; a line is SPLIT, a tab, IMAGE.")

@@ -1,16 +1,18 @@
-"""Which image is for training, validation and test: stratified, seeded, and recorded with a hash."""
+"""Which image is for training, validation and test: by its own identity, seeded, and recorded with a hash."""
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vitft.data.choice import stratified
+from vitft.data.choice import HELD_OUT, OPEN, apart, stratified
+from vitft.data.identity import contents, has_own_files, ids, keys_of
 from vitft.data.schema import ROLES, role_of
-from vitft.data.sources import Source, class_indices, sample_ids
+from vitft.data.sources import Source, class_indices
 from vitft.errors import DataError
 
 Rows = NDArray[np.int64]
@@ -18,13 +20,29 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of one source split that play one role; the arrays are (n,) and of equal length."""
+    """The rows of one source split that play one role; rows, labels and ids are of equal length n."""
 
     name: str  # its role: train, validation or test
     source: str  # the source's split that the rows are of
-    rows: Rows  # row numbers there, ascending
+    rows: Rows  # row numbers there: ascending, or as a run recorded them
     labels: NDArray[np.int64]  # their class indices
-    hash: str  # of the source split's name, the rows' ids and their class names
+    ids: Sequence[str | int]  # who they are: see `identity.ids`; numbers of rows in runs of old
+    hash: str  # of the source split's name, the ids and their class names
+
+    def select(self, kept: NDArray[np.bool_], names: Sequence[str]) -> "Split":
+        """The split with these of its rows: (n,) mask; `names` are those of the classes."""
+        if kept.all():
+            return self
+        rows, labels = self.rows[kept], self.labels[kept]
+        left = [one for one, stays in zip(self.ids, kept.tolist(), strict=True) if stays]
+        return replace(self, rows=rows, labels=labels, ids=left, hash=split_hash(self.source, left, labels, names))
+
+    def sampled(self, limit: int | None, seed: int, names: Sequence[str]) -> "Split":
+        """The split with at most so many of its rows, stratified."""
+        if limit is None or limit >= len(self.rows):
+            return self
+        keys = keys_of([str(one) for one in self.ids])
+        return self.select(stratified(self.labels, keys, limit, seed, f"{self.name} sample"), names)
 
 
 def make_splits(
@@ -34,40 +52,47 @@ def make_splits(
     max_train_samples: int | None,
     max_eval_samples: int | None,
     seed: int,
+    settled: Mapping[str, NDArray[np.int8]] | None = None,
 ) -> dict[str, Split]:
     """Decide on train, validation and test: a pure function of the source and these settings.
 
-    Validation is the source's own, else a stratified share of train; a class with one image stays in
-    train. Samples of train are taken after that. What does not exist (a test split, say) has no key.
-    Raises DataError if no split is of use.
+    Validation is the source's own, else about a share of train: see `choice.apart`. Samples are taken after
+    that. What does not exist (a test split, say) has no key. `settled` says of a source split's rows which side
+    an earlier run had them on. Raises DataError if no split is of use.
     """
     names = {role: split_for(source, role) for role in ROLES}
-    chosen: dict[str, tuple[str, Rows, Rows]] = {}
-    for role, name in names.items():
-        if name is not None and len(labels := class_indices(source.splits[name])):
-            chosen[role] = (name, np.arange(len(labels)), labels)
+    chosen = {
+        role: split_of(source, role, name)
+        for role, name in names.items()
+        if name is not None and len(source.splits[name])
+    }
     if not chosen:
         raise DataError(
             f"{source.name}: no split with images is called train, validation or test; "
             f"it has {', '.join(source.splits) or 'none'}."
         )
-    if "train" in chosen and names["validation"] is None:
-        name, rows, labels = chosen["train"]
-        count = int(val_fraction * len(rows) + 0.5)
-        apart = stratified(labels, rows, count, seed, "validation", leave_one=True)
-        chosen["train"] = (name, rows[~apart], labels[~apart])
-        if apart.any():
-            chosen["validation"] = (name, rows[apart], labels[apart])
+    if "train" in chosen and names["validation"] is None and val_fraction > 0:
+        train = chosen["train"]
+        keys = keys_of([str(one) for one in train.ids])
+        sides = (settled or {}).get(train.source, np.full(len(keys), OPEN, np.int8))
+        out = apart(train.labels, keys, val_fraction, seed, "validation", sides)
+        chosen["train"] = train.select(~out, source.labels)
+        if out.any():
+            chosen["validation"] = replace(train.select(out, source.labels), name="validation")
+    elif "train" in chosen and settled and val_fraction > 0:  # what was held out is not trained on
+        train = chosen["train"]
+        if train.source in settled:
+            chosen["train"] = train.select(settled[train.source] != HELD_OUT, source.labels)
     limits = {"train": max_train_samples, "validation": max_eval_samples, "test": max_eval_samples}
-    splits = {}
-    for role in (role for role in ROLES if role in chosen):
-        name, rows, labels = chosen[role]
-        limit = limits[role]
-        if limit is not None and limit < len(rows):
-            taken = stratified(labels, rows, limit, seed, f"{role} sample")
-            rows, labels = rows[taken], labels[taken]
-        splits[role] = Split(role, name, rows, labels, split_hash(source, name, rows, labels))
-    return splits
+    return {role: chosen[role].sampled(limits[role], seed, source.labels) for role in ROLES if role in chosen}
+
+
+def split_of(source: Source, role: str, name: str) -> Split:
+    """All rows of one of the source's splits, to play a role."""
+    labels = class_indices(source.splits[name])
+    rows = np.arange(len(labels))
+    names = ids(source.splits[name], rows)
+    return Split(role, name, rows, labels, names, split_hash(name, names, labels, source.labels))
 
 
 def split_for(source: Source, role: str) -> str | None:
@@ -80,26 +105,30 @@ def split_for(source: Source, role: str) -> str | None:
     return found
 
 
-def manifest(source: Source, splits: dict[str, Split]) -> dict[str, Any]:
-    """What `splits.json` records, JSON-ready: ids are relative paths of files, or row numbers."""
-    return {
+def manifest(source: Source, splits: Mapping[str, Split]) -> dict[str, Any]:
+    """What `splits.json` records, JSON-ready: who is in which split, and how many images there were in all.
+
+    `by` says what the ids are; beside paths stand the hashes of what the files hold, in 16 hex digits each.
+    """
+    document: dict[str, Any] = {
         "dataset": source.name,
         "revision": source.revision,
         "labels": list(source.labels),
-        "splits": {
-            role: {
-                "source": split.source,
-                "count": len(split.rows),
-                "hash": split.hash,
-                "ids": list(sample_ids(source.splits[split.source], split.rows)),
-            }
-            for role, split in splits.items()
-        },
+        "images": {str(name): len(split) for name, split in source.splits.items()},
+        "splits": {},
     }
+    for role, split in splits.items():
+        rows = source.splits[split.source]
+        listed = {"source": split.source, "count": len(split.rows), "hash": split.hash, "ids": list(split.ids)}
+        if has_own_files(rows):
+            listed |= {"by": "path", "contents": [f"{key:016x}" for key in contents(rows, split.rows).tolist()]}
+        else:
+            listed |= {"by": "content"}
+        document["splits"][role] = listed
+    return document
 
 
-def split_hash(source: Source, name: str, rows: Rows, labels: NDArray[np.int64]) -> str:
-    """16 hex digits that name these samples, by their ids and class names."""
-    ids = sample_ids(source.splits[name], rows)
-    content = [name, list(ids), [source.labels[label] for label in labels]]
+def split_hash(name: str, ids: Sequence[str | int], labels: NDArray[np.int64], names: Sequence[str]) -> str:
+    """16 hex digits that name these images, by the source split's name, their ids and their class names."""
+    content = [name, list(ids), [names[label] for label in labels.tolist()]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from vitft.data import cache
 from vitft.data.augment import CROP_AREA, Images, Preprocess, each_of, resize, uncropped, workers
+from vitft.data.identity import sample_id
 from vitft.data.images import BadImage, about, decode, encoded, header
-from vitft.data.sources import sample_id
 from vitft.errors import DataError
 
 IN_MEMORY = 2_000_000_000  # bytes; more goes to a file, which the system may page out

@@ -12,8 +12,9 @@ from PIL import Image
 
 from vitft.console import safe
 from vitft.data.check import KINDS, Finding
+from vitft.data.identity import sample_names
 from vitft.data.images import BadImage, decode, encoded
-from vitft.data.sources import Source, sample_names
+from vitft.data.sources import Source
 from vitft.files import write_text
 
 SHOWN = 100  # of a kind

@@ -21,8 +21,9 @@ import yaml
 from numpy.typing import NDArray
 
 from vitft import __version__, console, paths
+from vitft.data.identity import sample_id
 from vitft.data.images import BadImage, decode, encoded
-from vitft.data.sources import ALIASES, DIGITS, Source, open_source, sample_id
+from vitft.data.sources import ALIASES, DIGITS, Source, open_source
 from vitft.data.splits import Split, make_splits, split_for
 from vitft.errors import DataError, TrainingError, UsageError
 from vitft.files import write_json, write_text
