@@ -277,7 +277,7 @@ def run(count: int, seed: int, only: list[str]) -> int:
             began, verdict = time.monotonic(), "SURVIVED"
             if chosen:
                 verdict = _try(copy, mutant, chosen, 60 + SLOWER * total)
-            if not tests and verdict == "SURVIVED":
+            if not tests and mutant.function and verdict == "SURVIVED":
                 verdict = _try(copy, mutant, [*IN_PROCESSES, "-m", "not slow"], 1800)
             took_s = round(time.monotonic() - began, 1)
             line = mutant._asdict() | {"key": mutant.key, "verdict": verdict, "tests": len(chosen), "of": len(tests)}

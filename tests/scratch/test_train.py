@@ -176,7 +176,7 @@ def test_pieces_change_a_step_by_rounding_alone(monkeypatch: pytest.MonkeyPatch)
     (loss, right), weights, logits = stepped()
     monkeypatch.setattr("vitft.scratch.train.PIECE", 2 * 192)  # four pieces, the last of one image
     (piecewise, as_right), in_pieces, piece_logits = stepped()
-    assert piecewise == pytest.approx(loss, rel=1e-13)
+    assert piecewise == pytest.approx(loss, rel=1e-11)
     assert as_right == right
     for name, array in weights.items():
         assert np.abs(array - in_pieces[name]).max() <= 1e-8, name  # Adam's first step divides by a gradient's size

@@ -133,7 +133,7 @@ def test_the_order_of_the_patches_matters_only_with_positions() -> None:
     assert relative(vit(pixels, w, spec)[0], vit(halves, w, spec)[0]) > 1e-3
     assert w.embedding.positions is not None
     w.embedding.positions[:] = 0
-    assert relative(vit(pixels, w, spec)[0], vit(halves, w, spec)[0]) <= 1e-13
+    assert relative(vit(pixels, w, spec)[0], vit(halves, w, spec)[0]) <= 1e-11
 
 
 @pytest.mark.parametrize(("layer", "head"), [(0, 1), (3, 1), (1, 0), (1, 3)])
