@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from vitft import console
 
@@ -16,6 +17,10 @@ console.SAY_AFTER_S = 3600.0  # what is being worked on would be among the lines
 # Set before torch is first imported, and inherited by the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = TINY_THREADS = os.environ.get("VITFT_TEST_THREADS", "1")
 os.environ["VITFT_CACHE"] = tempfile.mkdtemp(prefix="vitft-tests-")  # decoded photos of tests are no user's
+
+# hypothesis would fail a test whose example takes 0.2 s, or is slowly drawn: on a busy machine any may.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 ARCHITECTURES = ("vit", "deit", "beit", "dinov2", "swin")
 

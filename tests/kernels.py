@@ -56,6 +56,7 @@ def tried(setting: Setting, words: list[str]) -> tuple[int, str]:
     command = [sys.executable, "-m", "pytest", "-m", "not slow", "--timeout", "1800", *words]
     if setting.shuffled:
         command += ["-p", "randomly", f"--randomly-seed={int(time.time())}"]
+    print(*(f"{name}={value}" for name, value in setting.environment.items()), *command, flush=True)
     loops = [multiprocessing.Process(target=_work, daemon=True) for _ in range(setting.busy)]
     for loop in loops:
         loop.start()
