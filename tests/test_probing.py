@@ -143,7 +143,7 @@ def test_the_best_head_is_the_one_that_was_best(tmp_path: Path, monkeypatch: pyt
     assert result.step == best["step"]
     assert evaluate(result.run / "best", split="validation").accuracy == best["accuracy"]
     assert evaluate(result.run / "best").accuracy == result.scores["test"]["accuracy"]
-    assert result.step <= 18 < validations[-1]["step"]  # type: ignore[operator]
+    assert result.step < validations[-1]["step"]  # type: ignore[operator]
     assert best["accuracy"] > 2 * validations[-1]["accuracy"]  # type: ignore[operator]
     assert not torch.equal(*(weights(result.run / name)["classifier.weight"] for name in ("best", "last")))
 
