@@ -65,11 +65,12 @@ LABELS = ["b", "a"]
         {"jpg": STRUCTS, "cls": LABELS, "__key__": ["x", "y"], "__url__": ["u", "u"]},
         {"content": FILES, "breed": LABELS},
         {"image": FILES, "label": [b"b", b"a"]},
+        {"image": FILES, "label": pa.array([b"b", b"a"], pa.binary_view())},
         {"image": FILES, "breed": LABELS, "score": [0.5, 1.5], "file_name": ["0.png", "1.png"]},
         {"image": FILES, "label": LABELS, "extra": pa.array([[("a", 1)], []], pa.map_(pa.string(), pa.int32()))},
     ],
     ids=["structs", "large", "dictionary", "views", "integers", "lists-of-one", "lists-of-bytes", "nested",
-         "webdataset", "only-other-column", "bytes-as-text", "beside-numbers", "beside-a-map"],
+         "webdataset", "only-other-column", "bytes-as-text", "bytes-views", "beside-numbers", "beside-a-map"],
 )  # fmt: skip
 def test_every_way_to_store_images_and_names_comes_to_the_same(tmp_path: Path, columns: dict[str, Any]) -> None:
     assert seen(open_source(str(write(tmp_path / "train.parquet", columns)))) == EXPECTED
@@ -208,3 +209,89 @@ def test_a_class_in_two_unicode_forms_is_one(tmp_path: Path) -> None:
     source = open_source(str(tmp_path))
     assert source.labels == ("caf\u00e9", "tea")
     assert seen(source) == seen(source, "test")
+
+
+def declared(*names: Any) -> datasets.Features:
+    """Features whose label is one of some classes, as a file may say of any column."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["x"] * bool(names))})
+    features["label"].names = list(names)
+    return features
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        pa.array(["b", "a"]), pa.array([" b", "a "]), pa.array(["b", "a"], pa.large_string()),
+        pa.array(["b", "a"]).dictionary_encode(), pa.array([b"b", b"a"]), pa.array(["1", " 0"]),
+        pa.array([1, 0], pa.int8()), pa.array([1, 0], pa.uint64()), pa.array([True, False]), pa.array([1.0, 0.0]),
+        pa.array([1, 0], pa.float16()), pa.array([1, 0], pa.decimal128(5, 2)), pa.array([["b"], ["a"]]),
+    ],
+    ids=lambda labels: str(labels.type),
+)  # fmt: skip
+def test_declared_classes_are_read_however_their_labels_are_stored(tmp_path: Path, labels: pa.Array) -> None:
+    file = write(tmp_path / "train.parquet", {"image": FILES, "label": labels}, declared("a", "b", "c"))
+    source = open_source(str(file))
+    assert source.labels == ("a", "b", "c")
+    assert seen(source) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "expected"),
+    [(["nan", "9"], ("9", "nan"), [(10, "nan"), (20, "9")]), ([1, 0], (7, 8), [(10, "8"), (20, "7")])],
+)
+def test_a_declared_name_is_a_name_whatever_it_looks_like(
+    tmp_path: Path, labels: list[Any], names: tuple[Any, ...], expected: list[tuple[int, str]]
+) -> None:
+    file = write(tmp_path / "train.parquet", {"image": FILES, "label": labels}, declared(*names))
+    assert seen(open_source(str(file))) == expected
+
+
+MISSING = "1 of 2 images have no label"
+
+
+@pytest.mark.parametrize(
+    ("labels", "error"),
+    [
+        (["a", ""], MISSING), (["a", "N/A"], MISSING), (["a", "-1"], MISSING), ([0.0, float("nan")], MISSING),
+        ([0, None], MISSING), ([None, None], "no image has a label"),
+        (["a", "c"], "'c', none of the 2 class names"), (["a", "2"], "'2', none of the 2 class names"),
+        (["a", "\u0663"], "none of the 2 class names"), (["a", "9" * 5000], "none of the 2 class names"),
+        (["a", "x\ny"], r"'x\ny', none"), ([0, 2], "label 2 but only 2 class names"),
+        ([0, 0.5], "holds 0.5; a class must be"), ([0, float("inf")], "holds inf; a class must be"),
+        (pa.array([0, 2**64 - 1], pa.uint64()), "holds 1.84467e+19; a class must be"),
+        (pa.array([0, 1], pa.date32()), "holds date32[day]; a class must be"),
+        (pa.array([{"a": 0}, {"a": 1}]), "holds struct<a: int64>; a class must be"),
+    ],
+)  # fmt: skip
+def test_labels_that_are_none_of_the_declared_classes_are_refused(tmp_path: Path, labels: Any, error: str) -> None:
+    file = write(tmp_path / "train.parquet", {"image": FILES, "label": labels}, declared("a", "b"))
+    assert error in refusal(file)
+
+
+@pytest.mark.parametrize(
+    ("labels", "error"),
+    [
+        (pa.array([1, 2], pa.date32()), "holds date32[day]; a class must be"),
+        (pa.array([[("a", 1)], [("b", 2)]], pa.map_(pa.string(), pa.int64())), "a class must be"),
+        (pa.array([b"a", b"\xff"]), "holds bytes that are no UTF-8 text"),
+        ([1.0, float("inf")], "holds inf; a class must be"), ([1.0, 1e300], "holds 1e+300; a class must be"),
+    ],
+    ids=["date", "map", "bytes", "infinite", "large"],
+)  # fmt: skip
+def test_labels_of_a_type_that_no_class_has_are_refused(tmp_path: Path, labels: Any, error: str) -> None:
+    assert error in refusal(write(tmp_path / "train.parquet", {"image": FILES, "label": labels}))
+
+
+def refusal(file: Path) -> str:
+    """The one line that a file is refused with."""
+    with pytest.raises(DataError) as caught:
+        open_source(str(file))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_small_numbers_of_half_precision_are_classes(tmp_path: Path) -> None:
+    labels = pa.array([1, 0], pa.float16())
+    assert seen(open_source(str(write(tmp_path / "train.parquet", {"image": FILES, "label": labels})))) == [
+        (10, "1"), (20, "0"),
+    ]  # fmt: skip

@@ -6,6 +6,7 @@ type are brought to the plain ones.
 
 import io
 import json
+import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from datasets.features.features import generate_from_arrow_type
 from PIL import Image
 
 from vitft.data import columns
-from vitft.data.rows import Table
-from vitft.data.schema import Notes, Reading, in_memory, role_of
+from vitft.data.rows import Table, in_short
+from vitft.data.schema import Notes, Reading, in_memory, is_missing, need_classes, role_of, whole
 from vitft.errors import DataError, UsageError, nearest
 
 # Usual names, those that tell more first; `jpg` and `cls` are what datasets calls the fields of WebDataset.
@@ -204,9 +205,20 @@ def plain(table: pa.Table, image: Leaf, label: Leaf | None) -> Plain:
     images = pa.chunked_array(list(_images(_at(table, image), image)), _STRUCT)
     if label is None:
         return Plain(images, None, None)
-    labels = [_text(chunk) for chunk in _of_one(_at(table, label), label, "labels")]
+    labels = [_text(chunk, label) for chunk in _of_one(_at(table, label), label, "labels")]
+    for chunk in labels:
+        need_classes(chunk.type, _column(label))
+    feature = label.item
+    if isinstance(feature, datasets.ClassLabel):
+        feature = datasets.ClassLabel(names=[*map(str, feature.names)])
+        labels = [_codes(chunk, feature.names, label) for chunk in labels]
     kind = labels[0].type if labels else pa.null()
-    return Plain(images, pa.chunked_array(labels, kind), label.item)
+    return Plain(images, pa.chunked_array(labels, kind), feature)
+
+
+def _column(leaf: Leaf) -> str:
+    """A column, or a field of one, for an error."""
+    return f"column {'.'.join(leaf.path)!r}"
 
 
 def _at(table: pa.Table, leaf: Leaf) -> list[pa.Array]:
@@ -225,7 +237,7 @@ def _of_one(chunks: list[pa.Array], leaf: Leaf, what: str) -> Iterator[pa.Array]
             if (one := pc.equal(lengths, 1)).true_count != len(chunk):
                 first = pc.index(one, False).as_py()
                 raise DataError(
-                    f"column {'.'.join(leaf.path)!r} holds {lengths[first].as_py()} {what} in row {row + first}; "
+                    f"{_column(leaf)} holds {lengths[first].as_py()} {what} in row {row + first}; "
                     "an image has one class here: name another column, or take one of them."
                 )
             gone = chunk.is_null()
@@ -240,14 +252,55 @@ def _is_fixed(kind: pa.DataType) -> bool:
     return bool(pa.types.is_fixed_size_list(kind))
 
 
-def _text(chunk: pa.Array) -> pa.Array:
-    """Labels of any type of text as string; numbers as they are."""
+def _text(chunk: pa.Array, leaf: Leaf) -> pa.Array:
+    """Labels of any type of text as string, of any type of fractions as float64; others as they are.
+
+    Raises DataError for bytes that are no text.
+    """
     if pa.types.is_dictionary(chunk.type):
         chunk = chunk.cast(chunk.type.value_type)
-    kinds = (pa.types.is_large_string, pa.types.is_string_view, pa.types.is_binary, pa.types.is_large_binary)
-    if any(is_kind(chunk.type) for is_kind in kinds):
-        return chunk.cast(pa.string())
-    return chunk.cast(pa.float64()) if pa.types.is_decimal(chunk.type) else chunk
+    if any(is_kind(chunk.type) for is_kind in _TEXT_KINDS):
+        try:
+            return chunk.cast(pa.string())
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{_column(leaf)} holds bytes that are no UTF-8 text; a class must be a name.") from error
+    fractions = pa.types.is_decimal(chunk.type) or pa.types.is_floating(chunk.type)
+    return chunk.cast(pa.float64()) if fractions else chunk
+
+
+_TEXT_KINDS = (
+    pa.types.is_large_string, pa.types.is_string_view, pa.types.is_binary, pa.types.is_large_binary,
+    pa.types.is_binary_view,
+)  # fmt: skip
+
+
+def _codes(labels: pa.Array, names: list[str], leaf: Leaf) -> pa.Array:
+    """Labels of declared classes as int64, null where there is none, however they are stored. Raises DataError."""
+    if pa.types.is_string(labels.type):
+        coded = labels.dictionary_encode()
+        place = {name: code for code, name in enumerate(names)}
+        return pa.array([_code(word, place, leaf) for word in coded.dictionary.to_pylist()], pa.int64()).take(
+            coded.indices
+        )
+    if pa.types.is_floating(labels.type):
+        labels = pc.if_else(pc.is_nan(labels), None, labels)
+    return whole(labels, _column(leaf))
+
+
+def _code(word: str, place: Mapping[str, int], leaf: Leaf) -> int | None:
+    """The class that a text means, as `datasets` reads it: by its name, else by its number; None for a missing one."""
+    for text in (word, word.strip()):
+        if text in place:
+            return place[text]
+    if is_missing(word.strip()):
+        return None
+    number = int(word) if re.fullmatch(r"\s*(-1|[0-9]{1,9})\s*", word) else len(place)
+    if number >= len(place):
+        raise DataError(
+            f"{_column(leaf)} holds {in_short(word)!r}, none of the {len(place)} class names that the "
+            f"data set declares ({in_short(', '.join(place))})."
+        )
+    return number
 
 
 def _images(chunks: list[pa.Array], leaf: Leaf) -> Iterator[pa.Array]:
@@ -279,8 +332,7 @@ def _encoded(pixels: list[Any] | None, leaf: Leaf) -> bytes | None:
         Image.fromarray((array.squeeze(2) if array.shape[2:] == (1,) else array).astype(np.uint8)).save(stream, "PNG")
     except (ValueError, TypeError) as error:
         raise DataError(
-            f"column {'.'.join(leaf.path)!r} holds lists that are no pixels of 0 to 255: {str(error)[:100]}; "
-            "store encoded images."
+            f"{_column(leaf)} holds lists that are no pixels of 0 to 255: {str(error)[:100]}; store encoded images."
         ) from error
     return stream.getvalue()
 

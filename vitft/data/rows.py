@@ -219,7 +219,10 @@ class _Delimited:
                 return
             except csv.Error as error:
                 line = self.skipped + reader.line_num
-                raise DataError(f"{self.path} line {line}: {error}; a quote within a cell is written twice.") from error
+                reason = f"{error}; a quote within a cell is written twice"
+                if "field limit" in str(error):
+                    reason = f"a cell has over {csv.field_size_limit():,} characters; close the quote that is open"
+                raise DataError(f"{self.path} line {line}: {reason}.") from error
 
     def _delimiter(self, head: list[str]) -> str:
         """The one that gives all rows the same number of cells, more than one; else that of the first row."""

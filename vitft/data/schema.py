@@ -156,19 +156,33 @@ def _label_values(split: datasets.Dataset, column: str, name: str) -> _Labels:
         if len(codes) and codes.max() >= len(words):
             raise DataError(f"split {name}: label {codes.max()} but only {len(words)} class names.")
         return _Labels(codes, words, declared=True)
-    kind = values.type
-    if not any(is_kind(kind) for is_kind in _LABEL_KINDS):
-        raise DataError(f"column {column!r} of split {name} holds {kind}; a class must be a name or a whole number.")
-    if pa.types.is_floating(kind):
+    where = f"column {column!r} of split {name}"
+    need_classes(values.type, where)
+    if pa.types.is_floating(values.type):
         values = pc.if_else(pc.is_nan(values), None, values)
         if pc.all(pc.equal(values, pc.floor(values))).as_py():
-            values = values.cast(pa.int64())
+            values = whole(values, where)
     coded = values.cast(pa.string()).dictionary_encode()
     words = [composed(word) for word in coded.dictionary.to_pylist()]
     known = [word for word in words if not is_missing(word)]
     place = {word: index for index, word in enumerate(dict.fromkeys(known))}
     remap = np.array([place.get(word, -1) for word in words] + [-1], np.int64)  # the last one: what is null
     return _Labels(remap[np.asarray(pc.fill_null(coded.indices.cast(pa.int64()), -1))], list(place))
+
+
+def need_classes(kind: pa.DataType, where: str) -> None:
+    """Raises DataError for a type that no label has, numbers with a fraction included: some of these are whole."""
+    if not any(is_kind(kind) for is_kind in _LABEL_KINDS):
+        raise DataError(f"{where} holds {kind}; a class must be a name or a whole number.")
+
+
+def whole(numbers: pa.Array, where: str) -> pa.Array:
+    """Numbers of any type as int64. Raises DataError for one that is none."""
+    try:
+        return numbers.cast(pa.int64())
+    except pa.ArrowInvalid as error:
+        wrong = next(one for one in numbers.to_pylist() if one is not None and (one % 1 != 0 or abs(one) >= 2**63))
+        raise DataError(f"{where} holds {wrong:g}; a class must be a name or a whole number.") from error
 
 
 _LABEL_KINDS = (
