@@ -86,3 +86,17 @@ def test_removing_a_folder_removes_what_an_earlier_try_left(tmp_path: Path) -> N
         (tmp_path / name / "weights").touch()
     files.remove_folder(tmp_path / "step")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_a_kill_left_under_its_old_name_is_there_when_its_successor_fails(tmp_path: Path) -> None:
+    old = tmp_path / ".folder.vitft-old"
+    old.mkdir()
+    (old / "a").touch()
+    with pytest.raises(KeyError), files.new_folder(tmp_path / "folder"):
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert (tmp_path / "folder" / "a").is_file()
+    old.mkdir()  # and what is left beside a whole one is not taken for it
+    with files.new_folder(tmp_path / "folder") as new:
+        (new / "b").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "b"]
