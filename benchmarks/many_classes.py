@@ -1,0 +1,59 @@
+"""Many classes and many files: listing, split, manifest and a validation's scoring, in seconds, and their memory.
+
+python benchmarks/many_classes.py FOLDER [CLASSES] [FILES]: makes the files in the folder first, where it has none.
+"""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+import vitft.classification  # noqa: F401  (as in a run, where all is imported by then)
+from vitft.data.sources import open_source
+from vitft.data.splits import make_splits, manifest
+from vitft.metrics import score
+
+
+def made(root: Path, classes: int, files: int) -> None:
+    """Small files that are no images: none of what is measured decodes them."""
+    for number in range(files):
+        folder = root / f"class {number % classes:05d}"
+        if number < classes:
+            folder.mkdir(parents=True)
+        (folder / f"{number}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + number.to_bytes(8, "big"))
+
+
+def main() -> None:
+    """Measure."""
+    root, classes, files = Path(sys.argv[1]), *map(int, [*sys.argv[2:], 20_000, 200_000][:2])
+    if not root.exists():
+        made(root, classes, files)
+    said = {}
+
+    def timed(name: str, started: tuple[float, float]) -> tuple[float, float]:
+        now = time.perf_counter(), time.process_time()
+        said[name] = {"s": round(now[0] - started[0], 2), "cpu_s": round(now[1] - started[1], 2)}
+        return now
+
+    clock = time.perf_counter(), time.process_time()
+    source = open_source(str(root))
+    clock = timed("listing", clock)
+    splits = make_splits(source, val_fraction=0.1, max_train_samples=None, max_eval_samples=None, seed=0)
+    clock = timed("split", clock)
+    document = json.dumps(manifest(source, splits))
+    clock = timed("manifest", clock)
+    truth = splits["validation"].labels
+    top = (truth[:, None] + np.arange(5)) % classes
+    metrics = score(truth, top, np.ones(len(truth)), source.labels, split="validation", split_hash="", elapsed_s=1.0)
+    clock = timed("scoring", clock)
+    metrics.summary()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    counts = {"validation": len(truth), "manifest_bytes": len(document), "peak_GB": round(peak, 2)}
+    print(json.dumps(said | counts, indent=2))
+
+
+if __name__ == "__main__":
+    main()
