@@ -21,6 +21,7 @@ from vitft.paths import composed
 Rows = NDArray[np.int64]
 Keys = NDArray[np.uint64]
 
+_READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 ROW = "row"  # the column that keeps the number of each row, whatever is selected of a split
 _WHOLE, _PIECE = 1 << 16, 1 << 14  # bytes up to which all is hashed; of more, so many at start, middle and end
 
@@ -86,9 +87,12 @@ def contents(split: datasets.Dataset, rows: Rows) -> Keys:
     for chunk in images.chunks:
         begin, end = np.searchsorted(stored[order], [first, first + len(chunk)])
         data, path = chunk.flatten()
-        for place in order[begin:end].tolist():
-            cell = data[int(stored[place]) - first]
-            found[place] = _of_bytes(cell) if cell.is_valid else _of_file(str(path[int(stored[place]) - first]))
+        places = order[begin:end]
+        wanted = stored[places] - first
+        here = data.is_valid().to_numpy(zero_copy_only=False)[wanted].tolist()
+        names = path.take(pa.array(wanted)).to_pylist()  # at once: a cell by itself takes as long as opening a file
+        for place, row, is_here, name in zip(places.tolist(), wanted.tolist(), here, names, strict=True):
+            found[place] = _of_bytes(data[row]) if is_here else _of_file(str(name))
         first += len(chunk)
     return found
 
@@ -100,7 +104,7 @@ def _of_bytes(cell: pa.BinaryScalar) -> int:
 
 def _of_file(path: str) -> int:
     try:
-        file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        file = os.open(path, _READ)
     except OSError:
         return _digest(-1, lambda start, count: path.encode(errors="replace"))  # its reader will say what is wrong
     try:
