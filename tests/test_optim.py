@@ -59,6 +59,10 @@ def test_warm_up_rises_evenly_and_meets_the_peak() -> None:
     assert rates(config, 10, 5)[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1 - 1 / 6])
 
 
+def test_a_warm_up_of_the_whole_run_meets_the_peak_at_its_last_step() -> None:
+    assert rates(TrainConfig(lr=1.0, warmup=0.95), 5, 5) == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+
+
 def test_cosine_is_half_way_down_in_the_middle() -> None:
     config = TrainConfig.parse({"schedule": "cosine", "lr": 1.0})
 
