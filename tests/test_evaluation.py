@@ -214,7 +214,7 @@ def test_other_labels_are_an_error_that_lists_both_sides(saved: Callable[..., Pa
 def test_classes_that_share_a_name_are_told_apart_by_their_place() -> None:
     """As ImageNet's two cranes."""
     truth, names = np.array([0, 1, 2]), ("crane", "kite", "crane")
-    assert matched(truth, names, names, name="model").tolist() == [0, 1, 2]
+    assert matched(truth, names, names, name="model")[0].tolist() == [0, 1, 2]
 
 
 def test_a_checkpoints_own_settings_do_not_rule_over_other_data(digits_run: Any, tmp_path: Path) -> None:

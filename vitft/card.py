@@ -21,7 +21,7 @@ from vitft.files import json_text, write_json, write_text
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
-_PLACES = ("dataset", "model", "exclude")
+_PLACES = ("dataset", "model", "exclude", "labels")
 """The settings that may be paths of this machine: a checkpoint, which may be shared, has their names alone."""
 
 

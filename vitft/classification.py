@@ -14,11 +14,11 @@ from datasets import Features, Value
 class Classification(evaluate.Metric):  # type: ignore[misc]
     """Accuracy, top-5, mean loss, F1 and the confusions of a classifier over C classes, of n images.
 
-    `compute(references, predictions, found, losses, classes=C)` takes, each (n,), the true class, the best class,
-    whether the true one is among the best five, and the loss. Precision and recall are 0 where nothing was predicted
-    or nothing is true, and macro F1 is the mean over the classes that are true or predicted somewhere: scikit-learn's
-    `f1_score` does both. Confusions are `cells`, (k, 3): a true class, a predicted one, how many images, sorted; so
-    memory is in proportion to images and classes, never to C x C.
+    `compute(references, predictions, found, losses, classes=C, known=K)` takes, each (n,), the true class, the best
+    class, whether the true one is among the best five, and the loss, which counts for images of the first K classes.
+    Precision and recall are 0 where nothing was predicted or nothing is true, and macro F1 is the mean over the classes
+    that are true or predicted somewhere: scikit-learn's `f1_score` does both. Confusions are `cells`, (k, 3): a true
+    class, a predicted one, how many images, sorted; so memory is in proportion to images and classes, never to C x C.
     """
 
     def _info(self) -> Any:
@@ -31,7 +31,7 @@ class Classification(evaluate.Metric):  # type: ignore[misc]
         )
 
     def _compute(
-        self, predictions: Any, references: Any, found: Any, losses: Any, classes: int
+        self, predictions: Any, references: Any, found: Any, losses: Any, classes: int, known: int
     ) -> dict[str, Any]:  # fmt: skip
         best, truth = np.asarray(predictions), np.asarray(references)
         pairs, sizes = np.unique(truth * classes + best, return_counts=True)
@@ -41,7 +41,7 @@ class Classification(evaluate.Metric):  # type: ignore[misc]
         return {
             "correct": int(hits.sum()),
             "top5": float(np.mean(found)),
-            "loss": float(np.mean(losses)),
+            "loss": float(np.mean(np.asarray(losses)[truth < known])),
             "macro_f1": float(f1[true + predicted > 0].mean()),
             "precision": hits / np.maximum(predicted, 1),
             "recall": hits / np.maximum(true, 1),

@@ -28,6 +28,7 @@ class TrainConfig(Settings):
     val_fraction: float = setting(0.1, "Data", "Share of train set aside when the data has no validation split, about so much of each class; 0 for none.", ge=0, lt=1)
     max_train_samples: int | None = setting(None, "Data", "Train on this many images, stratified, taken after validation is set aside.", ge=1)
     max_eval_samples: int | None = setting(None, "Data", "Evaluate on at most this many images of each split, stratified.", ge=1)
+    labels: str | None = setting(None, "Data", "Text file of class names, one a line: the head has these, in this order; by default those with a training image.")
     exclude: str | None = setting(None, "Data", "File of images to leave out, as vitft data check --quarantine writes it.")
     check: Literal["fast", "full", "off"] = setting("fast", "Data", "Look for faults before training. fast: in the labels; full: in every image, as vitft data check.", steers=True)
     on_bad_image: Literal["error", "skip"] = setting("error", "Data", "What a file that is no readable image does: stop before training, or be listed and left out.")

@@ -21,7 +21,7 @@ def nothing_learned(metrics: Metrics, config: TrainConfig, steps: int) -> str | 
     images = np.bincount(true, weights=count)
     if metrics.count < _FEW_IMAGES or np.count_nonzero(images) < 2:
         return None
-    commonest = int(images.argmax())
+    commonest = int(images[: len(metrics.per_class) - len(metrics.others)].argmax())
     if len(set(predicted.tolist())) == 1:
         what = f"every image of {metrics.split} was taken for {metrics.per_class[int(predicted[0])].label}"
     elif metrics.accuracy <= images[commonest] / metrics.count:

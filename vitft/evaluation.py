@@ -27,6 +27,7 @@ from vitft.metrics import Metrics, score
 from vitft.models import load_trained, read_config
 from vitft.paths import absolute, composed, expanded
 
+NO_CLASS = -1  # in the loss, of an image whose class the model does not have
 BATCH = 64  # images of a forward pass: it keeps no activations, so this fits wherever training does
 Progress = Callable[[int, int], None]
 """Called with the number done and the number in all."""
@@ -34,10 +35,13 @@ Progress = Callable[[int, int], None]
 
 def measure(
     model: Any, loader: Batches, labels: Sequence[str], split: Split,
-    *, gather: Callable[[list[Any]], list[Any]] = lambda parts: parts,
+    *, others: Sequence[str] = (), gather: Callable[[list[Any]], list[Any]] = lambda parts: parts,
     progress: Progress = lambda done, count: None,
 ) -> Metrics:  # fmt: skip
-    """Score the model on this loader's images, joined over all processes by `gather`."""
+    """Score the model on this loader's images, joined over all processes by `gather`.
+
+    `labels` are the model's; `others` those of images that it has no class for (see `matched`).
+    """
     model.eval()
     started = time.perf_counter()
     tops, losses, truths = [], [], []
@@ -45,14 +49,15 @@ def measure(
         for number, batch in enumerate(loader, 1):
             logits = model(pixel_values=batch.pixels).logits.float()
             tops.append(logits.topk(min(5, len(labels)), dim=1).indices)
-            losses.append(F.cross_entropy(logits, batch.labels, reduction="none"))
+            known = batch.labels.where(batch.labels < len(labels), NO_CLASS)
+            losses.append(F.cross_entropy(logits, known, reduction="none", ignore_index=NO_CLASS))
             truths.append(batch.labels)
             progress(number, len(loader))
     mine = tuple(torch.cat(parts).cpu().numpy() if parts else None for parts in (truths, tops, losses))
     parts = [part for part in gather([mine]) if part[0] is not None]
     truth, top, loss = (np.concatenate(column) for column in zip(*parts, strict=True))
     elapsed_s = time.perf_counter() - started
-    return score(truth, top, loss, labels, split=split.name, split_hash=split.hash, elapsed_s=elapsed_s)
+    return score(truth, top, loss, labels, others, split=split.name, split_hash=split.hash, elapsed_s=elapsed_s)
 
 
 def evaluate(
@@ -102,8 +107,8 @@ def evaluate(
     source = source_of(config)
     for warning in source.warnings:
         console.warn(warning)
-    chosen = choose_split(where, card, source, config, split, max_eval_samples)
-    truth = matched(chosen.labels, source.labels, loaded.labels, name=str(checkpoint))
+    chosen, own = choose_split(where, card, source, config, split, max_eval_samples)
+    truth, others = matched(chosen.labels, source.labels, loaded.labels, name=str(checkpoint), own=own)
     skip_bad = config.on_bad_image == "skip"
     rows = source.splits[chosen.source].select(chosen.rows)
     store, skipped = decode_all(
@@ -112,13 +117,18 @@ def evaluate(
     )  # fmt: skip
     chosen, truth = without(chosen, skipped, source), np.delete(truth, [s.position for s in skipped])
     report_skipped(skipped)
+    if unknown := int((truth >= len(loaded.labels)).sum()):
+        console.warn(
+            f"{unknown:,} of {len(truth):,} {chosen.name} images are of classes that the model does not have "
+            f"({listed(others, 5)}): they count as wrong, and are not in the loss"
+        )
     device = find_device(device)
     recorded = config.precision if card and config.device == device else "fp32"
     precision = find_precision(precision or recorded, device)
     model = loaded.model.to(device)
     loader = EvalLoader(store, truth, how, batch_size=batch_size, device=torch.device(device))
     with autocast(device, precision), threads(card.config.threads if card and card.config.device == device else None):
-        return measure(model, loader, loaded.labels, chosen, progress=progress)
+        return measure(model, loader, loaded.labels, chosen, others=others, progress=progress)
 
 
 def autocast(device: str, precision: str) -> Any:
@@ -129,23 +139,33 @@ def autocast(device: str, precision: str) -> Any:
 
 
 def matched(
-    labels: NDArray[np.int64], given: Sequence[str], known: Sequence[str], *, name: str
-) -> NDArray[np.int64]:  # fmt: skip
-    """Class indices of a data set as the model numbers them, matched by name. Raises DataError."""
+    labels: NDArray[np.int64], given: Sequence[str], known: Sequence[str], *, name: str, own: bool = False
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:  # fmt: skip
+    """Class indices of a data set as the model numbers them, matched by name; and the names of classes beyond those.
+
+    `labels` index the `given` names of the data set; `known` are the model's. Classes that occur and that the model
+    does not have are numbered after its own where the data set is its `own`: it was trained without images of them.
+    Raises DataError where another data set has such images, or none but such.
+    """
     if tuple(given) == tuple(known):
-        return labels  # also where two classes share a name, as two of ImageNet's do
+        return labels, ()  # also where two classes share a name, as two of ImageNet's do
     given, known = [composed(label) for label in given], [composed(label) for label in known]
-    if set(given) - set(known):
-
-        def listed(names: Sequence[str]) -> str:
-            return ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
-
+    position = {label: index for index, label in enumerate(known)}
+    occurs = np.bincount(labels, minlength=len(given)) > 0
+    present = [label for label, there in zip(given, occurs.tolist(), strict=True) if there]
+    others = tuple(dict.fromkeys(label for label in present if label not in position))
+    if others and (not own or not position.keys() & set(present)):
         raise DataError(
             f"labels do not match: the data has [{listed(given)}], {name} knows [{listed(known)}]; "
             "evaluate on data with these classes, or fine-tune on yours."
         )
-    position = {label: index for index, label in enumerate(known)}
-    return np.array([position[label] for label in given], np.int64)[labels]
+    position |= {label: len(known) + number for number, label in enumerate(others)}
+    return np.array([position.get(label, NO_CLASS) for label in given], np.int64)[labels], others
+
+
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """The first names, and how many there are if there are more."""
+    return ", ".join(names[:most]) + (f", ... ({len(names):,} in all)" if len(names) > most else "")
 
 
 def without(split: Split, skipped: Sequence[Skipped], source: Source) -> Split:

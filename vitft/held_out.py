@@ -48,8 +48,10 @@ def lineage(checkpoint: Path) -> list[Ancestor]:
 
 def choose_split(
     checkpoint: Path, card: Card | None, source: Source, config: TrainConfig, name: str | None, limit: int | None
-) -> Split:
-    """The split to score: by role, or by the data set's own name for it; without a name test, else validation.
+) -> tuple[Split, bool]:
+    """The split to score, and whether it is of the data set that the checkpoint's run was trained on.
+
+    It is chosen by role, or by the data set's own name for it; without a name test, else validation.
 
     What the checkpoint's run recorded rules, where it lies beside it. Raises UsageError where there is no such
     split, DataError where the checkpoint was trained on images of it.
@@ -71,7 +73,7 @@ def choose_split(
     found = known.get(role) or split_of(source, role, places[role])
     if role != "train" and role not in known:
         refuse_leak(records, source, found, "take them out of it, or add --split train to score what was trained on.")
-    return found.sampled(limit, config.seed, source.labels)
+    return found.sampled(limit, config.seed, source.labels), own or role in known
 
 
 def _default(source: Source, places: Mapping[str, str]) -> str:

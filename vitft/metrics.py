@@ -45,6 +45,7 @@ class Metrics:
     per_class: list[ClassScore]
     # (k, 3), sorted: a true class, a predicted one, how many images
     cells: NDArray[np.int64] = field(compare=False, repr=False)
+    others: tuple[str, ...] = ()  # the last of per_class: true classes that the model does not have
 
     @cached_property
     def confusion(self) -> dict[str, Any]:
@@ -75,6 +76,7 @@ def score(
     top: NDArray[np.int64],
     losses: NDArray[np.floating[Any]],
     labels: Sequence[str],
+    others: Sequence[str] = (),
     *,
     split: str,
     split_hash: str,
@@ -83,24 +85,27 @@ def score(
     """Score a split of n images: truth is (n,), top (n, k) best class first, losses (n,) in nats.
 
     k is 5, or the number of classes where there are fewer. `labels` names the classes in the order of
-    their indices; `elapsed_s` is the time that reading and classifying the n images took.
+    their indices. `others` are true classes that the model does not have, numbered after its own: their images are
+    wrong, and are left out of the mean loss. `elapsed_s` is the time that reading and classifying the n images took.
 
     Raises DataError if n is 0, ModelError if the mean loss is not a finite number, and ValueError if
     the arrays do not belong together.
     """
-    count, classes = len(truth), len(labels)
+    count, known, classes = len(truth), len(labels), len(labels) + len(others)
     if count == 0:
         raise DataError(f"split {split} has no images to evaluate; name another split")
-    if top.shape != (count, min(5, classes)) or losses.shape != (count,):
-        raise ValueError(f"got truth {truth.shape}, top {top.shape}, losses {losses.shape}, {classes} labels")
-    if min(truth.min(), top.min()) < 0 or max(truth.max(), top.max()) >= classes:
-        raise ValueError(f"a class index lies outside 0..{classes - 1}")
+    if top.shape != (count, min(5, known)) or losses.shape != (count,):
+        raise ValueError(f"got truth {truth.shape}, top {top.shape}, losses {losses.shape}, {known} labels")
+    if min(truth.min(), top.min()) < 0 or truth.max() >= classes or top.max() >= known:
+        raise ValueError(f"a class index lies outside 0..{classes - 1}, or a prediction outside 0..{known - 1}")
     from vitft.classification import Classification
 
     with TemporaryDirectory() as folder:  # evaluate makes a folder even when it keeps all in memory.
         metric = Classification(keep_in_memory=True, cache_dir=folder)
         found = (top == truth[:, None]).any(axis=1)
-        got = metric.compute(references=truth, predictions=top[:, 0], found=found, losses=losses, classes=classes)
+        got = metric.compute(
+            references=truth, predictions=top[:, 0], found=found, losses=losses, classes=classes, known=known
+        )
     if not isfinite(got["loss"]):
         raise ModelError(f"loss on {split} is {got['loss']}: the weights or inputs are not finite numbers")
     columns = (got[name].tolist() for name in ("precision", "recall", "f1", "count"))
@@ -114,8 +119,9 @@ def score(
         split=split,
         split_hash=split_hash,
         images_per_s=count / max(elapsed_s, 1e-9),
-        per_class=[ClassScore(*row) for row in zip(labels, *columns, strict=True)],
+        per_class=[ClassScore(*row) for row in zip((*labels, *others), *columns, strict=True)],
         cells=got["cells"],
+        others=tuple(others),
     )
 
 

@@ -51,11 +51,11 @@ class Loaded:
     scoring: Scoring = "softmax"  # what makes scores of its logits
 
 
-def load_for_training(config: TrainConfig, labels: Sequence[str]) -> Loaded:
+def load_for_training(config: TrainConfig, labels: Sequence[str], untrained: Sequence[str] = ()) -> Loaded:
     """The model of a run: pretrained or new, with a head for `labels`, at the run's input size.
 
-    A checkpoint whose labels are these by name keeps its head and its order of labels; any other
-    head is new, seeded. Raises ModelError.
+    A checkpoint whose labels are these by name keeps its head and its order of labels, also if the head has some of
+    the `untrained` classes of the data set; any other head is new, seeded. Raises ModelError.
     """
     _quiet()
     torch.manual_seed(seed_of(config.seed, "weights"))
@@ -64,9 +64,9 @@ def load_for_training(config: TrainConfig, labels: Sequence[str]) -> Loaded:
         return replace(loaded, preprocess=loaded.preprocess.ranged(config.value_range))
     origin = _origin(locate(config.model), config.model_revision)
     stored = _stored(origin)
-    known = _labels_of(stored)
+    known, wanted = _labels_of(stored), {*map(composed, labels)}
     same = known == tuple(labels) or (
-        len(set(known)) == len(known) and {*map(composed, known)} == {*map(composed, labels)}
+        len(set(known)) == len(known) and wanted <= {*map(composed, known)} <= wanted | {*map(composed, untrained)}
     )
     keeps_head = same and _has_head(stored) and (scoring := _scoring(stored)) == "softmax"
     if same and _has_head(stored) and not keeps_head:

@@ -43,7 +43,7 @@ class Plan:
     def groups(self) -> Iterator[Group]:
         """Titled groups of names and values, in reading order."""
         config, source, splits = self.prepared.config, self.prepared.source, self.prepared.splits
-        labels = source.labels
+        labels = self.prepared.loaded.labels
         revision = f" at {source.revision[:12]}" if source.revision else ""
         yield (
             "Data",

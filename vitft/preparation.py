@@ -1,6 +1,7 @@
 """What a run starts from: settings resolved, splits made, model loaded. Nothing is decoded or written."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitft import console, paths
-from vitft.card import prove
+from vitft.card import prove, read_card
 from vitft.checkpoint import find_model, is_run
 from vitft.config import SIZES, TrainConfig, range_of
 from vitft.data.check import check, check_labels, some_of
@@ -20,11 +21,11 @@ from vitft.data.sources import ALIASES, DIGITS, Source, source_of
 from vitft.data.splits import Split, make_splits
 from vitft.data.store import Skipped, Store, check_headers, decode_all
 from vitft.errors import DataError, UsageError
-from vitft.evaluation import matched, without
+from vitft.evaluation import listed, matched, without
 from vitft.hardware import find_attention, resolved
 from vitft.held_out import refuse_trained, settled_by
 from vitft.models import Loaded, load_for_training, shape_of
-from vitft.paths import expanded
+from vitft.paths import composed, expanded
 from vitft.spec import PRESETS
 
 Stores = dict[str, tuple[Store, NDArray[np.int64]]]
@@ -81,8 +82,14 @@ class Prepared:
                 progress=progress,
             )
         self._skip(role, skipped)
-        split = self.splits[role]
-        return store, matched(split.labels, self.source.labels, self.loaded.labels, name=config.model)
+        return store, self.matched(role)[0]
+
+    def matched(self, role: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+        """A split's labels as the model numbers them, and classes that it does not have: see `evaluation.matched`."""
+        return matched(
+            self.splits[role].labels, self.source.labels, self.loaded.labels, name=self.config.model,
+            own=role != "train",
+        )  # fmt: skip
 
 
 def prepare(config: TrainConfig, checkpoint: Path | None = None, run: Path | None = None) -> Prepared:
@@ -99,20 +106,24 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, run: Path | Non
     splits = _split(source, config) if record is None else _recalled(source, record)
     if "train" not in splits or len(splits["train"].rows) == 0:
         raise DataError(f"{config.dataset}: no training images; its splits are {', '.join(source.splits)}.")
-    seen = set(splits["train"].labels.tolist())
-    if unseen := [label for index, label in enumerate(source.labels) if index not in seen]:
-        few = f"{', '.join(unseen[:5])}{', ...' if len(unseen) > 5 else ''}"
-        console.warn(f"{len(unseen)} of {len(source.labels)} classes have no training image: {few}")
     if len(source.labels) < 2:
         raise DataError(f"{config.dataset}: one class ({source.labels[0]}) leaves nothing to tell apart; add another.")
     if config.early_stopping and "validation" not in splits:
         raise UsageError("early_stopping needs a validation split, and there is none; set --val-fraction above 0.")
+    trained = _trained(source, splits["train"])
+    labels = _read_labels(config.labels, trained, source) if config.labels and checkpoint is None else trained
     with console.working("loading the model"):
         if checkpoint is None:
             config = config.model_copy(update={"model": _weights_of(config.model)})
-            loaded = load_for_training(config, source.labels)
+            loaded = load_for_training(config, labels, () if config.labels else source.labels)
         else:  # a run that goes on needs nothing of what it began from
-            loaded = _load_again(config, source, checkpoint)
+            loaded = _load_again(config, trained, checkpoint)
+    if len(loaded.labels) < 2:
+        raise DataError(
+            f"{config.dataset}: the training images are all of one class ({loaded.labels[0]}), which leaves nothing to "
+            "tell apart; add images of another."
+        )
+    _tell_untrained(source, splits, loaded.labels)
     attention, how = _attend(loaded, config), loaded.preprocess
     pinned: dict[str, Any] = {"model_revision": loaded.revision or config.model_revision,
               "dataset_revision": source.revision or config.dataset_revision,
@@ -184,12 +195,73 @@ def _attend(loaded: Loaded, config: TrainConfig) -> str:
     return str(model.config._attn_implementation)
 
 
-def _load_again(config: TrainConfig, source: Source, checkpoint: Path) -> Loaded:
-    # A checkpoint of the run has its own size, which need not be square.
-    sizes = dict.fromkeys((*SIZES, "image_size", "model_revision"))
-    loaded = load_for_training(
-        config.model_copy(update={"model": str(checkpoint), "from_scratch": False} | sizes), source.labels
+def _trained(source: Source, train: Split) -> tuple[str, ...]:
+    """The classes with a training image."""
+    if len(set(source.labels)) < len(source.labels):  # of two classes with one name, nobody could say which is left out
+        return tuple(source.labels)
+    seen = np.bincount(train.labels, minlength=len(source.labels)) > 0
+    return tuple(label for label, has in zip(source.labels, seen.tolist(), strict=True) if has)
+
+
+def _read_labels(file: str, trained: Sequence[str], source: Source) -> tuple[str, ...]:
+    """The class names of a text file, one a line. Raises DataError unless each stands once, and the trained do."""
+    try:
+        lines = expanded(file).read_text(encoding="utf-8-sig").split("\n")  # splitlines() would split at U+2028 too
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise DataError(f"labels {file}: {reason}; give a text file of class names, one a line.") from error
+    spelled = {composed(label): label for label in source.labels}
+    names = [spelled.get(composed(line)) or spelled.get(composed(line.strip()), line.strip()) for line in lines]
+    names = [name for name in names if name]
+    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
+        raise DataError(f"labels {file}: {twice} stands in it twice; remove one of its lines.")
+    left = set(names)
+    if missing := [label for label in trained if label not in left]:
+        more = f" and {len(missing) - 1:,} more, which have" if len(missing) > 1 else ", which has"
+        raise DataError(
+            f"labels {file}: lacks {missing[0]}{more} training images; add every class that is trained, one a line."
+        )
+    known = set(source.labels)
+    if others := [name for name in names if name not in known]:
+        console.warn(f"labels {file}: not among the classes of {source.name}: {listed(others, 5)}")
+    return tuple(names)
+
+
+def _tell_untrained(source: Source, splits: Mapping[str, Split], head: Sequence[str]) -> None:
+    """Say which classes have no training image, and how many images the model can therefore never get right.
+
+    Raises DataError where these are all that a split has.
+    """
+    known, names = {*map(composed, head)}, np.array(source.labels, object)
+    lacks = np.array([composed(label) not in known for label in source.labels])
+    trained = np.bincount(splits["train"].labels, minlength=len(names)) > 0
+    if len(kept := names[~trained & ~lacks]):
+        console.warn(f"no training image of {len(kept):,} of {len(names):,} classes in the head: {listed(kept, 5)}")
+    if not lacks.any():
+        return
+    never = {role: int(lacks[split.labels].sum()) for role, split in splits.items()}
+    for role, count in never.items():
+        if count == len(splits[role].rows):
+            raise DataError(
+                f"{source.name}: no {role} image is of a class in the head, so there is nothing to score; "
+                "add training images of those classes, or name the classes with --labels FILE."
+            )
+    counts = " and ".join(f"{count:,} {role}" for role, count in never.items() if count)
+    images = "image" if sum(never.values()) == 1 else "images"
+    console.warn(
+        f"no training image of {lacks.sum():,} of {len(names):,} classes, left out of the head (--labels FILE adds "
+        f"them): {listed(names[lacks], 5)}{f'; {counts} {images} can therefore never be right' if counts else ''}"
     )
+
+
+def _load_again(config: TrainConfig, trained: Sequence[str], checkpoint: Path) -> Loaded:
+    # A checkpoint of the run has its own size, which need not be square, and its own classes.
+    sizes = dict.fromkeys((*SIZES, "image_size", "model_revision"))
+    card = read_card(checkpoint)
+    loaded = load_for_training(
+        config.model_copy(update={"model": str(checkpoint), "from_scratch": False} | sizes),
+        trained, () if card is None else card.labels,
+    )  # fmt: skip
     if loaded.new_head:
         raise DataError(f"the classes of {config.dataset} are not those the run began with; start a new run.")
     return loaded
@@ -199,6 +271,6 @@ def absolute(config: TrainConfig) -> TrainConfig:
     """The settings with local paths made absolute, so that they hold from any folder."""
     dataset = config.dataset and paths.absolute(config.dataset, (*ALIASES, DIGITS))
     model = paths.absolute(config.model, PRESETS)
-    others = {"exclude": config.exclude, "image_folder": config.image_folder}
+    others = {"exclude": config.exclude, "image_folder": config.image_folder, "labels": config.labels}
     others = {name: path and paths.absolute(path, ()) for name, path in others.items()}
     return config.model_copy(update={"dataset": dataset, "model": model} | others)

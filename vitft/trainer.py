@@ -287,8 +287,10 @@ class _Run:
             progress, gather = self.signals.watched(shown, gather_object)
             batches = loader if self.probe is None else self.probe.scoring(role, loader, progress)
             # The bare model: its own would wait for the other processes, which may have another number of batches.
-            self.measured = measure(self.learner.module, batches, self.labels, self.prepared.splits[role],
-                                    gather=gather, progress=progress)  # fmt: skip
+            self.measured = measure(
+                self.learner.module, batches, self.labels, self.prepared.splits[role],
+                others=self.prepared.matched(role)[1], gather=gather, progress=progress,
+            )  # fmt: skip
             return self.measured
 
     # -- what is written --------------------------------------------------------------------------
