@@ -372,6 +372,8 @@ def test_a_run_whose_splits_cannot_be_proved_does_not_go_on(copied: Path, conten
 
 @pytest.mark.parametrize("content", ["", "{}", '{"threads": "x"}', None])
 def test_a_run_that_does_not_know_its_threads_does_not_go_on(copied: Path, content: str | None) -> None:
+    """Of an earlier version's run, whose settings do not say them."""
+    ckpt.write_config(copied, ckpt.read_config(copied).model_copy(update={"threads": None}))
     file = copied / "environment.json"
     file.unlink() if content is None else file.write_text(content)
     with pytest.raises(ModelError, match=r"environment\.json: not readable"):

@@ -319,7 +319,7 @@ def test_a_file_of_more_bytes_than_its_pixels_could_have_is_not_read(kind: str, 
     file = holed(tmp_path / "x", stream.getvalue(), 1_500 * MB)
     said = within(60 * MB, shape_of, file)
     assert said.startswith("BadImage: has 1,500,000,000 bytes, over the "), said
-    assert "that --max-pixels 50,000,000 allows such a file" in said
+    assert "that max_pixels 50,000,000 allows such a file" in said
 
 
 def test_a_chunk_of_a_png_that_is_longer_than_any_profile_is_not_read(tmp_path: Path) -> None:
@@ -554,6 +554,7 @@ def test_names_that_are_no_utf_8_and_formulas_lose_no_row(saved: Saved, tmp_path
     words = ["predict", str(photos), "--checkpoint", str(folder), "--format", form]
     code, said = vitft(tmp_path, *words)
     assert code == 0, said
+    said = re.sub(r"^warning: .*\n", "", said, flags=re.MULTILINE)  # the checkpoint has no preprocessor
     assert said.count(".png") == 4
     if form == "csv":
         rows = list(csv.reader(io.StringIO(said)))[1:]
