@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,6 +53,8 @@ def test_opaque_8_bit_images_are_what_pillow_makes_of_them(mode, kind):
         data = encoded(Image.fromarray(np.tile(RGB, (4, 3, 1))).convert(mode), kind)
     except (OSError, ValueError):
         pytest.skip(f"{kind} cannot hold {mode}")
+    if (kind, mode) == ("TIFF", "YCbCr") and int(PIL.__version__.split(".")[0]) < 13:
+        pytest.skip("Pillow before 13 does not read the TIFF of YCbCr that it writes")
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     np.testing.assert_array_equal(decode(data), expected)
 
