@@ -94,7 +94,7 @@ def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(mine: Path) -> None:
         (b"lr: \xff\xfe\n", "cannot be read"),
         (b"\x00\x01", "cannot be read"),
         ("1: 2\n", "unknown setting '1'"),
-        ("? [a, b]\n: 3\n", "unknown setting"),
+        ("? [a, b]\n: 3\n", "a setting's name is a word"),
         ("a: &a [*a]\n", "cannot be read"),
     ],
 )
