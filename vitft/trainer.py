@@ -379,9 +379,7 @@ class _Run:
             ckpt.prune(self.run, state.step, self.config.keep)  # a kill may have come before it
         chosen, scored = ("last" if state.best_step is None else "best"), state
         best = self._best() if chosen == "best" else None
-        if best is not None and not (
-            best.step == state.step and best.scores["validation"] == self.scores.get("validation")
-        ):
+        if best is not None and not (best.step == state.step and _alike(best.scores, self.scores)):
             self._write_last(state)
             self.bare.load_state_dict(load_trained(self.run / "best").model.state_dict())
             scored, self.scores = State(step=best.step), best.scores
@@ -405,6 +403,14 @@ class _Run:
         if card is None:
             raise ModelError(f"{self.run / 'best'}: is no longer what the run wrote, for vitft.json is gone.")
         return card
+
+
+def _alike(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> bool:
+    """Whether these are one validation's scores, whichever process took its time: all have to say the same here."""
+    summaries = [dict(scores.get("validation", {})) for scores in (one, other)]
+    for summary in summaries:
+        summary.pop("images_per_s", None)
+    return summaries[0] == summaries[1]
 
 
 def _score(summary: dict[str, Any], config: TrainConfig) -> float:
