@@ -94,4 +94,5 @@ def test_labels_that_are_written_in_two_ways_are_named(tmp_path) -> None:
     rows = [f'{i}.png,"{label}"' for i, label in enumerate(labels)]
     source = open_source(write(tmp_path, "\n".join(["path,label", *rows]), *(f"{i}.png" for i in range(10))))
     found = {one.path for one in check(source) if one.kind == "similar-labels"}
-    assert found == {"7", "7.0", "True", "caf\u00e9"}
+    assert found == {"7", "7.0", "True"}
+    assert len(source.labels) == 9  # the two forms of café are one class: there is nothing to tell
