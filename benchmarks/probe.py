@@ -9,7 +9,6 @@ import time
 import torch
 
 from vitft.config import TrainConfig
-from vitft.data.augment import preprocess
 from vitft.evaluation import autocast
 from vitft.hardware import accelerator_of
 from vitft.learner import Learner
@@ -56,8 +55,7 @@ def forward_s(learner: Learner) -> float:
     started = time.perf_counter()
     with torch.no_grad(), autocast(config.device, config.precision):
         for step in range(learner.steps_per_epoch):
-            images = loader.images(loader.samples(step))
-            model(pixel_values=preprocess(images, loader.how, exact=False))
+            model(pixel_values=loader.unaugmented(loader.samples(step), mirror=False))
     return time.perf_counter() - started
 
 

@@ -51,7 +51,7 @@ ROOMS = [
     ["data.columns"],
     ["data.rows", "data.named", "data.folders"],
     ["data.schema", "data.augment", "data.images"],
-    ["data.color", "data.limits", "data.room"],
+    ["data.color", "data.filters", "data.limits", "data.room"],
     ["hardware", "sizes", "demand", "heads"],
     ["config", "spec", "options"],
     ["hub", "settings", "clock", "reports"],

@@ -25,7 +25,7 @@ from vitft.checkpoint import save_model
 from vitft.data.augment import Preprocess
 from vitft.errors import ModelError, UsageError, VitftError
 from vitft.heads import label_tensors
-from vitft.models import Loaded, load_for_training, load_trained, set_training, spec_of
+from vitft.models import Loaded, compiled, load_for_training, load_trained, set_training, spec_of
 from vitft.recipe import read_recipe
 
 Saved = Callable[..., Path]
@@ -649,3 +649,38 @@ def test_a_new_models_sizes_that_do_not_fit_name_values_that_do() -> None:
         assert str(caught.value) == says
     wide = spec_of(TrainConfig(from_scratch=True, model="vit-micro", width=96))
     assert (wide.width, wide.mlp) == (96, 384)
+
+
+# -- compiled blocks --------------------------------------------------------------------------------
+
+
+class _Compiled(torch.nn.Module):
+    """In the place of what torch.compile makes, which takes a minute: counts its calls."""
+
+    calls = 0
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        type(self).calls += 1
+        return self.module(*given, **named)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_only_the_repeated_blocks_are_compiled(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda module, dynamic: _Compiled(module))
+    monkeypatch.setattr(_Compiled, "calls", 0)
+    model, images = tiny_model(architecture), torch.randn(2, 3, 32, 32)
+    before, names = [*model.modules()], [*model.state_dict()]
+    wanted = model(pixel_values=images).logits
+    fast = compiled(model)
+    assert torch.equal(fast(pixel_values=images).logits, wanted)
+    assert _Compiled.calls == 2  # blocks
+    with pytest.raises((ValueError, RuntimeError), match="channel"):
+        fast(pixel_values=images[:, :2])
+    assert torch.equal(model(pixel_values=images).logits, wanted)
+    assert _Compiled.calls == 2  # the model itself is what it was, also after an error
+    assert [*model.modules()] == before
+    assert [*model.state_dict()] == names

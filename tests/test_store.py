@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitft.data.augment import CROP_AREA, Preprocess, crop_boxes, crops, fit, flips, normalize
 from vitft.data.images import decode
-from vitft.data.loader import EvalLoader, TrainLoader
+from vitft.data.loader import Ahead, EvalLoader, TrainLoader
 from vitft.data.sources import open_source
 from vitft.data.store import Store, decode_all, resident
 from vitft.errors import DataError
@@ -321,3 +321,46 @@ def test_only_training_takes_what_the_decoder_made_smaller(monkeypatch: pytest.M
     edge = Preprocess(224, 224, shortest_edge=248)
     decode_all(rows, edge, crops=False, max_pixels=10**8, skip_bad=False, training=True)
     assert asked == [None, 224, 1188, 248]  # of crops 1.5 times what is stored of a square: 224 / sqrt(0.08)
+
+
+# -- what a GPU leaves to the host ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["none", "flip", "crop"])
+def test_batches_that_are_cut_ahead_are_the_same(tmp_path: Path, kind: str) -> None:
+    """As where a GPU trains and the images stay in the host's memory; here of several sizes."""
+    folder = photos(tmp_path, [(40, 30), (20, 16), (33, 70), (32, 32), (9, 50)] * 3)
+    rows = open_source(str(folder)).splits["train"]
+    store, _ = decode_all(rows, HOW, crops=kind == "crop", max_pixels=10**6, skip_bad=False)
+    options = {"kind": kind, "seed": 3, "batch_size": 4, "device": torch.device("cpu")}
+    plain, ahead = (TrainLoader(store, np.zeros(15, np.int64), HOW, **options) for _ in range(2))  # type: ignore[arg-type]
+    ahead._cut_ahead = Ahead(ahead._cut)
+    for step in (0, 1, 2, 3, 4, 9, 8, 2):
+        one, other = plain.batch(step), ahead.batch(step)
+        assert torch.equal(one.pixels, other.pixels)
+        assert one.index.tolist() == other.index.tolist()
+
+
+def test_two_results_are_begun_ahead_and_errors_are_passed_on() -> None:
+    begun: list[int] = []
+
+    def work(number: int) -> torch.Tensor:
+        begun.append(number)
+        return torch.tensor(10 // (number - 5))
+
+    ahead = Ahead(work, end=8)
+    assert ahead(0) == -2
+    ahead._thread.submit(lambda: None).result()  # the thread does one after the other
+    assert begun == [0, 1, 2]
+    assert [int(ahead(number)) for number in (1, 2, 3, 4)] == [-3, -4, -5, -10]
+    with pytest.raises(ZeroDivisionError):
+        ahead(5)
+    assert ahead(7) == 5
+    ahead._thread.submit(lambda: None).result()
+    assert begun == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+def test_evaluation_cut_ahead_is_the_same() -> None:
+    loader = EvalLoader(LOADER.store, LOADER.labels.numpy(), HOW, batch_size=8, device=torch.device("cpu"))
+    ahead = Ahead(loader._cut, len(loader))
+    assert all(torch.equal(normalize(ahead(number), HOW), batch.pixels) for number, batch in enumerate(loader))

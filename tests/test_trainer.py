@@ -600,15 +600,15 @@ def test_a_signal_before_anything_is_saved_says_so(tmp_path: Path, monkeypatch: 
     start = train(config(), output=tmp_path / "start").run / "last"
     sizes = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp"))
     settings = config(model=str(start), from_scratch=False, **sizes, freeze="backbone", epochs=4)
-    real, read = TrainLoader.images, []
+    real, read = TrainLoader.unaugmented, []
 
-    def images(self: TrainLoader, index: Any) -> Any:
+    def unaugmented(self: TrainLoader, index: Any, **which: bool) -> Any:
         read.append(len(index))
         os.kill(os.getpid(), signal.SIGINT)
-        return real(self, index)
+        return real(self, index, **which)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainLoader, "images", images)
+        patch.setattr(TrainLoader, "unaugmented", unaugmented)
         with pytest.raises(Stopped, match="at step 0 of 12; there is nothing to save yet"):
             train(settings, output=tmp_path / "run")
     assert read == [24]

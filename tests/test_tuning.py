@@ -14,7 +14,7 @@ import transformers
 import yaml
 from PIL import Image
 
-from vitft import TrainConfig, evaluate, hardware, learner, predict, train, trainer, trial, tuning
+from vitft import TrainConfig, __version__, evaluate, hardware, learner, predict, train, trainer, trial, tuning
 from vitft.errors import UsageError
 from vitft.hardware import find_attention, micro_batch
 from vitft.learner import Learner
@@ -282,6 +282,15 @@ def test_a_compiled_run_is_the_same_run(tmp_path: Path) -> None:
 def test_torch_compiles_the_forward_pass(prepared: Prepared) -> None:
     model, images = prepared.loaded.model.eval(), torch.randn(4, 3, 28, 28)
     assert torch.allclose(compiled(model)(pixel_values=images).logits, model(pixel_values=images).logits, atol=1e-5)
+
+
+# -- what is written down ---------------------------------------------------------------------------
+
+
+def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = hardware.version
+    monkeypatch.setattr(hardware, "version", lambda name: real(name) if name != "vitft" else pytest.fail("asked"))
+    assert hardware.environment()["versions"]["vitft"] == __version__
 
 
 # -- the trial ------------------------------------------------------------------------------------

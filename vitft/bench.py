@@ -5,12 +5,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from itertools import count
+from itertools import count, pairwise
 from typing import Any, Literal
 
 import torch
 
-from vitft.clock import Stopwatch, settle
+from vitft.clock import Stopwatch, moment, seconds_between, settle
 from vitft.config import TrainConfig
 from vitft.data.loader import EvalLoader, TrainLoader
 from vitft.errors import UsageError
@@ -86,19 +86,15 @@ def _train(accelerator: Any, prepared: Prepared, stores: Stores, steps: int) -> 
     learner = Learner(accelerator, prepared, stores)
     learner.get_ready()
     places = _whole_batches(learner.loader)
-    waited_s = 0.0
 
     def step() -> None:
-        nonlocal waited_s
-        before = learner.data_wait_s
         learner.step(next(places))
-        waited_s += learner.data_wait_s - before
 
     for _ in range(WARM_UP):
         step()
-    waited_s = 0.0
-    times, _ = _timed(step, steps, config.device, warm_up=0)
-    wait = waited_s / sum(times)
+    waited_s = learner.data_wait_s
+    times = _in_a_row(step, steps, config.device)
+    wait = (learner.data_wait_s - waited_s) / sum(times)
     clock = Stopwatch(config.device)
     learner.clock = learner.loader.clock = clock
     _, parts = _timed(step, steps, config.device, clock, warm_up=0)
@@ -158,6 +154,17 @@ def _timed(
             times.append(time.perf_counter() - started)
             parts.append(dict(clock.seconds) if clock is not None else {})
     return times, {name: _spread([1e3 * part[name] for part in parts]) for name in parts[0]}
+
+
+def _in_a_row(step: Callable[[], Any], steps: int, device: str) -> list[float]:
+    """Seconds of each step, as they follow one another in training: a GPU is never waited for in between."""
+    settle(device)
+    moments = [moment(device)]
+    for _ in range(steps):
+        step()
+        moments.append(moment(device))
+    settle(device)
+    return [seconds_between(*pair) for pair in pairwise(moments)]
 
 
 def _spread(values: list[float]) -> dict[str, float]:

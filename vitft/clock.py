@@ -39,6 +39,51 @@ class Stopwatch(Clock):
         return self._timed(name)
 
 
+Moment = float | torch.cuda.Event
+"""By the clock of what computes: seconds of the host's, or an event that a GPU comes to when all before it is done."""
+
+
+def moment(device: str) -> Moment:
+    """Now; where a GPU computes, when it will have done what it was asked for so far: nothing waits for it here."""
+    if device != "cuda":
+        return time.perf_counter()
+    event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def seconds_between(begun: Moment, ended: Moment) -> float:
+    """From one moment to a later one of the same device; of a GPU's it waits for the later one."""
+    if isinstance(begun, float) or isinstance(ended, float):
+        return float(ended - begun)  # type: ignore[operator]  # both are
+    ended.synchronize()
+    return float(begun.elapsed_time(ended)) / 1e3
+
+
+class DataWait:
+    """Around what makes a step's input: how long steps had to wait for it.
+
+    On a GPU that is from the end of the step before until the input lies there: it is idle then, or makes the input.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device, self._seconds = device, 0.0
+        self._moments: list[tuple[Moment, Moment]] = []  # not read yet: to read one waits for it
+
+    def __enter__(self) -> None:
+        self._begun = moment(self._device)
+
+    def __exit__(self, *error: object) -> None:
+        self._moments.append((self._begun, moment(self._device)))
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps so far; on a GPU, this waits for the last input."""
+        self._seconds += sum(seconds_between(*pair) for pair in self._moments)
+        self._moments.clear()
+        return self._seconds
+
+
 def settle(device: str) -> None:
     """Wait until the device has done what it was asked to."""
     if device == "cuda":

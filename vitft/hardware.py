@@ -8,12 +8,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
+from vitft import __version__
 from vitft.clock import settle
 from vitft.config import TrainConfig
 from vitft.errors import TrainingError, UsageError, nearest
@@ -56,6 +58,20 @@ def threads(count: int | None = None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def deterministic(config: TrainConfig) -> Iterator[None]:
+    """On a GPU, allow only kernels that give the same bits every time, if `config` says so; elsewhere all do."""
+    wanted = config.deterministic and config.device == "cuda"
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def find_precision(wanted: str, device: str) -> str:
@@ -114,6 +130,13 @@ def accelerator_of(config: TrainConfig) -> Any:
     return Accelerator(cpu=known.device == "cpu", mixed_precision=precision)
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device. From pinned memory a GPU fetches it by itself, while it computes the step before."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether that is what an error of torch says; the CPU's has no type of its own."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -165,15 +188,15 @@ def _cpu_has_bf16() -> bool:
 
 def environment() -> dict[str, Any]:
     """Versions, hardware, git commit and command line, for `environment.json`."""
-    from importlib.metadata import version
-
-    packages = ("vitft", "torch", "transformers", "datasets", "accelerate", "evaluate", "numpy", "pillow")
+    packages = ("torch", "transformers", "datasets", "accelerate", "evaluate", "numpy", "pillow")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "command": [
             "=".join(shown(Path(part)) if os.sep in part else part for part in word.split("=")) for word in sys.argv
         ],
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "versions": {"python": platform.python_version()}
+        | {"vitft": __version__}
+        | {name: version(name) for name in packages},
         "hardware": {
             "system": platform.platform(),
             "cpu": platform.processor() or platform.machine(),

@@ -1,7 +1,6 @@
 """One optimizer step: its batch, its learning rate and its dropout are functions of (seed, step)."""
 
 import math
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object
 
 from vitft import console
-from vitft.clock import Clock
+from vitft.clock import Clock, DataWait
 from vitft.data.loader import TrainLoader
 from vitft.hardware import memory_guard, micro_batch
 from vitft.models import checkpoint_activations, compiled, set_training
@@ -51,7 +50,7 @@ class Learner:
         self.model, self.optimizer = accelerator.prepare(self.module, optimizer)
         self._whole = micro_batch(config, accelerator.num_processes)
         self._fast = compiled(self.model) if config.compile == "on" else self.model  # for parts of that size
-        self.data_wait_s = 0.0  # in all steps so far
+        self._wait = DataWait(config.device)
         self.breakable: Callable[[], AbstractContextManager[None]] = nullcontext  # around what may be broken off
         if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
             for parameter in self.bare.parameters():
@@ -81,6 +80,11 @@ class Learner:
         return self._whole
 
     @property
+    def data_wait_s(self) -> float:
+        """Seconds that all steps so far have waited for their input."""
+        return self._wait.seconds
+
+    @property
     def part(self) -> int:
         """Images of a forward pass of a whole batch."""
         return self._whole
@@ -100,9 +104,8 @@ class Learner:
     def _gradients(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute those of a step's batch; this process's share of loss and correct answers."""
         config, accelerator, clock = self.config, self.accelerator, self.clock
-        waited = time.perf_counter()
-        batch = self.loader.batch(step)
-        self.data_wait_s += time.perf_counter() - waited
+        with self._wait:
+            batch = self.loader.batch(step)
         if not self.module.training:  # an evaluation has changed it; to set every module takes a while
             self.module.train()
             set_training(self.bare, frozen_backbone=config.freeze == "backbone")

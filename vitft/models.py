@@ -6,7 +6,7 @@ Weights are float32 whatever was stored: precision is the matrix products', not 
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
@@ -339,9 +339,33 @@ def checkpoint_activations(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def compiled(module: Any) -> Any:
-    """The module by torch.compile, for batches of one shape."""
-    return torch.compile(module, dynamic=False)
+def compiled(module: nn.Module) -> Callable[..., Any]:
+    """The module with its blocks by torch.compile, for batches of one shape; the module itself stays as it is.
+
+    A model repeats one block, so compiling that once takes a fraction of the time that the whole model takes, and on an
+    H200 is as fast. What has no repeated blocks is compiled whole.
+    """
+    found = [one for one in module.modules() if isinstance(one, nn.ModuleList) and len({*map(type, one)}) == 1]
+    lists = [one for one in found if not any(other in found for other in one.modules() if other is not one)]
+    if not lists:
+        return torch.compile(module, dynamic=False)
+    own = [list(blocks) for blocks in lists]
+    fast = [[torch.compile(block, dynamic=False) for block in blocks] for blocks in own]
+
+    def forward(**inputs: Any) -> Any:
+        try:
+            _put(fast, lists)
+            return module(**inputs)
+        finally:
+            _put(own, lists)
+
+    return forward
+
+
+def _put(blocks: Sequence[Sequence[Any]], lists: Sequence[nn.ModuleList]) -> None:
+    for new, old in zip(blocks, lists, strict=True):
+        for place, block in enumerate(new):
+            old[place] = block
 
 
 def _label(stored: Any, names: Sequence[str]) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from vitft.config import TrainConfig
-from vitft.data.augment import flips, mirrored, preprocess
+from vitft.data.augment import flips
 from vitft.data.loader import Batch, EvalLoader, TrainLoader
 from vitft.evaluation import BATCH, autocast
-from vitft.hardware import micro_batch
+from vitft.hardware import micro_batch, sent
 from vitft.heads import head_of
 
 Features = Callable[[Tensor], Tensor]
@@ -90,8 +90,7 @@ class FeatureLoader:
         for kind in kinds:
             parts = []
             for number, chunk in enumerate(chunks, 1):
-                images = mirrored(loader.images(chunk), np.full(len(chunk), kind))
-                parts.append(features(preprocess(images, loader.how, exact=False)).cpu())
+                parts.append(features(loader.unaugmented(chunk, mirror=kind)).cpu())
                 progress(number + len(chunks) * kind, len(chunks) * len(kinds))
             self._kinds.append(torch.cat(gather([torch.cat(parts)] if parts else [])))
 
@@ -106,7 +105,7 @@ class FeatureLoader:
                 read = torch.where(torch.from_numpy(flip)[:, None], self._kinds[1][rows], read)
         with self.clock.part("transfer"):
             device = self.loader.device
-            return Batch(read.to(device), self.loader.labels[rows].to(device), mine)
+            return Batch(sent(read, device), sent(self.loader.labels[rows], device), mine)
 
 
 class Probe:

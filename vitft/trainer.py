@@ -24,7 +24,7 @@ from vitft.diagnosis import PaceWatch, nothing_learned
 from vitft.errors import ModelError, Stopped, TrainingError, UsageError
 from vitft.evaluation import measure
 from vitft.faults import REMEDY, Diverged, persisting
-from vitft.hardware import accelerator_of, is_out_of_memory, memory_guard, threads
+from vitft.hardware import accelerator_of, deterministic, is_out_of_memory, memory_guard, resolved, threads
 from vitft.history import Track, Window, forget_after, record, tracker
 from vitft.learner import Learner
 from vitft.metrics import Metrics
@@ -64,6 +64,7 @@ def train(config: TrainConfig, *, output: Path | str | None = None, overwrite: b
         prepared.config = tuned(prepared, accelerator.num_processes)
     with ExitStack() as held:
         held.enter_context(threads(prepared.config.threads))
+        held.enter_context(deterministic(prepared.config))
         stores = prepared.decode()  # a bad image is found before anything is written, or overwritten
         run = held.enter_context(runs.new_run(runs.Beginning(prepared, accelerator), output, overwrite))
         parts = [(accelerator, prepared, stores)]
@@ -95,7 +96,7 @@ def _resume(run: Path, changes: dict[str, Any], *, rolled_back: bool = False) ->
     state = ckpt.read_state(folder) if folder else State()
     before = ckpt.read_config(run)
     config = runs.changed(run, before, changes, finished=runs.is_finished(state))
-    with threads(config.threads or runs.threads_of(run)):
+    with threads(config.threads or runs.threads_of(run)), deterministic(resolved(config)):
         accelerator = accelerator_of(config)
         with accelerator.main_process_first():
             prepared = runs.prepared_again(run, config, folder)

@@ -4,8 +4,10 @@ A batch is a function of (seed, step) alone, so a resumed run and a run on more 
 same samples with the same augmentations.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -14,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitft.clock import Clock
-from vitft.data.augment import Images, Preprocess, augment, crops, normalize, preprocess
+from vitft.data.augment import Images, Preprocess, augment, augmented, fitted, mirrored, normalize
 from vitft.data.store import Store, resident
+from vitft.hardware import sent
 from vitft.randomness import order
 
 
@@ -32,7 +35,11 @@ class Batch:
 
 
 class TrainLoader:
-    """The training batches of one process, by step."""
+    """The training batches of one process, by step.
+
+    Where a GPU trains and the images stay in the host's memory, the host crops and resizes the next batches in threads
+    while the GPU computes; images that are small enough to stay on the GPU are cropped and resized there.
+    """
 
     def __init__(
         self, store: Store, labels: NDArray[np.int64], how: Preprocess, *, kind: str, seed: int,
@@ -45,7 +52,8 @@ class TrainLoader:
         self.labels = torch.from_numpy(labels.copy())
         self.batch_size, self.rank, self.world, self.device = batch_size, rank, world, device
         self._memory = Memory(how, device)
-        self._epoch_order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+        self._order = lru_cache(maxsize=2)(lambda epoch: order(seed, "order", epoch, len(store)))
+        self._cut_ahead = Ahead(self._cut) if store.pixels.device.type != device.type else None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -55,48 +63,67 @@ class TrainLoader:
     def samples(self, step: int) -> NDArray[np.int64]:
         """Positions of all the images of a step, over all processes."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        if self._epoch_order[0] != epoch:
-            self._epoch_order = epoch, order(self.seed, "order", epoch, len(self.store))
-        return self._epoch_order[1][place * self.batch_size : (place + 1) * self.batch_size]
+        positions: NDArray[np.int64] = self._order(epoch)
+        return positions[place * self.batch_size : (place + 1) * self.batch_size]
 
     def share(self, step: int) -> NDArray[np.int64]:
         """Positions of this process's images of a step: contiguous, so that shares join to the whole batch."""
         return np.array_split(self.samples(step), self.world)[self.rank]
 
-    def images(self, index: NDArray[np.int64]) -> Images:
-        """The stored images of these positions: on the device, or those that are to be cropped where the store is."""
-        cropped = self.kind == "crop"
-        with self.clock.part("wait"):
-            images = self.store.gather(index, stacked=not cropped)
-        with self.clock.part("transfer"):
-            if cropped:  # a crop is smaller than what it is cut from
-                return images
-            if isinstance(images, Tensor):
-                return _sent(images, self.device)
-            return [_sent(image, self.device) for image in images]
+    def unaugmented(self, index: NDArray[np.int64], *, mirror: bool) -> Tensor:
+        """The model's input of these positions, all of them mirrored or none: (B, C, H, W)."""
+        images = mirrored(self._stored(index), np.full(len(index), mirror))
+        return normalize(sent(fitted(images, self.how, exact=False), self.device), self.how)
 
     def batch(self, step: int) -> Batch:
         """This process's share of a step."""
         mine = self.share(step)
-        epoch = step // self.steps_per_epoch
         pixels = torch.empty((0, self.how.channels, self.how.height, self.how.width), device=self.device)
-        if len(mine):
-            images = self.images(mine)
-            with self.clock.part("augment"):
-                memory = self._memory.rows(len(mine))
-                if self.kind == "crop":
-                    cut = _sent(crops(images, self.how, self.seed, epoch, mine), self.device)
-                    pixels = normalize(cut, self.how, memory)
-                else:
-                    pixels = augment(images, self.how, self.kind, self.seed, epoch, mine, memory)
-        return Batch(pixels, _sent(self.labels[mine], self.device), mine)
+        if not len(mine):
+            return Batch(pixels, torch.empty(0, dtype=torch.long, device=self.device), mine)
+        with self.clock.part("wait"):
+            images = self._stored(mine) if self._cut_ahead is None else self._cut_ahead(step)
+        with self.clock.part("transfer"):
+            labels = sent(self.labels[mine], self.device)
+            if isinstance(images, Tensor):
+                images = sent(images, self.device)
+        with self.clock.part("augment"):
+            memory = self._memory.rows(len(mine))
+            if self._cut_ahead is None:
+                epoch = step // self.steps_per_epoch
+                pixels = augment(images, self.how, self.kind, self.seed, epoch, mine, memory)
+            else:
+                assert isinstance(images, Tensor)
+                pixels = normalize(images, self.how, memory)
+        return Batch(pixels, labels, mine)
+
+    def _stored(self, index: NDArray[np.int64]) -> Images:
+        # Those that are cropped on the host stay views; on a device a batch is one array.
+        return self.store.gather(index, stacked=self.kind != "crop" or self.store.pixels.device.type != "cpu")
+
+    def _cut(self, step: int) -> Tensor:
+        mine = self.share(step)
+        cut = augmented(self._stored(mine), self.how, self.kind, self.seed, step // self.steps_per_epoch, mine)
+        return cut.pin_memory() if self.device.type == "cuda" else cut
 
 
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device. From pinned memory a GPU fetches it by itself, while it computes the step before."""
-    if device.type == "cuda" and not tensor.is_cuda:
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+class Ahead:
+    """Work by number, of which the next two are begun in a thread while the last result is made use of."""
+
+    def __init__(self, work: Callable[[int], Tensor], end: int | None = None) -> None:
+        self._work, self._end = work, end
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vitft-ahead")
+        self._begun: dict[int, Future[Tensor]] = {}
+
+    def __call__(self, number: int) -> Tensor:
+        """The result of a number; raises what its work raises."""
+        wanted = (number, number + 1, number + 2)
+        self._begun = {
+            one: self._begun.get(one) or self._thread.submit(self._work, one)
+            for one in wanted
+            if self._end is None or one < self._end
+        }
+        return self._begun[number].result()
 
 
 class Batches(Protocol):
@@ -124,11 +151,14 @@ class EvalLoader:
         return len(self._parts)
 
     def __iter__(self) -> Iterator[Batch]:
-        for part in self._parts:
-            images = self.store.gather(part)
-            images = images.to(self.device) if isinstance(images, Tensor) else [i.to(self.device) for i in images]
-            pixels = preprocess(images, self.how, self._memory.rows(len(part)))
-            yield Batch(pixels, self.labels[part].to(self.device), part)
+        # A CPU has nothing else to do meanwhile: threads of their own would only wait for one another.
+        cut = self._cut if self.device.type == "cpu" else Ahead(self._cut, len(self._parts))
+        for number, part in enumerate(self._parts):
+            pixels = normalize(sent(cut(number), self.device), self.how, self._memory.rows(len(part)))
+            yield Batch(pixels, sent(self.labels[part], self.device), part)
+
+    def _cut(self, number: int) -> Tensor:
+        return fitted(self.store.gather(self._parts[number]), self.how)
 
 
 class Memory:

@@ -27,6 +27,7 @@ from vitft.data.augment import CROP_AREA, Images, Preprocess, each_of, resize, u
 from vitft.data.identity import sample_id
 from vitft.data.images import BadImage, about, decode, encoded, header
 from vitft.errors import DataError
+from vitft.hardware import sent
 
 IN_MEMORY = 2_000_000_000  # bytes; more goes to a file, which the system may page out
 T = TypeVar("T")
@@ -64,7 +65,7 @@ class Store:
         """
         if self.uniform and self.anew is None and stacked:
             height, width = self.shapes[0].tolist()
-            return self.pixels.view(len(self), height, width, 3)[torch.from_numpy(index).to(self.pixels.device)]
+            return self.pixels.view(len(self), height, width, 3)[sent(torch.from_numpy(index), self.pixels.device)]
         images = [self._image(int(i)) for i in index] if self.anew is None else list(workers().map(self._image, index))
         return torch.stack(images) if self.uniform and stacked else images
 
