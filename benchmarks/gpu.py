@@ -3,8 +3,9 @@
     python benchmarks/gpu.py --dataset CIFAR10_FOLDER
     python benchmarks/gpu.py --device cpu --model vit-micro --image-size 28 --batch-size 8 --steps 2   # that it runs
 
-Prints JSON: training steps of a ViT with random weights, by `vitft bench`, by Transformers' Trainer at its defaults
-and with bf16; then two epochs and an evaluation of the whole data set by `vitft train`.
+Prints JSON: training steps of a ViT with random weights, by `vitft bench` with flips and with crops, plain, compiled
+and with kernels that repeat themselves to the bit; where a step's time goes; the same steps by Transformers' Trainer at
+its defaults and with bf16; then two epochs and an evaluation of the whole data set by `vitft train`.
 """
 
 import argparse
@@ -13,16 +14,23 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import contenders
 import torch
 from peers import machine, write_images
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 import vitft
-from vitft.bench import bench
+from vitft.bench import WARM_UP, bench
+from vitft.clock import settle
 from vitft.config import TrainConfig
+from vitft.hardware import accelerator_of
+from vitft.learner import Learner
+from vitft.preparation import prepare
 
 
 def main() -> None:
@@ -43,8 +51,17 @@ def main() -> None:
     if given.device == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
     common = shape | {"dataset": given.dataset, "device": given.device, "max_train_samples": given.images}
-    for choice in ("off", "on"):
-        found[f"vitft, compile {choice}"] = bench("train", common | {"compile": choice}, given.steps)
+    rows = {
+        "flips": {"compile": "off"}, "flips, compiled": {"compile": "on"},
+        "flips, compiled, deterministic": {"compile": "on", "deterministic": True},
+        "crops, compiled": {"compile": "on", "augment": "crop"},
+    }  # fmt: skip
+    for name, settings in rows.items():
+        found[f"vitft, {name}"] = bench("train", common | settings, given.steps)
+        print(json.dumps(found), flush=True)
+    for batch_size in (given.batch_size // 8, given.batch_size):
+        settings = common | {"augment": "crop", "compile": "off", "batch_size": batch_size}
+        found[f"a step of {batch_size} with crops"] = step_profile(settings)
         print(json.dumps(found), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -57,12 +74,46 @@ def main() -> None:
         started = time.perf_counter()
         config = TrainConfig.parse(shape | {
             "dataset": given.dataset, "from_scratch": True, "val_fraction": 0.0, "epochs": 2, "device": given.device,
-            "max_train_samples": given.max_train_samples, "max_eval_samples": given.max_train_samples,
+            "compile": "on", "max_train_samples": given.max_train_samples, "max_eval_samples": given.max_train_samples,
         }, "flags")  # fmt: skip
         result = vitft.train(config, output=folder / "run")
         found["two epochs and an evaluation, s"] = time.perf_counter() - started
         found["test"] = result.scores.get("test")
     print(json.dumps(found))
+
+
+def step_profile(settings: dict[str, Any], steps: int = 4) -> dict[str, Any]:
+    """Of a training step in a row of several: kernels launched, milliseconds they took, the longest, and waits.
+
+    On a CPU what is counted is torch's operations.
+    """
+    config = TrainConfig.parse(settings | {"from_scratch": True, "val_fraction": 0.0}, "flags")
+    accelerator = accelerator_of(config)
+    prepared = prepare(config)
+    learner = Learner(accelerator, prepared, prepared.decode())
+    on_gpu = config.device == "cuda"
+    for step in range(WARM_UP):
+        learner.step(step)
+    settle(config.device)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with profile(activities=activities) as seen:
+        for step in range(WARM_UP, WARM_UP + steps):
+            learner.step(step)
+        settle(config.device)
+    device = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    events = [
+        event
+        for event in seen.events()
+        if event.device_type == device and not getattr(event, "is_user_annotation", False)
+    ]
+    took = Counter[str]()
+    for event in events:
+        took[event.name] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+    waits = Counter(event.name for event in seen.events() if "Synchronize" in event.name)
+    return {
+        "launches": len(events) / steps, "waits in all": waits, "ms": sum(took.values()) / steps / 1e3,
+        "ms of the longest": {name: ms / steps / 1e3 for name, ms in took.most_common(12)},
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

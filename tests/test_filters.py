@@ -25,8 +25,8 @@ def noise(count: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("resample", RADIUS)
 @settings(max_examples=60)
 @given(
-    old=st.tuples(side, side),
-    new=st.tuples(side, side),
+    old=sides,
+    new=sides,
     part=st.tuples(*[st.floats(0, 1)] * 4),
     seed=st.integers(0, 99),
 )

@@ -15,7 +15,7 @@ from vitft.config import TrainConfig
 from vitft.data.loader import EvalLoader, TrainLoader
 from vitft.errors import UsageError
 from vitft.evaluation import autocast
-from vitft.hardware import accelerator_of, environment, memory_guard, peak_flops, threads
+from vitft.hardware import accelerator_of, deterministic, environment, memory_guard, peak_flops, threads
 from vitft.learner import Learner
 from vitft.models import BUNDLED, shape_of
 from vitft.preparation import Prepared, Stores, prepare
@@ -55,7 +55,7 @@ def bench(what: What, settings: dict[str, Any], steps: int) -> dict[str, Any]:
         "steps": steps,
         "decode_images_per_s": images / (time.perf_counter() - started),
     }
-    with memory_guard(config), threads(config.threads):
+    with memory_guard(config), threads(config.threads), deterministic(config):
         measured = _MEASURES[what](accelerator, prepared, stores, steps)
     device = torch.cuda.max_memory_allocated() if config.device == "cuda" else None
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
@@ -65,6 +65,7 @@ def bench(what: What, settings: dict[str, Any], steps: int) -> dict[str, Any]:
 
 _NAMED = (
     "dataset", "model", "image_size", "batch_size", "augment", "freeze", "device", "precision", "attention", "compile",
+    "deterministic",
     "micro_batch_size", "threads",
 )  # fmt: skip
 

@@ -67,6 +67,7 @@ def deterministic(config: TrainConfig) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it takes time
         torch.use_deterministic_algorithms(True)
     try:
         yield
