@@ -25,7 +25,7 @@ demo: .venv/.installed  ## fine-tune the bundled ViT on digits, evaluate it, pre
 	@echo "The run is in runs/demo: last/ is the model, metrics.jsonl its history, confusion.png its mistakes."
 
 test: .venv/.installed-dev  ## run all tests
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' -n auto --dist worksteal
 
 check: .venv/.installed-dev  ## lint, types, and the arrows between rooms
 	$(BIN)/ruff check .

@@ -1,11 +1,13 @@
 """Fixtures that several rooms share: tiny models of each architecture, and one short finished run."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import joblib
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -16,11 +18,24 @@ console.SAY_AFTER_S = 3600.0  # what is being worked on would be among the lines
 # Models here are so small that a second thread costs more than it brings, above all on a busy machine.
 # Set before torch is first imported, and inherited by the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = TINY_THREADS = os.environ.get("VITFT_TEST_THREADS", "1")
-os.environ["VITFT_CACHE"] = tempfile.mkdtemp(prefix="vitft-tests-")  # decoded photos of tests are no user's
+os.environ["VITFT_CACHE"] = CACHE = tempfile.mkdtemp(prefix="vitft-tests-")  # decoded photos of tests are no user's
 
 # hypothesis would fail a test whose example takes 0.2 s, or is slowly drawn: on a busy machine any may.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Of `-n auto`: a CPU for each thread. A worker imports torch and takes up to 2 GB, so four are enough."""
+    return max(1, min(4, joblib.cpu_count() // int(TINY_THREADS)))
+
+
+def pytest_unconfigure() -> None:
+    """Leave nothing behind."""
+    shutil.rmtree(CACHE, ignore_errors=True)
+
 
 ARCHITECTURES = ("vit", "deit", "beit", "dinov2", "swin")
 

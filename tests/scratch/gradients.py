@@ -10,20 +10,27 @@ from vitft.scratch.vit import ViT, mapped, new_weights
 from vitft.spec import ViTSpec
 
 
-def numerical(loss: Callable[[], float], array: Array, step: float = 3e-5) -> Array:
-    """d loss / d array by central differences over one step and two: the error of each is of the order step⁴.
+def along(loss: Callable[[], float], array: Array, direction: Array, step: float = 3e-5) -> float:
+    """The derivative of the loss as the array moves in a direction, by central differences over one step and two.
 
-    One step alone, with an error of the order step², is not enough: a layer norm of few numbers bends sharply.
+    The error of each is of the order step⁴. One step alone, with an error of the order step², is not enough: a layer
+    norm of few numbers bends sharply.
     """
-    gradient = np.zeros_like(array)
+    before, seen = array.copy(), {}
+    for steps in (-2, -1, 1, 2):
+        array[...] = before + steps * step * direction
+        seen[steps] = loss()
+    array[...] = before
+    return (8 * (seen[1] - seen[-1]) - (seen[2] - seen[-2])) / (12 * step)
+
+
+def numerical(loss: Callable[[], float], array: Array, step: float = 3e-5) -> Array:
+    """d loss / d array, number by number."""
+    gradient, direction = np.zeros_like(array), np.zeros_like(array)
     for index in np.ndindex(*array.shape):
-        before = array[index]
-        seen = {}
-        for steps in (-2, -1, 1, 2):
-            array[index] = before + steps * step
-            seen[steps] = loss()
-        array[index] = before
-        gradient[index] = (8 * (seen[1] - seen[-1]) - (seen[2] - seen[-2])) / (12 * step)
+        direction[index] = 1
+        gradient[index] = along(loss, array, direction, step)
+        direction[index] = 0
     return gradient
 
 
