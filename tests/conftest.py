@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,24 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 
-
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Of `-n auto`: a CPU for each thread. A worker imports torch and takes up to 2 GB, so four are enough."""
     return max(1, min(4, joblib.cpu_count() // int(TINY_THREADS)))
+
+
+def pytest_collection_finish() -> None:
+    """Spare every training what it would do anew, in most of its time: encode the digits, measure the machine's peak.
+
+    `test_sources` tests the one and `test_bench` the other. Where nothing of it was imported, nothing will train soon.
+    """
+    if "vitft.trainer" in sys.modules:
+        from vitft import speed
+        from vitft.data import pixels
+
+        digits = cache(pixels.read_digits)
+        pixels.read_digits = lambda: dict(digits())
+        speed.peak_flops = lambda device, precision, seconds: 1e12
 
 
 def pytest_unconfigure() -> None:

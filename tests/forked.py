@@ -1,22 +1,28 @@
 """`vitft` in processes of its own that start at once: forked from one that has imported everything."""
 
+import importlib
 import multiprocessing as mp
 import os
 import resource
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import TCPStore
+
 from tests.test_trainer import config
+from vitft import console
 from vitft.history import recorded
 
 _context = mp.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["vitft.trainer", "vitft.classification", "vitft.evaluation", "transformers.models.vit.modeling_vit"]
-)
+_context.set_forkserver_preload(["tests.preloaded"])
 Process = Any
+
+# What takes so long hangs, however busy the machine. The `timeout` of a test is longer: it would leave it running.
+HANGS_S = 600
 
 # 320 images in batches of 8: 40 steps an epoch, 80 in all.
 LONGER = {"batch_size": 8, "max_train_samples": 320, "save_every": 10, "epochs": 2}
@@ -32,22 +38,55 @@ def flags(**changes: object) -> list[str]:
     ]
 
 
-def start(*words: str, log: Path, before: Callable[[], None] | None = None, largest_file: int | None = None) -> Process:
+def start(
+    *words: str,
+    log: Path,
+    before: Callable[[], None] | None = None,
+    largest_file: int | None = None,
+    environment: dict[str, str] | None = None,
+) -> Process:
     """`vitft` with these words; what it says goes to `log`, what it may write to one file is `largest_file` bytes.
 
     `before` runs first, in the process: a module's function.
     """
-    process = _context.Process(target=_run, args=(words, log, before, largest_file))
+    process = _context.Process(target=_run, args=(words, log, before, largest_file, environment or {}))
     process.start()
     return process
 
 
 def finish(*words: str, log: Path, **how: Any) -> tuple[int, str]:
     """Run to the end: the exit code, and all that was said."""
-    process = start(*words, log=log, **how)
-    process.join(240)
-    assert process.exitcode is not None, "it does not end"
-    return process.exitcode, log.read_text()
+    return ended(start(*words, log=log, **how)), log.read_text()
+
+
+def finish_two(*words: str, log: Path, before: Callable[[], None] | None = None) -> list[tuple[int, str]]:
+    """Run as two processes of one training, as torchrun starts them: of each the exit code, and what it said.
+
+    Where one is killed, the other is told to stop, as torchrun does.
+    """
+    meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # any free port
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+             "TORCHELASTIC_RESTART_COUNT": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}  # fmt: skip
+    logs = [log.with_name(f"{log.name}-{rank}") for rank in range(2)]
+    both = [
+        start(*words, log=own, before=before, environment=place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank, own in enumerate(logs)
+    ]
+    while all(process.is_alive() for process in both):
+        wait([process.sentinel for process in both])
+    if any((process.exitcode or 0) < 0 for process in both):
+        for process in both:
+            process.terminate()
+    return [(ended(process), own.read_text()) for process, own in zip(both, logs, strict=True)]
+
+
+def ended(process: Process) -> int:
+    """The exit code of a process, once it has ended; one that hangs is killed, and fails the test."""
+    process.join(HANGS_S)
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError("it does not end")
+    return int(process.exitcode)
 
 
 def within(extra_bytes: int, call: Callable[..., Any], *arguments: Any) -> str:
@@ -62,7 +101,7 @@ def within(extra_bytes: int, call: Callable[..., Any], *arguments: Any) -> str:
         process.join()
         return f"the process ended with {process.exitcode}"
     finally:
-        process.join(60)
+        ended(process)
 
 
 def _within(extra_bytes: int, sending: Any, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -88,18 +127,26 @@ def wait_for_step(alive: Callable[[], bool], run: Path, step: int) -> None:
 
 def wait_until(reached: Callable[[], bool], alive: Callable[[], bool]) -> None:
     """Until a running process has got so far."""
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + HANGS_S
     while not reached():
         assert alive(), "the run ended by itself"
         assert time.monotonic() < limit, "the run does not get on"
         time.sleep(0.002)
 
 
-def _run(words: tuple[str, ...], log: Path, before: Callable[[], None] | None, largest_file: int | None) -> None:
+def _run(
+    words: tuple[str, ...],
+    log: Path,
+    before: Callable[[], None] | None,
+    largest_file: int | None,
+    environment: dict[str, str],
+) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     sys.argv = ["vitft", *words]
+    os.environ.update(environment)
+    importlib.reload(console)  # it asks when it is imported whether this is the process that speaks
     if before is not None:
         before()
     if largest_file is not None:

@@ -1,6 +1,6 @@
 """The whole suite under other kernels, numbers of threads, orders and loads: it is green in each, or this exits with 1.
 
-    python -m tests.kernels                          all settings, about ten minutes each on an idle machine
+    python -m tests.kernels                          all settings, about an hour on two idle CPUs
     python -m tests.kernels busy tests/test_cli.py   one setting, and what else pytest is to be given
     python -m tests.kernels list                     the settings
 
@@ -53,7 +53,8 @@ def main() -> int:
 def tried(setting: Setting, words: list[str]) -> tuple[int, str]:
     """pytest's exit code, and its last line."""
     environment = os.environ | setting.environment | {"VITFT_TEST_THREADS": str(setting.threads)}
-    command = [sys.executable, "-m", "pytest", "-m", "not slow", "--timeout", "1800", *words]
+    command = [sys.executable, "-m", "pytest", "-m", "not slow", "--timeout", "1800"]
+    command += ["-n", "auto", "--dist", "worksteal", *words]  # as many workers as CPUs have such a number of threads
     if setting.shuffled:
         command += ["-p", "randomly", f"--randomly-seed={int(time.time())}"]
     print(*(f"{name}={value}" for name, value in setting.environment.items()), *command, flush=True)

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from tests.conftest import TINY_THREADS
-from tests.forked import LONGER, finish, flags, start
+from tests.forked import HANGS_S, LONGER, finish, flags, start
 from tests.test_survival import assert_as_undisturbed, begin_or_resume, left_in
 from tests.test_trainer import config
 from vitft.checkpoint import is_run, newest_whole, step_folders
@@ -85,7 +85,7 @@ def disturb(run: Path, fault: str, rng: random.Random, took_s: float, log: Path)
         for number in soft.get(fault, [signal.SIGKILL]):
             os.kill(process.pid, number)
             time.sleep(0.005)
-    process.join(60)
+    process.join(HANGS_S)
     done = process.exitcode == 0
     process.close()
     folders = step_folders(run) if is_run(run) and not done else []

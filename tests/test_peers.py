@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not PEERS.is_file(), reason="not a clone: no ben
 
 
 def compared(*words: str) -> str:
-    done = subprocess.run([sys.executable, str(PEERS), *words], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, str(PEERS), *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -4,16 +4,20 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from safetensors.torch import load_file
 
-from tests.forked import LONGER, flags, start, steps_done, wait_for_step
+from tests.forked import HANGS_S, LONGER, ended, finish_two, flags, start, steps_done, wait_for_step
 from tests.test_trainer import assert_same_weights, config, lines
-from vitft import evaluate, train
+from vitft import evaluate, evaluation, train
 from vitft.checkpoint import is_run, newest_whole, read_state
+from vitft.data.loader import EvalLoader
 from vitft.trainer import resume
 
 
@@ -23,9 +27,8 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Sig
     process = start("train", *flags(save_every=1000), "--output", str(run), log=tmp_path / "log")
     wait_for_step(process.is_alive, run, 12)
     os.kill(process.pid, number)
-    process.join(60)
+    assert ended(process) == code
     said = (tmp_path / "log").read_text()
-    assert process.exitcode == code
     assert f"vitft train --resume {run}" in said.replace("\n", " ")
     assert "Traceback" not in said
     saved = [folder.name for folder in (run / "checkpoints").iterdir()]
@@ -40,39 +43,39 @@ FROZEN = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp")) | {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("port", "other"), [(29431, {"augment": "crop"}), (29433, FROZEN)], ids=["crops", "probe"])
-def test_two_processes_train_as_one_does(tmp_path: Path, port: int, other: dict[str, object]) -> None:
+@pytest.mark.parametrize("other", [{"augment": "crop"}, FROZEN], ids=["crops", "probe"])
+def test_two_processes_train_as_one_does(tmp_path: Path, other: dict[str, object]) -> None:
     """The same samples and augmentations in every step; losses equal up to the order of sums."""
     # A batch of 9 is shared unevenly, 70 images leave a tail of 7, and 50 evaluated ones two shards.
     changes = {"batch_size": 9, "max_train_samples": 70, "save_every": None, "max_eval_samples": 49} | other
     one = train(config(**changes), output=tmp_path / "one").run
     two = tmp_path / "two"
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port),
-             "-m", "vitft", "train", *flags(**changes), "--output", str(two)]  # fmt: skip
-    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    (first, said), (second, silent) = finish_two("train", *flags(**changes), "--output", str(two), log=tmp_path / "log")
+    assert (first, second) == (0, 0), (said, silent)
     assert is_run(two)
-    assert done.stdout.count("test accuracy") == 1  # one process speaks
+    assert said.count("test accuracy") == 1
+    assert silent == ""  # one process speaks
     for a, b in zip(lines(one), lines(two), strict=True):
         assert a["step"] == b["step"]
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a.get("count") == b.get("count")
-    first, second = (load_file(run / "last" / "model.safetensors") for run in (one, two))
-    assert max(float((first[name] - second[name]).abs().max()) for name in first) < 1e-4
+    mine, theirs = (load_file(run / "last" / "model.safetensors") for run in (one, two))
+    assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 1e-4
     assert evaluate(two).count == 49
 
 
 def test_a_run_of_two_processes_that_loses_one_goes_on_as_one(tmp_path: Path) -> None:
-    """Batches depend on the step alone, so the number of processes may change."""
+    """Batches depend on the step alone, so the number of processes may change. Here torchrun itself starts them."""
     run = tmp_path / "run"
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29432",
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
              "-m", "vitft", "train", *flags(), "--output", str(run)]  # fmt: skip
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    own = os.environ | {"TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=own)
     wait_for_step(lambda: process.poll() is None, run, 12)
     workers = psutil.Process(process.pid).children()
     next(worker for worker in workers if worker.environ().get("RANK") == "1").kill()
-    assert process.wait(timeout=120) != 0  # the other one does not go on alone
-    assert not psutil.wait_procs(workers, timeout=30)[1]
+    assert process.wait(HANGS_S) != 0  # the other one does not go on alone
+    assert not psutil.wait_procs(workers, HANGS_S)[1]
     assert steps_done(run) < 80
     whole = train(config(**LONGER), output=tmp_path / "whole").run
     resume(run)
@@ -87,60 +90,48 @@ def test_a_run_of_one_process_goes_on_as_two(tmp_path: Path) -> None:
     wait_for_step(process.is_alive, run, 12)
     process.kill()
     process.join()
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29434",
-             "-m", "vitft", "train", "--resume", str(run)]  # fmt: skip
-    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    both = finish_two("train", "--resume", str(run), log=tmp_path / "log")
+    assert [code for code, _ in both] == [0, 0], both
     whole = train(config(**LONGER), output=tmp_path / "whole").run
     for a, b in zip(lines(whole), lines(run), strict=True):
         assert a["step"] == b["step"]
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
 
 
-# What happens in one of two processes, before `vitft` begins there.
-SIGNALLED = """
-import os, signal
-from vitft import evaluation
-from vitft.data.loader import EvalLoader
-evaluation.BATCH, real = 4, EvalLoader.__iter__
-def batches(self):
-    for number, batch in enumerate(real(self)):
-        open(f"batch-{os.environ['RANK']}-{number}", "w").close()
-        yield batch
-        if os.environ["RANK"] == "1" and number == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-EvalLoader.__iter__ = batches
-"""
-KILLED_IN_A_SAVE = """
-import os, signal
-real, done = os.fsync, []
-def fsync(handle):
-    done.append("step-000004" in os.readlink(f"/proc/self/fd/{handle}"))
-    if os.environ["RANK"] == "0" and sum(done) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(handle)
-os.fsync = fsync
-"""
+def signalled(folder: str) -> None:
+    """The second of two processes is told to stop after its first batch of a validation; each leaves a file a batch."""
+    evaluation.BATCH, real, rank = 4, EvalLoader.__iter__, os.environ["RANK"]
+
+    def batches(self: EvalLoader) -> Iterator[Any]:
+        for number, batch in enumerate(real(self)):
+            Path(folder, f"batch-{rank}-{number}").touch()
+            yield batch
+            if rank == "1" and number == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    EvalLoader.__iter__ = batches  # type: ignore[method-assign]
 
 
-def two(before: str, port: int, folder: Path, **changes: object) -> "subprocess.CompletedProcess[str]":
-    """`vitft train` in two processes, with what is done before in each, in this folder."""
-    script = folder / "script.py"
-    script.write_text(f"{before}\nfrom vitft.cli import main\nmain()\n")
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port),
-             str(script), "train", *flags(**changes), "--output", str(folder / "run")]  # fmt: skip
-    paths = {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run(
-        words, capture_output=True, text=True, timeout=240, check=False, cwd=folder, env=os.environ | paths
-    )
+def killed_in_a_save() -> None:
+    """The first of two processes dies in the middle of saving step 4."""
+    real, done = os.fsync, list[bool]()
+
+    def fsync(handle: int) -> None:
+        done.append("step-000004" in str(Path(f"/proc/self/fd/{handle}").readlink()))
+        if os.environ["RANK"] == "0" and sum(done) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(handle)
+
+    os.fsync = fsync
 
 
 def test_two_processes_break_a_validation_off_together(tmp_path: Path) -> None:
     """One is told to stop after its first batch; of 49 images the other has one batch more than it."""
     changes = {"max_eval_samples": 49, "max_train_samples": 64, "save_every": 100}
-    done = two(SIGNALLED, 29435, tmp_path, **changes)
-    assert done.returncode != 0
-    said = " ".join(done.stderr.split())
+    words = ["train", *flags(**changes), "--output", str(tmp_path / "run")]
+    both = finish_two(*words, log=tmp_path / "log", before=partial(signalled, str(tmp_path)))
+    assert [code for code, _ in both] == [143, 143], both
+    said = " ".join(both[0][1].split())
     assert "stopped by SIGTERM at step 8 of 16; everything is saved" in said, said[-2000:]
     assert len(list(tmp_path.glob("batch-1-*"))) < 6  # of six
     assert len(list(tmp_path.glob("batch-0-*"))) < 6  # of seven
@@ -156,10 +147,12 @@ def test_two_processes_break_a_validation_off_together(tmp_path: Path) -> None:
 
 
 def test_a_process_that_is_killed_in_the_middle_of_a_save_costs_nothing_that_was_saved(tmp_path: Path) -> None:
-    done = two(KILLED_IN_A_SAVE, 29436, tmp_path, max_steps=8, save_every=2)
-    assert done.returncode != 0
     run = tmp_path / "run"
-    assert list((run / "checkpoints").glob(".step-*.vitft-new")), done.stderr[-2000:]  # it was in the middle of it
+    words = ["train", *flags(max_steps=8, save_every=2), "--output", str(run)]
+    first, second = finish_two(*words, log=tmp_path / "log", before=killed_in_a_save)
+    assert first[0] == -signal.SIGKILL
+    assert second[0] != 0
+    assert list((run / "checkpoints").glob(".step-*.vitft-new")), (first, second)  # it was in the middle of it
     folder, passed = newest_whole(run)
     assert folder is not None
     assert passed == []

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.forked import finish, flags, start, steps_done, wait_for_step, wait_until
+from tests.forked import ended, finish, flags, start, steps_done, wait_for_step, wait_until
 from vitft.checkpoint import fault_of, is_run, newest_whole, read_config, read_state, step_folders
 from vitft.history import recorded
 
@@ -297,9 +297,7 @@ def test_of_two_runs_that_begin_in_one_folder_one_is_refused(tmp_path: Path) -> 
         start("train", *flags(max_steps=40, lr=lr), "--output", str(run), log=tmp_path / f"{lr}", before=begins_late)
         for lr in (1e-3, 2e-3)
     ]
-    for process in processes:
-        process.join(120)
-    codes = [process.exitcode for process in processes]
+    codes = [ended(process) for process in processes]
     assert sorted(codes) == [0, 2], [(tmp_path / f"{lr}").read_text() for lr in (1e-3, 2e-3)]
     assert read_config(run).lr == (1e-3, 2e-3)[codes.index(0)]
 
@@ -307,9 +305,7 @@ def test_of_two_runs_that_begin_in_one_folder_one_is_refused(tmp_path: Path) -> 
 def test_runs_that_begin_at_once_get_a_number_each(tmp_path: Path) -> None:
     begin = partial(begins_in, str(tmp_path))
     processes = [start("train", *flags(max_steps=2), log=tmp_path / str(n), before=begin) for n in range(3)]
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0, 0], (tmp_path / "0").read_text()
+    assert [ended(process) for process in processes] == [0, 0, 0], (tmp_path / "0").read_text()
     names = {folder.name for folder in (tmp_path / "runs").iterdir()}
     assert names == {f"digits-vit-micro-scratch-{number}" for number in (1, 2, 3)}
 
