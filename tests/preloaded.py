@@ -3,7 +3,7 @@
 import sklearn.datasets  # noqa: F401
 import transformers.models.vit.modeling_vit  # noqa: F401
 
-import tests.test_trainer
+import tests.test_trainer  # noqa: F401
 import vitft.classification
 import vitft.cli
 import vitft.commands

@@ -555,7 +555,7 @@ def test_names_that_are_no_utf_8_and_formulas_lose_no_row(saved: Saved, tmp_path
     code, said = vitft(tmp_path, *words)
     assert code == 0, said
     said = re.sub(r"^warning: .*\n", "", said, flags=re.MULTILINE)  # the checkpoint has no preprocessor
-    assert said.count(".png") == 4
+    assert re.sub(r"\s", "", said).count(".png") == 4  # a table folds what is long
     if form == "csv":
         rows = list(csv.reader(io.StringIO(said)))[1:]
         assert {cell for row in rows for cell in row[1:-1:2]} == {"-5", "'+b", "'=c"}  # a number is no formula

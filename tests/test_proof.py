@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from tests.forked import ended, start
 from tests.test_trainer import config
 from vitft import proof
 from vitft.cli import app
@@ -15,7 +16,29 @@ from vitft.errors import TrainingError
 from vitft.recipe import load_config
 
 
-def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+class Forked:
+    """A run as `subprocess` has it, in a process that need not import everything first."""
+
+    def __init__(self, words: list[str], log: Path) -> None:
+        self._process, self._log = start("train", *words, log=log), log
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode  # type: ignore[no-any-return]
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def communicate(self) -> tuple[None, str]:
+        ended(self._process)
+        return None, self._log.read_text()
+
+
+def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "_start", lambda words: Forked(words, tmp_path / "log"))
     settings = load_config("smoke", {"save_every": 1, "device": "cpu", "precision": "fp32", "epochs": 8.0})
     found = proof.prove_resume(settings, tmp_path, kills=1, seed=1)
     assert (found.steps, len(found.kills)) == (32, 1)
