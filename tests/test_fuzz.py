@@ -10,7 +10,7 @@ import pytest
 from tests.fuzz.mutations import mutated
 from tests.fuzz.targets import SEEDS, TARGETS
 
-COUNTS = {"images": (1500, 20_000), "recipes": (1000, 20_000), "tables": (1000, 20_000), "checkpoints": (250, 12_000)}
+COUNTS = {"images": (1500, 20_000), "recipes": (1000, 20_000), "tables": (1000, 20_000), "checkpoints": (160, 12_000)}
 
 
 @pytest.mark.parametrize("target", TARGETS)

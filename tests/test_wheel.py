@@ -1,5 +1,6 @@
 """The wheel carries all that it needs: recipes, the bundled checkpoint, types."""
 
+import json
 import os
 import subprocess
 import sys
@@ -24,33 +25,53 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def vitft(installed: Path, *words: str) -> str:
-    # An editable install puts the clone on the path: take it off again.
-    code = "import sys; sys.path = [p for p in sys.path if p != sys.argv[1]]; del sys.argv[1]; "
-    code += "import vitft; assert sys.argv[1] in vitft.__file__, vitft.__file__; del sys.argv[1]; "
-    code += "from vitft.cli import main; main()"
-    command = [sys.executable, "-c", code, str(ROOT), str(installed), *words]
+RECIPES = ("recipes", "ls")
+TRAIN = ("train", "--recipe", "digits", "--max-steps", "2", "--max-eval-samples", "40")
+PAGE = ("explain", "--image", str(ROOT / "docs" / "boot.png"), "--html", "page.html")
+# An editable install puts the clone on the path: take it off again.
+IN_TURN = """
+import io, json, sys
+from contextlib import redirect_stdout
+clone, site, commands = sys.argv[1:]
+sys.path = [p for p in sys.path if p != clone]
+import vitft
+assert site in vitft.__file__, vitft.__file__
+from vitft.cli import app
+said = []
+for words in json.loads(commands):
+    with redirect_stdout(io.StringIO()) as out:
+        try:
+            app(words)
+        except SystemExit as end:
+            assert not end.code, words
+    said.append(out.getvalue())
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def said(installed: Path) -> dict[tuple[str, ...], str]:
+    """What its commands say, in one process: it imports for seconds."""
+    commands = (RECIPES, TRAIN, PAGE)
+    words = [sys.executable, "-c", IN_TURN, str(ROOT), str(installed), json.dumps(commands)]
     environment = {**os.environ, "PYTHONPATH": str(installed)}
-    done = subprocess.run(command, cwd=installed.parent, env=environment, text=True, capture_output=True, check=False)
+    done = subprocess.run(words, cwd=installed.parent, env=environment, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return dict(zip(commands, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
-def test_it_lists_the_recipes(installed: Path) -> None:
-    listed = vitft(installed, "recipes", "ls")
+def test_it_lists_the_recipes(said: dict[tuple[str, ...], str]) -> None:
     for recipe in (ROOT / "recipes").rglob("*.yaml"):
-        assert recipe.relative_to(ROOT / "recipes").with_suffix("").as_posix() in listed
+        assert recipe.relative_to(ROOT / "recipes").with_suffix("").as_posix() in said[RECIPES]
 
 
-def test_it_trains_on_the_digits(installed: Path) -> None:
-    said = vitft(installed, "train", "--recipe", "digits", "--max-steps", "2", "--max-eval-samples", "40")
-    assert "test accuracy" in said
+def test_it_trains_on_the_digits(said: dict[tuple[str, ...], str], installed: Path) -> None:
+    assert "test accuracy" in said[TRAIN]
     assert (installed.parent / "runs" / "digits-vit-micro-1" / "last" / "model.safetensors").is_file()
 
 
+@pytest.mark.usefixtures("said")
 def test_it_makes_a_page(installed: Path) -> None:
-    image = str(ROOT / "docs" / "boot.png")
-    vitft(installed, "explain", "--image", image, "--html", "page.html")
     assert "Ankle boot" in (installed.parent / "page.html").read_text(encoding="utf-8")
 
 
