@@ -375,7 +375,8 @@ def test_a_run_whose_data_set_is_gone_is_told_to_name_the_new_place(tmp_path: Pa
 # -- plans ----------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_says_what_it_would_do_and_does_nothing() -> None:
+def test_a_dry_run_says_what_it_would_do_and_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitft.plan.decode_image_s", lambda prepared: 0.5)
     result = vitft("train", *TINY, "--dry-run")
     rows = dict(re.findall(r"^  (\w[\w ]*?)  +(.*?) *$", result.stdout, re.MULTILINE))
 
@@ -388,7 +389,7 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing() -> None:
     assert rows["steps"] == "2 of 8 images, 5 an epoch"
     assert rows["parameters"] == "207,114, of which 207,114 are trained"
     assert re.fullmatch(r"about [\d.]+ [MG]B", rows["memory"])
-    assert re.fullmatch(r"about .+ of training and .+ of evaluation", rows["time"])
+    assert re.fullmatch(r"about \d+ s: decoding 40 s, training \d+ s, evaluation \d+ s", rows["time"])
     assert re.fullmatch("cpu, (fp32|bf16)", rows["device"])
     assert rows["folder"] == "runs/digits-vit-micro-scratch-1"
     assert max(map(len, result.stdout.splitlines())) <= 80

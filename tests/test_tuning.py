@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import yaml
 from PIL import Image
 
 from vitft import TrainConfig, __version__, evaluate, hardware, learner, predict, train, trainer, trial, tuning
+from vitft.data import store
 from vitft.errors import UsageError
 from vitft.hardware import find_attention, micro_batch
 from vitft.learner import Learner
@@ -294,6 +296,21 @@ def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch: pytest.
 
 
 # -- the trial ------------------------------------------------------------------------------------
+
+
+def test_decoding_is_tried_with_a_few_images(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which each image takes a quarter of a second."""
+    now, real = 0.0, store.decode
+
+    def decode(*given: Any, **settings: Any) -> Any:
+        nonlocal now
+        now += 0.25
+        return real(*given, **settings)
+
+    monkeypatch.setattr(store, "decode", decode)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    assert trial.decode_image_s(prepared) == 0.25
+    assert now == 0.25 * min(64, len(prepared.splits["train"].rows))
 
 
 def test_a_batch_keeps_as_much_as_counted_in_full(prepared: Prepared) -> None:

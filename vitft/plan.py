@@ -14,7 +14,7 @@ from vitft.paths import expanded
 from vitft.preparation import Prepared, prepare
 from vitft.probing import features_pay, passes
 from vitft.runs import folder_of
-from vitft.trial import Cost, cost, first_image_s, memory_bytes
+from vitft.trial import Cost, cost, decode_image_s, first_image_s, memory_bytes
 from vitft.tuning import tuned
 
 LONG_S = 2 * 3600.0  # a run longer than this says so before it starts
@@ -33,12 +33,13 @@ class Plan:
     parameters: int
     train_s: float
     evaluate_s: float
+    decode_s: float = 0.0
     memory_bytes: int | None = None  # of training; None where it cannot be said
 
     @property
     def total_s(self) -> float:
-        """Training and evaluation together."""
-        return self.train_s + self.evaluate_s
+        """Decoding, training and evaluation together."""
+        return self.decode_s + self.train_s + self.evaluate_s
 
     def groups(self) -> Iterator[Group]:
         """Titled groups of names and values, in reading order."""
@@ -56,7 +57,8 @@ class Plan:
         head = "new head" if self.prepared.loaded.new_head else "its own head"
         start = "new weights" if config.from_scratch else head
         memory = f"about {size(self.memory_bytes)}" if self.memory_bytes else "unknown for this architecture"
-        took = f"about {duration(self.train_s)} of training and {duration(self.evaluate_s)} of evaluation"
+        parts = {"decoding": self.decode_s, "training": self.train_s, "evaluation": self.evaluate_s}
+        listed = ", ".join(f"{part} {duration(seconds)}" for part, seconds in parts.items())
         yield (
             "Model",
             [
@@ -70,7 +72,7 @@ class Plan:
                 ("steps", f"{self.steps:,} of {config.batch_size} images, {self.steps_per_epoch:,} an epoch"),
                 ("device", f"{config.device}, {config.precision}"),
                 ("memory", memory),
-                ("time", took),
+                ("time", f"about {duration(self.total_s)}: {listed}"),
             ],
         )
 
@@ -90,7 +92,9 @@ def plan(config: TrainConfig, output: Path | None = None, overwrite: bool = Fals
         prepared.config = tuned(prepared)
         with threads(prepared.config.threads):
             memory = memory_bytes(prepared, micro_batch(prepared.config))  # before the trial, which takes some itself
-            found = replace(_plan(prepared, cost(prepared)), memory_bytes=memory)
+            images = sum(len(split.rows) for split in prepared.splits.values())
+            decode_s = decode_image_s(prepared) * images  # at most: what is kept from an earlier run is read faster
+            found = replace(_plan(prepared, cost(prepared)), decode_s=decode_s, memory_bytes=memory)
     folder = folder_of(prepared.config, prepared.source.name, output)
     place = f"{folder}, in place of the run there" if ckpt.is_run(folder) else str(folder)
     return [*found.groups(), ("Run", [("folder", place)]), ("Settings", _settings(prepared.config, config))]

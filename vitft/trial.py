@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from vitft.clock import settle
 from vitft.data.augment import augment, preprocess
 from vitft.data.images import BadImage, decode, encoded
-from vitft.data.store import IN_MEMORY, reduced
+from vitft.data.store import IN_MEMORY, decode_all, reduced
 from vitft.evaluation import autocast
 from vitft.hardware import micro_batch
 from vitft.models import set_training, shape_of
@@ -56,6 +56,21 @@ def cost(prepared: Prepared) -> Cost:
         again_s, step_s = map(statistics.median, zip(*others, strict=True))
         start_s = max(took_s - again_s, 0.0) + first_step_s - step_s
         return Cost(again_s / count, step_s, evaluated_s / count, start_s)
+
+
+def decode_image_s(prepared: Prepared) -> float:
+    """Seconds that decoding takes for an image, as a run decodes them, by doing so with the first ones."""
+    split, config = prepared.splits["train"], prepared.config
+    rows = prepared.source.splits[split.source].select(split.rows[:_DECODED])
+    started = time.perf_counter()
+    decode_all(
+        rows, prepared.loaded.preprocess, crops=config.augment == "crop", max_pixels=config.max_pixels, skip_bad=True,
+        training=True,
+    )  # fmt: skip
+    return (time.perf_counter() - started) / len(rows)
+
+
+_DECODED = 64  # images: with more, photos of many pixels would take seconds
 
 
 def first_image_s(prepared: Prepared) -> float:
