@@ -222,7 +222,7 @@ def check_splits(run: Path, prepared: Prepared, stores: Stores, *, begun: bool, 
         if difference:
             weights = ckpt.weights_in(run) or prepared.config.model
             raise DataError(
-                f"the {role} split is not the one the run began with ({difference}): the data set has changed; "
+                f"the {role} split is not the one the run began with: {difference}; "
                 "start a new run from its weights: vitft train "
                 f"--dataset {shlex.quote(str(prepared.config.dataset))} --model {shlex.quote(str(weights))}"
             )
@@ -242,7 +242,10 @@ def _difference(then: dict[str, Any] | None, now: tuple[Split, str] | None) -> s
         return f"{len(here):,} images now, {len(wanted):,} then"
     if then["hash"] != now[0].hash:
         return "the same names, but in other classes"
-    return "the same names, but other pixels" if then.get("pixels") != now[1] else None
+    return _OTHER_PIXELS if then.get("pixels") != now[1] else None
+
+
+_OTHER_PIXELS = "the same names, but other pixels (the images were changed, or this version decodes them otherwise)"
 
 
 def keep_changes(run: Path, config: TrainConfig) -> None:
