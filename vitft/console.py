@@ -173,8 +173,6 @@ def _spoken(what: str) -> Iterator[Callable[[int, int], None]]:
 class TrainingProgress:
     """A run while it trains: a bar on a terminal, plain lines elsewhere, nothing on other processes."""
 
-    _LINE_EVERY_S = 10.0
-
     def __init__(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
         from rich.console import Group
         from rich.live import Live
@@ -213,7 +211,7 @@ class TrainingProgress:
             f"{line['images_per_s']:.0f} images/s · waiting for data {percent(line['data_wait'], 0)}"
         )
         self._numbers.plain = numbers
-        due = time.monotonic() - self._spoken > self._LINE_EVERY_S or self.step == self.total
+        due = time.monotonic() - self._spoken > SAY_EVERY_S or self.step == self.total
         if not self._shown and due:
             self._spoken = time.monotonic()
             place = f"step {self.step}/{self.total} · epoch {line['epoch']:.2f}"

@@ -8,7 +8,6 @@ that is called after another split than the test takes no image from the test's 
 
 import os
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache, cached_property
@@ -17,6 +16,7 @@ from typing import Any
 
 from vitft.data.images import suffixes
 from vitft.data.schema import Notes, role_of
+from vitft.paths import composed
 
 
 class Misnamed(Exception):  # noqa: N818  (a reason, that whoever knows the row makes an error of)
@@ -126,13 +126,13 @@ class Names:
             return None
         if not self._listing(parent).there:
             parent = self._composed(parent) or parent
-        same = [other for other in self._listing(parent).folders if _nfc(other) == _nfc(name)]
+        same = [other for other in self._listing(parent).folders if composed(other) == composed(name)]
         return os.path.join(parent, same[0]) if same else None  # noqa: PTH118
 
     def _one_below(self, name: str, role: str | None) -> tuple[str | None, tuple[str, str] | None]:
         first = name.removeprefix("./").partition("/")[0]
         stem = os.path.splitext(first)[0]  # noqa: PTH122
-        children = dict.fromkeys(child for key in (first, _nfc(first), stem) for child in self._below.get(key, ()))
+        children = dict.fromkeys(child for key in (first, composed(first), stem) for child in self._below.get(key, ()))
         found: dict[str, tuple[str, str]] = {}
         for child in children:
             its = role_within(child)
@@ -197,18 +197,18 @@ class _Listing:
         """The files that a name may mean, and what was done to it."""
         if name in self.files:
             return [name], ""
-        if (other := self.composed.get(_nfc(name))) is not None:
+        if (other := self.composed.get(composed(name))) is not None:
             return [other], "in another Unicode form"
-        if found := self.stems.get(_nfc(name)):
+        if found := self.stems.get(composed(name)):
             return found, f"with {os.path.splitext(found[0])[1]} added"  # noqa: PTH122
-        stem, suffix = os.path.splitext(_nfc(name))  # noqa: PTH122
+        stem, suffix = os.path.splitext(composed(name))  # noqa: PTH122
         found = [file for file in self.stems.get(stem, ()) if file.lower().endswith(suffix.lower())] if suffix else []
         return found, "with the extension in other case"
 
     @cached_property
     def composed(self) -> dict[str, str]:
         """Names that are not in Unicode's composed form, by that form."""
-        return {_nfc(name): name for name in self.files if not name.isascii()}
+        return {composed(name): name for name in self.files if not name.isascii()}
 
     @cached_property
     def stems(self) -> dict[str, list[str]]:
@@ -218,9 +218,5 @@ class _Listing:
         for name in sorted(self.files):
             stem, suffix = os.path.splitext(name)  # noqa: PTH122
             if suffix.lower() in known:
-                found.setdefault(_nfc(stem), []).append(name)
+                found.setdefault(composed(stem), []).append(name)
         return found
-
-
-def _nfc(text: str) -> str:
-    return text if text.isascii() else unicodedata.normalize("NFC", text)
