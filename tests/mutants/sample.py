@@ -265,8 +265,9 @@ def run(count: int, seed: int, only: list[str]) -> int:
             if mutant.key in tried:
                 continue
             lines = range(mutant.line, mutant.end_line + 1)
-            tests = {test for line in lines for test in by_line[mutant.file, line]}
-            # What runs as a file is imported, or in other processes alone, is no test's own.
+            # What runs as a file is imported is recorded with the test that happened to be first.
+            tests = {test for line in lines for test in by_line[mutant.file, line]} if mutant.function else set[str]()
+            # What runs then, or in other processes alone, is no test's own.
             near = tests or {test for (file, _), of_it in by_line.items() if file == mutant.file for test in of_it}
             chosen, total = list[str](), 0.0
             for test in sorted(near, key=seconds.__getitem__):
