@@ -54,7 +54,7 @@ def seen(dataset: Path) -> dict[str, list[tuple[str, str, int]]]:
 @pytest.mark.parametrize("name", ["pets.zip", "pets.tar", "pets.tar.gz", "pets.tar.xz"])
 @pytest.mark.parametrize("above", ["", "./", "pets/", "__MACOSX/../"])
 def test_an_archive_of_class_folders_is_read_as_the_folder_would_be(tmp_path: Path, name: str, above: str) -> None:
-    files = {above + member: content for member, content in PETS.items()}
+    files = {above + member: content for member, content in reversed(PETS.items())}
     made = zipped(tmp_path / name, files) if name.endswith("zip") else tar(tmp_path / name, files)
     if ".." in above:
         with pytest.raises(DataError, match="leads out of the archive"):
@@ -73,11 +73,23 @@ def test_shards_of_webdataset_are_read(tmp_path: Path) -> None:
     tar(tmp_path / "train-000000.tar", shard)
     tar(tmp_path / "train-000001.tar", {"2.seg.png": photo(value=2), "2.json": b'{"label": 3, "caption": "x"}'})
     tar(tmp_path / "val-000000.tar", {"5.png": photo(value=5), "5.cls": b"12", "5.txt": b"a caption"})
+    named = {f"{value}.png": photo(value=value) for value in (6, 7, 8)}
+    tar(tmp_path / "test-000000.tar", named | {"6.cls.txt": b"12\n", "7.label": b"3", "8.label.txt": b"12"})
     assert seen(tmp_path) == {
         "train": [("a/0.png", "3", 0), ("a/1.png", "12", 1), ("2.seg.png", "3", 2)],
         "val": [("5.png", "12", 5)],
+        "test": [("6.png", "12", 6), ("7.png", "3", 7), ("8.png", "12", 8)],
     }
     assert seen(tmp_path / "train-000000.tar")["train"][0] == ("a/0.png", "3", 0)
+
+
+def test_images_keep_their_labels_where_they_are_read_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archives, "_AT_A_TIME", 2 * len(photo()))
+    made = zipped(tmp_path / "x.zip", photos("a/0.png", "a/1.png", "a/2.png", "b/3.png", "b/4.png"))
+    assert seen(made) == {"train": [(f"{'aaabb'[i]}/{i}.png", "aaabb"[i], i) for i in range(5)]}
+    assert len(open_source(str(made)).splits["train"].data.column("image").chunks) > 1
 
 
 @pytest.mark.parametrize(
@@ -87,6 +99,10 @@ def test_shards_of_webdataset_are_read(tmp_path: Path) -> None:
         ({"0.png": photo(), "0.json": json.dumps({"label": [1, 2]}).encode()}, "tells no class but"),
         ({"0.png": photo(), "0.jpg": photo(".jpg"), "0.cls": b"1"}, "0 has two images"),
         ({"0.png": photo(), "0.cls": b"1", "1.png": photo(), "2.png": photo(), "2.cls": b"1"}, "have no label"),
+        (
+            photos("0.png", "1.png", "2.png", "3.png") | {"0.cls": b"1", "1.cls": b"1"},
+            "holds images but no class folders",
+        ),
         ({"/etc/0.png": photo()}, "leads out of the archive"),
         ({"../0.png": photo()}, "leads out of the archive"),
         ({"0.png": photo()}, "holds images but no class folders"),

@@ -19,7 +19,8 @@ from vitft.cli import app
 from vitft.data import check as check_room
 from vitft.data.check import KINDS, _Seen, check, quarantined
 from vitft.data.identity import sample_names
-from vitft.data.sources import excluding, open_source
+from vitft.data.schema import image_structs, make_split
+from vitft.data.sources import Source, excluding, open_source
 from vitft.data.suspects import write_suspects
 from vitft.errors import DataError, UsageError
 
@@ -208,6 +209,7 @@ def test_of_photos_that_look_alike_each_has_the_first_of_each_split(
 ) -> None:
     monkeypatch.setattr(check_room, "_BLOCK", 7)
     monkeypatch.setattr(check_room, "_COMPARED", 5)
+    monkeypatch.setattr(check_room, "_BITS", 2)  # the frames' hashes differ by none, two or four
     seen = frames(90, rng, near)
     told = set()
     for one in check_room._resembling(seen):
@@ -280,6 +282,14 @@ def test_labels_are_looked_at(tmp_path: Path, rng: Rng) -> None:
         ("similar-labels", "cat"),
         ("imbalance", "train: train"),
     ]
+
+
+@pytest.mark.parametrize(("largest", "found"), [(20, []), (21, ["imbalance"])])
+def test_over_ten_times_as_many_images_of_a_class_are_told(largest: int, found: list[str]) -> None:
+    labels = [0] * largest + [1] * 2
+    rows = make_split(image_structs(None, [f"{i}.png" for i in range(len(labels))]), labels, ["cat", "dog"])
+    source = Source("pets", datasets.DatasetDict({"train": rows}), ("cat", "dog"), None)
+    assert [one.kind for one in check_room.check_labels(source)] == found
 
 
 def plant(folder: Path, rng: Rng, each: int) -> Counter[str]:

@@ -114,9 +114,9 @@ def test_transparent_color_without_alpha_channel():
 
 @pytest.mark.parametrize(("kind", "dtype"), [("PNG", "<u2"), ("TIFF", "<u2"), ("TIFF", ">u2")])
 def test_16_bit_is_divided_by_257(kind, dtype):
-    deep = np.array([[0, 128, 129, 257, 32_768, 65_406, 65_535]], dtype)
+    deep = np.array([[0, 128, 129, 257, 32_768, 65_406, 65_407, 65_535]], dtype)
     pixels = decode(encoded(Image.fromarray(deep), kind))
-    assert pixels[0, :, 0].tolist() == [0, 0, 1, 1, 128, 254, 255]
+    assert pixels[0, :, 0].tolist() == [0, 0, 1, 1, 128, 254, 255, 255]
     assert (pixels == pixels[..., :1]).all()
 
 

@@ -22,7 +22,7 @@ from vitft.data.features import LABEL_NAMES
 from vitft.data.folders import Folder, Passed, is_junk, relative
 from vitft.data.images import suffixes
 from vitft.data.layouts import splits_of
-from vitft.data.schema import Notes, in_memory
+from vitft.data.schema import IMAGE_TYPE, Notes, image_structs, make_split
 from vitft.errors import DataError
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -243,19 +243,13 @@ def _label(file: Path, name: str, field: str, data: bytes) -> str | None:
 
 def _dataset(rows: list[tuple[str, Any, bytes]], names: list[str] | None) -> datasets.Dataset:
     """Rows of name, label and content; the labels are names, or indices into `names`."""
-    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     chunks, start, held = [], 0, 0
     for end, (_, _, data) in enumerate(rows, 1):
         held += len(data)
         if held > _AT_A_TIME or end == len(rows):
             part = rows[start:end]
-            columns = [pa.array([one[2] for one in part], pa.binary()), pa.array([one[0] for one in part], pa.string())]
-            chunks.append(pa.StructArray.from_arrays(columns, ["bytes", "path"]))
+            chunks.append(image_structs(pa.array([one[2] for one in part], pa.binary()), [one[0] for one in part]))
             start, held = end, 0
     index = None if names is None else {name: number for number, name in enumerate(names)}
     labels = [one[1] if index is None else index[one[1]] for one in rows]
-    feature = datasets.Value("string") if names is None else datasets.ClassLabel(names=names)
-    features = datasets.Features({"image": datasets.Image(decode=False), "label": feature})
-    column = pa.array(labels, pa.string() if names is None else pa.int64())
-    table = pa.table({"image": pa.chunked_array(chunks, kind), "label": column})
-    return in_memory(table, datasets.DatasetInfo(features=features))
+    return make_split(pa.chunked_array(chunks, IMAGE_TYPE), labels, names)

@@ -164,7 +164,7 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         return None
     if mode == "CMYK":
         return transform
-    steps = np.linspace(0, 255, 256 if mode == "L" else 18).round().astype(np.uint8)
+    steps = np.arange(0, 256, 15).astype(np.uint8)
     colors = steps[None] if mode == "L" else np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
     moved = np.asarray(transform.apply(Image.fromarray(colors)), np.int16)
     plain = colors[..., None] if mode == "L" else colors

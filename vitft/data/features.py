@@ -22,7 +22,7 @@ from PIL import Image
 
 from vitft.data import columns
 from vitft.data.rows import Table, in_short
-from vitft.data.schema import Notes, Reading, in_memory, is_missing, need_classes, role_of, whole
+from vitft.data.schema import IMAGE_TYPE, Notes, Reading, in_memory, is_missing, need_classes, role_of, whole
 from vitft.errors import DataError, UsageError, nearest
 
 # Usual names, those that tell more first; `jpg` and `cls` are what datasets calls the fields of WebDataset.
@@ -32,7 +32,6 @@ FILE_NAMES = ("file_name", "filename", "file", "path", "filepath", "file_path", 
 _NO_LABELS = (
     "id", "idx", "index", "image_id", "key", "__key__", "__url__", "url", "width", "height", *columns.SPLIT, "fold",
 )  # fmt: skip
-_STRUCT = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
 
 @dataclass(frozen=True)
@@ -202,7 +201,7 @@ class Plain:
 
 def plain(table: pa.Table, image: Leaf, label: Leaf | None) -> Plain:
     """The two columns in their plain form. Raises DataError for lists of several."""
-    images = pa.chunked_array(list(_images(_at(table, image), image)), _STRUCT)
+    images = pa.chunked_array(list(_images(_at(table, image), image)), IMAGE_TYPE)
     if label is None:
         return Plain(images, None, None)
     labels = [_text(chunk, label) for chunk in _of_one(_at(table, label), label, "labels")]
@@ -339,7 +338,7 @@ def _encoded(pixels: list[Any] | None, leaf: Leaf) -> bytes | None:
 
 def _structs(chunk: pa.Array) -> Iterator[pa.Array]:
     """Images of any type as structs of binary and string, in as many pieces as these need."""
-    if chunk.type == _STRUCT:
+    if chunk.type == IMAGE_TYPE:
         yield chunk
         return
     try:
@@ -367,7 +366,7 @@ def _narrow(chunk: pa.Array) -> pa.Array:
 
 def joined(parts: Sequence[tuple[str, Plain]], name: str) -> datasets.Dataset:
     """The split of several tables, each with where it is from. Raises DataError for labels that do not go together."""
-    images = pa.chunked_array([chunk for _, part in parts for chunk in part.images.chunks], _STRUCT)
+    images = pa.chunked_array([chunk for _, part in parts for chunk in part.images.chunks], IMAGE_TYPE)
     columns: dict[str, Any] = {"image": images}
     features: dict[str, Any] = {"image": datasets.Image(decode=False)}
     without = [where for where, part in parts if part.labels is None]

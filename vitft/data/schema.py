@@ -21,6 +21,8 @@ ROLES = {  # the names a split goes by; the first one present is taken
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
+IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+"""The arrow form of an image, one of its fields usually null."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def standardize(
 
 
 def make_split(
-    images: pa.Array, labels: Any, names: Iterable[str] | None = None, root: Path | None = None
+    images: pa.Array | pa.ChunkedArray, labels: Any, names: Iterable[str] | None = None, root: Path | None = None
 ) -> datasets.Dataset:
     """A raw split from image structs (see `image_structs`) and labels: values, or indices into `names`.
 
@@ -110,7 +112,7 @@ def make_split(
 
 
 def image_structs(data: pa.Array | None, paths: list[str] | None = None) -> pa.Array:
-    """The arrow form of an image column: structs of bytes and path, one of them usually null."""
+    """An image column of type IMAGE_TYPE, from bytes, paths or both."""
     count = len(data) if data is not None else len(paths or ())
     data = pa.nulls(count, pa.binary()) if data is None else data
     files = pa.nulls(count, pa.string()) if paths is None else pa.array(paths, pa.string())
@@ -277,7 +279,7 @@ def _dataset(name: str, split: datasets.Dataset, labels: np.ndarray, names: tupl
     has_indices = split._indices is not None
     column = split.with_format("arrow")[:].column("image") if has_indices else split.data.column("image")
     chunks = [_structs(chunk) for chunk in column.chunks]
-    structs = pa.chunked_array(chunks, type=_STRUCT)
+    structs = pa.chunked_array(chunks, type=IMAGE_TYPE)
     features = datasets.Features(
         {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=list(names))}
     )
@@ -285,12 +287,9 @@ def _dataset(name: str, split: datasets.Dataset, labels: np.ndarray, names: tupl
     return in_memory(pa.table({"image": structs, "label": pa.array(labels)}), info, name)
 
 
-_STRUCT = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-
-
 def _structs(chunk: pa.Array) -> pa.Array:
     """Any arrow form of images as structs of bytes and path; a missing image gets zero bytes."""
-    if chunk.type != _STRUCT:
+    if chunk.type != IMAGE_TYPE:
         chunk = datasets.Image(decode=False).cast_storage(chunk)
     data, path = chunk.flatten()
     missing = pc.and_(pc.is_null(data), pc.is_null(path))
