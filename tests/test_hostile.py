@@ -540,7 +540,7 @@ def test_scores_that_are_no_numbers_are_no_prediction(
     monkeypatch.setattr(
         "vitft.prediction._scores", lambda model, pixels, scoring: torch.full((len(pixels), 3), float("nan"))
     )
-    with pytest.raises(ModelError, match="its scores are no numbers, so its weights are broken"):
+    with pytest.raises(ModelError, match="its scores are not finite, so its weights are broken"):
         predict(tmp_path / "a.png", saved())
 
 

@@ -26,7 +26,7 @@ from vitft.data.augment import Preprocess, preprocess
 from vitft.data.images import decode
 from vitft.errors import DataError, ModelError, UsageError
 from vitft.models import load_for_training
-from vitft.prediction import Prediction, predict
+from vitft.prediction import Prediction, Predictor, predict
 
 OPAQUE = ("RGB", "L", "P", "1", "CMYK")
 SIZES = (
@@ -357,3 +357,56 @@ def test_a_range_is_kept_with_the_model_and_asked_for_by_a_flag(tmp_path: Path) 
     for wrong in ("4095", "1:0", "a:b", "0:inf"):
         with pytest.raises(UsageError, match=f"--value-range {wrong}: should be two numbers"):
             predict(both, plain, value_range=wrong)
+
+
+# -- a predictor ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    folder = tmp_path_factory.mktemp("predictor")
+    random = np.random.default_rng(5)
+    files = [folder / f"{name}.png" for name in "abc"]
+    for file in files:
+        Image.fromarray(random.integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(file)
+    return make_checkpoint(folder / "model", PREPROCESSES["vit"]), files
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda images: images,
+        lambda images: [np.asarray(image) for image in images],
+        lambda images: np.stack([np.asarray(image) for image in images]),
+        lambda images: [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images],
+        lambda images: torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]) / 255,
+    ],
+    ids=["PIL", "arrays", "a batch of arrays", "tensors", "a batch of floats"],
+)
+def test_images_in_memory_are_what_their_files_are(photographs: tuple[Path, list[Path]], given: Any) -> None:
+    checkpoint, files = photographs
+    predictor = Predictor(checkpoint)
+    wanted = predict(list(map(str, files)), checkpoint)
+    got = predictor(given([Image.open(file) for file in files]))
+    assert [row.top for row in got] == [row.top for row in wanted]
+    assert [row.path for row in got] == ["image 0", "image 1", "image 2"]
+    assert predictor(files) == wanted
+    assert predictor(files[1], top_k=1)[0].top == wanted[1].top[:1]
+    assert predictor.labels == LABELS
+
+
+def test_gray_images_in_memory(photographs: tuple[Path, list[Path]]) -> None:
+    predictor = Predictor(photographs[0])
+    gray = Image.open(photographs[1][0]).convert("L")
+    array = np.asarray(gray)
+    (wanted,) = predictor(gray)
+    for given in (array, array[:, :, None], torch.from_numpy(array.copy())[None], np.stack([array])):
+        assert [row.top for row in predictor(given)] == [wanted.top]
+
+
+def test_what_is_no_image_gets_a_row_that_says_so(photographs: tuple[Path, list[Path]]) -> None:
+    checkpoint, files = photographs
+    rows = Predictor(checkpoint)([np.zeros((4, 4, 3)), files[0], files[0].with_name("gone.png")])
+    assert rows[0].error == "is an array of float64, 4 x 4 x 3; give uint8 (height, width) or (height, width, 3)"
+    assert rows[1].error is None
+    assert rows[2].error == "does not exist"

@@ -5,13 +5,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vitft.config import TrainConfig
     from vitft.evaluation import evaluate
-    from vitft.prediction import predict
-    from vitft.trainer import train
+    from vitft.prediction import Predictor, predict
+    from vitft.trainer import resume, train
 
 __version__ = "0.1.0"
-__all__ = ["TrainConfig", "__version__", "evaluate", "predict", "train"]
+__all__ = ["Predictor", "TrainConfig", "__version__", "evaluate", "predict", "resume", "train"]
 
-_ROOMS = {"TrainConfig": "config", "evaluate": "evaluation", "predict": "prediction", "train": "trainer"}
+_ROOMS = {
+    "Predictor": "prediction", "TrainConfig": "config", "evaluate": "evaluation", "predict": "prediction",
+    "resume": "trainer", "train": "trainer",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 
 from vitft import console
 from vitft.checkpoint import find_model
@@ -19,6 +22,8 @@ from vitft.models import Scoring, load_trained
 from vitft.paths import expanded
 
 _BATCH = 64
+Given = str | Path | Image.Image | NDArray[Any] | torch.Tensor
+"""What may stand for an image: see `Predictor.__call__`."""
 
 
 @dataclass(frozen=True)
@@ -46,46 +51,110 @@ def predict(
     """Classify images, in the order given; an unreadable one gets a row with its error.
 
     `paths` are files, folders (every image below them) and globs. Raises VitftError for a checkpoint
-    that cannot be used or whose scores are no numbers, or when no image is found at all.
+    that cannot be used or whose scores are not finite, or when no image is found at all.
     """
     given = [paths] if isinstance(paths, str | Path) else paths
     found = list(find_images(given))
-    where = find_model(expanded(checkpoint))
-    loaded = load_trained(where if where.is_dir() else str(checkpoint))
-    how = loaded.preprocess.ranged(value_range)
-    device = find_device(device)
-    model = loaded.model.to(device)
+    predictor = Predictor(checkpoint, device=device, max_pixels=max_pixels, value_range=value_range)
+    return predictor._rows(found, top_k=top_k)
 
-    def read(name: str) -> torch.Tensor | str:
-        path = expanded(name)
+
+class Predictor:
+    """A checkpoint that is loaded once, to classify images as they come.
+
+    >>> predictor = Predictor("runs/digits-vit-micro-1")
+    >>> predictor("docs/digits", top_k=1)[0].top
+
+    `labels` are the names of its classes, in the order of its logits; `preprocess` is how an image becomes its input.
+    """
+
+    def __init__(
+        self, checkpoint: str | Path, *, device: str = "auto", max_pixels: int = MAX_PIXELS,
+        value_range: str | None = None,
+    ) -> None:  # fmt: skip
+        """`checkpoint` is a run, one of its checkpoints, or a Transformers folder or hub id. Raises VitftError."""
+        self.checkpoint, self.max_pixels = checkpoint, max_pixels
+        where = find_model(expanded(checkpoint))
+        loaded = load_trained(where if where.is_dir() else str(checkpoint))
+        self.labels, self.preprocess = loaded.labels, loaded.preprocess.ranged(value_range)
+        self._scoring: Scoring = loaded.scoring
+        self._device = find_device(device)
+        self._model = loaded.model.to(self._device)
+
+    def __call__(self, images: Given | Sequence[Given], *, top_k: int = 3) -> list[Prediction]:
+        """Classify one image or several, in the order given: `top_k` classes each, best first.
+
+        An image is a path (or a folder, or a glob), a PIL image, a uint8 array (H, W) or (H, W, 3), or a tensor
+        (C, H, W) as torchvision has it, uint8 or floats from 0 to 1; arrays and tensors may have a batch dimension in
+        front. One that cannot be read gets a row with its error; raises ModelError where scores are not finite.
+        """
+        single = isinstance(images, str | Path | Image.Image | np.ndarray | torch.Tensor)
+        return self._rows(list(_each([images] if single else images)), top_k=top_k)  # type: ignore[list-item,arg-type]
+
+    def _rows(self, images: "Sequence[str | Image.Image | DataError]", *, top_k: int = 3) -> list[Prediction]:
+        rows: list[Prediction] = []
+        for start in range(0, len(images), _BATCH):
+            part = images[start : start + _BATCH]
+            results = list(workers().map(self._read, part))
+            read = [image for image in results if isinstance(image, torch.Tensor)]
+            pixels = normalize(torch.cat(read).to(self._device), self.preprocess) if read else None
+            scores = torch.empty(0, 1) if pixels is None else _scores(self._model, pixels, self._scoring)
+            if not scores.isfinite().all():
+                raise ModelError(
+                    f"{self.checkpoint}: its scores are not finite, so its weights are broken; use another checkpoint."
+                )
+            tops = _top(scores, top_k)
+            for place, (given, result) in enumerate(zip(part, results, strict=True), start):
+                name = given if isinstance(given, str) else f"image {place}"
+                if isinstance(result, str):
+                    rows.append(Prediction(name, error=result))
+                else:
+                    rows.append(Prediction(name, tuple((self.labels[index], score) for index, score in next(tops))))
+        return rows
+
+    def _read(self, given: "str | Image.Image | DataError") -> torch.Tensor | str:
+        """The model's input before it is normalized, (1, height, width, 3), or why there is none."""
+        if isinstance(given, DataError):
+            return str(given)
         try:  # fitted at once, so that a batch of photos never lies in memory at full size
-            if not path.exists() and glob.has_magic(name):
+            source: Path | Image.Image = given if isinstance(given, Image.Image) else expanded(given)
+            if isinstance(source, Path) and not source.exists() and glob.has_magic(str(given)):
                 return "matches no file"
-            return fit(torch.from_numpy(decode(path, max_pixels, value_range=how.value_range))[None], how)
+            pixels = decode(source, self.max_pixels, value_range=self.preprocess.value_range)
+            return fit(torch.from_numpy(pixels)[None], self.preprocess)
         except BadImage as error:
             return str(error)
         except OSError as error:
             return error.strerror or str(error)
 
-    rows: list[Prediction] = []
-    for start in range(0, len(found), _BATCH):
-        part = found[start : start + _BATCH]
-        results = list(workers().map(read, part))
-        images = [image for image in results if isinstance(image, torch.Tensor)]
-        pixels = normalize(torch.cat(images).to(device), how) if images else None
-        scores = torch.empty(0, 1) if pixels is None else _scores(model, pixels, loaded.scoring)
-        if not scores.isfinite().all():
-            raise ModelError(
-                f"{checkpoint}: its scores are no numbers, so its weights are broken; use another checkpoint."
-            )
-        tops = _top(scores, top_k)
-        for name, result in zip(part, results, strict=True):
-            if isinstance(result, str):
-                rows.append(Prediction(name, error=result))
-            else:
-                top = tuple((loaded.labels[index], score) for index, score in next(tops))
-                rows.append(Prediction(name, top))
-    return rows
+
+def _each(images: Sequence[Given]) -> Iterator[str | Image.Image | DataError]:
+    """Every single image: files by name, all else as PIL images; of what is none, why."""
+    for given in images:
+        if isinstance(given, str | Path):
+            yield from find_images([given])
+        elif isinstance(given, Image.Image):
+            yield given
+        else:
+            array = _channels_last(given) if isinstance(given, torch.Tensor) else given
+            batch = array if array.ndim == 4 or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) else array[None]
+            for one in batch:
+                yield _pictured(one)
+
+
+def _channels_last(tensor: torch.Tensor) -> NDArray[Any]:
+    tensor = tensor.detach().cpu()
+    if tensor.is_floating_point():
+        tensor = (tensor * 255).round().clamp(0, 255).to(torch.uint8)
+    return tensor.movedim(-3, -1).numpy() if tensor.ndim >= 3 else tensor.numpy()
+
+
+def _pictured(array: NDArray[Any]) -> Image.Image | DataError:
+    if array.dtype != np.uint8 or array.ndim not in (2, 3):
+        shape = " x ".join(map(str, array.shape))
+        return DataError(f"is an array of {array.dtype}, {shape}; give uint8 (height, width) or (height, width, 3)")
+    plane = array.ndim == 3 and array.shape[2] == 1
+    return Image.fromarray(np.ascontiguousarray(array[:, :, 0] if plane else array))
 
 
 def _scores(model: Any, pixels: torch.Tensor, scoring: Scoring) -> torch.Tensor:
