@@ -464,6 +464,7 @@ def test_pillows_warnings_are_silent_in_threads_too():
     noisy = encoded(image, transparency=bytes([0, 9]))  # "Palette images with Transparency ..."
     exif = encoded(Image.fromarray(RGB), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01")
     with warnings.catch_warnings(record=True) as caught:
+        warnings.resetwarnings()  # or Pillow's filter may be there already, and the next one goes before it
         warnings.simplefilter("always")
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(decode, [noisy, exif] * 20))
