@@ -1,12 +1,16 @@
 """What is chosen before a run: attention, the micro-batch that fits, compiling; and what a trial of it measures."""
 
+import copy
 import json
 import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +21,14 @@ from PIL import Image
 
 from vitft import TrainConfig, __version__, evaluate, hardware, learner, predict, train, trainer, trial, tuning
 from vitft.data import store
+from vitft.data.augment import CROP_AREA
 from vitft.errors import UsageError
 from vitft.hardware import find_attention, micro_batch
 from vitft.learner import Learner
-from vitft.models import compiled
+from vitft.models import compiled, shape_of
+from vitft.optim import make_optimizer
 from vitft.preparation import Prepared, prepare
+from vitft.spec import kept_bytes
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -342,8 +349,10 @@ def test_the_cost_of_a_run_counts_its_images_and_its_steps(
     prepared.loaded.model.register_forward_pre_hook(seen, with_kwargs=True)
     monkeypatch.setattr(trial.time, "perf_counter", lambda: now)
     monkeypatch.setattr(torch.optim, "AdamW", Adam)
+    before = copy.deepcopy(prepared.loaded.model.state_dict())
     found = trial.cost(prepared)
     assert found == trial.Cost(image_s=0.25, step_s=3.0, evaluate_image_s=0.125, start_s=start_s)
+    assert all(torch.equal(weight, before[name]) for name, weight in prepared.loaded.model.state_dict().items())
     assert max(counts) == largest  # a first pass that takes seconds is not tried with more
 
 
@@ -396,6 +405,87 @@ def test_a_stored_image_is_read_from_its_file(tmp_path: Path) -> None:
 
 def test_a_stored_image_is_one_of_the_training_split(prepared: Prepared) -> None:
     assert trial.stored_image(prepared).shape == (8, 8, 3)  # digits are stored as they are
+
+
+def test_a_stored_photo_is_larger_for_random_crops(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for number in range(8):
+            Image.new("RGB", (300, 300), (number, 0, 0)).save(tmp_path / "pets" / name / f"{number}.png")
+    sides = {}
+    for augment in ("none", "flip", "crop"):
+        found = prepare(config(dataset=str(tmp_path / "pets"), max_train_samples=None, augment=augment))
+        sides[augment] = [len(trial.stored_image(found, crops=crops)) for crops in (None, False, True)]
+    large = round(28 / CROP_AREA**0.5)  # the smallest crop of it has as many pixels as the model's input
+    assert sides == {"none": [28, 28, large], "flip": [28, 28, large], "crop": [large, 28, large]}
+
+
+RESIDENT, KEPT = 10**9, 10**6  # bytes: of the process, and of what a forward pass of one image keeps
+STORED: dict[str, Any] = dict.fromkeys(("width", "heads", "mlp", "layers")) | {"from_scratch": False, "image_size": 32}
+PIXELS, IMAGE = 3 * 28 * 28, 3 * 8 * 8  # numbers that the model reads of an image, and bytes that are stored of one
+
+
+@pytest.fixture
+def sizes_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial.psutil.Process, "memory_info", lambda self: SimpleNamespace(rss=RESIDENT))
+    monkeypatch.setattr(trial, "_kept", lambda prepared, images: KEPT * images)
+
+
+@pytest.mark.parametrize(("optimizer", "moments"), [("adamw", 2), ("adam", 2), ("sgd", 1)])
+@pytest.mark.parametrize("batch_size", [16, 64])
+def test_memory_is_weights_gradients_moments_activations_input_and_images(
+    sizes_known: None, monkeypatch: pytest.MonkeyPatch, optimizer: str, moments: int, batch_size: int
+) -> None:
+    """Of 40 training images and 20 test images; numbers are float32."""
+    found = prepare(config(optimizer=optimizer, batch_size=batch_size))
+    weights = sum(parameter.numel() for parameter in found.loaded.model.parameters())
+    trained = 4 * weights * (1 + moments) + 5 * KEPT + 4 * min(batch_size, 40) * PIXELS
+    assert trial.memory_bytes(found, 5) == RESIDENT + trained + 60 * IMAGE
+    made = make_optimizer(found.loaded.model.named_parameters(), found.config)
+    trial.pass_s(found, trial.stored_image(found)[None])
+    made.step()
+    kept = sum(one.numel() for state in made.state.values() for one in state.values() if one.ndim)
+    assert kept == moments * weights
+    monkeypatch.setattr(trial, "IN_MEMORY", 500)
+    assert trial.memory_bytes(found, 5) == RESIDENT + trained + 2 * 500  # more than that is read when it is needed
+    found.config = found.config.model_copy(update={"device": "cuda"})
+    monkeypatch.setattr(trial, "untouched", lambda prepared: nullcontext())
+    assert trial.memory_bytes(found, 5) == 4 * weights + trained  # the images stay in the process
+
+
+@pytest.mark.parametrize(("augment", "kinds"), [("none", 1), ("flip", 2)])
+def test_memory_of_a_probe_is_that_of_its_features(
+    sizes_known: None, saved: Callable[..., Path], augment: str, kinds: int
+) -> None:
+    found = prepare(config(**STORED, model=str(saved()), freeze="backbone", augment=augment, epochs=9))
+    head, features = 16 * 10 + 10, 16 * kinds
+    floats = head * 3 + features * 40 + 3 * 32 * 32 * 16  # a gradient and two moments, images, a batch
+    assert trial.memory_bytes(found, 5) == RESIDENT + 4 * floats + 60 * IMAGE
+
+
+def test_memory_with_checkpointed_activations_is_their_share_by_the_stage_table(
+    sizes_known: None, saved: Callable[..., Path]
+) -> None:
+    plain, checkpointed = (prepare(config(layers=8, grad_checkpointing=on)) for on in (False, True))
+    spec = shape_of(plain.loaded.model)
+    assert spec is not None
+    more, less = (trial.memory_bytes(one, 5) for one in (plain, checkpointed))
+    assert more is not None
+    assert less is not None
+    assert 5 * KEPT - (more - less) == 5 * KEPT * kept_bytes(spec, 5, checkpointed=True) // kept_bytes(spec, 5)
+    assert trial.memory_bytes(prepare(config(**STORED, model=str(saved("swin")), grad_checkpointing=True)), 5) is None
+
+
+def test_what_is_kept_is_counted_in_training_mode(prepared: Prepared) -> None:
+    prepared.loaded.model.vit.embeddings.dropout.p = 0.5  # what is dropped is kept for the backward pass
+    prepared.loaded.model.eval()
+    with trial.untouched(prepared):
+        counted = trial._kept_counted(prepared, 2)
+        prepared.loaded.model.train()
+        assert counted == trial._kept_counted(prepared, 2)
+    prepared.config = prepared.config.model_copy(update={"freeze": "backbone"})  # in it nothing is dropped
+    with trial.untouched(prepared):
+        assert trial._kept_counted(prepared, 2) < counted
 
 
 # -- precision ------------------------------------------------------------------------------------
