@@ -78,6 +78,16 @@ def test_a_folder_that_is_no_run_is_never_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").exists()
 
 
+def test_what_a_kill_left_of_a_run_before_it_had_settings_gives_way(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    write_json(tmp_path / "environment.json", {})
+    ckpt.create_run(tmp_path, overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    (tmp_path / "checkpoints" / "step-000001").mkdir()
+    with pytest.raises(UsageError, match="exists and is not empty; choose another"):
+        ckpt.create_run(tmp_path, overwrite=False)
+
+
 def test_an_existing_run_is_refused_and_overwritten_when_asked(tmp_path: Path) -> None:
     run = tmp_path / "run"
     ckpt.create_run(run, overwrite=False)

@@ -222,6 +222,39 @@ def test_a_checkpoints_own_settings_do_not_rule_over_other_data(digits_run: Any,
     data = make_data(tmp_path / "data", tuple("0123456789"), 20)
     got = evaluate(digits_run.run, dataset=str(data), split="train")
     assert (got.split, got.count) == ("train", 200)
+    card = read_card(digits_run.checkpoint)
+    assert card is not None
+    own = {"dataset": "owner/name", "dataset_revision": "1234567", "exclude": "/not/here.txt", "max_train_samples": 9,
+           "image_column": "picture", "label_column": "digit", "image_folder": "/not/here"}  # fmt: skip
+    alone = shutil.copytree(digits_run.checkpoint, tmp_path / "alone")
+    for name in ("vitft.json", "README.md"):
+        (alone / name).unlink()
+    write_card(alone, replace(card, config=card.config.model_copy(update=own)))
+    assert numbers(evaluate(alone, dataset=str(data), split="train")) == numbers(got)
+
+
+def test_what_is_asked_for_rules_over_the_checkpoints_own_settings(
+    digits_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"dataset_revision": "1234567", "max_pixels": 99, "on_bad_image": "skip", "image_column": "picture",
+             "label_column": "kind", "split_column": "part", "fold_column": "fold", "fold": 3, "image_folder": "/a",
+             "encoding": "cp1252", "value_range": "0:99", "allow_outside": True}  # fmt: skip
+
+    def read(config: TrainConfig) -> None:
+        assert {name: getattr(config, name) for name in asked} == asked
+        raise KeyError
+
+    monkeypatch.setattr("vitft.evaluation.source_of", read)
+    for dataset in ("digits", "/other"):
+        with pytest.raises(KeyError):
+            evaluate(digits_run.run, dataset=dataset, **asked)
+
+
+def test_an_image_of_more_pixels_than_asked_for_is_refused(saved: Callable[..., Path], tmp_path: Path) -> None:
+    data = str(make_data(tmp_path / "data"))
+    assert evaluate(saved("vit"), dataset=data, split="train", max_pixels=20 * 24).count == 12
+    with pytest.raises(DataError, match=r"480 pixels.*479"):
+        evaluate(saved("vit"), dataset=data, split="train", max_pixels=20 * 24 - 1)
 
 
 def test_naming_the_checkpoints_own_data_set_changes_nothing(digits_run: Any) -> None:

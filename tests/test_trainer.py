@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification
 
-from vitft import TrainConfig, train, trainer
+from vitft import TrainConfig, evaluate, train, trainer
 from vitft import checkpoint as ckpt
 from vitft.card import read_card, sha256, sha256_of
 from vitft.data.loader import Batch, EvalLoader, TrainLoader
@@ -247,6 +247,8 @@ def test_dropout_drops_and_is_the_same_on_every_run(tmp_path: Path, monkeypatch:
         return train(config(model=str(tmp_path / f"{rate}"), **bare), output=tmp_path / name).run / "last"
 
     dropped = trained(0.5, "dropped")
+    scored = evaluate(dropped, split="validation")
+    assert lines(dropped.parent)[-2]["loss"] == pytest.approx(scored.loss, abs=1e-6)  # nothing is dropped there
     assert_same_weights(dropped, trained(0.5, "again"))
     plain, key = trained(0.0, "plain"), "vit.encoder.layer.0.output.dense.weight"
     assert not torch.allclose(weights(dropped)[key], weights(plain)[key], atol=1e-4)  # the rate alone is another
@@ -474,10 +476,19 @@ def test_a_finished_run_can_be_resumed_says_so_and_stays_as_it_is(
     )
 
 
-def test_a_finished_run_keeps_no_steps_unless_it_is_told_to(tmp_path: Path) -> None:
+def test_a_finished_run_keeps_no_steps_unless_it_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, there = ckpt.save_step, list[int]()
+
+    def save_step(run: Path, *given: Any) -> Path:
+        folder = save(run, *given)
+        there.append(len(ckpt.step_folders(run)))
+        return folder
+
+    monkeypatch.setattr(ckpt, "save_step", save_step)
     runs = [train(config(save_every=2, keep_finished=keep), output=tmp_path / str(keep)).run for keep in (0, 1, 9)]
+    assert there == [1, 2, 2] * 3  # --keep is 2, at any time
     kept = [[folder.name for folder in ckpt.step_folders(run)] for run in runs]
-    assert kept == [[], ["step-000006"], ["step-000006", "step-000004"]]  # --keep is 2
+    assert kept == [[], ["step-000006"], ["step-000006", "step-000004"]]
     before = {file.relative_to(runs[0]) for file in runs[0].rglob("*")}
     resume(runs[0])
     assert {file.relative_to(runs[0]) for file in runs[0].rglob("*")} == before

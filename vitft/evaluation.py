@@ -84,13 +84,11 @@ def evaluate(
             raise ModelError(f"{checkpoint}: no such folder here; if it is a hub id, add --dataset.")
         read_config(where)  # what is no model at all is said to be none
         raise UsageError(f"{checkpoint}: it does not say what data it was trained on; add --dataset.")
-    config = card.config if card else TrainConfig(val_fraction=0)
+    config = card.config if card else TrainConfig()
     if dataset is not None and (dataset := absolute(dataset, (*ALIASES, DIGITS))) != config.dataset:
-        # What the checkpoint's own data set was split and read by says nothing of another one.
-        anew = {"dataset_revision", "max_train_samples", "max_eval_samples", "exclude", *Reading.__dataclass_fields__}
-        config = config.model_copy(
-            update=dict.fromkeys(anew) | {"dataset": dataset, "val_fraction": 0.0, "allow_outside": False}
-        )
+        # What the checkpoint's own data set was read by says nothing of another one.
+        anew = {"dataset_revision", "exclude", *Reading.__dataclass_fields__}
+        config = config.model_copy(update=dict.fromkeys(anew) | {"dataset": dataset, "allow_outside": False})
     typed = {"dataset_revision": dataset_revision, "max_pixels": max_pixels, "on_bad_image": on_bad_image,
              "image_column": image_column, "label_column": label_column, "split_column": split_column,
              "fold_column": fold_column, "fold": fold, "image_folder": image_folder, "encoding": encoding,
