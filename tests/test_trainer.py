@@ -342,7 +342,7 @@ def test_resume_refuses_data_that_changed(tmp_path: Path, monkeypatch: pytest.Mo
     run, data = tmp_path / "run", draw(tmp_path / "data")
     interrupted(config(dataset=str(data), save_every=2 if saved else 99), run, 3, monkeypatch)
     draw(data, blue=100)
-    with pytest.raises(DataError, match=r"the train split is not the one the run began with .*other pixels"):
+    with pytest.raises(DataError, match=r"the train split is not the one the run began with: .*other pixels"):
         resume(run)
 
 
