@@ -2,6 +2,7 @@
 
 import json
 import os
+from array import array
 from collections import Counter
 from pathlib import Path
 
@@ -11,8 +12,11 @@ from typer.testing import CliRunner
 from tests.data import photos
 from vitft import TrainConfig
 from vitft.cli import app
+from vitft.data import columns
 from vitft.data.check import check
-from vitft.data.schema import Reading
+from vitft.data.named import Names
+from vitft.data.rows import Table
+from vitft.data.schema import Notes, Reading
 from vitft.data.sources import open_source, source_of
 from vitft.preparation import absolute
 
@@ -96,3 +100,79 @@ def test_labels_that_are_written_in_two_ways_are_named(tmp_path) -> None:
     found = {one.path for one in check(source) if one.kind == "similar-labels"}
     assert found == {"7", "7.0", "True"}
     assert len(source.labels) == 9  # the two forms of café are one class: there is nothing to tell
+
+
+def table(cells: dict[str, list[str]]) -> Table:
+    """Columns by name, of a file that is not there."""
+    count = len(next(iter(cells.values())))
+    return Table(Path("nowhere/t.csv"), [*cells], [*cells.values()], array("q", range(2, count + 2)))
+
+
+def test_the_usual_names_of_columns_are_known() -> None:
+    """As data sets on Kaggle and the hub have them; of other columns nothing else would tell what they are."""
+    for name in ("path", "File", "filename", "file_name", "filepath", "filepaths", "image_path", "image_file", "image",
+                 "Image File Name", "ImageName", "images", "img", "img_path", "img_name", "photo", "picture",
+                 "image_id", "img_id", "Id", "name"):  # fmt: skip
+        rows = table({"note": ["x", "y"], name: ["0.png", "1.png"]})
+        names = Names(rows.path, None, allow_outside=False)
+        assert columns.image_column(rows, names, None, Notes()) == name
+    for name in ("label", "Labels", "fine_label", "label_name", "class", "classes", "className", "class_label",
+                 "category", "category_name", "target", "ClassId", "label_id", "category_id"):  # fmt: skip
+        rows = table({"path": ["0.png", "1.png"], "note": ["x", "y"], name: ["cat", "dog"]})
+        assert columns.labels_by_name(rows, None) == {name}
+        assert columns.labels_of_rows(rows, {"path"}, "path", None, [], Notes()) == (["cat", "dog"], [name])
+
+
+def assigned(cells: dict[str, list[str]]) -> tuple[list[str] | None, list[str]]:
+    """The split of each row, and what is warned of."""
+    notes = Notes()
+    return columns.split_of_rows(table(cells), set(), Reading(), notes)[0], notes.warnings
+
+
+def test_the_usual_names_of_columns_of_splits_and_folds_are_known() -> None:
+    for name in ("split", "data_split", "Splits"):  # used whatever the splits are called
+        assert assigned({name: ["web", "book"]})[0] == ["web", "book"]
+    for name in ("subset", "partition", "Usage", "set", "dataset", "phase"):
+        rows, (warning,) = assigned({name: ["web", "book"]})
+        assert rows is None
+        assert f"column {name!r} looks like a split (web, book) and is not used" in warning
+    for name in ("fold", "folds", "kfold", "fold_id", "cv_fold", "CV", "fold5"):
+        rows, (warning,) = assigned({name: ["0", "1"]})
+        assert rows is None
+        assert f"column {name!r} looks like folds (0, 1) and is not used; --fold K" in warning
+
+
+@pytest.mark.parametrize(
+    ("role", "names"),
+    [
+        ("train", "train is_train training is_training is_training_image is_training_img"),
+        ("validation", "val is_val valid is_valid validation is_validation dev is_dev"),
+        ("test", "test is_test testing is_testing"),
+    ],
+)
+def test_the_usual_names_of_columns_of_yes_and_no_are_known(role: str, names: str) -> None:
+    other = "is_test" if role == "train" else "is_train"
+    for name in names.split():
+        for yes, no in ("10", ("1.0", "0.0"), "TF", ("True", "False"), ("yes", "no"), "YN"):
+            rows, warnings = assigned({name: [yes, no], other: [no, yes]})
+            assert rows == [role, other.removeprefix("is_")]
+            assert warnings == []
+
+
+@pytest.mark.parametrize(
+    ("role", "words"),
+    [
+        ("train", "train Training trn train_set training-set trainval train_valid"),
+        ("validation", "validation valid val dev eval evaluation devel development val_set validation_set PublicTest"),
+        ("test", "test Testing tst test_set PrivateTest held-out holdout"),
+    ],
+)
+def test_words_for_splits_are_known(role: str, words: str) -> None:
+    known = {"train": "train", "validation": "val", "test": "test"}
+    others = [word for other, word in known.items() if other != role]
+    for word in words.split():
+        rows, warnings = assigned({"whatever": [word, *others]})
+        assert rows is not None
+        assert [columns._ROLE_OF[columns.plain(name)] for name in rows[:1]] == [role]
+        assert rows[1:] == others
+        assert warnings == []
