@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 
 from vitft.data import hub
+from vitft.data.features import find_columns
 from vitft.data.images import decode
+from vitft.data.schema import Notes
 from vitft.data.sources import Source, class_indices, open_source
 from vitft.errors import DataError, UsageError
 
@@ -106,6 +108,26 @@ def test_one_image_column_of_several_is_taken_by_its_name_and_told(tmp_path: Pat
     assert seen(source) == EXPECTED
     assert "the image is column 'image', by its name; not read: mask" in source.decisions
     assert "the label is column 'label', by its name; not read: kind" in source.decisions
+
+
+def test_the_usual_names_of_columns_are_known() -> None:
+    """As on the hub; of other columns nothing else would tell which is the image and which the label."""
+    image, text = datasets.Image(), datasets.Value("string")
+
+    def found(**features: Any) -> tuple[str, str | None]:
+        image, label = find_columns(features, None, None, Notes())
+        return image.path[-1], None if label is None else label.path[-1]
+
+    for name in ("image", "img", "images", "picture", "photo", "pixel_values", "pixels", "jpg", "jpeg", "png", "webp"):
+        assert found(mask=image, **{name: image}, label=text) == (name, "label")
+    for name in ("file_name", "filename", "file", "path", "filepath", "file_path", "image_path", "image_file"):
+        assert found(note=text, **{name: text}, label=text) == (name, "label")
+        assert found(image=image, **{name: text}, breed=text) == ("image", "breed")
+    for name in ("label", "labels", "fine_label", "class", "class_name", "category", "target", "cls"):
+        assert found(image=image, note=text, **{name: text}) == ("image", name)
+    for name in ("id", "idx", "index", "image_id", "key", "__key__", "__url__", "url", "width", "height", "split", "fold"):
+        assert found(image=image, breed=text, **{name: text}) == ("image", "breed")
+    assert found(image=image, breed=text, note=text) == ("image", None)
 
 
 @pytest.mark.parametrize("labels", [[["b", "a"], ["a"]], [[], ["a"]]])

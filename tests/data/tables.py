@@ -262,7 +262,7 @@ SPLITS = [
     Case("a-fold-beside-a-test-split", splits("fold,split", "0,train", "1,train", "1,test", "0,train"), "t.csv",
          {"train": {"dog": "1.png"}, "validation": {"cat": "0.png", "dog": "3.png"}, "test": {"cat": "2.png"}},
          options={"fold": 0}),
-    Case("no-such-fold", splits("fold", "10", "9", "0", "9"), "t.csv", error=("--fold 7: column 'fold'", "has the folds 0, 9, 10"),
+    Case("no-such-fold", splits("fold", "10", "9", "0", "2"), "t.csv", error=("--fold 7: column 'fold'", "has the folds 0, 2, 9, 10"),
          options={"fold": 7}),
     Case("no-column-of-folds", csv(*ROWS), "t.csv", error=("no column looks like folds", "--fold-column"), options={"fold": 1}),
     Case("a-fold-column-alone", splits("fold", *"0101"), "t.csv", error="needs --fold", options={"fold_column": "fold"}),
