@@ -108,6 +108,8 @@ def test_one_image_column_of_several_is_taken_by_its_name_and_told(tmp_path: Pat
     assert seen(source) == EXPECTED
     assert "the image is column 'image', by its name; not read: mask" in source.decisions
     assert "the label is column 'label', by its name; not read: kind" in source.decisions
+    source = open_source(str(write(tmp_path / "test.parquet", {"image": STRUCTS, "breed": LABELS})))
+    assert "the label is column 'breed': no other holds names or whole numbers" in source.decisions
 
 
 def test_the_usual_names_of_columns_are_known() -> None:
@@ -125,7 +127,8 @@ def test_the_usual_names_of_columns_are_known() -> None:
         assert found(image=image, **{name: text}, breed=text) == ("image", "breed")
     for name in ("label", "labels", "fine_label", "class", "class_name", "category", "target", "cls"):
         assert found(image=image, note=text, **{name: text}) == ("image", name)
-    for name in ("id", "idx", "index", "image_id", "key", "__key__", "__url__", "url", "width", "height", "split", "fold"):
+    for name in ("id", "idx", "index", "image_id", "key", "__key__", "__url__", "url", "width", "height", "split",
+                 "fold"):  # fmt: skip
         assert found(image=image, breed=text, **{name: text}) == ("image", "breed")
     assert found(image=image, breed=text, note=text) == ("image", None)
 

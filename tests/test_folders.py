@@ -1,5 +1,6 @@
 """Folders of images as people have them: what is listed, and which folder is a split, which a class."""
 
+import io
 import os
 import resource
 import time
@@ -71,6 +72,16 @@ def test_links_that_multiply_end(tmp_path: Path) -> None:
     assert 30 < scan(tmp_path / "00").tree.count < 5000
 
 
+def test_of_many_links_to_one_folder_some_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "_OFTEN", 3)
+    draw(tmp_path / "pool" / "1.png")
+    for name in "qrstu":
+        (tmp_path / name).symlink_to(tmp_path / "pool")
+    found = scan(tmp_path)
+    assert found.tree.count == 3  # pool, q and r
+    assert found.remarks == [f"the link {name} is not followed: it is there 3 times already" for name in "stu"]
+
+
 def test_folders_without_end_are_refused(tmp_path: Path) -> None:
     draw(tmp_path / Path(*"x" * 110) / "1.png")
     with pytest.raises(DataError, match="lies over 100 folders deep"):
@@ -133,6 +144,15 @@ def test_every_format_is_known_without_its_name(tmp_path: Path, kind: str) -> No
     assert scan(tmp_path).tree.unnamed == ["x"]
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "JPEG2000", "AVIF", "HEIF", "JXL"])
+def test_an_image_that_is_cut_short_is_still_one(tmp_path: Path, kind: str) -> None:
+    """And no file to be passed over: whoever decodes it says what is wrong."""
+    stream = io.BytesIO()
+    Image.new("RGB", (80, 80), "red").save(stream, kind)
+    write(tmp_path / "x", stream.getvalue()[:20])
+    assert scan(tmp_path).tree.unnamed == ["x"]
+
+
 @pytest.mark.parametrize(
     "head", [b"", b"P", b"BM", b"II*\0", b"RIFF", b"GIF", b"\x0a\x05", b"# notes\n", b"\0" * 99, b"P1x"]
 )
@@ -148,11 +168,32 @@ def test_a_pipe_is_not_opened(tmp_path: Path) -> None:
 
 def test_files_known_by_name_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw(tmp_path / "1.png")
-    for name in ("1.txt", "1.XML", "1.npy", "2.json"):
-        write(tmp_path / name, b"x")
+    known = "avi csv gz html ipynb json jsonl md mat mov mp4 npy npz parquet pt pth py pyc safetensors tar tsv TXT XML"
+    others, raw = f"{known} yaml yml zip", "arw CR2 cr3 dng nef nrw orf pef raf rw2 srw"
+    for ending in f"{others} {raw}".split():
+        write(tmp_path / f"1.{ending}", b"x")
     monkeypatch.setattr("builtins.open", lambda *a, **k: pytest.fail(f"opened {a[0]}"))
-    listing = scan(tmp_path)
-    assert (listing.tree.count, len(listing.tree.others)) == (1, 4)
+    tree = scan(tmp_path).tree
+    assert tree.images == ["1.png"]
+    assert {name for name, kind in tree.others if not kind} == {f"1.{ending}" for ending in others.split()}
+    assert {name for name, kind in tree.others if kind == "camera raw"} == {f"1.{ending}" for ending in raw.split()}
+
+
+def test_pictures_that_no_reader_opens_are_told_from_other_files(tmp_path: Path) -> None:
+    for name in ("a", "a.bak", "a.eps", "a.pdf", "a.svg"):
+        write(tmp_path / name, b"no image")
+    assert scan(tmp_path).tree.others == [("a", ""), ("a.bak", ""), ("a.eps", "EPS"), ("a.pdf", ""), ("a.svg", "SVG")]
+
+
+def test_of_many_kinds_of_other_files_the_most_frequent_are_told(tmp_path: Path) -> None:
+    draw(tmp_path / "cat" / "1.png", tmp_path / "dog" / "1.png")
+    for number in range(10):
+        for kind in ("csv", "json", "md", "txt")[: number + 1]:
+            write(tmp_path / f"{number}.{kind}", b"x")
+    said = "34 files are no image and not read: 10 .csv, 9 .json, 8 .md, 7 .txt"
+    assert f"{said} (the first is 0.csv)" in open_source(str(tmp_path)).decisions
+    write(tmp_path / "x.html", b"x")
+    assert f"{said.replace('34', '35')}, ... (the first is 0.csv)" in open_source(str(tmp_path)).decisions
 
 
 def test_a_folder_that_is_predicted_tells_what_is_passed_over(
@@ -179,6 +220,8 @@ def test_20000_classes_and_200000_files_take_seconds(tmp_path: Path) -> None:
     splits = make_splits(source, val_fraction=0.1, max_train_samples=None, max_eval_samples=None, seed=0)
     document = manifest(source, splits)
     took, memory = time.process_time() - started, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6
-    assert (len(source.labels), document["splits"]["train"]["count"]) == (20_000, 180_000)
+    counts = {role: one["count"] for role, one in document["splits"].items()}
+    assert (len(source.labels), sum(counts.values())) == (20_000, 200_000)
+    assert 20_000 <= counts["validation"] < 30_000  # one of each class, and where chance has it more
     assert took < 10
     assert memory < 1

@@ -1,6 +1,7 @@
 """Who is train, validation and test: by each image's own identity, disjoint, in proportion, the same every time."""
 
 import json
+from hashlib import blake2b
 
 import datasets
 import numpy as np
@@ -258,18 +259,22 @@ def test_ids_of_files_are_relative_paths(tmp_path):
 def test_an_image_is_known_by_its_content_wherever_it_lies(tmp_path):
     large = np.random.default_rng(0).bytes(300_000)
     other = large[:150_000] + b"?" + large[150_001:]  # one byte, in the middle
-    cells = [b"small", b"", large, other, large + b"!", b"small"]
+    cells = [b"small", b"", large, other, large + b"!", b"small", large[:65_536], large[:65_537]]
     paths = []
     for number, cell in enumerate(cells):
         (tmp_path / f"{number}.png").write_bytes(cell)
         paths.append(str(tmp_path / f"{number}.png"))
-    files = make_split(image_structs(None, paths), ["a"] * 6, root=tmp_path)
-    bare = make_split(image_structs(pa.array(cells, pa.binary())), ["a"] * 6)
-    rows = np.arange(6)
+    files = make_split(image_structs(None, paths), ["a"] * 8, root=tmp_path)
+    bare = make_split(image_structs(pa.array(cells, pa.binary())), ["a"] * 8)
+    rows = np.arange(8)
     found = contents(bare, rows)
     np.testing.assert_array_equal(found, contents(files, rows))
-    assert len(set(found.tolist())) == 5
+    assert len(set(found.tolist())) == 7
     assert found[0] == found[5]
+    for number, cell in enumerate(cells):  # as runs have written it down
+        pieces = [cell] if len(cell) <= 65_536 else [cell[:16_384], cell[len(cell) // 2 :][:16_384], cell[-16_384:]]
+        hashed = blake2b(len(cell).to_bytes(8, "little") + b"".join(pieces), digest_size=8)
+        assert f"{found[number]:016x}" == hashed.digest()[::-1].hex()
     np.testing.assert_array_equal(contents(bare, rows[::-1]), found[::-1])
     np.testing.assert_array_equal(contents(bare.select([4, 2]), np.array([1, 0])), found[[2, 4]])
     (tmp_path / "0.png").unlink()

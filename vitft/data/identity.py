@@ -106,11 +106,11 @@ def _of_file(path: str) -> int:
     try:
         file = os.open(path, _READ)
     except OSError:
-        return _digest(-1, lambda start, count: path.encode(errors="replace"))  # its reader will say what is wrong
+        return _digest(-1, lambda start, count: path.encode())  # its reader will say what is wrong
     try:
         return _digest(os.fstat(file).st_size, lambda start, count: os.pread(file, count, start))
     except OSError:
-        return _digest(-1, lambda start, count: path.encode(errors="replace"))
+        return _digest(-1, lambda start, count: path.encode())
     finally:
         os.close(file)
 
