@@ -34,7 +34,7 @@ from vitft.card import prove
 from vitft.cli import app
 from vitft.data.folders import scan
 from vitft.data.images import BadImage, decode, formats
-from vitft.data.limits import check_scans
+from vitft.data.limits import check_bytes, check_scans
 from vitft.data.sources import open_source
 from vitft.errors import ModelError
 from vitft.models import load_for_training, load_trained
@@ -320,6 +320,22 @@ def test_a_file_of_more_bytes_than_its_pixels_could_have_is_not_read(kind: str, 
     said = within(60 * MB, shape_of, file)
     assert said.startswith("BadImage: has 1,500,000,000 bytes, over the "), said
     assert "that max_pixels 50,000,000 allows such a file" in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "a_pixel"),
+    [("PNG", 8), ("TIFF", 8), ("BMP", 8), ("JPEG", 8), ("WEBP", 2), ("AVIF", 2), ("HEIF", 2), ("JXL", 2)],
+)
+def test_the_bytes_of_a_file_are_bounded_by_its_format(kind: str, a_pixel: int) -> None:
+    """Of those that are read whole before a pixel is decoded there may be fewer."""
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(stream, kind)
+    stream.seek(0)
+    allowed = a_pixel * 70_000 + 1_000_000
+    assert check_bytes(stream, allowed, 70_000) is None
+    said = f"has {allowed + 1:,} bytes, over the {allowed:,} that --max-pixels 70,000 allows such a file"
+    assert check_bytes(stream, allowed + 1, 70_000) == said
+    assert stream.tell() == 0
 
 
 def test_a_chunk_of_a_png_that_is_longer_than_any_profile_is_not_read(tmp_path: Path) -> None:

@@ -346,8 +346,10 @@ def test_a_heic_is_turned_once(orientation: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "size", [(8, 8), (256, 256), (40, 30), (300, 200), (1600, 901), (64, 3000), (16, 9), (5000, 2)]
-)
+    "size",
+    [(8, 8), (256, 256), (120, 100), (40, 30), (300, 200), (16, 9), (500, 400), (60, 30), (1600, 901), (64, 3000),
+     (5000, 2)],
+)  # fmt: skip
 @pytest.mark.parametrize("container", [False, True])
 def test_the_size_of_a_jpeg_xl_is_read_from_its_header(size: tuple[int, int], container: bool) -> None:
     import pillow_jxl  # noqa: F401
