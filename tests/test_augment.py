@@ -12,12 +12,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from vitft.config import LARGEST_SIDE
 from vitft.data.augment import (
     RESAMPLE,
     Preprocess,
     augment,
     crop_boxes,
     fit,
+    fitted,
     normalize,
     pillow_resize,
     preprocess,
@@ -197,6 +199,10 @@ def test_preprocessing_is_transformers_own(name: str, size: tuple[int, int]) -> 
     assert steps.max() < 1e-3
 
 
+def test_filters_have_pillows_numbers() -> None:
+    assert {one.value: one.name.lower() for one in Image.Resampling if one.value < 6} == RESAMPLE  # Pillow 13 has more
+
+
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_a_preprocess_survives_its_own_json(name: str) -> None:
     how = understood(PROCESSORS[name])
@@ -214,6 +220,18 @@ def test_transformers_reads_what_is_written(name: str) -> None:
 
     a, b = (one(image, return_tensors="pt")["pixel_values"] for one in (processor, again))
     torch.testing.assert_close(a, b, check_dtype=False)
+    gray = image.convert("L")
+    a, b = (again(one, return_tensors="pt")["pixel_values"] for one in (gray, gray.convert("RGB")))
+    torch.testing.assert_close(a, b)
+
+
+def test_transformers_reads_gray_as_gray_for_a_model_of_one_channel() -> None:
+    how = Preprocess(32, 24, mean=(0.4,), std=(0.3,))
+    image = Image.fromarray(pixels(70, 45)).convert("L")
+    document = how.to_json()
+    processor = getattr(transformers, f"{document['image_processor_type']}Pil")(**document)
+    wanted = preprocess([torch.from_numpy(np.array(image.convert("RGB")))], how)
+    torch.testing.assert_close(processor(image, return_tensors="pt")["pixel_values"], wanted, check_dtype=False)
 
 
 @pytest.mark.parametrize(
@@ -262,6 +280,35 @@ def test_what_a_processor_does_beyond_that_is_refused_by_name(processor: Any, sa
     assert says in str(caught.value)
 
 
+@pytest.mark.parametrize("largest", [1, LARGEST_SIDE])
+def test_a_side_has_at_least_one_pixel_and_no_more_than_memory_holds(largest: int) -> None:
+    sides: dict[str, Any] = {"height": largest, "width": largest, "shortest_edge": largest}
+    Preprocess(**sides, before_crop=(largest, largest)).check()
+    wrong = largest - 1 if largest == 1 else largest + 1
+    for changed in (*({name: wrong} for name in sides), {"before_crop": (9, wrong)}, {"before_crop": (wrong, 9)}):
+        with pytest.raises(ModelError, match=rf"a side of {wrong} pixels; it must be 1 to {LARGEST_SIDE:,}"):
+            Preprocess(**sides | changed).check()
+    with pytest.raises(ModelError, match=r"a side of 2\.5 pixels"):
+        Preprocess(2.5, 2).check()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"mean": (0.5, math.nan, 0.5)}, "image_mean (0.5, nan, 0.5)"),
+        ({"mean": ("0.5",)}, "image_mean ('0.5',)"),
+        ({"std": (0.5, 0.5, math.inf)}, "image_std (0.5, 0.5, inf)"),
+        ({"std": (0.5, 0, 0.5)}, "image_std (0.5, 0, 0.5)"),
+        ({"rescale": -math.inf}, "rescale_factor (-inf,)"),
+    ],
+)
+def test_what_no_pixel_can_be_made_by_is_refused(changed: dict[str, Any], says: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        Preprocess(8, 8, **changed).check()
+    assert str(caught.value) == f"{says} is not usable; it takes finite numbers."
+    Preprocess(8, 8, mean=(0, 0.0, -1), rescale=1).check()
+
+
 class Sharpening(transformers.ViTImageProcessorPil):
     """One that no version of this project has heard of."""
 
@@ -275,11 +322,11 @@ def test_a_processor_that_does_something_unknown_is_found_out() -> None:
 
 
 def test_gray_is_pillows_luminance_and_of_a_gray_image_itself() -> None:
-    image, how = pixels(9, 7), Preprocess(9, 7, mean=(0.0,), std=(1.0,), rescale=1.0)
+    image, how = pixels(200, 150), Preprocess(200, 150, mean=(0.0,), std=(1.0,), rescale=1.0)
 
     got = normalize(torch.from_numpy(image)[None], how)
 
-    assert got.shape == (1, 1, 9, 7)
+    assert got.shape == (1, 1, 200, 150)
     assert np.array_equal(got[0, 0].numpy(), np.asarray(Image.fromarray(image).convert("L")).astype(np.float32))
     ramp = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
     assert torch.equal(normalize(ramp, how).flatten(), torch.arange(256.0))
@@ -338,6 +385,13 @@ def test_no_augmentation_is_the_evaluations_preprocessing() -> None:
     """To the step between two pixel values: training resizes by torch, evaluation by Pillow."""
     training, evaluation = augment(IMAGES, HOW, "none", 0, 0, np.arange(12)), preprocess(IMAGES, HOW)
     assert (training - evaluation).abs().max() < 1.01 * HOW.rescale / HOW.std[0]
+
+
+def test_training_does_not_resize_by_pillow_which_takes_several_times_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = resize(IMAGES, 16, 16, "bilinear")
+    monkeypatch.setattr("vitft.data.augment.pillow_resize", lambda *given: pytest.fail("by Pillow"))
+    assert torch.equal(fitted(IMAGES, HOW, exact=False), wanted)
+    assert torch.equal(fitted(list(IMAGES), HOW, exact=False), wanted)
 
 
 def test_evaluation_does_not_depend_on_the_batch_either() -> None:

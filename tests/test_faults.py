@@ -1,6 +1,8 @@
 """When training itself breaks: no number for a loss, no room in memory. The plan changes, and is written down."""
 
 import dataclasses
+import os
+import signal
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -189,6 +191,21 @@ def test_after_a_rollback_nothing_of_before_stays_in_memory(tmp_path: Path, monk
     alive.clear()
     resume(tmp_path / "cut")  # it fails at step 5, and goes back twice
     assert alive == [0, 0, 0]
+
+
+def test_a_run_that_is_stopped_where_it_diverged_is_not_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(settings: Any, step: int) -> bool:
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step == 1
+
+    broken(monkeypatch, stopped)
+    said = r"^the loss or its gradient is nan at step 2\. Try a lower --lr or more --warmup\.$"
+    with pytest.raises(TrainingError, match=said):
+        train(config(on_nan="rollback", save_every=1), output=tmp_path / "run")
+    assert ckpt.read_config(tmp_path / "run").lr == config().lr
 
 
 def test_with_nothing_to_go_back_to_a_run_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,11 +17,13 @@ import yaml
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification
 
-from vitft import TrainConfig, evaluate, train, trainer
+from vitft import TrainConfig, evaluate, learner, train, trainer
 from vitft import checkpoint as ckpt
 from vitft.card import read_card, sha256, sha256_of
 from vitft.data.loader import Batch, EvalLoader, TrainLoader
 from vitft.errors import DataError, ModelError, Stopped, TrainingError, UsageError
+from vitft.hardware import accelerator_of
+from vitft.learner import Learner
 from vitft.optim import lr_at, make_optimizer
 from vitft.preparation import prepare
 from vitft.trainer import resume
@@ -323,6 +325,8 @@ def test_resume_refuses_a_changed_setting_and_names_the_way_to_start_anew(
         with pytest.raises(UsageError, match=f"began with {next(iter(change))} .*start anew") as caught:
             resume(run, change)
         assert str(next(iter(change.values()))) in str(caught.value)
+    with pytest.raises(UsageError, match=r"^--keep should be greater than or equal to 1, got 0$"):
+        resume(run, {"keep": 0})
     assert resume(run, {"keep": 5, "log_every": 2}).run == run
 
 
@@ -577,6 +581,17 @@ def test_a_signal_breaks_off_a_validation_and_the_final_scoring(
     assert sorted(file.relative_to(run) for file in run.rglob("*")) == sorted(
         file.relative_to(whole) for file in whole.rglob("*")
     )
+
+
+def test_python_runs_after_each_gradient_so_that_a_signal_is_heard_within_a_backward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heard: list[torch.Tensor] = []
+    monkeypatch.setattr(learner, "_let_signals_in", heard.append)
+    prepared = prepare(config())
+    made = Learner(accelerator_of(prepared.config), prepared, prepared.decode())
+    made.step(0)
+    assert {id(one) for one in heard} == {id(one) for one in made.bare.parameters()}
 
 
 def test_a_signal_breaks_off_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

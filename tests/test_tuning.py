@@ -235,6 +235,19 @@ def test_a_long_run_is_compiled_where_a_trial_is_faster(
     assert tuning.tuned(prepared, processes=2).compile == "off"
 
 
+@pytest.mark.parametrize(("worth_s", "chosen"), [(40.0, "on"), (40.5, "off")])
+def test_a_run_is_as_long_as_its_images_take(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, worth_s: float, chosen: str
+) -> None:
+    """An epoch of 40 images in batches of 16: the tail of 8 is no whole batch."""
+    monkeypatch.setattr(tuning, "_COMPILING_PAYS_S", {"cpu": worth_s})
+    monkeypatch.setattr(tuning, "first_image_s", lambda prepared: 1.0)
+    monkeypatch.setattr(tuning, "cost", lambda prepared: trial.Cost(1.0, 0.0, 1.0))
+    monkeypatch.setattr(tuning, "compiled", lambda module: "fast")
+    monkeypatch.setattr(tuning, "pass_s", lambda prepared, images, module: 0.5 if module == "fast" else 1.0)
+    assert tuning.tuned(prepared).compile == chosen
+
+
 def test_without_a_compiler_a_long_run_goes_on_in_one_line(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
