@@ -336,6 +336,7 @@ def test_another_size_keeps_the_margin_around_the_crop() -> None:
     assert Preprocess(224, 224, shortest_edge=256).at(112) == Preprocess(112, 112, shortest_edge=128)
     assert Preprocess(224, 224, before_crop=(256, 256)).at(112).before_crop == (128, 128)
     assert Preprocess(224, 224).at(98) == Preprocess(98, 98)
+    assert (Preprocess(98, 98).said, Preprocess(98, 112).said) == ("98", "98 x 112")
 
 
 # -- augmentation ----------------------------------------------------------------------------------

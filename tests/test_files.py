@@ -42,8 +42,13 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, done: list
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
+def test_json_is_written_as_it_ever_was() -> None:
+    """By this a checkpoint of an earlier version is proved."""
+    assert files.json_text({"ä": [1, 0.5], "b": {}}) == '{\n  "ä": [\n    1,\n    0.5\n  ],\n  "b": {}\n}\n'
+
+
 def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, done: list[tuple[str, str]]) -> None:
-    folder = tmp_path / "deep" / "folder"
+    folder = tmp_path / "folder"
     for content in ("first", "second"):
         done.clear()
         with files.new_folder(folder) as new:
@@ -52,10 +57,10 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, done: li
             (new / "a").write_text(content)
     assert done == [
         ("sync", "a"), ("sync", "inner"), ("sync", "b"), ("sync", ".folder.vitft-new"),
-        ("rename", "folder > .folder.vitft-old"), ("rename", ".folder.vitft-new > folder"), ("sync", "deep"),
+        ("rename", "folder > .folder.vitft-old"), ("rename", ".folder.vitft-new > folder"), ("sync", tmp_path.name),
     ]  # fmt: skip
     assert (folder / "inner" / "b").read_text() == "second"
-    assert [path.name for path in folder.parent.iterdir()] == ["folder"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_a_folder_is_held_by_one_and_free_again_afterwards(tmp_path: Path) -> None:
@@ -92,8 +97,14 @@ def test_a_folder_that_a_kill_left_under_its_old_name_is_there_when_its_successo
     old = tmp_path / ".folder.vitft-old"
     old.mkdir()
     (old / "a").touch()
-    with pytest.raises(KeyError), files.new_folder(tmp_path / "folder"):
-        raise KeyError
+
+    def fail() -> None:
+        with files.new_folder(tmp_path / "folder"):
+            assert (tmp_path / "folder" / "a").is_file()  # before anything can go wrong again
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
     assert (tmp_path / "folder" / "a").is_file()
     old.mkdir()  # and what is left beside a whole one is not taken for it

@@ -553,9 +553,8 @@ def test_scores_that_are_no_numbers_are_no_prediction(
     saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    monkeypatch.setattr(
-        "vitft.prediction._scores", lambda model, pixels, scoring: torch.full((len(pixels), 3), float("nan"))
-    )
+    scores = torch.tensor([[0.2, 0.3, float("nan")]])  # as where each label is scored by itself
+    monkeypatch.setattr("vitft.prediction._scores", lambda model, pixels, scoring: scores)
     with pytest.raises(ModelError, match="its scores are not finite, so its weights are broken"):
         predict(tmp_path / "a.png", saved())
 

@@ -78,7 +78,6 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Its files get the permissions that this process gives to new ones, whatever the writer gave them.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary, previous = _aside(path, _NEW), _aside(path, _OLD)
     if previous.exists() and not path.exists():  # a kill fell between the two renames below
         previous.rename(path)
