@@ -203,8 +203,15 @@ def pair(size: Any) -> tuple[int, int]:
 
 @pytest.mark.parametrize("family", ["levit", "hiera", "pvt"])
 def test_positions_that_cannot_be_resized_are_named(family: str, tmp_path: Path) -> None:
-    tiny_classifier(family).save_pretrained(tmp_path)
-    assert "cannot be resized; use" in refusal(tmp_path, image_size=96)
+    model = tiny_classifier(family)
+    model.save_pretrained(tmp_path)
+    side, _ = pair(model.config.image_size)
+    assert refusal(tmp_path, image_size=96).endswith(f"cannot be resized; use {side}.")
+
+
+def test_a_size_that_cannot_be_read_names_the_models_own(saved: Saved) -> None:
+    folder = saved("swin", image_size=[32, 64])
+    assert refusal(folder, image_size=16) == "image_size 16: swin cannot read it; use 32 x 64."
 
 
 @pytest.mark.parametrize(
