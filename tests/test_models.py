@@ -501,6 +501,22 @@ def test_googles_own_preprocessor_is_understood(saved: Saved) -> None:
     assert load(folder).preprocess == Preprocess(32, 32)
 
 
+@pytest.mark.parametrize("prepared", [(48, 48), (48, 64)])
+@pytest.mark.parametrize(
+    ("architecture", "fixed"), [("vit", True), ("deit", True), ("beit", True), ("dinov2", False), ("swin", False)]
+)
+def test_images_have_a_size_that_the_model_reads_whatever_its_preprocessor_says(
+    saved: Saved, architecture: str, fixed: bool, prepared: tuple[int, int]
+) -> None:
+    folder = saved(architecture)
+    (folder / "preprocessor_config.json").write_text(json.dumps(Preprocess(*prepared).to_json()))
+    square = prepared[0] == prepared[1]
+    loaded = load(folder)
+    size = loaded.preprocess.height, loaded.preprocess.width
+    assert size == ((32, 32) if fixed or (architecture == "swin" and not square) else prepared)
+    assert logits(loaded.model, torch.zeros(1, 3, *size)).shape == (1, 3)
+
+
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CLIPS = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 
