@@ -73,6 +73,19 @@ def test_photos_are_decoded_once_for_all_runs(folder: Path, decoded: list[object
     assert same(first, second)
 
 
+def test_pixels_are_read_into_memory_where_they_fit(folder: Path) -> None:
+    stored(folder)
+    key = cache.entries()[0].folder.name
+    size = 4 * 32 * 32 * 3
+    fits, over = (cache.read(key, 4, room) for room in (size, size - 1))
+    assert fits is not None
+    assert over is not None
+    assert (fits[1].shape, over[1].shape) == ((size,), (0,))
+    image = over[0].image(1)
+    assert image is not None
+    assert np.array_equal(fits[1].numpy().reshape(4, 32, 32, 3)[1], image)
+
+
 def test_whatever_changes_the_pixels_changes_the_fingerprint(folder: Path, decoded: list[object]) -> None:
     stored(folder)
     for change in ({"size": 31}, {"crops": True}):
@@ -122,6 +135,8 @@ def test_the_bound_drops_what_was_not_used_for_longest(folder: Path) -> None:
         os.utime(entry.folder, (1e9 + age, 1e9 + age))  # that of 31 was used before that of 32
     stored(folder, 32)  # used again now
     both = sum(entry.size for entry in cache.entries())
+    cache._make_room(both)
+    assert len(cache.entries()) == 2  # so many bytes are allowed
     stored(folder, 30, cache_gb=(both + 100) / 1e9)
     sizes = sorted(int(np.fromfile(entry.folder / "index", "<u8")[0]) for entry in cache.entries())
     assert sizes == [30, 32]

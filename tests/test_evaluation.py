@@ -472,6 +472,16 @@ def test_training_on_with_a_split_that_was_trained_on_is_refused(noisy: tuple[Pa
         train(settings, output=tmp_path / "second")
 
 
+def test_what_was_held_out_alone_leaves_nothing_to_train_on(noisy: tuple[Path, Path], tmp_path: Path) -> None:
+    data, run = noisy
+    for name in roles(run)["validation"]:
+        (tmp_path / "others" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "others" / name).write_bytes((data / name).read_bytes())
+    settings = TrainConfig(dataset=str(tmp_path / "others"), model=str(run / "last"), **ONWARD)
+    with pytest.raises(DataError, match=r"others: no training images; its splits are train\."):
+        train(settings, output=tmp_path / "second")
+
+
 def test_where_all_was_trained_on_nothing_is_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = noise(tmp_path / "data", range(40))
     run = trained_on(data, tmp_path / "run", val_fraction=0.0)

@@ -189,6 +189,16 @@ def test_training_images_of_one_class_are_refused(data: Path, tmp_path: Path) ->
         prepare(config(tmp_path / "one"))
 
 
+def test_data_without_a_training_image_is_refused(data: Path, tmp_path: Path) -> None:
+    draw(tmp_path / "tested/test", {"ant": 4, "cat": 4})
+    with pytest.raises(DataError, match=r"tested: no training images; its splits are test\."):
+        prepare(config(tmp_path / "tested"))
+    out = tmp_path / "out.txt"
+    out.write_text("".join(f"train\ttrain/{name}/{i}.png\n" for name in ("ant", "cat") for i in range(10)))
+    with pytest.raises(DataError, match=r"data: no training images; its splits are train, validation, test\."):
+        prepare(config(data, exclude=str(out)))
+
+
 def test_a_split_of_which_nothing_can_be_right_is_refused(data: Path, tmp_path: Path) -> None:
     draw(tmp_path / "odd/train", {"ant": 4, "cat": 4})
     draw(tmp_path / "odd/test", {"bat": 4, "emu": 4})

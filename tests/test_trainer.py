@@ -653,6 +653,15 @@ def test_a_score_is_of_the_weights_it_stands_with(tmp_path: Path) -> None:
     assert scored == {"step-000002": False, "step-000004": False, "step-000006": True}
 
 
+def test_the_scores_of_weights_that_are_both_best_and_last_stand_with_both(tmp_path: Path) -> None:
+    run = train(config(max_steps=1), output=tmp_path / "run").run
+    best, last = (read_card(run / name) for name in ("best", "last"))
+    assert best is not None
+    assert last is not None
+    assert best.scores.keys() == {"validation", "test"}
+    assert last.scores == best.scores
+
+
 def test_a_bad_image_costs_no_earlier_run(tmp_path: Path) -> None:
     from PIL import Image
 

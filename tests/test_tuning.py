@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -421,14 +422,16 @@ def test_a_stored_image_is_one_of_the_training_split(prepared: Prepared) -> None
 
 
 def test_a_stored_photo_is_larger_for_random_crops(tmp_path: Path) -> None:
-    for name in ("cat", "dog"):
-        (tmp_path / "pets" / name).mkdir(parents=True)
-        for number in range(8):
-            Image.new("RGB", (300, 300), (number, 0, 0)).save(tmp_path / "pets" / name / f"{number}.png")
+    for place in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        (tmp_path / "pets" / place).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (300, 300), (number, 0, 0)).save(tmp_path / "pets" / place / f"{number}.png")
     sides = {}
     for augment in ("none", "flip", "crop"):
-        found = prepare(config(dataset=str(tmp_path / "pets"), max_train_samples=None, augment=augment))
+        found = prepare(config(dataset=str(tmp_path / "pets"), max_train_samples=None, augment=augment, cache_gb=0))
         sides[augment] = [len(trial.stored_image(found, crops=crops)) for crops in (None, False, True)]
+        stored = {role: len(store.gather(np.arange(1))[0]) for role, (store, _) in found.decode().items()}
+        assert stored == {"train": sides[augment][0], "test": 28}
     large = round(28 / CROP_AREA**0.5)  # the smallest crop of it has as many pixels as the model's input
     assert sides == {"none": [28, 28, large], "flip": [28, 28, large], "crop": [large, 28, large]}
 
