@@ -127,7 +127,7 @@ class Kept:
         self._ends = np.cumsum(3 * shapes.prod(axis=1))
         # It stays open: the entry may be removed meanwhile. Read, not mapped: where a mapped file is cut short by
         # someone, or its disk fails, the system ends the process without a word.
-        self._file = pixels.open("rb", buffering=0)
+        self._file = pixels.open("rb")
 
     @property
     def size(self) -> int:
