@@ -16,7 +16,7 @@ from vitft.data import columns
 from vitft.data.check import check
 from vitft.data.named import Names
 from vitft.data.rows import Table
-from vitft.data.schema import Notes, Reading
+from vitft.data.schema import Notes, Reading, is_missing
 from vitft.data.sources import open_source, source_of
 from vitft.preparation import absolute
 
@@ -100,6 +100,23 @@ def test_labels_that_are_written_in_two_ways_are_named(tmp_path) -> None:
     found = {one.path for one in check(source) if one.kind == "similar-labels"}
     assert found == {"7", "7.0", "True"}
     assert len(source.labels) == 9  # the two forms of café are one class: there is nothing to tell
+
+
+def test_what_pandas_takes_for_missing_is_no_label() -> None:
+    from pandas._libs.parsers import STR_NA_VALUES
+
+    assert [text for text in STR_NA_VALUES if not is_missing(text)] == []
+    assert not any(map(is_missing, ("-1", "0", "none", "missing", "no")))
+
+
+def test_a_cell_that_names_a_folder_leaves_its_images_to_be_found(tmp_path) -> None:
+    write(tmp_path, "", "a/0.png")
+    for folder in ("a/", "a/.", "a/b/.."):
+        names = Names(tmp_path / "t.csv", None, allow_outside=False)
+        assert names.meant(folder) == (None, False)
+        parent = folder.rpartition("/")[0]
+        expected = tmp_path / os.path.normpath(f"{parent}/0.png")
+        assert names.find(f"{parent}/0.png") == (str(expected), expected.exists())
 
 
 def table(cells: dict[str, list[str]]) -> Table:

@@ -91,6 +91,21 @@ CASES = [
         decided="the classes of val are those that its annotations tell",
         warned="test is left out, with 1 image",
     ),
+    *(
+        Case(
+            f"annotations-of-other-{name}",
+            photos("train/n01/0.png", "train/n02/0.png", "val/images/0.png", "val/images/1.png")
+            | {"val/val.txt": "".join(f"{line}\n" for line in lines)},
+            ".",
+            {"train": {"n01": 1, "n02": 1}},
+            warned="val is left out, with 2 images: it holds one folder, images, which is no class of training",
+        )
+        for name, lines in {
+            "classes": ("0.png n01", "1.png n03"),
+            "images": ("0.png n01", "1.png n02", "2.png n02"),
+            "number": ("0.png n01",),
+        }.items()
+    ),
     Case(
         "imagefolder-metadata",
         photos("train/0.png", "train/1.png", "test/0.png", "test/1.png")
@@ -101,6 +116,13 @@ CASES = [
         ".",
         {"train": {"cat": "train/1.png", "dog": "train/0.png"}, "test": {"cat": "test/0.png", "dog": "test/1.png"}},
         decided="the labels are those of test/metadata.jsonl, train/metadata.csv",
+    ),
+    Case(
+        "metadata-with-tabs",
+        photos("0.png", "1.png") | {"metadata.tsv": "file_name\tlabel\n0.png\tdog\n1.png\tcat\n"},
+        ".",
+        {"train": {"cat": "1.png", "dog": "0.png"}},
+        decided="the labels are those of metadata.tsv",
     ),
     Case(
         "metadata-at-the-root",
@@ -156,6 +178,7 @@ CASES = [
         warned="1 image in docs left out: no split is called so",
     ),
     Case("flat-splits", photos("train/0.png", "test/0.png"), ".", error="test, train hold images but no class folders"),
+    Case("a-flat-split", photos("train/0.png", "train/1.png"), ".", error="train holds images but no class folders"),
     Case(
         "flat-splits-with-a-table",
         photos("train/0.png", "test/0.png") | {"train.csv": "path,label\n0.png,x\n"},
@@ -189,6 +212,13 @@ CASES = [
         ".",
         {"train": CAT, "test": {"Hund": 1, "Katze": 1}},
         warned="none of the 2 classes of test is one of training",
+    ),
+    Case(
+        "many-other-classes-in-test",
+        of("train") | of("test", classes=tuple("abcdef")),
+        ".",
+        {"train": CAT, "test": dict.fromkeys("abcdef", 1)},
+        warned="none of the 6 classes of test is one of training: a, b, c, d, e, ... (6 in all)",
     ),
     Case(
         "unicode-forms-of-a-class",
@@ -256,12 +286,15 @@ CASES = [
         error="did you mean the file",
     ),
     Case("images-alone", photos("0.png", "1.png"), ".", error="holds images but no class folders"),
-    Case(
-        "columns-of-folders",
-        of("."),
-        ".",
-        error="holds folders of images, without columns",
-        options={"label_column": "x"},
+    *(
+        Case(
+            f"{name}-of-folders",
+            of("."),
+            ".",
+            error=(f"--{name.replace('_', '-')} 1: ", "holds folders of images, without columns; leave it out"),
+            options={name: value},
+        )
+        for name, value in {"image_column": "1", "label_column": "1", "split_column": "1", "fold": 1}.items()
     ),
     Case("nothing", {"notes.md": "x"}, ".", error="expected root/class/image.jpg"),
 ]
