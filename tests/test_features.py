@@ -84,6 +84,17 @@ def test_pixels_as_nested_lists_are_images(tmp_path: Path, shape: tuple[int, ...
     assert seen(open_source(str(write(tmp_path / "train.parquet", {"image": pixels, "label": LABELS})))) == EXPECTED
 
 
+@pytest.mark.parametrize(
+    "kind", [datasets.Array3D((2, 3, 3), "uint8"), datasets.Array2D((2, 3), "uint8")], ids=lambda kind: kind._type
+)
+def test_pixels_that_are_declared_as_arrays_are_images(tmp_path: Path, kind: Any) -> None:
+    features = datasets.Features({"image": kind, "note": datasets.Array2D((1, 1), "uint8"),
+                                  "label": datasets.ClassLabel(names=["a", "b"])})  # fmt: skip
+    columns = {"image": [np.full(kind.shape, value) for value in (10, 20)], "note": [[[1]]] * 2, "label": [1, 0]}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / "train.parquet"))
+    assert seen(open_source(str(tmp_path / "train.parquet"))) == EXPECTED
+
+
 @pytest.mark.parametrize("values", [[[0.5, 1.0]], [[-1, 300]]])
 def test_numbers_that_are_no_pixels_are_refused(tmp_path: Path, values: list[list[float]]) -> None:
     file = write(tmp_path / "train.parquet", {"image": [values, values], "label": LABELS})
@@ -145,6 +156,12 @@ def test_numbers_of_classes_that_differ_from_file_to_file_go_by_name(tmp_path: P
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
         write(tmp_path / f"train-{number}.parquet", {"image": STRUCTS, "label": [1, 0]}, features)
     assert seen(open_source(str(tmp_path))) == [(10, "b"), (20, "a"), (10, "a"), (20, "b")]
+    file = write(tmp_path / "train-1.parquet", {"image": STRUCTS, "label": [1, 2]}, features)
+    with pytest.raises(DataError, match=f"{file}: label 2 but only 2 class names"):
+        open_source(str(tmp_path))
+    write(file, {"image": STRUCTS, "label": pa.nulls(2, pa.int64())}, features)
+    with pytest.raises(DataError, match="split train: 2 of 4 images have no label"):
+        open_source(str(tmp_path))
 
 
 def test_files_of_other_types_of_one_split_are_joined(tmp_path: Path) -> None:
