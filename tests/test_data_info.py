@@ -8,7 +8,7 @@ from PIL import Image
 from rich.console import Console
 
 from vitft.data.info import describe
-from vitft.data.preview import CLASSES, preview
+from vitft.data.preview import CLASSES, _written, preview
 from vitft.data.sources import open_source
 from vitft.reports import data_report
 
@@ -83,6 +83,30 @@ def test_preview_shows_every_class_in_a_row(tmp_path):
     assert blue.sum() > 3000
     assert np.nonzero(red.any(1))[0].max() < np.nonzero(blue.any(1))[0].min()  # rows in class order
     assert sheet.shape[1] < 1000
+
+
+def test_a_name_that_is_cut_keeps_as_many_letters_as_fit():
+    text, font = _written("abcdefghij" * 20, "", 15, 240)
+    cut = text.removesuffix("…")
+    assert cut + ("abcdefghij" * 20)[len(cut) :] == "abcdefghij" * 20
+    assert text != cut
+    assert font.getlength(text) <= 240 < font.getlength(f"{('abcdefghij' * 20)[: len(cut) + 1]}…")
+    assert _written("cat", "", 15, 240)[0] == "cat"
+
+
+def test_the_cell_of_an_unreadable_image_is_crossed_out(tmp_path):
+    root = photos(tmp_path / "pets", ["cat"], color="red", sizes=[(96, 96)])
+    preview(open_source(str(root)), tmp_path / "red.png")
+    red = np.asarray(Image.open(tmp_path / "red.png").convert("RGB")).astype(int)
+    top, left = (places.min() for places in np.nonzero(red[..., 0] - red[..., 1] > 200))
+    for file in (root / "cat").iterdir():
+        file.write_bytes(b"bad")
+    preview(open_source(str(root)), tmp_path / "bad.png")
+    bad = np.asarray(Image.open(tmp_path / "bad.png").convert("L")).astype(int)
+    cell = bad[top : top + 96, left : left + 96]
+    assert (bad[top : top + 96, left + 96 :] == 255).all()
+    for corner in (cell, cell[:, ::-1], cell[::-1], cell[::-1, ::-1]):
+        assert (corner[36:44, 36:44].diagonal() < cell[0, 0]).all()
 
 
 def test_preview_is_the_same_for_the_same_seed_and_other_for_another(tmp_path):

@@ -226,6 +226,11 @@ def test_a_data_set_that_datasets_saved_is_read(tmp_path: Path) -> None:
     state.write_text(state.read_text().replace("data-", "../test/data-"))
     with pytest.raises(DataError, match="outside of its folder"):
         open_source(str(tmp_path / "saved"))
+    made.save_to_disk(str(tmp_path / "one"))
+    source = open_source(str(tmp_path / "one"))
+    assert {name: seen(source, str(name)) for name in source.splits} == {"train": EXPECTED}
+    (tmp_path / "one" / "dataset_info.json").write_text("{")
+    assert "one is no readable data set of datasets: " in refusal(tmp_path / "one")
 
 
 def test_a_hub_data_set_is_read_by_the_same_rules(monkeypatch: pytest.MonkeyPatch) -> None:

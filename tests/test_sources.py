@@ -2,12 +2,14 @@
 
 import io
 import json
+import logging
 import os
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import huggingface_hub
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -15,11 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from vitft import TrainConfig
 from vitft.data import hub
 from vitft.data.identity import sample_id
 from vitft.data.images import decode
 from vitft.data.schema import image_structs, make_split
-from vitft.data.sources import ALIASES, class_indices, open_source
+from vitft.data.sources import ALIASES, class_indices, open_source, source_of
 from vitft.errors import DataError, UsageError
 
 
@@ -437,13 +440,27 @@ def test_original_cifar10_batches(tmp_path, inner):
     np.testing.assert_array_equal(pixels_of(source, 1), expected)
 
 
+def test_batches_of_cifar10_are_in_the_order_of_their_numbers(tmp_path, monkeypatch):
+    write_cifar10(tmp_path)
+    for number in range(1, 6):
+        batch = {b"labels": [number % 2] * number, b"data": np.repeat(CIFAR[:1], number, 0)}
+        (tmp_path / f"data_batch_{number}").write_bytes(pickle.dumps(batch, 2))
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda *how: sorted(glob(*how), reverse=True))  # as a folder may list them
+    assert class_indices(open_source(str(tmp_path)).splits["train"]).tolist() == [1, 0, 0, 1, 1, 1, *[0] * 4, *[1] * 5]
+
+
 def test_original_cifar100_batches(tmp_path):
     meta = {b"fine_label_names": [b"apple", b"bed"], b"coarse_label_names": [b"fruit"]}
     (tmp_path / "meta").write_bytes(pickle.dumps(meta, 2))
     for name in ("train", "test"):
         batch = {b"fine_labels": [1, 0], b"coarse_labels": [0, 0], b"data": CIFAR}
         (tmp_path / name).write_bytes(pickle.dumps(batch, 2))
-    assert open_source(str(tmp_path)).labels == ("apple", "bed")
+    source = open_source(str(tmp_path))
+    assert source.labels == ("apple", "bed")
+    assert {name: labels_of(source, name) for name in source.splits} == {
+        "train": ["bed", "apple"], "test": ["bed", "apple"],
+    }  # fmt: skip
     assert open_source(str(tmp_path), label_column="coarse_label").labels == ("fruit",)
 
 
@@ -525,10 +542,64 @@ def test_a_revision_belongs_to_the_hub(tmp_path):
             open_source(dataset, revision="main")
 
 
-def test_aliases_are_hub_ids():
-    assert all(alias.repo.count("/") == 1 for alias in ALIASES.values())
-    assert ALIASES["cifar10"].repo == "uoft-cs/cifar10"
+def test_aliases_are_the_names_of_hub_ids():
+    assert {name: alias.repo.partition("/")[2] for name, alias in ALIASES.items()} == {name: name for name in ALIASES}
     assert ALIASES["svhn"].config == "cropped_digits"
+
+
+@pytest.mark.parametrize(
+    ("name", "labels"), [("cifar100", "fine_label coarse_label"), ("oxford-iiit-pet", "label kind")]
+)
+def test_an_alias_is_read_from_the_hub_at_the_revision_that_is_asked_for(monkeypatch, name, labels):
+    kinds = {label: datasets.ClassLabel(names=[f"{label} {i}" for i in range(2)]) for label in labels.split()}
+    features = datasets.Features({"img": datasets.Image(), **kinds})
+    rows = {"img": [{"bytes": png(value), "path": None} for value in (1, 2)], **{label: [1, 0] for label in kinds}}
+    raw = {"train": datasets.Dataset.from_dict(rows, features=features)}
+    asked = []
+    monkeypatch.setattr(hub, "read", lambda *how: (asked.append(how), (raw, "0" * 40))[1])
+    first, other = kinds
+    source = source_of(TrainConfig(dataset=name, dataset_revision="v2"))
+    assert (source.name, source.revision, labels_of(source)) == (name, "0" * 40, [f"{first} 1", f"{first} 0"])
+    assert labels_of(source_of(TrainConfig(dataset=name, label_column=other))) == [f"{other} 1", f"{other} 0"]
+    assert asked == [(ALIASES[name].repo, None, "v2"), (ALIASES[name].repo, None, None)]
+
+
+def test_progress_bars_and_log_lines_of_the_hub_are_put_back():
+    kinds = (datasets.utils.logging, huggingface_hub.utils.logging)
+    before = [one.get_verbosity() for one in kinds]
+    bars = datasets.utils, huggingface_hub.utils
+    for hidden in (False, True):
+        for one in bars:
+            (one.disable_progress_bars if hidden else one.enable_progress_bars)()
+        with hub._quiet():
+            assert [one.are_progress_bars_disabled() for one in bars] == [True, True]
+            assert [one.get_verbosity() for one in kinds] == [logging.CRITICAL] * 2
+        assert [one.are_progress_bars_disabled() for one in bars] == [hidden, hidden]
+        assert [one.get_verbosity() for one in kinds] == before
+    for one in bars:
+        one.enable_progress_bars()
+
+
+def test_the_commit_of_a_builder_is_its_hash_or_stands_in_its_addresses():
+    def commit(name, base=None, **checksums):
+        return hub._commit(
+            SimpleNamespace(hash=name, base_path=base, info=SimpleNamespace(download_checksums=checksums or None))
+        )
+
+    one, other = "0123456789abcdef" * 2 + "01234567", "f" * 40
+    assert commit(one) == one
+    assert commit("a" * 16, f"hf://datasets/owner/name@{one}") == one
+    assert (
+        commit("a" * 16, "", **{"https://hub/readme": {}, f"hf://datasets/owner/name@{other}/x.parquet": {}}) == other
+    )
+    assert commit("a" * 16) is None
+
+
+def test_a_source_is_called_as_its_folder_or_file(tmp_path):
+    draw(tmp_path / "pets.v2" / "cat" / "1.png")
+    assert open_source(str(tmp_path / "pets.v2")).name == "pets.v2"
+    (tmp_path / "pets.v2" / "small list.v3.csv").write_text("path,label\ncat/1.png,cat\n")
+    assert open_source(str(tmp_path / "pets.v2" / "small list.v3.csv")).name == "small-list.v3"
 
 
 @pytest.mark.parametrize("name", ["cifar10", "mnist", "fashion_mnist"])

@@ -1,6 +1,7 @@
 """Who is train, validation and test: by each image's own identity, disjoint, in proportion, the same every time."""
 
 import json
+from dataclasses import replace
 from hashlib import blake2b
 
 import datasets
@@ -141,6 +142,13 @@ def test_what_is_settled_stays_and_the_rest_is_drawn_as_ever():
     assert not apart(labels, keys, 0.3, 0, "validation", np.full(400, TRAIN, np.int8)).any()
 
 
+@pytest.mark.parametrize(("own", "fraction", "held"), [(True, 0.1, 2), (True, 0, 0), (False, 0, 0)])
+def test_what_was_held_out_is_not_trained_on_unless_all_is_asked_for(own, fraction, held):
+    source = source_of(train=[0, 1] * 10, **({"validation": [0, 1]} if own else {}))
+    settled = {"train": np.repeat([HELD_OUT, TRAIN], [2, 18]).astype(np.int8)}
+    assert splits_of(source, val_fraction=fraction, settled=settled)["train"].rows.tolist() == [*range(held, 20)]
+
+
 @settings(max_examples=60, deadline=None)
 @given(sizes, st.floats(0, 0.99), st.integers(1, 99), st.integers(1, 99), st.integers(0, 2**32 - 1))
 def test_splits_are_disjoint_and_the_same_every_time(counts, fraction, most, most_eval, seed):
@@ -239,6 +247,8 @@ def test_manifest_is_json_with_the_ids():
     splits = splits_of(source, max_train_samples=4)
     document = json.loads(json.dumps(manifest(source, splits)))
     assert document["labels"] == list(NAMES)
+    assert document["revision"] is None
+    assert manifest(replace(source, revision="0" * 40), splits)["revision"] == "0" * 40
     assert document["images"] == {"train": 20, "test": 2}
     assert document["splits"]["train"]["ids"] == splits["train"].ids
     assert document["splits"]["test"] == {

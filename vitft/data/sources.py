@@ -24,23 +24,22 @@ from vitft.paths import expanded
 
 
 class Alias(NamedTuple):
-    """Where a well-known data set lies on the hub, and what its columns alone do not tell."""
+    """Where a well-known data set lies on the hub."""
 
     repo: str
     config: str | None = None
-    label: str | None = None
 
 
 ALIASES = {
     "beans": Alias("AI-Lab-Makerere/beans"),
     "cats_vs_dogs": Alias("microsoft/cats_vs_dogs"),
     "cifar10": Alias("uoft-cs/cifar10"),
-    "cifar100": Alias("uoft-cs/cifar100", label="fine_label"),
+    "cifar100": Alias("uoft-cs/cifar100"),
     "fashion_mnist": Alias("zalando-datasets/fashion_mnist"),
     "food101": Alias("ethz/food101"),
     "imagenet-1k": Alias("ILSVRC/imagenet-1k"),
     "mnist": Alias("ylecun/mnist"),
-    "oxford-iiit-pet": Alias("timm/oxford-iiit-pet", label="label"),
+    "oxford-iiit-pet": Alias("timm/oxford-iiit-pet"),
     "svhn": Alias("ufldl-stanford/svhn", "cropped_digits"),
     "tiny-imagenet": Alias("zh-plus/tiny-imagenet"),
 }
@@ -94,7 +93,6 @@ def open_source(
     if alias is not None:
         name = dataset
         raw, used = hub.read(alias.repo, alias.config, revision)
-        reading = replace(reading, label_column=label_column or alias.label)
     elif dataset == DIGITS:
         name, raw = DIGITS, pixels.read_digits()
     elif is_here:
