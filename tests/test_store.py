@@ -15,7 +15,7 @@ from vitft.data.augment import CROP_AREA, Preprocess, crop_boxes, crops, fit, fl
 from vitft.data.images import decode
 from vitft.data.loader import Ahead, EvalLoader, TrainLoader
 from vitft.data.sources import open_source
-from vitft.data.store import Store, decode_all, resident
+from vitft.data.store import Store, check_headers, decode_all, resident
 from vitft.errors import DataError
 from vitft.randomness import order, uniform
 
@@ -81,6 +81,26 @@ def test_a_bad_image_stops_the_run_by_name_or_is_listed(tmp_path: Path) -> None:
     store, skipped = stored(folder, skip_bad=True)
     assert len(store) == 5
     assert skipped == ["train/dog/004.png"]
+    (folder / "train" / "cat" / "001.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"cat/001\.png: is empty .*\(and 1 more like it\); mend"):
+        stored(folder)
+
+
+@pytest.mark.parametrize("step", ["decoding", "headers"])
+def test_every_image_is_told_of_as_it_is_done(tmp_path: Path, step: str) -> None:
+    rows = open_source(str(photos(tmp_path, [(20, 16)] * 3))).splits["train"]
+    (tmp_path / "train" / "dog" / "002.png").write_bytes(b"")  # the last one
+    done: list[tuple[int, int]] = []
+    if step == "decoding":
+        _, skipped = decode_all(
+            rows, HOW, crops=False, max_pixels=10**6, skip_bad=True, progress=lambda *how: done.append(how)
+        )
+    else:
+        skipped = check_headers(rows, max_pixels=10**6, skip_bad=True, progress=lambda *how: done.append(how))
+    assert done == [(1, 3), (2, 3), (3, 3)]
+    assert [(one.position, one.name, one.reason) for one in skipped] == [
+        (2, "train/dog/002.png", "is empty (zero bytes)")
+    ]
 
 
 def test_a_photo_that_is_gone_is_named_as_such(tmp_path: Path) -> None:

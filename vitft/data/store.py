@@ -155,6 +155,7 @@ def decode_all(
     pixels = _Pixels()
     size = 0
     for position, result in enumerate(_results(rows, work)):
+        progress(position + 1, len(rows))
         if isinstance(result, BadImage):
             skipped.append(Skipped(position, sample_id(rows, position), str(result)))
             continue
@@ -169,7 +170,6 @@ def decode_all(
         if pixels.held == size - len(raw) and size <= max(limit, IN_MEMORY):
             with suppress(OSError):  # a full disk is a bound too
                 pixels.add(raw)
-        progress(position + 1, len(rows))
     if not skip_bad:
         _refuse(skipped)
     store = _store(np.array(shapes, np.int64).reshape(-1, 2), hashed.hexdigest(), pixels.mapped(), anew)
