@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from vitft import TrainConfig
-from vitft.data import hub
+from vitft.data import hub, pixels
 from vitft.data.identity import sample_id
 from vitft.data.images import decode
 from vitft.data.schema import image_structs, make_split
@@ -484,6 +484,14 @@ def test_a_hostile_pickle_is_refused_unread(tmp_path):
     # A dotted name below an allowed module must not lead on to others.
     (tmp_path / "data" / "data_batch_1").write_bytes(b"\x80\x04\x8c\x05numpy\x8c\x0dndarray.dumps\x93.")
     refused(tmp_path / "data", "numpy.ndarray.dumps")
+    for name in ("numpy.core.multiarray scalar", "os _reconstruct", "numpy _reconstruct"):
+        (tmp_path / "data" / "data_batch_1").write_bytes("c{}\n{}\n.".format(*name.split()).encode())
+        refused(tmp_path / "data", f"asks for {name.replace(' ', '.')}, which no CIFAR batch needs")
+    for code in ("u1", "|u1", b"u1", b"|u1"):
+        assert pixels._byte(code) == np.uint8
+    for code in ("i1", "u2", "f8", "O8", b"O"):
+        with pytest.raises(pickle.UnpicklingError, match="images are made of bytes"):
+            pixels._byte(code)
 
 
 def test_broken_cifar_batches(tmp_path):
@@ -493,6 +501,9 @@ def test_broken_cifar_batches(tmp_path):
         refused(tmp_path, "data_batch_2 is no CIFAR batch")
     (tmp_path / "data_batch_2").write_bytes(pickle.dumps({b"labels": [5], b"data": CIFAR[:1]}, 2))
     refused(tmp_path, "label 5 but only 2 class names")
+    for names in (None, b"plane", [1, 2], {0: b"plane"}):
+        (tmp_path / "batches.meta").write_bytes(pickle.dumps({b"label_names": names}, 2))
+        refused(tmp_path, "batches.meta holds no label_names; unpack the archive again")
 
 
 def test_digits_are_bundled():
