@@ -94,6 +94,9 @@ def test_step_decays_as_often_and_as_much_as_it_is_told() -> None:
     config = TrainConfig.parse({"schedule": "step", "lr": 1.0, "decay_epochs": 0.5, "decay_factor": 0.5})
 
     assert rates(config, 8, 4) == [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]
+    for often in (0.25, 0.01):  # at every step, which is as often as can be
+        config = config.model_copy(update={"decay_epochs": often})
+        assert rates(config, 4, 4) == [1, 0.5, 0.25, 0.125]
 
 
 @pytest.mark.parametrize(

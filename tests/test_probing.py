@@ -1,5 +1,6 @@
 """Linear probing: a head trained on features, computed once, is the head trained with its backbone in the loop."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ import pytest
 import torch
 import transformers
 
+from tests.conftest import tiny_model
 from tests.test_trainer import PowerCut, assert_same_weights, config, lines, weights
 from vitft import TrainConfig, evaluate, train
 from vitft.data.loader import Batch
 from vitft.errors import Stopped
 from vitft.models import load_for_training
 from vitft.plan import plan
-from vitft.probing import FeatureLoader, Head, backbone, features_pay
+from vitft.probing import FeatureLoader, Head, Probe, backbone, features_pay
 from vitft.trainer import resume
 from vitft.trial import Cost
 
@@ -181,14 +183,20 @@ def test_features_are_made_without_dropout(tmp_path: Path) -> None:
     assert [line["loss"] for line in lines(runs[0])] == [line["loss"] for line in lines(runs[1])]
 
 
+def test_features_are_those_of_evaluation_whatever_the_model_did_before() -> None:
+    model = tiny_model("vit", hidden_dropout_prob=0.5).train()
+    features = Probe(model, probe())._features()
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(features(pixels), features(pixels))
+
+
 def test_the_plan_of_a_probe_does_not_grow_with_its_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitft.plan.cost", lambda prepared: Cost(0.5, 0.0, 0.25))
 
-    def time_of(**changes: object) -> str:
+    def training(**changes: object) -> str:
         groups = dict(plan(probe(**changes)))
-        return dict(groups["Cost"])["time"]
+        return re.findall(r"training ([^,]+), evaluation", dict(groups["Cost"])["time"])[0]
 
-    assert time_of(epochs=3) == time_of(epochs=100)
-    assert time_of(epochs=3).startswith("about 32 s of training")  # 64 images, twice, at a quarter of a second
-    assert time_of(epochs=3, augment="none").startswith("about 16 s of training")
-    assert time_of(epochs=1).startswith("about 32 s of training")  # in the loop: once, at half a second
+    assert training(epochs=3) == training(epochs=100) == "32 s"  # 64 images, twice, at a quarter of a second
+    assert training(epochs=3, augment="none") == "16 s"
+    assert training(epochs=1) == "32 s"  # in the loop: once, at half a second
