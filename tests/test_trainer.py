@@ -399,6 +399,19 @@ def test_resume_names_what_tells_other_data_apart(
     assert ((run / "config.yaml").read_text(), (run / "splits.json").read_text()) == before
 
 
+def test_resume_refuses_other_classes_and_what_is_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, table = tmp_path / "run", tmp_path / "table.csv"
+    draw(tmp_path)
+    rows = [f"{label}/{i}.png,{label}" for label in ("cat", "dog") for i in range(40)]
+    table.write_text("\n".join(["path,label", *rows]))
+    interrupted(config(dataset=str(table), save_every=2), run, 3, monkeypatch)
+    table.write_text("\n".join(["path,label", *rows]).replace(",cat", ",lynx"))
+    with pytest.raises(DataError, match=r"table\.csv are not those the run began with; start a new run"):
+        resume(run)
+    with pytest.raises(ModelError, match=r"cat: no run folder .*give the folder of a run"):
+        resume(tmp_path / "cat")
+
+
 def test_resume_goes_on_with_its_own_images_where_others_were_added(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
