@@ -58,7 +58,10 @@ def test_flops_are_the_specs_over_the_measured_time(what: str, flops: int) -> No
     found = measured(what, *SMALL)
     step_s = 8 / found["images_per_s"]["median"]
     assert found["flops_per_s"] == pytest.approx(flops / step_s)
-    assert found["mfu"] == pytest.approx(found["flops_per_s"] / found["peak_flops_per_s"])
+    share = found["flops_per_s"] / found["peak_flops_per_s"]
+    assert found["mfu"] == (
+        pytest.approx(share) if share <= 1 else None
+    )  # above it, the peak was measured beside others
     assert 0 <= found["data_wait"] < 1
 
 
