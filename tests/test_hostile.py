@@ -35,6 +35,7 @@ from vitft.cli import app
 from vitft.data.folders import scan
 from vitft.data.images import BadImage, decode, formats
 from vitft.data.limits import check_bytes, check_scans
+from vitft.data.room import _length
 from vitft.data.sources import open_source
 from vitft.errors import ModelError
 from vitft.models import load_for_training, load_trained
@@ -398,6 +399,15 @@ def test_a_parquet_file_of_few_bytes_and_gigabytes_of_values_is_not_read(kind: s
     assert re.search(
         r"DataError: .* rows take .* or more, and the file has .*; no data set of images is like that", said
     )
+
+
+def test_bytes_of_repeated_values_are_counted_in_columns_of_any_kind() -> None:
+    words = pa.array([b"aaaa", b"bb", None, b"aaaa"]).dictionary_encode()
+    lists = pa.ListArray.from_arrays([0, 1, 4], words)
+    assert _length(words) == _length(lists) == _length(lists.cast(pa.large_list(words.type))) == 10
+    assert _length(pa.StructArray.from_arrays([words[:2], words[2:]], ["bytes", "path"])) == 10
+    assert _length(words[:0]) == 0
+    assert _length(pa.array([1, 2, 3], pa.int64())) == 24
 
 
 def test_a_parquet_file_of_equal_images_is_read(tmp_path: Path) -> None:
