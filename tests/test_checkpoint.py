@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 
 from vitft import TrainConfig, evaluate, predict, train
@@ -336,6 +337,29 @@ def test_what_is_shared_has_no_path_of_this_machine_and_its_run_knows_them(tmp_p
     with pytest.raises(UsageError, match="it does not say what data it was trained on; add --dataset"):
         evaluate(shared)
     assert evaluate(shared, dataset=str(data), split="train").count == 40
+
+
+def test_the_page_for_people_says_what_was_trained_on_what_and_how_well(digits_run: Any, tmp_path: Path) -> None:
+    card = read_card(digits_run.checkpoint)
+    assert card is not None
+    page = (digits_run.checkpoint / "README.md").read_text()
+    assert yaml.safe_load(page.split("---\n")[1]) == {
+        "library_name": "transformers", "pipeline_tag": "image-classification",
+    }  # fmt: skip
+    lines = page.splitlines()
+    assert "Classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in lines
+    assert f"Started from vit-micro, new weights; trained on digits for {card.step} steps" in lines
+    assert any(line.startswith(f"({card.epoch:.2f} epochs) with vitft ") for line in lines)
+    assert set(card.scores) == {"validation", "test"}
+    for split, score in card.scores.items():
+        accuracy, count = f"{100 * score['accuracy']:.2f} %", score["count"]
+        assert f"- {split}: accuracy {accuracy} on {count} images (split {score['split_hash']})" in lines
+    labels = ("*a*", "<b>", "c\n# d", *(f"class {i}" for i in range(48)))
+    write_card(tmp_path, dataclasses.replace(card, labels=labels, scores={}))
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    wanted = [r"\*a\*", "&lt;b&gt;", r"c \# d", *labels[3:50], "..."]
+    assert f"Classes: {', '.join(wanted)}" in lines
+    assert "Not scored at this step." in lines
 
 
 def test_a_folder_called_as_a_data_set_is_not_taken_for_it(copied: Path, tmp_path: Path) -> None:
