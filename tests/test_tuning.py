@@ -417,6 +417,15 @@ def test_a_stored_image_is_read_from_its_file(tmp_path: Path) -> None:
     assert found[0, 0].tolist() == [255, 0, 0]
 
 
+def test_where_no_image_can_be_read_one_of_the_models_size_takes_its_place(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for number in range(8):
+            (tmp_path / "pets" / name / f"{number}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    image = trial.stored_image(prepare(config(dataset=str(tmp_path / "pets"), max_train_samples=None)))
+    assert (image.shape, image.dtype) == ((28, 28, 3), torch.uint8)
+
+
 def test_a_stored_image_is_one_of_the_training_split(prepared: Prepared) -> None:
     assert trial.stored_image(prepared).shape == (8, 8, 3)  # digits are stored as they are
 
