@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from vitft.data.choice import HELD_OUT, OPEN, TRAIN, apart, quotas, stratified
 from vitft.data.identity import contents, ids, numbered, sample_names
+from vitft.data.record import read_record, recall
 from vitft.data.schema import image_structs, make_split, standardize
 from vitft.data.sources import Source
 from vitft.data.splits import make_splits, manifest
@@ -256,6 +257,25 @@ def test_manifest_is_json_with_the_ids():
         "by": "content",
     }  # fmt: skip
     assert all(len(one) == 16 for one in document["splits"]["test"]["ids"])
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_recorded_images_are_found_again_each_in_a_row_of_its_own(tmp_path, moved):
+    def opened(**splits):
+        made = {
+            n: make_split(image_structs(pa.array(cells, pa.binary())), ["a"] * len(cells))
+            for n, cells in splits.items()
+        }
+        return Source("made", *standardize(made), None)
+
+    began = opened(train=[b"1", b"2", b"1", b"3"], test=[b"4"])
+    (tmp_path / "splits.json").write_text(json.dumps(manifest(began, splits_of(began, val_fraction=0))))
+    record = read_record(tmp_path)
+    assert {role: split.rows.tolist() for role, split in recall(record, began, moved=moved).items()} == {
+        "train": [0, 1, 2, 3], "test": [0],
+    }  # fmt: skip
+    later = recall(record, opened(train=[b"3", b"1", b"5", b"2"], test=[b"6"]), moved=moved)
+    assert {role: split.rows.tolist() for role, split in later.items()} == {"train": [1, 3, 1, 0]}
 
 
 def test_ids_of_files_are_relative_paths(tmp_path):
