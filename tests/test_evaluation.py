@@ -250,6 +250,31 @@ def test_what_is_asked_for_rules_over_the_checkpoints_own_settings(
             evaluate(digits_run.run, dataset=dataset, **asked)
 
 
+@pytest.mark.parametrize(
+    ("own", "asked", "wanted"),
+    [
+        ({"precision": "bf16", "device": "cpu"}, None, "bf16"),
+        ({"precision": "bf16", "device": "cpu"}, "fp32", "fp32"),
+        ({"precision": "bf16", "device": "cuda"}, None, "fp32"),  # another machine's
+        (None, None, "fp32"),
+    ],
+)
+def test_a_checkpoint_is_scored_in_the_precision_that_its_run_had_on_this_device(
+    digits_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: Any, asked: str | None, wanted: str
+) -> None:
+    folder = shutil.copytree(digits_run.checkpoint, tmp_path / "alone")
+    card = read_card(folder)
+    assert card is not None
+    for name in ("vitft.json", "README.md"):
+        (folder / name).unlink()
+    if own is not None:
+        write_card(folder, replace(card, config=card.config.model_copy(update=own)))
+    seen: list[str] = []
+    monkeypatch.setattr("vitft.evaluation.find_precision", lambda name, device: seen.append(name) or "fp32")
+    evaluate(folder, dataset="digits", split="train", max_eval_samples=8, device="cpu", precision=asked)
+    assert seen == [wanted]
+
+
 def test_an_image_of_more_pixels_than_asked_for_is_refused(saved: Callable[..., Path], tmp_path: Path) -> None:
     data = str(make_data(tmp_path / "data"))
     assert evaluate(saved("vit"), dataset=data, split="train", max_pixels=20 * 24).count == 12

@@ -159,6 +159,8 @@ def test_early_stopping_stops_and_the_best_is_what_is_scored(tmp_path: Path) -> 
     assert last is not None
     assert last.step == 9
     assert "test" not in last.scores
+    resume(result.run)  # it stays as it is
+    assert [line["step"] for line in lines(result.run) if line["split"] == "validation"] == [3, 6, 9]
 
 
 # Accuracy, loss and macro-F1 of four validations.
