@@ -37,7 +37,7 @@ from torch import Tensor
 from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest, xxh3_128
 
 from vitft import console
-from vitft.data.augment import each_of, workers
+from vitft.data.augment import in_groups
 from vitft.files import held, json_text
 from vitft.paths import expanded
 
@@ -80,7 +80,7 @@ def fingerprint(rows: datasets.Dataset, *made_by: Any, whole: bool = False) -> s
     try:
         for start in range(0, len(rows), _CHUNK):
             cells = rows[start : start + _CHUNK]["image"]
-            for one in each_of(cells)(lambda cell: _identity(cell, whole), cells):
+            for one in in_groups(lambda cell: _identity(cell, whole), cells):
                 found.update(one)
     except OSError:
         return None
@@ -148,7 +148,7 @@ class Kept:
 
         count = len(self.shapes)
         for start in range(0, count, _CHUNK):
-            for position, one in enumerate(workers().map(whole, range(start, min(start + _CHUNK, count))), start):
+            for position, one in enumerate(in_groups(whole, range(start, min(start + _CHUNK, count))), start):
                 if not one:
                     return False
                 progress(position + 1, count)
