@@ -408,13 +408,18 @@ def test_gray_images_in_memory(photographs: tuple[Path, list[Path]]) -> None:
     gray = Image.open(photographs[1][0]).convert("L")
     array = np.asarray(gray)
     (wanted,) = predictor(gray)
-    for given in (array, array[:, :, None], torch.from_numpy(array.copy())[None], np.stack([array])):
+    for given in (array, array[:, :, None], torch.from_numpy(array.copy())[None], array[None, :, :, None]):
         assert_same_top(*predictor(given), wanted)
 
 
 def test_what_is_no_image_gets_a_row_that_says_so(photographs: tuple[Path, list[Path]]) -> None:
     checkpoint, files = photographs
-    rows = Predictor(checkpoint)([np.zeros((4, 4, 3)), files[0], files[0].with_name("gone.png")])
-    assert rows[0].error == "is an array of float64, 4 x 4 x 3; give uint8 (height, width) or (height, width, 3)"
-    assert rows[1].error is None
-    assert rows[2].error == "does not exist"
+    channels_first = np.zeros((3, 40, 50), np.uint8)
+    rows = Predictor(checkpoint)([np.zeros((4, 4, 3)), channels_first, files[0], files[0].with_name("gone.png")])
+    remedy = "give uint8 (height, width) or (height, width, 3)"
+    assert [row.error for row in rows] == [
+        f"is an array of float64, 4 x 4 x 3; {remedy}",
+        f"is an array of uint8, 3 x 40 x 50; {remedy}",
+        None,
+        "does not exist",
+    ]

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -305,6 +305,24 @@ def test_a_compiled_run_is_the_same_run(tmp_path: Path) -> None:
 def test_torch_compiles_the_forward_pass(prepared: Prepared) -> None:
     model, images = prepared.loaded.model.eval(), torch.randn(4, 3, 28, 28)
     assert torch.allclose(compiled(model)(pixel_values=images).logits, model(pixel_values=images).logits, atol=1e-5)
+
+
+# -- kernels that repeat themselves ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "allowed"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
+)
+def test_deterministic_kernels_are_asked_for_on_a_gpu_and_for_the_run_alone(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, device: str, asked: bool, allowed: bool
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    settings = prepared.config.model_copy(update={"device": device, "deterministic": asked})
+    with suppress(ZeroDivisionError), hardware.deterministic(settings):
+        assert torch.are_deterministic_algorithms_enabled() is allowed
+        raise ZeroDivisionError
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
 
 
 # -- what is written down ---------------------------------------------------------------------------

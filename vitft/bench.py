@@ -65,8 +65,7 @@ def bench(what: What, settings: dict[str, Any], steps: int) -> dict[str, Any]:
 
 _NAMED = (
     "dataset", "model", "image_size", "batch_size", "augment", "freeze", "device", "precision", "attention", "compile",
-    "deterministic",
-    "micro_batch_size", "threads",
+    "deterministic", "micro_batch_size", "threads",
 )  # fmt: skip
 
 

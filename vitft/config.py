@@ -77,7 +77,7 @@ class TrainConfig(Settings):
     threads: int | None = setting(None, "Hardware", "CPU threads of one process. By default as many as the CPUs it may use, or fewer where a trial shows a small model to be faster with them.", steers=True, ge=1, le=1024)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "Hardware", "Of the matrix products; weights stay float32. auto: what the hardware is fast at.")
     attention: Literal["auto", "eager", "sdpa"] = setting("auto", "Hardware", "eager: plain products; sdpa: torch's fused ones. auto: what was measured to be faster for so many tokens.")
-    deterministic: bool = setting(False, "Hardware", "On a GPU: the same weights to the last bit, run after run. Its fastest attention is not, and makes way.")
+    deterministic: bool = setting(False, "Hardware", "Use only GPU kernels that give the same bits on every run. A few percent slower, for the fastest attention is not one of them.")
     compile: Literal["auto", "on", "off"] = setting("auto", "Hardware", "torch.compile. auto: on where a trial of it is faster, in runs long enough to earn it back.")
     grad_checkpointing: bool = setting(False, "Hardware", "Keep only what each block reads, and compute it a second time for the backward pass: slower, in a fraction of the memory.", steers=True)
 

@@ -63,16 +63,19 @@ def threads(count: int | None = None) -> Iterator[None]:
 @contextmanager
 def deterministic(config: TrainConfig) -> Iterator[None]:
     """On a GPU, allow only kernels that give the same bits every time, if `config` says so; elsewhere all do."""
-    wanted = config.deterministic and config.device == "cuda"
-    before = torch.are_deterministic_algorithms_enabled()
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it takes time
-        torch.use_deterministic_algorithms(True)
+    if not (config.deterministic and config.device == "cuda"):
+        yield
+        return
+    fills: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), fills.fill_uninitialized_memory
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    fills.fill_uninitialized_memory = False  # a help in finding faults that takes time
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0])
+        fills.fill_uninitialized_memory = before[1]
 
 
 def find_precision(wanted: str, device: str) -> str:
@@ -195,9 +198,11 @@ def environment() -> dict[str, Any]:
         "command": [
             "=".join(shown(Path(part)) if os.sep in part else part for part in word.split("=")) for word in sys.argv
         ],
-        "versions": {"python": platform.python_version()}
-        | {"vitft": __version__}
-        | {name: version(name) for name in packages},
+        "versions": {
+            "python": platform.python_version(),
+            "vitft": __version__,
+            **{name: version(name) for name in packages},
+        },
         "hardware": {
             "system": platform.platform(),
             "cpu": platform.processor() or platform.machine(),

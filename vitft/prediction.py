@@ -85,8 +85,9 @@ class Predictor:
         """Classify one image or several, in the order given: `top_k` classes each, best first.
 
         An image is a path (or a folder, or a glob), a PIL image, a uint8 array (H, W) or (H, W, 3), or a tensor
-        (C, H, W) as torchvision has it, uint8 or floats from 0 to 1; arrays and tensors may have a batch dimension in
-        front. One that cannot be read gets a row with its error; raises ModelError where scores are not finite.
+        (C, H, W) as torchvision has it, uint8 or floats from 0 to 1. An array (B, H, W, 3) or a tensor (B, C, H, W) is
+        a batch. What cannot be read gets a row with its error. Raises DataError for folders without an image, and
+        ModelError where scores are not finite.
         """
         single = isinstance(images, str | Path | Image.Image | np.ndarray | torch.Tensor)
         return self._rows(list(_each([images] if single else images)), top_k=top_k)  # type: ignore[list-item,arg-type]
@@ -137,9 +138,7 @@ def _each(images: Sequence[Given]) -> Iterator[str | Image.Image | DataError]:
             yield given
         else:
             array = _channels_last(given) if isinstance(given, torch.Tensor) else given
-            batch = array if array.ndim == 4 or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) else array[None]
-            for one in batch:
-                yield _pictured(one)
+            yield from map(_pictured, array if array.ndim == 4 else array[None])
 
 
 def _channels_last(tensor: torch.Tensor) -> NDArray[Any]:
@@ -150,11 +149,11 @@ def _channels_last(tensor: torch.Tensor) -> NDArray[Any]:
 
 
 def _pictured(array: NDArray[Any]) -> Image.Image | DataError:
-    if array.dtype != np.uint8 or array.ndim not in (2, 3):
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (1, 3, 4):
         shape = " x ".join(map(str, array.shape))
         return DataError(f"is an array of {array.dtype}, {shape}; give uint8 (height, width) or (height, width, 3)")
-    plane = array.ndim == 3 and array.shape[2] == 1
-    return Image.fromarray(np.ascontiguousarray(array[:, :, 0] if plane else array))
+    return Image.fromarray(np.ascontiguousarray(array.reshape(array.shape[:2]) if channels == 1 else array))
 
 
 def _scores(model: Any, pixels: torch.Tensor, scoring: Scoring) -> torch.Tensor:

@@ -18,7 +18,7 @@ from vitft.spec import training_flops
 from vitft.trial import cost, first_image_s, memory_bytes, pass_s, stored_image, untouched
 
 # Seconds that a run's images must at least take for compiling to be tried: on an H200 it took 8 s and saved a fifth of
-# them, on a CPU up to 90 s and a tenth.
+# them. On a CPU, where a minute and a half and a tenth were assumed, it brought next to nothing (docs/benchmarks.md).
 _COMPILING_PAYS_S = {"cuda": 50.0, "cpu": 900.0}
 _ROOM = 0.8  # share of the free memory that is taken
 _LARGE_FLOPS = 2e10  # of a pass, from which on all threads have enough to do: about half a second on one core

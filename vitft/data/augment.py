@@ -307,7 +307,7 @@ def augment_by_products(
 ) -> Tensor:  # fmt: skip
     """`augment` as matrix products: for images of one size on a GPU, as many kernels for a batch of any size.
 
-    Within 1.2/255 of `augment` by threads, which rounds to whole numbers between its passes.
+    Within 1.6/255 of `augment` by threads, which rounds to whole numbers after each of its two passes.
     """
     count, (height, width) = len(images), images.shape[1:3]
     if kind == "crop":

@@ -19,7 +19,7 @@ def cropped(images: Tensor, boxes: Tensor, flip: Tensor, height: int, width: int
 
     images is (B, H, W, 3), of any dtype; boxes is (B, 4) of top, left, height and width in pixels; flip is (B,), bool;
     resample is a key of RADIUS. The result is float32 (B, 3, height, width), in the images' own range: bicubic
-    overshoot is clipped to 0..255 after each pass, as Pillow does. Within 1/255 of Pillow's, which rounds twice.
+    overshoot is clipped to 0..255 after each pass, as Pillow does. Within 1.6 of 255 of Pillow's, which rounds twice.
     """
     top, left, rows, columns = boxes.unbind(1)
     across = weights(images.shape[2], left, columns, width, resample, flip)  # (B, width, W)
