@@ -2,13 +2,15 @@
 
 import importlib.metadata
 import json
+import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from vitft.cli import app
-from vitft.clock import Stopwatch
+from vitft.clock import DataWait, Stopwatch
 from vitft.hardware import peak_flops
 from vitft.spec import PRESETS, total, training_flops
 
@@ -97,3 +99,16 @@ def test_a_stopwatch_gives_each_part_its_own_time() -> None:
             sum(range(20_000 if name == "forward" else 10))
     assert set(clock.seconds) == {"forward", "backward"}
     assert clock.seconds["forward"] > clock.seconds["backward"] > 0
+
+
+def test_what_steps_wait_for_their_input_adds_up_and_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([1.0, 1.5, 7.0, 7.25, 9.0, 10.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    wait = DataWait("cpu")
+    for _ in range(2):
+        with wait:
+            pass
+    assert [wait.seconds, wait.seconds] == [0.75, 0.75]
+    with suppress(KeyError), wait:  # an input that is broken off
+        raise KeyError
+    assert wait.seconds == 1.75
