@@ -31,7 +31,7 @@ check: .venv/.installed-dev  ## lint, types, and the arrows between rooms
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_house.py
+	$(BIN)/lint-imports --no-logo
 
 smoke: .venv/.installed  ## tiny subsets through the real command line
 	rm -rf runs/smoke && mkdir -p runs
@@ -56,8 +56,8 @@ lowest: pyproject.toml constraints.txt  ## tests of data, models and commands wi
 	grep '^torch==' constraints.txt >> .venv-lowest/lowest.txt
 	.venv-lowest/bin/python -m pip --disable-pip-version-check install --quiet --constraint .venv-lowest/lowest.txt \
 		--editable '.[dev]'
-	.venv-lowest/bin/python -m pytest tests/test_images.py tests/test_sources.py tests/test_augment.py tests/test_models.py \
-		tests/test_features.py tests/test_evaluation.py tests/test_cli.py
+	.venv-lowest/bin/python -m pytest tests/data/test_decoder.py tests/data/sources/test_source.py tests/data/test_augment.py tests/models/test_load.py \
+		tests/data/sources/test_features.py tests/evaluation/test_evaluation.py tests/cli/test_app.py
 
 .venv-bench/.installed: pyproject.toml benchmarks/requirements.txt
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
@@ -87,4 +87,4 @@ wheel: .venv/.installed-dev  ## build the wheel into dist/
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
 
 clean:  ## remove what the other targets made, runs/ apart
-	rm -rf .venv .venv-bench .venv-lowest dist .ruff_cache .mypy_cache
+	rm -rf .venv .venv-bench .venv-lowest dist .ruff_cache .mypy_cache .import_linter_cache

@@ -19,15 +19,15 @@ import transformers
 from torch import nn
 
 import vitft
-from vitft.bench import WARM_UP, bench
-from vitft.clock import settle
-from vitft.config import TrainConfig
+from vitft.config.train import TrainConfig
 from vitft.data.augment import Preprocess
 from vitft.data.loader import TrainLoader
-from vitft.data.sources import class_indices, open_source
+from vitft.data.sources.source import class_indices, open_source
 from vitft.data.store import decode_all
-from vitft.models import load_for_training, shape_of
+from vitft.hardware.timers import settle
+from vitft.models.load import load_for_training, shape_of
 from vitft.spec import PRESETS
+from vitft.training.bench import WARM_UP, bench
 
 MEAN = STD = (0.5, 0.5, 0.5)
 Pass = Callable[[], Iterable[torch.Tensor]]

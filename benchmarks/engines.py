@@ -14,11 +14,11 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"  # as `vitft scratch train --engine num
 import datasets
 import numpy as np
 
-from vitft.data.sources import Source
+from vitft.data.sources.source import Source
 from vitft.scratch.train import Engine, Images, Plan, batch, steps_per_epoch
+from vitft.scratch_runner.config import load_config
+from vitft.scratch_runner.training import Data, engine_of, plan_of, spec_of
 from vitft.spec import ViTSpec
-from vitft.textbook.config import load_config
-from vitft.textbook.training import Data, engine_of, plan_of, spec_of
 
 NETWORKS = {"mnist-patch7": (1, 28, 28), "mnist-patch4": (1, 28, 28), "cifar10-patch4": (3, 32, 32)}
 

@@ -25,12 +25,12 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import vitft
-from vitft.bench import WARM_UP, bench
-from vitft.clock import settle
-from vitft.config import TrainConfig
-from vitft.hardware import accelerator_of
-from vitft.learner import Learner
-from vitft.preparation import prepare
+from vitft.config.train import TrainConfig
+from vitft.hardware.device import accelerator_of
+from vitft.hardware.timers import settle
+from vitft.training.bench import WARM_UP, bench
+from vitft.training.setup import prepare
+from vitft.training.step import Learner
 
 
 def main() -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-import vitft.classification  # noqa: F401  (as in a run, where all is imported by then)
-from vitft.data.sources import open_source
+import vitft.evaluation.counts  # noqa: F401  (as in a run, where all is imported by then)
+from vitft.data.sources.source import open_source
 from vitft.data.splits import make_splits, manifest
-from vitft.metrics import score
+from vitft.evaluation.metrics import score
 
 
 def made(root: Path, classes: int, files: int) -> None:

@@ -30,9 +30,9 @@ import datasets
 import torch
 from photos import make_photos
 
-from vitft.data.sources import class_indices, open_source
-from vitft.hardware import peak_flops
-from vitft.models import shape_of
+from vitft.data.sources.source import class_indices, open_source
+from vitft.hardware.device import peak_flops
+from vitft.models.load import shape_of
 from vitft.spec import training_flops
 
 PACKAGES = ("vitft", "torch", "torchvision", "transformers", "accelerate", "datasets", "timm", "pillow")

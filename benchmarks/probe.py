@@ -8,11 +8,11 @@ import time
 
 import torch
 
-from vitft.config import TrainConfig
-from vitft.evaluation import autocast
-from vitft.hardware import accelerator_of
-from vitft.learner import Learner
-from vitft.preparation import prepare
+from vitft.config.train import TrainConfig
+from vitft.evaluation.evaluation import autocast
+from vitft.hardware.device import accelerator_of
+from vitft.training.setup import prepare
+from vitft.training.step import Learner
 
 
 def main() -> None:

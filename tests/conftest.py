@@ -13,7 +13,7 @@ import joblib
 import pytest
 from hypothesis import HealthCheck, settings
 
-from vitft import console
+from vitft.io import console
 
 console.SAY_AFTER_S = 3600.0  # what is being worked on would be among the lines that tests count, on a busy machine
 
@@ -38,13 +38,13 @@ def pytest_collection_finish() -> None:
 
     `test_sources` tests the one and `test_bench` the other. Where nothing of it was imported, nothing will train soon.
     """
-    if "vitft.trainer" in sys.modules:
-        from vitft import speed
-        from vitft.data import pixels
+    if "vitft.training.trainer" in sys.modules:
+        from vitft.data.sources import arrays
+        from vitft.training import throughput
 
-        digits = cache(pixels.read_digits)
-        pixels.read_digits = lambda: dict(digits())
-        speed.peak_flops = lambda device, precision, seconds: 1e12
+        digits = cache(arrays.read_digits)
+        arrays.read_digits = lambda: dict(digits())
+        throughput.peak_flops = lambda device, precision, seconds: 1e12
 
 
 def pytest_unconfigure() -> None:
@@ -133,7 +133,7 @@ def fonts_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
     from fontTools.fontBuilder import FontBuilder
     from fontTools.pens.ttGlyphPen import TTGlyphPen
 
-    from vitft import fonts
+    from vitft.io import fonts
 
     def install(letters: str) -> None:
         pen = TTGlyphPen(None)

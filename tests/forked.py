@@ -13,9 +13,9 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
-from tests.test_trainer import config
-from vitft import console
-from vitft.history import recorded
+from tests.training.test_trainer import config
+from vitft.io import console
+from vitft.training.metrics_log import recorded
 
 _context = mp.get_context("forkserver")
 _context.set_forkserver_preload(["tests.preloaded"])
@@ -151,7 +151,7 @@ def _run(
         before()
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    from vitft.cli import main
+    from vitft.cli.app import main
 
     try:
         main()

@@ -1,7 +1,7 @@
 """The whole suite under other kernels, numbers of threads, orders and loads: it is green in each, or this exits with 1.
 
     python -m tests.kernels                          all settings, about an hour on two idle CPUs
-    python -m tests.kernels busy tests/test_cli.py   one setting, and what else pytest is to be given
+    python -m tests.kernels busy tests/cli/test_app.py   one setting, and what else pytest is to be given
     python -m tests.kernels list                     the settings
 
 Libraries choose their kernels by the processor, and round differently in each; these make them take others.

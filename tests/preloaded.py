@@ -3,14 +3,14 @@
 import sklearn.datasets  # noqa: F401
 import transformers.models.vit.modeling_vit  # noqa: F401
 
-import tests.test_trainer  # noqa: F401
-import vitft.classification
-import vitft.cli
-import vitft.commands
-import vitft.evaluation
-import vitft.trainer  # noqa: F401
-from vitft import speed
-from vitft.data.images import formats
+import tests.training.test_trainer  # noqa: F401
+import vitft.cli.app
+import vitft.cli.commands
+import vitft.evaluation.counts
+import vitft.evaluation.evaluation
+import vitft.training.trainer  # noqa: F401
+from vitft.data.decoder import formats
+from vitft.training import throughput
 
 formats()  # Pillow looks for its plugins
-speed.peak_flops = lambda device, precision, seconds: 1e12  # as in tests.conftest
+throughput.peak_flops = lambda device, precision, seconds: 1e12  # as in tests.conftest

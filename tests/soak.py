@@ -20,9 +20,9 @@ import psutil
 
 from tests.conftest import TINY_THREADS
 from tests.forked import HANGS_S, LONGER, finish, flags, start
-from tests.test_survival import assert_as_undisturbed, begin_or_resume, left_in
-from tests.test_trainer import config
-from vitft.checkpoint import is_run, newest_whole, step_folders
+from tests.training.test_survival import assert_as_undisturbed, begin_or_resume, left_in
+from tests.training.test_trainer import config
+from vitft.checkpoints.checkpoint import is_run, newest_whole, step_folders
 
 FAULTS = ("kill", "kill", "terminate", "interrupt", "interrupt twice", "disk full", "flipped bit", "torn file")
 

@@ -36,7 +36,7 @@ clone, site, commands = sys.argv[1:]
 sys.path = [p for p in sys.path if p != clone]
 import vitft
 assert site in vitft.__file__, vitft.__file__
-from vitft.cli import app
+from vitft.cli.app import app
 said = []
 for words in json.loads(commands):
     with redirect_stdout(io.StringIO()) as out:

@@ -3,17 +3,17 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vitft.config import TrainConfig
-    from vitft.evaluation import evaluate
-    from vitft.prediction import Predictor, predict
-    from vitft.trainer import resume, train
+    from vitft.config.train import TrainConfig
+    from vitft.evaluation.evaluation import evaluate
+    from vitft.evaluation.prediction import Predictor, predict
+    from vitft.training.trainer import resume, train
 
 __version__ = "0.1.0"
 __all__ = ["Predictor", "TrainConfig", "__version__", "evaluate", "predict", "resume", "train"]
 
 _ROOMS = {
-    "Predictor": "prediction", "TrainConfig": "config", "evaluate": "evaluation", "predict": "prediction",
-    "resume": "trainer", "train": "trainer",
+    "Predictor": "evaluation.prediction", "TrainConfig": "config.train", "evaluate": "evaluation.evaluation",
+    "predict": "evaluation.prediction", "resume": "training.trainer", "train": "training.trainer",
 }  # fmt: skip
 
 

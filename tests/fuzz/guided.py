@@ -14,7 +14,17 @@ import atheris
 
 from tests.fuzz.targets import TARGETS
 
-READERS = ["yaml", "PIL", "json", "csv", "vitft.recipe", "vitft.settings", "vitft.config", "vitft.data", "vitft.card"]
+READERS = [
+    "yaml",
+    "PIL",
+    "json",
+    "csv",
+    "vitft.config.recipe",
+    "vitft.config.base",
+    "vitft.config.train",
+    "vitft.data",
+    "vitft.checkpoints.metadata",
+]
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ def seeds_in(folder: str) -> dict[Path, bytes]:
 
 def images(work: Path, counts: Counter[str]) -> Target:
     """The decoder, by bytes as from a parquet file, or by file."""
-    from vitft.data.images import BadImage, decode, header
+    from vitft.data.decoder import BadImage, decode, header
 
     def read(seed: Path, data: bytes) -> None:
         source: bytes | Path = data
@@ -52,7 +52,7 @@ def images(work: Path, counts: Counter[str]) -> Target:
 
 def recipes(work: Path, counts: Counter[str]) -> Target:
     """`load_config`, as `vitft train --recipe` calls it."""
-    from vitft.recipe import load_config
+    from vitft.config.recipe import load_config
 
     def read(seed: Path, data: bytes) -> None:
         file = work / "recipe.yaml"
@@ -64,8 +64,8 @@ def recipes(work: Path, counts: Counter[str]) -> Target:
 
 def tables(work: Path, counts: Counter[str]) -> Target:
     """`open_source` on a table or a parquet file, and the names of its images."""
-    from vitft.data.identity import sample_id
-    from vitft.data.sources import open_source
+    from vitft.data.sources.identity import sample_id
+    from vitft.data.sources.source import open_source
 
     for number in range(6):  # what the seeds name
         for name in (f"img/{number}.png", f"{number}.png", f"a {number}.jpg", f"train/id{number}.jpg"):
@@ -83,9 +83,9 @@ def tables(work: Path, counts: Counter[str]) -> Target:
 
 def checkpoints(work: Path, counts: Counter[str]) -> Target:
     """A stranger's model folder, and vitft's own with its documents: one file of it is mutated."""
-    from vitft.card import read_card
-    from vitft.checkpoint import fault_of, find_model, read_state
-    from vitft.models import load_trained
+    from vitft.checkpoints.checkpoint import fault_of, find_model, read_state
+    from vitft.checkpoints.metadata import read_card
+    from vitft.models.load import load_trained
 
     seeds = seeds_in("checkpoints")
 

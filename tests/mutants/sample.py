@@ -29,12 +29,14 @@ from typing import Any, NamedTuple
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 STATE = PROJECT / "runs" / "mutants"  # ignored by git, kept by `make clean`
+ROOMS = ("checkpoints", "data", "evaluation", "io", "models", "training")
 SAMPLED = (
-    "card", "checkpoint", "classification", "evaluation", "faults", "files", "history", "learner", "metrics", "optim",
-    "positions", "prediction", "preparation", "probing", "randomness", "runs", "signals", "trainer", "trial", "tuning",
-    *(f"data/{file.stem}" for file in sorted((PROJECT / "vitft" / "data").glob("[!_]*.py"))),
+    "randomness",
+    *(str(file.relative_to(PROJECT / "vitft").with_suffix("")) for room in ROOMS
+      for file in sorted((PROJECT / "vitft" / room).rglob("[!_]*.py"))),
 )  # fmt: skip
-IN_PROCESSES = ("tests/test_processes.py", "tests/test_survival.py")  # for lines that no test reaches in its own
+# For lines that no test reaches in its own process:
+IN_PROCESSES = ("tests/training/test_processes.py", "tests/training/test_survival.py")
 TESTS_S = 60.0  # of recorded time, for one mutant
 SLOWER = 4.0  # so many times its recorded time a test may take, on a busy machine
 _QUIET = ("-p", "no:randomly", "-p", "no:cacheprovider")
@@ -192,7 +194,7 @@ def record(tests: list[str]) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.path.insert(0, str(PROJECT))
     known = read_record()
-    for test in tests or [str(file.relative_to(PROJECT)) for file in sorted((PROJECT / "tests").glob("test_*.py"))]:
+    for test in tests or [str(file.relative_to(PROJECT)) for file in sorted((PROJECT / "tests").rglob("test_*.py"))]:
         measured = coverage.Coverage(data_file=None, include=[str(PROJECT / "vitft" / "*")], config_file=False)
         watch = _Watch(measured)
         measured.start()

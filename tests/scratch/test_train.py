@@ -26,8 +26,8 @@ from vitft.scratch.train import (
     steps_per_epoch,
 )
 from vitft.scratch.vit import filled, named
+from vitft.scratch_runner.torch_engine import TorchEngine
 from vitft.spec import ViTSpec
-from vitft.textbook.torch_engine import TorchEngine
 
 SPEC = ViTSpec.square(8, 4, 8, 2, 2, 12, 4, channels=3)
 PLAN = Plan(

@@ -1,1 +1,1 @@
-"""From a name or a path to batches: sources, splits, decoder, store, augmentation, loader."""
+"""From an image file to a batch: decoding, augmentation, splits, the store of decoded images, the loader."""

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vitft.config import LARGEST_SIDE, range_of
-from vitft.data.filters import RADIUS, cropped
+from vitft.config.train import LARGEST_SIDE, range_of
+from vitft.data.resample import RADIUS, cropped
 from vitft.errors import ModelError
-from vitft.hardware import cpus, sent
+from vitft.hardware.device import cpus, sent
 from vitft.randomness import uniform
 
 A = TypeVar("A")

@@ -36,10 +36,10 @@ from PIL import features
 from torch import Tensor
 from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest, xxh3_128
 
-from vitft import console
 from vitft.data.augment import in_groups
-from vitft.files import held, json_text
-from vitft.paths import expanded
+from vitft.io import console
+from vitft.io.atomic import held, json_text
+from vitft.io.paths import expanded
 
 _FORMAT = 2  # entries of another format have other keys: they are never read, are the first to go, and can be cleared
 _ABANDONED_S = 600.0  # an unfinished entry this long untouched that no process holds is a killed run's
@@ -116,7 +116,7 @@ def _decoder() -> tuple[Any, ...]:
     return PIL.__version__, torch.__version__, libraries, code
 
 
-_CODE = ("augment", "color", "images", "store")
+_CODE = ("augment", "color", "decoder", "store")
 
 
 class Kept:

@@ -6,8 +6,8 @@ from typing import Any
 import datasets
 import numpy as np
 
-from vitft.data.images import BadImage, encoded, header
-from vitft.data.sources import Source, class_indices
+from vitft.data.decoder import BadImage, encoded, header
+from vitft.data.sources.source import Source, class_indices
 
 LOOK_AT = 2000  # images of a split whose headers are read
 

@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitft.clock import Clock
 from vitft.data.augment import Images, Preprocess, augment, augmented, fitted, mirrored, normalize
 from vitft.data.store import Store, resident
-from vitft.hardware import sent
+from vitft.hardware.device import sent
+from vitft.hardware.timers import Clock
 from vitft.randomness import order
 
 

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vitft.console import safe
-from vitft.data.images import BadImage, decode, encoded
-from vitft.data.sources import Source, class_indices
+from vitft.data.decoder import BadImage, decode, encoded
+from vitft.data.sources.source import Source, class_indices
 from vitft.data.splits import split_for
-from vitft.fonts import drawable
+from vitft.io.console import safe
+from vitft.io.fonts import drawable
 from vitft.randomness import order
 
 CLASSES, IMAGES = 20, 8

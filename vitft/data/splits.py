@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vitft.data.choice import HELD_OUT, OPEN, apart, stratified
-from vitft.data.identity import contents, has_own_files, ids, keys_of
-from vitft.data.schema import ROLES, role_of
-from vitft.data.sources import Source, class_indices
+from vitft.data.sampling import HELD_OUT, OPEN, apart, stratified
+from vitft.data.sources.identity import contents, has_own_files, ids, keys_of
+from vitft.data.sources.schema import ROLES, role_of
+from vitft.data.sources.source import Source, class_indices
 from vitft.errors import DataError
 
 Rows = NDArray[np.int64]

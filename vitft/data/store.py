@@ -24,10 +24,10 @@ from torch import Tensor
 
 from vitft.data import cache
 from vitft.data.augment import CROP_AREA, Images, Preprocess, each_of, resize, uncropped, workers
-from vitft.data.identity import sample_id
-from vitft.data.images import BadImage, about, decode, encoded, header
+from vitft.data.decoder import BadImage, about, decode, encoded, header
+from vitft.data.sources.identity import sample_id
 from vitft.errors import DataError
-from vitft.hardware import sent
+from vitft.hardware.device import sent
 
 IN_MEMORY = 2_000_000_000  # bytes; more goes to a file, which the system may page out
 T = TypeVar("T")

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vitft.errors import UsageError
 from vitft.explain.trace import Trace
-from vitft.fonts import drawable
+from vitft.io.fonts import drawable
 from vitft.scratch.tensors import Array
 from vitft.spec import ViTSpec
 

@@ -17,7 +17,7 @@ from vitft.explain.attention import rollout, weights
 from vitft.explain.stage import lesson
 from vitft.explain.table import in_words
 from vitft.explain.trace import Trace, numbers
-from vitft.files import write_text
+from vitft.io.atomic import write_text
 from vitft.scratch.tensors import Array
 
 _ROWS, _COLUMNS = 128, 256  # of the picture of a stage's numbers, at most

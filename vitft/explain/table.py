@@ -11,10 +11,10 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from vitft.console import size
 from vitft.errors import ModelError, UsageError, as_flag
-from vitft.paths import expanded
-from vitft.sizes import with_sizes
+from vitft.io.console import size
+from vitft.io.paths import expanded
+from vitft.models.custom_sizes import with_sizes
 from vitft.spec import PRESETS, Stage, ViTSpec, preset, spec_from_config, stages, total, training_flops
 
 DEFAULT_MODEL = "vit-base-patch16-224"
@@ -68,8 +68,8 @@ def _hub_config(model: str) -> Path:
     """The cached or downloaded config.json of a hub model; raises ModelError where neither can be had."""
     import huggingface_hub as hub
 
-    from vitft.hub import ask, without_secrets
-    from vitft.paths import shown
+    from vitft.io.hub_errors import ask, without_secrets
+    from vitft.io.paths import shown
 
     try:
         cached = hub.try_to_load_from_cache(model, "config.json")

@@ -4,7 +4,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from vitft.console import percent
+from vitft.io.console import percent
 from vitft.spec import ViTSpec, stages, total
 
 

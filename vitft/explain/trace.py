@@ -18,21 +18,21 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from vitft import console
-from vitft.checkpoint import find_model
-from vitft.console import safe
+from vitft.checkpoints.checkpoint import find_model
 from vitft.data.augment import Preprocess, fit, normalize
-from vitft.data.images import BadImage, decode
+from vitft.data.decoder import BadImage, decode
 from vitft.errors import DataError, ModelError
-from vitft.models import load_trained
-from vitft.paths import expanded
+from vitft.io import console
+from vitft.io.console import safe
+from vitft.io.paths import expanded
+from vitft.models.load import load_trained
 from vitft.scratch.augment import normalise
 from vitft.scratch.interop import from_transformers
 from vitft.scratch.tensors import Array, softmax
 from vitft.scratch.torch_vit import TorchViT
 from vitft.scratch.vit import ViT, vit
+from vitft.scratch_runner.run import is_textbook_run, read_run
 from vitft.spec import ViTSpec, spec_from_config
-from vitft.textbook.run import is_textbook_run, read_run
 
 Stages = dict[str, Array]
 

@@ -1,0 +1,572 @@
+"""The command line as a person or a script meets it: help, errors, exit codes, dry runs, completion."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from rich.console import Console
+from typer.testing import CliRunner
+
+from vitft import __version__
+from vitft.cli import commands
+from vitft.cli.app import app
+from vitft.config.recipe import load_config, recipes
+from vitft.config.train import TrainConfig
+from vitft.io import console
+from vitft.training import dry_run
+from vitft.training.estimate import Cost
+
+TINY = ["--dataset", "digits", "--model", "vit-micro", "--from-scratch", "--max-train-samples", "40",
+        "--max-eval-samples", "20", "--batch-size", "8", "--max-steps", "2", "--device", "cpu"]  # fmt: skip
+COMMANDS = ["", "train", "eval", "predict", "explain", "recipes ls", "recipes show", "recipes copy",
+            "recipes", "data", "data info", "scratch", "scratch train"]  # fmt: skip
+
+
+def vitft(*words: str, columns: int = 80) -> Any:
+    """What a command line gives: exit_code, stdout, stderr."""
+    return CliRunner(env={"COLUMNS": str(columns)}).invoke(app, [str(word) for word in words])
+
+
+def flat(text: str) -> str:
+    """Help without its boxes and line ends."""
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+
+
+def error_of(*words: str, code: int) -> str:
+    """The one line that a failing command says on standard error."""
+    result = vitft(*words)
+    assert (result.exit_code, result.stdout) == (code, ""), result.output
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr.removeprefix("error: ").rstrip()
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(console, "out", Console(highlight=False, width=80))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two steps."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    result = vitft("train", *TINY, "--output", str(folder))
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+# -- start-up -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["train", "--help"], ["explain"], ["recipes", "ls"]])
+def test_what_needs_no_model_imports_no_library_of_models(words: list[str]) -> None:
+    code = f"""
+import sys
+sys.argv = ["vitft", *{words!r}]
+from vitft.cli.app import main
+try:
+    main()
+except SystemExit as end:
+    heavy = {{"torch", "transformers", "datasets", "numpy", "accelerate", "sklearn"}} & set(sys.modules)
+    heavy |= {{"pydantic"}} & set(sys.modules) if {words!r} in (["--help"], ["--version"]) else set()
+    print(sorted(heavy), end.code, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "[] 0"
+
+
+def test_version() -> None:
+    assert vitft("--version").stdout == f"vitft {__version__}\n"
+
+
+# -- help -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_fits_and_nothing_is_cut(command: str, columns: int) -> None:
+    result = vitft(*command.split(), "--help", columns=columns)
+
+    assert result.exit_code == 0
+    assert max(map(len, result.stdout.splitlines())) <= columns
+    assert "…" not in result.stdout
+    assert "<bool>" not in result.stdout  # a switch takes no value
+    assert "[/" not in result.stdout  # and no markup shows
+
+
+def test_every_setting_is_a_flag_in_its_panel_with_its_default() -> None:
+    text = vitft("train", "--help", columns=200).stdout
+    panels = re.findall(r"╭─ (\w+) ─+╮\n(.*?)╰", text, re.DOTALL)
+
+    assert [name for name, _ in panels] == ["Options", "Data", "Reading", "Model", "Optimization", "Hardware", "Run"]
+    body = dict(panels)
+    for name, field in TrainConfig.model_fields.items():
+        row = re.search(rf"--{name.replace('_', '-')} (.*)", body[field.json_schema_extra["panel"]])  # type: ignore[index]
+        assert row, name
+        if field.default is not None and field.default is not False:
+            assert f"[default: {field.default}]" in flat(text), name
+    for flag in ("--recipe", "--output", "--overwrite", "--resume", "--dry-run"):
+        assert flag in body["Run"]
+
+
+def test_help_lists_the_choices_of_a_setting() -> None:
+    text = vitft("train", "--help", columns=120).stdout
+
+    for choices in ("none|flip|crop", "error|skip", "constant|linear|cosine|step", "auto|fp32|bf16|fp16"):
+        assert choices in text
+    assert "table|csv|jsonl" in vitft("predict", "--help").stdout
+
+
+# -- wrong usage ----------------------------------------------------------------------------------
+
+
+def test_train_alone_says_what_is_missing() -> None:
+    assert error_of("train", code=2).startswith("no data set; add --dataset: digits needs no network")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("train --batch_size 4", "--batch-size"),
+        ("train --batchsize 4", "--batch-size"),
+        ("train --max_train_samples 4", "--max-train-samples"),
+        ("eval x --max-eval-sample 3", "--max-eval-samples"),
+        ("train --learning-rate 3e-5", "(Possible options: --lr)"),
+        ("train --per_device_train_batch_size 4", "(Possible options: --batch-size)"),
+        ("train --num-epochs 4", "(Possible options: --epochs)"),
+        ("train --scheduler cosine", "(Possible options: --schedule)"),
+        ("train --output_dir x", "(Possible options: --output)"),
+        ("train --model_name_or_path x", "(Possible options: --model)"),
+        ("explain --num-classes 4", "(Possible options: --classes)"),
+        ("explain --hidden-size 4", "(Possible options: --width)"),
+        ("trian", "'train'"),
+        ("recipes shwo", "'show'"),
+        ("data inf", "'info'"),
+        ("scratch train --learning-rate 1", "--lr"),
+    ],
+)
+def test_a_typo_names_the_nearest(typed: str, meant: str) -> None:
+    result = vitft(*typed.split())
+    assert result.exit_code == 2
+    said = flat(result.stderr)
+    assert meant in said or meant in re.sub(r"Did you mean '(--.*?)'\?", r"(Possible options: \1)", said)  # older Typer
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ("--augment flop", "--augment should be 'none', 'flip' or 'crop', got 'flop'; did you mean flip?"),
+        ("--lr nan", "--lr should be a finite number, got nan"),
+        ("--lr=-1", "--lr should be greater than 0, got -1.0"),
+        ("--val-fraction 1", "--val-fraction should be less than 1, got 1.0"),
+        ("--width 64", "--width shapes a new model; add --from-scratch, or leave --width out"),
+        ("--recipe smoke --no-from-scratch", "(over a recipe: --width none)"),
+        ("--recipe nope", "recipe nope: neither a file nor a known recipe"),
+    ],
+)
+def test_a_bad_value_is_wrong_usage_in_one_line(typed: str, says: str) -> None:
+    assert says in error_of("train", "--dataset", "digits", *typed.split(), code=2)
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "train --lr fast",
+        "train --dataset",
+        "predict",
+        "predict x.png",
+        "predict x.png --checkpoint y --format cvs",
+        "eval",
+        "eval x --device gpu",
+        "explain --batch-size 0",
+        "nonsense",
+    ],
+)
+def test_wrong_usage_ends_with_2(typed: str) -> None:
+    result = vitft(*typed.split())
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+
+
+# -- data and model errors ------------------------------------------------------------------------
+
+
+def test_a_limit_of_few_pixels_says_how_many_an_image_has() -> None:
+    assert "has 64 pixels, over --max-pixels 1 (8 x 8)" in error_of("train", *TINY, "--max-pixels", "1", code=3)
+
+
+def test_a_missing_folder_and_a_mistyped_alias_are_data_errors() -> None:
+    assert "./nope" in error_of("train", "--dataset", "./nope", code=3)
+    assert "did you mean digits?" in error_of("train", "--dataset", "digitz", code=3)
+    assert "did you mean cifar10?" in error_of("data", "info", "cifar1O", code=3)
+
+
+def test_a_missing_model_is_a_model_error() -> None:
+    assert "./nope" in error_of("train", "--dataset", "digits", "--model", "./nope", code=4)
+    assert "nowhere" in error_of("train", "--resume", "nowhere", code=4)
+
+
+def test_an_existing_folder_is_left_alone(run: Path) -> None:
+    before = (run / "config.yaml").read_text()
+    assert str(run.name) in error_of("train", *TINY, "--output", str(run), code=2)
+    assert (run / "config.yaml").read_text() == before
+
+
+# -- what nobody foresaw --------------------------------------------------------------------------
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(commands, "train", fail)
+
+
+def test_an_unforeseen_error_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, RuntimeError("shapes\n  differ"))
+    assert error_of("train", code=1) == ("RuntimeError: shapes differ (unexpected; `vitft --debug ...` shows where)")
+
+
+@pytest.mark.parametrize("words", [["--debug", "train"], ["train", "--debug"], ["train", "--debug", "--lr", "1"]])
+def test_debug_shows_the_traceback_wherever_it_stands(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    failing(monkeypatch, RuntimeError("shapes differ"))
+    result = vitft(*words)
+
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+    assert "in fail" in result.stderr
+    assert result.stderr.rstrip().splitlines()[-1].startswith("error: RuntimeError")
+
+
+def test_debug_works_below_a_group() -> None:
+    result = vitft("recipes", "show", "nope", "--debug")
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr
+    assert result.stderr.count("error: ") == 1
+
+
+def test_after_two_dashes_debug_is_a_file() -> None:
+    result = vitft("predict", "--checkpoint", "./nope", "--", "--debug")
+    assert "Traceback" not in result.stderr
+
+
+def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, KeyboardInterrupt())
+    assert error_of("train", code=130) == "interrupted"
+
+
+def test_what_is_queued_when_a_command_is_interrupted_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in decoding: the threads would work on until the queue is empty, and Python waits for them."""
+    from vitft.data.augment import workers
+
+    begun, gate = [], threading.Event()
+
+    def decode(number: int) -> int:
+        begun.append(number)
+        if number:
+            gate.wait(60)
+        return number
+
+    def interrupted(*given: Any, **named: Any) -> None:
+        for _ in workers().map(decode, range(1000)):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "train", interrupted)
+    result = CliRunner().invoke(app, ["train"])
+    gate.set()
+    assert result.exit_code == 130
+    assert workers().submit(len, "it is done").result(60) == 10
+    assert len(begun) < 100
+
+
+# -- settings -------------------------------------------------------------------------------------
+
+
+def resolved(monkeypatch: pytest.MonkeyPatch, *words: str) -> TrainConfig:
+    """The settings that a dry run is made from."""
+    seen: list[TrainConfig] = []
+    monkeypatch.setattr(dry_run, "plan", lambda config, *_: seen.append(config) or [])
+    assert vitft("train", *words, "--dry-run").exit_code == 0
+    return seen[0]
+
+
+def test_flags_win_over_a_recipe_and_a_recipe_over_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("mine.yaml").write_text("dataset: digits\nlr: 2e-5\nbatch_size: 16\nfrom_scratch: true\nmodel: vit-micro\n")
+    config = resolved(monkeypatch, "--recipe", "mine.yaml", "--batch-size", "8", "--no-from-scratch")
+
+    assert config == TrainConfig(dataset="digits", lr=2e-5, batch_size=8, model="vit-micro")
+
+
+def test_a_flag_typed_at_its_default_still_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("mine.yaml").write_text("dataset: digits\nlr: 1\nval_fraction: 0.5\n")
+    default = TrainConfig()
+    config = resolved(monkeypatch, "--recipe", "mine.yaml", "--lr", str(default.lr), "--val-fraction", "0")
+
+    assert (config.lr, config.val_fraction) == (default.lr, 0)
+
+
+def test_every_flag_reaches_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    other: dict[str, Any] = {"val_fraction": 0.2, "on_bad_image": "skip", "augment": "crop", "image_size": 32,
+                             "from_scratch": True, "schedule": "step", "seed": 7}  # fmt: skip
+    flags = [(f"--{name.replace('_', '-')}", value) for name, value in other.items()]
+    words = [word for flag, value in flags for word in ([flag] if value is True else [flag, str(value)])]
+
+    assert resolved(monkeypatch, "--dataset", "digits", *words) == TrainConfig(dataset="digits", **other)
+
+
+def test_the_settings_a_run_wrote_are_a_recipe(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = load_config(str(run / "config.yaml"), {})
+
+    assert (written.dataset, written.max_steps, written.from_scratch) == ("digits", 2, True)
+    assert "auto" not in (written.device, written.precision)
+    assert resolved(monkeypatch, "--recipe", str(run / "config.yaml")) == written
+
+
+# -- resume ---------------------------------------------------------------------------------------
+
+
+def test_resume_refuses_a_changed_setting_and_says_how_to_start_anew(run: Path) -> None:
+    message = error_of("train", "--resume", str(run), "--lr", "0.5", code=2)
+
+    assert "lr 5e-05, got 0.5" in message
+    assert "--lr" in message
+    assert f"vitft train --dataset digits --model {run / 'best'} --lr 0.5" in message
+
+
+@pytest.mark.parametrize("extra", [["--recipe", "x"], ["--output", "y"], ["--overwrite"], ["--dry-run"]])
+def test_resume_goes_on_with_a_run_as_it_is(run: Path, extra: list[str]) -> None:
+    assert "leave --recipe, --output, --overwrite, --dry-run out" in error_of(
+        "train", "--resume", str(run), *extra, code=2
+    )
+
+
+def test_a_finished_run_says_so_and_what_to_type_next(run: Path) -> None:
+    done = vitft("train", "--resume", str(run))
+
+    assert (done.exit_code, done.stderr.count("\n")) == (0, 1), done.output
+    assert done.stderr.startswith(f"{run} is finished, at step 2 of 2; to train on: vitft train --resume {run} --")
+    assert "resuming" not in done.stderr
+    assert "test accuracy" in done.stdout
+
+
+def test_a_run_whose_data_set_is_gone_is_told_to_name_the_new_place(tmp_path: Path) -> None:
+    data = tmp_path / "a place"
+    for label in ("cat", "dog"):
+        (data / label).mkdir(parents=True)
+        for i in range(8):
+            Image.new("RGB", (8, 8), (i, 9 * i, 200)).save(data / label / f"{i}.png")
+    words = ["train", *TINY, "--dataset", str(data), "--output", "run"]
+    assert vitft(*words).exit_code == 0
+    data.rename(tmp_path / "elsewhere")
+    said = error_of("train", "--resume", "run", code=3)
+    assert said.endswith("where it has moved, say where to: vitft train --resume run --dataset NEW")
+    assert str(data) in said
+    assert vitft("train", "--resume", "run", "--dataset", "elsewhere").exit_code == 0
+    assert f"dataset: {tmp_path / 'elsewhere'}\n" in Path("run/config.yaml").read_text()
+    assert vitft("train", "--resume", "run").exit_code == 0
+
+
+# -- plans ----------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_says_what_it_would_do_and_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitft.training.dry_run.decode_image_s", lambda prepared: 0.5)
+    result = vitft("train", *TINY, "--dry-run")
+    rows = dict(re.findall(r"^  (\w[\w ]*?)  +(.*?) *$", result.stdout, re.MULTILINE))
+
+    assert result.exit_code == 0, result.output
+    assert re.findall(r"^(\w+) *$", result.stdout, re.MULTILINE) == ["Data", "Model", "Cost", "Run", "Settings"]
+    assert rows["data set"] == "digits"
+    assert rows["classes"].startswith("10: 0, 1, 2")
+    assert (rows["train"], rows["validation"], rows["test"]) == (
+        "40 images of train", "20 images of train", "20 images of test")  # fmt: skip
+    assert rows["steps"] == "2 of 8 images, 5 an epoch"
+    assert rows["parameters"] == "207,114, of which 207,114 are trained"
+    assert re.fullmatch(r"about [\d.]+ [MG]B", rows["memory"])
+    assert re.fullmatch(r"about \d+ s: decoding 40 s, training \d+ s, evaluation \d+ s", rows["time"])
+    assert re.fullmatch("cpu, (fp32|bf16)", rows["device"])
+    assert rows["folder"] == "runs/digits-vit-micro-scratch-1"
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert not list(Path().iterdir())
+
+
+def test_a_dry_run_refuses_an_image_that_the_run_would_refuse(tmp_path: Path) -> None:
+    for number in range(24):
+        place = tmp_path / "photos" / "ab"[number % 2] / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (10 * number, 0, 0)).save(place)
+    (tmp_path / "photos" / "a" / "0.png").write_bytes(b"")
+    words = ["train", "--dataset", str(tmp_path / "photos"), "--model", "vit-micro", "--val-fraction", "0"]
+    told = error_of(*words, "--dry-run", code=3)
+    assert told == error_of(*words, "--output", str(tmp_path / "run"), code=3)
+    assert "a/0.png" in told
+    skipping = vitft(*words, "--dry-run", "--on-bad-image", "skip")
+    assert skipping.exit_code == 0
+    assert "23 images of train" in flat(skipping.stdout)
+
+
+def test_a_dry_run_lists_the_settings_that_are_not_the_defaults() -> None:
+    text = vitft("train", *TINY, "--lr", str(TrainConfig().lr), "--dry-run").stdout.split("Settings")[1]
+    given, chosen = text.split("chosen")
+
+    assert re.findall(r"(\w+): (\S+)", given) == [
+        ("dataset", "digits"), ("max_train_samples", "40"), ("max_eval_samples", "20"), ("model", "vit-micro"),
+        ("from_scratch", "True"), ("max_steps", "2"), ("batch_size", "8"), ("device", "cpu")]  # fmt: skip
+    named = dict(re.findall(r"(\w+): (\S+)", chosen))
+    assert set(named) == {"attention", "compile", "image_size", "precision", "threads"}
+    assert named["image_size"] == "28"
+    assert "others" in chosen
+    assert "vitft train --help" in flat(chosen)
+
+
+def test_a_dry_run_names_the_folder_of_the_run_and_refuses_one_that_is_taken(run: Path) -> None:
+    assert "  folder      mine/new" in vitft("train", *TINY, "--output", "mine/new", "--dry-run").stdout
+    assert "goes on with it" in error_of("train", *TINY, "--output", str(run), "--dry-run", code=2)
+    over = flat(vitft("train", *TINY, "--output", str(run), "--overwrite", "--dry-run").stdout)
+    assert f"{run}, in place of the run there" in over
+    assert (run / "config.yaml").is_file()
+    Path("runs/digits-vit-micro-scratch-1").mkdir(parents=True)
+    assert "  folder      runs/digits-vit-micro-scratch-2" in vitft("train", *TINY, "--dry-run").stdout
+
+
+@pytest.fixture(scope="module")
+def prepared() -> Any:
+    from vitft.training.setup import prepare
+
+    return prepare(TrainConfig(dataset="digits", model="vit-micro", from_scratch=True, image_size=28, device="cpu"))
+
+
+def test_a_long_run_says_so_and_names_cheaper_ways(
+    prepared: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dry_run, "first_image_s", lambda prepared: 30.0)
+    monkeypatch.setattr(dry_run, "cost", lambda prepared: Cost(10.0, 0.0, 1.0))
+    dry_run.warn_if_long(prepared)
+    train, validation, test = (len(prepared.splits[role].rows) for role in ("train", "validation", "test"))
+    took = console.duration(3 * (10 * train + validation) + test)  # 3 epochs, each with its validation
+
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: this run will take about {took} on this cpu; cheaper: ")
+    assert "--epochs 1" in said
+    assert "--model vit-micro" not in said  # it is
+
+
+def test_many_processes_share_the_time(
+    prepared: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dry_run, "first_image_s", lambda prepared: 30.0)
+    monkeypatch.setattr(dry_run, "cost", lambda prepared: Cost(10.0, 0.0, 1.0))
+    dry_run.warn_if_long(prepared, processes=8)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_short_run_is_probed_with_one_image_alone(
+    prepared: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dry_run, "first_image_s", lambda prepared: 0.1)
+    monkeypatch.setattr(dry_run, "cost", lambda prepared: pytest.fail("probed in full"))
+    dry_run.warn_if_long(prepared)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_probe_leaves_no_trace(prepared: Any) -> None:
+    import torch
+
+    def count(module: Any, args: object) -> None:
+        module.seen.add_(1)  # as a batch norm counts
+
+    model = prepared.loaded.model
+    model.register_buffer("seen", torch.zeros(()))
+    model.register_forward_pre_hook(count)
+    state, weights = torch.get_rng_state(), {name: t.clone() for name, t in model.state_dict().items()}
+    dry_run.cost(prepared)
+    dry_run.memory_bytes(prepared, 4)
+
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(t, weights[name]) for name, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+# -- recipes, data, explain -----------------------------------------------------------------------
+
+
+def test_recipes_are_listed_shown_and_copied() -> None:
+    known = recipes()[0]
+    listed = vitft("recipes", "ls")
+    assert all(recipe.name in listed.stdout for recipe in recipes())
+    assert max(map(len, listed.stdout.splitlines())) <= 80
+    assert vitft("recipes", "show", known.name).stdout == known.path.read_text()
+
+    copied = vitft("recipes", "copy", known.name)
+    assert copied.stdout == f"copied to {known.path.name}; run it with: vitft train --recipe {known.path.name}\n"
+    assert Path(known.path.name).read_bytes() == known.path.read_bytes()
+    assert "exists" in error_of("recipes", "copy", known.name, code=2)
+
+
+def test_data_info_is_one_json_document(tmp_path: Path) -> None:
+    result = vitft("data", "info", "digits", "--json", "--preview", "grid.png")
+    described = json.loads(result.stdout)
+
+    assert {split["name"]: split["count"] for split in described["splits"]} == {"train": 1438, "test": 359}
+    assert described["labels"] == list("0123456789")
+    assert Image.open("grid.png").size > (400, 400)
+    assert "grid.png" in result.stderr
+
+
+def test_data_info_as_a_table() -> None:
+    text = vitft("data", "info", "digits").stdout
+    assert text.startswith("digits, 10 classes\n")
+    assert re.search(r"^train +1,438  8×8 +8×8 +8×8 +PNG", text, re.MULTILINE)
+    assert re.search(r"^9 +144 +36$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("picture", ["grid.jpg", "nowhere/grid.png"])
+def test_a_preview_that_cannot_be_written_is_refused_before_the_work(picture: str) -> None:
+    assert picture in error_of("data", "info", "digits", "--preview", picture, code=2)
+
+
+def test_explain_is_one_json_document() -> None:
+    document = json.loads(vitft("explain", "--model", "vit-micro", "--json").stdout)
+    assert set(document) == {"spec", "stages", "total"}
+    assert set(document["stages"][0]) == {
+        "name",
+        "input",
+        "output",
+        "parameters",
+        "flops",
+        "activation_bytes",
+    }
+
+
+# -- shell completion -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("vitft train --augment ", {"none", "flip", "crop"}),
+        ("vitft train --augment f", {"flip"}),
+        ("vitft train --max-tr", {"--max-train-samples"}),
+        ("vitft train --recipe ", {recipe.name for recipe in recipes() if not recipe.textbook}),
+        ("vitft scratch train ", {"scalar", "mnist-patch7", "mnist-patch4", "mnist-patch2", "cifar10-patch4"}),
+        ("vitft recipes show ", {recipe.name for recipe in recipes()}),
+        ("vitft predict x.png --format ", {"table", "csv", "jsonl"}),
+        ("vitft ex", {"explain"}),
+    ],
+)
+def test_the_shell_completes(line: str, offered: set[str]) -> None:
+    words = line.split(" ")
+    asked = {"_VITFT_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+    code = "import sys; sys.argv = ['vitft']; from vitft.cli.app import main; main()"
+    done = subprocess.run([sys.executable, "-c", code],
+                          env=os.environ | asked, capture_output=True, text=True)  # fmt: skip
+    assert set(done.stdout.split()) == offered

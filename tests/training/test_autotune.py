@@ -1,0 +1,578 @@
+"""What is chosen before a run: attention, the micro-batch that fits, compiling; and what a trial of it measures."""
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+from PIL import Image
+
+import vitft.hardware.device
+import vitft.training.step
+from vitft import TrainConfig, __version__, evaluate, predict, train
+from vitft.data import store
+from vitft.data.augment import CROP_AREA
+from vitft.errors import UsageError
+from vitft.hardware.device import find_attention, micro_batch
+from vitft.models.load import compiled, shape_of
+from vitft.spec import kept_bytes
+from vitft.training import autotune, estimate, trainer
+from vitft.training.optim import make_optimizer
+from vitft.training.setup import Prepared, prepare
+from vitft.training.step import Learner
+
+
+def config(**changes: Any) -> TrainConfig:
+    settings: dict[str, Any] = {
+        "dataset": "digits", "model": "vit-micro", "from_scratch": True, "image_size": 28, "width": 16, "heads": 2,
+        "mlp": 32, "layers": 2, "max_train_samples": 40, "val_fraction": 0, "max_eval_samples": 20, "batch_size": 16,
+        "epochs": 1, "device": "cpu", "precision": "fp32", "lr": 1e-3,
+    }  # fmt: skip
+    return TrainConfig(**(settings | changes))
+
+
+@pytest.fixture
+def prepared() -> Prepared:
+    return prepare(config())
+
+
+# -- threads --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def four_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(autotune, "cpus", lambda: 4)
+    now = [4]
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: now.__setitem__(0, count))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now[0])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [
+        ({1: 1.0, 2: 0.95, 4: 0.3}, 1),  # two are not worth it: four are not tried
+        ({1: 1.0, 2: 0.6, 4: 0.58}, 2),
+        ({1: 1.0, 2: 0.6, 4: 0.35}, 4),
+        ({1: 1.0, 2: 25.0, 4: 90.0}, 1),  # another program holds a CPU
+    ],
+)
+def test_threads_of_a_small_model_are_chosen_by_a_trial(
+    seconds: dict[int, float], chosen: int, prepared: Prepared, four_cpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autotune, "pass_s", lambda prepared, images: seconds[torch.get_num_threads()])
+    assert autotune.tuned(prepared).threads == chosen
+    assert torch.get_num_threads() == 4
+
+
+def test_a_large_model_gets_all_threads_untried(
+    prepared: Prepared, four_cpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autotune, "_LARGE_FLOPS", 1.0)
+    monkeypatch.setattr(autotune, "pass_s", lambda *given: pytest.fail("tried"))
+    assert autotune.tuned(prepared).threads == 4
+
+
+def test_threads_that_the_environment_sets_stand(
+    prepared: Prepared, four_cpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    torch.set_num_threads(3)
+    monkeypatch.setattr(autotune, "pass_s", lambda *given: pytest.fail("tried"))
+    assert autotune.tuned(prepared).threads == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
+def test_no_more_threads_than_cpus_that_a_process_may_use() -> None:
+    code = """if True:
+        import os
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        from vitft.hardware.device import cpus
+        print(cpus())
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
+
+
+def test_a_run_trains_scores_and_goes_on_with_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    step = Learner.step
+    monkeypatch.setattr(
+        Learner, "step", lambda self, number: seen.append(torch.get_num_threads()) or step(self, number)
+    )
+    before = torch.get_num_threads()
+    train(config(threads=before + 1, max_steps=1), output=tmp_path / "run")
+    assert seen == [before + 1]
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["threads"] == before + 1
+    assert torch.get_num_threads() == before  # the program's own are as they were
+
+
+# -- attention ------------------------------------------------------------------------------------
+
+
+def test_attention_is_plain_where_few_tokens_make_it_faster() -> None:
+    assert find_attention("auto", "cpu", 50) == "eager"
+    assert find_attention("auto", "cpu", 1025) == "sdpa"
+    assert find_attention("auto", "cuda", 50) == "sdpa"
+    assert find_attention("auto", "cpu", None) is None  # a model without a stage table keeps its own
+    assert find_attention("sdpa", "cpu", 50) == "sdpa"
+
+
+@pytest.mark.parametrize("wanted", ["eager", "sdpa"])
+def test_the_model_has_the_attention_that_was_asked_for(wanted: str) -> None:
+    found = prepare(config(attention=wanted))
+    assert found.config.attention == wanted
+    assert found.loaded.model.config._attn_implementation == wanted
+
+
+def test_both_attentions_train_alike(tmp_path: Path) -> None:
+    runs = [train(config(attention=wanted), output=tmp_path / wanted) for wanted in ("eager", "sdpa")]
+    one, other = (transformers.ViTForImageClassification.from_pretrained(run.checkpoint) for run in runs)
+    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+        if not name.endswith("key.bias"):  # softmax does not see it: its gradient is rounding, and Adam magnifies it
+            assert torch.allclose(a, b, atol=2e-5), name
+
+
+@pytest.mark.parametrize("kind", ["Swinv2", "ConvNext"])
+def test_a_model_without_an_attention_says_so(tmp_path: Path, kind: str) -> None:
+    sizes: dict[str, Any] = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "image_size": 32}
+    if kind == "Swinv2":  # asked for what it has not, Transformers leaves it as it is
+        sizes = {
+            "image_size": 32,
+            "patch_size": 4,
+            "embed_dim": 8,
+            "depths": [1, 1],
+            "num_heads": [1, 2],
+            "window_size": 4,
+        }
+    model = getattr(transformers, f"{kind}ForImageClassification")(getattr(transformers, f"{kind}Config")(**sizes))
+    model.save_pretrained(tmp_path)
+    given = {"model": str(tmp_path), "from_scratch": False, "width": None, "heads": None, "mlp": None, "layers": None}
+    assert prepare(config(image_size=32, **given)).config.attention == "eager"  # auto: what the architecture has
+    with pytest.raises(UsageError, match=rf"^attention sdpa: a {kind.lower()} model has none; use auto\.$"):
+        prepare(config(image_size=32, attention="sdpa", **given))
+
+
+# -- the micro-batch ------------------------------------------------------------------------------
+
+
+def test_the_micro_batch_is_the_largest_half_that_fits(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared.config = config(micro_batch_size="auto", batch_size=30)
+    monkeypatch.setattr(autotune, "_fits_in_memory", lambda prepared, micro: micro <= 8)
+    assert autotune.tuned(prepared).micro_batch_size == 8  # 30, 15, 8
+    assert autotune.tuned(prepared, processes=2).micro_batch_size == 8  # 15, 8
+    assert autotune.tuned(prepared, processes=4).micro_batch_size is None  # a share of 8 fits whole
+    monkeypatch.setattr(autotune, "_fits_in_memory", lambda prepared, micro: False)
+    assert autotune.tuned(prepared).micro_batch_size == 1
+
+
+def test_what_fits_follows_the_free_memory(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    extra = estimate.memory_bytes(prepared, 16)
+    assert extra is not None
+    needed = extra - autotune.psutil.Process().memory_info().rss
+
+    def free(available: float) -> bool:
+        monkeypatch.setattr(autotune.psutil, "virtual_memory", lambda: type("", (), {"available": available}))
+        return autotune._fits_in_memory(prepared, 16)
+
+    assert free(needed / autotune._ROOM + 50e6)
+    assert not free(0)
+
+
+def test_an_automatic_micro_batch_is_written_down_and_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autotune, "_fits_in_memory", lambda prepared, micro: micro <= 4)
+    run = train(config(micro_batch_size="auto", max_steps=2, save_every=1), output=tmp_path / "run").run
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    assert (written["micro_batch_size"], written["compile"]) == (4, "off")
+    assert written["attention"] in ("eager", "sdpa")
+    monkeypatch.setattr(trainer, "tuned", lambda *given: pytest.fail("chosen anew"))
+    trainer.resume(run)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("x", "--micro-batch-size should be a valid integer or 'auto', got 'x'"),
+        ("0", "--micro-batch-size should be greater than 0 or 'auto', got '0'"),
+    ],
+)
+def test_a_micro_batch_is_a_number_or_auto(given: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        TrainConfig.parse({"micro_batch_size": given}, "flags")
+    assert str(caught.value) == said
+    assert TrainConfig.parse({"micro_batch_size": "12"}, "flags").micro_batch_size == 12
+    assert micro_batch(TrainConfig(micro_batch_size="auto", batch_size=9), processes=2) == 5
+
+
+# -- compiling ------------------------------------------------------------------------------------
+
+
+def test_a_short_run_is_not_compiled(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune, "compiled", lambda module: pytest.fail("tried"))
+    assert autotune.tuned(prepared).compile == "off"
+
+
+@pytest.mark.parametrize(("slower", "chosen"), [(0.5, "on"), (0.99, "off"), (2.0, "off")])
+def test_a_long_run_is_compiled_where_a_trial_is_faster(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, slower: float, chosen: str
+) -> None:
+    monkeypatch.setattr(autotune, "first_image_s", lambda prepared: 1e3)
+    monkeypatch.setattr(autotune, "cost", lambda prepared: estimate.Cost(1e3, 0.0, 1.0))
+    monkeypatch.setattr(autotune, "compiled", lambda module: "fast")
+    monkeypatch.setattr(autotune, "pass_s", lambda prepared, images, module: slower if module == "fast" else 1.0)
+    assert autotune.tuned(prepared).compile == chosen
+    assert autotune.tuned(prepared, processes=2).compile == "off"
+
+
+@pytest.mark.parametrize(("worth_s", "chosen"), [(40.0, "on"), (40.5, "off")])
+def test_a_run_is_as_long_as_its_images_take(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, worth_s: float, chosen: str
+) -> None:
+    """An epoch of 40 images in batches of 16: the tail of 8 is no whole batch."""
+    monkeypatch.setattr(autotune, "_COMPILING_PAYS_S", {"cpu": worth_s})
+    monkeypatch.setattr(autotune, "first_image_s", lambda prepared: 1.0)
+    monkeypatch.setattr(autotune, "cost", lambda prepared: estimate.Cost(1.0, 0.0, 1.0))
+    monkeypatch.setattr(autotune, "compiled", lambda module: "fast")
+    monkeypatch.setattr(autotune, "pass_s", lambda prepared, images, module: 0.5 if module == "fast" else 1.0)
+    assert autotune.tuned(prepared).compile == chosen
+
+
+def test_without_a_compiler_a_long_run_goes_on_in_one_line(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(module: Any) -> Any:
+        raise RuntimeError("No working C++ compiler found\nand many lines more")
+
+    monkeypatch.setattr(autotune, "first_image_s", lambda prepared: 1e3)
+    monkeypatch.setattr(autotune, "cost", lambda prepared: estimate.Cost(1e3, 0.0, 1.0))
+    monkeypatch.setattr(autotune, "compiled", broken)
+    assert autotune.tuned(prepared).compile == "off"
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1].endswith("goes on without it: No working C++ compiler found")
+
+
+def test_what_is_compiled_is_what_is_tried(prepared: Prepared) -> None:
+    """A compiled module asks the model for its length when it is taken for a truth value."""
+    calls = []
+    fast = torch.compile(prepared.loaded.model, backend=lambda graph, inputs: calls.append(1) or graph.forward)
+    estimate.pass_s(prepared, estimate.stored_image(prepared)[None], fast)
+    assert calls
+
+
+def test_what_is_compiled_reads_whole_parts_and_the_tail_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 images in parts of 8, and of 16 for a step: 8, 8, 8, 8 and 8; with 36 images the last has 4."""
+    seen: list[int] = []
+
+    def watched(module: Any) -> Any:
+        def fast(pixel_values: torch.Tensor) -> Any:
+            seen.append(len(pixel_values))
+            return module(pixel_values=pixel_values)
+
+        return fast
+
+    monkeypatch.setattr("vitft.training.step.compiled", watched)
+    run = train(config(compile="on", micro_batch_size=8, max_train_samples=36), output=tmp_path / "run").run
+    plain = train(config(compile="off", micro_batch_size=8, max_train_samples=36), output=tmp_path / "plain").run
+    assert seen == [8, 8, 8, 8]
+    same = [(folder / "last/model.safetensors").read_bytes() for folder in (run, plain)]
+    assert same[0] == same[1]
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_same_run(tmp_path: Path) -> None:
+    runs = [train(config(compile=choice), output=tmp_path / choice).run for choice in ("on", "off")]
+    losses = [
+        [json.loads(line).get("loss") for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_torch_compiles_the_forward_pass(prepared: Prepared) -> None:
+    model, images = prepared.loaded.model.eval(), torch.randn(4, 3, 28, 28)
+    assert torch.allclose(compiled(model)(pixel_values=images).logits, model(pixel_values=images).logits, atol=1e-5)
+
+
+# -- kernels that repeat themselves ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "allowed"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
+)
+def test_deterministic_kernels_are_asked_for_on_a_gpu_and_for_the_run_alone(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, device: str, asked: bool, allowed: bool
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    settings = prepared.config.model_copy(update={"device": device, "deterministic": asked})
+    with suppress(ZeroDivisionError), vitft.hardware.device.deterministic(settings):
+        assert torch.are_deterministic_algorithms_enabled() is allowed
+        raise ZeroDivisionError
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+
+
+# -- what is written down ---------------------------------------------------------------------------
+
+
+def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = vitft.hardware.device.version
+    monkeypatch.setattr(
+        vitft.hardware.device, "version", lambda name: real(name) if name != "vitft" else pytest.fail("asked")
+    )
+    assert vitft.hardware.device.environment()["versions"]["vitft"] == __version__
+
+
+# -- the trial ------------------------------------------------------------------------------------
+
+
+def test_decoding_is_tried_with_a_few_images(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which each image takes a quarter of a second."""
+    now, real = 0.0, store.decode
+
+    def decode(*given: Any, **settings: Any) -> Any:
+        nonlocal now
+        now += 0.25
+        return real(*given, **settings)
+
+    monkeypatch.setattr(store, "decode", decode)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    assert estimate.decode_image_s(prepared) == 0.25
+    assert now == 0.25 * min(64, len(prepared.splits["train"].rows))
+
+
+def test_a_batch_keeps_as_much_as_counted_in_full(prepared: Prepared) -> None:
+    with estimate.untouched(prepared):
+        assert estimate._kept(prepared, 7) == pytest.approx(estimate._kept_counted(prepared, 7), rel=0.01)
+
+
+@pytest.mark.parametrize(("first_s", "start_s", "largest"), [(0.125, 7.0, 4), (50.0, 57.0, 1)])
+def test_the_cost_of_a_run_counts_its_images_and_its_steps(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, first_s: float, start_s: float, largest: int
+) -> None:
+    """By a clock that stands still but for the model's forward passes and the optimizer's steps."""
+    now, counts = 0.0, list[int]()
+    first = {"pass": first_s, "step": 7.0}  # what the first of each takes over the others
+
+    def takes(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def seen(module: Any, given: Any, named: dict[str, torch.Tensor]) -> None:
+        counts.append(len(named["pixel_values"]))
+        takes(0.25 * counts[-1] + first.pop("pass", 0.0) if module.training else 0.125 * counts[-1])
+
+    class Adam(torch.optim.AdamW):
+        def step(self, *given: Any, **named: Any) -> Any:
+            takes(3.0 + first.pop("step", 0.0))
+            return super().step(*given, **named)
+
+    prepared.loaded.model.register_forward_pre_hook(seen, with_kwargs=True)
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(torch.optim, "AdamW", Adam)
+    before = copy.deepcopy(prepared.loaded.model.state_dict())
+    found = estimate.cost(prepared)
+    assert found == estimate.Cost(image_s=0.25, step_s=3.0, evaluate_image_s=0.125, start_s=start_s)
+    assert all(torch.equal(weight, before[name]) for name, weight in prepared.loaded.model.state_dict().items())
+    assert max(counts) == largest  # a first pass that takes seconds is not tried with more
+
+
+def test_a_trial_that_fails_leaves_the_model_and_the_generator_as_they_were(prepared: Prepared) -> None:
+    model = prepared.loaded.model.eval()
+    model.vit.layernorm.train()  # as modules of their own mode are
+    model.register_buffer("seen", torch.zeros(1))
+    modes, random = [module.training for module in model.modules()], torch.get_rng_state()
+
+    def fail() -> None:
+        with estimate.untouched(prepared) as tried:
+            estimate.pass_s(prepared, estimate.stored_image(prepared)[None])
+            torch.rand(3)
+            tried.seen += 1
+            assert any(parameter.grad is not None for parameter in tried.parameters())
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fail()
+    assert [parameter.grad for parameter in model.parameters()] == [None] * len(list(model.parameters()))
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.seen == 0
+
+
+def test_a_step_begins_without_the_gradients_that_were_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = train(config(max_steps=1), output=tmp_path / "clean").run
+    made = vitft.training.step.make_optimizer
+
+    def with_gradients(named: Any, settings: TrainConfig) -> Any:
+        parameters = list(named)
+        for _, parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        return made(parameters, settings)
+
+    monkeypatch.setattr(vitft.training.step, "make_optimizer", with_gradients)
+    left = train(config(max_steps=1), output=tmp_path / "left").run
+    assert (clean / "last/model.safetensors").read_bytes() == (left / "last/model.safetensors").read_bytes()
+
+
+def test_a_stored_image_is_read_from_its_file(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for number in range(8):
+            Image.new("RGB", (9, 7), "red").save(tmp_path / "pets" / name / f"{number}.png")
+    found = estimate.stored_image(prepare(config(dataset=str(tmp_path / "pets"), max_train_samples=None)))
+    assert found.shape == (7, 9, 3)
+    assert found[0, 0].tolist() == [255, 0, 0]
+
+
+def test_where_no_image_can_be_read_one_of_the_models_size_takes_its_place(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for number in range(8):
+            (tmp_path / "pets" / name / f"{number}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    image = estimate.stored_image(prepare(config(dataset=str(tmp_path / "pets"), max_train_samples=None)))
+    assert (image.shape, image.dtype) == ((28, 28, 3), torch.uint8)
+
+
+def test_a_stored_image_is_one_of_the_training_split(prepared: Prepared) -> None:
+    assert estimate.stored_image(prepared).shape == (8, 8, 3)  # digits are stored as they are
+
+
+def test_a_stored_photo_is_larger_for_random_crops(tmp_path: Path) -> None:
+    for place in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        (tmp_path / "pets" / place).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (300, 300), (number, 0, 0)).save(tmp_path / "pets" / place / f"{number}.png")
+    sides = {}
+    for augment in ("none", "flip", "crop"):
+        found = prepare(config(dataset=str(tmp_path / "pets"), max_train_samples=None, augment=augment, cache_gb=0))
+        sides[augment] = [len(estimate.stored_image(found, crops=crops)) for crops in (None, False, True)]
+        stored = {role: len(store.gather(np.arange(1))[0]) for role, (store, _) in found.decode().items()}
+        assert stored == {"train": sides[augment][0], "test": 28}
+    large = round(28 / CROP_AREA**0.5)  # the smallest crop of it has as many pixels as the model's input
+    assert sides == {"none": [28, 28, large], "flip": [28, 28, large], "crop": [large, 28, large]}
+
+
+RESIDENT, KEPT = 10**9, 10**6  # bytes: of the process, and of what a forward pass of one image keeps
+STORED: dict[str, Any] = dict.fromkeys(("width", "heads", "mlp", "layers")) | {"from_scratch": False, "image_size": 32}
+PIXELS, IMAGE = 3 * 28 * 28, 3 * 8 * 8  # numbers that the model reads of an image, and bytes that are stored of one
+
+
+@pytest.fixture
+def sizes_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate.psutil.Process, "memory_info", lambda self: SimpleNamespace(rss=RESIDENT))
+    monkeypatch.setattr(estimate, "_kept", lambda prepared, images: KEPT * images)
+
+
+@pytest.mark.parametrize(("optimizer", "moments"), [("adamw", 2), ("adam", 2), ("sgd", 1)])
+@pytest.mark.parametrize("batch_size", [16, 64])
+def test_memory_is_weights_gradients_moments_activations_input_and_images(
+    sizes_known: None, monkeypatch: pytest.MonkeyPatch, optimizer: str, moments: int, batch_size: int
+) -> None:
+    """Of 40 training images and 20 test images; numbers are float32."""
+    found = prepare(config(optimizer=optimizer, batch_size=batch_size))
+    weights = sum(parameter.numel() for parameter in found.loaded.model.parameters())
+    trained = 4 * weights * (1 + moments) + 5 * KEPT + 4 * min(batch_size, 40) * PIXELS
+    assert estimate.memory_bytes(found, 5) == RESIDENT + trained + 60 * IMAGE
+    made = make_optimizer(found.loaded.model.named_parameters(), found.config)
+    estimate.pass_s(found, estimate.stored_image(found)[None])
+    made.step()
+    kept = sum(one.numel() for state in made.state.values() for one in state.values() if one.ndim)
+    assert kept == moments * weights
+    monkeypatch.setattr(estimate, "IN_MEMORY", 500)
+    assert estimate.memory_bytes(found, 5) == RESIDENT + trained + 2 * 500  # more than that is read when it is needed
+    found.config = found.config.model_copy(update={"device": "cuda"})
+    monkeypatch.setattr(estimate, "untouched", lambda prepared: nullcontext())
+    assert estimate.memory_bytes(found, 5) == 4 * weights + trained  # the images stay in the process
+
+
+@pytest.mark.parametrize(("augment", "kinds"), [("none", 1), ("flip", 2)])
+def test_memory_of_a_probe_is_that_of_its_features(
+    sizes_known: None, saved: Callable[..., Path], augment: str, kinds: int
+) -> None:
+    found = prepare(config(**STORED, model=str(saved()), freeze="backbone", augment=augment, epochs=9))
+    head, features = 16 * 10 + 10, 16 * kinds
+    floats = head * 3 + features * 40 + 3 * 32 * 32 * 16  # a gradient and two moments, images, a batch
+    assert estimate.memory_bytes(found, 5) == RESIDENT + 4 * floats + 60 * IMAGE
+
+
+def test_memory_with_checkpointed_activations_is_their_share_by_the_stage_table(
+    sizes_known: None, saved: Callable[..., Path]
+) -> None:
+    plain, checkpointed = (prepare(config(layers=8, grad_checkpointing=on)) for on in (False, True))
+    spec = shape_of(plain.loaded.model)
+    assert spec is not None
+    more, less = (estimate.memory_bytes(one, 5) for one in (plain, checkpointed))
+    assert more is not None
+    assert less is not None
+    assert 5 * KEPT - (more - less) == 5 * KEPT * kept_bytes(spec, 5, checkpointed=True) // kept_bytes(spec, 5)
+    assert (
+        estimate.memory_bytes(prepare(config(**STORED, model=str(saved("swin")), grad_checkpointing=True)), 5) is None
+    )
+
+
+def test_what_is_kept_is_counted_in_training_mode(prepared: Prepared) -> None:
+    prepared.loaded.model.vit.embeddings.dropout.p = 0.5  # what is dropped is kept for the backward pass
+    prepared.loaded.model.eval()
+    with estimate.untouched(prepared):
+        counted = estimate._kept_counted(prepared, 2)
+        prepared.loaded.model.train()
+        assert counted == estimate._kept_counted(prepared, 2)
+    prepared.config = prepared.config.model_copy(update={"freeze": "backbone"})  # in it nothing is dropped
+    with estimate.untouched(prepared):
+        assert estimate._kept_counted(prepared, 2) < counted
+
+
+# -- precision ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("has", "faster", "processes", "chosen"),
+    [(True, True, 1, "bf16"), (True, False, 1, "fp32"), (False, True, 1, "fp32"), (True, True, 2, "fp32")],
+)
+def test_a_cpu_takes_bf16_where_it_is_measured_to_be_faster(
+    monkeypatch: pytest.MonkeyPatch, has: bool, faster: bool, processes: int, chosen: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr(vitft.hardware.device, "_cpu_has_bf16", lambda: has)
+    rates = {"bf16": 3e11 if faster else 1e11, "fp32": 2e11}
+    monkeypatch.setattr(vitft.hardware.device, "peak_flops", lambda device, precision, seconds: rates[precision])
+    vitft.hardware.device._bf16_is_faster.cache_clear()
+    try:
+        assert vitft.hardware.device.find_precision("auto", "cpu") == chosen
+        assert vitft.hardware.device.find_precision("bf16", "cpu") == "bf16"  # who asks for it gets it
+    finally:
+        vitft.hardware.device._bf16_is_faster.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"device": "cuda:0"}, "device cuda:0: it is cuda, and CUDA_VISIBLE_DEVICES chooses which GPU that is"),
+        ({"device": "gpu"}, "device gpu: not one of auto, cpu, cuda, mps"),
+        ({"precision": "float16"}, "precision float16: not one of auto, fp32, bf16, fp16; choose one of these"),
+    ],
+)
+def test_a_device_or_precision_that_there_is_not_is_named_in_a_library_call(
+    digits_run: Any, given: dict[str, str], said: str
+) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)):
+        evaluate(digits_run.run, **given)  # type: ignore[arg-type]
+    if "device" in given:
+        with pytest.raises(UsageError, match=re.escape(said)):
+            predict("docs/digits", digits_run.run, **given)

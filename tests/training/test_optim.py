@@ -1,0 +1,232 @@
+"""The learning rate as a function of the step, and who decays."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import ViTConfig, ViTForImageClassification
+
+from tests.families import tiny_classifier
+from vitft.config.train import TrainConfig
+from vitft.training.optim import lr_at, make_optimizer, parameter_groups, total_steps
+
+SCHEDULES = ["constant", "linear", "cosine", "step"]
+
+
+def rates(config: TrainConfig, total: int, per_epoch: int) -> list[float]:
+    return [lr_at(step, config, total_steps=total, steps_per_epoch=per_epoch) for step in range(total)]
+
+
+# -- the schedules --------------------------------------------------------------------------------
+
+
+@given(
+    schedule=st.sampled_from(SCHEDULES),
+    lr=st.floats(1e-8, 10),
+    warmup=st.floats(0, 0.99),
+    total=st.integers(1, 300),
+    per_epoch=st.integers(1, 50),
+    decay_epochs=st.floats(0.01, 20),
+)
+def test_a_rate_is_above_0_and_at_most_the_peak(
+    schedule: str, lr: float, warmup: float, total: int, per_epoch: int, decay_epochs: float
+) -> None:
+    config = TrainConfig.parse({"schedule": schedule, "lr": lr, "warmup": warmup, "decay_epochs": decay_epochs})
+    found = rates(config, total, per_epoch)
+
+    assert all(0 <= rate <= lr * (1 + 1e-12) for rate in found)
+    rising = found[: round(warmup * total)]
+    assert rising == sorted(rising)
+    falling = found[len(rising) :]
+    assert falling == sorted(falling, reverse=True)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@given(warmup=st.floats(0, 0.9), total=st.integers(2, 1000))
+def test_linear_and_cosine_reach_0_just_after_the_last_step(schedule: str, warmup: float, total: int) -> None:
+    config = TrainConfig.parse({"schedule": schedule, "warmup": warmup})
+    last, after = (lr_at(step, config, total_steps=total, steps_per_epoch=10) for step in (total - 1, total))
+
+    assert last > 0
+    assert after == pytest.approx(0, abs=1e-18)
+
+
+def test_warm_up_rises_evenly_and_meets_the_peak() -> None:
+    config = TrainConfig.parse({"schedule": "linear", "warmup": 0.4, "lr": 1.0})
+
+    assert rates(config, 10, 5)[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1 - 1 / 6])
+
+
+def test_a_warm_up_of_the_whole_run_meets_the_peak_at_its_last_step() -> None:
+    assert rates(TrainConfig(lr=1.0, warmup=0.95), 5, 5) == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+def test_cosine_is_half_way_down_in_the_middle() -> None:
+    config = TrainConfig.parse({"schedule": "cosine", "lr": 1.0})
+
+    assert lr_at(50, config, total_steps=100, steps_per_epoch=10) == pytest.approx(0.5)
+    assert lr_at(25, config, total_steps=100, steps_per_epoch=10) == pytest.approx((1 + 2**-0.5) / 2)
+
+
+@pytest.mark.parametrize("per_epoch", [1563, 1407, 7])
+def test_step_is_a_tenth_after_each_epoch_on_its_first_step(per_epoch: int) -> None:
+    """The classic CIFAR-10 run: 2e-5 in the first epoch, 2e-6 in the second."""
+    config = TrainConfig.parse({"schedule": "step", "lr": 2e-5, "epochs": 3})
+    found = rates(config, 3 * per_epoch, per_epoch)
+
+    assert set(found[:per_epoch]) == {2e-5}
+    assert found[per_epoch : 2 * per_epoch] == pytest.approx([2e-6] * per_epoch, rel=1e-12)
+    assert found[2 * per_epoch :] == pytest.approx([2e-7] * per_epoch, rel=1e-12)
+
+
+@pytest.mark.parametrize("warmup", [0.05, 0.3, 0.7])
+def test_step_reaches_its_peak_after_any_warm_up_and_decays_from_there(warmup: float) -> None:
+    config = TrainConfig.parse({"schedule": "step", "lr": 1.0, "warmup": warmup, "decay_epochs": 1})
+    found, warm = rates(config, total=100, per_epoch=10), round(100 * warmup)
+    assert found[warm : warm + 10] == [1.0] * 10
+    assert found[warm + 10] == pytest.approx(0.1)
+    assert max(found[:warm]) < 1.0
+
+
+def test_step_decays_as_often_and_as_much_as_it_is_told() -> None:
+    config = TrainConfig.parse({"schedule": "step", "lr": 1.0, "decay_epochs": 0.5, "decay_factor": 0.5})
+
+    assert rates(config, 8, 4) == [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]
+    for often in (0.25, 0.01):  # at every step, which is as often as can be
+        config = config.model_copy(update={"decay_epochs": often})
+        assert rates(config, 4, 4) == [1, 0.5, 0.25, 0.125]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"epochs": 3}, 30),
+        ({"epochs": 0.25}, 3),  # a part of a step is a step
+        ({"epochs": 0.3}, 3),  # and 0.3 * 10 is three, not 3.0000000000000004
+        ({"epochs": 1e-6}, 1),
+        ({"epochs": 3, "max_steps": 7}, 7),
+        ({"epochs": 0.5, "max_steps": 7}, 5),
+    ],
+)
+def test_the_steps_of_a_run(settings: dict[str, float], expected: int) -> None:
+    assert total_steps(TrainConfig.parse(settings), steps_per_epoch=10) == expected
+
+
+# -- parameter groups -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def vit() -> ViTForImageClassification:
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=3))
+
+
+def names(model: torch.nn.Module, group: dict[str, object]) -> set[str]:
+    members = {id(p) for p in group["params"]}  # type: ignore[attr-defined]
+    return {name for name, p in model.named_parameters() if id(p) in members}
+
+
+def test_biases_norms_tokens_and_positions_do_not_decay(vit: ViTForImageClassification) -> None:
+    decayed, spared = parameter_groups(vit.named_parameters(), 0.05)
+
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
+    matrices = {
+        name
+        for name in names(vit, decayed)
+        if name.startswith("vit.embeddings") or "layer.0." in name or ".layers.0." in name
+    }
+    assert all(name.endswith(".weight") and "norm" not in name for name in matrices)
+    assert "vit.embeddings.patch_embeddings.projection.weight" in matrices
+    assert len(matrices) == 7  # projection; query, key, value, output; two of the MLP
+    assert "classifier.weight" in names(vit, decayed)
+    assert {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings", "classifier.bias"} <= names(vit, spared)
+    assert all("norm" in name or name.endswith("bias") or "embeddings" in name for name in names(vit, spared))
+
+
+# Of each family what has decay, with one number for all in a stack; every other parameter has none.
+_ATTENTION = {f"layers.N.attention.{name}_proj.weight" for name in "qkvo"}
+_MLP = {"layers.N.mlp.fc1.weight", "layers.N.mlp.fc2.weight"}
+_PATCHES = {"embeddings.patch_embeddings.projection.weight"}
+_SWIN = "encoder.layers.N.blocks.N."
+_LEVIT = "encoder.stages.N.layers.N."
+_TWO = {f"encoder.layers.N.self_attn.{name}_proj.weight" for name in ("q", "k", "v", "out")}
+_TWO |= {"encoder.layers.N.mlp.fc1.weight", "encoder.layers.N.mlp.fc2.weight", "embeddings.patch_embedding.weight"}
+DECAYED = {
+    "vit": _PATCHES | _ATTENTION | _MLP,
+    "deit": _PATCHES | _ATTENTION | _MLP,
+    "beit": _PATCHES | _ATTENTION | _MLP,
+    "data2vec-vision": _PATCHES | {
+        f"encoder.layer.N.{name}.weight" for name in ("attention.attention.query", "attention.attention.key",
+        "attention.attention.value", "attention.output.dense", "intermediate.dense", "output.dense")},
+    "vit_msn": _PATCHES | _ATTENTION | _MLP,
+    "clip": _TWO,
+    "siglip": _TWO | {f"head.{name}" for name in ("attention.in_proj_weight", "attention.out_proj.weight",
+                                                  "mlp.fc1.weight", "mlp.fc2.weight")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [*DECAYED, "dinov2_with_registers", "swinv2", "levit"])
+def test_weight_matrices_decay_and_nothing_else_in_each_family(family: str) -> None:
+    """Tokens, registers, tables of positions, scales and biases, by their names, have none."""
+    model = tiny_classifier(family, head=1 if family in ("deit", "levit") else 0)
+    groups = parameter_groups(model.named_parameters(), 0.05)
+    decayed, spared = (
+        {re.sub(r"\.\d+", ".N", name) for name in names(model, group)} for group in groups
+    )  # fmt: skip
+
+    spares = r"(bias|biases|norm\S*\.weight|_token|_tokens|position_embeddings|position_embedding\.weight|table|scale|"
+    spares += r"lambda_?\d?|lambda1|probe|class_embedding|attention_biases|\.N\.weight|"
+    spares += r"batch_norm\S*weight|position_bias_mlp\S*)$"
+    assert all(re.search(spares, name) for name in spared), sorted(n for n in spared if not re.search(spares, n))
+    told = {"dinov2_with_registers": {"register_tokens", "cls_token", "position_embeddings", "lambda1"},
+            "swinv2": {"logit_scale", "continuous_position_bias_mlp.N.weight"},
+            "levit": {"attention_biases"}, "deit": {"distillation_token", "cls_token", "position_embeddings"},
+            "beit": {"relative_position_bias_table", "lambda_1", "cls_token"},
+            "clip": {"position_embedding.weight", "class_embedding"},
+            "siglip": {"position_embedding.weight", "probe"}}.get(family, set())  # fmt: skip
+    assert all(any(name.endswith(one) for name in spared) for one in told)
+    heads = {name for name in decayed if "classifier" in name}
+    assert heads
+    bodies = {name.split(".", 1)[1] for name in decayed - heads}
+    if family in DECAYED:
+        assert bodies == DECAYED[family]
+    modules = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        layer = modules[name.rpartition(".")[0]]
+        product = isinstance(layer, torch.nn.Linear | torch.nn.Conv2d | torch.nn.MultiheadAttention)
+        if re.sub(r"\.\d+", ".N", name) in decayed:
+            assert product, name
+            assert parameter.ndim > 1
+        elif product and parameter.ndim > 1:
+            assert "position_bias_mlp" in name
+
+
+def test_every_trainable_parameter_is_in_exactly_one_group(vit: ViTForImageClassification) -> None:
+    vit.vit.embeddings.requires_grad_(False)
+    grouped = [id(p) for group in parameter_groups(vit.named_parameters(), 0.05) for p in group["params"]]
+
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(p) for p in vit.parameters() if p.requires_grad}
+
+
+def test_a_head_alone_has_its_two_parameters(vit: ViTForImageClassification) -> None:
+    vit.vit.requires_grad_(False)
+    groups = parameter_groups(vit.named_parameters(), 0.05)
+
+    assert [names(vit, group) for group in groups] == [{"classifier.weight"}, {"classifier.bias"}]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kind", "decay"),
+    [("adamw", torch.optim.AdamW, 0.3), ("adam", torch.optim.Adam, 0.0), ("sgd", torch.optim.SGD, 0.3)],
+)
+def test_the_optimizer_is_the_one_asked_for(
+    vit: ViTForImageClassification, optimizer: str, kind: type, decay: float
+) -> None:
+    made = make_optimizer(vit.named_parameters(), TrainConfig.parse({"optimizer": optimizer, "weight_decay": 0.3}))
+
+    assert type(made) is kind
+    assert max(group["weight_decay"] for group in made.param_groups) == decay
+    assert optimizer != "sgd" or made.param_groups[0]["momentum"] == 0.9

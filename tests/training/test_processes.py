@@ -1,0 +1,162 @@
+"""Real processes: signalled, and several at once. What counts is what they leave behind."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from tests.forked import HANGS_S, LONGER, ended, finish_two, flags, start, steps_done, wait_for_step
+from tests.training.test_trainer import assert_same_weights, config, lines
+from vitft import evaluate, train
+from vitft.checkpoints.checkpoint import is_run, newest_whole, read_state
+from vitft.data.loader import EvalLoader
+from vitft.evaluation import evaluation
+from vitft.training.trainer import resume
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    run = tmp_path / "run"
+    process = start("train", *flags(save_every=1000), "--output", str(run), log=tmp_path / "log")
+    wait_for_step(process.is_alive, run, 12)
+    os.kill(process.pid, number)
+    assert ended(process) == code
+    said = (tmp_path / "log").read_text()
+    assert f"vitft train --resume {run}" in said.replace("\n", " ")
+    assert "Traceback" not in said
+    saved = [folder.name for folder in (run / "checkpoints").iterdir()]
+    assert len(saved) == 1
+    assert steps_done(run) == int(saved[0].removeprefix("step-"))  # no step is lost
+    whole = train(config(**LONGER | {"save_every": 1000}), output=tmp_path / "whole").run
+    assert_same_weights(whole / "last", resume(run).run / "last")
+
+
+FROZEN = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp")) | {
+    "from_scratch": False, "freeze": "backbone", "augment": "flip", "epochs": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("other", [{"augment": "crop"}, FROZEN], ids=["crops", "probe"])
+def test_two_processes_train_as_one_does(tmp_path: Path, other: dict[str, object]) -> None:
+    """The same samples and augmentations in every step; losses equal up to the order of sums."""
+    # A batch of 9 is shared unevenly, 70 images leave a tail of 7, and 50 evaluated ones two shards.
+    changes = {"batch_size": 9, "max_train_samples": 70, "save_every": None, "max_eval_samples": 49} | other
+    one = train(config(**changes), output=tmp_path / "one").run
+    two = tmp_path / "two"
+    (first, said), (second, silent) = finish_two("train", *flags(**changes), "--output", str(two), log=tmp_path / "log")
+    assert (first, second) == (0, 0), (said, silent)
+    assert is_run(two)
+    assert said.count("test accuracy") == 1
+    assert silent == ""  # one process speaks
+    for a, b in zip(lines(one), lines(two), strict=True):
+        assert a["step"] == b["step"]
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a.get("count") == b.get("count")
+    mine, theirs = (load_file(run / "last" / "model.safetensors") for run in (one, two))
+    assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 1e-4
+    assert evaluate(two).count == 49
+
+
+def test_a_run_of_two_processes_that_loses_one_goes_on_as_one(tmp_path: Path) -> None:
+    """Batches depend on the step alone, so the number of processes may change. Here torchrun itself starts them."""
+    run = tmp_path / "run"
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+             "-m", "vitft", "train", *flags(), "--output", str(run)]  # fmt: skip
+    own = os.environ | {"TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=own)
+    wait_for_step(lambda: process.poll() is None, run, 12)
+    workers = psutil.Process(process.pid).children()
+    next(worker for worker in workers if worker.environ().get("RANK") == "1").kill()
+    assert process.wait(HANGS_S) != 0  # the other one does not go on alone
+    assert not psutil.wait_procs(workers, HANGS_S)[1]
+    assert steps_done(run) < 80
+    whole = train(config(**LONGER), output=tmp_path / "whole").run
+    resume(run)
+    for a, b in zip(lines(whole), lines(run), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-3)
+
+
+def test_a_run_of_one_process_goes_on_as_two(tmp_path: Path) -> None:
+    """The reverse; every step has the same samples, so the losses agree up to the order of sums."""
+    run = tmp_path / "run"
+    process = start("train", *flags(), "--output", str(run), log=tmp_path / "log")
+    wait_for_step(process.is_alive, run, 12)
+    process.kill()
+    process.join()
+    both = finish_two("train", "--resume", str(run), log=tmp_path / "log")
+    assert [code for code, _ in both] == [0, 0], both
+    whole = train(config(**LONGER), output=tmp_path / "whole").run
+    for a, b in zip(lines(whole), lines(run), strict=True):
+        assert a["step"] == b["step"]
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+
+
+def signalled(folder: str) -> None:
+    """The second of two processes is told to stop after its first batch of a validation; each leaves a file a batch."""
+    evaluation.BATCH, real, rank = 4, EvalLoader.__iter__, os.environ["RANK"]
+
+    def batches(self: EvalLoader) -> Iterator[Any]:
+        for number, batch in enumerate(real(self)):
+            Path(folder, f"batch-{rank}-{number}").touch()
+            yield batch
+            if rank == "1" and number == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    EvalLoader.__iter__ = batches  # type: ignore[method-assign]
+
+
+def killed_in_a_save() -> None:
+    """The first of two processes dies in the middle of saving step 4."""
+    real, done = os.fsync, list[bool]()
+
+    def fsync(handle: int) -> None:
+        done.append("step-000004" in str(Path(f"/proc/self/fd/{handle}").readlink()))
+        if os.environ["RANK"] == "0" and sum(done) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(handle)
+
+    os.fsync = fsync
+
+
+def test_two_processes_break_a_validation_off_together(tmp_path: Path) -> None:
+    """One is told to stop after its first batch; of 49 images the other has one batch more than it."""
+    changes = {"max_eval_samples": 49, "max_train_samples": 64, "save_every": 100}
+    words = ["train", *flags(**changes), "--output", str(tmp_path / "run")]
+    both = finish_two(*words, log=tmp_path / "log", before=partial(signalled, str(tmp_path)))
+    assert [code for code, _ in both] == [143, 143], both
+    said = " ".join(both[0][1].split())
+    assert "stopped by SIGTERM at step 8 of 16; everything is saved" in said, said[-2000:]
+    assert len(list(tmp_path.glob("batch-1-*"))) < 6  # of six
+    assert len(list(tmp_path.glob("batch-0-*"))) < 6  # of seven
+    folder, passed = newest_whole(tmp_path / "run")
+    assert folder is not None
+    assert passed == []
+    assert read_state(folder).validation_due
+    whole = train(config(**LONGER | changes), output=tmp_path / "whole").run
+    resume(tmp_path / "run")
+    for a, b in zip(lines(whole), lines(tmp_path / "run"), strict=True):
+        assert (a["step"], a["split"]) == (b["step"], b["split"])
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+
+
+def test_a_process_that_is_killed_in_the_middle_of_a_save_costs_nothing_that_was_saved(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["train", *flags(max_steps=8, save_every=2), "--output", str(run)]
+    first, second = finish_two(*words, log=tmp_path / "log", before=killed_in_a_save)
+    assert first[0] == -signal.SIGKILL
+    assert second[0] != 0
+    assert list((run / "checkpoints").glob(".step-*.vitft-new")), (first, second)  # it was in the middle of it
+    folder, passed = newest_whole(run)
+    assert folder is not None
+    assert passed == []
+    assert resume(run).step > 0
+    assert read_state(run / "last").step == 8
+    assert not list(run.rglob(".*"))

@@ -1,0 +1,1 @@
+"""The run folder and its checkpoints: whole or absent, verified wherever they are read."""

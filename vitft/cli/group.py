@@ -1,0 +1,74 @@
+"""Where an error becomes one line and an exit code: what every group of commands is made of."""
+
+from traceback import clear_frames
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from vitft.cli.options import name_what_was_meant, with_flags
+from vitft.errors import VitftError, typed_flags
+from vitft.io import console
+
+
+class Group(TyperGroup):
+    """Commands whose errors are one line, with the exit code of their kind."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Typer's own; `--debug` may stand anywhere."""
+        end = args.index("--") if "--" in args else len(args)
+        if "--debug" in args[:end]:  # it may stand anywhere
+            args = ["--debug", *(word for word in args[:end] if word != "--debug"), *args[end:]]
+        return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Typer's own, for help."""
+        return _switches_shown_bare(super().get_params(ctx))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Typer's own; the command gets its flags now."""
+        name, command, rest = super().resolve_command(ctx, args)
+        command = command and with_flags(command)
+        if command is not None:
+            _switches_shown_bare(command.get_params(ctx))
+        return name, command, rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command. Raises typer.Exit with the code of an error, which was said in one line."""
+        try:
+            with typed_flags():
+                return super().invoke(ctx)
+        except VitftError as error:
+            self._debug(ctx)
+            console.fail(str(error))
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            clear_frames(error.__traceback__)  # else Python waits at its end for all that was to be decoded
+            console.fail("interrupted")
+            raise typer.Exit(130) from error
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except OSError as error:
+            self._debug(ctx)
+            console.fail(f"{error.filename or 'a file'}: {error.strerror or error}.")
+            raise typer.Exit(1) from error
+        except Exception as error:
+            if hasattr(error, "show"):  # wrong usage: Typer shows it, in a box of its own
+                name_what_was_meant(error)
+                raise
+            self._debug(ctx)
+            console.fail(f"{type(error).__name__}: {error} (unexpected; `vitft --debug ...` shows where)")
+            raise typer.Exit(1) from error
+
+    @staticmethod
+    def _debug(ctx: Any) -> None:
+        if ctx.find_root().params.get("debug"):
+            console.traceback()
+
+
+def _switches_shown_bare(options: list[Any]) -> list[Any]:
+    """Options that take no value, without the `<bool>` that Typer's help puts beside them."""
+    for option in options:
+        if getattr(option, "is_flag", False):
+            option.metavar = ""
+    return options

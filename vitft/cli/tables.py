@@ -1,0 +1,235 @@
+"""What the commands show when they are done: text and tables, at most 80 columns wide."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from vitft.io.console import interval, percent, safe, size
+from vitft.io.paths import shown
+
+LISTED_CLASSES = 30  # Up to so many classes, each has its row in the report.
+CROSSED_CLASSES = 12  # Up to so many, the whole confusion matrix fits 80 columns.
+
+
+def metrics_report(metrics: Any) -> RenderableType:
+    """A `vitft.evaluation.metrics.Metrics` as text and tables, at most 80 columns wide."""
+    low, high = (100 * bound for bound in metrics.accuracy_interval)
+    headline = Text.assemble(
+        "accuracy ",
+        (percent(metrics.accuracy), "bold"),
+        f" (95 % interval {low:.1f}–{high:.1f}) on {metrics.count} images of {safe(metrics.split)}",
+        (f" [{metrics.split_hash[:8]}]", "dim"),
+    )
+    top5 = f"top-5 {percent(metrics.top5)}, " if len(metrics.per_class) > 5 else ""  # of five, always all
+    rest = Text(
+        f"{top5}loss {metrics.loss:.4f}, macro F1 {percent(metrics.macro_f1)}, {metrics.images_per_s:.0f} images/s"
+    )
+    few = len(metrics.per_class) <= CROSSED_CLASSES
+    confusion = _confusion_table(metrics.confusion) if few else _mistakes_table(metrics)
+    return Group(headline, rest, "", *_class_table(metrics), "", *confusion)
+
+
+def _class_table(metrics: Any) -> list[RenderableType]:
+    """Precision, recall, F1 and count of every class; of many classes, of the ten with the lowest F1."""
+    rows, title = metrics.per_class, []
+    if len(rows) > LISTED_CLASSES:
+        title = [f"The 10 lowest F1 of {len(rows)} classes (--json has them all):"]
+        rows = sorted((row for row in rows if row.count), key=lambda row: row.f1)[:10]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("class", no_wrap=True, overflow="ellipsis", max_width=36)
+    for name in ("precision", "recall", "F1", "count"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:  # a class without an image has no scores
+        scores = (percent(score) if row.count else "–" for score in (row.precision, row.recall, row.f1))
+        table.add_row(Text(safe(row.label)), *scores, str(row.count))
+    return [*title, table]
+
+
+def _confusion_table(confusion: Mapping[str, Any]) -> list[RenderableType]:
+    """The confusion matrix; a column's head is the start of its class's name."""
+    labels, matrix = confusion["labels"], confusion["matrix"]
+    digits = len(str(max(map(max, matrix))))
+    room = max(digits, min(14, 62 // len(labels) - 1))  # 18 of 80 for the rows' names; 1 between columns.
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True, overflow="ellipsis", max_width=min(16, 79 - len(labels) * (room + 1)))
+    for label in labels:
+        head = Text(safe(label), no_wrap=True, overflow="crop")
+        table.add_column(head, justify="right", no_wrap=True, max_width=room)
+    for i, (label, counts) in enumerate(zip(labels, matrix, strict=True)):
+        cells = (Text(str(n) if n else "·", "bold" if i == j else "") for j, n in enumerate(counts))
+        table.add_row(Text(safe(label)), *cells)
+    return ["Confusion (rows are true classes, columns predicted ones):", table]
+
+
+def _mistakes_table(metrics: Any) -> list[RenderableType]:
+    """The ten most frequent confusions, as `cat → dog 34`."""
+    labels = [row.label for row in metrics.per_class]
+    cells = (cell for cell in metrics.cells.tolist() if cell[0] != cell[1])
+    worst = sorted(cells, key=lambda cell: -cell[2])[:10]
+    if not worst:
+        return ["No image was taken for another class."]
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name in ("true", "predicted"):
+        table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=34)
+    table.add_column("images", justify="right", no_wrap=True)
+    for i, j, count in worst:
+        table.add_row(Text(safe(labels[i])), Text(f"→ {safe(labels[j])}"), str(count))
+    return ["Most frequent confusions (true → predicted, images):", table]
+
+
+def training_report(result: Any) -> str:
+    """The last lines of a run: score, checkpoint, next command."""
+    lines = [interval(score) for score in result.scores.values()] or ["no split to score it on: it was not evaluated"]
+    lines.append(f"{result.checkpoint.name} checkpoint: {result.checkpoint} (step {result.step})")
+    if (speed := result.speed) is not None:
+        of_peak = f", {percent(speed.mfu, 0)} of this machine's {speed.precision} peak" if speed.mfu is not None else ""
+        help_ = f"; {speed.remedy}" if speed.remedy else ""
+        waited = f"{percent(speed.data_wait, 0)} of the time waiting for data"
+        lines.append(f"{speed.images_per_s:,.0f} images/s, {waited}{of_peak}{help_}")
+    return "\n".join(
+        [*lines, f"next: vitft eval {shlex.quote(str(result.run))}{'' if result.scores else ' --split train'}", ""]
+    )
+
+
+def plan_report(groups: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> RenderableType:
+    """What a run would do, before it does it: titled groups of names and values."""
+    table = Table.grid(padding=(0, 2))
+    for number, (title, rows) in enumerate(groups):
+        if number:
+            table.add_row()
+        table.add_row(Text(title, "bold"))
+        for name, value in rows:
+            table.add_row(Text(f"  {name}"), Text(safe(value)))
+    return table
+
+
+def data_report(described: Mapping[str, Any]) -> RenderableType:
+    """A data set: splits, counts, sizes, and its classes."""
+    head = Text.assemble((safe(described["name"]), "bold"), f", {len(described['labels'])} classes")
+    if described.get("revision"):
+        head.append(f", commit {described['revision'][:12]}", "dim")
+    splits = Table(box=None, pad_edge=False)
+    for name in ("split", "images", "smallest", "median", "largest", "formats"):
+        splits.add_column(name, justify="right" if name == "images" else "left")
+    for split in described["splits"]:
+        sizes = [f"{w}×{h}" if (wh := (split["sizes"] or {}).get(k)) and (w := wh[0]) and (h := wh[1]) else "-"
+                 for k in ("smallest", "median", "largest")]  # fmt: skip
+        formats = ", ".join(split["formats"]) + (f" ({split['unreadable']} unreadable)" if split["unreadable"] else "")
+        splits.add_row(Text(safe(split["name"])), f"{split['count']:,}", *sizes, formats)
+    classes = Table(box=None, pad_edge=False)
+    classes.add_column("class", no_wrap=True, overflow="ellipsis", max_width=40)
+    for split in described["splits"]:
+        classes.add_column(Text(safe(split["name"])), justify="right")
+    shown = described["labels"][:LISTED_CLASSES]
+    for label in shown:
+        counts = (str(split["classes"].get(label, 0)) for split in described["splits"])
+        classes.add_row(Text(safe(label)), *counts)
+    more = len(described["labels"]) - len(shown)
+    rest = [f"... and {more} more classes (--json has all)"] if more else []
+    told = [Text(safe(sentence)) for sentence in described.get("decisions", ())]
+    told += [Text(safe(f"warning: {sentence}"), "yellow") for sentence in described.get("warnings", ())]
+    return Group(head, *told, "", splits, "", classes, *rest)
+
+
+def bench_report(found: Mapping[str, Any]) -> RenderableType:
+    """What `vitft.training.bench.bench` measured: the rate, where a step's time goes, and the limit."""
+    settings, rate = found["settings"], found["images_per_s"]
+    head = Text.assemble(
+        (f"{rate['median']:,.0f} images/s", "bold"),
+        f" ({rate['min']:,.0f} to {rate['max']:,.0f} in {found['steps']} steps of {settings['batch_size']})\n"
+        f"{found['what']}: {safe(settings['model'])} at {settings['image_size']} px, {safe(settings['dataset'])}, "
+        f"augment {settings['augment']}, {settings['device']}, {settings['precision']}\n",
+    )
+    table = Table(box=None, pad_edge=False)
+    for name in ("part", "ms a step", "least", "most", "share"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+    whole = sum(part["median"] for part in found["ms_per_step"].values())
+    for name, part in found["ms_per_step"].items():
+        table.add_row(name, *(f"{part[key]:.2f}" for key in ("median", "min", "max")), percent(part["median"] / whole))
+    lines = [f"decoding, once: {found['decode_images_per_s']:,.0f} images/s"]
+    if "data_wait" in found:
+        lines.append(f"time before the model has its input: {percent(found['data_wait'])}")
+    if found.get("peak_flops_per_s"):
+        peak = f"{found['peak_flops_per_s'] / 1e9:,.0f} GFLOP/s of a large {settings['precision']} product here"
+        reached = ""
+        if found["mfu"]:
+            rate = found["flops_per_s"] / 1e9
+            reached = f"{rate:,.{0 if rate >= 10 else 2}f} GFLOP/s, {percent(found['mfu'])} of the "
+        lines.append(f"{reached}{peak}")
+    memory = found["peak_memory_bytes"]
+    on_device = f", {size(memory['device'])} on the device" if memory["device"] else ""
+    lines.append(f"peak memory: {size(memory['process'])} of the process{on_device}")
+    return Group(head, table, Text("\n" + "\n".join(lines)))
+
+
+def predictions_report(predictions: Sequence[Any]) -> RenderableType:
+    """One row an image: its classes, best first, each with its probability."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("image", overflow="fold")
+    table.add_column("prediction", overflow="fold")
+    for one in predictions:
+        best = Text("  ").join(
+            Text(f"{safe(label)} {percent(score)}", "bold" if place == 0 else "")
+            for place, (label, score) in enumerate(one.top)
+        )
+        table.add_row(Text(safe(one.path)), Text(f"error: {safe(one.error)}", "red") if one.error else best)
+    return table
+
+
+def recipe_table(recipes: Sequence[Any]) -> RenderableType:
+    """The recipes that come with vitft; the textbook's are marked, for another command takes them."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("what it does")
+    for one in recipes:
+        mark = "Textbook (vitft scratch train): " if one.textbook else ""
+        table.add_row(Text(one.name, "bold"), Text.assemble((mark, "cyan"), one.summary))
+    return table
+
+
+LISTED_FINDINGS = 5  # of a kind
+
+
+def check_report(findings: Sequence[Any], kinds: Mapping[str, tuple[str, str]], images: int) -> RenderableType:
+    """What the doctor found: a line a kind, its first few findings, and a verdict."""
+    colors = {"error": "red", "warning": "yellow", "note": "cyan"}
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right")
+    table.add_column()
+    for kind, (severity, meaning) in kinds.items():
+        alike = [one for one in findings if one.kind == kind]
+        if not alike:
+            continue
+        table.add_row(Text(kind, colors[severity]), Text(f"{len(alike):,}", "bold"), Text(meaning, "dim"))
+        for one in alike[:LISTED_FINDINGS]:
+            table.add_row("", "", Text.assemble(safe(one.place), (f"  {safe(one.detail)}", "dim")))
+        if len(alike) > LISTED_FINDINGS:
+            table.add_row(
+                "", "", Text(f"... {len(alike) - LISTED_FINDINGS:,} more; --json or --html lists them", "dim")
+            )
+    counts = {severity: sum(one.severity == severity for one in findings) for severity in colors}
+    told = ", ".join(f"{count:,} {name}{'' if count == 1 else 's'}" for name, count in counts.items() if count)
+    verdict = Text(f"{images:,} images: {told or 'nothing is wrong with them'}", "bold")
+    return Group(table, Text(), verdict) if findings else verdict
+
+
+def cache_table(entries: Sequence[Any], folder: Path) -> RenderableType:
+    """Decoded photos that are kept, and what they take together."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("images of", style="bold")
+    for name in ("images", "size", "last used"):
+        table.add_column(name, justify="right")
+    for one in entries:
+        used = datetime.fromtimestamp(one.used).strftime("%Y-%m-%d %H:%M")
+        table.add_row(safe(one.name), f"{one.images:,}", size(one.size), used)
+    rest = Text(
+        f"{size(sum(one.size for one in entries))} in {shown(folder)}; vitft data cache clear removes it", "dim"
+    )
+    return Group(table, rest)

@@ -1,0 +1,174 @@
+"""Data sets that come as arrays of pixels: scikit-learn's digits and the original CIFAR batches."""
+
+import io
+import pickle
+import pickletools
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from PIL import Image
+
+from vitft.data.sampling import stratified
+from vitft.data.sources.schema import image_structs, make_split
+from vitft.errors import DataError
+
+_SIDE = 32  # pixels, of every CIFAR image
+
+
+def read_digits() -> dict[str, datasets.Dataset]:
+    """Read scikit-learn's 1,797 handwritten digits, 8x8 gray; a fixed stratified 20 % of them is test."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.floor(digits.images * 255 / 16 + 0.5).astype(np.uint8)  # stored as 0..16
+    labels = digits.target.astype(np.int64)
+    test = stratified(labels, np.arange(len(labels), dtype=np.uint64), round(len(labels) / 5), 0, "digits test")
+    names = [str(name) for name in digits.target_names]
+    return {
+        split: make_split(image_structs(pa.array([_png(image) for image in images[mask]])), labels[mask], names)
+        for split, mask in (("train", ~test), ("test", test))
+    }
+
+
+def cifar_folder(root: Path) -> Path | None:
+    """The folder of original CIFAR-10 or CIFAR-100 batches: the root, or the one its archive unpacks to."""
+    for folder in (root, root / "cifar-10-batches-py", root / "cifar-100-python"):
+        if (folder / "data_batch_1").is_file() or ((folder / "train").is_file() and (folder / "meta").is_file()):
+            return folder
+    return None
+
+
+def read_cifar(folder: Path, label_column: str | None = None) -> dict[str, datasets.Dataset]:
+    """Read the original python batches; of CIFAR-100 the fine labels, or `coarse_label` if asked for.
+
+    Raises DataError for a batch that holds anything but numbers, names and one array.
+    """
+    if (folder / "data_batch_1").is_file():
+        key, meta, names_key = b"labels", folder / "batches.meta", b"label_names"
+        parts = {"train": sorted(folder.glob("data_batch_[0-9]")), "test": [folder / "test_batch"]}
+    else:
+        kind = b"coarse_label" if label_column in ("coarse_label", "coarse_labels") else b"fine_label"
+        key, meta, names_key = kind + b"s", folder / "meta", kind + b"_names"
+        parts = {"train": [folder / "train"], "test": [folder / "test"]}
+    names = _names(meta, names_key) if meta.is_file() else None
+    splits = {}
+    for split, files in parts.items():
+        batches = [_batch(file, key) for file in files if file.is_file()]
+        if batches:
+            images = np.concatenate([images for images, _ in batches])
+            labels = np.concatenate([labels for _, labels in batches])
+            if names is not None and labels.max(initial=0) >= len(names):
+                raise DataError(f"{folder}: label {labels.max()} but only {len(names)} class names in {meta.name}.")
+            splits[split] = make_split(image_structs(_ppm(images)), labels, names)
+    return splits
+
+
+def _names(meta: Path, key: bytes) -> list[str]:
+    names = _unpickle(meta).get(key)
+    if not isinstance(names, list) or not all(isinstance(name, bytes | str) for name in names):
+        raise DataError(f"{meta} holds no {key.decode()}; unpack the archive again.")
+    return [name.decode() if isinstance(name, bytes) else name for name in names]
+
+
+def _batch(file: Path, key: bytes) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images (n, 32, 32, 3) and labels (n,) of one batch; the file stores whole colour planes."""
+    content = _unpickle(file)
+    try:
+        data, labels = np.asarray(content[b"data"]), np.asarray(content[key], np.int64)
+        if data.dtype != np.uint8 or labels.min(initial=0) < 0 or len(labels) != len(data):
+            raise ValueError(f"{len(data)} images of {data.dtype} and {len(labels)} labels")
+        return data.reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1), labels
+    except (KeyError, ValueError, TypeError) as error:
+        raise DataError(f"{file} is no CIFAR batch: {error!r}; unpack the archive again.") from error
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads what CIFAR batches hold: dictionaries, lists, bytes, numbers and plain NumPy arrays of bytes."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="bytes")
+        self._left = len(data)  # bytes that texts may come to: each stands in the file
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Give out what makes an array of bytes and nothing else: a pickle may otherwise name any function to call."""
+        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            return _no_array
+        if (module, name) == ("numpy", "ndarray"):
+            return name  # an argument of the above; called by itself it would make an array of any size
+        if (module, name) == ("numpy", "dtype"):
+            return _byte
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
+            return self._latin1
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR batch needs")
+
+    def _latin1(self, text: str, encoding: str = "latin1") -> bytes:
+        self._left -= len(text)
+        if self._left < 0:
+            raise pickle.UnpicklingError("it has more text than bytes")
+        return text.encode("latin1")
+
+
+def _no_array(kind: str, shape: tuple[int, ...], code: bytes) -> NDArray[np.uint8]:
+    return np.empty(0, np.uint8)  # what it holds, and its shape, comes next, and has to be in the file
+
+
+def _byte(code: str | bytes, align: bool = False, copy: bool = True) -> np.dtype[Any]:
+    if code not in ("u1", "|u1", b"u1", b"|u1"):
+        raise pickle.UnpicklingError(f"its array holds {code!r}, and images are made of bytes")
+    return np.dtype("u1", False, True)
+
+
+_LARGEST = 500_000_000  # bytes; CIFAR-100's has 155 million
+_OPERATIONS = 3_000_000  # of at most 72 bytes each, an empty dictionary and a place for it; CIFAR-100's has 300,000
+
+
+def _check_pickle(data: bytes) -> None:
+    """Raise UnpicklingError for a pickle that would take much more memory than its bytes.
+
+    Its memo is a list as long as the largest number in it, and a bytearray is made as long as it says.
+    """
+    most = 0
+    for count, (operation, argument, _) in enumerate(pickletools.genops(data), 1):
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            most = max(most, int(argument or 0))
+        if most > count or count > _OPERATIONS or operation.name == "BYTEARRAY8":
+            raise pickle.UnpicklingError("it asks for more memory than a batch of its size needs")
+
+
+def _unpickle(file: Path) -> dict[bytes, Any]:
+    try:
+        if (length := file.stat().st_size) > _LARGEST:
+            raise pickle.UnpicklingError(f"it has {length:,} bytes, over {_LARGEST:,}")
+        data = file.read_bytes()
+        _check_pickle(data)
+        content = _Unpickler(data).load()
+    except OSError:
+        raise
+    except Exception as error:  # a broken or hostile pickle makes the unpickler raise almost anything
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{file} is no CIFAR batch: {reason}; unpack the archive again.") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{file} is no CIFAR batch: it holds {type(content).__name__}; unpack the archive again.")
+    # Python 3 writes str keys where Python 2 wrote bytes.
+    return {key.encode() if isinstance(key, str) else key: value for key, value in content.items()}
+
+
+def _ppm(images: NDArray[np.uint8]) -> pa.Array:
+    """(n, 32, 32, 3) as uncompressed PPM files: lossless, and made for all images at once."""
+    head = np.frombuffer(f"P6 {_SIDE} {_SIDE} 255\n".encode(), np.uint8)
+    files = np.empty((len(images), len(head) + images[0].size if len(images) else 0), np.uint8)
+    files[:, : len(head)] = head
+    files[:, len(head) :] = images.reshape(len(images), -1)
+    offsets = np.arange(len(files) + 1, dtype=np.int32) * files.shape[1]
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(files))]
+    return pa.Array.from_buffers(pa.binary(), len(files), buffers)
+
+
+def _png(image: NDArray[np.uint8]) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "PNG")
+    return stream.getvalue()

@@ -1,0 +1,1 @@
+"""Scores and predictions of a trained model, and which images it may be scored on."""

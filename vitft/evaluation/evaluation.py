@@ -1,0 +1,177 @@
+"""Score a model on a split: during a run, or a finished checkpoint from its folder."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from vitft.checkpoints.checkpoint import find_model
+from vitft.checkpoints.metadata import read_card
+from vitft.config.train import TrainConfig
+from vitft.data.loader import Batches, EvalLoader
+from vitft.data.sources.schema import Reading
+from vitft.data.sources.source import ALIASES, DIGITS, Source, source_of
+from vitft.data.splits import Split
+from vitft.data.store import Skipped, decode_all
+from vitft.errors import DataError, ModelError, UsageError
+from vitft.evaluation.held_out import choose_split
+from vitft.evaluation.metrics import Metrics, score
+from vitft.hardware.device import find_device, find_precision, threads
+from vitft.io import console
+from vitft.io.paths import absolute, composed, expanded
+from vitft.models.load import load_trained, read_config
+
+NO_CLASS = -1  # in the loss, of an image whose class the model does not have
+BATCH = 64  # images of a forward pass: it keeps no activations, so this fits wherever training does
+Progress = Callable[[int, int], None]
+"""Called with the number done and the number in all."""
+
+
+def measure(
+    model: Any, loader: Batches, labels: Sequence[str], split: Split,
+    *, others: Sequence[str] = (), gather: Callable[[list[Any]], list[Any]] = lambda parts: parts,
+    progress: Progress = lambda done, count: None,
+) -> Metrics:  # fmt: skip
+    """Score the model on this loader's images, joined over all processes by `gather`.
+
+    `labels` are the model's; `others` those of images that it has no class for (see `matched`).
+    """
+    model.eval()
+    started = time.perf_counter()
+    tops, losses, truths = [], [], []
+    with torch.no_grad():
+        for number, batch in enumerate(loader, 1):
+            logits = model(pixel_values=batch.pixels).logits.float()
+            tops.append(logits.topk(min(5, len(labels)), dim=1).indices)
+            known = batch.labels.where(batch.labels < len(labels), NO_CLASS)
+            losses.append(F.cross_entropy(logits, known, reduction="none", ignore_index=NO_CLASS))
+            truths.append(batch.labels)
+            progress(number, len(loader))
+    mine = tuple(torch.cat(parts).cpu().numpy() if parts else None for parts in (truths, tops, losses))
+    parts = [part for part in gather([mine]) if part[0] is not None]
+    truth, top, loss = (np.concatenate(column) for column in zip(*parts, strict=True))
+    elapsed_s = time.perf_counter() - started
+    return score(truth, top, loss, labels, others, split=split.name, split_hash=split.hash, elapsed_s=elapsed_s)
+
+
+def evaluate(
+    checkpoint: str | Path, *, dataset: str | None = None, dataset_revision: str | None = None,
+    split: str | None = None, max_eval_samples: int | None = None, batch_size: int = BATCH, device: str = "auto",
+    precision: str | None = None, on_bad_image: str | None = None, max_pixels: int | None = None,
+    image_column: str | None = None, label_column: str | None = None, split_column: str | None = None,
+    fold_column: str | None = None, fold: int | None = None, image_folder: str | None = None,
+    encoding: str | None = None, allow_outside: bool = False, value_range: str | None = None,
+    progress: Progress = lambda done, count: None,
+    report_skipped: Callable[[list[Skipped]], None] = lambda skipped: None,
+) -> Metrics:  # fmt: skip
+    """Score a checkpoint: a run folder, one of its checkpoints, or a Transformers folder or hub id.
+
+    vitft's own checkpoints know their data set and splits; for others name a `dataset`. Without
+    `split` it is test, else validation. Images keep the roles that the run's `splits.json` says they had, also
+    where the data set grew or moved. Raises VitftError; DataError where the checkpoint was trained on what would
+    be scored.
+    """
+    where = find_model(expanded(checkpoint))
+    card = read_card(where) if where.is_dir() else None
+    if dataset is None and (card is None or card.config.dataset is None):
+        if not where.exists():
+            raise ModelError(f"{checkpoint}: no such folder here; if it is a hub id, add --dataset.")
+        read_config(where)  # what is no model at all is said to be none
+        raise UsageError(f"{checkpoint}: it does not say what data it was trained on; add --dataset.")
+    config = card.config if card else TrainConfig()
+    if dataset is not None and (dataset := absolute(dataset, (*ALIASES, DIGITS))) != config.dataset:
+        # What the checkpoint's own data set was read by says nothing of another one.
+        anew = {"dataset_revision", "exclude", *Reading.__dataclass_fields__}
+        config = config.model_copy(update=dict.fromkeys(anew) | {"dataset": dataset, "allow_outside": False})
+    typed = {"dataset_revision": dataset_revision, "max_pixels": max_pixels, "on_bad_image": on_bad_image,
+             "image_column": image_column, "label_column": label_column, "split_column": split_column,
+             "fold_column": fold_column, "fold": fold, "image_folder": image_folder, "encoding": encoding,
+             "value_range": value_range,
+             "allow_outside": allow_outside or None}  # fmt: skip
+    config = config.model_copy(update={name: value for name, value in typed.items() if value is not None})
+    loaded = load_trained(where if where.is_dir() else str(checkpoint))
+    if loaded.scoring != "softmax":
+        raise ModelError(
+            f"{checkpoint}: scores each label by itself ({loaded.scoring}), and accuracy asks for one class an image; "
+            "predict shows its answers, train makes it a head for one class."
+        )
+    how = loaded.preprocess.ranged(config.value_range)
+    source = source_of(config)
+    for warning in source.warnings:
+        console.warn(warning)
+    chosen, own = choose_split(where, card, source, config, split, max_eval_samples)
+    truth, others = matched(chosen.labels, source.labels, loaded.labels, name=str(checkpoint), own=own)
+    skip_bad = config.on_bad_image == "skip"
+    rows = source.splits[chosen.source].select(chosen.rows)
+    store, skipped = decode_all(
+        rows, how, crops=False, max_pixels=config.max_pixels, skip_bad=skip_bad, progress=progress,
+        cache_gb=config.cache_gb, whole=config.check == "full", name=f"{source.name}, {chosen.name}",
+    )  # fmt: skip
+    chosen, truth = without(chosen, skipped, source), np.delete(truth, [s.position for s in skipped])
+    report_skipped(skipped)
+    if unknown := int((truth >= len(loaded.labels)).sum()):
+        console.warn(
+            f"{unknown:,} of {len(truth):,} {chosen.name} images are of classes that the model does not have "
+            f"({listed(others, 5)}): they count as wrong, and are not in the loss"
+        )
+    device = find_device(device)
+    recorded = config.precision if card and config.device == device else "fp32"
+    precision = find_precision(precision or recorded, device)
+    model = loaded.model.to(device)
+    loader = EvalLoader(store, truth, how, batch_size=batch_size, device=torch.device(device))
+    with autocast(device, precision), threads(card.config.threads if card and card.config.device == device else None):
+        return measure(model, loader, loaded.labels, chosen, others=others, progress=progress)
+
+
+def autocast(device: str, precision: str) -> Any:
+    """The context in which matrix products have this precision."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def matched(
+    labels: NDArray[np.int64], given: Sequence[str], known: Sequence[str], *, name: str, own: bool = False
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:  # fmt: skip
+    """Class indices of a data set as the model numbers them, matched by name; and the names of classes beyond those.
+
+    `labels` index the `given` names of the data set; `known` are the model's. Classes that occur and that the model
+    does not have are numbered after its own where the data set is its `own`: it was trained without images of them.
+    Raises DataError where another data set has such images, or none but such.
+    """
+    if tuple(given) == tuple(known):
+        return labels, ()  # also where two classes share a name, as two of ImageNet's do
+    given, known = [composed(label) for label in given], [composed(label) for label in known]
+    position = {label: index for index, label in enumerate(known)}
+    occurs = np.bincount(labels, minlength=len(given)) > 0
+    present = [label for label, there in zip(given, occurs.tolist(), strict=True) if there]
+    others = tuple(dict.fromkeys(label for label in present if label not in position))
+    if others and (not own or not position.keys() & set(present)):
+        raise DataError(
+            f"labels do not match: the data has [{listed(given)}], {name} knows [{listed(known)}]; "
+            "evaluate on data with these classes, or fine-tune on yours."
+        )
+    position |= {label: len(known) + number for number, label in enumerate(others)}
+    return np.array([position.get(label, NO_CLASS) for label in given], np.int64)[labels], others
+
+
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """The first names, and how many there are if there are more."""
+    return ", ".join(names[:most]) + (f", ... ({len(names):,} in all)" if len(names) > most else "")
+
+
+def without(split: Split, skipped: Sequence[Skipped], source: Source) -> Split:
+    """The split less the images that could not be read; its hash names what is left."""
+    if not skipped:
+        return split
+    kept = np.ones(len(split.rows), bool)
+    kept[[s.position for s in skipped]] = False
+    if not kept.any():
+        raise DataError(f"{split.name} split: no readable image is left of {len(split.rows)}.")
+    return split.select(kept, source.labels)

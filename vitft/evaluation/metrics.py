@@ -1,0 +1,141 @@
+"""Scores of a classifier: from (label, best classes, loss) of every image to a `Metrics`.
+
+On several processes the arrays are gathered first and scored on the main one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from math import isfinite, sqrt
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vitft.errors import DataError, ModelError
+
+CROSSED = 1000  # Up to so many classes the confusion matrix is written out; of more, the cells that are not zero.
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """Precision, recall and F1 of one class as fractions, and how many images are of this class."""
+
+    label: str
+    precision: float
+    recall: float
+    f1: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The scores of one model on one named split. Scores and the interval are fractions."""
+
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    top5: float
+    loss: float
+    macro_f1: float
+    count: int
+    split: str
+    split_hash: str
+    images_per_s: float
+    per_class: list[ClassScore]
+    # (k, 3), sorted: a true class, a predicted one, how many images
+    cells: NDArray[np.int64] = field(compare=False, repr=False)
+    others: tuple[str, ...] = ()  # the last of per_class: true classes that the model does not have
+
+    @cached_property
+    def confusion(self) -> dict[str, Any]:
+        """`labels`, and `matrix`: matrix[i][j] counts the images of class labels[i] taken for labels[j].
+
+        Over `CROSSED` classes, in its place, `cells`: rows [i, j, count] of the counts that are not zero.
+        """
+        labels = [row.label for row in self.per_class]
+        if len(labels) > CROSSED:
+            return {"labels": labels, "cells": self.cells.tolist()}
+        matrix = np.zeros((len(labels), len(labels)), np.int64)
+        matrix[self.cells[:, 0], self.cells[:, 1]] = self.cells[:, 2]
+        return {"labels": labels, "matrix": matrix.tolist()}
+
+    def summary(self) -> dict[str, Any]:
+        """The scores of the whole split as plain JSON values, under the names of the fields."""
+        fields = ("accuracy", "accuracy_interval", "top5", "loss", "macro_f1", "count", "split", "split_hash",
+                  "images_per_s")  # fmt: skip
+        return {name: getattr(self, name) for name in fields} | {"accuracy_interval": list(self.accuracy_interval)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary, `per_class` and `confusion`."""
+        return self.summary() | {"per_class": [asdict(row) for row in self.per_class], "confusion": self.confusion}
+
+
+def score(
+    truth: NDArray[np.int64],
+    top: NDArray[np.int64],
+    losses: NDArray[np.floating[Any]],
+    labels: Sequence[str],
+    others: Sequence[str] = (),
+    *,
+    split: str,
+    split_hash: str,
+    elapsed_s: float,
+) -> Metrics:
+    """Score a split of n images: truth is (n,), top (n, k) best class first, losses (n,) in nats.
+
+    k is 5, or the number of classes where there are fewer. `labels` names the classes in the order of
+    their indices. `others` are true classes that the model does not have, numbered after its own: their images are
+    wrong, and are left out of the mean loss. `elapsed_s` is the time that reading and classifying the n images took.
+
+    Raises DataError if n is 0, ModelError if the mean loss is not a finite number, and ValueError if
+    the arrays do not belong together.
+    """
+    count, known, classes = len(truth), len(labels), len(labels) + len(others)
+    if count == 0:
+        raise DataError(f"split {split} has no images to evaluate; name another split")
+    if top.shape != (count, min(5, known)) or losses.shape != (count,):
+        raise ValueError(f"got truth {truth.shape}, top {top.shape}, losses {losses.shape}, {known} labels")
+    if min(truth.min(), top.min()) < 0 or truth.max() >= classes or top.max() >= known:
+        raise ValueError(f"a class index lies outside 0..{classes - 1}, or a prediction outside 0..{known - 1}")
+    from vitft.evaluation.counts import Classification
+
+    with TemporaryDirectory() as folder:  # evaluate makes a folder even when it keeps all in memory.
+        metric = Classification(keep_in_memory=True, cache_dir=folder)
+        found = (top == truth[:, None]).any(axis=1)
+        got = metric.compute(
+            references=truth, predictions=top[:, 0], found=found, losses=losses, classes=classes, known=known
+        )
+    if not isfinite(got["loss"]):
+        raise ModelError(f"loss on {split} is {got['loss']}: the weights or inputs are not finite numbers")
+    columns = (got[name].tolist() for name in ("precision", "recall", "f1", "count"))
+    return Metrics(
+        accuracy=got["correct"] / count,
+        accuracy_interval=wilson_interval(got["correct"], count),
+        top5=got["top5"],
+        loss=got["loss"],
+        macro_f1=got["macro_f1"],
+        count=count,
+        split=split,
+        split_hash=split_hash,
+        images_per_s=count / max(elapsed_s, 1e-9),
+        per_class=[ClassScore(*row) for row in zip((*labels, *others), *columns, strict=True)],
+        cells=got["cells"],
+        others=tuple(others),
+    )
+
+
+def wilson_interval(correct: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The score interval of Wilson (1927) for a share of `correct` in `count`: 95 % for z = 1.96.
+
+    Unlike share ± z·sqrt(p(1-p)/n) it stays within 0..1 and is honest near 0 and 1 and for few images.
+    Raises ValueError unless 0 <= correct <= count and count > 0.
+    """
+    if not 0 <= correct <= count or count == 0:
+        raise ValueError(f"{correct} of {count} is no share")
+    share = correct / count
+    scale = 1 + z**2 / count
+    centre = (share + z**2 / (2 * count)) / scale
+    half = z / scale * sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    # At the ends rounding would leave a crumb.
+    return (0.0 if correct == 0 else centre - half), (1.0 if correct == count else centre + half)

@@ -1,0 +1,195 @@
+"""Files, folders and globs to rows of (path, label, score)."""
+
+import glob
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from vitft.checkpoints.checkpoint import find_model
+from vitft.data.augment import fit, normalize, workers
+from vitft.data.decoder import MAX_PIXELS, BadImage, decode
+from vitft.data.sources.folders import scan, told
+from vitft.errors import DataError, ModelError
+from vitft.hardware.device import find_device, threads
+from vitft.io import console
+from vitft.io.paths import expanded
+from vitft.models.load import Scoring, load_trained
+
+_BATCH = 64
+Given = str | Path | Image.Image | NDArray[Any] | torch.Tensor
+"""What may stand for an image: see `Predictor.__call__`."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An image's classes, best first, each with its probability; or why it could not be read.
+
+    Of a checkpoint for several labels an image, or for one, each probability stands by itself.
+    """
+
+    path: str
+    top: tuple[tuple[str, float], ...] = ()
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in JSON."""
+        if self.error is not None:
+            return {"path": self.path, "error": self.error}
+        return {"path": self.path, "top": [{"label": label, "score": score} for label, score in self.top]}
+
+
+def predict(
+    paths: Sequence[str | Path] | str | Path, checkpoint: str | Path, *, top_k: int = 3, device: str = "auto",
+    max_pixels: int = MAX_PIXELS, value_range: str | None = None,
+) -> list[Prediction]:  # fmt: skip
+    """Classify images, in the order given; an unreadable one gets a row with its error.
+
+    `paths` are files, folders (every image below them) and globs. Raises VitftError for a checkpoint
+    that cannot be used or whose scores are not finite, or when no image is found at all.
+    """
+    given = [paths] if isinstance(paths, str | Path) else paths
+    found = list(find_images(given))
+    predictor = Predictor(checkpoint, device=device, max_pixels=max_pixels, value_range=value_range)
+    return predictor._rows(found, top_k=top_k)
+
+
+class Predictor:
+    """A checkpoint that is loaded once, to classify images as they come.
+
+    >>> predictor = Predictor("runs/digits-vit-micro-1")
+    >>> predictor("docs/digits", top_k=1)[0].top
+
+    `labels` are the names of its classes, in the order of its logits; `preprocess` is how an image becomes its input.
+    """
+
+    def __init__(
+        self, checkpoint: str | Path, *, device: str = "auto", max_pixels: int = MAX_PIXELS,
+        value_range: str | None = None,
+    ) -> None:  # fmt: skip
+        """`checkpoint` is a run, one of its checkpoints, or a Transformers folder or hub id. Raises VitftError."""
+        self.checkpoint, self.max_pixels = checkpoint, max_pixels
+        where = find_model(expanded(checkpoint))
+        loaded = load_trained(where if where.is_dir() else str(checkpoint))
+        self.labels, self.preprocess = loaded.labels, loaded.preprocess.ranged(value_range)
+        self._scoring: Scoring = loaded.scoring
+        self._device = find_device(device)
+        self._model = loaded.model.to(self._device)
+
+    def __call__(self, images: Given | Sequence[Given], *, top_k: int = 3) -> list[Prediction]:
+        """Classify one image or several, in the order given: `top_k` classes each, best first.
+
+        An image is a path (or a folder, or a glob), a PIL image, a uint8 array (H, W) or (H, W, 3), or a tensor
+        (C, H, W) as torchvision has it, uint8 or floats from 0 to 1. An array (B, H, W, 3) or a tensor (B, C, H, W) is
+        a batch. What cannot be read gets a row with its error. Raises DataError for folders without an image, and
+        ModelError where scores are not finite.
+        """
+        single = isinstance(images, str | Path | Image.Image | np.ndarray | torch.Tensor)
+        return self._rows(list(_each([images] if single else images)), top_k=top_k)  # type: ignore[list-item,arg-type]
+
+    def _rows(self, images: "Sequence[str | Image.Image | DataError]", *, top_k: int = 3) -> list[Prediction]:
+        rows: list[Prediction] = []
+        for start in range(0, len(images), _BATCH):
+            part = images[start : start + _BATCH]
+            results = list(workers().map(self._read, part))
+            read = [image for image in results if isinstance(image, torch.Tensor)]
+            pixels = normalize(torch.cat(read).to(self._device), self.preprocess) if read else None
+            scores = torch.empty(0, 1) if pixels is None else _scores(self._model, pixels, self._scoring)
+            if not scores.isfinite().all():
+                raise ModelError(
+                    f"{self.checkpoint}: its scores are not finite, so its weights are broken; use another checkpoint."
+                )
+            tops = _top(scores, top_k)
+            for place, (given, result) in enumerate(zip(part, results, strict=True), start):
+                name = given if isinstance(given, str) else f"image {place}"
+                if isinstance(result, str):
+                    rows.append(Prediction(name, error=result))
+                else:
+                    rows.append(Prediction(name, tuple((self.labels[index], score) for index, score in next(tops))))
+        return rows
+
+    def _read(self, given: "str | Image.Image | DataError") -> torch.Tensor | str:
+        """The model's input before it is normalized, (1, height, width, 3), or why there is none."""
+        if isinstance(given, DataError):
+            return str(given)
+        try:  # fitted at once, so that a batch of photos never lies in memory at full size
+            source: Path | Image.Image = given if isinstance(given, Image.Image) else expanded(given)
+            if isinstance(source, Path) and not source.exists() and glob.has_magic(str(given)):
+                return "matches no file"
+            pixels = decode(source, self.max_pixels, value_range=self.preprocess.value_range)
+            return fit(torch.from_numpy(pixels)[None], self.preprocess)
+        except BadImage as error:
+            return str(error)
+        except OSError as error:
+            return error.strerror or str(error)
+
+
+def _each(images: Sequence[Given]) -> Iterator[str | Image.Image | DataError]:
+    """Every single image: files by name, all else as PIL images; of what is none, why."""
+    for given in images:
+        if isinstance(given, str | Path):
+            yield from find_images([given])
+        elif isinstance(given, Image.Image):
+            yield given
+        else:
+            array = _channels_last(given) if isinstance(given, torch.Tensor) else given
+            yield from map(_pictured, array if array.ndim == 4 else array[None])
+
+
+def _channels_last(tensor: torch.Tensor) -> NDArray[Any]:
+    tensor = tensor.detach().cpu()
+    if tensor.is_floating_point():
+        tensor = (tensor * 255).round().clamp(0, 255).to(torch.uint8)
+    return tensor.movedim(-3, -1).numpy() if tensor.ndim >= 3 else tensor.numpy()
+
+
+def _pictured(array: NDArray[Any]) -> Image.Image | DataError:
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (1, 3, 4):
+        shape = " x ".join(map(str, array.shape))
+        return DataError(f"is an array of {array.dtype}, {shape}; give uint8 (height, width) or (height, width, 3)")
+    return Image.fromarray(np.ascontiguousarray(array.reshape(array.shape[:2]) if channels == 1 else array))
+
+
+def _scores(model: Any, pixels: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+    with torch.no_grad(), threads():
+        logits: torch.Tensor = model(pixel_values=pixels).logits.float()
+    return logits.softmax(dim=1) if scoring == "softmax" else logits.sigmoid() if scoring == "sigmoid" else logits
+
+
+def _top(scores: torch.Tensor, top_k: int) -> Iterator[list[tuple[int, float]]]:
+    best = scores.topk(min(top_k, scores.shape[1]), dim=1)
+    for index, value in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+        yield list(zip(index, value, strict=True))
+
+
+def find_images(given: Sequence[str | Path]) -> Iterator[str]:
+    """The image files behind files, folders and globs, in order, each as it was written; what is no image is told.
+
+    What is not there, or matches nothing, stays as it is, to get its own row. Raises DataError if
+    folders are all that was given and they hold no image.
+    """
+    count = 0
+    for word in map(str, given):
+        path = expanded(word)
+        found = [word]
+        if path.is_dir():
+            tree = scan(path).tree
+            found = [str(Path(file)) for file in tree.files()]
+            plain, pictures = told(tree.passed(), tree.path)
+            for sentence in plain:
+                console.note(f"{word}: {sentence}")
+            for sentence in pictures:
+                console.warn(f"{word}: {sentence}")
+        elif not path.exists() and glob.has_magic(word):
+            names = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (Path.glob wants relative ones)
+            found = [name for name in names if Path(name).is_file()] or [word]
+        count += len(found)
+        yield from found
+    if count == 0:
+        raise DataError(f"no image found in {', '.join(map(str, given))}; give image files, folders or globs.")

@@ -1,0 +1,119 @@
+"""What the textbook shows when it has trained: a run's last lines; the scalar ViT's tables, at most 80 columns wide."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from vitft.io import console
+from vitft.scratch.scalar_vit import PATTERNS, TINY, Image, Prediction, Report, train
+from vitft.spec import total
+
+_SHADES = " ░▒▓█"
+_LOOKED_AT = ("itself", "upper left", "upper right", "lower left", "lower right")
+
+
+def run_report(run: Path, summary: dict[str, Any]) -> str:
+    """The last lines of a run: score, time, and the same with the other engine."""
+    other = "torch" if summary["engine"] == "numpy" else "numpy"
+    again = shlex.quote(str(run / "config.yaml"))
+    return (
+        f"{console.interval(summary['score'])}\n"
+        f"trained in {console.duration(summary['elapsed_s'])}; run: {run}\n"
+        f"next: vitft scratch train {again} --engine {other}\n"
+    )
+
+
+def train_scalar(seed: int | None = None) -> Report:
+    """Train the scalar ViT, by default with the chapter's own seed."""
+    return train() if seed is None else train(seed)
+
+
+def scalar_document(report: Report) -> dict[str, Any]:
+    """All that the scalar ViT's training gave, JSON-ready."""
+    maps = {name: report.attention(name) for name in PATTERNS}
+    return {
+        "parameters": total(TINY).parameters,
+        "elapsed_s": round(report.elapsed_s, 2),
+        "losses": report.losses,
+        "accuracy": report.accuracy,
+        "correct": report.correct,
+        "count": len(report.predictions),
+        "class_accuracy": report.class_accuracy,
+        "confusion": {"labels": list(PATTERNS), "matrix": report.confusion},
+        "attention": {name: {"heads": rows[:-1], "mean": rows[-1]} for name, rows in maps.items()},
+        "predictions": [asdict(one) for one in report.predictions],
+    }
+
+
+def scalar_tables(report: Report) -> RenderableType:
+    """The same as text and tables."""
+    head = Text.assemble(
+        f"A ViT of {total(TINY).parameters} single numbers, trained for {len(report.losses)} steps in "
+        f"{console.duration(report.elapsed_s)}.\n",
+        f"loss {report.losses[0]:.4f} at the first step, {report.losses[-1]:.4f} at the last\n",
+        "test accuracy ",
+        (console.percent(report.accuracy), "bold"),
+        f" ({report.correct} of {len(report.predictions)} images)",
+    )
+    right = [one for one in report.predictions if one.label == one.predicted]
+    firsts = [next(one for one in right if one.label == name) for name in PATTERNS if report.class_accuracy[name]]
+    mistakes = [one for one in report.predictions if one.label != one.predicted][: len(PATTERNS)]
+    parts: list[RenderableType] = [
+        head,
+        "",
+        "Test images of each class (rows), and what they were taken for (columns):",
+        _confusion(report),
+        "",
+        "The first right answer of each class, with its confidence:",
+        _samples(firsts),
+    ]
+    if mistakes:
+        parts += ["", "The first mistakes (true → predicted):", _samples(mistakes)]
+    parts += ["", "What the class token takes of itself and of each patch (mean over a class):", _attention(report)]
+    return Group(*parts)
+
+
+def _confusion(report: Report) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("class")
+    for name in (*PATTERNS, "accuracy"):
+        table.add_column(name, justify="right")
+    for i, (name, counts) in enumerate(zip(PATTERNS, report.confusion, strict=True)):
+        cells = (Text(str(n) if n else "·", "bold" if i == j else "") for j, n in enumerate(counts))
+        table.add_row(name, *cells, console.percent(report.class_accuracy[name]))
+    return table
+
+
+def _samples(samples: Sequence[Prediction]) -> Table:
+    table = Table.grid(padding=(0, 3, 0, 0))
+    table.add_row(*(_drawn(one.image) for one in samples))
+    table.add_row(*(f"{one.label} → {one.predicted}" for one in samples))
+    table.add_row(*(console.percent(one.confidence) for one in samples))
+    return table
+
+
+def _drawn(image: Image) -> Text:
+    """Two characters a pixel, which make a square."""
+    (rows,) = image
+    steps = len(_SHADES) - 1
+    return Text("\n".join("".join(2 * _SHADES[round((pixel + 1) / 2 * steps)] for pixel in row) for row in rows))
+
+
+def _attention(report: Report) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("class")
+    table.add_column("head")
+    for name in _LOOKED_AT:
+        table.add_column(name, justify="right")
+    for pattern in PATTERNS:
+        for number, shares in enumerate(report.attention(pattern), 1):
+            mean = number > TINY.heads
+            cells = (Text(console.percent(share), "bold" if mean else "") for share in shares)
+            table.add_row(pattern if number == 1 else "", "mean" if mean else str(number), *cells)
+    return table

@@ -1,1 +1,0 @@
-"""The textbook at work: its chapters, trained on the data sets that fine-tuning uses."""

@@ -1,0 +1,1 @@
+"""Fine-tuning: `trainer` is the loop, in reading order; what it needs stands beside it."""

@@ -1,0 +1,190 @@
+"""How fast this machine is at a run's parts: its input, its steps, its evaluation; and how far from its limit."""
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import count, pairwise
+from typing import Any, Literal
+
+import torch
+
+from vitft.config.train import TrainConfig
+from vitft.data.loader import EvalLoader, TrainLoader
+from vitft.errors import UsageError
+from vitft.evaluation.evaluation import autocast
+from vitft.hardware.device import accelerator_of, deterministic, environment, memory_guard, peak_flops, threads
+from vitft.hardware.timers import Stopwatch, moment, seconds_between, settle
+from vitft.models.load import BUNDLED, shape_of
+from vitft.spec import PRESETS, total, training_flops
+from vitft.training.autotune import tuned
+from vitft.training.setup import Prepared, Stores, prepare
+from vitft.training.step import Learner
+
+What = Literal["data", "train", "eval"]
+WARM_UP = 3  # steps that are not counted: they pay for threads, kernels and memory
+
+
+def bench(what: What, settings: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Measure, and say all of it, JSON-ready. Times are seconds unless the name says ms.
+
+    data: images from the store to the model's input. train: whole optimizer steps, and then as many more
+    with a clock around each part. eval: forward passes with their data. Raises VitftError.
+    """
+    new = settings.get("model") in PRESETS and settings.get("model") != BUNDLED
+    fixed = {"from_scratch": new, "val_fraction": 0.0, "epochs": 1e5, "schedule": "constant"}
+    if new and settings.get("freeze") == "backbone":
+        raise UsageError(f"--freeze backbone: {settings['model']} is a shape with random weights; use a trained model.")
+    default = {"dataset": "digits", "model": BUNDLED, "compile": "off"}  # with so many epochs auto would always try it
+    config = TrainConfig.parse(default | settings | fixed, "flags")
+    accelerator = accelerator_of(config)
+    prepared = prepare(config)
+    with memory_guard(prepared.config):
+        config = prepared.config = tuned(prepared)
+    if len(prepared.splits["train"].rows) < config.batch_size:
+        few = len(prepared.splits["train"].rows)
+        raise UsageError(f"--batch-size {config.batch_size}: {config.dataset} has {few} training images; take fewer.")
+    started = time.perf_counter()
+    prepared.splits = {"train": prepared.splits["train"]}
+    stores = prepared.decode()
+    images = len(stores["train"][0])
+    document: dict[str, Any] = {
+        "what": what,
+        "settings": {name: getattr(config, name) for name in _NAMED},
+        "steps": steps,
+        "decode_images_per_s": images / (time.perf_counter() - started),
+    }
+    with memory_guard(config), threads(config.threads), deterministic(config):
+        measured = _MEASURES[what](accelerator, prepared, stores, steps)
+    device = torch.cuda.max_memory_allocated() if config.device == "cuda" else None
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    memory = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "device": device}
+    return document | measured | {"peak_memory_bytes": memory, "environment": environment()}
+
+
+_NAMED = (
+    "dataset", "model", "image_size", "batch_size", "augment", "freeze", "device", "precision", "attention", "compile",
+    "deterministic", "micro_batch_size", "threads",
+)  # fmt: skip
+
+
+def _data(accelerator: Any, prepared: Prepared, stores: Stores, steps: int) -> dict[str, Any]:
+    config = prepared.config
+    clock = Stopwatch(config.device)
+    loader = TrainLoader(
+        *stores["train"], prepared.loaded.preprocess, kind=config.augment, seed=config.seed,
+        batch_size=config.batch_size, device=accelerator.device, clock=clock,
+    )  # fmt: skip
+    places = _whole_batches(loader)
+    times, parts = _timed(lambda: loader.batch(next(places)), steps, config.device, clock)
+    return {"images_per_s": _rates(times, config.batch_size), "ms_per_step": parts}
+
+
+def _train(accelerator: Any, prepared: Prepared, stores: Stores, steps: int) -> dict[str, Any]:
+    config = prepared.config
+    learner = Learner(accelerator, prepared, stores)
+    learner.get_ready()
+    places = _whole_batches(learner.loader)
+
+    def step() -> None:
+        learner.step(next(places))
+
+    for _ in range(WARM_UP):
+        step()
+    waited_s = learner.data_wait_s
+    times = _in_a_row(step, steps, config.device)
+    wait = (learner.data_wait_s - waited_s) / sum(times)
+    clock = Stopwatch(config.device)
+    learner.clock = learner.loader.clock = clock
+    _, parts = _timed(step, steps, config.device, clock, warm_up=0)
+    flops = _flops(prepared, training_flops)
+    return {
+        "images_per_s": _rates(times, config.batch_size), "ms_per_step": parts, "data_wait": wait,
+        **_share(config, flops if config.freeze == "none" else None, times),
+    }  # fmt: skip
+
+
+def _eval(accelerator: Any, prepared: Prepared, stores: Stores, steps: int) -> dict[str, Any]:
+    config, model = prepared.config, prepared.loaded.model.to(accelerator.device).eval()
+    loader = EvalLoader(
+        *stores["train"], prepared.loaded.preprocess, batch_size=config.batch_size, device=accelerator.device
+    )
+    batches = (batch for _ in count() for batch in loader if len(batch.labels) == config.batch_size)
+    clock = Stopwatch(config.device)
+
+    def step() -> None:
+        with clock.part("wait"):
+            batch = next(batches)
+        with clock.part("forward"):
+            model(pixel_values=batch.pixels)
+
+    with torch.no_grad(), autocast(config.device, config.precision):
+        times, parts = _timed(step, steps, config.device, clock)
+    flops = _flops(prepared, lambda spec, batch: total(spec, batch).flops)
+    wait = parts["wait"]["median"] / sum(part["median"] for part in parts.values())
+    return {
+        "images_per_s": _rates(times, config.batch_size), "ms_per_step": parts, "data_wait": wait,
+        **_share(config, flops, times),
+    }  # fmt: skip
+
+
+_MEASURES: dict[What, Callable[..., dict[str, Any]]] = {"data": _data, "train": _train, "eval": _eval}
+
+
+def _whole_batches(loader: Any) -> Iterator[int]:
+    """Steps whose batch is a whole one, without end."""
+    return (step for step in count() if len(loader.samples(step)) == loader.batch_size)
+
+
+def _timed(
+    step: Callable[[], Any], steps: int, device: str, clock: Stopwatch | None = None, warm_up: int = WARM_UP
+) -> tuple[list[float], dict[str, dict[str, float]]]:
+    """Seconds of each step, and the spread of each part's milliseconds."""
+    times: list[float] = []
+    parts: list[dict[str, float]] = []
+    for number in range(warm_up + steps):
+        if clock is not None:
+            clock.seconds.clear()
+        settle(device)
+        started = time.perf_counter()
+        step()
+        settle(device)
+        if number >= warm_up:
+            times.append(time.perf_counter() - started)
+            parts.append(dict(clock.seconds) if clock is not None else {})
+    return times, {name: _spread([1e3 * part[name] for part in parts]) for name in parts[0]}
+
+
+def _in_a_row(step: Callable[[], Any], steps: int, device: str) -> list[float]:
+    """Seconds of each step, as they follow one another in training: a GPU is never waited for in between."""
+    settle(device)
+    moments = [moment(device)]
+    for _ in range(steps):
+        step()
+        moments.append(moment(device))
+    settle(device)
+    return [seconds_between(*pair) for pair in pairwise(moments)]
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def _rates(times: list[float], images: int) -> dict[str, float]:
+    return _spread([images / seconds for seconds in times])
+
+
+def _flops(prepared: Prepared, count_flops: Callable[[Any, int], int]) -> int | None:
+    """FLOPs of one step, or None where the architecture has no stage table."""
+    spec = shape_of(prepared.loaded.model)
+    return None if spec is None else count_flops(spec, prepared.config.batch_size)
+
+
+def _share(config: TrainConfig, flops: int | None, times: list[float]) -> dict[str, Any]:
+    """FLOP/s, those of a large product in the same dtype, measured now, and their ratio (mfu), if it can be said."""
+    peak = peak_flops(config.device, config.precision)
+    rate = None if flops is None else flops / statistics.median(times)
+    # Above it, the peak was measured beside other work: it says nothing.
+    mfu = rate / peak if rate is not None and rate <= peak else None
+    return {"flops_per_s": rate, "peak_flops_per_s": peak, "mfu": mfu}

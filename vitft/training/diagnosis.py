@@ -1,0 +1,63 @@
+"""What a person should know of a run that came to nothing, or became slow, in one line with the likely cause."""
+
+import os
+
+import numpy as np
+
+from vitft.config.train import TrainConfig
+from vitft.evaluation.metrics import Metrics
+from vitft.hardware.device import cpus
+
+_SLOW = 1 / 3  # of the best pace so far
+_FEW_IMAGES, _FEW_STEPS = 20, 200
+
+
+def nothing_learned(metrics: Metrics, config: TrainConfig, steps: int) -> str | None:
+    """Where a model does no better than naming one class for every image: that, and why it may be so; else None.
+
+    `metrics` are of held-out images after `steps` optimizer steps of `config`.
+    """
+    true, predicted, count = metrics.cells.T
+    images = np.bincount(true, weights=count)
+    if metrics.count < _FEW_IMAGES or np.count_nonzero(images) < 2:
+        return None
+    commonest = int(images[: len(metrics.per_class) - len(metrics.others)].argmax())
+    if len(set(predicted.tolist())) == 1:
+        what = f"every image of {metrics.split} was taken for {metrics.per_class[int(predicted[0])].label}"
+    elif metrics.accuracy <= images[commonest] / metrics.count:
+        label = metrics.per_class[commonest].label
+        what = f"on {metrics.split} it does no better than calling every image {label}"
+    else:
+        return None
+    return f"{what}: the model has learned nothing of use. {_cause(config, steps)}"
+
+
+def _cause(config: TrainConfig, steps: int) -> str:
+    if config.freeze == "backbone" and config.lr < 1e-3:
+        return f"A head alone learns at a higher rate than --lr {config.lr:g}; try --lr 1e-2."
+    if config.from_scratch and config.lr < 3e-4:
+        return f"New weights need a higher rate than --lr {config.lr:g}, and many epochs; try --lr 1e-3."
+    if steps < _FEW_STEPS:
+        return f"It took {steps} steps, which is few: more --epochs, or a higher rate than --lr {config.lr:g}."
+    if config.lr > 3e-4 and not config.from_scratch:
+        return f"--lr {config.lr:g} may be too high for pretrained weights; try --lr 5e-5."
+    return "Look at the labels (vitft data check), or try another --lr."
+
+
+class PaceWatch:
+    """Tells once when training has become much slower than it was: `slowed` is asked after each stretch of steps."""
+
+    def __init__(self) -> None:
+        self._best, self._told = 0.0, False
+
+    def slowed(self, images_per_s: float) -> str | None:
+        """One line where the pace has fallen to a third of the best so far, the first time; else None."""
+        self._best = max(self._best, images_per_s)
+        if self._told or images_per_s > _SLOW * self._best:
+            return None
+        self._told = True
+        load = f" (load {os.getloadavg()[0]:.1f} on {cpus()} CPUs)" if hasattr(os, "getloadavg") else ""
+        return (
+            f"training has slowed from {self._best:.0f} to {images_per_s:.0f} images/s: "
+            f"other programs may be using this machine{load}."
+        )

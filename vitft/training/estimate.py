@@ -1,0 +1,228 @@
+"""A run tried out for a moment: how long an image takes, and what it keeps in memory. It leaves no trace."""
+
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+
+from vitft.data.augment import augment, preprocess
+from vitft.data.decoder import BadImage, decode, encoded
+from vitft.data.store import IN_MEMORY, decode_all, reduced
+from vitft.evaluation.evaluation import autocast
+from vitft.hardware.device import micro_batch
+from vitft.hardware.timers import settle
+from vitft.models.load import set_training, shape_of
+from vitft.spec import kept_bytes
+from vitft.training.linear_probe import classifier_of, features_pay, passes
+from vitft.training.optim import MOMENTS, make_optimizer, total_steps
+from vitft.training.setup import Prepared
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds: of an image in training and in evaluation, input included, and of an optimizer's step."""
+
+    image_s: float
+    step_s: float
+    evaluate_image_s: float
+    start_s: float = 0.0  # what the first step takes over the others: memory that is touched, kernels that are made
+
+
+def cost(prepared: Prepared) -> Cost:
+    """What an image and a step take, by doing so for about a second."""
+    one, share = stored_image(prepared)[None], micro_batch(prepared.config)
+    with untouched(prepared):
+        count, took_s = 1, pass_s(prepared, one)  # the first call pays for threads and kernels
+        while count < share and took_s < 0.5:
+            count = min(share, 4 * count)  # alone an image says little of a batch
+            took_s = pass_s(prepared, one.expand(count, -1, -1, -1))
+        images = one.expand(count, -1, -1, -1)
+        scored = stored_image(prepared, crops=False)[None].expand(count, -1, -1, -1)
+        evaluated_s = min(evaluate_s(prepared, scored) for _ in range(2))
+        optimizer = make_optimizer(
+            prepared.loaded.model.named_parameters(), prepared.config.model_copy(update={"lr": 0.0})
+        )
+        # In turns, as in a run: the optimizer's step takes the weights out of the processor's caches.
+        turns = [(pass_s(prepared, images), optimizer_s(prepared, optimizer)) for _ in range(4)]
+        (_, first_step_s), *others = turns  # the first makes room for the moments
+        again_s, step_s = map(statistics.median, zip(*others, strict=True))
+        start_s = max(took_s - again_s, 0.0) + first_step_s - step_s
+        return Cost(again_s / count, step_s, evaluated_s / count, start_s)
+
+
+def decode_image_s(prepared: Prepared) -> float:
+    """Seconds that decoding takes for an image, as a run decodes them, by doing so with the first ones."""
+    split, config = prepared.splits["train"], prepared.config
+    rows = prepared.source.splits[split.source].select(split.rows[:_DECODED])
+    started = time.perf_counter()
+    decode_all(
+        rows, prepared.loaded.preprocess, crops=config.augment == "crop", max_pixels=config.max_pixels, skip_bad=True,
+        training=True,
+    )  # fmt: skip
+    return (time.perf_counter() - started) / len(rows)
+
+
+_DECODED = 64  # images: with more, photos of many pixels would take seconds
+
+
+def first_image_s(prepared: Prepared) -> float:
+    """Seconds that training takes for one image, the first one: an upper bound, and a cheap one."""
+    with untouched(prepared):
+        return pass_s(prepared, stored_image(prepared)[None])
+
+
+def memory_bytes(prepared: Prepared, micro: int) -> int | None:
+    """The most that training with parts of `micro` images will take: on a GPU of its memory, else of this process's.
+
+    Weights, gradients, moments, what a forward pass keeps, its input, and the decoded images. None where
+    activations are checkpointed in an architecture without a stage table.
+    """
+    config, model = prepared.config, prepared.loaded.model
+    splits = {role: len(split.rows) for role, split in prepared.splits.items()}
+    steps = total_steps(config, -(-splits["train"] // config.batch_size))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    how = prepared.loaded.preprocess
+    trained_on, scored = stored_image(prepared).numel(), stored_image(prepared, crops=False).numel()
+    sizes = [count * (trained_on if role == "train" else scored) for role, count in splits.items()]
+    decoded = sum(min(size, IN_MEMORY) for size in sizes)
+    batch = 4 * how.channels * how.height * how.width * min(config.batch_size, splits["train"])
+    if features_pay(config, model, steps, splits["train"]):  # nothing is kept but every image's features
+        kept = 4 * getattr(classifier_of(model), "in_features", 0) * splits["train"] * passes(config)
+    else:
+        with untouched(prepared):
+            kept = _kept(prepared, micro)
+        if config.grad_checkpointing:
+            if (spec := shape_of(model)) is None:
+                return None
+            kept = kept * kept_bytes(spec, micro, checkpointed=True) // kept_bytes(spec, micro)
+    state: int = 4 * trainable * (1 + MOMENTS[config.optimizer])
+    weights: int = 4 * sum(p.numel() for p in model.parameters())
+    if config.device == "cuda":
+        return weights + state + kept + batch
+    taken: int = psutil.Process().memory_info().rss
+    return taken + state + kept + batch + decoded
+
+
+@contextmanager
+def untouched(prepared: Prepared) -> Iterator[Any]:
+    """The model, to be trained for a moment: afterwards, also of a trial that failed, it is as it was.
+
+    So are torch's generators, which its dropout draws from.
+    """
+    model = prepared.loaded.model.to(prepared.config.device)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    modes = {module: module.training for module in model.modules()}
+    gpus = [torch.cuda.current_device()] if prepared.config.device == "cuda" else []
+    with torch.random.fork_rng(gpus):
+        try:
+            yield model
+        finally:
+            model.zero_grad(set_to_none=True)
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def stored_image(prepared: Prepared, *, crops: bool | None = None) -> torch.Tensor:
+    """A training image as the store would hold it, for `crops` if the run makes any by default: uint8 (H, W, 3).
+
+    Gray of the model's size if none is readable.
+    """
+    how, config, split = prepared.loaded.preprocess, prepared.config, prepared.splits["train"]
+    for row in prepared.source.splits[split.source].select(split.rows[:8]):
+        cell = row["image"]
+        try:
+            image = decode(encoded(cell), config.max_pixels, value_range=how.value_range)
+        except BadImage:
+            continue
+        return torch.from_numpy(reduced(image, how, config.augment == "crop" if crops is None else crops))
+    return torch.full((how.height, how.width, 3), 128, dtype=torch.uint8)
+
+
+def pass_s(prepared: Prepared, images: torch.Tensor, module: Any = None) -> float:
+    """Seconds of a forward and a backward pass of these images, (B, H, W, 3), their augmentation included.
+
+    `module` is the model in another form, such as compiled.
+    """
+    config, model = prepared.config, prepared.loaded.model
+    set_training(model, frozen_backbone=config.freeze == "backbone")
+    settle(config.device)
+    started = time.perf_counter()
+    index = np.arange(len(images))
+    images = images if config.augment == "crop" else images.to(config.device)  # as the loader does
+    pixels = augment(images, prepared.loaded.preprocess, config.augment, config.seed, 0, index).to(config.device)
+    torch.autograd.backward(_loss(prepared, model if module is None else module, pixels))
+    settle(config.device)
+    return time.perf_counter() - started
+
+
+def optimizer_s(prepared: Prepared, optimizer: torch.optim.Optimizer) -> float:
+    """Seconds of the step of an optimizer whose rate is 0: it changes nothing. The gradients are gone afterwards."""
+    config, model = prepared.config, prepared.loaded.model
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.zero_()  # 0 times one that is not finite would be no 0
+    settle(config.device)
+    started = time.perf_counter()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf)
+    optimizer.step()
+    optimizer.zero_grad()
+    settle(config.device)
+    return time.perf_counter() - started
+
+
+def evaluate_s(prepared: Prepared, images: torch.Tensor) -> float:
+    """Seconds of a forward pass of these images, (B, H, W, 3), their resizing included."""
+    config, model = prepared.config, prepared.loaded.model.eval()
+    settle(config.device)
+    started = time.perf_counter()
+    with torch.no_grad(), autocast(config.device, config.precision):
+        model(pixel_values=preprocess(images.to(config.device), prepared.loaded.preprocess))
+    settle(config.device)
+    return time.perf_counter() - started
+
+
+def _kept(prepared: Prepared, images: int) -> int:
+    """Bytes that the forward pass of so many images keeps for the backward pass, the weights themselves apart.
+
+    What one and two images keep is counted; a batch keeps as much more for each further image.
+    """
+    one, two = (_kept_counted(prepared, count) for count in (1, 2))
+    return one + (two - one) * (images - 1)
+
+
+def _kept_counted(prepared: Prepared, images: int) -> int:
+    model = prepared.loaded.model
+    set_training(model, frozen_backbone=prepared.config.freeze == "backbone")
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    held: dict[int, torch.UntypedStorage] = {}  # the storages stay, so that no address is used twice
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _loss(prepared, model, _noise(prepared, images))
+    return sum(storage.nbytes() for address, storage in held.items() if address not in weights)
+
+
+def _loss(prepared: Prepared, module: Any, pixels: torch.Tensor) -> torch.Tensor:
+    config = prepared.config
+    labels = torch.zeros(len(pixels), dtype=torch.long, device=config.device)
+    with autocast(config.device, config.precision):
+        logits = module(pixel_values=pixels).logits
+    return F.cross_entropy(logits.float(), labels)
+
+
+def _noise(prepared: Prepared, images: int) -> torch.Tensor:
+    how = prepared.loaded.preprocess
+    return torch.randn(images, how.channels, how.height, how.width, device=prepared.config.device)

@@ -1,0 +1,75 @@
+"""Parameter groups, the optimizer, and the learning rate as a function of the step."""
+
+from collections.abc import Iterable
+from math import ceil, cos, pi
+from typing import TYPE_CHECKING, Any
+
+from vitft.config.train import TrainConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+_POSITIONS = ("position_embedding", "relative_position", "position_bias")
+
+
+MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1}  # numbers that an optimizer keeps of each weight
+
+
+def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of a whole run: the epochs', at least one, bounded by `max_steps`."""
+    wanted = max(1, ceil(config.epochs * steps_per_epoch - 1e-9))
+    return min(wanted, config.max_steps or wanted)
+
+
+def lr_at(step: int, config: TrainConfig, *, total_steps: int, steps_per_epoch: int) -> float:
+    """The rate of optimizer step `step` (from 0) of `total_steps`: warm-up, then the schedule.
+
+    linear and cosine (Loshchilov & Hutter 2017, eq. 5) reach 0 just after the last step; step
+    multiplies by `decay_factor` every `decay_epochs`, counted from the end of the warm-up.
+    """
+    warm = min(round(config.warmup * total_steps), total_steps - 1)  # the peak is reached in any run
+    if step < warm:
+        return config.lr * (step + 1) / (warm + 1)
+    done = (step - warm) / max(1, total_steps - warm)
+    match config.schedule:
+        case "constant":
+            return config.lr
+        case "linear":
+            return config.lr * (1 - done)
+        case "cosine":
+            return config.lr * (1 + cos(pi * done)) / 2
+        case "step":
+            # Whole steps, so that a decay after each epoch falls on the epoch's first step exactly.
+            every = max(1, round(config.decay_epochs * steps_per_epoch))
+            return config.lr * config.decay_factor ** ((step - warm) // every)
+
+
+def parameter_groups(named: Iterable[tuple[str, "Tensor"]], weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters by their weight decay: weight matrices have it, all else has none.
+
+    Biases, norms, tokens, registers, scales, and what knows positions: tables, and Swin V2's network that makes one.
+    """
+    decayed: list[Tensor] = []
+    spared: list[Tensor] = []
+    for name, parameter in named:
+        if parameter.requires_grad:
+            matrix = name.endswith("weight") and parameter.ndim > 1 and not any(word in name for word in _POSITIONS)
+            (decayed if matrix else spared).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(named: Iterable[tuple[str, "Tensor"]], config: TrainConfig) -> "Optimizer":
+    """AdamW (Loshchilov & Hutter 2019), Adam (Kingma & Ba 2015) or SGD with momentum, fused."""
+    import torch
+
+    decay = 0.0 if config.optimizer == "adam" else config.weight_decay
+    groups = parameter_groups(named, decay)
+    match config.optimizer:
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+        case "adam":
+            return torch.optim.Adam(groups, lr=config.lr, fused=True)
+        case "sgd":
+            return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True)

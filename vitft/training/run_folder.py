@@ -1,0 +1,257 @@
+"""Where a run is written, and what may differ when it is resumed."""
+
+import json
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+
+from vitft.checkpoints import checkpoint as ckpt
+from vitft.config.train import TrainConfig
+from vitft.data.split_record import FILE
+from vitft.data.splits import Split, manifest
+from vitft.errors import DataError, ModelError, UsageError, as_flag
+from vitft.hardware.device import environment
+from vitft.io.atomic import heal, held, write_json
+from vitft.io.paths import composed, expanded
+from vitft.training.setup import Prepared, Stores, absolute, prepare
+
+
+def folder_of(config: TrainConfig, data: str, output: Path | None) -> Path:
+    """The folder of a new run: `output`, or the next free number in runs/."""
+    return output if output is not None else ckpt.free_name(config, data)
+
+
+class Beginning:
+    """What a new run's folder says of it: of what was prepared, all but the model and the data."""
+
+    def __init__(self, prepared: Prepared, accelerator: Any) -> None:
+        self.config, self.data = prepared.config, prepared.source.name
+        self.main: bool = accelerator.is_main_process
+        self.facts = {
+            "model_revision": prepared.loaded.revision,
+            "dataset_revision": prepared.source.revision,
+            "processes": accelerator.num_processes,
+        }
+
+
+def make_room(output: Path, *, overwrite: bool) -> None:
+    """Raise UsageError unless a run may be written to `output`.
+
+    Where another was to be replaced there and its successor came to nothing, it is back in its place.
+    """
+    if overwrite and output.is_dir():
+        with alone_in(output):
+            ckpt.give_back(output)
+    ckpt.check_free(output, overwrite=overwrite)
+
+
+@contextmanager
+def new_run(beginning: Beginning, output: Path | None, overwrite: bool) -> Iterator[Path]:
+    """Make the run folder, on the main process, which holds it from now on, and write what the run is."""
+    with ExitStack() as claims:
+        chosen: list[Any] = [None]
+        if beginning.main:
+            run = _made(beginning, output)
+            claims.enter_context(alone_in(run))
+            ckpt.create_run(run, overwrite=overwrite)
+            try:
+                write_json(run / "environment.json", environment() | beginning.facts)
+                ckpt.write_config(run, beginning.config)  # last: it makes the folder a run
+            except OSError as error:
+                raise UsageError(
+                    f"output {run}: cannot be written: {error.strerror or error}; make room, or choose another."
+                ) from error
+            chosen = [run]
+        yield Path(broadcast_object_list(chosen)[0])
+
+
+def _made(beginning: Beginning, output: Path | None) -> Path:
+    """The folder of a new run, which exists; of two runs that begin at once, each gets a number of its own."""
+    while True:
+        run = folder_of(beginning.config, beginning.data, output)
+        try:
+            run.mkdir(parents=True, exist_ok=output is not None)
+        except FileExistsError:
+            if output is not None:
+                raise UsageError(f"output {run}: a file; choose a folder.") from None
+        except OSError as error:
+            raise UsageError(f"output {run}: cannot be made: {error.strerror or error}; choose another.") from error
+        else:
+            return run
+
+
+@contextmanager
+def alone_in(run: Path) -> Iterator[None]:
+    """While a run is trained, no other process may train in its folder. Raises UsageError where one does."""
+    if os.environ.get("RANK", "0") != "0":  # its processes are one run: the first holds the folder
+        yield
+        return
+    with held(run) as alone:
+        if not alone:
+            raise UsageError(f"{run}: another process is training there; wait for it, or choose another.")
+        with suppress(OSError):  # where nothing may be written, training will say so
+            for folder in (run, run / "checkpoints"):
+                heal(folder)
+            ckpt.settle(run)
+        yield
+
+
+def introduction(prepared: Prepared, total_steps: int, run: Path) -> str:
+    """What a run says of itself when it begins."""
+    config, how = prepared.config, prepared.loaded.preprocess
+    images = ", ".join(f"{len(split.rows):,} {role}" for role, split in prepared.splits.items())
+    return (
+        f"{prepared.source.name}: {images} images of {len(prepared.loaded.labels)} classes; "
+        f"{Path(config.model).name} at {how.said} px on {config.device}, {config.precision}; "
+        f"{total_steps:,} steps of {config.batch_size}; in {run}"
+    )
+
+
+def whereabouts(
+    run: Path, config: TrainConfig, state: ckpt.State, total_steps: int, folder: Path | None, *, over: bool
+) -> str:  # fmt: skip
+    """Where a resumed run stands, and how to train on from one that is finished."""
+    place = f"at step {state.step} of {total_steps}"
+    if not over:
+        return f"resuming {run} {place}, {f'from {folder.name}' if folder else 'for nothing was saved'}"
+    early = ", stopped early" if state.stopped_early else ""
+    more = ("--epochs", 2 * config.epochs) if config.max_steps is None else ("--max-steps", 2 * config.max_steps)
+    longer = [
+        "vitft",
+        "train",
+        "--resume",
+        str(run),
+        *(f"{word:g}" if isinstance(word, float) else str(word) for word in more),
+    ]
+    anew = ["vitft", "train", "--dataset", str(config.dataset), "--model", str(run / "last")]
+    return (
+        f"{run} is finished, {place}{early}; to train on: {shlex.join(longer)}; "
+        f"or anew from its weights: {shlex.join(anew)}"
+    )
+
+
+def is_finished(state: ckpt.State) -> bool:
+    """Whether a run had no steps left to do when this was saved."""
+    return state.total_steps is not None and (state.stopped_early or state.step >= state.total_steps)
+
+
+def prepared_again(run: Path, config: TrainConfig, checkpoint: Path | None) -> Prepared:
+    """What a run goes on with: one of its checkpoints; or, where it has none yet, what it began from.
+
+    Raises ModelError where that is gone.
+    """
+    origin = expanded(config.model)
+    if checkpoint is not None or not origin.is_absolute() or origin.exists():
+        return prepare(config, checkpoint, run)
+    kept = ckpt.set_aside_at(run, origin)
+    if not kept.exists():
+        raise ModelError(f"{config.model}, which {run} began from, is gone, and the run had saved nothing; start anew.")
+    prepared = prepare(config.model_copy(update={"model": str(kept)}), run=run)
+    prepared.config = prepared.config.model_copy(update={"model": config.model})
+    return prepared
+
+
+def threads_of(run: Path) -> int:
+    """Threads that a run whose settings do not say so began with: with another number, sums are rounded otherwise."""
+    file = run / "environment.json"
+    try:
+        return int(json.loads(file.read_text(encoding="utf-8"))["threads"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file}: not readable ({error}); start anew from the newest checkpoint of {run}.") from error
+
+
+LONGER = ("epochs", "max_steps")
+"""The settings of which a finished run may get more."""
+
+
+def changed(run: Path, before: TrainConfig, changes: dict[str, Any], *, finished: bool) -> TrainConfig:
+    """The run's settings with the changes that may be made to it.
+
+    A data set may have moved: `check_splits` proves later that it is the same one. A finished run may be made
+    longer. Raises UsageError naming any other change, DataError where the data set is gone.
+    """
+    after = absolute(TrainConfig.parse(before.model_dump() | changes, "flags"))
+    if after.dataset != before.dataset and "dataset_revision" not in changes:
+        after = after.model_copy(update={"dataset_revision": None})  # it was the other place's
+    for name in changes:
+        extra = TrainConfig.model_fields[name].json_schema_extra
+        assert isinstance(extra, dict)
+        was, now = getattr(before, name), getattr(after, name)
+        longer = finished and name in LONGER and was is not None and now > was
+        if was != now and not extra["steers"] and name != "dataset" and not longer:
+            weights = ckpt.weights_in(run) or before.model
+            anew = ["vitft", "train", "--dataset", after.dataset, "--model", weights, as_flag(name), now]
+            raise UsageError(
+                f"{run} began with {name} {was}, got {now}: it would no longer be the same run. "
+                f"Leave {as_flag(name)} out, or start anew from its weights: {shlex.join(map(str, anew))}"
+            )
+    place = expanded(after.dataset or "")
+    if place.is_absolute() and not place.exists():
+        raise DataError(
+            f"{after.dataset}, the data set of {run}, is not there; where it has moved, say where to: "
+            f"vitft train --resume {shlex.quote(str(run))} --dataset NEW"
+        )
+    return after
+
+
+def check_splits(run: Path, prepared: Prepared, stores: Stores, *, begun: bool, write: bool) -> None:
+    """Write `splits.json`, or prove by it that a resumed run goes on with the very same images.
+
+    Raises DataError that names the difference.
+    """
+    file = run / FILE
+    if not file.exists() and not begun:
+        if write:
+            document = manifest(prepared.source, prepared.splits)
+            for role, (store, _) in stores.items():
+                document["splits"][role]["pixels"] = store.digest
+            write_json(file, document)
+        return
+    try:
+        then = dict(json.loads(file.read_text(encoding="utf-8"))["splits"])
+        now = {role: (split, stores[role][0].digest) for role, split in prepared.splits.items()}
+        differences = {role: _difference(then.get(role), now.get(role)) for role in then | now}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{file}: not readable ({error}); start anew from the newest checkpoint of {run}.") from error
+    for role, difference in differences.items():
+        if difference:
+            weights = ckpt.weights_in(run) or prepared.config.model
+            raise DataError(
+                f"the {role} split is not the one the run began with: {difference}; "
+                "start a new run from its weights: vitft train "
+                f"--dataset {shlex.quote(str(prepared.config.dataset))} --model {shlex.quote(str(weights))}"
+            )
+
+
+def _difference(then: dict[str, Any] | None, now: tuple[Split, str] | None) -> str | None:
+    """What tells a split from what `splits.json` says of it; None if nothing does."""
+    if then is None:
+        return "there was none"
+    wanted = [composed(one) if isinstance(one, str) else one for one in then["ids"]]
+    here = list(now[0].ids) if now else []
+    left = set(here)
+    if gone := [one for one in wanted if one not in left]:
+        first = f"row {gone[0]}" if isinstance(gone[0], int) else gone[0]
+        return f"{len(gone):,} of its {len(wanted):,} images are gone, {first} first"
+    if now is None or here != wanted:
+        return f"{len(here):,} images now, {len(wanted):,} then"
+    if then["hash"] != now[0].hash:
+        return "the same names, but in other classes"
+    return _OTHER_PIXELS if then.get("pixels") != now[1] else None
+
+
+_OTHER_PIXELS = "the same names, but other pixels (the images were changed, or this version decodes them otherwise)"
+
+
+def keep_changes(run: Path, config: TrainConfig) -> None:
+    """Write down what of a run changes for good: where its data set is, if it has moved, and how long it is."""
+    before = ckpt.read_config(run)
+    kept = ("dataset", *(["dataset_revision"] if before.dataset != config.dataset else []), *LONGER)
+    after = before.model_copy(update={name: getattr(config, name) for name in kept})
+    if after != before:
+        ckpt.write_config(run, after)

@@ -1,0 +1,276 @@
+"""What a run starts from: settings resolved, splits made, model loaded. Nothing is decoded or written."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vitft.checkpoints.checkpoint import find_model, is_run
+from vitft.checkpoints.metadata import prove, read_card
+from vitft.config.train import SIZES, TrainConfig, range_of
+from vitft.data.decoder import unused_range
+from vitft.data.sources.source import ALIASES, DIGITS, Source, source_of
+from vitft.data.split_record import Record, news, read_record, recall
+from vitft.data.splits import Split, make_splits
+from vitft.data.store import Skipped, Store, check_headers, decode_all
+from vitft.data.validation.check import check, check_labels, some_of
+from vitft.errors import DataError, UsageError
+from vitft.evaluation.evaluation import listed, matched, without
+from vitft.evaluation.held_out import refuse_trained, settled_by
+from vitft.hardware.device import find_attention, resolved
+from vitft.io import console, paths
+from vitft.io.paths import composed, expanded
+from vitft.models.load import Loaded, load_for_training, shape_of
+from vitft.spec import PRESETS
+
+Stores = dict[str, tuple[Store, NDArray[np.int64]]]
+"""Of each split its images, and their labels as the model numbers them."""
+
+
+@dataclass
+class Prepared:
+    """A run before its first step."""
+
+    config: TrainConfig  # as resolved: device, precision, revisions, absolute paths
+    source: Source
+    splits: dict[str, Split]
+    loaded: Loaded
+
+    def decode(self) -> Stores:
+        """Decode every split: its images, and its labels as the model numbers them.
+
+        Images that are skipped leave the split. Raises DataError for one that cannot be read.
+        """
+        return {role: self._decode(role) for role in self.splits}
+
+    def check_headers(self) -> None:
+        """Open every image, as `decode` will, but decode no pixel. Raises DataError for one that cannot be read."""
+        for role, split in self.splits.items():
+            with console.working(f"opening the {role} images") as progress:
+                skipped = check_headers(
+                    self.source.splits[split.source].select(split.rows), max_pixels=self.config.max_pixels,
+                    skip_bad=self.config.on_bad_image == "skip", progress=progress,
+                )  # fmt: skip
+            self._skip(role, skipped)
+
+    def _skip(self, role: str, skipped: list[Skipped]) -> None:
+        for one in skipped:
+            console.warn(f"skipped {one.name} ({role}): {one.reason}")
+        self.splits[role] = without(self.splits[role], skipped, self.source)
+
+    def _decode(self, role: str) -> tuple[Store, NDArray[np.int64]]:
+        split, config = self.splits[role], self.config
+        rows = self.source.splits[split.source].select(split.rows)
+        if role == "train" and self.loaded.preprocess.value_range is None and (said := unused_range(some_of(rows))):
+            console.warn(said)
+        with console.working(f"decoding {role}") as progress:
+            store, skipped = decode_all(
+                rows,
+                self.loaded.preprocess,
+                crops=role == "train" and config.augment == "crop",
+                max_pixels=config.max_pixels,
+                skip_bad=config.on_bad_image == "skip",
+                training=role == "train",
+                cache_gb=config.cache_gb,
+                whole=config.check == "full",
+                name=f"{self.source.name}, {role}",
+                progress=progress,
+            )
+        self._skip(role, skipped)
+        return store, self.matched(role)[0]
+
+    def matched(self, role: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+        """A split's labels as the model numbers them, and classes that it does not have: see `evaluation.matched`."""
+        return matched(
+            self.splits[role].labels, self.source.labels, self.loaded.labels, name=self.config.model,
+            own=role != "train",
+        )  # fmt: skip
+
+
+def prepare(config: TrainConfig, checkpoint: Path | None = None, run: Path | None = None) -> Prepared:
+    """Resolve the settings, open the data, split it and load the model. Raises VitftError.
+
+    On resume, a `checkpoint` of the run takes the place of what the run began from, and its splits are those that
+    the `run` recorded.
+    """
+    config = resolved(config)
+    with console.working("reading the data set"):
+        source = source_of(config)
+    _tell_faults(source, config)
+    record = None if run is None else read_record(run)
+    splits = _split(source, config) if record is None else _recalled(source, record)
+    if "train" not in splits or len(splits["train"].rows) == 0:
+        raise DataError(f"{config.dataset}: no training images; its splits are {', '.join(source.splits)}.")
+    if len(source.labels) < 2:
+        raise DataError(f"{config.dataset}: one class ({source.labels[0]}) leaves nothing to tell apart; add another.")
+    if config.early_stopping and "validation" not in splits:
+        raise UsageError("early_stopping needs a validation split, and there is none; set --val-fraction above 0.")
+    trained = _trained(source, splits["train"])
+    labels = _read_labels(config.labels, trained, source) if config.labels and checkpoint is None else trained
+    with console.working("loading the model"):
+        if checkpoint is None:
+            config = config.model_copy(update={"model": _weights_of(config.model)})
+            loaded = load_for_training(config, labels, () if config.labels else source.labels)
+        else:  # a run that goes on needs nothing of what it began from
+            loaded = _load_again(config, trained, checkpoint)
+    if len(loaded.labels) < 2:
+        raise DataError(
+            f"{config.dataset}: the training images are all of one class ({loaded.labels[0]}), which leaves nothing to "
+            "tell apart; add images of another."
+        )
+    _tell_untrained(source, splits, loaded.labels)
+    attention, how = _attend(loaded, config), loaded.preprocess
+    pinned: dict[str, Any] = {"model_revision": loaded.revision or config.model_revision,
+              "dataset_revision": source.revision or config.dataset_revision,
+              "image_size": how.height if how.height == how.width else None, "attention": attention}  # fmt: skip
+    return Prepared(absolute(config.model_copy(update=pinned)), source, splits, loaded)
+
+
+def _weights_of(model: str) -> str:
+    """Of a run the checkpoint that eval and predict take too; anything else as it is, proved where it has sums."""
+    folder = expanded(model)
+    if is_run(folder):
+        return str(find_model(folder))
+    prove(folder)
+    return model
+
+
+def _split(source: Source, config: TrainConfig) -> dict[str, Split]:
+    """The splits of a new run. What its model was trained on is not held out, and what was held out not trained on."""
+    began = expanded(config.model)
+    settled = None if config.from_scratch else settled_by(began, source, absolute(config))
+    splits = make_splits(
+        source, val_fraction=config.val_fraction, max_train_samples=config.max_train_samples,
+        max_eval_samples=config.max_eval_samples, seed=config.seed, settled=settled,
+    )  # fmt: skip
+    if settled is not None:
+        refuse_trained(began, source, splits)
+        if config.val_fraction and "validation" not in splits:
+            console.warn(f"no validation split: {config.model} was trained on all that could be set aside")
+    return splits
+
+
+def _recalled(source: Source, record: Record) -> dict[str, Split]:
+    splits = recall(record, source, moved=False)
+    for sentence in news(record, source, splits):
+        console.note(sentence)
+    return splits
+
+
+def _tell_faults(source: Source, config: TrainConfig) -> None:
+    """Say what the labels tell, or with `check: full` what all images do; missing training classes are told later."""
+    for warning in source.warnings:
+        console.warn(warning)
+    if config.check == "full":
+        with console.working("checking the data") as progress:
+            counts = Counter(
+                one.kind
+                for one in check(
+                    source, max_pixels=config.max_pixels, value_range=range_of(config.value_range), progress=progress
+                )
+            )
+        if counts:
+            listed = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
+            console.warn(f"{listed}; `vitft data check` with the same data set lists them")
+    elif config.check == "fast":
+        for one in check_labels(source):
+            if one.kind in ("similar-labels", "imbalance"):
+                console.warn(f"{one.path}: {one.detail}")
+
+
+def _attend(loaded: Loaded, config: TrainConfig) -> str:
+    """Give the model its attention; which one. Raises UsageError where it has no such."""
+    spec, model = shape_of(loaded.model), loaded.model
+    wanted = find_attention(config.attention, config.device, spec.tokens if spec else None)
+    if wanted is not None:
+        with suppress(ValueError):  # some architectures refuse what they do not have, others stay as they are
+            model.set_attn_implementation(wanted)
+        if config.attention != "auto" and model.config._attn_implementation != wanted:
+            raise UsageError(f"attention {wanted}: a {model.config.model_type} model has none; use auto.")
+    return str(model.config._attn_implementation)
+
+
+def _trained(source: Source, train: Split) -> tuple[str, ...]:
+    """The classes with a training image."""
+    if len(set(source.labels)) < len(source.labels):  # of two classes with one name, nobody could say which is left out
+        return tuple(source.labels)
+    seen = np.bincount(train.labels, minlength=len(source.labels)) > 0
+    return tuple(label for label, has in zip(source.labels, seen.tolist(), strict=True) if has)
+
+
+def _read_labels(file: str, trained: Sequence[str], source: Source) -> tuple[str, ...]:
+    """The class names of a text file, one a line. Raises DataError unless each stands once, and the trained do."""
+    try:
+        lines = expanded(file).read_text(encoding="utf-8-sig").split("\n")  # splitlines() would split at U+2028 too
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise DataError(f"labels {file}: {reason}; give a text file of class names, one a line.") from error
+    spelled = {composed(label): label for label in source.labels}
+    names = [spelled.get(composed(line)) or spelled.get(composed(line.strip()), line.strip()) for line in lines]
+    names = [name for name in names if name]
+    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
+        raise DataError(f"labels {file}: {twice} stands in it twice; remove one of its lines.")
+    left = set(names)
+    if missing := [label for label in trained if label not in left]:
+        more = f" and {len(missing) - 1:,} more, which have" if len(missing) > 1 else ", which has"
+        raise DataError(
+            f"labels {file}: lacks {missing[0]}{more} training images; add every class that is trained, one a line."
+        )
+    known = set(source.labels)
+    if others := [name for name in names if name not in known]:
+        console.warn(f"labels {file}: not among the classes of {source.name}: {listed(others, 5)}")
+    return tuple(names)
+
+
+def _tell_untrained(source: Source, splits: Mapping[str, Split], head: Sequence[str]) -> None:
+    """Say which classes have no training image, and how many images the model can therefore never get right.
+
+    Raises DataError where these are all that a split has.
+    """
+    known, names = {*map(composed, head)}, np.array(source.labels, object)
+    lacks = np.array([composed(label) not in known for label in source.labels])
+    trained = np.bincount(splits["train"].labels, minlength=len(names)) > 0
+    if len(kept := names[~trained & ~lacks]):
+        console.warn(f"no training image of {len(kept):,} of {len(names):,} classes in the head: {listed(kept, 5)}")
+    if not lacks.any():
+        return
+    never = {role: int(lacks[split.labels].sum()) for role, split in splits.items()}
+    for role, count in never.items():
+        if count == len(splits[role].rows):
+            raise DataError(
+                f"{source.name}: no {role} image is of a class in the head, so there is nothing to score; "
+                "add training images of those classes, or name the classes with --labels FILE."
+            )
+    counts = " and ".join(f"{count:,} {role}" for role, count in never.items() if count)
+    images = "image" if sum(never.values()) == 1 else "images"
+    console.warn(
+        f"no training image of {lacks.sum():,} of {len(names):,} classes, left out of the head (--labels FILE adds "
+        f"them): {listed(names[lacks], 5)}{f'; {counts} {images} can therefore never be right' if counts else ''}"
+    )
+
+
+def _load_again(config: TrainConfig, trained: Sequence[str], checkpoint: Path) -> Loaded:
+    # A checkpoint of the run has its own size, which need not be square, and its own classes.
+    sizes = dict.fromkeys((*SIZES, "image_size", "model_revision"))
+    card = read_card(checkpoint)
+    loaded = load_for_training(
+        config.model_copy(update={"model": str(checkpoint), "from_scratch": False} | sizes),
+        trained, () if card is None else card.labels,
+    )  # fmt: skip
+    if loaded.new_head:
+        raise DataError(f"the classes of {config.dataset} are not those the run began with; start a new run.")
+    return loaded
+
+
+def absolute(config: TrainConfig) -> TrainConfig:
+    """The settings with local paths made absolute, so that they hold from any folder."""
+    dataset = config.dataset and paths.absolute(config.dataset, (*ALIASES, DIGITS))
+    model = paths.absolute(config.model, PRESETS)
+    others = {"exclude": config.exclude, "image_folder": config.image_folder, "labels": config.labels}
+    others = {name: path and paths.absolute(path, ()) for name, path in others.items()}
+    return config.model_copy(update={"dataset": dataset, "model": model} | others)

@@ -1,0 +1,144 @@
+"""One optimizer step: its batch, its learning rate and its dropout are functions of (seed, step)."""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+
+from vitft.data.loader import TrainLoader
+from vitft.hardware.device import memory_guard, micro_batch
+from vitft.hardware.timers import Clock, DataWait
+from vitft.io import console
+from vitft.io.signals import Gather, Progress
+from vitft.models.load import checkpoint_activations, compiled, set_training
+from vitft.randomness import seed_of
+from vitft.training.linear_probe import FeatureLoader, Probe, features_pay
+from vitft.training.optim import lr_at, make_optimizer, total_steps
+from vitft.training.setup import Prepared, Stores
+
+Watched = Callable[[Progress, Gather], tuple[Progress, Gather]]
+
+
+class Learner:
+    """A model with its training batches and its optimizer, on this process of a run.
+
+    `bare` is the whole model; `module` what reads a batch: the model, or of a probe its head.
+    """
+
+    def __init__(self, accelerator: Any, prepared: Prepared, stores: Stores, clock: Clock | None = None) -> None:
+        self.accelerator, self.config, self.clock = accelerator, prepared.config, clock or Clock()
+        config = self.config
+        self.loader: TrainLoader | FeatureLoader
+        self.loader = images = TrainLoader(
+            *stores["train"], prepared.loaded.preprocess, kind=config.augment, seed=config.seed,
+            batch_size=config.batch_size, device=accelerator.device,
+            rank=accelerator.process_index, world=accelerator.num_processes, clock=self.clock,
+        )  # fmt: skip
+        self.steps_per_epoch = self.loader.steps_per_epoch
+        self.total_steps = total_steps(config, self.steps_per_epoch)
+        self.bare = prepared.loaded.model.to(accelerator.device)
+        if config.grad_checkpointing:
+            checkpoint_activations(self.bare)
+        reads = features_pay(config, self.bare, self.total_steps, len(images.store))
+        self.probe = Probe(self.bare, config) if reads else None
+        self.module: Any = self.bare if self.probe is None else self.probe.head
+        optimizer = make_optimizer(self.bare.named_parameters(), config)
+        self.model, self.optimizer = accelerator.prepare(self.module, optimizer)
+        self._whole = micro_batch(config, accelerator.num_processes)
+        self._fast = compiled(self.model) if config.compile == "on" else self.model  # for parts of that size
+        self._wait = DataWait(config.device)
+        self.breakable: Callable[[], AbstractContextManager[None]] = nullcontext  # around what may be broken off
+        if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
+            for parameter in self.bare.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(_let_signals_in)
+        self.module.eval()  # the first step sets it to training
+
+    def get_ready(self, watched: Watched = lambda progress, gather: (progress, gather)) -> None:
+        """Of a probe, compute the features that its steps read; `watched`: see StopSignals."""
+        if self.probe is not None and isinstance(self.loader, TrainLoader):
+            guard = memory_guard(self.config, self.accelerator.num_processes)
+            with self.breakable(), console.working("reading features") as shown, guard:
+                progress, gather = watched(shown, gather_object)
+                self.loader = self.probe.training(self.loader, gather, progress)
+
+    def lr(self, step: int) -> float:
+        """The learning rate of a step (from 0)."""
+        return lr_at(step, self.config, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch)
+
+    def images(self, step: int) -> int:
+        """Images of a step, over all processes."""
+        return len(self.loader.samples(step))
+
+    def halve(self) -> int:
+        """Read half as many images at a time from now on; how many."""
+        self._whole = -(-self._whole // 2)
+        return self._whole
+
+    @property
+    def data_wait_s(self) -> float:
+        """Seconds that all steps so far have waited for their input."""
+        return self._wait.seconds
+
+    @property
+    def part(self) -> int:
+        """Images of a forward pass of a whole batch."""
+        return self._whole
+
+    def step(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Take one; this process's share of loss and correct answers, and the gradient's norm."""
+        with self.breakable():
+            loss, correct = self._gradients(step)
+        with self.clock.part("optimizer"):
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm or math.inf)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr(step)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return loss, correct, norm
+
+    def _gradients(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute those of a step's batch; this process's share of loss and correct answers."""
+        config, accelerator, clock = self.config, self.accelerator, self.clock
+        with self._wait:
+            batch = self.loader.batch(step)
+        if not self.module.training:  # an evaluation has changed it; to set every module takes a while
+            self.module.train()
+            set_training(self.bare, frozen_backbone=config.freeze == "backbone")
+        self.optimizer.zero_grad()  # a step that was broken off has left some
+        whole = self.images(step)
+        world = accelerator.num_processes
+        # Every process takes as many micro-steps, even where its share of a tail is empty.
+        share = -(-whole // world)
+        micro = min(self._whole, share)
+        starts = range(0, share, micro)
+        loss_sum = torch.zeros((), device=accelerator.device)
+        correct = torch.zeros((), device=accelerator.device)
+        for number, start in enumerate(starts):
+            pixels, labels = batch.pixels[start : start + micro], batch.labels[start : start + micro]
+            weight = 1.0
+            if len(labels) == 0:  # gradients are exchanged by all processes, so an idle one adds zeros
+                pixels = torch.zeros((1, *batch.pixels.shape[1:]), device=accelerator.device)
+                labels, weight = torch.zeros(1, dtype=torch.long, device=accelerator.device), 0.0
+            torch.manual_seed(seed_of(config.seed, "dropout", step, number, accelerator.process_index))
+            exchange = number == len(starts) - 1
+            with nullcontext() if exchange else accelerator.no_sync(self.model):
+                with clock.part("forward"):
+                    model = self._fast if len(labels) == self._whole else self.model
+                    logits = model(pixel_values=pixels).logits.float()
+                    # Divided by the whole batch, not by this part: a tail or an uneven share weighs what it is.
+                    summed = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=config.label_smoothing)
+                    loss = weight * summed / whole
+                with clock.part("backward"):
+                    accelerator.backward(loss * world)  # the processes' gradients are averaged
+            loss_sum += loss.detach()
+            correct += weight * (logits.detach().argmax(dim=1) == labels).sum()
+        return loss_sum, correct
+
+
+def _let_signals_in(parameter: torch.Tensor) -> None:
+    """Do nothing, in Python, which handles signals between its own instructions: else a backward pass has none."""

@@ -1,0 +1,424 @@
+"""train(config): set-up, loop, save, in reading order.
+
+A step is a function of its number: its batch, its learning rate and its dropout follow from (seed,
+step). So a run that is resumed from step N ends bit for bit where an undisturbed one does.
+"""
+
+import copy
+import shlex
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+from vitft.checkpoints import checkpoint as ckpt
+from vitft.checkpoints.checkpoint import State
+from vitft.checkpoints.metadata import Card, read_card
+from vitft.config.train import TrainConfig
+from vitft.data.loader import EvalLoader
+from vitft.errors import ModelError, Stopped, TrainingError, UsageError
+from vitft.evaluation import evaluation
+from vitft.evaluation.metrics import Metrics
+from vitft.hardware.device import accelerator_of, deterministic, is_out_of_memory, memory_guard, resolved, threads
+from vitft.io import console
+from vitft.io.paths import expanded
+from vitft.io.signals import Interrupted, StopSignals
+from vitft.models.load import load_trained
+from vitft.training import run_folder
+from vitft.training.autotune import tuned
+from vitft.training.diagnosis import PaceWatch, nothing_learned
+from vitft.training.dry_run import warn_if_long
+from vitft.training.metrics_log import Track, Window, forget_after, record, tracker
+from vitft.training.recovery import REMEDY, Diverged, persisting
+from vitft.training.setup import Prepared, Stores, prepare
+from vitft.training.step import Learner
+from vitft.training.throughput import Speed, speed_of
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its folder, its best checkpoint, the score of that by split, and how fast it was trained."""
+
+    run: Path
+    checkpoint: Path
+    step: int
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+    speed: Speed | None = None  # of a run that was finished before: none
+
+
+def train(config: TrainConfig, *, output: Path | str | None = None, overwrite: bool = False) -> Result:
+    """Fine-tune a model as `config` says, into a new run folder.
+
+    Raises VitftError; Stopped after a signal, when everything is saved.
+    """
+    accelerator = accelerator_of(config)
+    output = None if output is None else expanded(output)
+    with accelerator.main_process_first():
+        if output is not None and accelerator.is_main_process:
+            run_folder.make_room(output, overwrite=overwrite)
+        prepared = prepare(config)
+    with memory_guard(prepared.config, accelerator.num_processes):
+        warn_if_long(prepared, accelerator.num_processes)
+        prepared.config = tuned(prepared, accelerator.num_processes)
+    with ExitStack() as held:
+        held.enter_context(threads(prepared.config.threads))
+        held.enter_context(deterministic(prepared.config))
+        stores = prepared.decode()  # a bad image is found before anything is written, or overwritten
+        run = held.enter_context(run_folder.new_run(run_folder.Beginning(prepared, accelerator), output, overwrite))
+        parts = [(accelerator, prepared, stores)]
+        # What a rollback loads again must not stand in memory beside what it began with.
+        del accelerator, prepared, stores
+        first = lambda: _Run(*parts.pop(), run).train(State())  # noqa: E731
+        return persisting(run, first, again=lambda: _resume(run, {}, rolled_back=True))
+
+
+def resume(run: Path | str, changes: dict[str, Any] | None = None) -> Result:
+    """Go on with a run from its newest whole checkpoint; it ends where an undisturbed one would.
+
+    `changes` may hold settings that steer a run without changing its weights (save_every, keep,
+    log_every, tracker), where its data set has moved to, and more epochs or max_steps for a run that is
+    finished. Raises UsageError naming any other.
+    """
+    run = expanded(run)
+    with run_folder.alone_in(run):
+        if not ckpt.is_run(run):
+            raise ModelError(f"{run}: no run folder (no config.yaml and checkpoints/ in it); give the folder of a run.")
+        changes = changes or {}
+        return persisting(run, lambda: _resume(run, changes), again=lambda: _resume(run, changes, rolled_back=True))
+
+
+def _resume(run: Path, changes: dict[str, Any], *, rolled_back: bool = False) -> Result:
+    folder, passed = ckpt.newest_whole(run)
+    for fault in passed:
+        console.warn(f"passed over {fault}")
+    state = ckpt.read_state(folder) if folder else State()
+    before = ckpt.read_config(run)
+    config = run_folder.changed(run, before, changes, finished=run_folder.is_finished(state))
+    with threads(config.threads or run_folder.threads_of(run)), deterministic(resolved(config)):
+        accelerator = accelerator_of(config)
+        with accelerator.main_process_first():
+            prepared = run_folder.prepared_again(run, config, folder)
+        resumed = _Run(accelerator, prepared, prepared.decode(), run, resumed_from=folder)
+        if rolled_back:
+            resumed.keep_the_best_of_before(state)
+        if (config.epochs, config.max_steps) != (before.epochs, before.max_steps) and state.step >= resumed.total_steps:
+            raise UsageError(
+                f"{run} is finished, at step {state.step}, and would be after {resumed.total_steps} steps too; "
+                "give it more --epochs, or --max-steps."
+            )
+        if state.total_steps is not None and resumed.total_steps > state.total_steps:
+            state.stopped_early, state.evaluations_since_best = False, 0
+        if accelerator.is_main_process:
+            run_folder.keep_changes(run, prepared.config)
+        over = resumed.is_over(state)
+        console.note(run_folder.whereabouts(run, resumed.config, state, resumed.total_steps, folder, over=over))
+        return resumed.train(state)
+
+
+class _Run:
+    """One run while it trains: what every part of the loop needs."""
+
+    def __init__(
+        self, accelerator: Any, prepared: Prepared, stores: Stores, run: Path, resumed_from: Path | None = None
+    ) -> None:
+        self.accelerator, self.prepared, self.run = accelerator, prepared, run
+        self.config, self.how = prepared.config, prepared.loaded.preprocess
+        self.labels, self.resumed_from = prepared.loaded.labels, resumed_from
+        self.stores = stores
+        run_folder.check_splits(
+            run, prepared, stores, begun=resumed_from is not None, write=accelerator.is_main_process
+        )
+        self.learner = Learner(accelerator, prepared, stores)
+        self.bare, self.probe = self.learner.bare, self.learner.probe
+        self.steps_per_epoch, self.total_steps = self.learner.steps_per_epoch, self.learner.total_steps
+        self.pending: tuple[Card, dict[str, torch.Tensor]] | None = None  # a best/ that is not written yet
+        self.signals, self.window, self.pace = StopSignals(accelerator), Window(accelerator), PaceWatch()
+        self.measured: Metrics | None = None  # the last one
+        self.learner.breakable = self.signals.breakable
+        self.begun = self.saved = self.written_last = -1  # steps: of the beginning, and of what this process last wrote
+        card = read_card(resumed_from) if resumed_from else None
+        self.scores: dict[str, dict[str, Any]] = card.scores if card else {}
+
+    # -- the loop ---------------------------------------------------------------------------------
+
+    def train(self, state: State) -> Result:
+        """Run the steps that are left, then score the chosen checkpoint."""
+        config = self.config
+        self.begun, state.total_steps = state.step, self.total_steps
+        if self.resumed_from is not None and not self.is_over(state):
+            self._load_optimizer(self.resumed_from, state)
+        if self.accelerator.is_main_process:
+            forget_after(self.run, state.step)
+        window = self.window
+        with (
+            self.signals,
+            tracker(config, self.run, self.accelerator) as track,
+            console.TrainingProgress(state.step, self.total_steps, self.steps_per_epoch) as bar,
+            memory_guard(config, self.accelerator.num_processes),
+        ):
+            try:
+                if not self.is_over(state):
+                    console.note(run_folder.introduction(self.prepared, self.total_steps, self.run))
+                    self.learner.get_ready(self.signals.watched)
+                window.restart(self.learner.data_wait_s)
+                while not self.is_over(state):
+                    saves = self._advance(state, bar, track)
+                    if state.validation_due:
+                        self._validate(state, bar, track)
+                        saves = saves or state.stopped_early
+                        window.restart(self.learner.data_wait_s)
+                    if saves:
+                        self._save(state)
+                        window.restart(self.learner.data_wait_s)
+                result = self._finish(state, bar, track)
+            except Interrupted as stop:
+                raise self._stopped(state, stop.number, bar, track) from None
+        trained = window.pace.images > 0  # else it was finished, and has said so before
+        if trained and self.measured and (nothing := nothing_learned(self.measured, self.config, self.total_steps)):
+            console.warn(nothing)
+        world, probe = self.accelerator.num_processes, self.probe is not None
+        return replace(result, speed=speed_of(window.pace, self.bare, config, world, probe=probe))
+
+    def _advance(self, state: State, bar: "console.TrainingProgress", track: Track) -> bool:
+        """Take a step, unless a validation is due from before; whether to save after it. Raises Interrupted."""
+        if state.validation_due:
+            return True  # what is saved says that it is due
+        config, window = self.config, self.window
+        window.add(*self._step(state.step), count=self.learner.images(state.step))
+        state.step += 1
+        bar.advance(state.step)
+        last = state.step == self.total_steps
+        self.scores = {}  # they were the last step's
+        eval_every = config.eval_every or self.steps_per_epoch
+        save_every = config.save_every or (self.steps_per_epoch if self.probe is None else self.total_steps)
+        state.validation_due = "validation" in self.stores and (state.step % eval_every == 0 or last)
+        saves = state.step % save_every == 0 or last
+        if number := self.signals.received():
+            raise Interrupted(number)
+        if state.step % config.log_every == 0 or state.validation_due or saves:
+            self._log(state, bar, track)
+        return saves
+
+    def _log(self, state: State, bar: "console.TrainingProgress", track: Track) -> None:
+        """Write down what came of the steps since the last line. Raises TrainingError for a loss that is no number."""
+        window = self.window
+        try:
+            means = window.close(self.learner.data_wait_s)
+        except FloatingPointError as error:
+            step, value = state.step - len(window) + error.args[0] + 1, error.args[1]
+            raise self._diverged(f"the loss or its gradient is {value}", step) from error
+        line: dict[str, Any] = {"step": state.step, "epoch": self._epoch(state.step), "split": "train"}
+        line |= means | {"lr": self.learner.lr(state.step - 1)}
+        bar.update(line)
+        track(line)
+        self._record(line)
+        if slowed := self.pace.slowed(means["images_per_s"]):
+            console.warn(slowed)
+
+    def _load_optimizer(self, folder: Path, state: State) -> None:
+        if not (folder / ckpt.OPTIMIZER).exists():
+            console.note(f"{folder} has weights alone; the optimizer's moments begin anew")
+            return
+        ckpt.load_optimizer(folder, self.bare, self.learner.optimizer.optimizer)
+        if state.scaler and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state.scaler)
+
+    def keep_the_best_of_before(self, state: State) -> None:
+        """After a rollback, best/ may be of a step that was given up: its weights are what others have to beat."""
+        card = read_card(self.run / "best")
+        if card is not None and card.step > state.step:
+            score = _score(card.scores["validation"], self.config)
+            state.best_step, state.evaluations_since_best = card.step, 0
+            state.best_score = state.counted_score = score
+
+    def _step(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Take a step; where memory runs out, again in smaller parts, from now on. The batch stays what it is."""
+        while True:
+            try:
+                return self.learner.step(step)
+            except RuntimeError as error:
+                # Several processes would have to agree on it, in the middle of an exchange.
+                alone = self.accelerator.num_processes == 1
+                if not is_out_of_memory(error) or self.learner.part == 1 or not alone:
+                    raise
+                before, now = self.learner.part, self.learner.halve()
+            self.config = self.config.model_copy(update={"micro_batch_size": now})
+            ckpt.write_config(self.run, self.config)
+            console.warn(
+                f"out of memory at step {step + 1}: {before} images at a time do not fit; from here on {now}. "
+                f"The batch stays {self.config.batch_size}."
+            )
+            if self.config.device == "cuda":
+                torch.cuda.empty_cache()
+
+    def is_over(self, state: State) -> bool:
+        """Whether there are no steps left to do."""
+        return (state.step >= self.total_steps or state.stopped_early) and not state.validation_due
+
+    def _validate(self, state: State, bar: "console.TrainingProgress", track: Track) -> None:
+        try:
+            metrics = self._measure("validation", bar)
+        except ModelError as error:
+            raise self._diverged(str(error), state.step) from error
+        state.validation_due = False
+        self.scores = {"validation": metrics.summary()}
+        line = {"step": state.step, "epoch": self._epoch(state.step)} | metrics.summary()
+        self._record(line)
+        track(line)
+        score = _score(metrics.summary(), self.config)
+        better = state.best_score is None or score > state.best_score
+        bar.evaluated(metrics, better)
+        if state.counted_score is None or score > state.counted_score + self.config.min_delta:
+            state.counted_score, state.evaluations_since_best = score, 0
+        else:
+            state.evaluations_since_best += 1
+            patience = self.config.early_stopping
+            state.stopped_early = patience is not None and state.evaluations_since_best >= patience
+        if better:
+            state.best_step, state.best_score = state.step, score
+            self._keep_best(state)
+
+    def _measure(self, role: str, bar: "console.TrainingProgress") -> Metrics:
+        accelerator = self.accelerator
+        loader = EvalLoader(
+            *self.stores[role], self.how, batch_size=evaluation.BATCH, device=accelerator.device,
+            rank=accelerator.process_index, world=accelerator.num_processes,
+        )  # fmt: skip
+        with self.signals.breakable(), bar.evaluating(role) as shown:
+            progress, gather = self.signals.watched(shown, gather_object)
+            batches = loader if self.probe is None else self.probe.scoring(role, loader, progress)
+            # The bare model: its own would wait for the other processes, which may have another number of batches.
+            self.measured = evaluation.measure(
+                self.learner.module, batches, self.labels, self.prepared.splits[role],
+                others=self.prepared.matched(role)[1], gather=gather, progress=progress,
+            )  # fmt: skip
+            return self.measured
+
+    # -- what is written --------------------------------------------------------------------------
+
+    def _epoch(self, step: int) -> float:
+        return step / self.steps_per_epoch
+
+    def _card(self, state: State) -> Card:
+        splits = {
+            role: {"source": split.source, "count": len(split.rows), "hash": split.hash}
+            for role, split in self.prepared.splits.items()
+        }
+        return Card(self.config, self.labels, state.step, self._epoch(state.step), splits, self.scores)
+
+    def _keep_best(self, state: State) -> None:
+        """Write best/; of a probe, whose epochs take less time than that, when something else is written."""
+        if self.probe is None:
+            self._write_model("best", self._card(state))
+        else:
+            self.pending = self._card(state), copy.deepcopy(self.learner.module.state_dict())
+
+    def _flush_best(self) -> None:
+        if self.pending is None:
+            return
+        (card, best), now = self.pending, copy.deepcopy(self.learner.module.state_dict())
+        self.pending = None
+        self.learner.module.load_state_dict(best)
+        self._write_model("best", card)
+        self.learner.module.load_state_dict(now)
+
+    def _save(self, state: State) -> None:
+        if not all(parameter.isfinite().all() for parameter in self.bare.parameters()):
+            raise self._diverged("weights are no numbers", state.step)
+        self._flush_best()
+        scaler = self.accelerator.scaler
+        state.scaler = scaler.state_dict() if scaler else None
+        if self.accelerator.is_main_process:
+            ckpt.save_step(self.run, self.bare, self.learner.optimizer.optimizer, self.how, self._card(state), state)
+        self.saved = state.step
+        self.accelerator.wait_for_everyone()
+
+    def _write_model(self, name: str, card: Card, state: State | None = None) -> None:
+        if self.accelerator.is_main_process:
+            ckpt.save_model(self.run / name, self.bare, self.how, card, state)
+        self.accelerator.wait_for_everyone()
+
+    def _write_last(self, state: State) -> None:
+        self._write_model("last", self._card(state), state)
+        self.written_last = state.step
+
+    def _record(self, line: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            record(self.run, line)
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def _stopped(self, state: State, number: int, bar: "console.TrainingProgress", track: Track) -> Stopped:
+        """Save what is not saved yet, and say how to go on."""
+        try:
+            if len(self.window):
+                self._log(state, bar, track)
+            if state.step > max(self.saved, self.begun):
+                self._save(state)
+        except Diverged as fault:  # who stops a run does not want it rolled back
+            raise TrainingError(str(fault)) from fault
+        if self.saved == state.step != self.written_last:
+            self._write_last(state)
+        name = "Ctrl-C" if number == 2 else "SIGTERM"
+        kept = "everything is saved" if state.step else "there is nothing to save yet"
+        return Stopped(
+            f"stopped by {name} at step {state.step} of {self.total_steps}; {kept}. "
+            f"Go on with: vitft train --resume {shlex.quote(str(self.run))}",
+            number,
+        )
+
+    def _diverged(self, what: str, step: int) -> TrainingError:
+        if self.config.on_nan == "rollback":
+            return Diverged(what, step)
+        good = next((folder for folder in ckpt.step_folders(self.run) if ckpt.fault_of(folder) is None), None)
+        kept = f"the last good checkpoint is {good}" if good else "no checkpoint was saved before it"
+        return TrainingError(f"{what} at step {step}; {kept}. {REMEDY}")
+
+    def _finish(self, state: State, bar: "console.TrainingProgress", track: Track) -> Result:
+        """Score the best checkpoint, or the last where there was nothing to choose by, on the test split."""
+        if self.accelerator.is_main_process:
+            ckpt.prune(self.run, state.step, self.config.keep)  # a kill may have come before it
+        chosen, scored = ("last" if state.best_step is None else "best"), state
+        best = self._best() if chosen == "best" else None
+        if best is not None and not (best.step == state.step and _alike(best.scores, self.scores)):
+            self._write_last(state)
+            self.bare.load_state_dict(load_trained(self.run / "best").model.state_dict())
+            scored, self.scores = State(step=best.step), best.scores
+        if "test" in self.stores:
+            metrics = self._measure("test", bar)
+            self.scores = self.scores | {"test": metrics.summary()}
+            line = {"step": scored.step, "epoch": self._epoch(scored.step)} | metrics.summary()
+            self._record(line)
+            track(line)
+        if scored is state:
+            self._write_last(state)
+        if chosen == "best":
+            self._write_model("best", self._card(scored))
+        if self.accelerator.is_main_process:
+            ckpt.prune(self.run, state.step, self.config.keep_finished)
+        return Result(self.run, self.run / chosen, scored.step, self.scores)
+
+    def _best(self) -> Card:
+        """What best/ knows of itself. Raises ModelError."""
+        card = read_card(ckpt.find_model(self.run / "best"))
+        if card is None:
+            raise ModelError(f"{self.run / 'best'}: is no longer what the run wrote, for vitft.json is gone.")
+        return card
+
+
+def _alike(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> bool:
+    """Whether these are one validation's scores, whichever process took its time: all have to say the same here."""
+    summaries = [dict(scores.get("validation", {})) for scores in (one, other)]
+    for summary in summaries:
+        summary.pop("images_per_s", None)
+    return summaries[0] == summaries[1]
+
+
+def _score(summary: dict[str, Any], config: TrainConfig) -> float:
+    """The score that a checkpoint is chosen by, where more is better."""
+    return float(
+        {"accuracy": summary["accuracy"], "loss": -summary["loss"], "macro-f1": summary["macro_f1"]}[config.best_by]
+    )
