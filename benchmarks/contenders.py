@@ -24,7 +24,7 @@ from vitft.data.augment import Preprocess
 from vitft.data.loader import TrainLoader
 from vitft.data.sources.source import class_indices, open_source
 from vitft.data.store import decode_all
-from vitft.hardware.timers import settle
+from vitft.hardware.timers import synchronize
 from vitft.models.load import load_for_training, shape_of
 from vitft.spec import PRESETS
 from vitft.training.bench import WARM_UP, bench
@@ -184,7 +184,7 @@ def loop_steps(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        settle(device)
+        synchronize(device)
         now = time.perf_counter()
         times.append(now - started)
         started = now

@@ -26,8 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import vitft
 from vitft.config.train import TrainConfig
-from vitft.hardware.device import accelerator_of
-from vitft.hardware.timers import settle
+from vitft.hardware.device import make_accelerator
+from vitft.hardware.timers import synchronize
 from vitft.training.bench import WARM_UP, bench
 from vitft.training.setup import prepare
 from vitft.training.step import Learner
@@ -88,18 +88,18 @@ def step_profile(settings: dict[str, Any], steps: int = 4) -> dict[str, Any]:
     On a CPU what is counted is torch's operations.
     """
     config = TrainConfig.parse(settings | {"from_scratch": True, "val_fraction": 0.0}, "flags")
-    accelerator = accelerator_of(config)
+    accelerator = make_accelerator(config)
     prepared = prepare(config)
     learner = Learner(accelerator, prepared, prepared.decode())
     on_gpu = config.device == "cuda"
     for step in range(WARM_UP):
         learner.step(step)
-    settle(config.device)
+    synchronize(config.device)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with profile(activities=activities) as seen:
         for step in range(WARM_UP, WARM_UP + steps):
             learner.step(step)
-        settle(config.device)
+        synchronize(config.device)
     device = DeviceType.CUDA if on_gpu else DeviceType.CPU
     events = [
         event

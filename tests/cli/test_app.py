@@ -266,7 +266,7 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_queued_when_a_command_is_interrupted_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in decoding: the threads would work on until the queue is empty, and Python waits for them."""
-    from vitft.data.augment import workers
+    from vitft.data.augment import thread_pool
 
     begun, gate = [], threading.Event()
 
@@ -277,14 +277,14 @@ def test_what_is_queued_when_a_command_is_interrupted_is_not_waited_for(monkeypa
         return number
 
     def interrupted(*given: Any, **named: Any) -> None:
-        for _ in workers().map(decode, range(1000)):
+        for _ in thread_pool().map(decode, range(1000)):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(commands, "train", interrupted)
     result = CliRunner().invoke(app, ["train"])
     gate.set()
     assert result.exit_code == 130
-    assert workers().submit(len, "it is done").result(60) == 10
+    assert thread_pool().submit(len, "it is done").result(60) == 10
     assert len(begun) < 100
 
 

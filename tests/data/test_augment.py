@@ -16,15 +16,14 @@ from vitft.config.train import LARGEST_SIDE
 from vitft.data.augment import (
     RESAMPLE,
     Preprocess,
+    apply_resize,
     augment,
-    crop_boxes,
-    fit,
-    fitted,
+    draw_crop_boxes,
     normalize,
     pillow_resize,
-    preprocess,
+    preprocess_images,
     resize,
-    uncropped,
+    resize_and_crop,
 )
 from vitft.errors import ModelError
 from vitft.models.image_processor import understood
@@ -62,7 +61,7 @@ def test_the_evaluation_geometry_is_pillows(
 ) -> None:
     image = pixels(*old, seed, contrast=contrast)
 
-    got = fit(torch.from_numpy(image)[None], Preprocess(*new, resample=resample))[0]
+    got = resize_and_crop(torch.from_numpy(image)[None], Preprocess(*new, resample=resample))[0]
 
     assert np.array_equal(got.numpy(), by_pillow(image, *new, resample))
 
@@ -83,7 +82,7 @@ def test_training_crops_are_resized_as_by_pillow_columns_first(
 
 def test_an_image_at_the_models_size_is_left_alone() -> None:
     image = torch.from_numpy(pixels(24, 32))[None]
-    assert torch.equal(fit(image, Preprocess(24, 32, resample="bicubic")), image)
+    assert torch.equal(resize_and_crop(image, Preprocess(24, 32, resample="bicubic")), image)
 
 
 @given(
@@ -133,10 +132,10 @@ def test_a_long_image_is_cut_before_it_is_enlarged_to_the_same_pixels(
         return pillow_resize(images, height, width, *others)
 
     monkeypatch.setattr("vitft.data.augment.pillow_resize", watched)
-    image_once = uncropped(torch.from_numpy(image)[None], how)
+    image_once = apply_resize(torch.from_numpy(image)[None], how)
 
-    assert np.array_equal(fit(image_once, how)[0].numpy(), wanted)
-    assert torch.equal(uncropped(image_once, how), image_once)
+    assert np.array_equal(resize_and_crop(image_once, how)[0].numpy(), wanted)
+    assert torch.equal(apply_resize(image_once, how), image_once)
     assert max(made) <= max(size) * 71
 
 
@@ -191,7 +190,7 @@ def test_preprocessing_is_transformers_own(name: str, size: tuple[int, int]) -> 
     how = understood(processor)
     image = pixels(*size, contrast=True)
 
-    got = preprocess([torch.from_numpy(image)], how)
+    got = preprocess_images([torch.from_numpy(image)], how)
 
     wanted = processor(Image.fromarray(image), return_tensors="pt")["pixel_values"]
     assert got.shape == wanted.shape
@@ -230,7 +229,7 @@ def test_transformers_reads_gray_as_gray_for_a_model_of_one_channel() -> None:
     image = Image.fromarray(pixels(70, 45)).convert("L")
     document = how.to_json()
     processor = getattr(transformers, f"{document['image_processor_type']}Pil")(**document)
-    wanted = preprocess([torch.from_numpy(np.array(image.convert("RGB")))], how)
+    wanted = preprocess_images([torch.from_numpy(np.array(image.convert("RGB")))], how)
     torch.testing.assert_close(processor(image, return_tensors="pt")["pixel_values"], wanted, check_dtype=False)
 
 
@@ -286,9 +285,9 @@ def test_a_side_has_at_least_one_pixel_and_no_more_than_memory_holds(largest: in
     Preprocess(**sides, before_crop=(largest, largest)).check()
     wrong = largest - 1 if largest == 1 else largest + 1
     for changed in (*({name: wrong} for name in sides), {"before_crop": (9, wrong)}, {"before_crop": (wrong, 9)}):
-        with pytest.raises(ModelError, match=rf"a side of {wrong} pixels; it must be 1 to {LARGEST_SIDE:,}"):
+        with pytest.raises(ModelError, match=rf"image side of {wrong} pixels; it must be 1 to {LARGEST_SIDE:,}"):
             Preprocess(**sides | changed).check()
-    with pytest.raises(ModelError, match=r"a side of 2\.5 pixels"):
+    with pytest.raises(ModelError, match=r"image side of 2\.5 pixels"):
         Preprocess(2.5, 2).check()  # type: ignore[arg-type]
 
 
@@ -305,7 +304,7 @@ def test_a_side_has_at_least_one_pixel_and_no_more_than_memory_holds(largest: in
 def test_what_no_pixel_can_be_made_by_is_refused(changed: dict[str, Any], says: str) -> None:
     with pytest.raises(ModelError) as caught:
         Preprocess(8, 8, **changed).check()
-    assert str(caught.value) == f"{says} is not usable; it takes finite numbers."
+    assert str(caught.value) == f"{says} is invalid; use finite numbers{' other than 0' * ('std' in says)}."
     Preprocess(8, 8, mean=(0, 0.0, -1), rescale=1).check()
 
 
@@ -333,10 +332,10 @@ def test_gray_is_pillows_luminance_and_of_a_gray_image_itself() -> None:
 
 
 def test_another_size_keeps_the_margin_around_the_crop() -> None:
-    assert Preprocess(224, 224, shortest_edge=256).at(112) == Preprocess(112, 112, shortest_edge=128)
-    assert Preprocess(224, 224, before_crop=(256, 256)).at(112).before_crop == (128, 128)
-    assert Preprocess(224, 224).at(98) == Preprocess(98, 98)
-    assert (Preprocess(98, 98).said, Preprocess(98, 112).said) == ("98", "98 x 112")
+    assert Preprocess(224, 224, shortest_edge=256).with_size(112) == Preprocess(112, 112, shortest_edge=128)
+    assert Preprocess(224, 224, before_crop=(256, 256)).with_size(112).before_crop == (128, 128)
+    assert Preprocess(224, 224).with_size(98) == Preprocess(98, 98)
+    assert (Preprocess(98, 98).size_text, Preprocess(98, 112).size_text) == ("98", "98 x 112")
 
 
 # -- augmentation ----------------------------------------------------------------------------------
@@ -384,27 +383,27 @@ def test_a_flip_is_left_to_right_for_about_half_of_the_images() -> None:
 
 def test_no_augmentation_is_the_evaluations_preprocessing() -> None:
     """To the step between two pixel values: training resizes by torch, evaluation by Pillow."""
-    training, evaluation = augment(IMAGES, HOW, "none", 0, 0, np.arange(12)), preprocess(IMAGES, HOW)
+    training, evaluation = augment(IMAGES, HOW, "none", 0, 0, np.arange(12)), preprocess_images(IMAGES, HOW)
     assert (training - evaluation).abs().max() < 1.01 * HOW.rescale / HOW.std[0]
 
 
 def test_training_does_not_resize_by_pillow_which_takes_several_times_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = resize(IMAGES, 16, 16, "bilinear")
     monkeypatch.setattr("vitft.data.augment.pillow_resize", lambda *given: pytest.fail("by Pillow"))
-    assert torch.equal(fitted(IMAGES, HOW, exact=False), wanted)
-    assert torch.equal(fitted(list(IMAGES), HOW, exact=False), wanted)
+    assert torch.equal(resize_and_crop(IMAGES, HOW, exact=False), wanted)
+    assert torch.equal(resize_and_crop(list(IMAGES), HOW, exact=False), wanted)
 
 
 def test_evaluation_does_not_depend_on_the_batch_either() -> None:
-    whole = preprocess(IMAGES, HOW)
-    assert torch.equal(preprocess(list(IMAGES), HOW), whole)
-    assert torch.equal(preprocess(IMAGES[5:6], HOW), whole[5:6])
+    whole = preprocess_images(IMAGES, HOW)
+    assert torch.equal(preprocess_images(list(IMAGES), HOW), whole)
+    assert torch.equal(preprocess_images(IMAGES[5:6], HOW), whole[5:6])
 
 
 @given(size=st.tuples(side, side), seed=seeds)
 @settings(max_examples=50, deadline=None)
 def test_crops_lie_within_the_image(size: tuple[int, int], seed: int) -> None:
-    boxes = crop_boxes(np.tile(np.array(size), (50, 1)), seed, 0, np.arange(50))
+    boxes = draw_crop_boxes(np.tile(np.array(size), (50, 1)), seed, 0, np.arange(50))
 
     assert (boxes[:, :2] >= 0).all()
     assert (boxes[:, 2:] >= 1).all()
@@ -412,7 +411,7 @@ def test_crops_lie_within_the_image(size: tuple[int, int], seed: int) -> None:
 
 
 def test_crops_have_the_areas_and_aspects_of_the_paper() -> None:
-    boxes = crop_boxes(np.full((5000, 2), 1000), 0, 0, np.arange(5000))
+    boxes = draw_crop_boxes(np.full((5000, 2), 1000), 0, 0, np.arange(5000))
 
     area, aspect = boxes[:, 2:].prod(axis=1) / 1e6, boxes[:, 3] / boxes[:, 2]
     assert area.min() > 0.079
@@ -451,14 +450,14 @@ def test_crops_are_torchvisions(size: tuple[int, int]) -> None:
     index = 5 + np.arange(300)
     drawn = np.stack([uniform(3, "crop", 2, index, draw) for draw in range(10)], axis=1)
 
-    boxes = crop_boxes(np.tile(np.array(size), (300, 1)), 3, 2, index)
+    boxes = draw_crop_boxes(np.tile(np.array(size), (300, 1)), 3, 2, index)
 
     assert boxes.tolist() == [as_torchvision(*size, one) for one in drawn]
 
 
 def test_no_crop_leaves_the_range_of_aspects() -> None:
     sizes = np.tile([[100, 400], [375, 500], [900, 60]], (500, 1))
-    boxes = crop_boxes(sizes, 0, 0, np.arange(1500))
+    boxes = draw_crop_boxes(sizes, 0, 0, np.arange(1500))
     aspect = boxes[:, 3] / boxes[:, 2]
     assert aspect.min() > 0.74
     assert aspect.max() < 1.35
@@ -468,6 +467,6 @@ def test_no_crop_leaves_the_range_of_aspects() -> None:
 def test_a_crop_does_not_depend_on_the_others_of_its_batch() -> None:
     sizes = np.tile([[100, 400], [90, 1000], [60, 60]], (20, 1))
     index = np.arange(60)
-    whole = crop_boxes(sizes, 1, 4, index)
+    whole = draw_crop_boxes(sizes, 1, 4, index)
     for some in (index[::-1], index[7:8], index[::7]):
-        assert crop_boxes(sizes[some], 1, 4, index[some]).tolist() == whole[some].tolist()
+        assert draw_crop_boxes(sizes[some], 1, 4, index[some]).tolist() == whole[some].tolist()

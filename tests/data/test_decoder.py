@@ -17,7 +17,7 @@ from PIL import Image, ImageCms, ImageOps, TiffImagePlugin
 
 import vitft.data.decoder
 from tests import icc
-from vitft.data.decoder import BadImage, about, decode, formats, header, suffixes, unused_range
+from vitft.data.decoder import BadImage, decode, formats, header, image_info, suffixes, unused_range
 from vitft.data.limits import jxl_size
 from vitft.errors import DataError
 
@@ -461,7 +461,7 @@ def test_pillows_own_limit_is_a_bad_image_and_gives_way_to_a_greater_max_pixels(
     assert decode(data, max_pixels=35).shape == (5, 7, 3)
 
 
-@pytest.mark.parametrize("read", [decode, header, about])
+@pytest.mark.parametrize("read", [decode, header, image_info])
 def test_pillows_warnings_are_silent_in_threads_too(read, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)  # of which Pillow warns
     image = Image.new("P", (4, 4))

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
-from vitft.data.augment import Preprocess, augment, augment_by_products
-from vitft.data.resample import RADIUS, cropped, weights
+from vitft.data.augment import Preprocess, augment, augment_by_matmul
+from vitft.data.resample import RADIUS, crop_and_resize, filter_weights
 
 sides = st.tuples(st.integers(1, 60), st.integers(1, 60))
 
@@ -43,7 +43,7 @@ def test_a_box_is_resized_as_pillow_does(
     # Columns first, as Pillow does but where rows get fewer: there it may turn round, and clips other overshoot.
     wanted = np.asarray(piece.resize((new[1], height), by).resize((new[1], new[0]), by)).astype(float)
     for flip in (False, True):
-        got = cropped(image, box, torch.tensor([flip]), *new, resample)
+        got = crop_and_resize(image, box, torch.tensor([flip]), *new, resample)
         assert got.shape == (1, 3, *new)
         seen = got[0].permute(1, 2, 0).numpy()
         assert np.abs((seen[:, ::-1] if flip else seen) - wanted).max() <= 1.6
@@ -51,7 +51,7 @@ def test_a_box_is_resized_as_pillow_does(
 
 @pytest.mark.parametrize("resample", RADIUS)
 def test_weights_keep_gray_gray_and_stay_within_the_box(resample: str) -> None:
-    found = weights(20, torch.tensor([3, 0]), torch.tensor([9, 20]), 7, resample)
+    found = filter_weights(20, torch.tensor([3, 0]), torch.tensor([9, 20]), 7, resample)
     assert found.sum(dim=2).numpy() == pytest.approx(1.0)
     assert not found[0, :, :3].any()
     assert not found[0, :, 12:].any()
@@ -69,7 +69,7 @@ def test_weights_keep_gray_gray_and_stay_within_the_box(resample: str) -> None:
 )  # fmt: skip
 def test_a_batch_is_what_threads_make_of_it(kind: str, how: Preprocess) -> None:
     images, index = noise(16, 16, 19), np.arange(16) * 7
-    by_products, by_threads = (make(images, how, kind, 3, 2, index).float() for make in (augment_by_products, augment))
+    by_products, by_threads = (make(images, how, kind, 3, 2, index).float() for make in (augment_by_matmul, augment))
     assert by_products.shape == by_threads.shape
     step = how.rescale / min(how.std)  # of one in 255
     assert (by_products - by_threads).abs().max() <= 1.6 * step
@@ -80,6 +80,6 @@ def test_a_batch_of_any_size_takes_as_many_operations() -> None:
     for count in (4, 32):
         images, index = noise(count, 16, 16), np.arange(count)
         with profile(activities=[ProfilerActivity.CPU]) as seen:
-            augment_by_products(images, Preprocess(24, 24), "crop", 0, 0, index)
+            augment_by_matmul(images, Preprocess(24, 24), "crop", 0, 0, index)
         counts.append(Counter(event.name for event in seen.events()))
     assert counts[0] == counts[1]

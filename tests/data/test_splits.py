@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitft.data.sampling import HELD_OUT, OPEN, TRAIN, apart, quotas, stratified
+from vitft.data.sampling import HELD_OUT, OPEN, TRAIN, hold_out, quotas, stratified_sample
 from vitft.data.sources.identity import contents, ids, numbered, sample_names
 from vitft.data.sources.schema import image_structs, make_split, standardize
 from vitft.data.sources.source import Source
-from vitft.data.split_record import read_record, recall
+from vitft.data.split_record import read_record, restore_splits
 from vitft.data.splits import make_splits, manifest
 from vitft.errors import DataError
 
@@ -68,13 +68,13 @@ def test_smaller_choices_lie_within_greater_ones(counts, first, second, seed):
     labels = shuffled(counts, seed)
     keys = drawn_keys(len(labels), seed)
     small, great = sorted((first, second))
-    less, more = (stratified(labels, keys, take, seed, "p") for take in (small, great))
+    less, more = (stratified_sample(labels, keys, take, seed, "p") for take in (small, great))
     assert less.sum() == min(small, len(labels))
     for label in range(len(counts)):
         a, b = (set(keys[mask & (labels == label)]) for mask in (less, more))
         assert a <= b or b <= a  # nested, class by class, up to the rounding of the quotas
     again = np.random.default_rng(1).permutation(len(labels))
-    np.testing.assert_array_equal(stratified(labels[again], keys[again], small, seed, "p"), less[again])
+    np.testing.assert_array_equal(stratified_sample(labels[again], keys[again], small, seed, "p"), less[again])
 
 
 many = st.lists(st.integers(1, 300), min_size=1, max_size=5)
@@ -87,9 +87,9 @@ def test_adding_or_removing_images_moves_no_other(counts, share, part, seed):
     """But for an image that is its class's only one in train or validation, before or after."""
     labels = shuffled(counts, seed)
     keys = drawn_keys(len(labels), seed)
-    whole = apart(labels, keys, share, seed, "validation")
+    whole = hold_out(labels, keys, share, seed, "validation")
     left = np.random.default_rng(seed).random(len(labels)) >= part
-    fewer = apart(labels[left], keys[left], share, seed, "validation")
+    fewer = hold_out(labels[left], keys[left], share, seed, "validation")
     for row in np.flatnonzero(whole[left] != fewer):
         mine = labels[left][row]
         sides = [(fewer, labels[left]), (whole, labels)]
@@ -104,15 +104,15 @@ def test_of_classes_of_some_size_one_percent_more_or_less_moves_none(counts, see
     keys = drawn_keys(len(labels), seed)
     order = np.random.default_rng(seed).permutation(len(labels))
     left = np.sort(order[len(labels) // 100 :])
-    whole = apart(labels, keys, 0.1, seed, "validation")
-    np.testing.assert_array_equal(whole[left], apart(labels[left], keys[left], 0.1, seed, "validation"))
+    whole = hold_out(labels, keys, 0.1, seed, "validation")
+    np.testing.assert_array_equal(whole[left], hold_out(labels[left], keys[left], 0.1, seed, "validation"))
 
 
 @settings(max_examples=100, deadline=None)
 @given(many, shares, st.integers(0, 2**32 - 1))
 def test_the_share_is_kept_and_no_class_is_emptied(counts, share, seed):
     labels = shuffled(counts, seed)
-    out = apart(labels, drawn_keys(len(labels), seed), share, seed, "validation")
+    out = hold_out(labels, drawn_keys(len(labels), seed), share, seed, "validation")
     expected = share * len(labels)
     # Six deviations of a binomial, and the one image that each class may give or keep.
     assert abs(out.sum() - expected) <= 6 * np.sqrt(expected * (1 - share)) + len(counts)
@@ -126,7 +126,7 @@ def test_the_same_image_twice_is_on_one_side():
     labels = np.repeat([0, 1, 2], [300, 7, 2])
     keys = np.repeat(drawn_keys(155, 0), 2)[: len(labels)]
     keys[-2:] = 7  # a class of one image, twice
-    out = apart(labels, keys, 0.5, 0, "validation")
+    out = hold_out(labels, keys, 0.5, 0, "validation")
     assert not out[-2:].any()
     for key in set(keys.tolist()):
         assert len(set(out[keys == key].tolist())) == 1
@@ -136,18 +136,18 @@ def test_what_is_settled_stays_and_the_rest_is_drawn_as_ever():
     labels, keys = np.repeat([0, 1], 200), drawn_keys(400, 1)
     settled = np.full(400, OPEN, np.int8)
     settled[:50], settled[50:70] = TRAIN, HELD_OUT
-    out = apart(labels, keys, 0.3, 0, "validation", settled)
+    out = hold_out(labels, keys, 0.3, 0, "validation", settled)
     assert not out[:50].any()
     assert out[50:70].all()
-    np.testing.assert_array_equal(out[70:], apart(labels, keys, 0.3, 0, "validation")[70:])
-    assert not apart(labels, keys, 0.3, 0, "validation", np.full(400, TRAIN, np.int8)).any()
+    np.testing.assert_array_equal(out[70:], hold_out(labels, keys, 0.3, 0, "validation")[70:])
+    assert not hold_out(labels, keys, 0.3, 0, "validation", np.full(400, TRAIN, np.int8)).any()
 
 
 @pytest.mark.parametrize(("own", "fraction", "held"), [(True, 0.1, 2), (True, 0, 0), (False, 0, 0)])
 def test_what_was_held_out_is_not_trained_on_unless_all_is_asked_for(own, fraction, held):
     source = source_of(train=[0, 1] * 10, **({"validation": [0, 1]} if own else {}))
     settled = {"train": np.repeat([HELD_OUT, TRAIN], [2, 18]).astype(np.int8)}
-    assert splits_of(source, val_fraction=fraction, settled=settled)["train"].rows.tolist() == [*range(held, 20)]
+    assert splits_of(source, val_fraction=fraction, sides=settled)["train"].rows.tolist() == [*range(held, 20)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -189,8 +189,8 @@ def test_share_and_seed():
 
 def test_a_sample_of_a_data_set_that_grew_is_nearly_the_same():
     labels, keys = shuffled([500, 300, 200], 0), drawn_keys(1010, 0)
-    few = stratified(labels, keys[:1000], 200, 0, "train sample")
-    more = stratified(np.append(labels, [0, 1, 2] * 3 + [0]), keys, 200, 0, "train sample")
+    few = stratified_sample(labels, keys[:1000], 200, 0, "train sample")
+    more = stratified_sample(np.append(labels, [0, 1, 2] * 3 + [0]), keys, 200, 0, "train sample")
     assert (few & more[:1000]).sum() >= 194
 
 
@@ -271,10 +271,10 @@ def test_recorded_images_are_found_again_each_in_a_row_of_its_own(tmp_path, move
     began = opened(train=[b"1", b"2", b"1", b"3"], test=[b"4"])
     (tmp_path / "splits.json").write_text(json.dumps(manifest(began, splits_of(began, val_fraction=0))))
     record = read_record(tmp_path)
-    assert {role: split.rows.tolist() for role, split in recall(record, began, moved=moved).items()} == {
+    assert {role: split.rows.tolist() for role, split in restore_splits(record, began, moved=moved).items()} == {
         "train": [0, 1, 2, 3], "test": [0],
     }  # fmt: skip
-    later = recall(record, opened(train=[b"3", b"1", b"5", b"2"], test=[b"6"]), moved=moved)
+    later = restore_splits(record, opened(train=[b"3", b"1", b"5", b"2"], test=[b"6"]), moved=moved)
     assert {role: split.rows.tolist() for role, split in later.items()} == {"train": [1, 3, 1, 0]}
 
 

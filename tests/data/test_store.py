@@ -11,11 +11,19 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from vitft.data.augment import CROP_AREA, Preprocess, crop_boxes, crops, fit, flips, normalize
+from vitft.data.augment import (
+    CROP_AREA,
+    Preprocess,
+    draw_crop_boxes,
+    draw_flips,
+    normalize,
+    random_crops,
+    resize_and_crop,
+)
 from vitft.data.decoder import decode
-from vitft.data.loader import Ahead, EvalLoader, TrainLoader
+from vitft.data.loader import EvalLoader, Prefetcher, TrainLoader
 from vitft.data.sources.source import open_source
-from vitft.data.store import Store, check_headers, decode_all, resident
+from vitft.data.store import Store, check_headers, decode_all, move_to_device
 from vitft.errors import DataError
 from vitft.randomness import order, uniform
 
@@ -161,7 +169,7 @@ def test_the_draws_of_a_run_are_those_of_earlier_versions() -> None:
     """A run that one of them began goes on with the same batches, flips and crops."""
     assert LOADER.samples(7).tolist() == order(3, "order", 1, 53)[:8].tolist()
     index = np.arange(20)
-    assert flips(3, 1, index).tolist() == (uniform(3, "flip", 1, index)[:, 0] < 0.5).tolist()
+    assert draw_flips(3, 1, index).tolist() == (uniform(3, "flip", 1, index)[:, 0] < 0.5).tolist()
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 60])
@@ -180,7 +188,7 @@ def test_a_centre_crop_is_made_once(tmp_path: Path) -> None:
     store, _ = decode_all(rows, how, crops=False, max_pixels=10**6, skip_bad=False)
     (batch,) = EvalLoader(store, np.zeros(2, np.int64), how, batch_size=2, device=torch.device("cpu"))
     files = sorted((folder / "train").rglob("*.png"))
-    expected = [normalize(fit(torch.from_numpy(decode(file))[None], how), how)[0] for file in files]
+    expected = [normalize(resize_and_crop(torch.from_numpy(decode(file))[None], how), how)[0] for file in files]
     assert torch.equal(batch.pixels, torch.stack(expected))
 
 
@@ -243,10 +251,10 @@ def test_what_is_read_from_its_file_moves_to_the_device(tmp_path: Path, monkeypa
     monkeypatch.setattr("vitft.data.store.IN_MEMORY", 0)
     streamed, _ = stored(folder)
     assert len(streamed.pixels) == 0
-    moved = resident(streamed, torch.device("cpu"), 10 * whole.size)
+    moved = move_to_device(streamed, torch.device("cpu"), 10 * whole.size)
     assert torch.equal(moved.pixels, whole.pixels)
     assert moved.anew is None
-    assert resident(streamed, torch.device("cpu"), 10 * whole.size - 1) is streamed
+    assert move_to_device(streamed, torch.device("cpu"), 10 * whole.size - 1) is streamed
 
 
 # -- what crops are cut from ----------------------------------------------------------------------
@@ -282,11 +290,11 @@ def test_crops_are_as_sharp_as_if_cut_from_the_photo(tmp_path: Path, name: str, 
     assert store.size <= 3 * 64 * 64 / CROP_AREA * 1.01
     for small in (False, True):
         index = np.arange(400)
-        boxes = crop_boxes(np.tile(photo.shape[:2], (400, 1)), 0, 0, index)
+        boxes = draw_crop_boxes(np.tile(photo.shape[:2], (400, 1)), 0, 0, index)
         area = boxes[:, 2:].prod(axis=1) / (photo.shape[0] * photo.shape[1])
         index = index[area < 0.2][:24] if small else index[:40]
-        from_store = crops(store.gather(np.zeros(len(index), np.int64), stacked=False), how, 0, 0, index)
-        from_photo = crops([photo] * len(index), how, 0, 0, index)
+        from_store = random_crops(store.gather(np.zeros(len(index), np.int64), stacked=False), how, 0, 0, index)
+        from_photo = random_crops([photo] * len(index), how, 0, 0, index)
         assert sharpness(from_store) == pytest.approx(sharpness(from_photo), rel=0.15)
 
 
@@ -301,10 +309,10 @@ def test_a_small_store_of_equal_images_moves_to_the_device(tmp_path: Path) -> No
     """No GPU is needed to see the rule: the meta device has no numbers, but a place."""
     meta = torch.device("meta")
     equal, _ = stored(photos(tmp_path / "equal", [(20, 16)] * 4))
-    assert resident(equal, meta, 10 * equal.pixels.nbytes).pixels.device == meta
-    assert resident(equal, meta, 10 * equal.pixels.nbytes - 1) is equal
+    assert move_to_device(equal, meta, 10 * equal.pixels.nbytes).pixels.device == meta
+    assert move_to_device(equal, meta, 10 * equal.pixels.nbytes - 1) is equal
     mixed, _ = stored(photos(tmp_path / "mixed", [(20, 16), (16, 20)] * 2))
-    assert resident(mixed, meta, 10**12) is mixed
+    assert move_to_device(mixed, meta, 10**12) is mixed
 
 
 def test_a_full_disk_is_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,14 +355,14 @@ def test_only_training_takes_what_the_decoder_made_smaller(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("kind", ["none", "flip", "crop"])
-def test_batches_that_are_cut_ahead_are_the_same(tmp_path: Path, kind: str) -> None:
+def test_batches_that_are_prefetch_are_the_same(tmp_path: Path, kind: str) -> None:
     """As where a GPU trains and the images stay in the host's memory; here of several sizes."""
     folder = photos(tmp_path, [(40, 30), (20, 16), (33, 70), (32, 32), (9, 50)] * 3)
     rows = open_source(str(folder)).splits["train"]
     store, _ = decode_all(rows, HOW, crops=kind == "crop", max_pixels=10**6, skip_bad=False)
     options = {"kind": kind, "seed": 3, "batch_size": 4, "device": torch.device("cpu")}
     plain, ahead = (TrainLoader(store, np.zeros(15, np.int64), HOW, **options) for _ in range(2))  # type: ignore[arg-type]
-    ahead._cut_ahead = Ahead(ahead._cut)
+    ahead._prefetch = Prefetcher(ahead._augment_on_host)
     for step in (0, 1, 2, 3, 4, 9, 8, 2):
         one, other = plain.batch(step), ahead.batch(step)
         assert torch.equal(one.pixels, other.pixels)
@@ -368,7 +376,7 @@ def test_two_results_are_begun_ahead_and_errors_are_passed_on() -> None:
         begun.append(number)
         return torch.tensor(10 // (number - 5))
 
-    ahead = Ahead(work, end=8)
+    ahead = Prefetcher(work, end=8)
     assert ahead(0) == -2
     ahead._thread.submit(lambda: None).result()  # the thread does one after the other
     assert begun == [0, 1, 2]
@@ -380,7 +388,7 @@ def test_two_results_are_begun_ahead_and_errors_are_passed_on() -> None:
     assert begun == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
-def test_evaluation_cut_ahead_is_the_same() -> None:
+def test_evaluation_prefetch_is_the_same() -> None:
     loader = EvalLoader(LOADER.store, LOADER.labels.numpy(), HOW, batch_size=8, device=torch.device("cpu"))
-    ahead = Ahead(loader._cut, len(loader))
+    ahead = Prefetcher(loader._load, len(loader))
     assert all(torch.equal(normalize(ahead(number), HOW), batch.pixels) for number, batch in enumerate(loader))

@@ -22,7 +22,7 @@ from vitft import TrainConfig
 from vitft.checkpoints.checkpoint import save_model
 from vitft.checkpoints.metadata import Card
 from vitft.cli.app import app
-from vitft.data.augment import Preprocess, preprocess
+from vitft.data.augment import Preprocess, preprocess_images
 from vitft.data.decoder import decode
 from vitft.errors import DataError, ModelError, UsageError
 from vitft.evaluation.prediction import Prediction, Predictor, predict
@@ -67,7 +67,7 @@ def make_checkpoint(folder: Path, how: Preprocess) -> Path:
             if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
                 torch.nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
         images = [torch.from_numpy(np.array(picture(number, 90, 70))) for number in range(100, 140)]
-        logits = model(preprocess(images, how)).logits
+        logits = model(preprocess_images(images, how)).logits
         model.classifier.weight.mul_(2 / logits.std(0)[:, None])
         model.classifier.bias.copy_(-logits.mean(0) * 2 / logits.std(0))
     save_model(folder, model, how, Card(TrainConfig(), LABELS, 0, 0.0, {}, {}))

@@ -339,9 +339,9 @@ def _try(copy: Path, mutant: Mutant, tests: list[str], limit_s: float) -> str:
 
 def _put_in(mutant: Mutant, module: CodeType) -> None:
     """Give the function its new code, wherever it is already in use; or have everything imported anew."""
-    from vitft.data.augment import workers
+    from vitft.data.augment import thread_pool
 
-    workers.cache_clear()  # threads do not survive a fork
+    thread_pool.cache_clear()  # threads do not survive a fork
     codes = [code for code in _functions(module) if code.co_qualname == mutant.function]
     live = [one for one in gc.get_objects() if isinstance(one, FunctionType) and one.__qualname__ == mutant.function
             and one.__code__.co_filename == module.co_filename]  # fmt: skip

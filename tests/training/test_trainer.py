@@ -23,7 +23,7 @@ from vitft.checkpoints import checkpoint as ckpt
 from vitft.checkpoints.metadata import read_card, sha256, sha256_of
 from vitft.data.loader import Batch, EvalLoader, TrainLoader
 from vitft.errors import DataError, ModelError, Stopped, TrainingError, UsageError
-from vitft.hardware.device import accelerator_of
+from vitft.hardware.device import make_accelerator
 from vitft.training import trainer
 from vitft.training.optim import lr_at, make_optimizer
 from vitft.training.setup import prepare
@@ -606,7 +606,7 @@ def test_python_runs_after_each_gradient_so_that_a_signal_is_heard_within_a_back
     heard: list[torch.Tensor] = []
     monkeypatch.setattr(vitft.training.step, "_let_signals_in", heard.append)
     prepared = prepare(config())
-    made = Learner(accelerator_of(prepared.config), prepared, prepared.decode())
+    made = Learner(make_accelerator(prepared.config), prepared, prepared.decode())
     made.step(0)
     assert {id(one) for one in heard} == {id(one) for one in made.bare.parameters()}
 

@@ -36,7 +36,7 @@ from PIL import features
 from torch import Tensor
 from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest, xxh3_128
 
-from vitft.data.augment import in_groups
+from vitft.data.augment import map_in_groups
 from vitft.io import console
 from vitft.io.atomic import held, json_text
 from vitft.io.paths import expanded
@@ -80,7 +80,7 @@ def fingerprint(rows: datasets.Dataset, *made_by: Any, whole: bool = False) -> s
     try:
         for start in range(0, len(rows), _CHUNK):
             cells = rows[start : start + _CHUNK]["image"]
-            for one in in_groups(lambda cell: _identity(cell, whole), cells):
+            for one in map_in_groups(lambda cell: _identity(cell, whole), cells):
                 found.update(one)
     except OSError:
         return None
@@ -119,7 +119,7 @@ def _decoder() -> tuple[Any, ...]:
 _CODE = ("augment", "color", "decoder", "store")
 
 
-class Kept:
+class OpenEntry:
     """An entry that a run reads: heights and widths (N, 2), checksums (N,), and the digest of all pixels."""
 
     def __init__(self, pixels: Path, shapes: NDArray[np.int64], sums: NDArray[np.uint64], digest: str) -> None:
@@ -148,7 +148,7 @@ class Kept:
 
         count = len(self.shapes)
         for start in range(0, count, _CHUNK):
-            for position, one in enumerate(in_groups(whole, range(start, min(start + _CHUNK, count))), start):
+            for position, one in enumerate(map_in_groups(whole, range(start, min(start + _CHUNK, count))), start):
                 if not one:
                     return False
                 progress(position + 1, count)
@@ -175,7 +175,7 @@ def checksum(image: NDArray[np.uint8]) -> int:
 
 def read(
     key: str, count: int, in_memory: int, progress: Callable[[int, int], None] = lambda done, count: None
-) -> tuple[Kept, Tensor] | None:
+) -> tuple[OpenEntry, Tensor] | None:
     """The entry of `count` images, proved, and its pixels if they have at most `in_memory` bytes, else none of them.
 
     None where there is no such entry, or it cannot be read at the moment. One that is damaged is removed, where this
@@ -207,14 +207,14 @@ def read(
     return kept, pixels
 
 
-def _opened(folder: Path) -> Kept:
+def _opened(folder: Path) -> OpenEntry:
     """An entry whose index and description are what was written. Raises ValueError if they are not, and OSError."""
     about = _about(folder)
     raw = (folder / "index").read_bytes()
     if xxh3_64_hexdigest(raw) != about["index"]:
         raise ValueError("the index is not what was written")
     index = np.frombuffer(raw, "<u8").reshape(-1, 3)
-    return Kept(folder / "pixels", index[:, :2].astype(np.int64), index[:, 2].astype(np.uint64), about["digest"])
+    return OpenEntry(folder / "pixels", index[:, :2].astype(np.int64), index[:, 2].astype(np.uint64), about["digest"])
 
 
 def _about(folder: Path) -> dict[str, Any]:

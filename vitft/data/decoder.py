@@ -92,7 +92,7 @@ def header(source: bytes | Path) -> tuple[int, int, str]:
         raise _bad(error, MAX_PIXELS) from error
 
 
-class About(NamedTuple):
+class ImageInfo(NamedTuple):
     """What a file says of its image before a pixel is decoded; orientation is EXIF's, 1 for upright."""
 
     format: str
@@ -100,13 +100,13 @@ class About(NamedTuple):
     orientation: int
 
 
-def about(source: bytes | Path, max_pixels: int = MAX_PIXELS) -> About:
+def image_info(source: bytes | Path, max_pixels: int = MAX_PIXELS) -> ImageInfo:
     """Format, mode and orientation. Raises BadImage, for one of too many pixels too: some EXIF follows the pixels."""
     _silence_pillow()
     try:
         with _open(source, max_pixels) as image:
             _check_size(image, max_pixels)
-            return About(str(image.format), image.mode, _orientation(image))
+            return ImageInfo(str(image.format), image.mode, _orientation(image))
     except Exception as error:
         raise _bad(error, max_pixels) from error
 

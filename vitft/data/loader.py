@@ -1,7 +1,7 @@
-"""From a step's number to its batch: epoch order, this process's share, augmentation, transfer.
+"""Turn a step's number into its batch: epoch order, this process's shard, augmentation, transfer to the device.
 
-A batch is a function of (seed, step) alone, so a resumed run and a run on more processes see the
-same samples with the same augmentations.
+A batch is a function of (seed, step) alone, so a resumed run, or a run on more processes, sees the same samples with
+the same augmentations.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,9 +15,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitft.data.augment import Images, Preprocess, augment, augmented, fitted, mirrored, normalize
-from vitft.data.store import Store, resident
-from vitft.hardware.device import sent
+from vitft.data.augment import (
+    Images,
+    Preprocess,
+    augment,
+    augment_pixels,
+    flip_images,
+    normalize,
+    resize_and_crop,
+)
+from vitft.data.store import Store, move_to_device
+from vitft.hardware.device import to_device
 from vitft.hardware.timers import Clock
 from vitft.randomness import order
 
@@ -26,7 +34,7 @@ from vitft.randomness import order
 class Batch:
     """Model input (B, C, H, W), labels (B,) and positions in the split (B,).
 
-    The pixels are overwritten by the next batch of the same loader.
+    The next batch of the same loader overwrites the pixels.
     """
 
     pixels: Tensor
@@ -37,97 +45,97 @@ class Batch:
 class TrainLoader:
     """The training batches of one process, by step.
 
-    Where a GPU trains and the images stay in the host's memory, the host crops and resizes the next batches in threads
-    while the GPU computes; images that are small enough to stay on the GPU are cropped and resized there.
+    If a GPU trains and the images stay in host memory, host threads crop and resize the next batches while the GPU
+    computes. Images that are small enough to stay on the GPU are cropped and resized there.
     """
 
     def __init__(
-        self, store: Store, labels: NDArray[np.int64], how: Preprocess, *, kind: str, seed: int,
+        self, store: Store, labels: NDArray[np.int64], preprocess: Preprocess, *, kind: str, seed: int,
         batch_size: int, device: torch.device, rank: int = 0, world: int = 1, clock: Clock | None = None,
     ) -> None:  # fmt: skip
         self.clock = clock or Clock()
         if device.type == "cuda":
-            store = resident(store, device, torch.cuda.mem_get_info(device)[0])
-        self.store, self.how, self.kind, self.seed = store, how, kind, seed
+            store = move_to_device(store, device, torch.cuda.mem_get_info(device)[0])
+        self.store, self.preprocess, self.kind, self.seed = store, preprocess, kind, seed
         self.labels = torch.from_numpy(labels.copy())
         self.batch_size, self.rank, self.world, self.device = batch_size, rank, world, device
-        self._memory = Memory(how, device)
+        self._buffer = InputBuffer(preprocess, device)
         self._order = lru_cache(maxsize=2)(lambda epoch: order(seed, "order", epoch, len(store)))
-        self._cut_ahead = Ahead(self._cut) if store.pixels.device.type != device.type else None
+        self._prefetch = Prefetcher(self._augment_on_host) if store.pixels.device.type != device.type else None
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of one pass, the last one possibly smaller."""
+        """Steps per epoch; the last batch may be smaller."""
         return -(-len(self.store) // self.batch_size)
 
     def samples(self, step: int) -> NDArray[np.int64]:
-        """Positions of all the images of a step, over all processes."""
+        """Positions of all images of a step, over all processes."""
         epoch, place = divmod(step, self.steps_per_epoch)
         positions: NDArray[np.int64] = self._order(epoch)
         return positions[place * self.batch_size : (place + 1) * self.batch_size]
 
-    def share(self, step: int) -> NDArray[np.int64]:
-        """Positions of this process's images of a step: contiguous, so that shares join to the whole batch."""
+    def shard(self, step: int) -> NDArray[np.int64]:
+        """Positions of this process's images of a step: contiguous, so the shards concatenate to the whole batch."""
         return np.array_split(self.samples(step), self.world)[self.rank]
 
     def unaugmented(self, index: NDArray[np.int64], *, mirror: bool) -> Tensor:
-        """The model's input of these positions, all of them mirrored or none: (B, C, H, W)."""
-        images = mirrored(self._stored(index), np.full(len(index), mirror))
-        return normalize(sent(fitted(images, self.how, exact=False), self.device), self.how)
+        """Model input for these positions, either all mirrored or none: (B, C, H, W)."""
+        images = flip_images(self._gather(index), np.full(len(index), mirror))
+        images = resize_and_crop(images, self.preprocess, exact=False)
+        return normalize(to_device(images, self.device), self.preprocess)
 
     def batch(self, step: int) -> Batch:
-        """This process's share of a step."""
-        mine = self.share(step)
-        pixels = torch.empty((0, self.how.channels, self.how.height, self.how.width), device=self.device)
-        if not len(mine):
-            return Batch(pixels, torch.empty(0, dtype=torch.long, device=self.device), mine)
+        """This process's shard of a step."""
+        index, preprocess = self.shard(step), self.preprocess
+        if not len(index):
+            pixels = torch.empty((0, preprocess.channels, preprocess.height, preprocess.width), device=self.device)
+            return Batch(pixels, torch.empty(0, dtype=torch.long, device=self.device), index)
         with self.clock.part("wait"):
-            images = self._stored(mine) if self._cut_ahead is None else self._cut_ahead(step)
+            images = self._gather(index) if self._prefetch is None else self._prefetch(step)
         with self.clock.part("transfer"):
-            labels = sent(self.labels[mine], self.device)
+            labels = to_device(self.labels[index], self.device)
             if isinstance(images, Tensor):
-                images = sent(images, self.device)
+                images = to_device(images, self.device)
         with self.clock.part("augment"):
-            memory = self._memory.rows(len(mine))
-            if self._cut_ahead is None:
+            buffer = self._buffer.rows(len(index))
+            if self._prefetch is None:
                 epoch = step // self.steps_per_epoch
-                pixels = augment(images, self.how, self.kind, self.seed, epoch, mine, memory)
+                pixels = augment(images, preprocess, self.kind, self.seed, epoch, index, buffer)
             else:
                 assert isinstance(images, Tensor)
-                pixels = normalize(images, self.how, memory)
-        return Batch(pixels, labels, mine)
+                pixels = normalize(images, preprocess, buffer)
+        return Batch(pixels, labels, index)
 
-    def _stored(self, index: NDArray[np.int64]) -> Images:
-        # Those that are cropped on the host stay views; on a device a batch is one array.
+    def _gather(self, index: NDArray[np.int64]) -> Images:
+        # Images that the host crops stay views; on a device, a batch is one tensor.
         return self.store.gather(index, stacked=self.kind != "crop" or self.store.pixels.device.type != "cpu")
 
-    def _cut(self, step: int) -> Tensor:
-        mine = self.share(step)
-        cut = augmented(self._stored(mine), self.how, self.kind, self.seed, step // self.steps_per_epoch, mine)
-        return cut.pin_memory() if self.device.type == "cuda" else cut
+    def _augment_on_host(self, step: int) -> Tensor:
+        index, epoch = self.shard(step), step // self.steps_per_epoch
+        pixels = augment_pixels(self._gather(index), self.preprocess, self.kind, self.seed, epoch, index)
+        return pixels.pin_memory() if self.device.type == "cuda" else pixels
 
 
-class Ahead:
-    """Work by number, of which the next two are begun in a thread while the last result is made use of."""
+class Prefetcher:
+    """Calls `work` with a number, and already starts the next two in a thread, up to `end`."""
 
     def __init__(self, work: Callable[[int], Tensor], end: int | None = None) -> None:
         self._work, self._end = work, end
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vitft-ahead")
-        self._begun: dict[int, Future[Tensor]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vitft-prefetch")
+        self._pending: dict[int, Future[Tensor]] = {}
 
     def __call__(self, number: int) -> Tensor:
-        """The result of a number; raises what its work raises."""
-        wanted = (number, number + 1, number + 2)
-        self._begun = {
-            one: self._begun.get(one) or self._thread.submit(self._work, one)
-            for one in wanted
-            if self._end is None or one < self._end
+        """`work(number)`; raises what that raises."""
+        self._pending = {
+            ahead: self._pending.get(ahead) or self._thread.submit(self._work, ahead)
+            for ahead in (number, number + 1, number + 2)
+            if self._end is None or ahead < self._end
         }
-        return self._begun[number].result()
+        return self._pending[number].result()
 
 
 class Batches(Protocol):
-    """What evaluation reads: batches, and how many there are."""
+    """What evaluation reads: a known number of batches."""
 
     def __len__(self) -> int: ...
 
@@ -135,40 +143,41 @@ class Batches(Protocol):
 
 
 class EvalLoader:
-    """The evaluation batches of one process: each image of the split on exactly one process, once."""
+    """The evaluation batches of one process; over all processes, each image of the split occurs exactly once."""
 
     def __init__(
-        self, store: Store, labels: NDArray[np.int64], how: Preprocess, *, batch_size: int,
+        self, store: Store, labels: NDArray[np.int64], preprocess: Preprocess, *, batch_size: int,
         device: torch.device, rank: int = 0, world: int = 1,
     ) -> None:  # fmt: skip
-        self.store, self.labels, self.how = store, torch.from_numpy(labels.copy()), how
+        self.store, self.labels, self.preprocess = store, torch.from_numpy(labels.copy()), preprocess
         self.device = device
-        mine = np.array_split(np.arange(len(store)), world)[rank]
-        self._parts = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-        self._memory = Memory(how, device)
+        shard = np.array_split(np.arange(len(store)), world)[rank]
+        self._batches = [shard[i : i + batch_size] for i in range(0, len(shard), batch_size)]
+        self._buffer = InputBuffer(preprocess, device)
 
     def __len__(self) -> int:
-        return len(self._parts)
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        # A CPU has nothing else to do meanwhile: threads of their own would only wait for one another.
-        cut = self._cut if self.device.type == "cpu" else Ahead(self._cut, len(self._parts))
-        for number, part in enumerate(self._parts):
-            pixels = normalize(sent(cut(number), self.device), self.how, self._memory.rows(len(part)))
-            yield Batch(pixels, sent(self.labels[part], self.device), part)
+        # Prefetching on a CPU gains nothing: its threads would compete with the model's.
+        load = self._load if self.device.type == "cpu" else Prefetcher(self._load, len(self))
+        for number, index in enumerate(self._batches):
+            images = to_device(load(number), self.device)
+            pixels = normalize(images, self.preprocess, self._buffer.rows(len(index)))
+            yield Batch(pixels, to_device(self.labels[index], self.device), index)
 
-    def _cut(self, number: int) -> Tensor:
-        return fitted(self.store.gather(self._parts[number]), self.how)
+    def _load(self, number: int) -> Tensor:
+        return resize_and_crop(self.store.gather(self._batches[number]), self.preprocess)
 
 
-class Memory:
-    """Float32 memory for one batch of inputs that is used again for each, growing as needed."""
+class InputBuffer:
+    """A float32 buffer for one batch of model input, reused for each batch and grown when needed."""
 
-    def __init__(self, how: Preprocess, device: torch.device) -> None:
-        self._floats = torch.empty((0, how.height, how.width, how.channels), device=device)
+    def __init__(self, preprocess: Preprocess, device: torch.device) -> None:
+        self._floats = torch.empty((0, preprocess.height, preprocess.width, preprocess.channels), device=device)
 
     def rows(self, count: int) -> Tensor:
-        """At least `count` images (height, width, channels)."""
+        """Room for at least `count` images: (>= count, height, width, channels)."""
         if len(self._floats) < count:
             self._floats = torch.empty((count, *self._floats.shape[1:]), device=self._floats.device)
         return self._floats

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vitft.data.decoder import BadImage, decode, encoded
 from vitft.data.sources.source import Source, class_indices
-from vitft.data.splits import split_for
+from vitft.data.splits import find_split_name
 from vitft.io.console import safe
 from vitft.io.fonts import drawable
 from vitft.randomness import order
@@ -24,7 +24,7 @@ def preview(source: Source, path: Path, seed: int = 0) -> None:
     Images keep their shape; small ones are enlarged by whole factors, so their pixels stay visible.
     An unreadable image is a crossed-out cell. A name that no font here can draw is `class 3`, counted from 0.
     """
-    name = split_for(source, "train") or next(iter(source.splits))
+    name = find_split_name(source, "train") or next(iter(source.splits))
     split = source.splits[name]
     labels = class_indices(split)
     count = len(source.labels)

@@ -1,4 +1,4 @@
-"""Which image is for training, validation and test: by its own identity, seeded, and recorded with a hash."""
+"""Split a dataset into train, validation and test: by each image's identity, seeded, and recorded with a hash."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vitft.data.sampling import HELD_OUT, OPEN, apart, stratified
+from vitft.data.sampling import HELD_OUT, OPEN, hold_out, stratified_sample
 from vitft.data.sources.identity import contents, has_own_files, ids, keys_of
 from vitft.data.sources.schema import ROLES, role_of
 from vitft.data.sources.source import Source, class_indices
@@ -20,29 +20,30 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of one source split that play one role; rows, labels and ids are of equal length n."""
+    """The rows of one source split that play one role; rows, labels and ids have the same length n."""
 
-    name: str  # its role: train, validation or test
-    source: str  # the source's split that the rows are of
-    rows: Rows  # row numbers there: ascending, or as a run recorded them
-    labels: NDArray[np.int64]  # their class indices
-    ids: Sequence[str | int]  # who they are: see `identity.ids`; numbers of rows in runs of old
+    name: str  # the role: train, validation or test
+    source: str  # the source's split that the rows come from
+    rows: Rows  # row numbers there: ascending, or in the order that a run recorded
+    labels: NDArray[np.int64]  # class indices
+    ids: Sequence[str | int]  # see `identity.ids`; row numbers in runs of old versions
     hash: str  # of the source split's name, the ids and their class names
 
-    def select(self, kept: NDArray[np.bool_], names: Sequence[str]) -> "Split":
-        """The split with these of its rows: (n,) mask; `names` are those of the classes."""
-        if kept.all():
+    def select(self, mask: NDArray[np.bool_], class_names: Sequence[str]) -> "Split":
+        """The split restricted to the rows where the mask, (n,), is true."""
+        if mask.all():
             return self
-        rows, labels = self.rows[kept], self.labels[kept]
-        left = [one for one, stays in zip(self.ids, kept.tolist(), strict=True) if stays]
-        return replace(self, rows=rows, labels=labels, ids=left, hash=split_hash(self.source, left, labels, names))
+        rows, labels = self.rows[mask], self.labels[mask]
+        names = [name for name, selected in zip(self.ids, mask.tolist(), strict=True) if selected]
+        digest = split_hash(self.source, names, labels, class_names)
+        return replace(self, rows=rows, labels=labels, ids=names, hash=digest)
 
-    def sampled(self, limit: int | None, seed: int, names: Sequence[str]) -> "Split":
-        """The split with at most so many of its rows, stratified."""
+    def sampled(self, limit: int | None, seed: int, class_names: Sequence[str]) -> "Split":
+        """A stratified sample of at most `limit` rows; None takes all."""
         if limit is None or limit >= len(self.rows):
             return self
-        keys = keys_of([str(one) for one in self.ids])
-        return self.select(stratified(self.labels, keys, limit, seed, f"{self.name} sample"), names)
+        keys = keys_of([str(name) for name in self.ids])
+        return self.select(stratified_sample(self.labels, keys, limit, seed, f"{self.name} sample"), class_names)
 
 
 def make_splits(
@@ -52,51 +53,50 @@ def make_splits(
     max_train_samples: int | None,
     max_eval_samples: int | None,
     seed: int,
-    settled: Mapping[str, NDArray[np.int8]] | None = None,
+    sides: Mapping[str, NDArray[np.int8]] | None = None,
 ) -> dict[str, Split]:
-    """Decide on train, validation and test: a pure function of the source and these settings.
+    """Choose train, validation and test: a pure function of the source and these settings.
 
-    Validation is the source's own, else about a share of train: see `choice.apart`. Samples are taken after
-    that. What does not exist (a test split, say) has no key. `settled` says of a source split's rows which side
-    an earlier run had them on. Raises DataError if no split is of use.
+    Validation is the source's own split if there is one, else about `val_fraction` of train: see `sampling.hold_out`.
+    Samples are drawn after that. A split that does not exist, such as test, has no key. `sides` gives, by source
+    split, the side that earlier runs had each row on. Raises DataError if no split can be used.
     """
-    names = {role: split_for(source, role) for role in ROLES}
-    chosen = {
-        role: split_of(source, role, name)
+    names = {role: find_split_name(source, role) for role in ROLES}
+    splits = {
+        role: whole_split(source, role, name)
         for role, name in names.items()
         if name is not None and len(source.splits[name])
     }
-    if not chosen:
+    if not splits:
         raise DataError(
-            f"{source.name}: no split with images is called train, validation or test; "
+            f"{source.name}: no split with images is named train, validation or test; "
             f"it has {', '.join(source.splits) or 'none'}."
         )
-    if "train" in chosen and names["validation"] is None and val_fraction > 0:
-        train = chosen["train"]
-        keys = keys_of([str(one) for one in train.ids])
-        sides = (settled or {}).get(train.source, np.full(len(keys), OPEN, np.int8))
-        out = apart(train.labels, keys, val_fraction, seed, "validation", sides)
-        chosen["train"] = train.select(~out, source.labels)
-        if out.any():
-            chosen["validation"] = replace(train.select(out, source.labels), name="validation")
-    elif "train" in chosen and settled and val_fraction > 0:  # what was held out is not trained on
-        train = chosen["train"]
-        if train.source in settled:
-            chosen["train"] = train.select(settled[train.source] != HELD_OUT, source.labels)
+    if "train" in splits and val_fraction > 0:
+        train = splits["train"]
+        fixed = (sides or {}).get(train.source, np.full(len(train.rows), OPEN, np.int8))
+        if names["validation"] is None:
+            keys = keys_of([str(name) for name in train.ids])
+            held_out = hold_out(train.labels, keys, val_fraction, seed, "validation", fixed)
+            if held_out.any():
+                splits["validation"] = replace(train.select(held_out, source.labels), name="validation")
+        else:
+            held_out = fixed == HELD_OUT  # by an earlier run
+        splits["train"] = train.select(~held_out, source.labels)
     limits = {"train": max_train_samples, "validation": max_eval_samples, "test": max_eval_samples}
-    return {role: chosen[role].sampled(limits[role], seed, source.labels) for role in ROLES if role in chosen}
+    return {role: splits[role].sampled(limits[role], seed, source.labels) for role in ROLES if role in splits}
 
 
-def split_of(source: Source, role: str, name: str) -> Split:
-    """All rows of one of the source's splits, to play a role."""
+def whole_split(source: Source, role: str, name: str) -> Split:
+    """All rows of the source's split `name`, in a role."""
     labels = class_indices(source.splits[name])
     rows = np.arange(len(labels))
     names = ids(source.splits[name], rows)
     return Split(role, name, rows, labels, names, split_hash(name, names, labels, source.labels))
 
 
-def split_for(source: Source, role: str) -> str | None:
-    """The name of the source's split for a role; an only split, if not called otherwise, is train."""
+def find_split_name(source: Source, role: str) -> str | None:
+    """The source's name for the split with this role; a single split that is not named for a role is train."""
     lower = {name.lower(): name for name in source.splits}
     found = next((lower[name] for name in ROLES[role] if name in lower), None)
     if found is None and role == "train" and len(lower) == 1:
@@ -106,9 +106,9 @@ def split_for(source: Source, role: str) -> str | None:
 
 
 def manifest(source: Source, splits: Mapping[str, Split]) -> dict[str, Any]:
-    """What `splits.json` records, JSON-ready: who is in which split, and how many images there were in all.
+    """The content of `splits.json`, JSON-ready: the images of each split, and the size of each source split.
 
-    `by` says what the ids are; beside paths stand the hashes of what the files hold, in 16 hex digits each.
+    `by` says whether the ids are paths or content hashes. Paths come with the content hashes too, 16 hex digits each.
     """
     document: dict[str, Any] = {
         "dataset": source.name,
@@ -119,16 +119,16 @@ def manifest(source: Source, splits: Mapping[str, Split]) -> dict[str, Any]:
     }
     for role, split in splits.items():
         rows = source.splits[split.source]
-        listed = {"source": split.source, "count": len(split.rows), "hash": split.hash, "ids": list(split.ids)}
+        entry = {"source": split.source, "count": len(split.rows), "hash": split.hash, "ids": list(split.ids)}
         if has_own_files(rows):
-            listed |= {"by": "path", "contents": [f"{key:016x}" for key in contents(rows, split.rows).tolist()]}
+            entry |= {"by": "path", "contents": [f"{key:016x}" for key in contents(rows, split.rows).tolist()]}
         else:
-            listed |= {"by": "content"}
-        document["splits"][role] = listed
+            entry |= {"by": "content"}
+        document["splits"][role] = entry
     return document
 
 
-def split_hash(name: str, ids: Sequence[str | int], labels: NDArray[np.int64], names: Sequence[str]) -> str:
-    """16 hex digits that name these images, by the source split's name, their ids and their class names."""
-    content = [name, list(ids), [names[label] for label in labels.tolist()]]
+def split_hash(name: str, ids: Sequence[str | int], labels: NDArray[np.int64], class_names: Sequence[str]) -> str:
+    """16 hex digits that identify these images, by the source split's name, the ids and their class names."""
+    content = [name, list(ids), [class_names[label] for label in labels.tolist()]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

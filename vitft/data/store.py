@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitft.data import cache
-from vitft.data.augment import CROP_AREA, Images, Preprocess, each_of, resize, uncropped, workers
-from vitft.data.decoder import BadImage, about, decode, encoded, header
+from vitft.data.augment import CROP_AREA, Images, Preprocess, apply_resize, choose_map, resize, thread_pool
+from vitft.data.decoder import BadImage, decode, encoded, header, image_info
 from vitft.data.sources.identity import sample_id
 from vitft.errors import DataError
-from vitft.hardware.device import sent
+from vitft.hardware.device import to_device
 
 IN_MEMORY = 2_000_000_000  # bytes; more goes to a file, which the system may page out
 T = TypeVar("T")
@@ -65,8 +65,10 @@ class Store:
         """
         if self.uniform and self.anew is None and stacked:
             height, width = self.shapes[0].tolist()
-            return self.pixels.view(len(self), height, width, 3)[sent(torch.from_numpy(index), self.pixels.device)]
-        images = [self._image(int(i)) for i in index] if self.anew is None else list(workers().map(self._image, index))
+            return self.pixels.view(len(self), height, width, 3)[to_device(torch.from_numpy(index), self.pixels.device)]
+        images = (
+            [self._image(int(i)) for i in index] if self.anew is None else list(thread_pool().map(self._image, index))
+        )
         return torch.stack(images) if self.uniform and stacked else images
 
     def _image(self, position: int) -> Tensor:
@@ -77,7 +79,7 @@ class Store:
         return self.pixels[start:end].view(height, width, 3)
 
 
-def resident(store: Store, device: torch.device, free_bytes: int) -> Store:
+def move_to_device(store: Store, device: torch.device, free_bytes: int) -> Store:
     """The store on a device, where all its images have one size and take at most a tenth of what is free there."""
     if not store.uniform or store.size > free_bytes // 10:
         return store
@@ -125,7 +127,7 @@ def decode_all(
         try:
             source = encoded(cell)
             enough = _enough(source, how, crops) if training and how.resizes else None
-            return np.ascontiguousarray(reduced(decode(source, max_pixels, enough, how.value_range), how, crops))
+            return np.ascontiguousarray(shrink(decode(source, max_pixels, enough, how.value_range), how, crops))
         except BadImage as error:
             return error
 
@@ -189,7 +191,7 @@ def check_headers(
 
     def work(cell: dict[str, Any]) -> BadImage | None:
         try:
-            about(encoded(cell), max_pixels)
+            image_info(encoded(cell), max_pixels)
         except BadImage as error:
             return error
         return None
@@ -226,13 +228,13 @@ def _large(rows: datasets.Dataset, how: Preprocess) -> bool:
     return False
 
 
-def reduced(image: NDArray[np.uint8], how: Preprocess, crops: bool) -> NDArray[np.uint8]:
+def shrink(image: NDArray[np.uint8], how: Preprocess, crops: bool) -> NDArray[np.uint8]:
     """The image as stored: its own size if small, else what training crops or the model need of it."""
     height, width = image.shape[:2]
     if height * width <= how.height * how.width:
         return image
     if not crops:
-        return uncropped(torch.from_numpy(image)[None], how)[0].contiguous().numpy()  # the loader crops
+        return apply_resize(torch.from_numpy(image)[None], how)[0].contiguous().numpy()  # the loader crops
     scale = _crop_scale(height, width, how)
     if scale >= 1:
         return image
@@ -261,7 +263,7 @@ def _enough(source: bytes | Path, how: Preprocess, crops: bool) -> int:
 def _results(rows: datasets.Dataset, work: Callable[[dict[str, Any]], T]) -> Iterator[T]:
     for start in range(0, len(rows), _CHUNK):
         cells = rows[start : start + _CHUNK]["image"]
-        yield from each_of(cells)(work, cells)
+        yield from choose_map(cells)(work, cells)
 
 
 class _Pixels:

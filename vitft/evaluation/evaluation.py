@@ -101,7 +101,7 @@ def evaluate(
             f"{checkpoint}: scores each label by itself ({loaded.scoring}), and accuracy asks for one class an image; "
             "predict shows its answers, train makes it a head for one class."
         )
-    how = loaded.preprocess.ranged(config.value_range)
+    how = loaded.preprocess.with_value_range(config.value_range)
     source = source_of(config)
     for warning in source.warnings:
         console.warn(warning)

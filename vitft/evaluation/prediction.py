@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vitft.checkpoints.checkpoint import find_model
-from vitft.data.augment import fit, normalize, workers
+from vitft.data.augment import normalize, resize_and_crop, thread_pool
 from vitft.data.decoder import MAX_PIXELS, BadImage, decode
 from vitft.data.sources.folders import scan, told
 from vitft.errors import DataError, ModelError
@@ -76,7 +76,7 @@ class Predictor:
         self.checkpoint, self.max_pixels = checkpoint, max_pixels
         where = find_model(expanded(checkpoint))
         loaded = load_trained(where if where.is_dir() else str(checkpoint))
-        self.labels, self.preprocess = loaded.labels, loaded.preprocess.ranged(value_range)
+        self.labels, self.preprocess = loaded.labels, loaded.preprocess.with_value_range(value_range)
         self._scoring: Scoring = loaded.scoring
         self._device = find_device(device)
         self._model = loaded.model.to(self._device)
@@ -96,7 +96,7 @@ class Predictor:
         rows: list[Prediction] = []
         for start in range(0, len(images), _BATCH):
             part = images[start : start + _BATCH]
-            results = list(workers().map(self._read, part))
+            results = list(thread_pool().map(self._read, part))
             read = [image for image in results if isinstance(image, torch.Tensor)]
             pixels = normalize(torch.cat(read).to(self._device), self.preprocess) if read else None
             scores = torch.empty(0, 1) if pixels is None else _scores(self._model, pixels, self._scoring)
@@ -122,7 +122,7 @@ class Predictor:
             if isinstance(source, Path) and not source.exists() and glob.has_magic(str(given)):
                 return "matches no file"
             pixels = decode(source, self.max_pixels, value_range=self.preprocess.value_range)
-            return fit(torch.from_numpy(pixels)[None], self.preprocess)
+            return resize_and_crop(torch.from_numpy(pixels)[None], self.preprocess)
         except BadImage as error:
             return str(error)
         except OSError as error:

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vitft.checkpoints.checkpoint import find_model
-from vitft.data.augment import Preprocess, fit, normalize
+from vitft.data.augment import Preprocess, normalize, resize_and_crop
 from vitft.data.decoder import BadImage, decode
 from vitft.errors import DataError, ModelError
 from vitft.io import console
@@ -116,7 +116,7 @@ def _fitted(image: Path, how: Preprocess) -> NDArray[np.uint8]:
         decoded = decode(expanded(image), value_range=how.value_range)
     except (BadImage, OSError) as error:
         raise DataError(f"{image}: {getattr(error, 'strerror', None) or error}; give an image file.") from None
-    fitted: NDArray[np.uint8] = fit(torch.from_numpy(decoded)[None], how)[0].numpy()
+    fitted: NDArray[np.uint8] = resize_and_crop(torch.from_numpy(decoded)[None], how)[0].numpy()
     return fitted
 
 

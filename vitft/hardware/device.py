@@ -18,11 +18,11 @@ import torch
 from vitft import __version__
 from vitft.config.train import TrainConfig
 from vitft.errors import TrainingError, UsageError, nearest
-from vitft.hardware.timers import settle
+from vitft.hardware.timers import synchronize
 from vitft.io.paths import shown
 
 
-def resolved(config: TrainConfig) -> TrainConfig:
+def resolve_auto(config: TrainConfig) -> TrainConfig:
     """The settings with `auto` replaced by what this machine has. Raises UsageError."""
     device = find_device(config.device)
     return config.model_copy(update={"device": device, "precision": find_precision(config.precision, device)})
@@ -120,21 +120,21 @@ def find_attention(wanted: str, device: str, tokens: int | None) -> str | None:
 _FEW_TOKENS = 128  # on a CPU, up to which plain products are faster than the fused kernel with its backward
 
 
-def accelerator_of(config: TrainConfig) -> Any:
+def make_accelerator(config: TrainConfig) -> Any:
     """accelerate's view of the processes and the precision of a run. Raises UsageError."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
     if config.tracker != "none" and find_spec(config.tracker) is None:
         raise UsageError(f"tracker {config.tracker}: not installed; pip install 'vitft[{config.tracker}]'.")
-    known = resolved(config)
+    known = resolve_auto(config)
     precision = "no" if known.precision == "fp32" else known.precision
     if "WORLD_SIZE" not in os.environ:  # an earlier run in this program may have had another precision
         AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=known.device == "cpu", mixed_precision=precision)
 
 
-def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on the device. From pinned memory a GPU fetches it by itself, while it computes the step before."""
     if device.type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
@@ -176,11 +176,11 @@ def peak_flops(device: str, precision: str, seconds: float = 1.0) -> float:
     a @ b
     best, started = 0.0, time.perf_counter()
     while not best or time.perf_counter() - started < seconds:
-        settle(device)
+        synchronize(device)
         begun = time.perf_counter()
         for _ in range(repeats):
             a @ b
-        settle(device)
+        synchronize(device)
         best = max(best, repeats * 2 * side**3 / (time.perf_counter() - begun))
     return best
 

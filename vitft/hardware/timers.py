@@ -28,10 +28,10 @@ class Stopwatch(Clock):
 
     @contextmanager
     def _timed(self, name: Part) -> Iterator[None]:
-        settle(self.device)
+        synchronize(self.device)
         started = time.perf_counter()
         yield
-        settle(self.device)
+        synchronize(self.device)
         self.seconds[name] += time.perf_counter() - started
 
     def part(self, name: Part) -> AbstractContextManager[None]:
@@ -39,11 +39,11 @@ class Stopwatch(Clock):
         return self._timed(name)
 
 
-Moment = float | torch.cuda.Event
+Timestamp = float | torch.cuda.Event
 """By the clock of what computes: seconds of the host's, or an event that a GPU comes to when all before it is done."""
 
 
-def moment(device: str) -> Moment:
+def timestamp(device: str) -> Timestamp:
     """Now; where a GPU computes, when it will have done what it was asked for so far: nothing waits for it here."""
     if device != "cuda":
         return time.perf_counter()
@@ -52,7 +52,7 @@ def moment(device: str) -> Moment:
     return event
 
 
-def seconds_between(begun: Moment, ended: Moment) -> float:
+def seconds_between(begun: Timestamp, ended: Timestamp) -> float:
     """From one moment to a later one of the same device; of a GPU's it waits for the later one."""
     if isinstance(begun, float) or isinstance(ended, float):
         return float(ended - begun)  # type: ignore[operator]  # both are
@@ -68,13 +68,13 @@ class DataWait:
 
     def __init__(self, device: str) -> None:
         self._device, self._seconds = device, 0.0
-        self._moments: list[tuple[Moment, Moment]] = []  # not read yet: to read one waits for it
+        self._moments: list[tuple[Timestamp, Timestamp]] = []  # not read yet: to read one waits for it
 
     def __enter__(self) -> None:
-        self._begun = moment(self._device)
+        self._begun = timestamp(self._device)
 
     def __exit__(self, *error: object) -> None:
-        self._moments.append((self._begun, moment(self._device)))
+        self._moments.append((self._begun, timestamp(self._device)))
 
     @property
     def seconds(self) -> float:
@@ -84,7 +84,7 @@ class DataWait:
         return self._seconds
 
 
-def settle(device: str) -> None:
+def synchronize(device: str) -> None:
     """Wait until the device has done what it was asked to."""
     if device == "cuda":
         torch.cuda.synchronize()

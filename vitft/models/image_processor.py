@@ -11,7 +11,7 @@ from PIL import Image
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-from vitft.data.augment import RESAMPLE, Preprocess, preprocess, stored_range
+from vitft.data.augment import RESAMPLE, Preprocess, parse_value_range, preprocess_images
 from vitft.errors import ModelError
 from vitft.io import console
 from vitft.models.resize import channels_of, size_of
@@ -38,7 +38,7 @@ def read_processor(where: str, stored: Any, **how: Any) -> Preprocess:
     try:
         if not _has_file(where, how):
             found = understood(_of_family(stored, where), channels)
-            return found if (own := size_of(stored)) is None else found.at(*own)
+            return found if (own := size_of(stored)) is None else found.with_size(*own)
         processor = transformers.AutoImageProcessor.from_pretrained(
             where, config=stored, backend="pil", trust_remote_code=False, **how
         )
@@ -133,7 +133,7 @@ def understood(processor: Any, channels: int = 3) -> Preprocess:
         rescale=float(processor.rescale_factor) if processor.do_rescale else 1.0,
         shortest_edge=size.get("shortest_edge"),
         before_crop=(size["height"], size["width"]) if crops and "height" in size else None,
-        value_range=stored_range(getattr(processor, "value_range", None)),
+        value_range=parse_value_range(getattr(processor, "value_range", None)),
         resizes=bool(size),
         flips_channels=flips,
     )
@@ -151,7 +151,7 @@ def _prove(how: Preprocess, processor: Any, kind: str) -> None:
             wanted = torch.as_tensor(processor(Image.fromarray(image), return_tensors="pt")["pixel_values"])
         except KeyError:
             wanted = torch.empty(0)
-        ours = preprocess([torch.from_numpy(image)], how)
+        ours = preprocess_images([torch.from_numpy(image)], how)
         # In steps between two values of a pixel: sums are rounded otherwise than here.
         steps = torch.tensor(how.std)[:, None, None] / how.rescale
         if ours.shape != wanted.shape or ((ours - wanted).abs() * steps).max() > 0.01:

@@ -61,7 +61,7 @@ def load_for_training(config: TrainConfig, labels: Sequence[str], untrained: Seq
     torch.manual_seed(seed_of(config.seed, "weights"))
     if config.from_scratch:
         loaded = _from_scratch(config, labels)
-        return replace(loaded, preprocess=loaded.preprocess.ranged(config.value_range))
+        return replace(loaded, preprocess=loaded.preprocess.with_value_range(config.value_range))
     origin = _origin(locate(config.model), config.model_revision)
     stored = _stored(origin)
     known, wanted = _labels_of(stored), {*map(composed, labels)}
@@ -80,13 +80,13 @@ def load_for_training(config: TrainConfig, labels: Sequence[str], untrained: Seq
     how = _preprocess(origin, stored)
     if config.image_size is not None and (how.height, how.width) != (config.image_size,) * 2:
         model = at_image_size(model, config.image_size)
-        how = how.at(config.image_size)
+        how = how.with_size(config.image_size)
     if config.freeze == "backbone":
         model.requires_grad_(False)
         for head in head_modules(model):
             head.requires_grad_(True)
     _without_mask_token(model)
-    return Loaded(model, how.ranged(config.value_range), names, origin.commit, not keeps_head)
+    return Loaded(model, how.with_value_range(config.value_range), names, origin.commit, not keeps_head)
 
 
 def _without_mask_token(model: Any) -> None:
@@ -185,7 +185,7 @@ def _from_scratch(config: TrainConfig, labels: Sequence[str]) -> Loaded:
         stored, commit = _stored(origin), origin.commit
         how = _preprocess(origin, stored)
         if config.image_size is not None:
-            stored, how = with_image_size(stored, config.image_size), how.at(config.image_size)
+            stored, how = with_image_size(stored, config.image_size), how.with_size(config.image_size)
     _label(stored, labels)
     check_demand(_classifier_class(stored), stored, config.model)
     check_size(stored, how.height, how.width)
@@ -402,7 +402,7 @@ def _preprocess(origin: _Origin, stored: Any) -> Preprocess:
     own = size_of(stored)
     if own is None or own == (how.height, how.width) or not is_fixed(stored, (how.height, how.width)):
         return how
-    return how.at(*own)
+    return how.with_size(*own)
 
 
 def _headless(origin: _Origin) -> ModelError:

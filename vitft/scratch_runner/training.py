@@ -24,7 +24,7 @@ from vitft import __version__
 from vitft.data.decoder import BadImage, decode, encoded
 from vitft.data.sources.identity import sample_id
 from vitft.data.sources.source import ALIASES, DIGITS, Source, open_source
-from vitft.data.splits import Split, make_splits, split_for
+from vitft.data.splits import Split, find_split_name, make_splits
 from vitft.errors import DataError, TrainingError, UsageError
 from vitft.evaluation.metrics import wilson_interval
 from vitft.io import console, paths
@@ -221,7 +221,7 @@ def load(config: TextbookConfig) -> Data:
     source = open_source(config.dataset)
     splits = make_splits(
         source,
-        val_fraction=_VAL_FRACTION if split_for(source, "test") is None else 0.0,
+        val_fraction=_VAL_FRACTION if find_split_name(source, "test") is None else 0.0,
         max_train_samples=config.max_train_samples,
         max_eval_samples=config.max_test_samples,
         seed=config.seed,

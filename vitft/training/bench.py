@@ -14,8 +14,8 @@ from vitft.config.train import TrainConfig
 from vitft.data.loader import EvalLoader, TrainLoader
 from vitft.errors import UsageError
 from vitft.evaluation.evaluation import autocast
-from vitft.hardware.device import accelerator_of, deterministic, environment, memory_guard, peak_flops, threads
-from vitft.hardware.timers import Stopwatch, moment, seconds_between, settle
+from vitft.hardware.device import deterministic, environment, make_accelerator, memory_guard, peak_flops, threads
+from vitft.hardware.timers import Stopwatch, seconds_between, synchronize, timestamp
 from vitft.models.load import BUNDLED, shape_of
 from vitft.spec import PRESETS, total, training_flops
 from vitft.training.autotune import tuned
@@ -38,7 +38,7 @@ def bench(what: What, settings: dict[str, Any], steps: int) -> dict[str, Any]:
         raise UsageError(f"--freeze backbone: {settings['model']} is a shape with random weights; use a trained model.")
     default = {"dataset": "digits", "model": BUNDLED, "compile": "off"}  # with so many epochs auto would always try it
     config = TrainConfig.parse(default | settings | fixed, "flags")
-    accelerator = accelerator_of(config)
+    accelerator = make_accelerator(config)
     prepared = prepare(config)
     with memory_guard(prepared.config):
         config = prepared.config = tuned(prepared)
@@ -146,10 +146,10 @@ def _timed(
     for number in range(warm_up + steps):
         if clock is not None:
             clock.seconds.clear()
-        settle(device)
+        synchronize(device)
         started = time.perf_counter()
         step()
-        settle(device)
+        synchronize(device)
         if number >= warm_up:
             times.append(time.perf_counter() - started)
             parts.append(dict(clock.seconds) if clock is not None else {})
@@ -158,12 +158,12 @@ def _timed(
 
 def _in_a_row(step: Callable[[], Any], steps: int, device: str) -> list[float]:
     """Seconds of each step, as they follow one another in training: a GPU is never waited for in between."""
-    settle(device)
-    moments = [moment(device)]
+    synchronize(device)
+    moments = [timestamp(device)]
     for _ in range(steps):
         step()
-        moments.append(moment(device))
-    settle(device)
+        moments.append(timestamp(device))
+    synchronize(device)
     return [seconds_between(*pair) for pair in pairwise(moments)]
 
 

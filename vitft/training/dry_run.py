@@ -62,7 +62,7 @@ class Plan:
         yield (
             "Model",
             [
-                ("model", f"{config.model}, {self.prepared.loaded.preprocess.said} px, {start}"),
+                ("model", f"{config.model}, {self.prepared.loaded.preprocess.size_text} px, {start}"),
                 ("parameters", f"{self.parameters:,}, of which {self.trainable:,} are trained"),
             ],
         )

@@ -13,12 +13,12 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from vitft.data.augment import augment, preprocess
+from vitft.data.augment import augment, preprocess_images
 from vitft.data.decoder import BadImage, decode, encoded
-from vitft.data.store import IN_MEMORY, decode_all, reduced
+from vitft.data.store import IN_MEMORY, decode_all, shrink
 from vitft.evaluation.evaluation import autocast
 from vitft.hardware.device import micro_batch
-from vitft.hardware.timers import settle
+from vitft.hardware.timers import synchronize
 from vitft.models.load import set_training, shape_of
 from vitft.spec import kept_bytes
 from vitft.training.linear_probe import classifier_of, features_pay, passes
@@ -144,7 +144,7 @@ def stored_image(prepared: Prepared, *, crops: bool | None = None) -> torch.Tens
             image = decode(encoded(cell), config.max_pixels, value_range=how.value_range)
         except BadImage:
             continue
-        return torch.from_numpy(reduced(image, how, config.augment == "crop" if crops is None else crops))
+        return torch.from_numpy(shrink(image, how, config.augment == "crop" if crops is None else crops))
     return torch.full((how.height, how.width, 3), 128, dtype=torch.uint8)
 
 
@@ -155,13 +155,13 @@ def pass_s(prepared: Prepared, images: torch.Tensor, module: Any = None) -> floa
     """
     config, model = prepared.config, prepared.loaded.model
     set_training(model, frozen_backbone=config.freeze == "backbone")
-    settle(config.device)
+    synchronize(config.device)
     started = time.perf_counter()
     index = np.arange(len(images))
     images = images if config.augment == "crop" else images.to(config.device)  # as the loader does
     pixels = augment(images, prepared.loaded.preprocess, config.augment, config.seed, 0, index).to(config.device)
     torch.autograd.backward(_loss(prepared, model if module is None else module, pixels))
-    settle(config.device)
+    synchronize(config.device)
     return time.perf_counter() - started
 
 
@@ -171,23 +171,23 @@ def optimizer_s(prepared: Prepared, optimizer: torch.optim.Optimizer) -> float:
     for parameter in model.parameters():
         if parameter.grad is not None:
             parameter.grad.zero_()  # 0 times one that is not finite would be no 0
-    settle(config.device)
+    synchronize(config.device)
     started = time.perf_counter()
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf)
     optimizer.step()
     optimizer.zero_grad()
-    settle(config.device)
+    synchronize(config.device)
     return time.perf_counter() - started
 
 
 def evaluate_s(prepared: Prepared, images: torch.Tensor) -> float:
     """Seconds of a forward pass of these images, (B, H, W, 3), their resizing included."""
     config, model = prepared.config, prepared.loaded.model.eval()
-    settle(config.device)
+    synchronize(config.device)
     started = time.perf_counter()
     with torch.no_grad(), autocast(config.device, config.precision):
-        model(pixel_values=preprocess(images.to(config.device), prepared.loaded.preprocess))
-    settle(config.device)
+        model(pixel_values=preprocess_images(images.to(config.device), prepared.loaded.preprocess))
+    synchronize(config.device)
     return time.perf_counter() - started
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from vitft.config.train import TrainConfig
-from vitft.data.augment import flips
+from vitft.data.augment import draw_flips
 from vitft.data.loader import Batch, EvalLoader, TrainLoader
 from vitft.evaluation.evaluation import BATCH, autocast
-from vitft.hardware.device import micro_batch, sent
+from vitft.hardware.device import micro_batch, to_device
 from vitft.models.heads import head_of
 
 Features = Callable[[Tensor], Tensor]
@@ -96,16 +96,16 @@ class FeatureLoader:
 
     def batch(self, step: int) -> Batch:
         """This process's share of a step."""
-        mine = self.loader.share(step)
+        mine = self.loader.shard(step)
         rows = torch.from_numpy(mine)
         with self.clock.part("wait"):
             read = self._kinds[0][rows]
             if len(self._kinds) == 2:
-                flip = flips(self.loader.seed, step // self.steps_per_epoch, mine)
+                flip = draw_flips(self.loader.seed, step // self.steps_per_epoch, mine)
                 read = torch.where(torch.from_numpy(flip)[:, None], self._kinds[1][rows], read)
         with self.clock.part("transfer"):
             device = self.loader.device
-            return Batch(sent(read, device), sent(self.loader.labels[rows], device), mine)
+            return Batch(to_device(read, device), to_device(self.loader.labels[rows], device), mine)
 
 
 class Probe:

@@ -107,7 +107,7 @@ def introduction(prepared: Prepared, total_steps: int, run: Path) -> str:
     images = ", ".join(f"{len(split.rows):,} {role}" for role, split in prepared.splits.items())
     return (
         f"{prepared.source.name}: {images} images of {len(prepared.loaded.labels)} classes; "
-        f"{Path(config.model).name} at {how.said} px on {config.device}, {config.precision}; "
+        f"{Path(config.model).name} at {how.size_text} px on {config.device}, {config.precision}; "
         f"{total_steps:,} steps of {config.batch_size}; in {run}"
     )
 

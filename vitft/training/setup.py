@@ -15,14 +15,14 @@ from vitft.checkpoints.metadata import prove, read_card
 from vitft.config.train import SIZES, TrainConfig, range_of
 from vitft.data.decoder import unused_range
 from vitft.data.sources.source import ALIASES, DIGITS, Source, source_of
-from vitft.data.split_record import Record, news, read_record, recall
+from vitft.data.split_record import Record, describe_changes, read_record, restore_splits
 from vitft.data.splits import Split, make_splits
 from vitft.data.store import Skipped, Store, check_headers, decode_all
 from vitft.data.validation.check import check, check_labels, some_of
 from vitft.errors import DataError, UsageError
 from vitft.evaluation.evaluation import listed, matched, without
-from vitft.evaluation.held_out import refuse_trained, settled_by
-from vitft.hardware.device import find_attention, resolved
+from vitft.evaluation.held_out import earlier_sides, refuse_trained
+from vitft.hardware.device import find_attention, resolve_auto
 from vitft.io import console, paths
 from vitft.io.paths import composed, expanded
 from vitft.models.load import Loaded, load_for_training, shape_of
@@ -36,7 +36,7 @@ Stores = dict[str, tuple[Store, NDArray[np.int64]]]
 class Prepared:
     """A run before its first step."""
 
-    config: TrainConfig  # as resolved: device, precision, revisions, absolute paths
+    config: TrainConfig  # as resolve_auto: device, precision, revisions, absolute paths
     source: Source
     splits: dict[str, Split]
     loaded: Loaded
@@ -98,7 +98,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, run: Path | Non
     On resume, a `checkpoint` of the run takes the place of what the run began from, and its splits are those that
     the `run` recorded.
     """
-    config = resolved(config)
+    config = resolve_auto(config)
     with console.working("reading the data set"):
         source = source_of(config)
     _tell_faults(source, config)
@@ -143,12 +143,12 @@ def _weights_of(model: str) -> str:
 def _split(source: Source, config: TrainConfig) -> dict[str, Split]:
     """The splits of a new run. What its model was trained on is not held out, and what was held out not trained on."""
     began = expanded(config.model)
-    settled = None if config.from_scratch else settled_by(began, source, absolute(config))
+    sides = None if config.from_scratch else earlier_sides(began, source, absolute(config))
     splits = make_splits(
         source, val_fraction=config.val_fraction, max_train_samples=config.max_train_samples,
-        max_eval_samples=config.max_eval_samples, seed=config.seed, settled=settled,
+        max_eval_samples=config.max_eval_samples, seed=config.seed, sides=sides,
     )  # fmt: skip
-    if settled is not None:
+    if sides is not None:
         refuse_trained(began, source, splits)
         if config.val_fraction and "validation" not in splits:
             console.warn(f"no validation split: {config.model} was trained on all that could be set aside")
@@ -156,8 +156,8 @@ def _split(source: Source, config: TrainConfig) -> dict[str, Split]:
 
 
 def _recalled(source: Source, record: Record) -> dict[str, Split]:
-    splits = recall(record, source, moved=False)
-    for sentence in news(record, source, splits):
+    splits = restore_splits(record, source, moved=False)
+    for sentence in describe_changes(record, source, splits):
         console.note(sentence)
     return splits
 

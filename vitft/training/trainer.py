@@ -22,7 +22,7 @@ from vitft.data.loader import EvalLoader
 from vitft.errors import ModelError, Stopped, TrainingError, UsageError
 from vitft.evaluation import evaluation
 from vitft.evaluation.metrics import Metrics
-from vitft.hardware.device import accelerator_of, deterministic, is_out_of_memory, memory_guard, resolved, threads
+from vitft.hardware.device import deterministic, is_out_of_memory, make_accelerator, memory_guard, resolve_auto, threads
 from vitft.io import console
 from vitft.io.paths import expanded
 from vitft.io.signals import Interrupted, StopSignals
@@ -54,7 +54,7 @@ def train(config: TrainConfig, *, output: Path | str | None = None, overwrite: b
 
     Raises VitftError; Stopped after a signal, when everything is saved.
     """
-    accelerator = accelerator_of(config)
+    accelerator = make_accelerator(config)
     output = None if output is None else expanded(output)
     with accelerator.main_process_first():
         if output is not None and accelerator.is_main_process:
@@ -97,8 +97,8 @@ def _resume(run: Path, changes: dict[str, Any], *, rolled_back: bool = False) ->
     state = ckpt.read_state(folder) if folder else State()
     before = ckpt.read_config(run)
     config = run_folder.changed(run, before, changes, finished=run_folder.is_finished(state))
-    with threads(config.threads or run_folder.threads_of(run)), deterministic(resolved(config)):
-        accelerator = accelerator_of(config)
+    with threads(config.threads or run_folder.threads_of(run)), deterministic(resolve_auto(config)):
+        accelerator = make_accelerator(config)
         with accelerator.main_process_first():
             prepared = run_folder.prepared_again(run, config, folder)
         resumed = _Run(accelerator, prepared, prepared.decode(), run, resumed_from=folder)

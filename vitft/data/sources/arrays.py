@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitft.data.sampling import stratified
+from vitft.data.sampling import stratified_sample
 from vitft.data.sources.schema import image_structs, make_split
 from vitft.errors import DataError
 
@@ -26,7 +26,7 @@ def read_digits() -> dict[str, datasets.Dataset]:
     digits = load_digits()
     images = np.floor(digits.images * 255 / 16 + 0.5).astype(np.uint8)  # stored as 0..16
     labels = digits.target.astype(np.int64)
-    test = stratified(labels, np.arange(len(labels), dtype=np.uint64), round(len(labels) / 5), 0, "digits test")
+    test = stratified_sample(labels, np.arange(len(labels), dtype=np.uint64), round(len(labels) / 5), 0, "digits test")
     names = [str(name) for name in digits.target_names]
     return {
         split: make_split(image_structs(pa.array([_png(image) for image in images[mask]])), labels[mask], names)

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitft.data.augment import each_of
+from vitft.data.augment import choose_map
 from vitft.data.color import Range
-from vitft.data.decoder import MAX_PIXELS, BadImage, about, decode, encoded, unused_range
+from vitft.data.decoder import MAX_PIXELS, BadImage, decode, encoded, image_info, unused_range
 from vitft.data.sources.folders import relative, scan
 from vitft.data.sources.identity import sample_names
 from vitft.data.sources.source import Source, class_indices, listed
@@ -152,7 +152,9 @@ def _look(
         index = np.arange(start, min(start + _CHUNK, len(rows)))
         cells = rows[start : start + _CHUNK]["image"]
         jobs = zip(sample_names(rows, index), labels[index].tolist(), cells, strict=True)
-        yield from each_of(cells)(lambda job: _examined(split, job[0], job[1], job[2], max_pixels, value_range), jobs)
+        yield from choose_map(cells)(
+            lambda job: _examined(split, job[0], job[1], job[2], max_pixels, value_range), jobs
+        )
 
 
 def _examined(
@@ -161,7 +163,7 @@ def _examined(
     source = encoded(cell)
     try:
         pixels = decode(source, max_pixels, value_range=value_range)
-        said = about(source, max_pixels)
+        said = image_info(source, max_pixels)
     except BadImage as error:
         return _Seen(split, path, label, ((_kind_of(str(error)), str(error)),))
     problems = []
