@@ -390,7 +390,7 @@ def test_a_parquet_file_names_images_of_its_own_folder_alone(tmp_path, column):
 def test_a_hub_data_set_names_no_file_of_this_machine(tmp_path, monkeypatch):
     draw(tmp_path / "secret.png")
     images = image_structs(None, [str(tmp_path / "secret.png")] * 2)
-    hostile = make_split(images, ["x", "y"], root=tmp_path)  # its homepage claims that its files are our own
+    hostile = make_split(images, ["x", "y"], root=tmp_path)  # its column `name` claims that our reader named its files
     builder = SimpleNamespace(
         hash="0" * 40, base_path=None, info=SimpleNamespace(download_checksums={}),
         download_and_prepare=lambda: None, as_dataset=lambda: {"train": hostile},
@@ -398,6 +398,23 @@ def test_a_hub_data_set_names_no_file_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "answers", lambda *asked: True)
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *asked, **how: builder)
     refused("some/body", r"secret\.png leads out of")
+
+
+def test_a_column_name_of_the_dataset_itself_names_no_images(tmp_path):
+    table = {"image": IMAGES, "label": [1, 0], "name": ["a.png", "b.png"]}
+    write_parquet(tmp_path / "data" / "train.parquet", table)
+    datasets.Dataset.from_dict(table).save_to_disk(str(tmp_path / "saved"))
+    for folder in ("data", "saved"):
+        source = open_source(str(tmp_path / folder))
+        assert ids_of(source) == ["row 0", "row 1"]
+        assert "name" not in source.splits["train"].column_names
+
+
+def test_images_of_a_metadata_file_are_named_from_the_root_however_it_is_spelled(tmp_path):
+    draw(tmp_path / "pets" / "train" / "1.png")
+    (tmp_path / "pets" / "train" / "metadata.csv").write_text("file_name,label\n1.png,cat\n")
+    for spelled in ("pets", "pets/../pets"):
+        assert ids_of(open_source(str(tmp_path / spelled))) == ["train/1.png"]
 
 
 def test_broken_tables(tmp_path):

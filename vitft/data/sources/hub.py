@@ -39,8 +39,6 @@ def read(repo: str, config: str | None, revision: str | None) -> tuple[dict[str,
         raise
     except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow each have their own tree
         raise DataError(_failure(repo, config, revision, error)) from error
-    for split in splits.values():
-        split.info.homepage = ""  # here a file: address says that our own reader named the files
     return dict(splits), used
 
 

@@ -7,15 +7,13 @@ archive or on the hub, by its content. So the number stays when others are added
 import os
 from collections.abc import Callable
 from hashlib import blake2b
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import datasets
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from vitft.data.sources.schema import in_memory
+from vitft.data.sources.schema import NAME, in_memory
 from vitft.io.paths import composed
 
 Rows = NDArray[np.int64]
@@ -27,13 +25,12 @@ _WHOLE, _PIECE = 1 << 16, 1 << 14  # bytes up to which all is hashed; of more, s
 
 
 def numbered(split: datasets.Dataset) -> datasets.Dataset:
-    """A split with columns image and label, and its row numbers as a third."""
+    """A split with the number of each row as another column."""
     if ROW in split.column_names:
         return split
-    columns = {name: split.data.column(name) for name in ("image", "label")}
+    columns = {name: split.data.column(name) for name in split.column_names} | {ROW: pa.array(np.arange(len(split)))}
     features = datasets.Features({**split.features, ROW: datasets.Value("int64")})
-    info = datasets.DatasetInfo(features=features, homepage=split.info.homepage)
-    return in_memory(pa.table(columns | {ROW: pa.array(np.arange(len(split)))}), info, str(split.split or "") or None)
+    return in_memory(pa.table(columns), datasets.DatasetInfo(features=features), str(split.split or "") or None)
 
 
 def row_numbers(split: datasets.Dataset) -> Rows:
@@ -45,8 +42,8 @@ def row_numbers(split: datasets.Dataset) -> Rows:
 
 
 def has_own_files(split: datasets.Dataset) -> bool:
-    """Whether our own reader named the files of a split, all below the folder that stands for its homepage."""
-    return (split.info.homepage or "").startswith("file:")
+    """Whether the images are files that our own reader named."""
+    return NAME in split.column_names
 
 
 def sample_id(split: datasets.Dataset, row: int) -> str:
@@ -57,14 +54,14 @@ def sample_id(split: datasets.Dataset, row: int) -> str:
 def sample_names(split: datasets.Dataset, rows: Rows) -> list[str]:
     """The same of each of these rows; of a selection, the numbers are those of the whole split."""
     if has_own_files(split):
-        return _paths(split, rows)
+        return list(split.data.column(NAME).take(pa.array(_stored(split, rows))).to_pylist())
     return [f"row {number}" for number in row_numbers(split)[rows]]
 
 
 def ids(split: datasets.Dataset, rows: Rows) -> list[str]:
     """What `splits.json` calls these rows: paths (with /, in Unicode's form NFC), or 16 hex digits of the content."""
     if has_own_files(split):
-        return [composed(path) for path in _paths(split, rows)]
+        return [composed(path) for path in sample_names(split, rows)]
     return [f"{key:016x}" for key in contents(split, rows).tolist()]
 
 
@@ -128,11 +125,3 @@ def _stored(split: datasets.Dataset, rows: Rows) -> Rows:
     if split._indices is None:
         return rows
     return np.asarray(split._indices.column(0).take(pa.array(rows)), np.int64)
-
-
-def _paths(split: datasets.Dataset, rows: Rows) -> list[str]:
-    root = url2pathname(urlsplit(split.info.homepage).path) + os.sep
-    images = split.data.column("image")
-    table = pa.chunked_array([chunk.field("path") for chunk in images.chunks], pa.string())
-    found = table.take(pa.array(_stored(split, rows))).to_pylist()
-    return [str(path).removeprefix(root).replace(os.sep, "/") for path in found]

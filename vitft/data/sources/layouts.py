@@ -324,7 +324,7 @@ def _by_metadata(layout: _Layout, reading: Reading, notes: Notes) -> dict[str, d
     for name, file in files.items():
         inside = Notes()
         try:
-            splits = read_table(file, reading, inside)
+            splits = read_table(file, reading, inside, Path(tree.path))
         except DataError as error:
             if any(_holding(part) for part in (layout.parts.values() or [top])):
                 notes.decide(f"{relative(str(file), tree.path)} tells no labels, the class folders do: {error}")
@@ -339,7 +339,6 @@ def _by_metadata(layout: _Layout, reading: Reading, notes: Notes) -> dict[str, d
         for split, rows in splits.items():
             if split in found:
                 raise DataError(f"{tree.path}: two metadata files tell the split {split}; keep one of them.")
-            rows.info.homepage = Path(tree.path).as_uri()
             found[split] = rows
     notes.decide(f"the labels are those of {_named(relative(str(file), tree.path) for file in files.values())}")
     named = sum(map(len, found.values()))

@@ -82,8 +82,6 @@ def _read_saved(path: Path, reading: Reading, notes: Notes) -> Splits:
     except Exception as error:  # datasets, pyarrow and json have their own
         raise DataError(f"{path} is no readable data set of datasets: {' '.join(str(error).split())[:300]}") from error
     raw = dict(saved) if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
-    for split in raw.values():
-        split.info.homepage = ""  # here a file: address says that our own reader named the files
     return plain_splits(raw, path, reading, notes)
 
 

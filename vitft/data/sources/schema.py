@@ -23,6 +23,8 @@ ROLES = {  # the names a split goes by; the first one present is taken
 }
 IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 """The arrow form of an image, one of its fields usually null."""
+NAME = "name"
+"""The column with each image's path relative to the dataset's folder. Only splits of files that we named have it."""
 
 
 @dataclass(frozen=True)
@@ -101,14 +103,21 @@ def make_split(
 ) -> datasets.Dataset:
     """A raw split from image structs (see `image_structs`) and labels: values, or indices into `names`.
 
-    `root` is the folder that the images' files lie under; samples are then known by their relative path.
+    With `root`, the dataset's folder, the split also gets the column NAME: each file's path relative to it.
     """
     table = pa.table({"image": images, "label": pa.array(labels)})
     kind = str(table.schema.field("label").type)
     label = datasets.Value(kind) if names is None else datasets.ClassLabel(names=list(names))
     features = datasets.Features({"image": datasets.Image(decode=False), "label": label})
-    homepage = "" if root is None else root.absolute().as_uri()
-    return in_memory(table, datasets.DatasetInfo(features=features, homepage=homepage))
+    if root is not None:
+        table = table.append_column(NAME, _relative(images.field("path"), root))
+        features[NAME] = datasets.Value("string")
+    return in_memory(table, datasets.DatasetInfo(features=features))
+
+
+def _relative(paths: pa.Array, root: Path) -> pa.Array:
+    """Paths relative to a folder; those of files outside of it stay absolute."""
+    return pc.replace_substring_regex(paths, f"^{re.escape(str(root.absolute()))}/", "")
 
 
 def image_structs(data: pa.Array | None, paths: list[str] | None = None) -> pa.Array:
@@ -276,15 +285,13 @@ def _is_whole(word: str) -> bool:
 
 
 def _dataset(name: str, split: datasets.Dataset, labels: np.ndarray, names: tuple[str, ...]) -> datasets.Dataset:
-    has_indices = split._indices is not None
-    column = split.with_format("arrow")[:].column("image") if has_indices else split.data.column("image")
-    chunks = [_structs(chunk) for chunk in column.chunks]
-    structs = pa.chunked_array(chunks, type=IMAGE_TYPE)
-    features = datasets.Features(
-        {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=list(names))}
-    )
-    info = datasets.DatasetInfo(features=features, homepage=split.info.homepage)
-    return in_memory(pa.table({"image": structs, "label": pa.array(labels)}), info, name)
+    table = split.data if split._indices is None else split.with_format("arrow")[:]
+    structs = pa.chunked_array([_structs(chunk) for chunk in table.column("image").chunks], type=IMAGE_TYPE)
+    columns = {"image": structs, "label": pa.array(labels)}
+    features = {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=list(names))}
+    if NAME in split.features:
+        columns[NAME], features[NAME] = table.column(NAME), split.features[NAME]
+    return in_memory(pa.table(columns), datasets.DatasetInfo(features=datasets.Features(features)), name)
 
 
 def _structs(chunk: pa.Array) -> pa.Array:

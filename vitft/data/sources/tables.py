@@ -1,5 +1,6 @@
 """Data sets given as a table of image paths and labels: `rows` reads it, `columns` says what is what."""
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,13 @@ from vitft.io.paths import expanded
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt")
 
 
-def read_table(path: Path, reading: Reading, notes: Notes) -> dict[str, datasets.Dataset]:
-    """Read a file of paths, labels and perhaps splits, by the columns that its rows have. Raises VitftError."""
+def read_table(
+    path: Path, reading: Reading, notes: Notes, root: Path | None = None
+) -> dict[str, datasets.Dataset]:  # fmt: skip
+    """Read a file of paths, labels and perhaps splits, by the columns that its rows have.
+
+    Images are named relative to `root`, by default the folder that the table's paths start from. Raises VitftError.
+    """
     folder = None if reading.image_folder is None else expanded(reading.image_folder)
     names = Names(path, folder, allow_outside=reading.allow_outside)
     table = read_rows(path, reading.encoding, columns.KNOWN, lambda cell: names.meant(cell)[0] is not None, notes)
@@ -36,7 +42,7 @@ def read_table(path: Path, reading: Reading, notes: Notes) -> dict[str, datasets
     splits: dict[str, list[int]] = {}
     for row, name in enumerate(assigned or ["train"] * len(files)):
         splits.setdefault(name, []).append(row)
-    root = Path(names.folders[0])
+    root = Path(names.folders[0] if root is None else os.path.abspath(root))  # noqa: PTH100  (as in `absolute`)
     return {
         name: _split(root, [files[row] for row in rows], [labels[row] for row in rows]) for name, rows in splits.items()
     }
@@ -94,11 +100,6 @@ def _tell_repeated(files: list[str], labels: Sequence[Any], assigned: Sequence[s
     for found, what in ((leaked, "in two splits"), (labeled, "with two labels"), (twice, "twice")):
         if found:
             notes.warn(f"{len(found):,} rows name an image {what}; the first is {found[0]}")
-
-
-def file_split(root: Path, rows: list[tuple[Path, Any]], names: Iterable[str] | None = None) -> datasets.Dataset:
-    """A raw split of files and their labels: values, or indices into `names`; `root` lies above all files."""
-    return _split(root, [str(file.absolute()) for file, _ in rows], [label for _, label in rows], names)
 
 
 def _split(root: Path, files: list[str], labels: list[Any], names: Iterable[str] | None = None) -> datasets.Dataset:
