@@ -22,7 +22,7 @@ import vitft
 from vitft.config.train import TrainConfig
 from vitft.data.augment import Preprocess
 from vitft.data.loader import TrainLoader
-from vitft.data.sources.source import class_indices, open_source
+from vitft.data.sources.source import class_indices, open_dataset
 from vitft.data.store import decode_all
 from vitft.hardware.timers import synchronize
 from vitft.models.load import load_for_training, shape_of
@@ -108,7 +108,7 @@ def inputs(make: Callable[..., Any], folder: Path, size: int, kind: str, batch: 
 
 def vitft_input(folder: Path, size: int, kind: str, batch: int) -> Pass:
     """As `vitft train` reads a folder."""
-    rows = open_source(str(folder)).splits["train"]
+    rows = open_dataset(str(folder)).splits["train"]
     how = Preprocess(size, size, mean=MEAN, std=STD)
     store, _ = decode_all(rows, how, crops=kind == "crop", max_pixels=10**8, skip_bad=False, training=True)
     loader = TrainLoader(store, class_indices(rows), how, kind=kind, seed=0, batch_size=batch,

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import vitft.evaluation.counts  # noqa: F401  (as in a run, where all is imported by then)
-from vitft.data.sources.source import open_source
+from vitft.data.sources.source import open_dataset
 from vitft.data.splits import make_splits, manifest
 from vitft.evaluation.metrics import score
 
@@ -39,7 +39,7 @@ def main() -> None:
         return now
 
     clock = time.perf_counter(), time.process_time()
-    source = open_source(str(root))
+    source = open_dataset(str(root))
     clock = timed("listing", clock)
     splits = make_splits(source, val_fraction=0.1, max_train_samples=None, max_eval_samples=None, seed=0)
     clock = timed("split", clock)

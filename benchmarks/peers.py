@@ -30,7 +30,7 @@ import datasets
 import torch
 from photos import make_photos
 
-from vitft.data.sources.source import class_indices, open_source
+from vitft.data.sources.source import class_indices, open_dataset
 from vitft.hardware.device import peak_flops
 from vitft.models.load import shape_of
 from vitft.spec import training_flops
@@ -174,7 +174,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def write_images(dataset: str, split: str, count: int, folder: Path) -> None:
     """The first images of a split as files, in a folder per class, as they are stored."""
-    source = open_source(dataset)
+    source = open_dataset(dataset)
     rows = source.splits[split]
     rows = rows.select(range(min(count, len(rows))))
     for number, (row, label) in enumerate(zip(rows, class_indices(rows), strict=True)):

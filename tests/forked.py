@@ -15,7 +15,7 @@ from torch.distributed import TCPStore
 
 from tests.training.test_trainer import config
 from vitft.io import console
-from vitft.training.metrics_log import recorded
+from vitft.training.callbacks import recorded
 
 _context = mp.get_context("forkserver")
 _context.set_forkserver_preload(["tests.preloaded"])

@@ -70,4 +70,4 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert quick != code
     names: dict[str, object] = {}
     exec(quick, names)
-    assert 0 <= names["result"].scores["test"]["accuracy"] <= 1  # type: ignore[attr-defined]
+    assert 0 <= names["result"].scores["test"].accuracy <= 1  # type: ignore[attr-defined]

@@ -4,25 +4,64 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vitft.config.train import TrainConfig
+    from vitft.data.sources.source import Source, open_dataset
+    from vitft.errors import DataError, ModelError, Stopped, TrainingError, UsageError, VitftError
     from vitft.evaluation.evaluation import evaluate
-    from vitft.evaluation.prediction import Predictor, predict
-    from vitft.training.trainer import resume, train
+    from vitft.evaluation.loading import load_model
+    from vitft.evaluation.metrics import ClassScore, Metrics, Score
+    from vitft.evaluation.prediction import Prediction, Predictor, predict
+    from vitft.models.load import Loaded
+    from vitft.training.callbacks import Callback
+    from vitft.training.trainer import Result, resume, train
 
 __version__ = "0.1.0"
-__all__ = ["Predictor", "TrainConfig", "__version__", "evaluate", "predict", "resume", "train"]
+__all__ = [
+    "Callback",
+    "ClassScore",
+    "DataError",
+    "Loaded",
+    "Metrics",
+    "ModelError",
+    "Prediction",
+    "Predictor",
+    "Result",
+    "Score",
+    "Source",
+    "Stopped",
+    "TrainConfig",
+    "TrainingError",
+    "UsageError",
+    "VitftError",
+    "__version__",
+    "evaluate",
+    "load_model",
+    "open_dataset",
+    "predict",
+    "resume",
+    "train",
+]
 
 _ROOMS = {
-    "Predictor": "evaluation.prediction", "TrainConfig": "config.train", "evaluate": "evaluation.evaluation",
-    "predict": "evaluation.prediction", "resume": "training.trainer", "train": "training.trainer",
-}  # fmt: skip
+    "config.train": ("TrainConfig",),
+    "data.sources.source": ("Source", "open_dataset"),
+    "errors": ("DataError", "ModelError", "Stopped", "TrainingError", "UsageError", "VitftError"),
+    "evaluation.evaluation": ("evaluate",),
+    "evaluation.loading": ("load_model",),
+    "evaluation.metrics": ("ClassScore", "Metrics", "Score"),
+    "evaluation.prediction": ("Prediction", "Predictor", "predict"),
+    "models.load": ("Loaded",),
+    "training.callbacks": ("Callback",),
+    "training.trainer": ("Result", "resume", "train"),
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for, so that `import vitft` costs nothing."""
-    if name in _ROOMS:
+    if name in _ROOM_OF:
         from importlib import import_module
 
-        return getattr(import_module(f"vitft.{_ROOMS[name]}"), name)
+        return getattr(import_module(f"vitft.{_ROOM_OF[name]}"), name)
     raise AttributeError(f"module 'vitft' has no attribute {name!r}")
 
 

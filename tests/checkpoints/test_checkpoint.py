@@ -19,7 +19,7 @@ from vitft.checkpoints.metadata import prove, read_card, write_card
 from vitft.errors import DataError, ModelError, UsageError
 from vitft.explain.trace import trace
 from vitft.io.atomic import held, new_folder, write_json, write_text
-from vitft.training.metrics_log import recorded
+from vitft.training.callbacks import recorded
 from vitft.training.run_folder import alone_in
 from vitft.training.trainer import resume
 
@@ -136,7 +136,7 @@ def test_a_run_whose_successor_saved_nothing_is_back_where_another_begins(
     ckpt.give_back(copied)
     names = {file.relative_to(digits_run.run) for file in digits_run.run.rglob("*")}
     assert {file.relative_to(copied) for file in copied.rglob("*")} == names
-    assert evaluate(copied).accuracy == digits_run.scores["test"]["accuracy"]
+    assert evaluate(copied).accuracy == digits_run.scores["test"].accuracy
 
 
 @pytest.mark.parametrize("moves", range(1, 17))

@@ -37,7 +37,7 @@ from vitft.data.decoder import BadImage, decode, formats
 from vitft.data.limits import check_bytes, check_scans
 from vitft.data.sources.arrow_memory import _length
 from vitft.data.sources.folders import scan
-from vitft.data.sources.source import open_source
+from vitft.data.sources.source import open_dataset
 from vitft.errors import ModelError
 from vitft.evaluation.prediction import predict
 from vitft.models.load import load_for_training, load_trained
@@ -106,7 +106,7 @@ def test_a_split_may_have_any_name(tmp_path: Path) -> None:
     names = ["\x1b[2J", "../x", "<b>", "train", "a b", "\u00e9"]
     rows = [f"a.png,{label},{split}" for split in names for label in "xy"]
     (tmp_path / "t.csv").write_text("\n".join(["path,label,split", *rows]))
-    assert set(open_source(str(tmp_path / "t.csv")).splits) == set(names)
+    assert set(open_dataset(str(tmp_path / "t.csv")).splits) == set(names)
     code, said = vitft(tmp_path, "data", "info", str(tmp_path / "t.csv"))
     assert code == 0
     assert "\x1b[2J" not in said
@@ -353,7 +353,7 @@ def test_a_chunk_of_a_png_that_is_longer_than_any_profile_is_not_read(tmp_path: 
 
 
 def loaded_source(file: Path) -> object:
-    return sorted(open_source(str(file)).splits)
+    return sorted(open_dataset(str(file)).splits)
 
 
 def test_a_pickle_whose_memo_is_longer_than_itself_is_not_read(tmp_path: Path) -> None:
@@ -415,7 +415,7 @@ def test_a_parquet_file_of_equal_images_is_read(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(stream, "PNG")
     table = pa.table({"image": [stream.getvalue()] * 5000, "label": ["a", "b"] * 2500})
     pq.write_table(table, tmp_path / "train.parquet")
-    assert len(open_source(str(tmp_path / "train.parquet")).splits["train"]) == 5000
+    assert len(open_dataset(str(tmp_path / "train.parquet")).splits["train"]) == 5000
 
 
 def read_weights(folder: Path) -> object:

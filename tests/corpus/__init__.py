@@ -30,7 +30,7 @@ class Case:
     error: tuple[str, ...] | str = ()  # what the one line of the error says
     decided: tuple[str, ...] | str = ()
     warned: tuple[str, ...] | str = ()
-    options: Mapping[str, Any] = field(default_factory=dict)  # of open_source
+    options: Mapping[str, Any] = field(default_factory=dict)  # of open_dataset
 
     def write(self, folder: Path) -> str:
         """Make the data set in an empty folder; the path to open."""

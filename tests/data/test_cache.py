@@ -22,7 +22,7 @@ from vitft.data import cache
 from vitft.data.augment import Preprocess
 from vitft.data.decoder import decode
 from vitft.data.loader import TrainLoader
-from vitft.data.sources.source import open_source
+from vitft.data.sources.source import open_dataset
 from vitft.data.store import Store, decode_all
 from vitft.errors import DataError
 from vitft.io.atomic import held
@@ -53,7 +53,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 def stored(folder: Path, size: int = 32, *, crops: bool = False, cache_gb: float = 1.0) -> Store:
-    rows = open_source(str(folder)).splits["train"]
+    rows = open_dataset(str(folder)).splits["train"]
     how = Preprocess(size, size)
     return decode_all(rows, how, crops=crops, max_pixels=10**6, skip_bad=True, cache_gb=cache_gb, name="photos")[0]
 
@@ -100,7 +100,7 @@ def test_whatever_changes_the_pixels_changes_the_fingerprint(folder: Path, decod
 
 
 def test_images_as_bytes_are_known_by_their_bytes(folder: Path) -> None:
-    rows = open_source(str(folder)).splits["train"]
+    rows = open_dataset(str(folder)).splits["train"]
 
     def named(cells: list[bytes]) -> str | None:
         fake = datasets.Dataset.from_dict({"image": [{"bytes": cell, "path": None} for cell in cells]})
@@ -400,7 +400,7 @@ def bitmap(file: Path, places: Iterator[int] | tuple[int, ...] = ()) -> None:
 
 
 def named(folder: Path, *, whole: bool = False) -> str | None:
-    return cache.fingerprint(open_source(str(folder)).splits["train"], "how", whole=whole)
+    return cache.fingerprint(open_dataset(str(folder)).splits["train"], "how", whole=whole)
 
 
 @pytest.fixture
@@ -452,7 +452,7 @@ def test_a_renamed_folder_has_the_same_photos(pictures: Path) -> None:
 
 
 def test_photos_of_which_one_is_gone_or_no_file_have_no_name(pictures: Path) -> None:
-    rows = open_source(str(pictures)).splits["train"]
+    rows = open_dataset(str(pictures)).splits["train"]
     (pictures / "ant" / "1.bmp").unlink()
     assert cache.fingerprint(rows, "how") is None
     os.mkfifo(pictures / "ant" / "1.bmp")
@@ -551,7 +551,7 @@ def test_thirty_epochs_take_no_more_memory_than_three(
     folder = photos(tmp_path / "photos", [(300 + i, 240) for i in range(60)])
     if how != "in memory":
         monkeypatch.setattr("vitft.data.store.IN_MEMORY", 0)
-    rows, model = open_source(str(folder)).splits["train"], Preprocess(64, 64)
+    rows, model = open_dataset(str(folder)).splits["train"], Preprocess(64, 64)
     for _ in range(2):
         store, _ = decode_all(
             rows, model, crops=True, max_pixels=10**6, skip_bad=False, training=True,

@@ -22,7 +22,7 @@ from vitft.data.augment import (
 )
 from vitft.data.decoder import decode
 from vitft.data.loader import EvalLoader, Prefetcher, TrainLoader
-from vitft.data.sources.source import open_source
+from vitft.data.sources.source import open_dataset
 from vitft.data.store import Store, check_headers, decode_all, move_to_device
 from vitft.errors import DataError
 from vitft.randomness import order, uniform
@@ -43,7 +43,7 @@ def photos(folder: Path, sizes: list[tuple[int, int]]) -> Path:
 def stored(
     folder: Path, *, crops: bool = False, skip_bad: bool = False, cache_gb: float = 0
 ) -> tuple[Store, list[str]]:
-    rows = open_source(str(folder)).splits["train"]
+    rows = open_dataset(str(folder)).splits["train"]
     store, skipped = decode_all(
         rows, HOW, crops=crops, max_pixels=10**6, skip_bad=skip_bad, cache_gb=cache_gb, name="photos"
     )
@@ -96,7 +96,7 @@ def test_a_bad_image_stops_the_run_by_name_or_is_listed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", ["decoding", "headers"])
 def test_every_image_is_told_of_as_it_is_done(tmp_path: Path, step: str) -> None:
-    rows = open_source(str(photos(tmp_path, [(20, 16)] * 3))).splits["train"]
+    rows = open_dataset(str(photos(tmp_path, [(20, 16)] * 3))).splits["train"]
     (tmp_path / "train" / "dog" / "002.png").write_bytes(b"")  # the last one
     done: list[tuple[int, int]] = []
     if step == "decoding":
@@ -113,7 +113,7 @@ def test_every_image_is_told_of_as_it_is_done(tmp_path: Path, step: str) -> None
 
 def test_a_photo_that_is_gone_is_named_as_such(tmp_path: Path) -> None:
     folder = photos(tmp_path / "d", [(90, 90)] * 3)
-    source = open_source(str(folder))
+    source = open_dataset(str(folder))
     gone = sorted(folder.rglob("*.png"))[1]
     gone.unlink()
     with pytest.raises(DataError, match=rf"{gone.name}: does not exist; mend or remove it"):
@@ -123,7 +123,7 @@ def test_a_photo_that_is_gone_is_named_as_such(tmp_path: Path) -> None:
 
 
 def digits_loader(**changes: object) -> TrainLoader:
-    rows = open_source("digits").splits["train"].select(range(53))
+    rows = open_dataset("digits").splits["train"].select(range(53))
     store, _ = decode_all(rows, HOW, crops=False, max_pixels=10**6, skip_bad=False)
     labels = np.arange(53) % 10
     options = {"kind": "crop", "seed": 3, "batch_size": 8, "device": torch.device("cpu")}
@@ -184,7 +184,7 @@ def test_a_centre_crop_is_made_once(tmp_path: Path) -> None:
     """Stored before its crop: an evaluated image is the predicted one."""
     how = Preprocess(32, 32, shortest_edge=40)
     folder = photos(tmp_path, [(100, 64), (64, 90)])
-    rows = open_source(str(folder)).splits["train"]
+    rows = open_dataset(str(folder)).splits["train"]
     store, _ = decode_all(rows, how, crops=False, max_pixels=10**6, skip_bad=False)
     (batch,) = EvalLoader(store, np.zeros(2, np.int64), how, batch_size=2, device=torch.device("cpu"))
     files = sorted((folder / "train").rglob("*.png"))
@@ -284,7 +284,7 @@ def test_crops_are_as_sharp_as_if_cut_from_the_photo(tmp_path: Path, name: str, 
     how = Preprocess(64, 64)
     (tmp_path / "train" / "cat").mkdir(parents=True)
     scene(*size).save(tmp_path / "train" / "cat" / name, quality=95)
-    rows = open_source(str(tmp_path)).splits["train"]
+    rows = open_dataset(str(tmp_path)).splits["train"]
     store, _ = decode_all(rows, how, crops=True, max_pixels=10**7, skip_bad=False, training=True)
     photo = torch.from_numpy(decode(tmp_path / "train" / "cat" / name))
     assert store.size <= 3 * 64 * 64 / CROP_AREA * 1.01
@@ -342,7 +342,7 @@ def test_only_training_takes_what_the_decoder_made_smaller(monkeypatch: pytest.M
         return np.zeros((8, 8, 3), np.uint8)
 
     monkeypatch.setattr("vitft.data.store.decode", spy)
-    rows = open_source("digits").splits["train"].select(range(1))
+    rows = open_dataset("digits").splits["train"].select(range(1))
     how = Preprocess(224, 224)
     for training, cropped in ((False, False), (True, False), (True, True)):
         decode_all(rows, how, crops=cropped, max_pixels=10**8, skip_bad=False, training=training)
@@ -358,7 +358,7 @@ def test_only_training_takes_what_the_decoder_made_smaller(monkeypatch: pytest.M
 def test_batches_that_are_prefetch_are_the_same(tmp_path: Path, kind: str) -> None:
     """As where a GPU trains and the images stay in the host's memory; here of several sizes."""
     folder = photos(tmp_path, [(40, 30), (20, 16), (33, 70), (32, 32), (9, 50)] * 3)
-    rows = open_source(str(folder)).splits["train"]
+    rows = open_dataset(str(folder)).splits["train"]
     store, _ = decode_all(rows, HOW, crops=kind == "crop", max_pixels=10**6, skip_bad=False)
     options = {"kind": kind, "seed": 3, "batch_size": 4, "device": torch.device("cpu")}
     plain, ahead = (TrainLoader(store, np.zeros(15, np.int64), HOW, **options) for _ in range(2))  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ from vitft.cli.app import app
 from vitft.data.augment import preprocess_images
 from vitft.data.decoder import decode
 from vitft.data.sources.identity import ids
-from vitft.data.sources.source import open_source
+from vitft.data.sources.source import open_dataset
 from vitft.data.splits import make_splits
 from vitft.errors import DataError, UsageError
 from vitft.evaluation.evaluation import evaluate, matched
@@ -46,7 +46,7 @@ def by_hand(folder: Path, role: str) -> tuple[np.ndarray, np.ndarray, tuple[str,
     """The split's true classes and the logits that plain Transformers gives, one image at a time."""
     card = read_card(folder)
     assert card is not None
-    source = open_source(str(card.config.dataset))
+    source = open_dataset(str(card.config.dataset))
     split = make_splits(source, val_fraction=card.config.val_fraction, max_train_samples=None,
                         max_eval_samples=card.config.max_eval_samples,
                         seed=card.config.seed)[role]  # fmt: skip
@@ -93,7 +93,7 @@ def test_the_recorded_scores_are_those_of_evaluate(digits_run: Any) -> None:
         for key in recorded.keys() - {"images_per_s"}:
             assert recorded[key] == pytest.approx(now[key]), (role, key)
         assert got.split_hash == card.splits[role]["hash"]
-    assert digits_run.scores == card.scores
+    assert {role: score.summary() for role, score in digits_run.scores.items()} == card.scores
 
 
 def test_two_evaluations_give_the_same_numbers(digits_run: Any) -> None:
@@ -240,7 +240,7 @@ def test_what_is_asked_for_rules_over_the_checkpoints_own_settings(
              "label_column": "kind", "split_column": "part", "fold_column": "fold", "fold": 3, "image_folder": "/a",
              "encoding": "cp1252", "value_range": "0:99", "allow_outside": True}  # fmt: skip
 
-    def read(config: TrainConfig) -> None:
+    def read(config: TrainConfig, given: object) -> None:
         assert {name: getattr(config, name) for name in asked} == asked
         raise KeyError
 
@@ -608,7 +608,7 @@ def test_an_old_run_is_scored_resumed_and_trained_on_with_its_own_splits(old: Pa
         TrainConfig(dataset=str(config.dataset), model=str(old / "best"), seed=3, **ONWARD), output=tmp_path / "2"
     ).run
     resume(old)  # proves by their sum that the pixels are those that it began with, in their order
-    source = open_source(str(config.dataset))
+    source = open_dataset(str(config.dataset))
     for role in ("train", "validation"):
         rows = recorded[role]["ids"]
         if isinstance(rows[0], int):

@@ -63,9 +63,9 @@ def recipes(work: Path, counts: Counter[str]) -> Target:
 
 
 def tables(work: Path, counts: Counter[str]) -> Target:
-    """`open_source` on a table or a parquet file, and the names of its images."""
+    """`open_dataset` on a table or a parquet file, and the names of its images."""
     from vitft.data.sources.identity import sample_id
-    from vitft.data.sources.source import open_source
+    from vitft.data.sources.source import open_dataset
 
     for number in range(6):  # what the seeds name
         for name in (f"img/{number}.png", f"{number}.png", f"a {number}.jpg", f"train/id{number}.jpg"):
@@ -75,7 +75,7 @@ def tables(work: Path, counts: Counter[str]) -> Target:
     def read(seed: Path, data: bytes) -> None:
         file = work / f"table{seed.suffix}"
         file.write_bytes(data)
-        for split in open_source(str(file)).splits.values():
+        for split in open_dataset(str(file)).splits.values():
             sample_id(split, 0)
 
     return Target(seeds_in("tables"), read, DataError, header=4, tokens=CSV)

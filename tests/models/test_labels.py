@@ -95,10 +95,10 @@ def test_their_images_count_as_wrong_and_are_not_in_the_loss(data: Path, tmp_pat
                 right += image.top[0][0] == label
                 losses += [-np.log(share) for name, share in image.top if name == label]
         got = result.scores[role]
-        assert (got["count"], len(losses)) == (count, 8 if role == "validation" else 10)
-        assert got["accuracy"] == right / count
-        assert got["loss"] == pytest.approx(np.mean(losses), abs=1e-4)
-        assert got["macro_f1"] == pytest.approx(sk.f1_score(truth, answers, average="macro"))
+        assert (got.count, len(losses)) == (count, 8 if role == "validation" else 10)
+        assert got.accuracy == right / count
+        assert got.loss == pytest.approx(np.mean(losses), abs=1e-4)
+        assert got.macro_f1 == pytest.approx(sk.f1_score(truth, answers, average="macro"))
 
 
 def test_eval_gives_the_scores_of_the_run_and_says_so(
@@ -111,7 +111,7 @@ def test_eval_gives_the_scores_of_the_run_and_says_so(
     said = " ".join(capsys.readouterr().err.split())
     assert "4 of 14 test images are of classes that the model does not have (bat, emu): they count as wrong" in said
     for name in ("accuracy", "macro_f1", "loss", "count", "split_hash"):
-        assert result.scores["test"][name] == pytest.approx(got.to_dict()[name]), name
+        assert getattr(result.scores["test"], name) == pytest.approx(got.to_dict()[name]), name
     assert {row.label: row.count for row in got.per_class} == {"ant": 5, "cat": 5, "bat": 3, "emu": 1}
     rows = {row.label: row for row in got.per_class}
     assert rows["bat"].recall == rows["emu"].f1 == 0
@@ -215,7 +215,7 @@ def test_a_resumed_run_with_such_classes_ends_where_an_undisturbed_one_does(
     interrupted(settings, tmp_path / "cut", 2, monkeypatch)
     resumed = resume(tmp_path / "cut")
     assert_same_weights(whole.run / "last", resumed.run / "last")
-    assert resumed.scores["test"]["accuracy"] == whole.scores["test"]["accuracy"]
+    assert resumed.scores["test"].accuracy == whole.scores["test"].accuracy
 
 
 def test_a_head_of_all_classes_of_the_data_set_is_kept_by_resume_and_by_a_new_run(

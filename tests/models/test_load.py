@@ -234,7 +234,7 @@ def test_gray_and_rectangular_models_train_are_scored_and_go_on(
     assert evaluate(result.run).count == 20
     assert all(len(row.top) == 2 for row in predict("docs/digits", result.run, top_k=2))
     again = train(config.model_copy(update={"model": str(result.run)}), output=tmp_path / "again")
-    assert again.scores["test"].keys() == result.scores["test"].keys()
+    assert again.scores.keys() == result.scores.keys()
     scratch = TrainConfig.parse(read_recipe(tmp_path / "run" / "config.yaml") | {"from_scratch": True})
     assert load_for_training(scratch, OWN).preprocess == load(config.model).preprocess
 

@@ -58,7 +58,7 @@ def test_the_head_is_that_of_a_backbone_in_the_loop(
         for name in one:
             # The backbone computes other batches, which rounds; Adam divides small gradients by small numbers.
             assert torch.allclose(one[name], other[name], atol=1e-5), name
-    assert cached.scores["test"]["accuracy"] == looped.scores["test"]["accuracy"]
+    assert cached.scores["test"].accuracy == looped.scores["test"].accuracy
     for ours, theirs in zip(lines(cached.run), lines(looped.run), strict=True):
         assert (ours["step"], ours["split"], ours["accuracy"]) == (theirs["step"], theirs["split"], theirs["accuracy"])
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
@@ -118,7 +118,7 @@ def test_a_probe_that_is_cut_short_goes_on_bit_for_bit(tmp_path: Path, monkeypat
     resumed = resume(tmp_path / "cut")
     for folder in ("best", "last"):
         assert_same_weights(whole.run / folder, resumed.run / folder)
-    assert resumed.scores["test"]["loss"] == whole.scores["test"]["loss"]
+    assert resumed.scores["test"].loss == whole.scores["test"].loss
 
 
 def test_a_signal_saves_the_best_head_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def test_the_best_head_is_the_one_that_was_best(tmp_path: Path, monkeypatch: pyt
     best = max(validations, key=lambda line: line["accuracy"])  # type: ignore[arg-type, return-value]
     assert result.step == best["step"]
     assert evaluate(result.run / "best", split="validation").accuracy == best["accuracy"]
-    assert evaluate(result.run / "best").accuracy == result.scores["test"]["accuracy"]
+    assert evaluate(result.run / "best").accuracy == result.scores["test"].accuracy
     assert result.step < validations[-1]["step"]  # type: ignore[operator]
     assert best["accuracy"] > 2 * validations[-1]["accuracy"]  # type: ignore[operator]
     assert not torch.equal(*(weights(result.run / name)["classifier.weight"] for name in ("best", "last")))

@@ -94,7 +94,7 @@ def test_a_validation_that_is_no_number_takes_the_run_back(
         in (capsys.readouterr().err)
     )
     assert scored == ["validation", "validation", "validation", "test"]
-    assert result.scores["test"]["loss"] > 0
+    assert result.scores["test"].loss > 0
     assert yaml.safe_load((result.run / "config.yaml").read_text())["lr"] == config().lr / 2
 
 
@@ -168,7 +168,7 @@ def test_after_a_rollback_the_best_of_before_has_to_be_beaten(tmp_path: Path, mo
     card = read_card(result.run / "best")
     assert card is not None
     assert (result.step, card.step, card.scores["validation"]["accuracy"]) == (3, 3, 0.9)
-    assert result.scores["validation"]["accuracy"] == 0.9
+    assert result.scores["validation"].accuracy == 0.9
 
 
 def test_after_a_rollback_nothing_of_before_stays_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.forked import ended, finish, flags, start, steps_done, wait_for_step, wait_until
 from vitft.checkpoints.checkpoint import fault_of, is_run, newest_whole, read_config, read_state, step_folders
-from vitft.training.metrics_log import recorded
+from vitft.training.callbacks import recorded
 
 KILLED = -signal.SIGKILL
 

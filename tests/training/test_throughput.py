@@ -11,8 +11,7 @@ from vitft import train
 from vitft.cli.tables import training_report
 from vitft.models.load import load_for_training
 from vitft.spec import ViTSpec, training_flops
-from vitft.training.metrics_log import Pace
-from vitft.training.throughput import speed_of
+from vitft.training.throughput import Pace, speed_of
 from vitft.training.trainer import resume
 
 PACE = Pace(images=600, elapsed_s=3.0, waited_s=0.06)

@@ -156,7 +156,7 @@ def test_early_stopping_stops_and_the_best_is_what_is_scored(tmp_path: Path) -> 
     assert result.step == 3
     card = read_card(result.run / "best")
     assert card is not None
-    assert card.scores["test"]["accuracy"] == result.scores["test"]["accuracy"]
+    assert card.scores["test"]["accuracy"] == result.scores["test"].accuracy
     last = read_card(result.run / "last")
     assert last is not None
     assert last.step == 9
@@ -312,7 +312,7 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_does(
     resumed = resume(tmp_path / "cut")
     assert_same_weights(whole.run / "last", resumed.run / "last")
     assert_same_weights(whole.run / "best", resumed.run / "best")
-    assert resumed.scores["test"]["loss"] == whole.scores["test"]["loss"]
+    assert resumed.scores["test"].loss == whole.scores["test"].loss
 
     def story(run: Path) -> list[tuple[object, ...]]:
         return [(line["step"], line["split"], line["loss"], line["accuracy"]) for line in lines(run)]
@@ -489,7 +489,7 @@ def test_a_finished_run_can_be_resumed_says_so_and_stays_as_it_is(
     done = train(config(), output=tmp_path / "run")
     capsys.readouterr()
     again = resume(done.run)
-    assert again.scores["test"]["accuracy"] == done.scores["test"]["accuracy"]
+    assert again.scores["test"].accuracy == done.scores["test"].accuracy
     assert again.step == done.step
     assert capsys.readouterr().err == (
         f"{done.run} is finished, at step 6 of 6; to train on: vitft train --resume {done.run} --epochs 4; "
@@ -533,7 +533,7 @@ def test_a_finished_run_can_be_made_longer(
     assert not torch.equal(first["classifier.weight"], weights(run / "last")["classifier.weight"])
     written = yaml.safe_load((run / "config.yaml").read_text())
     assert {name: written[name] for name in longer} == longer
-    assert resume(run).scores["test"]["loss"] == result.scores["test"]["loss"]
+    assert resume(run).scores["test"].loss == result.scores["test"].loss
     with pytest.raises(UsageError, match="it would no longer be the same run"):
         resume(run, dict.fromkeys(longer, 1))
 

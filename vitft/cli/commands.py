@@ -217,10 +217,10 @@ def explain_image(
 def data_info(dataset: str, options: dict[str, Any], preview: Path | None, as_json: bool) -> None:
     """Describe a data set."""
     from vitft.data.info import describe
-    from vitft.data.sources.source import open_source
+    from vitft.data.sources.source import open_dataset
 
     _writable(preview)
-    source = open_source(dataset, **options)
+    source = open_dataset(dataset, **options)
     if preview is not None:
         from vitft.data.preview import preview as draw
 
@@ -239,14 +239,14 @@ def data_check(
         from vitft.config.train import range_of
         from vitft.data.decoder import MAX_PIXELS
         from vitft.data.sources.identity import has_own_files
-        from vitft.data.sources.source import open_source
+        from vitft.data.sources.source import open_dataset
         from vitft.data.validation.check import KINDS, check, document, quarantined
     from vitft.io.atomic import write_text
 
     for file in filter(None, (quarantine, html)):
         if not file.parent.is_dir():
             raise UsageError(f"{file}: no such folder; make it first, or choose another.")
-    source = open_source(dataset, **options)
+    source = open_dataset(dataset, **options)
     folder = expanded(dataset)
     of_files = folder.is_dir() and all(map(has_own_files, source.splits.values()))
     with console.working("checking") as progress:

@@ -85,7 +85,9 @@ def _mistakes_table(metrics: Any) -> list[RenderableType]:
 
 def training_report(result: Any) -> str:
     """The last lines of a run: score, checkpoint, next command."""
-    lines = [interval(score) for score in result.scores.values()] or ["no split to score it on: it was not evaluated"]
+    lines = [
+        interval(score.split, score.accuracy, score.accuracy_interval, score.count) for score in result.scores.values()
+    ] or ["no split to score it on: it was not evaluated"]
     lines.append(f"{result.checkpoint.name} checkpoint: {result.checkpoint} (step {result.step})")
     if (speed := result.speed) is not None:
         of_peak = f", {percent(speed.mfu, 0)} of this machine's {speed.precision} peak" if speed.mfu is not None else ""

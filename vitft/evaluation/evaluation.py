@@ -16,16 +16,17 @@ from vitft.checkpoints.metadata import read_card
 from vitft.config.train import TrainConfig
 from vitft.data.loader import Batches, EvalLoader
 from vitft.data.sources.schema import Reading
-from vitft.data.sources.source import ALIASES, DIGITS, Source, source_of
+from vitft.data.sources.source import ALIASES, DIGITS, Given, Source, source_of
 from vitft.data.splits import Split
 from vitft.data.store import Skipped, decode_all
 from vitft.errors import DataError, ModelError, UsageError
 from vitft.evaluation.held_out import choose_split
+from vitft.evaluation.loading import load_model
 from vitft.evaluation.metrics import Metrics, score
 from vitft.hardware.device import find_device, find_precision, threads
 from vitft.io import console
 from vitft.io.paths import absolute, composed, expanded
-from vitft.models.load import load_trained, read_config
+from vitft.models.load import read_config
 
 NO_CLASS = -1  # in the loss, of an image whose class the model does not have
 BATCH = 64  # images of a forward pass: it keeps no activations, so this fits wherever training does
@@ -61,7 +62,7 @@ def measure(
 
 
 def evaluate(
-    checkpoint: str | Path, *, dataset: str | None = None, dataset_revision: str | None = None,
+    checkpoint: str | Path, *, dataset: Given | None = None, dataset_revision: str | None = None,
     split: str | None = None, max_eval_samples: int | None = None, batch_size: int = BATCH, device: str = "auto",
     precision: str | None = None, on_bad_image: str | None = None, max_pixels: int | None = None,
     image_column: str | None = None, label_column: str | None = None, split_column: str | None = None,
@@ -85,24 +86,25 @@ def evaluate(
         read_config(where)  # what is no model at all is said to be none
         raise UsageError(f"{checkpoint}: it does not say what data it was trained on; add --dataset.")
     config = card.config if card else TrainConfig()
-    if dataset is not None and (dataset := absolute(dataset, (*ALIASES, DIGITS))) != config.dataset:
+    place = absolute(str(dataset), (*ALIASES, DIGITS)) if isinstance(dataset, str | Path) else None
+    if dataset is not None and (place is None or place != config.dataset):
         # What the checkpoint's own data set was read by says nothing of another one.
         anew = {"dataset_revision", "exclude", *Reading.__dataclass_fields__}
-        config = config.model_copy(update=dict.fromkeys(anew) | {"dataset": dataset, "allow_outside": False})
+        config = config.model_copy(update=dict.fromkeys(anew) | {"dataset": place, "allow_outside": False})
     typed = {"dataset_revision": dataset_revision, "max_pixels": max_pixels, "on_bad_image": on_bad_image,
              "image_column": image_column, "label_column": label_column, "split_column": split_column,
              "fold_column": fold_column, "fold": fold, "image_folder": image_folder, "encoding": encoding,
              "value_range": value_range,
              "allow_outside": allow_outside or None}  # fmt: skip
     config = config.model_copy(update={name: value for name, value in typed.items() if value is not None})
-    loaded = load_trained(where if where.is_dir() else str(checkpoint))
+    loaded = load_model(checkpoint)
     if loaded.scoring != "softmax":
         raise ModelError(
             f"{checkpoint}: scores each label by itself ({loaded.scoring}), and accuracy asks for one class an image; "
             "predict shows its answers, train makes it a head for one class."
         )
     how = loaded.preprocess.with_value_range(config.value_range)
-    source = source_of(config)
+    source = source_of(config, None if place else dataset)
     for warning in source.warnings:
         console.warn(warning)
     chosen, own = choose_split(where, card, source, config, split, max_eval_samples)

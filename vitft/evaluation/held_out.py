@@ -61,7 +61,7 @@ def choose_split(
     is no such split, and DataError if the checkpoint was trained on images of it.
     """
     ancestors = lineage(checkpoint) if card is not None else []
-    own = card is not None and config.dataset == card.config.dataset
+    own = card is not None and config.dataset is not None and config.dataset == card.config.dataset
     known: dict[str, Split] = {}
     if ancestors and ancestors[0].record is not None:
         known = _recorded(ancestors[0].record, source, own=own)
@@ -130,7 +130,7 @@ def _redrawn(card: Card, source: Source, *, own: bool) -> dict[str, Split]:
 def earlier_sides(checkpoint: Path, source: Source, config: TrainConfig) -> dict[str, NDArray[np.int8]] | None:
     """The side that the runs a checkpoint comes from had each image on, by source split; None without a record."""
     ancestors = [ancestor for ancestor in lineage(checkpoint) if ancestor.record is not None]
-    moved = [ancestor.card.config.dataset != config.dataset for ancestor in ancestors]
+    moved = [config.dataset is None or ancestor.card.config.dataset != config.dataset for ancestor in ancestors]
     return recorded_sides(_records(ancestors), moved, source) if ancestors else None
 
 

@@ -3,12 +3,12 @@
 On several processes the arrays are gathered first and scored on the main one.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from math import isfinite, sqrt
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,18 +30,34 @@ class ClassScore:
 
 
 @dataclass(frozen=True)
-class Metrics:
-    """The scores of one model on one named split. Scores and the interval are fractions."""
+class Score:
+    """The scores of one model on one named split, as fractions; the loss is the mean cross-entropy in nats."""
 
     accuracy: float
-    accuracy_interval: tuple[float, float]
+    accuracy_interval: tuple[float, float]  # 95 %, Wilson
     top5: float
     loss: float
     macro_f1: float
-    count: int
+    count: int  # images
     split: str
-    split_hash: str
+    split_hash: str  # of which images the split consists
     images_per_s: float
+
+    @classmethod
+    def from_summary(cls, summary: Mapping[str, Any]) -> Self:
+        """The inverse of `summary`."""
+        return cls(**{**summary, "accuracy_interval": tuple(summary["accuracy_interval"])})
+
+    def summary(self) -> dict[str, Any]:
+        """The scores as plain JSON values, under the names of the fields."""
+        values = {item.name: getattr(self, item.name) for item in fields(Score)}
+        return values | {"accuracy_interval": list(self.accuracy_interval)}
+
+
+@dataclass(frozen=True)
+class Metrics(Score):
+    """A score with what it is made of: each class, and which was taken for which."""
+
     per_class: list[ClassScore]
     # (k, 3), sorted: a true class, a predicted one, how many images
     cells: NDArray[np.int64] = field(compare=False, repr=False)
@@ -49,9 +65,9 @@ class Metrics:
 
     @cached_property
     def confusion(self) -> dict[str, Any]:
-        """`labels`, and `matrix`: matrix[i][j] counts the images of class labels[i] taken for labels[j].
+        """`labels`, and `matrix`: `matrix[i][j]` counts the images of class `labels[i]` predicted as `labels[j]`.
 
-        Over `CROSSED` classes, in its place, `cells`: rows [i, j, count] of the counts that are not zero.
+        Over `CROSSED` classes, `cells` instead of `matrix`: rows `[i, j, count]` of the counts that are not zero.
         """
         labels = [row.label for row in self.per_class]
         if len(labels) > CROSSED:
@@ -59,12 +75,6 @@ class Metrics:
         matrix = np.zeros((len(labels), len(labels)), np.int64)
         matrix[self.cells[:, 0], self.cells[:, 1]] = self.cells[:, 2]
         return {"labels": labels, "matrix": matrix.tolist()}
-
-    def summary(self) -> dict[str, Any]:
-        """The scores of the whole split as plain JSON values, under the names of the fields."""
-        fields = ("accuracy", "accuracy_interval", "top5", "loss", "macro_f1", "count", "split", "split_hash",
-                  "images_per_s")  # fmt: skip
-        return {name: getattr(self, name) for name in fields} | {"accuracy_interval": list(self.accuracy_interval)}
 
     def to_dict(self) -> dict[str, Any]:
         """The summary, `per_class` and `confusion`."""

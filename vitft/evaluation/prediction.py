@@ -11,15 +11,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitft.checkpoints.checkpoint import find_model
 from vitft.data.augment import normalize, resize_and_crop, thread_pool
 from vitft.data.decoder import MAX_PIXELS, BadImage, decode
 from vitft.data.sources.folders import scan, told
 from vitft.errors import DataError, ModelError
+from vitft.evaluation.loading import load_model
 from vitft.hardware.device import find_device, threads
 from vitft.io import console
 from vitft.io.paths import expanded
-from vitft.models.load import Scoring, load_trained
+from vitft.models.load import Scoring
 
 _BATCH = 64
 Given = str | Path | Image.Image | NDArray[Any] | torch.Tensor
@@ -74,8 +74,7 @@ class Predictor:
     ) -> None:  # fmt: skip
         """`checkpoint` is a run, one of its checkpoints, or a Transformers folder or hub id. Raises VitftError."""
         self.checkpoint, self.max_pixels = checkpoint, max_pixels
-        where = find_model(expanded(checkpoint))
-        loaded = load_trained(where if where.is_dir() else str(checkpoint))
+        loaded = load_model(checkpoint)
         self.labels, self.preprocess = loaded.labels, loaded.preprocess.with_value_range(value_range)
         self._scoring: Scoring = loaded.scoring
         self._device = find_device(device)

@@ -22,10 +22,10 @@ from vitft.checkpoints.checkpoint import find_model
 from vitft.data.augment import Preprocess, normalize, resize_and_crop
 from vitft.data.decoder import BadImage, decode
 from vitft.errors import DataError, ModelError
+from vitft.evaluation.loading import load_model
 from vitft.io import console
 from vitft.io.console import safe
 from vitft.io.paths import expanded
-from vitft.models.load import load_trained
 from vitft.scratch.augment import normalise
 from vitft.scratch.interop import from_transformers
 from vitft.scratch.tensors import Array, softmax
@@ -80,7 +80,7 @@ def trace(image: Path, checkpoint: str | Path) -> Trace:
         where = find_model(folder)
         if not where.exists() and "/" in str(checkpoint) and folder.parent.is_dir():
             raise ModelError(f"{checkpoint}: no such folder; give a run, a model folder or a hub id.")
-        loaded = load_trained(where if where.is_dir() else str(checkpoint), headless=True)
+        loaded = load_model(checkpoint, headless=True)
         if loaded.new_head:
             console.warn(f"{checkpoint} has no classification head: the stages after pool are of an untrained one")
         if loaded.scoring != "softmax":

@@ -2,9 +2,13 @@
 
 Results go to standard output; progress, notes and errors go to standard error, so that `--json` and
 pipes stay clean. On several processes only the main one speaks.
+
+Notes and warnings are records of the logger `vitft` (INFO and WARNING), which shows them here:
+`logging.getLogger("vitft").setLevel(logging.WARNING)` switches notes and progress bars off.
 """
 
 import json
+import logging
 import os
 import re
 import sys
@@ -55,19 +59,33 @@ def _put(text: str) -> None:
 
 
 def note(message: str) -> None:
-    """Print one line about what is going on; plain text, not markup."""
-    _print(safe(masked(message)))
+    """Log one line about what is going on; plain text, not markup."""
+    log.info("%s", safe(masked(message)))
 
 
 def warn(message: str) -> None:
-    """Print one line that a person should act on; plain text, not markup."""
-    _print(safe(masked(message)), "[yellow]warning:[/] ")
+    """Log one line that a person should act on; plain text, not markup."""
+    log.warning("%s", safe(masked(message)))
 
 
-def _print(message: str, before: str = "") -> None:
-    """Lines of a terminal end between words, but not within a command, which can be copied whole."""
-    whole = not err.is_terminal or "vitft " in message
-    err.print(f"{before}{escape(message)}", soft_wrap=whole)
+class _Terminal(logging.Handler):
+    """Shows the records of `log` on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a line; a terminal breaks it between words, but never within a command, which is there to be copied."""
+        message, prefix = record.getMessage(), "[yellow]warning:[/] " if record.levelno >= logging.WARNING else ""
+        err.print(f"{prefix}{escape(message)}", soft_wrap=not err.is_terminal or "vitft " in message)
+
+
+log = logging.getLogger("vitft")
+log.propagate = False  # as Transformers does: a program that configures the root logger would print each line twice
+log.setLevel(logging.INFO)
+log.addHandler(_Terminal())
+
+
+def _shows_progress() -> bool:
+    """Whether a progress bar can be drawn, and is wanted."""
+    return err.is_terminal and not err.quiet and log.isEnabledFor(logging.INFO)
 
 
 def fail(message: str) -> None:
@@ -127,7 +145,7 @@ def working(what: str) -> Iterator[Callable[[int, int], None]]:
     another every ten seconds. May be nested: the inner work gets a line of its own below the outer one.
     """
     global _working
-    if not err.is_terminal or err.quiet:
+    if not _shows_progress():
         with _spoken(what) as progress:
             yield progress
         return
@@ -186,7 +204,7 @@ class TrainingProgress:
         )
         self._numbers = Text("", "dim")
         self._live = Live(Group(self._bar, self._numbers), console=err, transient=True, refresh_per_second=4)
-        self._shown = err.is_terminal and not err.quiet
+        self._shown = _shows_progress()
         self._task = self._bar.add_task("train", total=total_steps, completed=step, place="")
 
     def __enter__(self) -> Self:
@@ -238,10 +256,7 @@ class TrainingProgress:
         return (time.monotonic() - self._started) / done * (self.total - self.step)
 
 
-def interval(score: Mapping[str, Any]) -> str:
-    """A score with its split and its 95 % interval, on one line."""
-    low, high = score["accuracy_interval"]
-    return (
-        f"{score['split']} accuracy {percent(score['accuracy'], 2)} "
-        f"(95 % interval {100 * low:.2f}–{100 * high:.2f}, {score['count']} images)"
-    )
+def interval(split: str, accuracy: float, bounds: tuple[float, float], count: int) -> str:
+    """An accuracy with its split and its 95 % interval, on one line."""
+    low, high = bounds
+    return f"{split} accuracy {percent(accuracy, 2)} (95 % interval {100 * low:.2f}–{100 * high:.2f}, {count} images)"

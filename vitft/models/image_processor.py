@@ -36,7 +36,7 @@ def read_processor(where: str, stored: Any, **how: Any) -> Preprocess:
     except ModelError as error:
         raise ModelError(f"{where}: {error}") from error
     try:
-        if not _has_file(where, how):
+        if stored_processor(where, **how) is None:
             found = understood(_of_family(stored, where), channels)
             return found if (own := size_of(stored)) is None else found.with_size(*own)
         processor = transformers.AutoImageProcessor.from_pretrained(
@@ -49,8 +49,11 @@ def read_processor(where: str, stored: Any, **how: Any) -> Preprocess:
         raise ModelError(f"{where}: {FILE} cannot be used: {_first_line(error)}.") from error
 
 
-def _has_file(where: str, how: dict[str, Any]) -> bool:
-    """Whether an image processor is stored there. Raises ValueError for a file that is no JSON."""
+def stored_processor(where: str, **how: Any) -> Path | None:
+    """The file of the image processor in a folder or hub repository, if it has one.
+
+    Raises ValueError for a file that is not JSON.
+    """
     for name in (FILE, transformers.utils.PROCESSOR_NAME):
         found = transformers.utils.cached_file(
             where, name, _raise_exceptions_for_missing_entries=False,
@@ -59,8 +62,8 @@ def _has_file(where: str, how: dict[str, Any]) -> bool:
         if found is not None:
             document = json.loads(Path(found).read_text(encoding="utf-8"))
             if name == FILE or "image_processor" in document:
-                return True
-    return False
+                return Path(found)
+    return None
 
 
 def _of_family(stored: Any, where: str) -> Any:

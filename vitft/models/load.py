@@ -6,11 +6,14 @@ Weights are float32 whatever was stored: precision is the matrix products', not 
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from shutil import copyfile
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -19,13 +22,13 @@ from torch import nn
 
 from vitft.config.train import SIZES, TrainConfig
 from vitft.data.augment import Preprocess
-from vitft.errors import ModelError, VitftError, nearest
+from vitft.errors import ModelError, UsageError, VitftError, nearest
 from vitft.io import console
 from vitft.io.hub_errors import answers, reason
 from vitft.io.paths import composed, expanded
 from vitft.models.custom_sizes import with_sizes
 from vitft.models.heads import head_modules, in_head, label_tensors
-from vitft.models.image_processor import read_processor
+from vitft.models.image_processor import read_processor, stored_processor
 from vitft.models.memory_guard import check_demand, check_lengths, check_pickled
 from vitft.models.resize import at_image_size, check_size, is_fixed, size_of, with_image_size
 from vitft.randomness import seed_of
@@ -111,6 +114,21 @@ def load_trained(where: str | Path, revision: str | None = None, *, headless: bo
     model = _weights(origin, stored, fresh_head=lacks)
     how = _preprocess(origin, stored)
     return Loaded(model.eval(), how, _labels_of(stored), origin.commit, lacks, _scoring(stored))
+
+
+@contextmanager
+def saved(model: Any, processor: Any = None) -> Iterator[str]:
+    """A Transformers model as a folder, while entered, with its processor if it has one. Raises UsageError."""
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise UsageError(f"model: got {type(model).__name__}; give a name, a path or a model of Transformers.")
+    with TemporaryDirectory(prefix="vitft-") as temporary:
+        folder = Path(temporary) / (Path(model.name_or_path).name or type(model).__name__)
+        model.save_pretrained(folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        elif model.name_or_path and (file := stored_processor(model.name_or_path, local_files_only=True)):
+            copyfile(file, folder / file.name)
+        yield str(folder)
 
 
 def _scoring(stored: Any) -> Scoring:

@@ -21,9 +21,10 @@ _LOOKED_AT = ("itself", "upper left", "upper right", "lower left", "lower right"
 def run_report(run: Path, summary: dict[str, Any]) -> str:
     """The last lines of a run: score, time, and the same with the other engine."""
     other = "torch" if summary["engine"] == "numpy" else "numpy"
+    score = summary["score"]
     again = shlex.quote(str(run / "config.yaml"))
     return (
-        f"{console.interval(summary['score'])}\n"
+        f"{console.interval(score['split'], score['accuracy'], score['accuracy_interval'], score['count'])}\n"
         f"trained in {console.duration(summary['elapsed_s'])}; run: {run}\n"
         f"next: vitft scratch train {again} --engine {other}\n"
     )

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from vitft import __version__
 from vitft.data.decoder import BadImage, decode, encoded
 from vitft.data.sources.identity import sample_id
-from vitft.data.sources.source import ALIASES, DIGITS, Source, open_source
+from vitft.data.sources.source import ALIASES, DIGITS, Source, open_dataset
 from vitft.data.splits import Split, find_split_name, make_splits
 from vitft.errors import DataError, TrainingError, UsageError
 from vitft.evaluation.metrics import wilson_interval
@@ -218,7 +218,7 @@ def load(config: TextbookConfig) -> Data:
     Raises DataError, also for images of several sizes.
     """
     assert config.dataset is not None
-    source = open_source(config.dataset)
+    source = open_dataset(config.dataset)
     splits = make_splits(
         source,
         val_fraction=_VAL_FRACTION if find_split_name(source, "test") is None else 0.0,

@@ -20,6 +20,9 @@ from vitft.io.atomic import heal, held, write_json
 from vitft.io.paths import composed, expanded
 from vitft.training.setup import Prepared, Stores, absolute, prepare
 
+GIVEN = "given-in-python"
+"""What stands before the name of a model that was an object, not a folder or a hub id, in a run's settings."""
+
 
 def folder_of(config: TrainConfig, data: str, output: Path | None) -> Path:
     """The folder of a new run: `output`, or the next free number in runs/."""
@@ -140,18 +143,22 @@ def is_finished(state: ckpt.State) -> bool:
     return state.total_steps is not None and (state.stopped_early or state.step >= state.total_steps)
 
 
-def prepared_again(run: Path, config: TrainConfig, checkpoint: Path | None) -> Prepared:
+def prepared_again(run: Path, config: TrainConfig, checkpoint: Path | None, dataset: Any = None) -> Prepared:
     """What a run goes on with: one of its checkpoints; or, where it has none yet, what it began from.
 
-    Raises ModelError where that is gone.
+    Raises ModelError where that is gone, UsageError where a dataset was given in Python and is not given again.
     """
+    if config.dataset is None and dataset is None:
+        raise UsageError(f"{run} was trained on a dataset loaded in Python; give it again: resume(run, dataset=...).")
+    if config.model.startswith(f"{GIVEN}/") and checkpoint is None:
+        raise ModelError(f"{run} began from a model given in Python, and had saved nothing; start the run again.")
     origin = expanded(config.model)
     if checkpoint is not None or not origin.is_absolute() or origin.exists():
-        return prepare(config, checkpoint, run)
+        return prepare(config, checkpoint, run, dataset)
     kept = ckpt.set_aside_at(run, origin)
     if not kept.exists():
         raise ModelError(f"{config.model}, which {run} began from, is gone, and the run had saved nothing; start anew.")
-    prepared = prepare(config.model_copy(update={"model": str(kept)}), run=run)
+    prepared = prepare(config.model_copy(update={"model": str(kept)}), run=run, dataset=dataset)
     prepared.config = prepared.config.model_copy(update={"model": config.model})
     return prepared
 

@@ -92,22 +92,29 @@ class Prepared:
         )  # fmt: skip
 
 
-def prepare(config: TrainConfig, checkpoint: Path | None = None, run: Path | None = None) -> Prepared:
+def prepare(
+    config: TrainConfig, checkpoint: Path | None = None, run: Path | None = None, dataset: Any = None
+) -> Prepared:  # fmt: skip
     """Resolve the settings, open the data, split it and load the model. Raises VitftError.
 
-    On resume, a `checkpoint` of the run takes the place of what the run began from, and its splits are those that
-    the `run` recorded.
+    `dataset` is one that was loaded in Python, in place of the settings'. On resume, a `checkpoint` of the run takes
+    the place of what the run began from, and its splits are those that the `run` recorded.
     """
     config = resolve_auto(config)
     with console.working("reading the data set"):
-        source = source_of(config)
+        source = source_of(config, dataset)
+    name = config.dataset or source.name
     _tell_faults(source, config)
     record = None if run is None else read_record(run)
     splits = _split(source, config) if record is None else _recalled(source, record)
+    if record is not None and record.splits["train"].ids and ("train" not in splits or not len(splits["train"].rows)):
+        raise DataError(
+            f"{name}: none of the images that {run} was trained on is in it; give the dataset it began with."
+        )
     if "train" not in splits or len(splits["train"].rows) == 0:
-        raise DataError(f"{config.dataset}: no training images; its splits are {', '.join(source.splits)}.")
+        raise DataError(f"{name}: no training images; its splits are {', '.join(source.splits)}.")
     if len(source.labels) < 2:
-        raise DataError(f"{config.dataset}: one class ({source.labels[0]}) leaves nothing to tell apart; add another.")
+        raise DataError(f"{name}: one class ({source.labels[0]}) leaves nothing to tell apart; add another.")
     if config.early_stopping and "validation" not in splits:
         raise UsageError("early_stopping needs a validation split, and there is none; set --val-fraction above 0.")
     trained = _trained(source, splits["train"])
@@ -117,10 +124,10 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, run: Path | Non
             config = config.model_copy(update={"model": _weights_of(config.model)})
             loaded = load_for_training(config, labels, () if config.labels else source.labels)
         else:  # a run that goes on needs nothing of what it began from
-            loaded = _load_again(config, trained, checkpoint)
+            loaded = _load_again(config, name, trained, checkpoint)
     if len(loaded.labels) < 2:
         raise DataError(
-            f"{config.dataset}: the training images are all of one class ({loaded.labels[0]}), which leaves nothing to "
+            f"{name}: the training images are all of one class ({loaded.labels[0]}), which leaves nothing to "
             "tell apart; add images of another."
         )
     _tell_untrained(source, splits, loaded.labels)
@@ -254,7 +261,7 @@ def _tell_untrained(source: Source, splits: Mapping[str, Split], head: Sequence[
     )
 
 
-def _load_again(config: TrainConfig, trained: Sequence[str], checkpoint: Path) -> Loaded:
+def _load_again(config: TrainConfig, dataset: str, trained: Sequence[str], checkpoint: Path) -> Loaded:
     # A checkpoint of the run has its own size, which need not be square, and its own classes.
     sizes = dict.fromkeys((*SIZES, "image_size", "model_revision"))
     card = read_card(checkpoint)
@@ -263,7 +270,7 @@ def _load_again(config: TrainConfig, trained: Sequence[str], checkpoint: Path) -
         trained, () if card is None else card.labels,
     )  # fmt: skip
     if loaded.new_head:
-        raise DataError(f"the classes of {config.dataset} are not those the run began with; start a new run.")
+        raise DataError(f"the classes of {dataset} are not those the run began with; start a new run.")
     return loaded
 
 

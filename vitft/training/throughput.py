@@ -1,16 +1,85 @@
 """How fast a run went, how far that is from this machine's limit, and what would help."""
 
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from vitft.config.train import TrainConfig
 from vitft.hardware.device import find_precision, micro_batch, peak_flops
 from vitft.models.load import shape_of
 from vitft.spec import training_flops
-from vitft.training.metrics_log import Pace
 
 _MUCH_WAIT, _SMALL_SHARE = 0.15, 0.25
+
+
+@dataclass
+class Pace:
+    """How fast a run went while it trained; evaluation and saving do not count."""
+
+    images: int = 0
+    elapsed_s: float = 0.0
+    waited_s: float = 0.0
+
+    @property
+    def images_per_s(self) -> float:
+        """Images a second, over all processes."""
+        return self.images / self.elapsed_s
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the time before the model had its input."""
+        return self.waited_s / self.elapsed_s
+
+
+class Window:
+    """What happened since the last line of metrics; the device is asked for numbers once a window."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator, self.pace = accelerator, Pace()
+        self.restart()
+
+    def restart(self, data_wait_s: float = 0.0) -> None:
+        """Begin anew, from now; `data_wait_s` is what the run has waited for data so far."""
+        self.started, self.waited_s = time.perf_counter(), data_wait_s
+        self.steps: list[torch.Tensor] = []
+        self.images = 0
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def add(self, loss: torch.Tensor, correct: torch.Tensor, norm: torch.Tensor, *, count: int) -> None:
+        """Keep one step: this process's shares of loss and correct answers, and the gradient's norm."""
+        self.steps.append(torch.stack([loss, correct, norm.detach() / self.accelerator.num_processes]))
+        self.images += count
+
+    def close(self, data_wait_s: float) -> dict[str, float]:
+        """Means over the window, over all processes; then begin the next one.
+
+        Raises FloatingPointError(place in the window, value) for the first loss or norm that is not finite.
+        """
+        table = self.accelerator.reduce(torch.stack(self.steps), "sum").double().cpu()
+        # Under fp16 an overflowing gradient is ordinary: the scaler skips that step and halves its scale.
+        checked = table[:, :1] if self.accelerator.scaler else table[:, ::2]
+        bad = (~checked.isfinite()).nonzero()
+        if len(bad):
+            place, column = bad[0].tolist()
+            raise FloatingPointError(place, checked[place, column].item())
+        elapsed, waited = time.perf_counter() - self.started, data_wait_s - self.waited_s
+        self.pace.images += self.images
+        self.pace.elapsed_s += elapsed
+        self.pace.waited_s += waited
+        line = {
+            "loss": table[:, 0].mean().item(),
+            "accuracy": table[:, 1].sum().item() / self.images,
+            "grad_norm": table[table[:, 2].isfinite(), 2].sum().item() / max(1, int(table[:, 2].isfinite().sum())),
+            "images_per_s": self.images / elapsed,
+            "data_wait": waited / elapsed,
+        }
+        self.restart(data_wait_s)
+        return line
 
 
 @dataclass(frozen=True)

@@ -6,36 +6,38 @@ step). So a run that is resumed from step N ends bit for bit where an undisturbe
 
 import copy
 import shlex
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from vitft.checkpoints import checkpoint as ckpt
 from vitft.checkpoints.checkpoint import State
 from vitft.checkpoints.metadata import Card, read_card
 from vitft.config.train import TrainConfig
 from vitft.data.loader import EvalLoader
+from vitft.data.sources.source import Given
 from vitft.errors import ModelError, Stopped, TrainingError, UsageError
 from vitft.evaluation import evaluation
-from vitft.evaluation.metrics import Metrics
+from vitft.evaluation.metrics import Metrics, Score
 from vitft.hardware.device import deterministic, is_out_of_memory, make_accelerator, memory_guard, resolve_auto, threads
 from vitft.io import console
 from vitft.io.paths import expanded
 from vitft.io.signals import Interrupted, StopSignals
-from vitft.models.load import load_trained
+from vitft.models.load import load_trained, saved
 from vitft.training import run_folder
 from vitft.training.autotune import tuned
+from vitft.training.callbacks import Callback, MetricsFile, Tracker, forget_after
 from vitft.training.diagnosis import PaceWatch, nothing_learned
 from vitft.training.dry_run import warn_if_long
-from vitft.training.metrics_log import Track, Window, forget_after, record, tracker
 from vitft.training.recovery import REMEDY, Diverged, persisting
 from vitft.training.setup import Prepared, Stores, prepare
 from vitft.training.step import Learner
-from vitft.training.throughput import Speed, speed_of
+from vitft.training.throughput import Speed, Window, speed_of
 
 
 @dataclass(frozen=True)
@@ -45,21 +47,68 @@ class Result:
     run: Path
     checkpoint: Path
     step: int
-    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+    scores: dict[str, Score] = field(default_factory=dict)
     speed: Speed | None = None  # of a run that was finished before: none
 
 
-def train(config: TrainConfig, *, output: Path | str | None = None, overwrite: bool = False) -> Result:
-    """Fine-tune a model as `config` says, into a new run folder.
+def train(
+    config: TrainConfig | None = None,
+    *,
+    dataset: Given | None = None,
+    model: Any = None,
+    processor: Any = None,
+    callbacks: Sequence[Callback] = (),
+    output: Path | str | None = None,
+    overwrite: bool = False,
+) -> Result:
+    """Fine-tune a model into a new run folder.
 
-    Raises VitftError; Stopped after a signal, when everything is saved.
+    Args:
+        config: the settings; by default those of `vitft train`.
+        dataset: in place of `config.dataset`: a name, a path, or a `Dataset` or `DatasetDict` of `datasets`. One that
+            was loaded in Python has to be given again to `resume` and `evaluate`, which recognize its images by their
+            content.
+        model: in place of `config.model`: a name, a path, or an image classification model of Transformers, of which
+            a copy is trained. It keeps its head where its labels are those of the dataset.
+        processor: how images become the input of a `model` that is an object; by default what
+            `model.name_or_path` says, else what its architecture usually takes.
+        callbacks: who follows the run, on the main process.
+        output: the run folder; by default the next free one in runs/.
+        overwrite: whether to replace a run in `output`.
+
+    Returns:
+        The run folder, its best checkpoint and the scores of that.
+
+    Raises:
+        VitftError: what is wrong, in a line; `Stopped` after a signal, when everything is saved.
     """
+    config = config or TrainConfig()
+    if dataset is not None and isinstance(dataset, str | Path):
+        config, dataset = config.model_copy(update={"dataset": str(dataset)}), None
+    elif dataset is not None:
+        config = config.model_copy(update={"dataset": None, "dataset_revision": None})
+    if model is None or isinstance(model, str | Path):
+        config = config if model is None else config.model_copy(update={"model": str(model)})
+        return _begin(config, dataset, callbacks, output, overwrite)
+    with saved(model, processor) as folder:
+        name = f"{run_folder.GIVEN}/{Path(folder).name}"
+        config = config.model_copy(update={"model": folder, "model_revision": None})
+        return _begin(config, dataset, callbacks, output, overwrite, model=name)
+
+
+def _begin(
+    config: TrainConfig, dataset: Any, callbacks: Sequence[Callback], output: Path | str | None, overwrite: bool,
+    model: str | None = None,
+) -> Result:  # fmt: skip
+    """Train; `model` is what the run's settings call the model that lies at `config.model` for now."""
     accelerator = make_accelerator(config)
     output = None if output is None else expanded(output)
     with accelerator.main_process_first():
         if output is not None and accelerator.is_main_process:
             run_folder.make_room(output, overwrite=overwrite)
-        prepared = prepare(config)
+        prepared = prepare(config, dataset=dataset)
+    if model is not None:
+        prepared.config = prepared.config.model_copy(update={"model": model})
     with memory_guard(prepared.config, accelerator.num_processes):
         warn_if_long(prepared, accelerator.num_processes)
         prepared.config = tuned(prepared, accelerator.num_processes)
@@ -71,26 +120,43 @@ def train(config: TrainConfig, *, output: Path | str | None = None, overwrite: b
         parts = [(accelerator, prepared, stores)]
         # What a rollback loads again must not stand in memory beside what it began with.
         del accelerator, prepared, stores
-        first = lambda: _Run(*parts.pop(), run).train(State())  # noqa: E731
-        return persisting(run, first, again=lambda: _resume(run, {}, rolled_back=True))
+        first = lambda: _Run(*parts.pop(), run, callbacks).train(State())  # noqa: E731
+        return persisting(run, first, again=lambda: _resume(run, {}, dataset, callbacks, rolled_back=True))
 
 
-def resume(run: Path | str, changes: dict[str, Any] | None = None) -> Result:
-    """Go on with a run from its newest whole checkpoint; it ends where an undisturbed one would.
+def resume(
+    run: Path | str, changes: dict[str, Any] | None = None, *, dataset: Given | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Result:  # fmt: skip
+    """Continue a run from its newest intact checkpoint; it ends with the same bits as an uninterrupted one.
 
-    `changes` may hold settings that steer a run without changing its weights (save_every, keep,
-    log_every, tracker), where its data set has moved to, and more epochs or max_steps for a run that is
-    finished. Raises UsageError naming any other.
+    Args:
+        run: the run folder.
+        changes: settings that can change on resume, for they do not change the weights (save_every, keep, log_every,
+            tracker); more epochs or max_steps for a run that is finished.
+        dataset: where the dataset has moved to, or the one that was given to `train` in Python.
+        callbacks: who follows the run, on the main process.
+
+    Raises:
+        VitftError: what is wrong, in a line; UsageError for any other change, DataError for other images.
     """
     run = expanded(run)
     with run_folder.alone_in(run):
         if not ckpt.is_run(run):
             raise ModelError(f"{run}: no run folder (no config.yaml and checkpoints/ in it); give the folder of a run.")
-        changes = changes or {}
-        return persisting(run, lambda: _resume(run, changes), again=lambda: _resume(run, changes, rolled_back=True))
+        changes = dict(changes or {})
+        if isinstance(dataset, str | Path):
+            changes["dataset"], dataset = str(dataset), None
+
+        def attempt(*, rolled_back: bool = False) -> Result:
+            return _resume(run, changes, dataset, callbacks, rolled_back=rolled_back)
+
+        return persisting(run, attempt, again=lambda: attempt(rolled_back=True))
 
 
-def _resume(run: Path, changes: dict[str, Any], *, rolled_back: bool = False) -> Result:
+def _resume(
+    run: Path, changes: dict[str, Any], dataset: Any, callbacks: Sequence[Callback], *, rolled_back: bool = False
+) -> Result:  # fmt: skip
     folder, passed = ckpt.newest_whole(run)
     for fault in passed:
         console.warn(f"passed over {fault}")
@@ -100,8 +166,8 @@ def _resume(run: Path, changes: dict[str, Any], *, rolled_back: bool = False) ->
     with threads(config.threads or run_folder.threads_of(run)), deterministic(resolve_auto(config)):
         accelerator = make_accelerator(config)
         with accelerator.main_process_first():
-            prepared = run_folder.prepared_again(run, config, folder)
-        resumed = _Run(accelerator, prepared, prepared.decode(), run, resumed_from=folder)
+            prepared = run_folder.prepared_again(run, config, folder, dataset)
+        resumed = _Run(accelerator, prepared, prepared.decode(), run, callbacks, resumed_from=folder)
         if rolled_back:
             resumed.keep_the_best_of_before(state)
         if (config.epochs, config.max_steps) != (before.epochs, before.max_steps) and state.step >= resumed.total_steps:
@@ -122,12 +188,14 @@ class _Run:
     """One run while it trains: what every part of the loop needs."""
 
     def __init__(
-        self, accelerator: Any, prepared: Prepared, stores: Stores, run: Path, resumed_from: Path | None = None
-    ) -> None:
+        self, accelerator: Any, prepared: Prepared, stores: Stores, run: Path, callbacks: Sequence[Callback] = (),
+        resumed_from: Path | None = None,
+    ) -> None:  # fmt: skip
         self.accelerator, self.prepared, self.run = accelerator, prepared, run
         self.config, self.how = prepared.config, prepared.loaded.preprocess
         self.labels, self.resumed_from = prepared.loaded.labels, resumed_from
-        self.stores = stores
+        self.stores, self.callbacks = stores, callbacks
+        self.followers: list[Callback] = []  # on the main process, while it trains
         run_folder.check_splits(
             run, prepared, stores, begun=resumed_from is not None, write=accelerator.is_main_process
         )
@@ -142,6 +210,18 @@ class _Run:
         card = read_card(resumed_from) if resumed_from else None
         self.scores: dict[str, dict[str, Any]] = card.scores if card else {}
 
+    @contextmanager
+    def _followed(self) -> Iterator[None]:
+        """While the run trains, who follows it hears of it: on the main process."""
+        if self.accelerator.is_main_process:
+            tracked = [Tracker(self.accelerator)] if self.config.tracker != "none" else []
+            self.followers = [MetricsFile(), *tracked, *self.callbacks]
+        with ExitStack() as ending:
+            for follower in self.followers:
+                follower.on_start(self.run, self.config, self.total_steps)
+                ending.callback(follower.on_end)
+            yield
+
     # -- the loop ---------------------------------------------------------------------------------
 
     def train(self, state: State) -> Result:
@@ -155,7 +235,7 @@ class _Run:
         window = self.window
         with (
             self.signals,
-            tracker(config, self.run, self.accelerator) as track,
+            self._followed(),
             console.TrainingProgress(state.step, self.total_steps, self.steps_per_epoch) as bar,
             memory_guard(config, self.accelerator.num_processes),
         ):
@@ -165,24 +245,24 @@ class _Run:
                     self.learner.get_ready(self.signals.watched)
                 window.restart(self.learner.data_wait_s)
                 while not self.is_over(state):
-                    saves = self._advance(state, bar, track)
+                    saves = self._advance(state, bar)
                     if state.validation_due:
-                        self._validate(state, bar, track)
+                        self._validate(state, bar)
                         saves = saves or state.stopped_early
                         window.restart(self.learner.data_wait_s)
                     if saves:
                         self._save(state)
                         window.restart(self.learner.data_wait_s)
-                result = self._finish(state, bar, track)
+                result = self._finish(state, bar)
             except Interrupted as stop:
-                raise self._stopped(state, stop.number, bar, track) from None
+                raise self._stopped(state, stop.number, bar) from None
         trained = window.pace.images > 0  # else it was finished, and has said so before
         if trained and self.measured and (nothing := nothing_learned(self.measured, self.config, self.total_steps)):
             console.warn(nothing)
         world, probe = self.accelerator.num_processes, self.probe is not None
         return replace(result, speed=speed_of(window.pace, self.bare, config, world, probe=probe))
 
-    def _advance(self, state: State, bar: "console.TrainingProgress", track: Track) -> bool:
+    def _advance(self, state: State, bar: "console.TrainingProgress") -> bool:
         """Take a step, unless a validation is due from before; whether to save after it. Raises Interrupted."""
         if state.validation_due:
             return True  # what is saved says that it is due
@@ -190,6 +270,8 @@ class _Run:
         window.add(*self._step(state.step), count=self.learner.images(state.step))
         state.step += 1
         bar.advance(state.step)
+        for follower in self.followers:
+            follower.on_step(state.step)
         last = state.step == self.total_steps
         self.scores = {}  # they were the last step's
         eval_every = config.eval_every or self.steps_per_epoch
@@ -199,10 +281,10 @@ class _Run:
         if number := self.signals.received():
             raise Interrupted(number)
         if state.step % config.log_every == 0 or state.validation_due or saves:
-            self._log(state, bar, track)
+            self._log(state, bar)
         return saves
 
-    def _log(self, state: State, bar: "console.TrainingProgress", track: Track) -> None:
+    def _log(self, state: State, bar: "console.TrainingProgress") -> None:
         """Write down what came of the steps since the last line. Raises TrainingError for a loss that is no number."""
         window = self.window
         try:
@@ -210,11 +292,10 @@ class _Run:
         except FloatingPointError as error:
             step, value = state.step - len(window) + error.args[0] + 1, error.args[1]
             raise self._diverged(f"the loss or its gradient is {value}", step) from error
-        line: dict[str, Any] = {"step": state.step, "epoch": self._epoch(state.step), "split": "train"}
-        line |= means | {"lr": self.learner.lr(state.step - 1)}
-        bar.update(line)
-        track(line)
-        self._record(line)
+        epoch, values = self._epoch(state.step), means | {"lr": self.learner.lr(state.step - 1)}
+        bar.update({"step": state.step, "epoch": epoch} | values)
+        for follower in self.followers:
+            follower.on_log(state.step, epoch, values)
         if slowed := self.pace.slowed(means["images_per_s"]):
             console.warn(slowed)
 
@@ -230,7 +311,7 @@ class _Run:
         """After a rollback, best/ may be of a step that was given up: its weights are what others have to beat."""
         card = read_card(self.run / "best")
         if card is not None and card.step > state.step:
-            score = _score(card.scores["validation"], self.config)
+            score = _score(Score.from_summary(card.scores["validation"]), self.config)
             state.best_step, state.evaluations_since_best = card.step, 0
             state.best_score = state.counted_score = score
 
@@ -258,17 +339,15 @@ class _Run:
         """Whether there are no steps left to do."""
         return (state.step >= self.total_steps or state.stopped_early) and not state.validation_due
 
-    def _validate(self, state: State, bar: "console.TrainingProgress", track: Track) -> None:
+    def _validate(self, state: State, bar: "console.TrainingProgress") -> None:
         try:
             metrics = self._measure("validation", bar)
         except ModelError as error:
             raise self._diverged(str(error), state.step) from error
         state.validation_due = False
         self.scores = {"validation": metrics.summary()}
-        line = {"step": state.step, "epoch": self._epoch(state.step)} | metrics.summary()
-        self._record(line)
-        track(line)
-        score = _score(metrics.summary(), self.config)
+        stop = self._tell_evaluation(state.step, metrics)
+        score = _score(metrics, self.config)
         better = state.best_score is None or score > state.best_score
         bar.evaluated(metrics, better)
         if state.counted_score is None or score > state.counted_score + self.config.min_delta:
@@ -277,9 +356,15 @@ class _Run:
             state.evaluations_since_best += 1
             patience = self.config.early_stopping
             state.stopped_early = patience is not None and state.evaluations_since_best >= patience
+        state.stopped_early |= stop
         if better:
             state.best_step, state.best_score = state.step, score
             self._keep_best(state)
+
+    def _tell_evaluation(self, step: int, metrics: Metrics) -> bool:
+        """Hand on a split's scores; whether a callback asks to stop, which all processes have to hear."""
+        asked = [follower.on_evaluation(step, self._epoch(step), metrics) is True for follower in self.followers]
+        return bool(self.callbacks) and bool(broadcast_object_list([any(asked)])[0])
 
     def _measure(self, role: str, bar: "console.TrainingProgress") -> Metrics:
         accelerator = self.accelerator
@@ -332,7 +417,10 @@ class _Run:
         scaler = self.accelerator.scaler
         state.scaler = scaler.state_dict() if scaler else None
         if self.accelerator.is_main_process:
-            ckpt.save_step(self.run, self.bare, self.learner.optimizer.optimizer, self.how, self._card(state), state)
+            optimizer = self.learner.optimizer.optimizer
+            folder = ckpt.save_step(self.run, self.bare, optimizer, self.how, self._card(state), state)
+            for follower in self.followers:
+                follower.on_save(state.step, folder)
         self.saved = state.step
         self.accelerator.wait_for_everyone()
 
@@ -345,17 +433,13 @@ class _Run:
         self._write_model("last", self._card(state), state)
         self.written_last = state.step
 
-    def _record(self, line: dict[str, Any]) -> None:
-        if self.accelerator.is_main_process:
-            record(self.run, line)
-
     # -- the end ----------------------------------------------------------------------------------
 
-    def _stopped(self, state: State, number: int, bar: "console.TrainingProgress", track: Track) -> Stopped:
+    def _stopped(self, state: State, number: int, bar: "console.TrainingProgress") -> Stopped:
         """Save what is not saved yet, and say how to go on."""
         try:
             if len(self.window):
-                self._log(state, bar, track)
+                self._log(state, bar)
             if state.step > max(self.saved, self.begun):
                 self._save(state)
         except Diverged as fault:  # who stops a run does not want it rolled back
@@ -377,7 +461,7 @@ class _Run:
         kept = f"the last good checkpoint is {good}" if good else "no checkpoint was saved before it"
         return TrainingError(f"{what} at step {step}; {kept}. {REMEDY}")
 
-    def _finish(self, state: State, bar: "console.TrainingProgress", track: Track) -> Result:
+    def _finish(self, state: State, bar: "console.TrainingProgress") -> Result:
         """Score the best checkpoint, or the last where there was nothing to choose by, on the test split."""
         if self.accelerator.is_main_process:
             ckpt.prune(self.run, state.step, self.config.keep)  # a kill may have come before it
@@ -390,16 +474,15 @@ class _Run:
         if "test" in self.stores:
             metrics = self._measure("test", bar)
             self.scores = self.scores | {"test": metrics.summary()}
-            line = {"step": scored.step, "epoch": self._epoch(scored.step)} | metrics.summary()
-            self._record(line)
-            track(line)
+            self._tell_evaluation(scored.step, metrics)
         if scored is state:
             self._write_last(state)
         if chosen == "best":
             self._write_model("best", self._card(scored))
         if self.accelerator.is_main_process:
             ckpt.prune(self.run, state.step, self.config.keep_finished)
-        return Result(self.run, self.run / chosen, scored.step, self.scores)
+        scores = {role: Score.from_summary(summary) for role, summary in self.scores.items()}
+        return Result(self.run, self.run / chosen, scored.step, scores)
 
     def _best(self) -> Card:
         """What best/ knows of itself. Raises ModelError."""
@@ -417,8 +500,6 @@ def _alike(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> 
     return summaries[0] == summaries[1]
 
 
-def _score(summary: dict[str, Any], config: TrainConfig) -> float:
-    """The score that a checkpoint is chosen by, where more is better."""
-    return float(
-        {"accuracy": summary["accuracy"], "loss": -summary["loss"], "macro-f1": summary["macro_f1"]}[config.best_by]
-    )
+def _score(score: Score, config: TrainConfig) -> float:
+    """What a checkpoint is chosen by, where more is better."""
+    return {"accuracy": score.accuracy, "loss": -score.loss, "macro-f1": score.macro_f1}[config.best_by]

@@ -16,7 +16,7 @@ import yaml
 from vitft.checkpoints.checkpoint import is_run, newest_whole, read_config, read_state
 from vitft.config.train import TrainConfig
 from vitft.errors import TrainingError
-from vitft.training.metrics_log import recorded
+from vitft.training.callbacks import recorded
 
 Say = Callable[[str], None]
 _POLL_S = 0.005

@@ -14,7 +14,7 @@ import pytest
 from tests.corpus import photo, photos
 from vitft.data.decoder import decode
 from vitft.data.sources import archives
-from vitft.data.sources.source import class_indices, open_source
+from vitft.data.sources.source import class_indices, open_dataset
 from vitft.errors import DataError
 
 PETS = photos("train/cat/0.png", "train/dog/1.png", "test/cat/2.png", "test/dog/3.png") | {"notes.txt": b"x"}
@@ -41,7 +41,7 @@ def zipped(path: Path, files: Mapping[str, bytes]) -> Path:
 
 def seen(dataset: Path) -> dict[str, list[tuple[str, str, int]]]:
     """Of every split the members, their classes, and the red of their pixels."""
-    source = open_source(str(dataset))
+    source = open_dataset(str(dataset))
     found = {}
     for name, rows in source.splits.items():
         labels = [source.labels[label] for label in class_indices(rows)]
@@ -58,7 +58,7 @@ def test_an_archive_of_class_folders_is_read_as_the_folder_would_be(tmp_path: Pa
     made = zipped(tmp_path / name, files) if name.endswith("zip") else tar(tmp_path / name, files)
     if ".." in above:
         with pytest.raises(DataError, match="leads out of the archive"):
-            open_source(str(made))
+            open_dataset(str(made))
         return
     inside = above.removeprefix("./")
     assert seen(made) == {
@@ -89,7 +89,7 @@ def test_images_keep_their_labels_where_they_are_read_in_pieces(
     monkeypatch.setattr(archives, "_AT_A_TIME", 2 * len(photo()))
     made = zipped(tmp_path / "x.zip", photos("a/0.png", "a/1.png", "a/2.png", "b/3.png", "b/4.png"))
     assert seen(made) == {"train": [(f"{'aaabb'[i]}/{i}.png", "aaabb"[i], i) for i in range(5)]}
-    assert len(open_source(str(made)).splits["train"].data.column("image").chunks) > 1
+    assert len(open_dataset(str(made)).splits["train"].data.column("image").chunks) > 1
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_images_keep_their_labels_where_they_are_read_in_pieces(
 )
 def test_what_cannot_be_read_is_one_line(tmp_path: Path, files: dict[str, bytes], match: str) -> None:
     with pytest.raises(DataError, match=match):
-        open_source(str(tar(tmp_path / "x.tar", files)))
+        open_dataset(str(tar(tmp_path / "x.tar", files)))
 
 
 def test_links_in_an_archive_are_not_followed(tmp_path: Path) -> None:
@@ -126,11 +126,11 @@ def test_links_in_an_archive_are_not_followed(tmp_path: Path) -> None:
 def test_a_broken_archive_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"PK\x03\x04 no archive")
     with pytest.raises(DataError, match=rf"{name} is no readable archive"):
-        open_source(str(tmp_path / name))
+        open_dataset(str(tmp_path / name))
     made = zipped(tmp_path / "y.zip", PETS)
     made.write_bytes(made.read_bytes()[:200])
     with pytest.raises(DataError, match=r"y.zip is no readable archive"):
-        open_source(str(made))
+        open_dataset(str(made))
 
 
 def test_what_an_archive_holds_is_bounded_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,12 +139,12 @@ def test_what_an_archive_holds_is_bounded_before_it_is_read(tmp_path: Path, monk
     assert bomb.stat().st_size + filled.stat().st_size < 30_000
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=5_000_000))
     with pytest.raises(DataError, match=r"its images take 3\.0 MB, and half of this machine's memory is 2\.5 MB"):
-        open_source(str(bomb))
+        open_dataset(str(bomb))
     with pytest.raises(DataError, match="holds more than this machine's memory"):
-        open_source(str(filled))
+        open_dataset(str(filled))
     monkeypatch.setattr(archives, "_MOST", 3)
     with pytest.raises(DataError, match="over 3 members"):
-        open_source(str(zipped(tmp_path / "many.zip", PETS)))
+        open_dataset(str(zipped(tmp_path / "many.zip", PETS)))
 
 
 def test_a_header_of_a_member_is_bounded(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_header_of_a_member_is_bounded(tmp_path: Path) -> None:
     member.type, member.size = tarfile.XHDTYPE, 1 << 32
     (tmp_path / "x.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     with pytest.raises(DataError, match=r"header says that it has 4\.3 GB"):
-        open_source(str(tmp_path / "x.tar"))
+        open_dataset(str(tmp_path / "x.tar"))
 
 
 def test_an_encrypted_archive_is_refused(tmp_path: Path) -> None:
@@ -162,11 +162,11 @@ def test_an_encrypted_archive_is_refused(tmp_path: Path) -> None:
     content[place + 8] |= 1
     made.write_bytes(content)
     with pytest.raises(DataError, match="is encrypted; unpack it"):
-        open_source(str(made))
+        open_dataset(str(made))
 
 
 def test_archives_of_classes_are_not_guessed_at(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         tar(tmp_path / f"{name}.tar", {"0.png": photo(), "1.png": photo()})
     with pytest.raises(DataError, match=r"2 archives that are no WebDataset shards; unpack each into a folder"):
-        open_source(str(tmp_path))
+        open_dataset(str(tmp_path))

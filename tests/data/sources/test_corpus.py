@@ -8,7 +8,7 @@ import pytest
 from tests.corpus import Case, folders, listed, tables
 from vitft.data.decoder import encoded, header
 from vitft.data.sources.identity import sample_names
-from vitft.data.sources.source import class_indices, open_source
+from vitft.data.sources.source import class_indices, open_dataset
 from vitft.errors import VitftError
 
 CASES = [*tables.CASES, *folders.CASES]
@@ -19,12 +19,12 @@ def test_a_data_set_is_read_as_it_was_meant_or_refused_in_one_line(case: Case, t
     dataset = case.write(tmp_path)
     if case.error:
         with pytest.raises(VitftError) as caught:
-            open_source(dataset, **case.options)
+            open_dataset(dataset, **case.options)
         message = str(caught.value)
         assert "\n" not in message
         assert [text for text in listed(case.error) if text not in message] == [], message
         return
-    source = open_source(dataset, **case.options)
+    source = open_dataset(dataset, **case.options)
     found: dict[str, dict[str, list[str]]] = {}
     for name, split in source.splits.items():
         classes = found.setdefault(str(name), {})

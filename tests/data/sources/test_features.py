@@ -16,7 +16,7 @@ from vitft.data.decoder import decode
 from vitft.data.sources import hub
 from vitft.data.sources.features import find_columns
 from vitft.data.sources.schema import Notes
-from vitft.data.sources.source import Source, class_indices, open_source
+from vitft.data.sources.source import Source, class_indices, open_dataset
 from vitft.errors import DataError, UsageError
 
 
@@ -75,13 +75,13 @@ LABELS = ["b", "a"]
          "webdataset", "only-other-column", "bytes-as-text", "bytes-views", "beside-numbers", "beside-a-map"],
 )  # fmt: skip
 def test_every_way_to_store_images_and_names_comes_to_the_same(tmp_path: Path, columns: dict[str, Any]) -> None:
-    assert seen(open_source(str(write(tmp_path / "train.parquet", columns)))) == EXPECTED
+    assert seen(open_dataset(str(write(tmp_path / "train.parquet", columns)))) == EXPECTED
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 1), (2, 3, 3), (3, 2, 5)])
 def test_pixels_as_nested_lists_are_images(tmp_path: Path, shape: tuple[int, ...]) -> None:
     pixels = [np.full(shape, value, np.uint8).tolist() for value in (10, 20)]
-    assert seen(open_source(str(write(tmp_path / "train.parquet", {"image": pixels, "label": LABELS})))) == EXPECTED
+    assert seen(open_dataset(str(write(tmp_path / "train.parquet", {"image": pixels, "label": LABELS})))) == EXPECTED
 
 
 @pytest.mark.parametrize(
@@ -92,20 +92,20 @@ def test_pixels_that_are_declared_as_arrays_are_images(tmp_path: Path, kind: Any
                                   "label": datasets.ClassLabel(names=["a", "b"])})  # fmt: skip
     columns = {"image": [np.full(kind.shape, value) for value in (10, 20)], "note": [[[1]]] * 2, "label": [1, 0]}
     datasets.Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / "train.parquet"))
-    assert seen(open_source(str(tmp_path / "train.parquet"))) == EXPECTED
+    assert seen(open_dataset(str(tmp_path / "train.parquet"))) == EXPECTED
 
 
 @pytest.mark.parametrize("values", [[[0.5, 1.0]], [[-1, 300]]])
 def test_numbers_that_are_no_pixels_are_refused(tmp_path: Path, values: list[list[float]]) -> None:
     file = write(tmp_path / "train.parquet", {"image": [values, values], "label": LABELS})
     with pytest.raises(DataError, match=r"column 'image' holds lists that are no pixels of 0 to 255"):
-        open_source(str(file))
+        open_dataset(str(file))
 
 
 def test_a_column_of_paths_names_files_beside_the_parquet(tmp_path: Path) -> None:
     for number, file in enumerate(FILES):
         (tmp_path / f"{number}.png").write_bytes(file)
-    source = open_source(str(write(tmp_path / "t.parquet", {"file_name": ["0.png", "1.png"], "label": LABELS})))
+    source = open_dataset(str(write(tmp_path / "t.parquet", {"file_name": ["0.png", "1.png"], "label": LABELS})))
     assert seen(source) == EXPECTED
 
 
@@ -115,11 +115,11 @@ def test_one_image_column_of_several_is_taken_by_its_name_and_told(tmp_path: Pat
          "label": datasets.ClassLabel(names=["a", "b"])}
     )  # fmt: skip
     table = {"mask": STRUCTS[::-1], "image": STRUCTS, "kind": [0, 1], "label": [1, 0]}
-    source = open_source(str(write(tmp_path / "train.parquet", table, features)))
+    source = open_dataset(str(write(tmp_path / "train.parquet", table, features)))
     assert seen(source) == EXPECTED
     assert "the image is column 'image', by its name; not read: mask" in source.decisions
     assert "the label is column 'label', by its name; not read: kind" in source.decisions
-    source = open_source(str(write(tmp_path / "test.parquet", {"image": STRUCTS, "breed": LABELS})))
+    source = open_dataset(str(write(tmp_path / "test.parquet", {"image": STRUCTS, "breed": LABELS})))
     assert "the label is column 'breed': no other holds names or whole numbers" in source.decisions
 
 
@@ -148,36 +148,36 @@ def test_the_usual_names_of_columns_are_known() -> None:
 def test_several_labels_an_image_are_refused_with_the_row(tmp_path: Path, labels: list[list[str]]) -> None:
     file = write(tmp_path / "train.parquet", {"image": FILES, "labels": labels})
     with pytest.raises(DataError, match=rf"train.parquet: column 'labels' holds {len(labels[0])} labels in row 0; "):
-        open_source(str(file))
+        open_dataset(str(file))
 
 
 def test_numbers_of_classes_that_differ_from_file_to_file_go_by_name(tmp_path: Path) -> None:
     for number, names in enumerate((["a", "b"], ["b", "a"])):
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
         write(tmp_path / f"train-{number}.parquet", {"image": STRUCTS, "label": [1, 0]}, features)
-    assert seen(open_source(str(tmp_path))) == [(10, "b"), (20, "a"), (10, "a"), (20, "b")]
+    assert seen(open_dataset(str(tmp_path))) == [(10, "b"), (20, "a"), (10, "a"), (20, "b")]
     file = write(tmp_path / "train-1.parquet", {"image": STRUCTS, "label": [1, 2]}, features)
     with pytest.raises(DataError, match=f"{file}: label 2 but only 2 class names"):
-        open_source(str(tmp_path))
+        open_dataset(str(tmp_path))
     write(file, {"image": STRUCTS, "label": pa.nulls(2, pa.int64())}, features)
     with pytest.raises(DataError, match="split train: 2 of 4 images have no label"):
-        open_source(str(tmp_path))
+        open_dataset(str(tmp_path))
 
 
 def test_files_of_other_types_of_one_split_are_joined(tmp_path: Path) -> None:
     write(tmp_path / "0.parquet", {"image": STRUCTS, "label": pa.array(LABELS, pa.large_string())})
     write(tmp_path / "1.parquet", {"img": FILES, "label": LABELS, "note": ["x", "y"]})
-    assert seen(open_source(str(tmp_path))) == EXPECTED * 2
+    assert seen(open_dataset(str(tmp_path))) == EXPECTED * 2
     write(tmp_path / "2.parquet", {"image": FILES, "label": [1, 2]})
     with pytest.raises(DataError, match=r"split train: its files differ in their labels \(int64, string\)"):
-        open_source(str(tmp_path))
+        open_dataset(str(tmp_path))
 
 
 def test_a_split_without_labels_is_left_out_and_told(tmp_path: Path) -> None:
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     write(tmp_path / "train.parquet", {"image": STRUCTS, "label": [1, 0]}, features)
     write(tmp_path / "test.parquet", {"image": STRUCTS, "label": [-1, -1]}, features)
-    source = open_source(str(tmp_path))
+    source = open_dataset(str(tmp_path))
     assert list(source.splits) == ["train"]
     assert "split test is left out: none of its 2 images has a label" in source.decisions
 
@@ -186,16 +186,16 @@ def test_a_column_of_splits_divides_the_only_file(tmp_path: Path) -> None:
     splits = ["train", "train", "test", "test"]
     table = {"image": FILES * 2, "label": LABELS * 2, "subset": splits, "fold": [0, 1, 0, 1]}
     file = write(tmp_path / "all.parquet", table)
-    source = open_source(str(file))
+    source = open_dataset(str(file))
     assert {name: seen(source, str(name)) for name in source.splits} == {"train": EXPECTED, "test": EXPECTED}
-    source = open_source(str(file), fold=1)
+    source = open_dataset(str(file), fold=1)
     assert {name: seen(source, str(name)) for name in source.splits} == {
         "train": EXPECTED[:1], "validation": EXPECTED[1:], "test": EXPECTED,
     }  # fmt: skip
     for name in ("train", "test"):
         write(tmp_path / "two" / f"{name}.parquet", table)
     with pytest.raises(UsageError, match="has splits of its own"):
-        open_source(str(tmp_path / "two"), split_column="subset")
+        open_dataset(str(tmp_path / "two"), split_column="subset")
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_a_column_of_splits_divides_the_only_file(tmp_path: Path) -> None:
 def test_splits_are_told_by_the_names_of_files_and_folders(tmp_path: Path, names: tuple[str, ...]) -> None:
     for name in names:
         write(tmp_path / name, {"image": FILES, "label": LABELS})
-    source = open_source(str(tmp_path))
+    source = open_dataset(str(tmp_path))
     assert [str(name) for name in source.splits] == ["train", "test"][: len(names)]
     assert all(seen(source, str(name)) == EXPECTED for name in source.splits)
 
@@ -220,14 +220,14 @@ def test_a_data_set_that_datasets_saved_is_read(tmp_path: Path) -> None:
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     made = datasets.Dataset.from_dict({"image": STRUCTS, "label": [1, 0]}, features=features)
     datasets.DatasetDict({"train": made, "test": made}).save_to_disk(str(tmp_path / "saved"))
-    source = open_source(str(tmp_path / "saved"))
+    source = open_dataset(str(tmp_path / "saved"))
     assert {name: seen(source, str(name)) for name in source.splits} == {"train": EXPECTED, "test": EXPECTED}
     state = tmp_path / "saved" / "train" / "state.json"
     state.write_text(state.read_text().replace("data-", "../test/data-"))
     with pytest.raises(DataError, match="outside of its folder"):
-        open_source(str(tmp_path / "saved"))
+        open_dataset(str(tmp_path / "saved"))
     made.save_to_disk(str(tmp_path / "one"))
-    source = open_source(str(tmp_path / "one"))
+    source = open_dataset(str(tmp_path / "one"))
     assert {name: seen(source, str(name)) for name in source.splits} == {"train": EXPECTED}
     (tmp_path / "one" / "dataset_info.json").write_text("{")
     assert "one is no readable data set of datasets: " in refusal(tmp_path / "one")
@@ -238,7 +238,7 @@ def test_a_hub_data_set_is_read_by_the_same_rules(monkeypatch: pytest.MonkeyPatc
                       "usage": ["Training", "PrivateTest"]})  # fmt: skip
     raw = datasets.Dataset(table)
     monkeypatch.setattr(hub, "read", lambda *asked: ({"train": raw.select([1, 0])}, "0" * 40))
-    source = open_source("some/body")
+    source = open_dataset("some/body")
     assert {name: seen(source, str(name)) for name in source.splits} == {"Training": EXPECTED[:1], "test": EXPECTED[1:]}
 
 
@@ -246,14 +246,14 @@ def test_a_column_that_is_none_is_told_with_all_that_are(tmp_path: Path) -> None
     table = {"data": [{"image": one, "label": "x"} for one in STRUCTS], "tags": [["u"], ["v"]]}
     file = write(tmp_path / "train.parquet", table)
     with pytest.raises(DataError, match=r"no column 'data.lable'; did you mean data.label\?; the columns"):
-        open_source(str(file), label_column="data.lable")
-    assert seen(open_source(str(file), label_column="tags")) == [(10, "u"), (20, "v")]
+        open_dataset(str(file), label_column="data.lable")
+    assert seen(open_dataset(str(file), label_column="tags")) == [(10, "u"), (20, "v")]
 
 
 def test_a_class_in_two_unicode_forms_is_one(tmp_path: Path) -> None:
     write(tmp_path / "train.parquet", {"image": FILES, "label": ["caf\u00e9", "tea"]})
     write(tmp_path / "test.parquet", {"image": FILES, "label": ["cafe\u0301", "tea"]})
-    source = open_source(str(tmp_path))
+    source = open_dataset(str(tmp_path))
     assert source.labels == ("caf\u00e9", "tea")
     assert seen(source) == seen(source, "test")
 
@@ -277,7 +277,7 @@ def declared(*names: Any) -> datasets.Features:
 )  # fmt: skip
 def test_declared_classes_are_read_however_their_labels_are_stored(tmp_path: Path, labels: pa.Array) -> None:
     file = write(tmp_path / "train.parquet", {"image": FILES, "label": labels}, declared("a", "b", "c"))
-    source = open_source(str(file))
+    source = open_dataset(str(file))
     assert source.labels == ("a", "b", "c")
     assert seen(source) == EXPECTED
 
@@ -290,7 +290,7 @@ def test_a_declared_name_is_a_name_whatever_it_looks_like(
     tmp_path: Path, labels: list[Any], names: tuple[Any, ...], expected: list[tuple[int, str]]
 ) -> None:
     file = write(tmp_path / "train.parquet", {"image": FILES, "label": labels}, declared(*names))
-    assert seen(open_source(str(file))) == expected
+    assert seen(open_dataset(str(file))) == expected
 
 
 MISSING = "1 of 2 images have no label"
@@ -332,13 +332,13 @@ def test_labels_of_a_type_that_no_class_has_are_refused(tmp_path: Path, labels: 
 def refusal(file: Path) -> str:
     """The one line that a file is refused with."""
     with pytest.raises(DataError) as caught:
-        open_source(str(file))
+        open_dataset(str(file))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_small_numbers_of_half_precision_are_classes(tmp_path: Path) -> None:
     labels = pa.array([1, 0], pa.float16())
-    assert seen(open_source(str(write(tmp_path / "train.parquet", {"image": FILES, "label": labels})))) == [
+    assert seen(open_dataset(str(write(tmp_path / "train.parquet", {"image": FILES, "label": labels})))) == [
         (10, "1"), (20, "0"),
     ]  # fmt: skip

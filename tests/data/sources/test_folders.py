@@ -14,7 +14,7 @@ from vitft.data import decoder
 from vitft.data.sources import folders
 from vitft.data.sources.folders import scan
 from vitft.data.sources.identity import sample_names
-from vitft.data.sources.source import Source, class_indices, open_source
+from vitft.data.sources.source import Source, class_indices, open_dataset
 from vitft.data.splits import make_splits, manifest
 from vitft.errors import DataError
 from vitft.evaluation.prediction import find_images
@@ -45,7 +45,7 @@ def test_every_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     listed = []
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: listed.append(str(path)) or scandir(path))
-    open_source(str(tmp_path))
+    open_dataset(str(tmp_path))
     assert sorted(listed) == sorted({*listed})
     assert len(listed) == 41
 
@@ -61,7 +61,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "scandir", refusing)
     with pytest.raises(DataError, match=r"dog cannot be read: Permission denied"):
-        open_source(str(tmp_path))
+        open_dataset(str(tmp_path))
 
 
 def test_links_that_multiply_end(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_of_many_links_to_one_folder_some_are_followed(tmp_path: Path, monkeypat
 def test_folders_without_end_are_refused(tmp_path: Path) -> None:
     draw(tmp_path / Path(*"x" * 110) / "1.png")
     with pytest.raises(DataError, match="lies over 100 folders deep"):
-        open_source(str(tmp_path))
+        open_dataset(str(tmp_path))
 
 
 # -- what a file is -------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def test_pictures_that_are_not_read_are_counted_with_the_remedy(tmp_path: Path) 
     for number in range(3):
         write(tmp_path / "dog" / f"{number}.HEIC", HEIC)
     write(tmp_path / "cat" / "x.jxl", b"\xff\x0a" + bytes(40))
-    source = open_source(str(tmp_path))
+    source = open_dataset(str(tmp_path))
     assert content(source)["train"] == [("cat/1.png", "cat"), ("dog/1.png", "dog"), ("dog/a photo.heic", "dog")]
     assert source.warnings == (
         "1 file is JPEG XL, which is not read (the first is cat/x.jxl): pip install 'vitft[heic]'",
@@ -130,13 +130,13 @@ def test_a_class_of_which_no_picture_is_read_is_an_error(tmp_path: Path) -> None
     draw(tmp_path / "cat" / "1.png", tmp_path / "dog" / "1.png")
     write(tmp_path / "fish" / "1.HEIC", HEIC)
     with pytest.raises(DataError, match=r"the folder fish holds no image that is read: 1 file is HEIC.*vitft\[heic\]"):
-        open_source(str(tmp_path))
+        open_dataset(str(tmp_path))
 
 
 def test_what_pillow_can_read_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folders, "suffixes", lambda: decoder.suffixes() | {".heic"})  # as with a plugin
     draw(tmp_path / "cat" / "1.png", tmp_path / "dog" / "1.heic")
-    assert content(open_source(str(tmp_path)))["train"] == [("cat/1.png", "cat"), ("dog/1.heic", "dog")]
+    assert content(open_dataset(str(tmp_path)))["train"] == [("cat/1.png", "cat"), ("dog/1.heic", "dog")]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", "DDS", "QOI"])
@@ -192,9 +192,9 @@ def test_of_many_kinds_of_other_files_the_most_frequent_are_told(tmp_path: Path)
         for kind in ("csv", "json", "md", "txt")[: number + 1]:
             write(tmp_path / f"{number}.{kind}", b"x")
     said = "34 files are no image and not read: 10 .csv, 9 .json, 8 .md, 7 .txt"
-    assert f"{said} (the first is 0.csv)" in open_source(str(tmp_path)).decisions
+    assert f"{said} (the first is 0.csv)" in open_dataset(str(tmp_path)).decisions
     write(tmp_path / "x.html", b"x")
-    assert f"{said.replace('34', '35')}, ... (the first is 0.csv)" in open_source(str(tmp_path)).decisions
+    assert f"{said.replace('34', '35')}, ... (the first is 0.csv)" in open_dataset(str(tmp_path)).decisions
 
 
 def test_a_folder_that_is_predicted_tells_what_is_passed_over(
@@ -217,7 +217,7 @@ def test_20000_classes_and_200000_files_take_seconds(tmp_path: Path) -> None:
             (tmp_path / "photos" / f"class {number:05}" / f"{image}.png").touch()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.process_time()
-    source = open_source(str(tmp_path / "photos"))
+    source = open_dataset(str(tmp_path / "photos"))
     splits = make_splits(source, val_fraction=0.1, max_train_samples=None, max_eval_samples=None, seed=0)
     document = manifest(source, splits)
     took, memory = time.process_time() - started, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6

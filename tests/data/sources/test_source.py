@@ -22,7 +22,7 @@ from vitft.data.decoder import decode
 from vitft.data.sources import arrays, hub
 from vitft.data.sources.identity import sample_id
 from vitft.data.sources.schema import image_structs, make_split
-from vitft.data.sources.source import ALIASES, class_indices, open_source, source_of
+from vitft.data.sources.source import ALIASES, class_indices, open_dataset, source_of
 from vitft.errors import DataError, UsageError
 
 
@@ -55,7 +55,7 @@ def pixels_of(source, row: int = 0, split: str = "train") -> np.ndarray:
 
 def refused(dataset, match: str, **options) -> str:
     with pytest.raises(DataError, match=match) as caught:
-        open_source(str(dataset), **options)
+        open_dataset(str(dataset), **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -72,7 +72,7 @@ def test_folder_of_class_folders(tmp_path):
     draw(tmp_path / "Pets" / "dog" / "b.png", "blue")
     draw(tmp_path / "Pets" / "cat" / "a.JPG")
     draw(tmp_path / "Pets" / "dog" / "deep" / "er" / "c.webp")
-    source = open_source(str(tmp_path / "Pets"))
+    source = open_dataset(str(tmp_path / "Pets"))
     assert (source.name, source.labels, source.revision) == ("Pets", ("cat", "dog"), None)
     assert list(source.splits) == ["train"]
     assert ids_of(source) == ["cat/a.JPG", "dog/b.png", "dog/deep/er/c.webp"]
@@ -87,7 +87,7 @@ def test_sample_ids_survive_a_selection_and_do_not_depend_on_where_the_folder_li
     for root in (tmp_path / "one", tmp_path / "other place" / "ü#%20"):
         for name in "abc":
             draw(root / "cat" / f"{name} x.png")
-        source = open_source(str(root))
+        source = open_dataset(str(root))
         assert ids_of(source) == ["cat/a x.png", "cat/b x.png", "cat/c x.png"]
         assert sample_id(source.splits["train"].select([2, 0]), 0) == "cat/c x.png"
 
@@ -97,12 +97,12 @@ def test_relative_paths_and_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     draw(tmp_path / "~pets" / "cat" / "a.png")
-    assert ids_of(open_source("~pets")) == ["cat/a.png"]
+    assert ids_of(open_dataset("~pets")) == ["cat/a.png"]
     for spelled in ("pets", "./pets", "~/pets", "pets/../pets"):
-        source = open_source(spelled)
+        source = open_dataset(spelled)
         assert (source.name, ids_of(source)) == ("pets", ["cat/a.png"])
     monkeypatch.chdir(tmp_path / "pets")
-    assert open_source(".").name == "pets"
+    assert open_dataset(".").name == "pets"
 
 
 @pytest.mark.parametrize("names", [("train", "validation", "test"), ("train", "val", "test"), ("Train", "dev")])
@@ -113,7 +113,7 @@ def test_split_folders_share_one_list_of_classes(tmp_path, names):
     for name in others:
         draw(tmp_path / name / "dog" / "3.png")  # no cat here
         draw(tmp_path / name / "emu" / "4.png")  # only here
-    source = open_source(str(tmp_path))
+    source = open_dataset(str(tmp_path))
     assert list(source.splits) == list(names)
     assert source.labels == ("cat", "dog", "emu")
     assert labels_of(source, first) == ["cat", "dog"]
@@ -124,7 +124,7 @@ def test_split_folders_share_one_list_of_classes(tmp_path, names):
 def test_classes_that_are_called_like_splits(tmp_path):
     for name in ("train", "plane", "boat"):
         draw(tmp_path / name / "1.png")
-    source = open_source(str(tmp_path))
+    source = open_dataset(str(tmp_path))
     assert (list(source.splits), source.labels) == (["train"], ("boat", "plane", "train"))
 
 
@@ -140,7 +140,7 @@ def test_junk_is_ignored(tmp_path):
     for name in ("Thumbs.db", "desktop.ini", ".DS_Store", "cat/Thumbs.db", "cat/notes.txt", "cat/film.mpg"):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "empty").mkdir()
-    source = open_source(str(tmp_path))
+    source = open_dataset(str(tmp_path))
     assert (ids_of(source), source.labels) == (["cat/1.png"], ("cat",))
 
 
@@ -150,7 +150,7 @@ def test_a_loop_of_links_ends(tmp_path):
     (tmp_path / "cat" / "up").symlink_to(tmp_path)
     draw(tmp_path / "elsewhere" / "real" / "2.png")
     (tmp_path / "dog").symlink_to(tmp_path / "elsewhere" / "real")
-    source = open_source(str(tmp_path))
+    source = open_dataset(str(tmp_path))
     assert ids_of(source).count("cat/1.png") == 1
     assert "dog/2.png" in ids_of(source)
 
@@ -165,7 +165,7 @@ def test_folders_without_classes_say_so(tmp_path):
 def test_class_order_of_folders_is_by_name(tmp_path):
     for name in ("10", "2", "b", "B"):
         draw(tmp_path / name / "1.png")
-    assert open_source(str(tmp_path)).labels == ("10", "2", "B", "b")
+    assert open_dataset(str(tmp_path)).labels == ("10", "2", "B", "b")
 
 
 def test_a_name_that_is_not_utf8_is_refused(tmp_path):
@@ -195,7 +195,7 @@ IMAGES = [{"bytes": png(value), "path": None} for value in (10, 20)]
 def test_folder_of_parquet_files(tmp_path, folder):
     for name in ("train-00000-of-00002-ab.parquet", "train-00001-of-00002-cd.parquet", "test.parquet"):
         write_parquet(tmp_path / folder / name, {"img": IMAGES, "label": [1, 0]}, HUB)
-    source = open_source(str(tmp_path))
+    source = open_dataset(str(tmp_path))
     assert list(source.splits) == ["train", "test"]
     assert source.labels == ("zebra", "ant")  # the data set's own order
     assert labels_of(source) == ["ant", "zebra"] * 2
@@ -207,15 +207,15 @@ def test_folder_of_parquet_files(tmp_path, folder):
 def test_parquet_without_split_names_or_features(tmp_path):
     write_parquet(tmp_path / "0000.parquet", {"image": IMAGES, "class": ["b", "a"], "note": ["x", "y"]})
     write_parquet(tmp_path / "0001.parquet", {"image": IMAGES, "class": ["a", "c"], "note": ["x", "y"]})
-    source = open_source(str(tmp_path))
+    source = open_dataset(str(tmp_path))
     assert (source.labels, labels_of(source)) == (("a", "b", "c"), ["b", "a", "a", "c"])
-    assert open_source(str(tmp_path / "0000.parquet")).labels == ("a", "b")
+    assert open_dataset(str(tmp_path / "0000.parquet")).labels == ("a", "b")
 
 
 def test_parquet_in_split_folders(tmp_path):
     write_parquet(tmp_path / "train" / "0000.parquet", {"img": IMAGES, "label": [1, 0]}, HUB)
     write_parquet(tmp_path / "validation" / "0000.parquet", {"img": IMAGES, "label": [1, 0]}, HUB)
-    assert list(open_source(str(tmp_path)).splits) == ["train", "validation"]
+    assert list(open_dataset(str(tmp_path)).splits) == ["train", "validation"]
 
 
 def test_parquet_in_several_folders_is_ambiguous(tmp_path):
@@ -241,16 +241,16 @@ def test_broken_parquet(tmp_path):
 def test_an_unlabeled_split_is_left_out(tmp_path):
     write_parquet(tmp_path / "train.parquet", {"img": IMAGES, "label": [1, 0]}, HUB)
     write_parquet(tmp_path / "test.parquet", {"img": IMAGES, "label": [-1, -1]}, HUB)
-    assert list(open_source(str(tmp_path)).splits) == ["train"]
+    assert list(open_dataset(str(tmp_path)).splits) == ["train"]
     write_parquet(tmp_path / "test.parquet", {"img": IMAGES})
-    assert list(open_source(str(tmp_path), label_column="label").splits) == ["train"]
+    assert list(open_dataset(str(tmp_path), label_column="label").splits) == ["train"]
     write_parquet(tmp_path / "train.parquet", {"img": IMAGES, "label": [1, -1]}, HUB)
     refused(tmp_path, r"1 of 2 images have no label \(first: row 1\)")
 
 
 def test_a_missing_image_counts_as_zero_bytes(tmp_path):
     write_parquet(tmp_path / "train.parquet", {"img": [IMAGES[0], None], "label": [1, 0]}, HUB)
-    assert open_source(str(tmp_path)).splits["train"][1]["image"]["bytes"] == b""
+    assert open_dataset(str(tmp_path)).splits["train"][1]["image"]["bytes"] == b""
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_a_missing_image_counts_as_zero_bytes(tmp_path):
 )
 def test_labels_of_any_kind_become_classes(tmp_path, values, names):
     write_parquet(tmp_path / "train.parquet", {"image": IMAGES, "label": values})
-    source = open_source(str(tmp_path))
+    source = open_dataset(str(tmp_path))
     assert source.labels == names
     assert labels_of(source) == [str(v).lower().removesuffix(".0") for v in values]
 
@@ -282,7 +282,7 @@ def test_columns_are_found_or_asked_for(tmp_path):
     write_parquet(tmp_path / "train.parquet", table, features)
     assert "left, right" in refused(tmp_path, "--image-column")
     assert "coarse, fine" in refused(tmp_path, "--label-column", image_column="right")
-    source = open_source(str(tmp_path), image_column="right", label_column="fine")
+    source = open_dataset(str(tmp_path), image_column="right", label_column="fine")
     assert (source.labels, labels_of(source)) == (("u", "v"), ["v", "u"])
     assert pixels_of(source)[0, 0, 0] == 20
     refused(tmp_path, "did you mean right", image_column="rigth")
@@ -302,8 +302,8 @@ def test_fine_labels_win_over_coarse_ones(tmp_path):
         }
     )
     write_parquet(tmp_path / "train.parquet", {"img": IMAGES, "fine_label": [1, 0], "coarse_label": [0, 0]}, features)
-    assert open_source(str(tmp_path)).labels == ("u", "v")
-    assert open_source(str(tmp_path), label_column="coarse_label").labels == ("x",)
+    assert open_dataset(str(tmp_path)).labels == ("u", "v")
+    assert open_dataset(str(tmp_path), label_column="coarse_label").labels == ("x",)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
@@ -318,7 +318,7 @@ def test_table_of_path_and_label(tmp_path, suffix):
         comma = {"csv": ",", "tsv": "\t"}[suffix]
         lines = ["\ufeff" + comma.join(("path", "label", "split")), *(comma.join(row) for row in rows)]
     file.write_text("\n".join(lines) + "\n\n", encoding="utf-8")
-    source = open_source(str(file))
+    source = open_dataset(str(file))
     assert (source.name, source.labels, list(source.splits)) == ("pets", ("cat", "dog"), ["train", "val"])
     assert ids_of(source) == ["a b/1.png", "2.png"]
     assert labels_of(source, "val") == ["dog"]
@@ -330,10 +330,10 @@ def test_table_columns_of_other_names(tmp_path):
     file.write_text("where,species\n1.png,cat\n")
     refused(file, "the columns are where, species, name one with --image-column")
     draw(tmp_path / "1.png")
-    assert open_source(str(file)).labels == ("cat",)
+    assert open_dataset(str(file)).labels == ("cat",)
     file.write_text("file_name,width,kind\n1.png,3,cat\n")
     refused(file, "width, kind could be the label; name one with --label-column")
-    assert open_source(str(file), label_column="kind").labels == ("cat",)
+    assert open_dataset(str(file), label_column="kind").labels == ("cat",)
     refused(file, "did you mean kind", label_column="kidn")
 
 
@@ -341,7 +341,7 @@ def test_whole_numbers_in_a_table_are_ordered_by_value(tmp_path):
     draw(tmp_path / "1.png")
     draw(tmp_path / "2.png")
     (tmp_path / "t.csv").write_text("path,label\n1.png,10\n2.png,9\n")
-    assert open_source(str(tmp_path / "t.csv")).labels == ("9", "10")
+    assert open_dataset(str(tmp_path / "t.csv")).labels == ("9", "10")
 
 
 @pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd", "a/../../b.png", "", "a\0b"])
@@ -359,14 +359,14 @@ def test_where_it_is_asked_for_a_path_may_leave_the_folder(tmp_path):
     file = tmp_path / "lists" / "t.csv"
     file.write_text(f"path,label\n../photos/a.png,x\n{tmp_path}/photos/b.png,y\n")
     refused(file, r"line 2: \.\./photos/a\.png leads out of .*add --allow-outside")
-    source = open_source(str(file), allow_outside=True)
+    source = open_dataset(str(file), allow_outside=True)
     assert pixels_of(source, 1)[0, 0].tolist() == [0, 0, 255]
 
 
 def test_an_absolute_path_may_stay_inside(tmp_path):
     draw(tmp_path / "a.png")
     (tmp_path / "t.csv").write_text(f"path,label\n{tmp_path}/a.png,x\n")
-    assert pixels_of(open_source(str(tmp_path / "t.csv"))).shape[2] == 3
+    assert pixels_of(open_dataset(str(tmp_path / "t.csv"))).shape[2] == 3
 
 
 @pytest.mark.parametrize("column", [pa.struct({"bytes": pa.binary(), "path": pa.string()}), pa.string()])
@@ -380,11 +380,11 @@ def test_a_parquet_file_names_images_of_its_own_folder_alone(tmp_path, column):
         write_parquet(tmp_path / "data" / "train.parquet", table)
         return tmp_path / "data" / "train.parquet"
 
-    source = open_source(str(stored("inside.png")), image_column="image")
+    source = open_dataset(str(stored("inside.png")), image_column="image")
     assert pixels_of(source)[0, 0].tolist() == [0, 0, 255]
     for name in ("../secret.png", str(tmp_path / "secret.png"), "/etc/passwd"):
         refused(stored(name), "leads out of", image_column="image")
-    assert pixels_of(open_source(str(stored("../secret.png")), image_column="image", allow_outside=True)).any()
+    assert pixels_of(open_dataset(str(stored("../secret.png")), image_column="image", allow_outside=True)).any()
 
 
 def test_a_hub_data_set_names_no_file_of_this_machine(tmp_path, monkeypatch):
@@ -449,7 +449,7 @@ def write_cifar10(folder: Path) -> None:
 @pytest.mark.parametrize("inner", ["", "cifar-10-batches-py"])
 def test_original_cifar10_batches(tmp_path, inner):
     write_cifar10(tmp_path / inner)
-    source = open_source(str(tmp_path))
+    source = open_dataset(str(tmp_path))
     assert source.labels == ("plane", "car")
     assert {name: len(split) for name, split in source.splits.items()} == {"train": 10, "test": 2}
     assert labels_of(source)[:2] == ["car", "plane"]
@@ -464,7 +464,7 @@ def test_batches_of_cifar10_are_in_the_order_of_their_numbers(tmp_path, monkeypa
         (tmp_path / f"data_batch_{number}").write_bytes(pickle.dumps(batch, 2))
     glob = Path.glob
     monkeypatch.setattr(Path, "glob", lambda *how: sorted(glob(*how), reverse=True))  # as a folder may list them
-    assert class_indices(open_source(str(tmp_path)).splits["train"]).tolist() == [1, 0, 0, 1, 1, 1, *[0] * 4, *[1] * 5]
+    assert class_indices(open_dataset(str(tmp_path)).splits["train"]).tolist() == [1, 0, 0, 1, 1, 1, *[0] * 4, *[1] * 5]
 
 
 def test_original_cifar100_batches(tmp_path):
@@ -473,12 +473,12 @@ def test_original_cifar100_batches(tmp_path):
     for name in ("train", "test"):
         batch = {b"fine_labels": [1, 0], b"coarse_labels": [0, 0], b"data": CIFAR}
         (tmp_path / name).write_bytes(pickle.dumps(batch, 2))
-    source = open_source(str(tmp_path))
+    source = open_dataset(str(tmp_path))
     assert source.labels == ("apple", "bed")
     assert {name: labels_of(source, name) for name in source.splits} == {
         "train": ["bed", "apple"], "test": ["bed", "apple"],
     }  # fmt: skip
-    assert open_source(str(tmp_path), label_column="coarse_label").labels == ("fruit",)
+    assert open_dataset(str(tmp_path), label_column="coarse_label").labels == ("fruit",)
 
 
 class Hostile:
@@ -526,7 +526,7 @@ def test_broken_cifar_batches(tmp_path):
 def test_digits_are_bundled():
     from sklearn.datasets import load_digits
 
-    source = open_source("digits")
+    source = open_dataset("digits")
     assert (source.name, source.revision) == ("digits", None)
     assert source.labels == tuple("0123456789")
     assert {name: len(split) for name, split in source.splits.items()} == {"train": 1438, "test": 359}
@@ -550,8 +550,8 @@ def test_digits_are_bundled():
 def test_an_alias_wins_over_a_folder_unless_spelled_as_a_path(tmp_path, monkeypatch):
     draw(tmp_path / "digits" / "cat" / "1.png")
     monkeypatch.chdir(tmp_path)
-    assert len(open_source("digits").labels) == 10
-    assert open_source("./digits").labels == ("cat",)
+    assert len(open_dataset("digits").labels) == 10
+    assert open_dataset("./digits").labels == ("cat",)
 
 
 def test_unknown_names():
@@ -567,7 +567,7 @@ def test_a_revision_belongs_to_the_hub(tmp_path):
     draw(tmp_path / "cat" / "1.png")
     for dataset in ("digits", str(tmp_path)):
         with pytest.raises(UsageError, match="not on the hub"):
-            open_source(dataset, revision="main")
+            open_dataset(dataset, revision="main")
 
 
 def test_aliases_are_the_names_of_hub_ids():
@@ -625,9 +625,9 @@ def test_the_commit_of_a_builder_is_its_hash_or_stands_in_its_addresses():
 
 def test_a_source_is_called_as_its_folder_or_file(tmp_path):
     draw(tmp_path / "pets.v2" / "cat" / "1.png")
-    assert open_source(str(tmp_path / "pets.v2")).name == "pets.v2"
+    assert open_dataset(str(tmp_path / "pets.v2")).name == "pets.v2"
     (tmp_path / "pets.v2" / "small list.v3.csv").write_text("path,label\ncat/1.png,cat\n")
-    assert open_source(str(tmp_path / "pets.v2" / "small list.v3.csv")).name == "small-list.v3"
+    assert open_dataset(str(tmp_path / "pets.v2" / "small list.v3.csv")).name == "small-list.v3"
 
 
 @pytest.mark.parametrize("name", ["cifar10", "mnist", "fashion_mnist"])
@@ -635,7 +635,7 @@ def test_shared_data(name):
     folder = Path(__file__).parents[4] / "shared" / "data" / name
     if not folder.is_dir():
         pytest.skip(f"{folder} is not here")
-    source = open_source(str(folder))
+    source = open_dataset(str(folder))
     assert (source.name, len(source.labels), len(source.splits["test"])) == (name, 10, 10_000)
     side = 32 if name == "cifar10" else 28
     assert pixels_of(source, 9_999, "test").shape == (side, side, 3)

@@ -16,7 +16,7 @@ from vitft.data.sources import columns
 from vitft.data.sources.image_paths import Names
 from vitft.data.sources.rows import Table
 from vitft.data.sources.schema import Notes, Reading, is_missing
-from vitft.data.sources.source import open_source, source_of
+from vitft.data.sources.source import open_dataset, source_of
 from vitft.data.validation.check import check
 from vitft.training.setup import absolute
 
@@ -41,7 +41,7 @@ def test_a_folder_is_listed_once_and_no_row_costs_a_look_at_the_disk(tmp_path, m
     scandir, stat = os.scandir, os.stat
     monkeypatch.setattr(os, "scandir", lambda folder=".": (listed.update([str(folder)]), scandir(folder))[1])
     monkeypatch.setattr(os, "stat", lambda file, **how: (looked.update([str(file)]), stat(file, **how))[1])
-    source = open_source(table)
+    source = open_dataset(table)
     assert len(source.splits["train"]) == 60
     assert max(listed.values()) == 1
     assert not [file for file in looked if file.endswith(".png")]
@@ -63,7 +63,7 @@ def test_every_command_that_reads_a_table_takes_a_fold(tmp_path) -> None:
     assert {name: len(split) for name, split in source.splits.items()} == {"train": 2, "validation": 1}
     done = CliRunner().invoke(app, ["data", "check", table, "--json"])
     found = json.loads(done.stdout)["findings"]
-    assert [one["detail"] for one in found if one["kind"] == "reading"] == list(open_source(table).warnings) != []
+    assert [one["detail"] for one in found if one["kind"] == "reading"] == list(open_dataset(table).warnings) != []
     for command in (["eval"], ["data", "check"], ["train"]):
         text = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*command, "--help"]).stdout
         assert all(
@@ -88,15 +88,15 @@ def test_tables_of_other_splits_beside_it_are_named(tmp_path) -> None:
     table = Path(write(tmp_path, "path,label\n0.png,a\n1.png,b\n", "0.png", "1.png"))
     for name in ("train.csv", "val.csv", "test_labels.csv", "notes.csv"):
         (tmp_path / name).write_bytes(table.read_bytes())
-    told = open_source(str(tmp_path / "train.csv")).decisions
+    told = open_dataset(str(tmp_path / "train.csv")).decisions
     assert any(sentence.startswith("test_labels.csv, val.csv beside it") for sentence in told)
-    assert not any("beside it" in sentence for sentence in open_source(str(table)).decisions)
+    assert not any("beside it" in sentence for sentence in open_dataset(str(table)).decisions)
 
 
 def test_labels_that_are_written_in_two_ways_are_named(tmp_path) -> None:
     labels = ["7", "07", "7.0", "8", "True", "TRUE", "caf\u00e9", "cafe\u0301", "10", "100"]
     rows = [f'{i}.png,"{label}"' for i, label in enumerate(labels)]
-    source = open_source(write(tmp_path, "\n".join(["path,label", *rows]), *(f"{i}.png" for i in range(10))))
+    source = open_dataset(write(tmp_path, "\n".join(["path,label", *rows]), *(f"{i}.png" for i in range(10))))
     found = {one.path for one in check(source) if one.kind == "similar-labels"}
     assert found == {"7", "7.0", "True"}
     assert len(source.labels) == 9  # the two forms of café are one class: there is nothing to tell

@@ -18,7 +18,7 @@ from vitft import TrainConfig, evaluate, train
 from vitft.cli.app import app
 from vitft.data.sources.identity import sample_names
 from vitft.data.sources.schema import image_structs, make_split
-from vitft.data.sources.source import Source, excluding, open_source
+from vitft.data.sources.source import Source, excluding, open_dataset
 from vitft.data.validation import check as check_room
 from vitft.data.validation.check import KINDS, _Seen, check, quarantined
 from vitft.data.validation.page import write_suspects
@@ -57,7 +57,7 @@ def clean(folder: Path, rng: Rng, count: int = 12) -> Path:
 
 
 def found(folder: Path, **options: Any) -> list[tuple[str, str]]:
-    findings = check(open_source(str(folder)), folder, **options)
+    findings = check(open_dataset(str(folder)), folder, **options)
     return [(one.kind, f"{one.split}: {one.path}" if one.split else one.path) for one in findings]
 
 
@@ -76,7 +76,7 @@ def test_a_clean_data_set_has_no_findings(folder: Path) -> None:
 
 
 def test_digits_are_clean_of_faults() -> None:
-    kinds = {one.severity for one in check(open_source("digits"))}
+    kinds = {one.severity for one in check(open_dataset("digits"))}
     assert "error" not in kinds
 
 
@@ -171,7 +171,7 @@ def test_a_near_leak_names_both(tmp_path: Path, rng: Rng) -> None:
     image = photo(rng)
     write(tmp_path, "train/cat/a.png", image)
     write(tmp_path, "test/cat/b.jpg", image, quality=60)
-    (finding,) = check(open_source(str(tmp_path)), tmp_path)
+    (finding,) = check(open_dataset(str(tmp_path)), tmp_path)
     assert (finding.kind, finding.split, finding.path) == ("near-leak", "train", "train/cat/a.png")
     assert finding.detail.endswith("% alike: test/cat/b.jpg of test")
 
@@ -404,7 +404,7 @@ def test_a_list_that_is_none_is_refused(
     if content is not None:
         listed.write_text(content)
     with pytest.raises(error, match=said):
-        excluding(open_source(str(folder)), listed)
+        excluding(open_dataset(str(folder)), listed)
 
 
 @pytest.mark.parametrize("odd", ["a\u2028b", "a\x85b", "a\nb", "a\r\nb", "a\tb", '"a"', " a", "a\x0cb"])
@@ -412,7 +412,7 @@ def test_names_with_line_ends_in_them_are_read_back(folder: Path, tmp_path: Path
     (folder / "train" / "cat" / f"{odd}.png").write_bytes(b"no image")
     listed = tmp_path / "out.txt"
     assert vitft(str(folder), "--quarantine", str(listed)).exit_code == 3
-    source = open_source(str(folder))
+    source = open_dataset(str(folder))
     left = excluding(source, listed)
     assert len(left.splits["train"]) == len(source.splits["train"]) - 1
     assert f"train/cat/{odd}.png" not in sample_names(left.splits["train"], np.arange(len(left.splits["train"])))
@@ -421,11 +421,11 @@ def test_names_with_line_ends_in_them_are_read_back(folder: Path, tmp_path: Path
 def test_a_list_that_was_saved_on_windows_is_read(folder: Path, tmp_path: Path) -> None:
     listed = tmp_path / "out.txt"
     listed.write_bytes("\ufefftrain\ttrain/cat/000.png\r\n".encode())
-    assert len(excluding(open_source(str(folder)), listed).splits["train"]) == 11
+    assert len(excluding(open_dataset(str(folder)), listed).splits["train"]) == 11
 
 
 def test_rows_without_names_are_listed_by_number() -> None:
-    source = open_source("digits")
+    source = open_dataset("digits")
     findings = check(source)
     listed = quarantined(findings)
     assert all(line.split("\t")[1].startswith("row ") for line in listed)
@@ -446,7 +446,7 @@ def test_a_run_can_be_checked_in_full(faulty: Path, tmp_path: Path, capsys: pyte
 
 
 def sheet(folder: Path, file: Path) -> str:
-    source = open_source(str(folder))
+    source = open_dataset(str(folder))
     write_suspects(check(source, folder), source, file)
     return file.read_text()
 

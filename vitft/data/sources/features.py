@@ -433,7 +433,7 @@ def plain_splits(
 
 
 def _read(split: datasets.Dataset, names: Sequence[str]) -> pa.Table:
-    if split._indices is None:
+    if split._indices is None or not names:
         return split.data
     return split.select_columns(list(dict.fromkeys(names))).with_format("arrow")[:]
 

@@ -3,10 +3,11 @@
 import json
 import os
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -47,6 +48,10 @@ DIGITS = "digits"
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::(.+))?")
 
 
+Given = Any  # str | Path | datasets.Dataset | datasets.DatasetDict: the last two have no types
+"""What may stand for a dataset: see `open_dataset`."""
+
+
 @dataclass(frozen=True)
 class Source:
     """A data set, opened: nothing is decoded yet.
@@ -62,8 +67,8 @@ class Source:
     warnings: tuple[str, ...] = ()  # what is probably not as it was meant
 
 
-def open_source(
-    dataset: str,
+def open_dataset(
+    dataset: Given,
     *,
     revision: str | None = None,
     image_column: str | None = None,
@@ -75,11 +80,16 @@ def open_source(
     encoding: str | None = None,
     allow_outside: bool = False,
 ) -> Source:
-    """Open an alias, `digits`, a hub id with optional `:config`, or anything `local.read` knows.
+    """Open a dataset: its splits, with an image and a label for every row. No image is decoded.
 
-    An alias wins over a file or folder of the same name; `./cifar10` means the folder. Raises
-    DataError where nothing usable is found, UsageError for a revision of what has none.
+    `dataset` is an alias such as cifar10, `digits`, a hub id with an optional `:config`, a local folder, table, parquet
+    file or archive, or what `datasets` has already loaded. An alias wins over a folder of the same name; `./cifar10`
+    means the folder. The other arguments are those of `vitft train`, and say how to read it where it does not say so
+    itself. Raises DataError where nothing usable is found, UsageError for a revision of what has none.
     """
+    if not isinstance(dataset, str | Path):
+        return _opened(dataset, Reading(image_column, label_column, split_column, fold_column, fold))
+    dataset = str(dataset)
     path = expanded(dataset) if dataset else Path()
     hub_id = _HUB_ID.fullmatch(dataset)
     alias = ALIASES.get(dataset)
@@ -116,15 +126,48 @@ def open_source(
         raise
     except Exception as error:  # columns of other contents than their types say fail wherever they are read
         raise DataError(f"{dataset}: its columns cannot be read: {' '.join(str(error).split())[:300]}") from error
-    name = re.sub(r"[^\w.-]+", "-", name) or "data"
-    return Source(name, splits, labels, used, tuple(notes.decisions), tuple(notes.warnings))
+    return Source(_short(name), splits, labels, used, tuple(notes.decisions), tuple(notes.warnings))
 
 
-def source_of(config: TrainConfig) -> Source:
-    """Open the data set of a run's settings, without the images that these leave out. Raises VitftError."""
+def _opened(given: Any, reading: Reading) -> Source:
+    """A dataset that was loaded in Python. Raises DataError, and UsageError for what is none."""
+    if isinstance(given, datasets.Dataset):
+        given = {str(given.split or "train"): given}
+    if not isinstance(given, Mapping) or not all(isinstance(split, datasets.Dataset) for split in given.values()):
+        got = type(next(iter(given.values()), given) if isinstance(given, Mapping) else given).__name__
+        raise UsageError(f"dataset: got {got}; give a name, a path, or a Dataset or DatasetDict of datasets.")
+    raw = {str(name): split.with_format(None) for name, split in given.items()}  # a copy: the user's stays as it is
+    names = {split.info.dataset_name for split in raw.values()} - {None}
+    for split in raw.values():
+        split.info.homepage = ""  # here a file: address says that our own reader named the files
+    notes = Notes()
+    try:
+        splits, labels = standardize(plain_splits(raw, Path("dataset"), reading, notes), notes)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"dataset: its columns cannot be read: {' '.join(str(error).split())[:300]}") from error
+    splits = datasets.DatasetDict({name: numbered(split) for name, split in splits.items()})
+    name = _short(names.pop() if names else "")
+    return Source(name, splits, labels, None, tuple(notes.decisions), tuple(notes.warnings))
+
+
+def source_of(config: TrainConfig, given: Any = None) -> Source:
+    """Open the data set of a run's settings, or one `given` in Python, without the images that the settings leave out.
+
+    Raises VitftError.
+    """
     reading = {name: getattr(config, name) for name in Reading.__dataclass_fields__}
-    source = open_source(named_dataset(config), revision=config.dataset_revision, **reading)
+    dataset = named_dataset(config) if given is None else given
+    source = dataset if isinstance(dataset, Source) else open_dataset(
+        dataset, revision=config.dataset_revision, **reading
+    )  # fmt: skip
     return source if config.exclude is None else excluding(source, Path(config.exclude))
+
+
+def _short(name: str) -> str:
+    """The name with nothing in it that a folder's name may not have."""
+    return re.sub(r"[^\w.-]+", "-", name) or "data"
 
 
 def listed(split: str, image: str) -> str:

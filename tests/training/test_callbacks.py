@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vitft.training import metrics_log
-from vitft.training.metrics_log import Window, forget_after, record, recorded
+from vitft.training import callbacks, throughput
+from vitft.training.callbacks import forget_after, record, recorded
+from vitft.training.throughput import Window
 
 NAN, INF = float("nan"), float("inf")
 
@@ -18,7 +19,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
-        monkeypatch.setattr(metrics_log.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(throughput.time, "perf_counter", lambda: self.now)
 
 
 def accelerator(*, scaler: object = None, processes: int = 1) -> SimpleNamespace:
@@ -91,7 +92,7 @@ def test_on_resume_the_lines_up_to_the_checkpoint_stay(tmp_path: Path) -> None:
     gone = [{"step": 3, "split": "test"}, {"step": 4, "split": "train"}]
     for line in (*kept, *gone):
         record(tmp_path, line)
-    with (tmp_path / metrics_log.FILE).open("a") as file:
+    with (tmp_path / callbacks.FILE).open("a") as file:
         file.write('{"step": 5}\n[1]\n{"step": 5, "spl')  # no line of ours, nor that; and a torn one
     assert recorded(tmp_path) == kept + gone
     forget_after(tmp_path, 3)
