@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test check smoke bench mutants mutation soak lowest wheel clean
+.PHONY: help demo test check smoke bench mutants mutation soak lowest docs wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -82,6 +82,13 @@ soak: .venv/.installed-dev  ## the longer proofs: all tests under other kernels,
 	$(BIN)/python -m tests.kernels
 	$(BIN)/python -m tests.soak --minutes 60
 	$(BIN)/python -m pytest -m slow -s --timeout 7200
+
+.venv/.installed-docs: .venv/.installed
+	$(PIP) --editable '.[docs]'
+	touch $@
+
+docs: .venv/.installed-docs  ## build the documentation into dist/docs; it opens from disk
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 wheel: .venv/.installed-dev  ## build the wheel into dist/
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .

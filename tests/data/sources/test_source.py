@@ -405,7 +405,7 @@ def test_a_column_name_of_the_dataset_itself_names_no_images(tmp_path):
     write_parquet(tmp_path / "data" / "train.parquet", table)
     datasets.Dataset.from_dict(table).save_to_disk(str(tmp_path / "saved"))
     for folder in ("data", "saved"):
-        source = open_source(str(tmp_path / folder))
+        source = open_dataset(str(tmp_path / folder))
         assert ids_of(source) == ["row 0", "row 1"]
         assert "name" not in source.splits["train"].column_names
 
@@ -414,7 +414,7 @@ def test_images_of_a_metadata_file_are_named_from_the_root_however_it_is_spelled
     draw(tmp_path / "pets" / "train" / "1.png")
     (tmp_path / "pets" / "train" / "metadata.csv").write_text("file_name,label\n1.png,cat\n")
     for spelled in ("pets", "pets/../pets"):
-        assert ids_of(open_source(str(tmp_path / spelled))) == ["train/1.png"]
+        assert ids_of(open_dataset(str(tmp_path / spelled))) == ["train/1.png"]
 
 
 def test_broken_tables(tmp_path):

@@ -136,10 +136,8 @@ def _opened(given: Any, reading: Reading) -> Source:
     if not isinstance(given, Mapping) or not all(isinstance(split, datasets.Dataset) for split in given.values()):
         got = type(next(iter(given.values()), given) if isinstance(given, Mapping) else given).__name__
         raise UsageError(f"dataset: got {got}; give a name, a path, or a Dataset or DatasetDict of datasets.")
-    raw = {str(name): split.with_format(None) for name, split in given.items()}  # a copy: the user's stays as it is
+    raw = {str(name): split for name, split in given.items()}
     names = {split.info.dataset_name for split in raw.values()} - {None}
-    for split in raw.values():
-        split.info.homepage = ""  # here a file: address says that our own reader named the files
     notes = Notes()
     try:
         splits, labels = standardize(plain_splits(raw, Path("dataset"), reading, notes), notes)
