@@ -135,7 +135,7 @@ def test_the_bound_drops_what_was_not_used_for_longest(folder: Path) -> None:
         os.utime(entry.folder, (1e9 + age, 1e9 + age))  # that of 31 was used before that of 32
     stored(folder, 32)  # used again now
     both = sum(entry.size for entry in cache.entries())
-    cache._make_room(both)
+    cache._evict(both)
     assert len(cache.entries()) == 2  # so many bytes are allowed
     stored(folder, 30, cache_gb=(both + 100) / 1e9)
     sizes = sorted(int(np.fromfile(entry.folder / "index", "<u8")[0]) for entry in cache.entries())
@@ -235,7 +235,7 @@ def test_a_damaged_entry_is_as_none(
     assert_found_damaged(folder, decoded, name)
     assert same(stored(folder), whole)
     said = " ".join(capfd.readouterr().err.split())
-    assert "kept photos are damaged, and decoded anew; they were removed" in said
+    assert "cached photos are corrupt and are decoded again; the entry was removed" in said
 
 
 def test_an_entry_of_other_photos_than_a_runs_is_none(folder: Path) -> None:
@@ -276,7 +276,9 @@ def test_what_is_changed_after_it_was_proved_is_not_seen(folder: Path, large: bo
     changed = max(folder.rglob("*.png"), key=lambda file: file.parent.name)  # of what was cut off
     Image.new("RGB", (100, 64)).save(changed)
     if large:
-        with pytest.raises(DataError, match=rf"{changed.name}: has other pixels; it has changed since the run began"):
+        with pytest.raises(
+            DataError, match=rf"{changed.name}: decodes to different pixels; it has changed since the run began"
+        ):
             found.gather(np.arange(4))
 
 
@@ -324,7 +326,7 @@ def test_what_cannot_be_read_at_the_moment_is_not_the_first_to_go(
     stored(folder)
     with monkeypatch.context() as moment:
         failing(moment, Path, "read_text", errno.EMFILE, "decoded")
-        cache._make_room(0)
+        cache._evict(0)
     assert [entry.images for entry in cache.entries()] == [4]
 
 
@@ -349,7 +351,7 @@ def test_a_damaged_entry_that_may_not_be_removed_stays_and_is_not_used(
     assert same(stored(folder), whole)
     assert len(decoded) == 8
     assert sorted(file.name for file in entry_of().iterdir()) == ["entry.json", "index", "pixels"]
-    assert "they cannot be removed from here" in " ".join(capfd.readouterr().err.split())
+    assert "the entry cannot be removed from here" in " ".join(capfd.readouterr().err.split())
     assert [one for one in cache.root().iterdir() if one.name.startswith(".")] == []
 
 

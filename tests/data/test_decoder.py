@@ -164,7 +164,7 @@ def test_a_range_that_nothing_tells_is_asked_for() -> None:
     for values in (np.int32([0, 3000]), np.int32([-5, 5]), np.int16([-5, 5]), np.uint32([0, 9])):
         file = io.BytesIO()
         Image.fromarray(values.astype(np.int32)[None]).save(file, "TIFF")
-        with pytest.raises(BadImage, match=r"integers, and nothing says which is white; .* --value-range BLACK:WHITE"):
+        with pytest.raises(BadImage, match=r"integers, whose black and white are unknown; .*--value-range BLACK:WHITE"):
             decode(file.getvalue())
     signed = encoded(Image.fromarray(np.uint8([[0, 127, 128, 255]])), "TIFF", **tags(sample_format=(3, 2)))
     with pytest.raises(BadImage, match="has signed integers"):
@@ -223,7 +223,7 @@ def test_a_range_needs_all_bits() -> None:
     idat = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
     deep = bytes(rgb[:end]) + idat + bytes(rgb[-12:])
     assert decode(deep)[0, 0].tolist() == [200, 100, 50]
-    with pytest.raises(BadImage, match="16 bits a color, of which Pillow reads the upper 8"):
+    with pytest.raises(BadImage, match="16 bits per color, of which Pillow reads the upper 8"):
         decode(deep, value_range=(0, 4095))
 
 
@@ -363,7 +363,7 @@ def test_the_size_of_a_jpeg_xl_is_read_from_its_header(size: tuple[int, int], co
 def test_a_format_whose_plugin_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vitft.data.decoder, "formats", lambda: ("JPEG", "PNG"))
     for kind, name in (("HEIF", "HEIC"), ("JXL", "JPEG XL")):
-        with pytest.raises(BadImage, match=rf"is {name}, which is read with: pip install 'vitft\[heic\]'"):
+        with pytest.raises(BadImage, match=rf"is {name}; to read it: pip install 'vitft\[heic\]'"):
             decode(encoded(Image.fromarray(np.tile(RGB, (9, 9, 1))), kind))
 
 
@@ -553,7 +553,7 @@ def test_a_large_jpeg_is_decoded_no_larger_than_training_needs(
     orientation: int, enough: int, shape: tuple[int, int]
 ) -> None:
     stored = photo(1600, 1200, orientation)
-    small = decode(stored, enough=enough)
+    small = decode(stored, min_side=enough)
     assert small.shape[:2] == (shape if orientation == 1 else shape[::-1])
     whole = Image.fromarray(decode(stored)).resize(small.shape[1::-1], Image.Resampling.BOX)
     assert np.abs(small.astype(int) - np.asarray(whole)).mean() < 2
@@ -562,12 +562,12 @@ def test_a_large_jpeg_is_decoded_no_larger_than_training_needs(
 def test_what_is_no_jpeg_is_decoded_whole() -> None:
     file = io.BytesIO()
     Image.new("RGB", (800, 600), "red").save(file, "PNG")
-    assert decode(file.getvalue(), enough=50).shape == (600, 800, 3)
+    assert decode(file.getvalue(), min_side=50).shape == (600, 800, 3)
 
 
 def test_a_torn_jpeg_is_bad_at_any_size() -> None:
     with pytest.raises(BadImage, match="truncated"):
-        decode(photo(1600, 1200)[:20_000], enough=100)
+        decode(photo(1600, 1200)[:20_000], min_side=100)
 
 
 def test_a_plugin_may_register_its_suffixes_while_they_are_listed(monkeypatch) -> None:

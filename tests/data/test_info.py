@@ -9,7 +9,7 @@ from rich.console import Console
 
 from vitft.cli.tables import data_report
 from vitft.data.info import describe
-from vitft.data.preview import CLASSES, _written, preview
+from vitft.data.preview import CLASSES, _fit_text, preview
 from vitft.data.sources.source import open_dataset
 
 
@@ -86,12 +86,12 @@ def test_preview_shows_every_class_in_a_row(tmp_path):
 
 
 def test_a_name_that_is_cut_keeps_as_many_letters_as_fit():
-    text, font = _written("abcdefghij" * 20, "", 15, 240)
+    text, font = _fit_text("abcdefghij" * 20, "", 15, 240)
     cut = text.removesuffix("…")
     assert cut + ("abcdefghij" * 20)[len(cut) :] == "abcdefghij" * 20
     assert text != cut
     assert font.getlength(text) <= 240 < font.getlength(f"{('abcdefghij' * 20)[: len(cut) + 1]}…")
-    assert _written("cat", "", 15, 240)[0] == "cat"
+    assert _fit_text("cat", "", 15, 240)[0] == "cat"
 
 
 def test_the_cell_of_an_unreadable_image_is_crossed_out(tmp_path):

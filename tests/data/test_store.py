@@ -84,13 +84,13 @@ def test_a_bad_image_stops_the_run_by_name_or_is_listed(tmp_path: Path) -> None:
     folder = photos(tmp_path, [(20, 16)] * 6)
     bad = folder / "train" / "dog" / "004.png"
     bad.write_bytes(bad.read_bytes()[:60])
-    with pytest.raises(DataError, match=r"dog/004\.png.*truncated.*; mend or remove it, or add --on-bad-image skip"):
+    with pytest.raises(DataError, match=r"dog/004\.png.*truncated.*; fix or remove it, or add --on-bad-image skip"):
         stored(folder)
     store, skipped = stored(folder, skip_bad=True)
     assert len(store) == 5
     assert skipped == ["train/dog/004.png"]
     (folder / "train" / "cat" / "001.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"cat/001\.png: is empty .*\(and 1 more like it\); mend"):
+    with pytest.raises(DataError, match=r"cat/001\.png: is empty .*\(and 1 more\); fix"):
         stored(folder)
 
 
@@ -116,7 +116,7 @@ def test_a_photo_that_is_gone_is_named_as_such(tmp_path: Path) -> None:
     source = open_dataset(str(folder))
     gone = sorted(folder.rglob("*.png"))[1]
     gone.unlink()
-    with pytest.raises(DataError, match=rf"{gone.name}: does not exist; mend or remove it"):
+    with pytest.raises(DataError, match=rf"{gone.name}: does not exist; fix or remove it"):
         decode_all(
             source.splits["train"], Preprocess(32, 32), crops=False, max_pixels=10**6, skip_bad=False, cache_gb=1
         )
@@ -240,7 +240,9 @@ def test_a_streamed_image_that_has_changed_is_named(tmp_path: Path, monkeypatch:
     store, _ = stored(folder)
     file = folder / "train" / "cat" / "001.png"
     Image.open(file).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(file)
-    with pytest.raises(DataError, match=r"cat/001.png: has other pixels; it has changed since the run began"):
+    with pytest.raises(
+        DataError, match=r"cat/001.png: decodes to different pixels; it has changed since the run began"
+    ):
         store.gather(np.arange(4))
 
 
@@ -253,7 +255,7 @@ def test_what_is_read_from_its_file_moves_to_the_device(tmp_path: Path, monkeypa
     assert len(streamed.pixels) == 0
     moved = move_to_device(streamed, torch.device("cpu"), 10 * whole.size)
     assert torch.equal(moved.pixels, whole.pixels)
-    assert moved.anew is None
+    assert moved.load is None
     assert move_to_device(streamed, torch.device("cpu"), 10 * whole.size - 1) is streamed
 
 

@@ -563,7 +563,7 @@ def test_a_cpu_takes_bf16_where_it_is_measured_to_be_faster(
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"device": "cuda:0"}, "device cuda:0: it is cuda, and CUDA_VISIBLE_DEVICES chooses which GPU that is"),
+        ({"device": "cuda:0"}, "device cuda:0: use cuda, and choose the GPU with CUDA_VISIBLE_DEVICES"),
         ({"device": "gpu"}, "device gpu: not one of auto, cpu, cuda, mps"),
         ({"precision": "float16"}, "precision float16: not one of auto, fp32, bf16, fp16; choose one of these"),
     ],

@@ -1,4 +1,4 @@
-"""A contact sheet of a data set: one row per class, drawn with Pillow."""
+"""Draw a contact sheet of a dataset with Pillow: one row per class."""
 
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,19 @@ _PAPER, _EMPTY, _INK, _FAINT = "#ffffff", "#f1f1f3", "#1c1c1f", "#74747c"
 def preview(source: Source, path: Path, seed: int = 0) -> None:
     """Draw up to 8 random images of up to 20 evenly spaced classes of the train split, and save a PNG.
 
-    Images keep their shape; small ones are enlarged by whole factors, so their pixels stay visible.
-    An unreadable image is a crossed-out cell. A name that no font here can draw is `class 3`, counted from 0.
+    Images keep their aspect ratio; small ones are enlarged by whole factors, so their pixels stay visible. The cell of
+    an unreadable image is crossed out. A class name that no available font can draw becomes `class 3`, counted from 0.
     """
     name = find_split_name(source, "train") or next(iter(source.splits))
     split = source.splits[name]
     labels = class_indices(split)
     count = len(source.labels)
     shown = np.linspace(0, count - 1, min(CLASSES, count)).round().astype(int)
-    names = [_written(source.labels[label], f"class {label}", 15, 240) for label in shown]
-    title, title_font = _written(source.name, "data set", 19)
-    of_all = f"{len(shown)} of {count}" if len(shown) < count else str(count)
-    note = f"{name}: {len(split):,} images; {of_all} classes, up to {IMAGES} images of each, drawn at random"
-    note, note_font = _written(note, "", 13)
+    names = [_fit_text(source.labels[label], f"class {label}", 15, 240) for label in shown]
+    title, title_font = _fit_text(source.name, "dataset", 19)
+    classes = f"{len(shown)} of {count}" if len(shown) < count else str(count)
+    note = f"{name}: {len(split):,} images; {classes} classes, up to {IMAGES} random images of each"
+    note, note_font = _fit_text(note, "", 13)
     columns = min(IMAGES, int(np.bincount(labels).max()))
     left = _MARGIN + round(max(font.getlength(text) for text, font in names)) + 14
     top = _MARGIN + 56
@@ -71,18 +71,21 @@ def _draw_cell(sheet: Image.Image, x: int, y: int, image: dict[str, Any]) -> Non
 
 
 def _fit(picture: Image.Image) -> Image.Image:
-    """The picture as large as a cell allows, at least one pixel wide and high."""
+    """Resize the picture to fill a cell, with at least one pixel per side."""
     scale = _CELL / max(picture.size)
     if scale >= 2:
-        whole = int(scale)
-        return picture.resize((picture.width * whole, picture.height * whole), Image.Resampling.NEAREST)
+        factor = int(scale)
+        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def _written(text: str, otherwise: str, size: int, width: int | None = None) -> tuple[str, Any]:
-    """The text on one line, cut with an ellipsis to fit a width in pixels, and its font; or what stands for it."""
-    text, file = drawable(safe(" ".join(text.split())), otherwise)
+def _fit_text(text: str, fallback: str, size: int, width: int | None = None) -> tuple[str, Any]:
+    """The text on one line, shortened with an ellipsis to a width in pixels, and its font.
+
+    `fallback` replaces a text that no available font can draw.
+    """
+    text, file = drawable(safe(" ".join(text.split())), fallback)
     font = ImageFont.truetype(file, size)
     if width is None or font.getlength(text) <= width:
         return text, font

@@ -1,8 +1,8 @@
-"""Decoded images, once: uint8, in memory or, when large, in a file.
+"""Images decoded once: uint8, in memory or, if they are large, in a file.
 
-Small images keep their own size. Larger ones are reduced, never enlarged: to the exact model size where that is what
-the model will see; where training crops, only so far that the smallest crop still has all the model's pixels. Those
-are kept on disk for the next run, up to a bound; what exceeds memory and the bound is decoded anew each time.
+Small images keep their size. Larger ones are shrunk, never enlarged: to the exact model size if that is what the model
+will see; for training crops, only so far that the smallest crop still has as many pixels as the model input. Shrunk
+photos are cached on disk for the next run, up to a limit. What exceeds memory and the limit is decoded on demand.
 """
 
 import errno
@@ -31,26 +31,26 @@ from vitft.hardware.device import to_device
 
 IN_MEMORY = 2_000_000_000  # bytes; more goes to a file, which the system may page out
 T = TypeVar("T")
-_CHUNK = 64  # rows that are read and decoded at a time
-_SHARPER = 1.5  # how many times the side of what crops are cut from a JPEG is at least decoded to; docs/benchmarks.md
+_CHUNK = 64  # rows read and decoded at a time
+_SHARPER = 1.5  # JPEGs for crops are decoded to at least this multiple of the stored side; docs/benchmarks.md
 
 
 @dataclass(frozen=True)
 class Store:
-    """The images of one split: `gather` gives any of them; `digest` names their pixels."""
+    """The images of one split: `gather` returns any of them; `digest` identifies their pixels."""
 
-    pixels: Tensor  # uint8, all images end to end
+    pixels: Tensor  # uint8, all images end to end, or the first of them
     offsets: NDArray[np.int64]  # (N + 1,)
-    shapes: NDArray[np.int64]  # (N, 2) height, width
+    shapes: NDArray[np.int64]  # (N, 2): height, width
     digest: str
-    anew: Callable[[int], NDArray[np.uint8]] | None = None  # reads or decodes an image that `pixels` does not hold
+    load: Callable[[int], NDArray[np.uint8]] | None = None  # reads or decodes an image that is not in `pixels`
 
     def __len__(self) -> int:
         return len(self.shapes)
 
     @property
     def uniform(self) -> bool:
-        """Whether all images have one size."""
+        """Whether all images have the same size."""
         return len(self) > 0 and bool((self.shapes == self.shapes[0]).all())
 
     @property
@@ -59,38 +59,36 @@ class Store:
         return int(self.offsets[-1])
 
     def gather(self, index: NDArray[np.int64], *, stacked: bool = True) -> Images:
-        """The images of these positions: (B, H, W, 3) when all have one size and `stacked`, else a list.
+        """The images at these positions: (B, H, W, 3) if all have the same size and `stacked`, else a list.
 
-        Those of a list are views where that can be: what is cut from large images needs no copy of them.
+        A list has views where possible: crops of large images need no copies.
         """
-        if self.uniform and self.anew is None and stacked:
-            height, width = self.shapes[0].tolist()
-            return self.pixels.view(len(self), height, width, 3)[to_device(torch.from_numpy(index), self.pixels.device)]
-        images = (
-            [self._image(int(i)) for i in index] if self.anew is None else list(thread_pool().map(self._image, index))
-        )
-        return torch.stack(images) if self.uniform and stacked else images
+        if self.uniform and self.load is None and stacked:
+            images = self.pixels.view(len(self), *self.shapes[0].tolist(), 3)
+            return images[to_device(torch.from_numpy(index), self.pixels.device)]
+        views = list((map if self.load is None else thread_pool().map)(self._image, index.tolist()))
+        return torch.stack(views) if self.uniform and stacked else views
 
     def _image(self, position: int) -> Tensor:
         height, width = self.shapes[position].tolist()
         start, end = self.offsets[position : position + 2].tolist()
-        if self.anew is not None and end > len(self.pixels):
-            return torch.from_numpy(self.anew(position))
+        if self.load is not None and end > len(self.pixels):
+            return torch.from_numpy(self.load(position))
         return self.pixels[start:end].view(height, width, 3)
 
 
 def move_to_device(store: Store, device: torch.device, free_bytes: int) -> Store:
-    """The store on a device, where all its images have one size and take at most a tenth of what is free there."""
+    """The store on a device, if its images have the same size and take at most a tenth of the free memory there."""
     if not store.uniform or store.size > free_bytes // 10:
         return store
-    if store.anew is None:
+    if store.load is None:
         return replace(store, pixels=store.pixels.to(device))
     pixels = torch.empty((len(store), *store.shapes[0].tolist(), 3), dtype=torch.uint8, device=device)
     for index in np.array_split(np.arange(len(store)), -(-len(store) // _CHUNK)):
         images = store.gather(index)
         assert isinstance(images, Tensor)
         pixels[index[0] : index[-1] + 1] = images.to(device)
-    return replace(store, pixels=pixels.view(-1), anew=None)
+    return replace(store, pixels=pixels.view(-1), load=None)
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ class Skipped:
 
 def decode_all(
     rows: datasets.Dataset,
-    how: Preprocess,
+    preprocess: Preprocess,
     *,
     crops: bool,
     max_pixels: int,
@@ -115,48 +113,49 @@ def decode_all(
     name: str = "images",
     progress: Callable[[int, int], None] = lambda done, count: None,
 ) -> tuple[Store, list[Skipped]]:
-    """Decode every row of a split, reduced for evaluation or, with `crops`, for training crops.
+    """Decode every row of a split, shrunk for evaluation or, with `crops`, for training crops.
 
-    `training`: large JPEGs may be decoded smaller, which is much faster; scores are never made from those.
-    Photos are kept for the next run, under `name`, while all that is kept has at most `cache_gb`. They are
-    found again by their files' times and samples, or by the `whole` content too.
-    Raises DataError naming the first image that cannot be read and counting the others, unless `skip_bad`.
+    With `training`, large JPEGs may be decoded at a smaller size, which is much faster; scores never use those. Photos
+    are cached for the next run under `name`, in a cache of at most `cache_gb`; files are identified by their times and
+    samples of their content, or with `whole` by all of it. Raises DataError, which names the first image that cannot
+    be read and counts the others, unless `skip_bad`.
     """
 
     def work(cell: dict[str, Any]) -> NDArray[np.uint8] | BadImage:
         try:
             source = encoded(cell)
-            enough = _enough(source, how, crops) if training and how.resizes else None
-            return np.ascontiguousarray(shrink(decode(source, max_pixels, enough, how.value_range), how, crops))
+            min_side = _min_decoded_side(source, preprocess, crops) if training and preprocess.resizes else None
+            image = decode(source, max_pixels, min_side, preprocess.value_range)
+            return np.ascontiguousarray(shrink(image, preprocess, crops))
         except BadImage as error:
             return error
 
-    def anew(position: int) -> NDArray[np.uint8]:
-        if found and (image := found[0].image(position)) is not None:
+    def load(position: int) -> NDArray[np.uint8]:
+        if cached and (image := cached[0].image(position)) is not None:
             return image
-        result = work(rows[kept[position]]["image"])
+        result = work(rows[kept_rows[position]]["image"])
         if isinstance(result, BadImage) or cache.checksum(result) != sums[position]:
-            reason = result if isinstance(result, BadImage) else "has other pixels"
-            raise DataError(f"{sample_id(rows, kept[position])}: {reason}; it has changed since the run began.")
+            reason = result if isinstance(result, BadImage) else "decodes to different pixels"
+            raise DataError(f"{sample_id(rows, kept_rows[position])}: {reason}; it has changed since the run began.")
         return result
 
     limit = int(cache_gb * 1e9)
     key = None
-    if limit and _large(rows, how):
-        made_by = (how, crops, training, max_pixels)
+    if limit and _first_is_large(rows, preprocess):
+        made_by = (preprocess, crops, training, max_pixels)
         key = cache.fingerprint(rows, *made_by, whole=whole)
-    found = key and cache.read(key, len(rows), IN_MEMORY, progress)
+    cached = key and cache.read(key, len(rows), IN_MEMORY, progress)
     sums: list[int] = []
-    kept: list[int] = []  # the rows that could be read
-    if found:
-        entry, held = found
-        sums, kept = entry.sums.tolist(), list(range(len(rows)))
-        return _store(entry.shapes, entry.digest, held, anew), []
+    kept_rows: list[int] = []  # the rows that could be read
+    if cached:
+        entry, in_memory = cached
+        sums, kept_rows = entry.sums.tolist(), list(range(len(rows)))
+        return _store(entry.shapes, entry.digest, in_memory, load), []
     shapes, skipped = [], []
     hashed = hashlib.blake2b(digest_size=8)
-    pixels = _Pixels()
+    pixels = _PixelBuffer()
     size = 0
-    for position, result in enumerate(_results(rows, work)):
+    for position, result in enumerate(_map_rows(rows, work)):
         progress(position + 1, len(rows))
         if isinstance(result, BadImage):
             skipped.append(Skipped(position, sample_id(rows, position), str(result)))
@@ -164,18 +163,18 @@ def decode_all(
         raw = result.data.cast("B")
         sums.append(cache.checksum(result))
         hashed.update(np.array(result.shape).tobytes())
-        # What crops are cut from is large: there its checksum stands for it, else this would take as long as decoding.
+        # Images for crops are large: their checksums are hashed instead, or hashing would take as long as decoding.
         hashed.update(sums[-1].to_bytes(8, "little") if crops else raw)
         shapes.append(result.shape[:2])
-        kept.append(position)
+        kept_rows.append(position)
         size += len(raw)
-        if pixels.held == size - len(raw) and size <= max(limit, IN_MEMORY):
-            with suppress(OSError):  # a full disk is a bound too
+        if pixels.size == size - len(raw) and size <= max(limit, IN_MEMORY):
+            with suppress(OSError):  # a full disk is a limit too
                 pixels.add(raw)
     if not skip_bad:
         _refuse(skipped)
-    store = _store(np.array(shapes, np.int64).reshape(-1, 2), hashed.hexdigest(), pixels.mapped(), anew)
-    if key and not skipped and store.anew is None:
+    store = _store(np.array(shapes, np.int64).reshape(-1, 2), hashed.hexdigest(), pixels.mapped(), load)
+    if key and not skipped and store.load is None:
         cache.write(key, name, store.pixels, store.shapes, sums, store.digest, limit)
     return store, skipped
 
@@ -184,7 +183,7 @@ def check_headers(
     rows: datasets.Dataset, *, max_pixels: int, skip_bad: bool,
     progress: Callable[[int, int], None] = lambda done, count: None,
 ) -> list[Skipped]:  # fmt: skip
-    """Open every image of a split and decode no pixel: the images that `decode_all` would refuse for their headers.
+    """Open every image of a split without decoding it: the images whose headers `decode_all` would refuse.
 
     Raises DataError as `decode_all` does, unless `skip_bad`.
     """
@@ -197,7 +196,7 @@ def check_headers(
         return None
 
     skipped = []
-    for position, error in enumerate(_results(rows, work)):
+    for position, error in enumerate(_map_rows(rows, work)):
         if error is not None:
             skipped.append(Skipped(position, sample_id(rows, position), str(error)))
         progress(position + 1, len(rows))
@@ -208,91 +207,91 @@ def check_headers(
 
 def _refuse(skipped: list[Skipped]) -> None:
     if skipped:
-        more = f" (and {len(skipped) - 1} more like it)" if len(skipped) > 1 else ""
+        more = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
         first = skipped[0]
-        raise DataError(f"{first.name}: {first.reason}{more}; mend or remove it, or add --on-bad-image skip.")
+        raise DataError(f"{first.name}: {first.reason}{more}; fix or remove it, or add --on-bad-image skip.")
 
 
-def _store(shapes: NDArray[np.int64], digest: str, pixels: Tensor, anew: Callable[[int], NDArray[np.uint8]]) -> Store:
-    """A store of images of these shapes, of which `anew` makes those that `pixels` do not hold."""
+def _store(shapes: NDArray[np.int64], digest: str, pixels: Tensor, load: Callable[[int], NDArray[np.uint8]]) -> Store:
+    """A store of images of these shapes; `load` is for those that are not in `pixels`."""
     offsets = np.concatenate([[0], np.cumsum(3 * shapes.prod(axis=1))])
-    return Store(pixels, offsets, shapes, digest, None if len(pixels) == offsets[-1] else anew)
+    return Store(pixels, offsets, shapes, digest, None if len(pixels) == offsets[-1] else load)
 
 
-def _large(rows: datasets.Dataset, how: Preprocess) -> bool:
-    """Whether the first image is larger than the model's: small ones are decoded as fast as they are read."""
+def _first_is_large(rows: datasets.Dataset, preprocess: Preprocess) -> bool:
+    """Whether the first image is larger than the model input: small ones are decoded as fast as they are read."""
     for cell in rows.select(range(min(1, len(rows))))["image"]:
         with suppress(BadImage):
             width, height, _ = header(encoded(cell))
-            return width * height > how.height * how.width
+            return width * height > preprocess.height * preprocess.width
     return False
 
 
-def shrink(image: NDArray[np.uint8], how: Preprocess, crops: bool) -> NDArray[np.uint8]:
-    """The image as stored: its own size if small, else what training crops or the model need of it."""
+def shrink(image: NDArray[np.uint8], preprocess: Preprocess, crops: bool) -> NDArray[np.uint8]:
+    """An image (H, W, 3) as it is stored: unchanged if small, else the size that training crops or the model need."""
     height, width = image.shape[:2]
-    if height * width <= how.height * how.width:
+    if height * width <= preprocess.height * preprocess.width:
         return image
-    if not crops:
-        return apply_resize(torch.from_numpy(image)[None], how)[0].contiguous().numpy()  # the loader crops
-    scale = _crop_scale(height, width, how)
+    if not crops:  # the loader applies the center crop
+        return apply_resize(torch.from_numpy(image)[None], preprocess)[0].contiguous().numpy()
+    scale = _crop_scale(height, width, preprocess)
     if scale >= 1:
         return image
     size = max(1, round(height * scale)), max(1, round(width * scale))
-    # Sharper than the filter that resizes crops, which comes after it: that one twice would blur.
+    # Bicubic is sharper than the filter that resizes the crops afterwards: applying that one twice would blur.
     return resize(torch.from_numpy(image)[None], *size, "bicubic")[0].contiguous().numpy()
 
 
-def _crop_scale(height: int, width: int, how: Preprocess) -> float:
-    """How many times its side an image is stored for crops: the smallest crop of it is as large as the model's input.
+def _crop_scale(height: int, width: int, preprocess: Preprocess) -> float:
+    """The factor by which to scale the sides so that the smallest crop has as many pixels as the model input.
 
-    So no crop is enlarged that would not be if it were cut from the photo, and an image has at most 12.5 times the
-    pixels of the model's input.
+    So no crop is enlarged that would not be if it were cut from the original, and a stored image has at most 12.5
+    times the pixels of the model input.
     """
-    return sqrt(how.height * how.width / (CROP_AREA * height * width))
+    return sqrt(preprocess.height * preprocess.width / (CROP_AREA * height * width))
 
 
-def _enough(source: bytes | Path, how: Preprocess, crops: bool) -> int:
-    """Pixels of the shorter side that are all that training asks of an image. Raises BadImage."""
+def _min_decoded_side(source: bytes | Path, preprocess: Preprocess, crops: bool) -> int:
+    """Pixels that the shorter side of a decoded image must have for training. Raises BadImage."""
     if crops:
         width, height, _ = header(source)
-        return ceil(_SHARPER * _crop_scale(height, width, how) * min(height, width))
-    return how.shortest_edge or max(how.before_crop or (how.height, how.width))
+        return ceil(_SHARPER * _crop_scale(height, width, preprocess) * min(height, width))
+    return preprocess.shortest_edge or max(preprocess.before_crop or (preprocess.height, preprocess.width))
 
 
-def _results(rows: datasets.Dataset, work: Callable[[dict[str, Any]], T]) -> Iterator[T]:
+def _map_rows(rows: datasets.Dataset, work: Callable[[dict[str, Any]], T]) -> Iterator[T]:
     for start in range(0, len(rows), _CHUNK):
         cells = rows[start : start + _CHUNK]["image"]
         yield from choose_map(cells)(work, cells)
 
 
-class _Pixels:
-    """Bytes that are added one image after the other: in memory, and when they grow large in a file."""
+class _PixelBuffer:
+    """Bytes added image by image: in memory, then in a temporary file once they exceed IN_MEMORY."""
 
     def __init__(self) -> None:
-        self.held = 0
+        self.size = 0
         self._file: Any = BytesIO()  # or an unbuffered file
 
     def add(self, raw: memoryview) -> None:
-        """Raises OSError where the disk is full; what was held before it still is."""
-        if isinstance(self._file, BytesIO) and self.held + len(raw) > IN_MEMORY:
-            spilt = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  (its mapping outlives us)
-            _write(spilt, self._file.getbuffer())
-            self._file = spilt
+        """Append bytes. Raises OSError if the disk is full, without losing what was added before."""
+        if isinstance(self._file, BytesIO) and self.size + len(raw) > IN_MEMORY:
+            file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  (its mapping outlives this object)
+            _write(file, self._file.getbuffer())
+            self._file = file
         _write(self._file, raw)
-        self.held += len(raw)
+        self.size += len(raw)
 
     def mapped(self) -> Tensor:
-        """All that is held, without another copy of it."""
-        if not self.held:
+        """All bytes, uint8, without a copy."""
+        if not self.size:
             return torch.empty(0, dtype=torch.uint8)
         if isinstance(self._file, BytesIO):
-            return torch.frombuffer(self._file.getbuffer(), dtype=torch.uint8)[: self.held]
-        # The mapping keeps the unlinked file alive; it goes with the process, however that ends.
-        return torch.from_numpy(np.memmap(self._file, np.uint8, "r+", shape=(self.held,)))
+            return torch.frombuffer(self._file.getbuffer(), dtype=torch.uint8)[: self.size]
+        # The mapping keeps the unlinked file alive until the process ends, however it ends.
+        return torch.from_numpy(np.memmap(self._file, np.uint8, "r+", shape=(self.size,)))
 
 
 def _write(file: Any, raw: bytes | memoryview) -> None:
-    """All of it, or OSError."""
+    """Write all bytes, or raise OSError."""
     if file.write(raw) != len(raw):
         raise OSError(errno.ENOSPC, "No space left on device")

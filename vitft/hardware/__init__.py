@@ -1,1 +1,1 @@
-"""What a run runs on: devices, precision, threads, and where the time of a step goes."""
+"""Device, precision and threads of a run, and timers for the parts of a step."""

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: a clock that the step's parts report to. In training it does not run."""
+"""Timers for the parts of a step. Training uses the `Clock` that measures nothing; `bench` uses a `Stopwatch`."""
 
 import time
 from collections import defaultdict
@@ -9,42 +9,39 @@ from typing import Literal
 import torch
 
 Part = Literal["wait", "transfer", "augment", "forward", "backward", "optimizer"]
-"""wait: for stored images (in evaluation, for the model's input); augment: from those to the model's input."""
+"""wait: for stored images (in evaluation, for model input); augment: from stored images to model input."""
 
 
 class Clock:
-    """The clock of a run that is not measured: it costs nothing, and waits for no device."""
+    """Measures nothing, costs nothing and never synchronizes."""
 
     def part(self, name: Part) -> AbstractContextManager[None]:
-        """Around one part of a step."""
+        """Wrap one part of a step."""
         return nullcontext()
 
 
 class Stopwatch(Clock):
-    """Adds up the seconds of each part; waits for the device at both ends, so that each part pays for its own."""
+    """Adds up the seconds of each part, and synchronizes the device at both ends so that no part counts another's."""
 
     def __init__(self, device: str) -> None:
         self.device, self.seconds = device, defaultdict[str, float](float)
 
     @contextmanager
-    def _timed(self, name: Part) -> Iterator[None]:
+    def part(self, name: Part) -> Iterator[None]:
+        """Time one part of a step."""
         synchronize(self.device)
         started = time.perf_counter()
         yield
         synchronize(self.device)
         self.seconds[name] += time.perf_counter() - started
 
-    def part(self, name: Part) -> AbstractContextManager[None]:
-        """Around one part of a step."""
-        return self._timed(name)
-
 
 Timestamp = float | torch.cuda.Event
-"""By the clock of what computes: seconds of the host's, or an event that a GPU comes to when all before it is done."""
+"""Seconds of the host's clock, or an event that a GPU records when all work before it is done."""
 
 
 def timestamp(device: str) -> Timestamp:
-    """Now; where a GPU computes, when it will have done what it was asked for so far: nothing waits for it here."""
+    """Now; on a GPU, when it will have finished the work queued so far. Does not synchronize."""
     if device != "cuda":
         return time.perf_counter()
     event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -52,40 +49,40 @@ def timestamp(device: str) -> Timestamp:
     return event
 
 
-def seconds_between(begun: Timestamp, ended: Timestamp) -> float:
-    """From one moment to a later one of the same device; of a GPU's it waits for the later one."""
-    if isinstance(begun, float) or isinstance(ended, float):
-        return float(ended - begun)  # type: ignore[operator]  # both are
-    ended.synchronize()
-    return float(begun.elapsed_time(ended)) / 1e3
+def seconds_between(start: Timestamp, end: Timestamp) -> float:
+    """Seconds from one timestamp to a later one of the same device. Waits for a GPU to reach the later one."""
+    if isinstance(start, float) or isinstance(end, float):
+        return float(end - start)  # type: ignore[operator]  # both are
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
 
 
 class DataWait:
-    """Around what makes a step's input: how long steps had to wait for it.
+    """Context manager around the loading of each step's input: how long steps had to wait for it.
 
-    On a GPU that is from the end of the step before until the input lies there: it is idle then, or makes the input.
+    On a GPU this is the time from the end of the previous step until the input is there.
     """
 
     def __init__(self, device: str) -> None:
         self._device, self._seconds = device, 0.0
-        self._moments: list[tuple[Timestamp, Timestamp]] = []  # not read yet: to read one waits for it
+        self._pending: list[tuple[Timestamp, Timestamp]] = []  # reading a timestamp would wait for it
 
     def __enter__(self) -> None:
-        self._begun = timestamp(self._device)
+        self._start = timestamp(self._device)
 
     def __exit__(self, *error: object) -> None:
-        self._moments.append((self._begun, timestamp(self._device)))
+        self._pending.append((self._start, timestamp(self._device)))
 
     @property
     def seconds(self) -> float:
-        """Of all steps so far; on a GPU, this waits for the last input."""
-        self._seconds += sum(seconds_between(*pair) for pair in self._moments)
-        self._moments.clear()
+        """Total of all steps so far. On a GPU, waits for the last input."""
+        self._seconds += sum(seconds_between(*pair) for pair in self._pending)
+        self._pending.clear()
         return self._seconds
 
 
 def synchronize(device: str) -> None:
-    """Wait until the device has done what it was asked to."""
+    """Wait until the device has finished all queued work."""
     if device == "cuda":
         torch.cuda.synchronize()
     elif device == "mps":
