@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitft.errors import ModelError, UsageError
-from vitft.spec import PRESETS, ViTSpec, kept_bytes, preset, spec_from_config, stages, total, training_flops
+from vitft.spec import PRESETS, ViTSpec, peak_activation_bytes, preset, spec_from_config, stages, total, training_flops
 
 TINY = replace(ViTSpec.square(12, 4, 24, 2, 3, 40, 5), image_width=20)
 """Not square, so that rows and columns cannot be swapped unseen."""
@@ -206,9 +206,9 @@ def test_a_cut_is_torchs_convolution_or_refused_with_a_size_that_fits(
         ),
         (
             {"stride_height": 5},
-            "stride_height 5 is above patch_height 4, so pixels between patches are lost; try 4.",
+            "stride_height 5 is larger than patch_height 4, which skips pixels; try 4.",
         ),
-        ({"padding": 4}, "padding 4 is not below patch_height 4, so a patch would hold no pixel; try 2."),
+        ({"padding": 4}, "padding 4 must be smaller than patch_height 4, or a patch has no pixel; try 2."),
         ({"width": 100}, "width 100 is not a multiple of heads 3; try 99 or 102."),
         ({"width": 2}, "width 2 is not a multiple of heads 3; try 3."),
         ({"pooling": "max"}, "pooling 'max' is unknown; try cls or mean."),
@@ -216,12 +216,12 @@ def test_a_cut_is_torchs_convolution_or_refused_with_a_size_that_fits(
             {"prefix_tokens": 0},
             "pooling cls needs a class token, got prefix_tokens 0; try 1, or pooling mean.",
         ),
-        ({"padding": -1}, "padding must be a whole number of at least 0, got -1; try 0."),
-        ({"pre_logits": 0}, "pre_logits must be a whole number of at least 1, got 0; try 1."),
-        ({"layers": 2.5}, "layers must be a whole number of at least 1, got 2.5; try 1."),
-        ({"layers": True}, "layers must be a whole number of at least 1, got True; try 1."),
+        ({"padding": -1}, "padding must be an integer of at least 0, got -1; try 0."),
+        ({"pre_logits": 0}, "pre_logits must be an integer of at least 1, got 0; try 1."),
+        ({"layers": 2.5}, "layers must be an integer of at least 1, got 2.5; try 1."),
+        ({"layers": True}, "layers must be an integer of at least 1, got True; try 1."),
         *(
-            ({name: 0}, f"{name} must be a whole number of at least 1, got 0; try 1.")
+            ({name: 0}, f"{name} must be an integer of at least 1, got 0; try 1.")
             for name, value in asdict(TINY).items()
             if type(value) is int and name not in ("padding", "prefix_tokens")
         ),
@@ -281,9 +281,9 @@ def test_what_a_config_leaves_out_has_transformers_default() -> None:
         ({"model_type": "vit", "image_size": 230}, "unusable vit config: image_size 230 is not a multiple"),
         (
             {"model_type": "vit", "hidden_size": "768"},
-            "width must be a whole number of at least 1, got '768'",
+            "width must be an integer of at least 1, got '768'",
         ),
-        ({"model_type": "vit", "patch_size": [16]}, r"patch_height must be a whole .* got \[16\]"),
+        ({"model_type": "vit", "patch_size": [16]}, r"patch_height must be an integer .* got \[16\]"),
     ],
 )
 def test_configs_of_other_or_broken_models_are_model_errors(config: dict[str, Any], message: str) -> None:
@@ -303,12 +303,12 @@ def test_spec_imports_only_the_standard_library() -> None:
 
 def test_checkpointed_blocks_keep_what_they_read_and_one_is_whole() -> None:
     spec = PRESETS["vit-base"]
-    whole = kept_bytes(spec, 8)
+    whole = peak_activation_bytes(spec, 8)
     assert whole == total(spec, 8).activation_bytes
     (one_block,) = {
         sum(stage.activation_bytes for stage in stages(spec, 8) if stage.name.startswith(f"block.{number}."))
         for number in range(1, 13)
     }
     read = 4 * 8 * 197 * 768
-    assert kept_bytes(spec, 8, checkpointed=True) == whole - 12 * one_block + 12 * read + one_block
-    assert kept_bytes(spec, 8, checkpointed=True) < whole / 4
+    assert peak_activation_bytes(spec, 8, checkpointed=True) == whole - 12 * one_block + 12 * read + one_block
+    assert peak_activation_bytes(spec, 8, checkpointed=True) < whole / 4

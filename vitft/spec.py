@@ -1,8 +1,8 @@
-"""The arithmetic of a Vision Transformer: shapes, parameters, FLOPs and memory of each stage.
+"""The arithmetic of a Vision Transformer: shapes, parameters, FLOPs and activation memory of each stage.
 
-Pure integers, no torch: an answer takes milliseconds. The architecture is that of Dosovitskiy et al.
-2020 ("An Image is Worth 16x16 Words", eq. 1-4) as Transformers' ViTForImageClassification builds it;
-DeiT's distillation token (Touvron et al. 2020, section 4) is a second prefix token.
+Integer arithmetic only, without torch, so an answer takes milliseconds. The architecture is that of Dosovitskiy et
+al. 2020 ("An Image is Worth 16x16 Words", eq. 1-4) as Transformers' ViTForImageClassification implements it. DeiT's
+distillation token (Touvron et al. 2020, section 4) is a second prefix token.
 """
 
 from collections.abc import Mapping
@@ -19,13 +19,13 @@ FLOAT32_BYTES = 4
 class ViTSpec:
     """The sizes that define a ViT. Images, patches, strides and padding are in pixels.
 
-    A stride below the patch's side makes patches overlap. `prefix_tokens` stand before the patch
-    tokens: 1 class token, 2 for DeiT, 0 only with mean pooling. `pooling` "cls" reads the first token,
-    "mean" averages the patch tokens. `pre_logits` is the width of a tanh layer before the head.
-    `norm` "pre" normalises what a block's parts read, "post" the sums they are added to (Vaswani et al.
-    2017). "gelu" is the exact one, by erf; "gelu_tanh" its approximation (Hendrycks & Gimpel 2016).
+    A stride smaller than the patch makes patches overlap. `prefix_tokens` precede the patch tokens: 1 class token, 2
+    for DeiT, 0 only with mean pooling. `pooling` "cls" reads the first token, "mean" averages the patch tokens.
+    `pre_logits` is the width of a tanh layer before the head. `norm` "pre" normalizes the inputs of attention and MLP,
+    "post" their sums with the residual (Vaswani et al. 2017). "gelu" is the exact GELU, "gelu_tanh" its tanh
+    approximation (Hendrycks & Gimpel 2016).
 
-    Raises UsageError, with the numbers and a remedy, where the sizes do not fit together.
+    Raises UsageError, with the numbers and a remedy, if the sizes are inconsistent.
     """
 
     image_height: int
@@ -72,27 +72,30 @@ class ViTSpec:
             raise UsageError(f"width {self.width} is not a multiple of heads {self.heads}; try {options}.")
 
     def _check_axis(self, axis: str) -> None:
-        """Every pixel must fall into a patch, and every patch must hold a pixel."""
-        image, patch, stride = (getattr(self, f"{part}_{axis}") for part in ("image", "patch", "stride"))
+        """Raise UsageError unless every pixel is in a patch and every patch has a pixel, along "height" or "width"."""
+        image, patch, stride = (getattr(self, f"{name}_{axis}") for name in ("image", "patch", "stride"))
         square = self.image_height == self.image_width and self.patch_height == self.patch_width
-        of_image, of_patch = (f"{part}_{'size' if square else axis}" for part in ("image", "patch"))
+        image_name, patch_name = (f"{name}_{'size' if square else axis}" for name in ("image", "patch"))
         if stride > patch:
-            got = f"stride_{axis} {stride} is above {of_patch} {patch}"
-            raise UsageError(f"{got}, so pixels between patches are lost; try {patch}.")
+            raise UsageError(
+                f"stride_{axis} {stride} is larger than {patch_name} {patch}, which skips pixels; try {patch}."
+            )
         if self.padding >= patch:
-            got = f"padding {self.padding} is not below {of_patch} {patch}"
-            raise UsageError(f"{got}, so a patch would hold no pixel; try {patch // 2}.")
+            raise UsageError(
+                f"padding {self.padding} must be smaller than {patch_name} {patch}, or a patch has no pixel; "
+                f"try {patch // 2}."
+            )
         smallest = patch - 2 * self.padding
-        # The far padding may stay outside of all patches; pixels may not.
+        # Patches may leave out padding at the far edge, but no pixels.
         if image >= smallest and (image - smallest) % stride <= self.padding:
             return
         steps = max((image - smallest) // stride, 0)
-        fitting = sorted({smallest + steps * stride, smallest + (image > smallest) * (steps + 1) * stride})
-        options = " or ".join(str(size) for size in fitting if size > 0)
+        sizes = sorted({smallest + steps * stride, smallest + (image > smallest) * (steps + 1) * stride})
+        options = " or ".join(str(size) for size in sizes if size > 0)
         if stride == patch and not self.padding:
-            raise UsageError(f"{of_image} {image} is not a multiple of {of_patch} {patch}; try {options}.")
-        cut = f"{of_patch} {patch}, stride_{axis} {stride} and padding {self.padding}"
-        raise UsageError(f"{of_image} {image} does not fit {cut}; try {options}.")
+            raise UsageError(f"{image_name} {image} is not a multiple of {patch_name} {patch}; try {options}.")
+        patches = f"{patch_name} {patch}, stride_{axis} {stride} and padding {self.padding}"
+        raise UsageError(f"{image_name} {image} does not fit {patches}; try {options}.")
 
     # fmt: off
     @classmethod
@@ -100,7 +103,7 @@ class ViTSpec:
         cls, image_size: int, patch_size: int, width: int, layers: int, heads: int, mlp: int, classes: int,
         pre_logits: int | None = None, channels: int = 3,
     ) -> "ViTSpec":
-        """A ViT of square images cut into square patches that touch and do not overlap."""
+        """A ViT of square images and square patches that do not overlap."""
         return cls(
             image_height=image_size, image_width=image_size, patch_height=patch_size, patch_width=patch_size,
             stride_height=patch_size, stride_width=patch_size, channels=channels, width=width, heads=heads,
@@ -117,33 +120,33 @@ class ViTSpec:
 
     @property
     def patches(self) -> int:
-        """Patches of one image."""
+        """Number of patches per image."""
         return prod(self.grid)
 
     @property
     def tokens(self) -> int:
-        """Tokens of one image: its patches and the prefix tokens."""
+        """Number of tokens per image: patches and prefix tokens."""
         return self.patches + self.prefix_tokens
 
     @property
     def head_width(self) -> int:
-        """Length of one head's query, key and value vectors."""
+        """Width of one head's queries, keys and values."""
         return self.width // self.heads
 
 
 def _check_count(name: str, value: Any) -> None:
-    """Raise UsageError unless value is a count that the field of this name can have."""
-    least = 0 if name in ("padding", "prefix_tokens") else 1
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UsageError(f"{name} must be a whole number of at least {least}, got {value!r}; try {least}.")
+    """Raise UsageError unless the value is an integer in the range of the field `name`."""
+    minimum = 0 if name in ("padding", "prefix_tokens") else 1
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise UsageError(f"{name} must be an integer of at least {minimum}, got {value!r}; try {minimum}.")
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One step of the forward pass, of a whole batch.
+    """One step of the forward pass of a batch.
 
-    `input` and `output` are shapes; `flops` are floating-point operations, `activation_bytes` the
-    float32 bytes of the output that stay in memory until the backward pass.
+    `input` and `output` are shapes, `flops` floating-point operations. `activation_bytes` is the size of the output in
+    float32 if it is saved for the backward pass, else 0.
     """
 
     name: str
@@ -157,119 +160,107 @@ class Stage:
 def stages(spec: ViTSpec, batch_size: int = 1) -> list[Stage]:
     """All stages from pixels to logits, in order; each stage's input is the output of the one before.
 
-    Shapes start with the batch; `attention.qkv` gives (B, 3, A, N, K), the scores are (B, A, N, N).
+    Shapes start with the batch: `attention.qkv` gives (B, 3, A, N, K), the scores are (B, A, N, N).
 
-    FLOPs count matrix products alone, 2*m*n*k each, with the patch convolution as one: as
-    torch.utils.flop_counter counts eager attention. Norms, softmax, GELU, biases and sums count 0.
+    FLOPs count only matrix products, 2*m*n*k each, the patch convolution included, as torch.utils.flop_counter
+    does for eager attention. Norms, softmax, GELU, biases and sums count as 0.
 
-    Activation bytes count an output where autograd keeps it in eager float32: as the operand of a
-    product or a norm, or as the result of a softmax or tanh. Other outputs and views count 0; so do
-    the two statistics a layer norm keeps of each token. Fused attention does not keep the softmax.
+    Activation bytes count the outputs that autograd saves in eager float32: operands of a product or a norm, and
+    results of a softmax or tanh. Other outputs and views count as 0, as do the two statistics per token that a layer
+    norm saves. Fused attention does not save the softmax.
 
-    Raises UsageError for a batch below 1.
+    Raises UsageError for a batch_size below 1.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}; try 1.")
     b, n, d, m = batch_size, spec.tokens, spec.width, spec.mlp
     a, k = spec.heads, spec.head_width
     image = (b, spec.channels, spec.image_height, spec.image_width)
-    patch_values = spec.channels * spec.patch_height * spec.patch_width
+    patch_numbers = spec.channels * spec.patch_height * spec.patch_width
     tokens, scores = (b, n, d), (b, a, n, n)
-    found: list[Stage] = []
+    result: list[Stage] = []
 
-    def add(name: str, output: tuple[int, ...], *, parameters: int = 0, flops: int = 0, kept: bool = False) -> None:
-        shape_in = found[-1].output if found else output
-        kept_bytes = FLOAT32_BYTES * prod(output) if kept else 0
-        found.append(Stage(name, shape_in, output, parameters, flops, kept_bytes))
+    def add(name: str, output: tuple[int, ...], *, parameters: int = 0, flops: int = 0, saved: bool = False) -> None:
+        previous = result[-1].output if result else output
+        result.append(Stage(name, previous, output, parameters, flops, FLOAT32_BYTES * prod(output) if saved else 0))
 
-    def add_linear(name: str, rows: int, fan_in: int, output: tuple[int, ...], *, kept: bool = False) -> None:
+    def add_linear(name: str, rows: int, fan_in: int, output: tuple[int, ...], *, saved: bool = False) -> None:
         fan_out = output[-1]
-        add(name, output, parameters=(fan_in + 1) * fan_out, flops=2 * rows * fan_in * fan_out, kept=kept)
+        add(name, output, parameters=(fan_in + 1) * fan_out, flops=2 * rows * fan_in * fan_out, saved=saved)
 
-    add("image", image, kept=True)
-    add(
-        "embed.projection",
-        (b, d, *spec.grid),
-        parameters=(patch_values + 1) * d,
-        flops=2 * b * spec.patches * patch_values * d,
-    )
-    add("embed.patches", (b, spec.patches, d))  # a view: the grid laid out as a sequence
+    def add_norm(name: str, *, saved: bool = True) -> None:
+        add(name, tokens, parameters=2 * d, saved=saved)
+
+    add("image", image, saved=True)
+    projection_flops = 2 * b * spec.patches * patch_numbers * d
+    add("embed.projection", (b, d, *spec.grid), parameters=(patch_numbers + 1) * d, flops=projection_flops)
+    add("embed.patches", (b, spec.patches, d))  # a view: the grid as a sequence
     if spec.prefix_tokens:
         add("embed.class_token", tokens, parameters=spec.prefix_tokens * d)
-    add("embed.positions", tokens, parameters=n * d if spec.positions == "learned" else 0, kept=True)
+    add("embed.positions", tokens, parameters=n * d if spec.positions == "learned" else 0, saved=True)
     for block in range(1, spec.layers + 1):
         attention, mlp = f"block.{block}.attention", f"block.{block}.mlp"
         if spec.norm == "pre":
-            add(f"{attention}.norm", tokens, parameters=2 * d, kept=True)
-        add(
-            f"{attention}.qkv",
-            (b, 3, a, n, k),
-            parameters=3 * (d + spec.qkv_bias) * d,
-            flops=3 * 2 * b * n * d * d,
-            kept=True,
-        )
+            add_norm(f"{attention}.norm")
+        qkv_parameters, qkv_flops = 3 * (d + spec.qkv_bias) * d, 3 * 2 * b * n * d * d
+        add(f"{attention}.qkv", (b, 3, a, n, k), parameters=qkv_parameters, flops=qkv_flops, saved=True)
         add(f"{attention}.scores", scores, flops=2 * b * a * n * n * k)
-        add(f"{attention}.softmax", scores, kept=True)
-        add(f"{attention}.mix", tokens, flops=2 * b * a * n * n * k, kept=True)
+        add(f"{attention}.softmax", scores, saved=True)
+        add(f"{attention}.mix", tokens, flops=2 * b * a * n * n * k, saved=True)
         add_linear(f"{attention}.output", b * n, d, tokens)
-        add(f"{attention}.residual", tokens, kept=True)
-        between = attention if spec.norm == "post" else mlp
-        add(f"{between}.norm", tokens, parameters=2 * d, kept=True)
-        add_linear(f"{mlp}.in", b * n, d, (b, n, m), kept=True)
-        add(f"{mlp}.activation", (b, n, m), kept=True)
+        add(f"{attention}.residual", tokens, saved=True)
+        add_norm(f"{attention if spec.norm == 'post' else mlp}.norm")
+        add_linear(f"{mlp}.in", b * n, d, (b, n, m), saved=True)
+        add(f"{mlp}.activation", (b, n, m), saved=True)
         add_linear(f"{mlp}.out", b * n, m, tokens)
-        add(f"{mlp}.residual", tokens, kept=True)
+        add(f"{mlp}.residual", tokens, saved=True)
         if spec.norm == "post":
-            add(f"{mlp}.norm", tokens, parameters=2 * d, kept=True)
-    # The class token is a view that keeps the whole normed sequence alive; a mean is a tensor of its own.
+            add_norm(f"{mlp}.norm")
+    # The class token is a view, which keeps the whole normalized sequence in memory; a mean is a tensor of its own.
     if spec.final_norm:
-        add("norm", tokens, parameters=2 * d, kept=spec.pooling == "cls")
-    add("pool", (b, d), kept=spec.pooling == "mean")
+        add_norm("norm", saved=spec.pooling == "cls")
+    add("pool", (b, d), saved=spec.pooling == "mean")
     if spec.pre_logits is not None:
-        add_linear("pre_logits", b, d, (b, spec.pre_logits), kept=True)
+        add_linear("pre_logits", b, d, (b, spec.pre_logits), saved=True)
     add_linear("head", b, spec.pre_logits or d, (b, spec.classes))
-    return found
+    return result
 
 
 def total(spec: ViTSpec, batch_size: int = 1) -> Stage:
-    """The whole forward pass as one stage named "total": image in, logits out, the sums of `stages`."""
-    every = stages(spec, batch_size)
-    return Stage(
-        "total",
-        every[0].input,
-        every[-1].output,
-        sum(stage.parameters for stage in every),
-        sum(stage.flops for stage in every),
-        sum(stage.activation_bytes for stage in every),
+    """The whole forward pass as one stage named "total": images in, logits out, and the sums of `stages`."""
+    parts = stages(spec, batch_size)
+    parameters, flops, activation_bytes = (
+        sum(getattr(stage, cost) for stage in parts) for cost in ("parameters", "flops", "activation_bytes")
     )
+    return Stage("total", parts[0].input, parts[-1].output, parameters, flops, activation_bytes)
 
 
-def kept_bytes(spec: ViTSpec, batch_size: int = 1, *, checkpointed: bool = False) -> int:
-    """Bytes that stay in memory for the backward pass, at most.
+def peak_activation_bytes(spec: ViTSpec, batch_size: int = 1, *, checkpointed: bool = False) -> int:
+    """Peak size in bytes of the activations saved for the backward pass.
 
-    `checkpointed`: each block keeps only what it reads, and one at a time is computed again, whole
-    (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+    With `checkpointed`, each block saves only its input, and one block at a time is recomputed (Chen et al. 2016,
+    "Training Deep Nets with Sublinear Memory Cost").
     """
-    every = stages(spec, batch_size)
-    kept = sum(stage.activation_bytes for stage in every)
+    parts = stages(spec, batch_size)
+    saved = sum(stage.activation_bytes for stage in parts)
     if not checkpointed:
-        return kept
-    in_blocks = sum(stage.activation_bytes for stage in every if stage.name.startswith("block."))
-    read = FLOAT32_BYTES * batch_size * spec.tokens * spec.width
-    return kept - in_blocks + spec.layers * read + in_blocks // spec.layers
+        return saved
+    in_blocks = sum(stage.activation_bytes for stage in parts if stage.name.startswith("block."))
+    block_input = FLOAT32_BYTES * batch_size * spec.tokens * spec.width
+    return saved - in_blocks + spec.layers * block_input + in_blocks // spec.layers
 
 
 def training_flops(spec: ViTSpec, batch_size: int = 1) -> int:
-    """FLOPs of one training step, 3 x forward: each product has two of its size in the backward pass.
+    """FLOPs of one training step: 3 x forward, because each product becomes two in the backward pass.
 
-    The convention of model FLOPs utilisation (Chowdhery et al. 2022, "PaLM", appendix B); the image's
-    own gradient, which no one computes, is within it.
+    This is the convention of model FLOPs utilization (Chowdhery et al. 2022, "PaLM", appendix B). It includes the
+    gradient of the images, which training does not compute.
     """
     return 3 * total(spec, batch_size).flops
 
 
-# Rows of (image side, patch side, width, layers, heads, mlp, classes): Table 1 of Dosovitskiy et al.
-# 2020, tiny and small of Touvron et al. 2020, and our own micro, which learns in minutes on a laptop.
+# (image size, patch size, width, layers, heads, mlp, classes). Sources: Table 1 of Dosovitskiy et al. 2020; tiny and
+# small of Touvron et al. 2020. vit-micro is our own; it trains in minutes on a laptop.
 PRESETS: dict[str, ViTSpec] = {
     "vit-micro": ViTSpec.square(28, 4, 64, 4, 4, 256, 10),
     "vit-tiny-patch16-224": ViTSpec.square(224, 16, 192, 12, 3, 768, 1000),
@@ -281,16 +272,13 @@ PRESETS: dict[str, ViTSpec] = {
     "vit-huge-patch14-224": ViTSpec.square(224, 14, 1280, 32, 16, 5120, 1000),
 }
 PRESETS |= {
-    "vit-tiny": PRESETS["vit-tiny-patch16-224"],
-    "vit-small": PRESETS["vit-small-patch16-224"],
-    "vit-base": PRESETS["vit-base-patch16-224"],
-    "vit-large": PRESETS["vit-large-patch16-224"],
-    "vit-huge": PRESETS["vit-huge-patch14-224"],
+    f"vit-{size}": PRESETS[f"vit-{size}-patch{patch}-224"]
+    for size, patch in (("tiny", 16), ("small", 16), ("base", 16), ("large", 16), ("huge", 14))
 }
 
 
 def preset(name: str) -> ViTSpec:
-    """The ViTSpec of this name in PRESETS; raises UsageError naming the nearest."""
+    """The ViTSpec of this name in PRESETS. Raises UsageError, with the closest name, if there is none."""
     if name in PRESETS:
         return PRESETS[name]
     hint = nearest(name, PRESETS) or f"; try one of {', '.join(PRESETS)}."
@@ -304,44 +292,35 @@ _ACTIVATIONS: dict[Any, Literal["gelu", "gelu_tanh", "relu"]] = {
 
 
 def spec_from_config(config: Mapping[str, Any]) -> ViTSpec:
-    """The sizes in a Transformers config.json of model_type vit or deit, as its ForImageClassification.
+    """The spec of a Transformers config.json of model_type vit or deit, as ...ForImageClassification.
 
-    Keys that are left out have Transformers' defaults. DeiT is counted with one head: the second,
-    distilled head of DeiTForImageClassificationWithTeacher is not fine-tuned.
+    Missing keys have Transformers' defaults. DeiT is counted with one head: the second, distillation head of
+    DeiTForImageClassificationWithTeacher is not fine-tuned.
 
-    Raises ModelError for an architecture that is no plain ViT and for sizes that do not fit together.
+    Raises ModelError for another architecture and for inconsistent sizes.
     """
     kind = config.get("model_type")
-    if kind not in tuple(_PREFIX_TOKENS):  # a tuple, for what a config holds need not be hashable
+    if kind not in tuple(_PREFIX_TOKENS):  # a tuple, because a config's value may not be hashable
         raise ModelError(f"no stage table for this architecture: {kind}; plain ViTs (vit, deit) have one.")
     if (activation := config.get("hidden_act", "gelu")) not in tuple(_ACTIVATIONS):
         raise ModelError(f"no stage table for the activation {activation}; {', '.join(_ACTIVATIONS)} have one.")
     labels = config.get("id2label")
-    image_height, image_width = _pair(config.get("image_size", 224))
-    patch_height, patch_width = _pair(config.get("patch_size", 16))
+    image_height, image_width = _height_and_width(config.get("image_size", 224))
+    patch_height, patch_width = _height_and_width(config.get("patch_size", 16))
     try:
         return ViTSpec(
-            image_height=image_height,
-            image_width=image_width,
-            patch_height=patch_height,
-            patch_width=patch_width,
-            stride_height=patch_height,
-            stride_width=patch_width,
-            channels=config.get("num_channels", 3),
-            width=config.get("hidden_size", 768),
-            heads=config.get("num_attention_heads", 12),
-            layers=config.get("num_hidden_layers", 12),
-            mlp=config.get("intermediate_size", 3072),
-            classes=len(labels) if labels else config.get("num_labels", 2),
-            prefix_tokens=_PREFIX_TOKENS[kind],
-            qkv_bias=bool(config.get("qkv_bias", True)),
-            norm_eps=config.get("layer_norm_eps", 1e-12),
+            image_height=image_height, image_width=image_width, patch_height=patch_height, patch_width=patch_width,
+            stride_height=patch_height, stride_width=patch_width, channels=config.get("num_channels", 3),
+            width=config.get("hidden_size", 768), heads=config.get("num_attention_heads", 12),
+            layers=config.get("num_hidden_layers", 12), mlp=config.get("intermediate_size", 3072),
+            classes=len(labels) if labels else config.get("num_labels", 2), prefix_tokens=_PREFIX_TOKENS[kind],
+            qkv_bias=bool(config.get("qkv_bias", True)), norm_eps=config.get("layer_norm_eps", 1e-12),
             activation=_ACTIVATIONS[activation],
-        )
+        )  # fmt: skip
     except UsageError as error:
         raise ModelError(f"unusable {kind} config: {error}") from None
 
 
-def _pair(size: Any) -> tuple[Any, Any]:
-    """(height, width) of a config's size: one number or two. What they are, ViTSpec checks."""
+def _height_and_width(size: Any) -> tuple[Any, Any]:
+    """A config's size, one number or two, as (height, width). ViTSpec checks the numbers."""
     return (size[0], size[1]) if isinstance(size, list | tuple) and len(size) == 2 else (size, size)

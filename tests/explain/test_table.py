@@ -180,10 +180,10 @@ def test_given_sizes_replace_those_of_the_model() -> None:
             {"width": 770, "heads": 12},
             "--width 770 is not a multiple of --heads 12; try --width 768 or 780, or --heads 11 or 14.",
         ),
-        ({"width": 0}, "--width must be a whole number of at least 1, got 0; try --width 12."),
-        ({"classes": 0}, "--classes must be a whole number of at least 1, got 0; try --classes 1."),
-        ({"patch_size": 0}, "--patch-size must be a whole number of at least 1, got 0; try --patch-size 1."),
-        ({"pre_logits": -3}, "--pre-logits must be a whole number of at least 1, got -3; try --pre-logits 1."),
+        ({"width": 0}, "--width must be an integer of at least 1, got 0; try --width 12."),
+        ({"classes": 0}, "--classes must be an integer of at least 1, got 0; try --classes 1."),
+        ({"patch_size": 0}, "--patch-size must be an integer of at least 1, got 0; try --patch-size 1."),
+        ({"pre_logits": -3}, "--pre-logits must be an integer of at least 1, got -3; try --pre-logits 1."),
         # One thing at a time: what is wrong with the heads is said next.
         (
             {"image_size": 225, "heads": 7},

@@ -1,4 +1,4 @@
-"""What the tests of the textbook share: numerical gradients, torch's gradients, and random small specs."""
+"""Numerical gradients, random weights and random small specs for the tests of the textbook."""
 
 from collections.abc import Callable
 
@@ -6,26 +6,25 @@ import numpy as np
 from hypothesis import strategies as st
 
 from vitft.scratch.tensors import Array
-from vitft.scratch.vit import ViT, mapped, new_weights
+from vitft.scratch.vit import ViT, init_weights, map_arrays
 from vitft.spec import ViTSpec
 
 
 def along(loss: Callable[[], float], array: Array, direction: Array, step: float = 3e-5) -> float:
-    """The derivative of the loss as the array moves in a direction, by central differences over one step and two.
+    """The directional derivative of the loss, by central differences over one step and two, with an error of O(step⁴).
 
-    The error of each is of the order step⁴. One step alone, with an error of the order step², is not enough: a layer
-    norm of few numbers bends sharply.
+    One step alone, with an error of O(step²), is not enough: a layer norm of few numbers is sharply curved.
     """
-    before, seen = array.copy(), {}
+    before, losses = array.copy(), {}
     for steps in (-2, -1, 1, 2):
         array[...] = before + steps * step * direction
-        seen[steps] = loss()
+        losses[steps] = loss()
     array[...] = before
-    return (8 * (seen[1] - seen[-1]) - (seen[2] - seen[-2])) / (12 * step)
+    return (8 * (losses[1] - losses[-1]) - (losses[2] - losses[-2])) / (12 * step)
 
 
 def numerical(loss: Callable[[], float], array: Array, step: float = 3e-5) -> Array:
-    """d loss / d array, number by number."""
+    """d loss / d array, elementwise."""
     gradient, direction = np.zeros_like(array), np.zeros_like(array)
     for index in np.ndindex(*array.shape):
         direction[index] = 1
@@ -34,22 +33,23 @@ def numerical(loss: Callable[[], float], array: Array, step: float = 3e-5) -> Ar
     return gradient
 
 
-def relative(got: Array, wanted: Array, floor: float = 0.0) -> float:
-    """Distance of two arrays, relative to the larger one (or to the floor)."""
-    return float(np.linalg.norm(got - wanted) / max(np.linalg.norm(got), np.linalg.norm(wanted), floor, 1e-300))
+def relative(actual: Array, expected: Array, floor: float = 0.0) -> float:
+    """Norm of the difference of two arrays, relative to the larger norm (or to the floor)."""
+    largest = max(np.linalg.norm(actual), np.linalg.norm(expected), floor, 1e-300)
+    return float(np.linalg.norm(actual - expected) / largest)
 
 
 def random_weights(spec: ViTSpec, seed: int = 0, std: float = 0.3) -> ViT:
-    """Weights of which none is 0 or 1, in float64: at such values a missing term would not be seen."""
+    """Weights in float64, none of them 0 or 1: at such values a missing term would go unnoticed."""
     rng = np.random.default_rng(seed)
-    return mapped(new_weights(spec, rng, np.float64), lambda array: array + std * rng.standard_normal(array.shape))
+    return map_arrays(init_weights(spec, rng, np.float64), lambda array: array + std * rng.standard_normal(array.shape))
 
 
 @st.composite
 def specs(draw: st.DrawFn, smooth: bool = False, channels: int | None = None) -> ViTSpec:
     """Small ViTs of every kind: overlapping and padded patches, non-square images, both poolings and norms.
 
-    smooth: without relu, whose corner numerical gradients may cross.
+    With `smooth`, never relu: numerical gradients may step across its corner.
     """
     sides = {}
     padding = draw(st.integers(0, 1))

@@ -1,7 +1,7 @@
-"""The textbook against Transformers: the same folder, the same images, the same numbers.
+"""The textbook against Transformers: the same folder and the same images give the same numbers.
 
-Against its eager attention. That one rounds its softmax to float32 whatever the model's dtype, so in float64
-it is 4e-8 away from its own SDPA attention and from the chapters: `softmax_in_full` lifts that one rounding.
+Transformers' eager attention rounds its softmax to float32 whatever the dtype of the model. In float64 it therefore
+differs by 4e-8 from its own SDPA attention and from the chapters; the fixture `softmax_in_full` removes that rounding.
 """
 
 from dataclasses import replace
@@ -19,7 +19,7 @@ from vitft.errors import ModelError
 from vitft.scratch.interop import from_transformers, load_folder, to_transformers
 from vitft.scratch.tensors import Array
 from vitft.scratch.torch_vit import TorchViT
-from vitft.scratch.vit import mapped, named, vit
+from vitft.scratch.vit import map_arrays, named_arrays, vit
 from vitft.spec import ViTSpec
 
 SIZES = {
@@ -29,7 +29,7 @@ SIZES = {
 
 
 def saved(folder: Path, kind: Any = ViTForImageClassification, config: Any = ViTConfig, **changes: Any) -> Any:
-    """A model of which no weight is 0 or 1, saved as Transformers does."""
+    """A model saved by Transformers, with no weight equal to 0 or 1."""
     torch.manual_seed(0)
     model = kind(config(**SIZES | changes)).eval()
     with torch.no_grad():
@@ -41,7 +41,7 @@ def saved(folder: Path, kind: Any = ViTForImageClassification, config: Any = ViT
 
 @pytest.fixture
 def softmax_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformers' eager attention as it is, but for the dtype that it asks of its softmax."""
+    """Transformers' eager attention with its softmax in the dtype of the model."""
     softmax = torch.nn.functional.softmax
     monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim))
 
@@ -50,66 +50,66 @@ def images(side: int = 8, count: int = 2) -> Array:
     return np.random.default_rng(0).standard_normal((count, 3, side, side))
 
 
-def farthest(got: Array, wanted: Array) -> float:
+def max_difference(actual: Array, expected: Array) -> float:
     """Largest difference, relative to the largest value."""
-    return float(np.abs(got - wanted).max() / np.abs(wanted).max())
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
 @pytest.mark.parametrize("change", [{}, {"qkv_bias": False}, {"hidden_act": "gelu_new"}, {"hidden_act": "relu"}])
-def test_a_folder_gives_transformers_logits(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_logits_equal_transformers(tmp_path: Path, change: dict[str, Any]) -> None:
     model = saved(tmp_path, **change).double()
     w, spec = load_folder(tmp_path, np.float64)
     x = images()
     with torch.no_grad():
-        wanted = model(torch.from_numpy(x)).logits.numpy()
+        expected = model(torch.from_numpy(x)).logits.numpy()
         by_torch = TorchViT(spec).load(w)(torch.from_numpy(x)).numpy()
-    assert farthest(vit(x, w, spec)[0], wanted) <= 1e-12
-    assert farthest(by_torch, wanted) <= 1e-12
+    assert max_difference(vit(x, w, spec)[0], expected) <= 1e-12
+    assert max_difference(by_torch, expected) <= 1e-12
 
 
-def test_deits_second_token_comes_along(tmp_path: Path) -> None:
+def test_deit_with_its_distillation_token(tmp_path: Path) -> None:
     model = saved(tmp_path, DeiTForImageClassification, DeiTConfig).double()
     w, spec = load_folder(tmp_path, np.float64)
     assert spec.prefix_tokens == 2
     with torch.no_grad():
-        wanted = model(torch.from_numpy(images())).logits.numpy()
-    assert farthest(vit(images(), w, spec)[0], wanted) <= 1e-12
+        expected = model(torch.from_numpy(images())).logits.numpy()
+    assert max_difference(vit(images(), w, spec)[0], expected) <= 1e-12
 
 
 @pytest.mark.parametrize("prefix", ["vit.", ""])
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_both_namings_go_there_and_back(tmp_path: Path, in_memory: bool, prefix: str) -> None:
+def test_both_namings_round_trip(tmp_path: Path, in_memory: bool, prefix: str) -> None:
     model = saved(tmp_path)
     w, spec = load_folder(tmp_path)
     state = to_transformers(w, spec, in_memory=in_memory, prefix=prefix)
     again = from_transformers(state, spec)
-    body = [(name, array) for name, array in named(w) if prefix or not name.startswith("head")]
-    assert all(np.array_equal(dict(named(again))[name], array) for name, array in body)
+    body = [(name, array) for name, array in named_arrays(w) if prefix or not name.startswith("head")]
+    assert all(np.array_equal(dict(named_arrays(again))[name], array) for name, array in body)
     if in_memory and prefix:
         theirs = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
         assert state.keys() == theirs.keys()
         assert all(np.array_equal(state[name], theirs[name]) for name in theirs)
 
 
-def test_weights_that_changed_here_are_transformers_there(tmp_path: Path) -> None:
+def test_changed_weights_can_be_loaded_into_transformers(tmp_path: Path) -> None:
     model = saved(tmp_path)
     w, spec = load_folder(tmp_path)
-    changed = mapped(w, lambda array: array * 0.5 + 0.1)
+    changed = map_arrays(w, lambda array: array * 0.5 + 0.1)
     state = to_transformers(changed, spec, in_memory=True)
     model.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in state.items()}, strict=True)
     with torch.no_grad():
-        wanted = model(torch.from_numpy(images()).float()).logits.numpy()
-    assert farthest(vit(images(), changed, spec)[0], wanted) <= 1e-5
+        expected = model(torch.from_numpy(images()).float()).logits.numpy()
+    assert max_difference(vit(images(), changed, spec)[0], expected) <= 1e-5
 
 
-def test_a_body_alone_gets_a_head_of_zeros(tmp_path: Path) -> None:
+def test_a_backbone_without_a_head_gets_one_of_zeros(tmp_path: Path) -> None:
     saved(tmp_path, ViTModel)
     w, spec = load_folder(tmp_path)
     assert not w.head.logits.weight.any()
     assert not vit(images().astype(np.float32), w, spec)[0].any()
 
 
-def test_what_transformers_cannot_be_is_named() -> None:
+def test_options_that_transformers_lacks_are_refused_by_name() -> None:
     spec = ViTSpec.square(8, 4, 12, 2, 3, 10, 4)
     for name, value in {"pooling": "mean", "norm": "post", "pre_logits": 3, "final_norm": False}.items():
         other = replace(spec, **{name: value})
@@ -117,14 +117,14 @@ def test_what_transformers_cannot_be_is_named() -> None:
             to_transformers(random_weights(other), other)
 
 
-def test_a_foreign_or_torn_folder_is_named(tmp_path: Path) -> None:
+def test_a_folder_of_another_model_or_with_a_corrupt_file_is_an_error(tmp_path: Path) -> None:
     saved(tmp_path)
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"hidden_size": 12', '"hidden_size": 15'))
-    with pytest.raises(ValueError, match=r"wanted \(.*15.*\), got \(.*12"):
+    with pytest.raises(ValueError, match=r"expected shape \(.*15.*\), got \(.*12"):
         load_folder(tmp_path)
     (tmp_path / "config.json").write_text(config)
-    (tmp_path / "model.safetensors").write_bytes(b"torn")
+    (tmp_path / "model.safetensors").write_bytes(b"corrupt")
     with pytest.raises(ValueError, match=r"model.safetensors cannot be read"):
         load_folder(tmp_path)
     (tmp_path / "config.json").write_text(config.replace('"model_type": "vit"', '"model_type": "swin"'))
@@ -139,7 +139,7 @@ SMALL14 = SHARED / "models" / "vit-small-patch14-224"
 @pytest.mark.usefixtures("softmax_in_full")
 @pytest.mark.skipif(not SMALL14.is_dir(), reason="needs the shared pretrained ViT")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-9), (np.float32, 3e-5)])
-def test_a_real_pretrained_vit_sees_real_images_alike(dtype: Any, tolerance: float) -> None:
+def test_a_pretrained_vit_on_real_images_equals_transformers(dtype: Any, tolerance: float) -> None:
     import pyarrow.parquet as parquet
     from PIL import Image
 
@@ -151,16 +151,16 @@ def test_a_real_pretrained_vit_sees_real_images_alike(dtype: Any, tolerance: flo
     w, spec = load_folder(SMALL14, dtype)
     model = ViTModel.from_pretrained(SMALL14, dtype=torch.float32, attn_implementation="eager", add_pooling_layer=False)
     with torch.no_grad():
-        wanted = model.eval().to(torch.from_numpy(x).dtype)(torch.from_numpy(x)).last_hidden_state.numpy()
-    seen: dict[str, Array] = {}
-    vit(x, w, spec, watch=lambda name, array: seen.update({name: array}) if name == "norm" else None)
-    assert farthest(seen["norm"], wanted) <= tolerance
-    assert relative(seen["norm"], wanted) <= tolerance
+        expected = model.eval().to(torch.from_numpy(x).dtype)(torch.from_numpy(x)).last_hidden_state.numpy()
+    stages: dict[str, Array] = {}
+    vit(x, w, spec, watch=stages.__setitem__)
+    assert max_difference(stages["norm"], expected) <= tolerance
+    assert relative(stages["norm"], expected) <= tolerance
 
 
 @pytest.mark.usefixtures("softmax_in_full")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-9), (np.float32, 3e-5)])
-def test_a_model_of_vit_bases_shape_has_transformers_logits(dtype: Any, tolerance: float) -> None:
+def test_logits_of_a_model_of_the_size_of_vit_base_equal_transformers(dtype: Any, tolerance: float) -> None:
     torch.manual_seed(0)
     model = ViTForImageClassification(ViTConfig(num_labels=10, attn_implementation="eager")).eval()
     model = model.to(torch.from_numpy(np.zeros(1, dtype)).dtype)
@@ -168,14 +168,14 @@ def test_a_model_of_vit_bases_shape_has_transformers_logits(dtype: Any, toleranc
     w = from_transformers({name: p.detach().numpy() for name, p in model.named_parameters()}, spec, dtype)
     x = images(224, 1).astype(dtype)
     with torch.no_grad():
-        wanted = model(torch.from_numpy(x)).logits.numpy()
-    assert farthest(vit(x, w, spec)[0], wanted) <= tolerance
+        expected = model(torch.from_numpy(x)).logits.numpy()
+    assert max_difference(vit(x, w, spec)[0], expected) <= tolerance
 
 
-@pytest.mark.parametrize("how", ["eager", "sdpa"])
-def test_what_is_left_in_float64_is_transformers_own_rounding(tmp_path: Path, how: str) -> None:
-    model = saved(tmp_path, attn_implementation=how).double()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_difference_in_float64_is_transformers_own_rounding(tmp_path: Path, attention: str) -> None:
+    model = saved(tmp_path, attn_implementation=attention).double()
     w, spec = load_folder(tmp_path, np.float64)
     with torch.no_grad():
-        gap = farthest(vit(images(), w, spec)[0], model(torch.from_numpy(images())).logits.numpy())
-    assert (1e-12 < gap < 1e-6) if how == "eager" else gap <= 1e-12
+        difference = max_difference(vit(images(), w, spec)[0], model(torch.from_numpy(images())).logits.numpy())
+    assert (1e-12 < difference < 1e-6) if attention == "eager" else difference <= 1e-12

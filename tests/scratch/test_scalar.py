@@ -1,4 +1,4 @@
-"""Scalar against finite differences, torch's autograd, and a depth that no recursion survives."""
+"""Scalar against finite differences and torch's autograd, and on graphs too deep for recursion."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from vitft.scratch.scalar import Scalar, dot, total
 
 Expression = Callable[..., Any]
 
-# One text for Scalars and for torch's tensors; names where the two differ.
+# Each operation for Scalars and for torch's tensors.
 UNARY: dict[str, tuple[Expression, Expression]] = {
     "neg": (lambda x: -x, lambda x: -x),
     "exp": (Scalar.exp, torch.exp),
@@ -43,11 +43,11 @@ BINARY: dict[str, Expression] = {
     "**": lambda x, y: x**y,
     "x*x + x": lambda x, y: x * x + x + 0 * y,
 }
-ONLY_ABOVE_0 = {"log", "sqrt", "power"}
+POSITIVE_ONLY = {"log", "sqrt", "power"}
 
 
 def finite_difference(function: Callable[[float], float], x: float) -> float:
-    """The slope from four points; the error is of order step⁴, and rounding's about 1e-16 / step."""
+    """The slope from four points, with an error of O(step⁴) plus a rounding error of about 1e-16 / step."""
     step = 1e-3 * max(1.0, abs(x))
     near = function(x + step) - function(x - step)
     far = function(x + 2 * step) - function(x - 2 * step)
@@ -71,15 +71,15 @@ def torch_slopes_of(expression: Expression, *values: float) -> tuple[float, list
 @pytest.mark.parametrize("name", UNARY)
 @pytest.mark.parametrize("x", [-2.6, -0.8, 0.05, 0.7, 2.3])
 def test_slopes_of_one_number(name: str, x: float) -> None:
-    if name in ONLY_ABOVE_0:
+    if name in POSITIVE_ONLY:
         x = abs(x)
-    own, theirs = UNARY[name]
-    value, [slope] = slopes_of(own, x)
+    ours, theirs = UNARY[name]
+    value, [slope] = slopes_of(ours, x)
     torch_value, [torch_slope] = torch_slopes_of(theirs, x)
     assert value == pytest.approx(torch_value, rel=1e-12)
     assert slope == pytest.approx(torch_slope, rel=1e-12)
-    if x > 0.05 or name not in ONLY_ABOVE_0 | {"number / x"}:  # there, the function bends within a step
-        assert slope == pytest.approx(finite_difference(lambda x: own(Scalar(x)).value, x), rel=1e-6, abs=1e-10)
+    if x > 0.05 or name not in POSITIVE_ONLY | {"number / x"}:  # there the function is too curved for the step
+        assert slope == pytest.approx(finite_difference(lambda x: ours(Scalar(x)).value, x), rel=1e-6, abs=1e-10)
 
 
 @pytest.mark.parametrize("name", BINARY)
@@ -100,7 +100,7 @@ def test_slopes_of_two_numbers(name: str, x: float, y: float) -> None:
     start=st.floats(-3, 3),
     scale=st.floats(-3, 3),
 )
-def test_sums_in_one_node_are_sums_in_many(xs: list[float], start: float, scale: float) -> None:
+def test_dot_and_total_equal_sums_of_many_nodes(xs: list[float], start: float, scale: float) -> None:
     values = [start, *xs]
 
     def fused(start: Any, *xs: Any) -> Any:
@@ -119,13 +119,13 @@ def test_sums_in_one_node_are_sums_in_many(xs: list[float], start: float, scale:
     assert total([]).value == 0
 
 
-def test_dot_wants_as_many_on_both_sides() -> None:
+def test_dot_of_different_lengths_is_an_error() -> None:
     with pytest.raises(ValueError, match="dot of 2 and 1"):
         dot([Scalar(1.0)] * 2, [Scalar(1.0)])
 
 
-# A program takes earlier results by their number, so results are used several times, or never.
-# Every step keeps numbers small and inside of the functions' domains.
+# A random program picks its inputs among earlier results, so a result may be used several times or never.
+# Every step keeps numbers small and within the domains of the functions.
 STEPS: list[tuple[Expression, Expression]] = [
     (lambda x, y: x + y, lambda x, y: x + y),
     (lambda x, y: x - y, lambda x, y: x - y),
@@ -147,7 +147,7 @@ STEPS: list[tuple[Expression, Expression]] = [
     steps=st.lists(st.tuples(st.integers(0, len(STEPS) - 1), st.integers(0), st.integers(0)), min_size=1, max_size=12),
 )
 @settings(max_examples=200, deadline=None)
-def test_any_expression_has_torchs_gradients(leaves: list[float], steps: list[tuple[int, int, int]]) -> None:
+def test_random_programs_have_the_gradients_of_torch(leaves: list[float], steps: list[tuple[int, int, int]]) -> None:
     def run(side: int) -> Expression:
         def expression(*known: Any) -> Any:
             results = list(known)
@@ -159,13 +159,13 @@ def test_any_expression_has_torchs_gradients(leaves: list[float], steps: list[tu
 
     value, slopes = slopes_of(run(0), *leaves)
     torch_value, torch_slopes = torch_slopes_of(run(1), *leaves)
-    # 12 steps can double a number 12 times before another step takes the difference of two.
+    # Rounding errors grow when 12 steps double a number 12 times and another subtracts two such numbers.
     assert value == pytest.approx(torch_value, rel=1e-10, abs=1e-10)
     assert slopes == pytest.approx(torch_slopes, rel=1e-10, abs=1e-10)
 
 
-def test_a_hundred_thousand_sums_in_a_row() -> None:
-    """Neither the walk nor, after it, Python's own freeing of the chain may run out of stack."""
+def test_a_chain_of_a_hundred_thousand_sums() -> None:
+    """Neither backward nor Python's deallocation of the chain may overflow the stack."""
     x = Scalar(1.5)
     chain = x
     for _ in range(100_000):
@@ -177,10 +177,10 @@ def test_a_hundred_thousand_sums_in_a_row() -> None:
     deep = Scalar(0.0)
     for _ in range(100_000):
         deep = (deep * deep + x) * 1e-3
-    del deep  # freed without ever being walked
+    del deep  # deallocated without a backward pass
 
 
-def test_leaves_add_up_and_the_rest_does_not() -> None:
+def test_leaves_accumulate_gradients_and_computed_nodes_do_not() -> None:
     x, y = Scalar(3.0), Scalar(5.0)
     inner = x * y
     result = inner * inner
@@ -194,19 +194,19 @@ def test_leaves_add_up_and_the_rest_does_not() -> None:
     assert x.grad == 307
 
 
-def test_computed_lists_parents_first_and_each_once() -> None:
+def test_topological_order_lists_parents_first_and_each_node_once() -> None:
     x = Scalar(0.5)
     inner = x * x + x
     result = inner * inner + inner
-    order = result.computed()
+    order = result.topological_order()
     assert len(order) == len(set(order)) == 4
     assert x not in order
     assert order[-1] is result
-    for place, node in enumerate(order):
-        assert all(parent in order[:place] for parent in node.parents if parent.parents)
+    for i, node in enumerate(order):
+        assert all(parent in order[:i] for parent in node.parents if parent.parents)
 
 
-def test_a_slope_where_functions_bend_or_end() -> None:
+def test_slopes_at_corners_and_at_the_end_of_domains() -> None:
     assert slopes_of(Scalar.relu, 0.0) == (0.0, [0.0])
     assert slopes_of(Scalar.gelu, 0.0) == (0.0, [0.5])
     assert slopes_of(lambda x: x**1, 0.0) == (0.0, [1.0])
@@ -220,7 +220,7 @@ def test_a_slope_where_functions_bend_or_end() -> None:
             function(Scalar(-1.0))
 
 
-def test_a_scalar_is_small_and_says_what_it_is() -> None:
+def test_a_scalar_has_a_repr_and_no_other_attributes() -> None:
     x = Scalar(2)
     (x * x).backward()
     assert repr(x) == "Scalar(2, grad=4)"

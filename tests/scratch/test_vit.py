@@ -1,4 +1,4 @@
-"""The whole model: against torch's autograd, central differences, and the arithmetic of the spec."""
+"""The whole model against torch's autograd, central differences, and the arithmetic of the spec."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from tests.scratch.gradients import along, random_weights, relative, specs
 from vitft.scratch.heads import cross_entropy, cross_entropy_backward
 from vitft.scratch.tensors import Array
 from vitft.scratch.torch_vit import TorchViT
-from vitft.scratch.vit import ViT, dropout_masks, mapped, named, new_weights, vit, vit_backward
+from vitft.scratch.vit import ViT, dropout_masks, init_weights, map_arrays, named_arrays, vit, vit_backward
 from vitft.spec import PRESETS, ViTSpec, stages, total
 
 SMALL = ViTSpec.square(6, 3, 8, 2, 2, 12, 4, channels=1)
@@ -35,7 +35,7 @@ def gradients(spec: ViTSpec, w: ViT, images: Array, labels: Array, masks: list[A
 
 @settings(max_examples=25, deadline=None)
 @given(specs(smooth=True), st.sampled_from([0.0, 0.3]))
-def test_the_backward_is_the_numerical_gradient(spec: ViTSpec, dropout: float) -> None:
+def test_backward_equals_the_numerical_gradient(spec: ViTSpec, dropout: float) -> None:
     w = random_weights(spec)
     images, labels, masks = batch(spec, 2, dropout)
 
@@ -43,23 +43,23 @@ def test_the_backward_is_the_numerical_gradient(spec: ViTSpec, dropout: float) -
         return cross_entropy(vit(images, w, spec, masks)[0], labels, 0.1)[0]
 
     d_images, d_w = gradients(spec, w, images, labels, masks)
-    # Of some arrays the gradient is nothing but rounding: softmax ignores a bias of the keys.
-    floor = 1e-3 * max(0.1, np.sqrt(sum(np.sum(d**2) for _, d in named(d_w))))
+    # Some gradients are nothing but rounding: softmax ignores a bias of the keys.
+    floor = 1e-3 * max(0.1, np.sqrt(sum(np.sum(d**2) for _, d in named_arrays(d_w))))
     rng = np.random.default_rng(1)
-    weights = zip(named(w), named(d_w), strict=True)
-    for (name, array), (same, gradient) in [(("images", images), ("images", d_images)), *weights]:
-        assert name == same
-        # Random directions miss no wrong number, and take four passes where single numbers take four each.
+    weights = zip(named_arrays(w), named_arrays(d_w), strict=True)
+    for (name, array), (gradient_name, gradient) in [(("images", images), ("images", d_images)), *weights]:
+        assert name == gradient_name
+        # A random direction involves every number at the cost of four passes; single numbers would take four each.
         for _ in range(2):
             direction = rng.standard_normal(array.shape)
             direction /= np.linalg.norm(direction)
-            gap = abs(np.sum(gradient * direction) - along(value, array, direction))
-            assert gap <= 1e-6 * max(np.linalg.norm(gradient), floor), name
+            difference = abs(np.sum(gradient * direction) - along(value, array, direction))
+            assert difference <= 1e-6 * max(np.linalg.norm(gradient), floor), name
 
 
 @settings(max_examples=60, deadline=None)
 @given(specs(), st.sampled_from([0.0, 0.3]))
-def test_forward_and_backward_are_torchs(spec: ViTSpec, dropout: float) -> None:
+def test_forward_and_backward_equal_torch(spec: ViTSpec, dropout: float) -> None:
     w = random_weights(spec)
     images, labels, masks = batch(spec, 3, dropout)
     d_images, d_w = gradients(spec, w, images, labels, masks)
@@ -69,38 +69,38 @@ def test_forward_and_backward_are_torchs(spec: ViTSpec, dropout: float) -> None:
     logits = model(pixels, [torch.from_numpy(mask) for mask in masks] if masks else None)
     assert relative(vit(images, w, spec, masks)[0], logits.detach().numpy()) <= 1e-12
     F.cross_entropy(logits, torch.from_numpy(labels), label_smoothing=0.1).backward()
-    scale = np.sqrt(sum(np.sum(d**2) for _, d in named(d_w)))
+    scale = np.sqrt(sum(np.sum(d**2) for _, d in named_arrays(d_w)))
     assert relative(d_images, pixels.grad.numpy(), floor=1e-3 * scale) <= 1e-10
-    for (name, ours), (_, theirs) in zip(named(d_w), named(model.weights(gradients=True)), strict=True):
+    for (name, ours), (_, theirs) in zip(named_arrays(d_w), named_arrays(model.weights(gradients=True)), strict=True):
         assert relative(ours, theirs, floor=1e-3 * scale) <= 1e-10, name
 
 
 @settings(max_examples=40, deadline=None)
 @given(specs(), st.integers(1, 3))
-def test_every_stage_has_the_shape_that_the_spec_says(spec: ViTSpec, images: int) -> None:
-    wanted = {stage.name: stage.output for stage in stages(spec, images)}
+def test_every_stage_has_the_shape_in_the_spec(spec: ViTSpec, images: int) -> None:
+    expected = {stage.name: stage.output for stage in stages(spec, images)}
     w, pixels = random_weights(spec), batch(spec, images)[0]
-    seen: dict[str, tuple[int, ...]] = {}
-    vit(pixels, w, spec, watch=lambda name, array: seen.update({name: array.shape}))
-    assert seen == wanted
-    assert list(seen) == list(wanted)
-    by_torch: dict[str, tuple[int, ...]] = {}
-    TorchViT(spec).load(w).watched_by(lambda name, array: by_torch.update({name: array.shape}))(
+    shapes: dict[str, tuple[int, ...]] = {}
+    vit(pixels, w, spec, watch=lambda name, array: shapes.update({name: array.shape}))
+    assert shapes == expected
+    assert list(shapes) == list(expected)
+    torch_shapes: dict[str, tuple[int, ...]] = {}
+    TorchViT(spec).load(w).watched_by(lambda name, array: torch_shapes.update({name: array.shape}))(
         torch.from_numpy(pixels)
     )
-    assert by_torch == wanted
-    assert list(by_torch) == list(wanted)
+    assert torch_shapes == expected
+    assert list(torch_shapes) == list(expected)
 
 
 @settings(max_examples=40, deadline=None)
 @given(specs())
-def test_the_spec_counts_the_parameters(spec: ViTSpec) -> None:
-    count = sum(array.size for _, array in named(new_weights(spec, np.random.default_rng(0))))
+def test_the_spec_counts_all_parameters(spec: ViTSpec) -> None:
+    count = sum(array.size for _, array in named_arrays(init_weights(spec, np.random.default_rng(0))))
     assert count == total(spec).parameters
     assert count == sum(parameter.numel() for parameter in TorchViT(spec).parameters())
 
 
-def test_stages_agree_number_by_number_with_torchs() -> None:
+def test_stages_equal_those_of_torch() -> None:
     for norm in ("pre", "post"):
         spec = replace(SMALL, norm=norm, pre_logits=5)
         w, pixels = random_weights(spec), batch(spec)[0]
@@ -114,22 +114,24 @@ def test_stages_agree_number_by_number_with_torchs() -> None:
             assert relative(array, theirs[name]) <= 1e-12, name
 
 
-def test_a_bundle_is_named_mapped_and_of_one_type() -> None:
-    w = new_weights(SMALL, np.random.default_rng(0))
-    names = [name for name, _ in named(w)]
+def test_named_arrays_and_map_arrays() -> None:
+    w = init_weights(SMALL, np.random.default_rng(0))
+    names = [name for name, _ in named_arrays(w)]
     assert len(set(names)) == len(names)
     assert "blocks.1.attention.qkv.weight" in names
-    doubled = mapped(w, lambda array: 2 * array)
+    doubled = map_arrays(w, lambda array: 2 * array)
     assert type(doubled) is ViT
-    assert all(np.array_equal(two, 2 * one) for (_, two), (_, one) in zip(named(doubled), named(w), strict=True))
+    assert all(
+        np.array_equal(two, 2 * one) for (_, two), (_, one) in zip(named_arrays(doubled), named_arrays(w), strict=True)
+    )
 
 
-def test_new_weights_are_a_function_of_the_seed_and_begin_undecided() -> None:
-    first, again = (new_weights(SMALL, np.random.default_rng(3)) for _ in range(2))
-    assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(named(first), named(again), strict=True))
+def test_initial_weights_depend_on_the_seed_and_give_logits_of_0() -> None:
+    first, repeated = (init_weights(SMALL, np.random.default_rng(3)) for _ in range(2))
+    assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(named_arrays(first), named_arrays(repeated), strict=True))
     logits, _ = vit(batch(SMALL)[0].astype(np.float32), first, SMALL)
     assert not logits.any()
-    assert {array.dtype for _, array in named(first)} == {np.dtype(np.float32)}
+    assert {array.dtype for _, array in named_arrays(first)} == {np.dtype(np.float32)}
 
 
 def test_the_order_of_the_patches_matters_only_with_positions() -> None:
@@ -143,21 +145,21 @@ def test_the_order_of_the_patches_matters_only_with_positions() -> None:
 
 
 @pytest.mark.parametrize(("layer", "head"), [(0, 1), (3, 1), (1, 0), (1, 3)])
-def test_attention_output_names_what_there_is_not(layer: int, head: int) -> None:
+def test_attention_output_refuses_numbers_out_of_range(layer: int, head: int) -> None:
     with pytest.raises(IndexError, match="is not in 1 to 2"):
         TorchViT(SMALL).double().attention_output(torch.from_numpy(batch(SMALL)[0]), layer, head)
 
 
-def test_attention_output_is_what_the_head_found() -> None:
+def test_attention_output_equals_the_stage_of_that_head() -> None:
     w, (pixels, *_) = random_weights(SMALL), batch(SMALL)
-    seen: dict[str, Array] = {}
-    vit(pixels, w, SMALL, watch=lambda name, array: seen.update({name: array.copy()}))
-    found = TorchViT(SMALL).load(w).attention_output(torch.from_numpy(pixels), layer=2, head=1)
-    assert found.shape == (2, 5, 4)
-    assert relative(found.detach().numpy(), seen["block.2.attention.mix"][..., :4]) <= 1e-12
+    stages: dict[str, Array] = {}
+    vit(pixels, w, SMALL, watch=lambda name, array: stages.update({name: array.copy()}))
+    output = TorchViT(SMALL).load(w).attention_output(torch.from_numpy(pixels), layer=2, head=1)
+    assert output.shape == (2, 5, 4)
+    assert relative(output.detach().numpy(), stages["block.2.attention.mix"][..., :4]) <= 1e-12
 
 
 @pytest.mark.parametrize("name", ["vit-micro", "vit-tiny", "vit-small-patch14-224"])
-def test_presets_have_the_parameters_that_are_counted(name: str) -> None:
+def test_parameter_counts_of_presets(name: str) -> None:
     spec = PRESETS[name]
     assert sum(parameter.numel() for parameter in TorchViT(spec).parameters()) == total(spec).parameters

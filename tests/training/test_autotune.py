@@ -28,7 +28,7 @@ from vitft.data.augment import CROP_AREA
 from vitft.errors import UsageError
 from vitft.hardware.device import find_attention, micro_batch
 from vitft.models.load import compiled, shape_of
-from vitft.spec import kept_bytes
+from vitft.spec import peak_activation_bytes
 from vitft.training import autotune, estimate, trainer
 from vitft.training.optim import make_optimizer
 from vitft.training.setup import Prepared, prepare
@@ -520,7 +520,8 @@ def test_memory_with_checkpointed_activations_is_their_share_by_the_stage_table(
     more, less = (estimate.memory_bytes(one, 5) for one in (plain, checkpointed))
     assert more is not None
     assert less is not None
-    assert 5 * KEPT - (more - less) == 5 * KEPT * kept_bytes(spec, 5, checkpointed=True) // kept_bytes(spec, 5)
+    recomputed, saved_whole = (peak_activation_bytes(spec, 5, checkpointed=on) for on in (True, False))
+    assert 5 * KEPT - (more - less) == 5 * KEPT * recomputed // saved_whole
     assert (
         estimate.memory_bytes(prepare(config(**STORED, model=str(saved("swin")), grad_checkpointing=True)), 5) is None
     )

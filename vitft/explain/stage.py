@@ -273,7 +273,7 @@ _LESSONS: dict[str, tuple[str, str, Callable[..., object], Callable[[Trace, str]
         "W x + b", attention.attention, _output),
     "residual": (
         "What the part found is added to what it read: nothing is lost on the way.",
-        "y = x + part(x)", encoder.add_part, _residual),
+        "y = x + part(x)", encoder.add_sublayer, _residual),
     "in": (
         "Each token by itself is widened: many questions about what it now holds.",
         "W x + b", mlp.mlp, _in),

@@ -26,7 +26,7 @@ from vitft.evaluation.loading import load_model
 from vitft.io import console
 from vitft.io.console import safe
 from vitft.io.paths import expanded
-from vitft.scratch.augment import normalise
+from vitft.scratch import augment
 from vitft.scratch.interop import from_transformers
 from vitft.scratch.tensors import Array, softmax
 from vitft.scratch.torch_vit import TorchViT
@@ -75,7 +75,7 @@ def trace(image: Path, checkpoint: str | Path) -> Trace:
         spec, weights, labels = network.spec, network.weights, network.labels
         normal = network.mean[0], network.std[0]
         shown = _fitted(image, Preprocess(spec.image_height, spec.image_width))
-        pixels = torch.from_numpy(normalise(_channels(shown, spec), network.mean, network.std))
+        pixels = torch.from_numpy(augment.normalize(_channels(shown, spec), network.mean, network.std))
     else:
         where = find_model(folder)
         if not where.exists() and "/" in str(checkpoint) and folder.parent.is_dir():

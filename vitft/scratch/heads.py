@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vitft.scratch.tensors import Array, Linear, Watch, linear, linear_backward, softmax, unwatched
+from vitft.scratch.tensors import Array, Linear, Watch, linear, linear_backward, no_watch, softmax
 from vitft.spec import ViTSpec
 
 
 @dataclass
 class Head:
-    """pre_logits (R, D) or none; logits (classes, R), or (classes, D) without it."""
+    """pre_logits (R, D) or None; logits (classes, R), or (classes, D) without pre_logits."""
 
     pre_logits: Linear | None
     logits: Linear
@@ -20,19 +20,19 @@ class Head:
 
 @dataclass
 class SavedHead:
-    """What `head_backward` needs."""
+    """What `head_backward` needs: the pooled tokens (B, D), and the input of the last layer, (B, R) or (B, D)."""
 
     pooled: Array
-    squashed: Array
+    features: Array
 
 
 def pool(tokens: Array, spec: ViTSpec) -> Array:
-    """One vector of an image: its class token, or the mean of its patch tokens. (B, N, D) to (B, D)."""
+    """One vector per image, its class token or the mean of its patch tokens: (B, N, D) to (B, D)."""
     return tokens[:, 0] if spec.pooling == "cls" else tokens[:, spec.prefix_tokens :].mean(axis=1)
 
 
 def pool_backward(d_pooled: Array, spec: ViTSpec) -> Array:
-    """Tokens that were not read get no gradient; of a mean each gets its share."""
+    """Tokens that were not read get a gradient of 0; each token of a mean gets 1 / count of the mean's gradient."""
     d_tokens = np.zeros((len(d_pooled), spec.tokens, spec.width), d_pooled.dtype)
     if spec.pooling == "cls":
         d_tokens[:, 0] = d_pooled
@@ -41,54 +41,53 @@ def pool_backward(d_pooled: Array, spec: ViTSpec) -> Array:
     return d_tokens
 
 
-def head(tokens: Array, w: Head, spec: ViTSpec, watch: Watch = unwatched) -> tuple[Array, SavedHead]:
+def head(tokens: Array, w: Head, spec: ViTSpec, watch: Watch = no_watch) -> tuple[Array, SavedHead]:
     """Tokens (B, N, D) to logits (B, classes) (Dosovitskiy et al. 2020, eq. 4).
 
-    The tanh layer of the pre-logits was in the pretrained model's head, and is left out in fine-tuning.
+    The optional tanh layer, pre_logits, is part of the head in pretraining; for fine-tuning it is removed.
     """
-    pooled = squashed = pool(tokens, spec)
+    pooled = features = pool(tokens, spec)
     watch("pool", pooled)
     if w.pre_logits is not None:
-        squashed = np.tanh(linear(pooled, w.pre_logits))
-        watch("pre_logits", squashed)
-    logits = linear(squashed, w.logits)
+        features = np.tanh(linear(pooled, w.pre_logits))
+        watch("pre_logits", features)
+    logits = linear(features, w.logits)
     watch("head", logits)
-    return logits, SavedHead(pooled, squashed)
+    return logits, SavedHead(pooled, features)
 
 
 def head_backward(d_logits: Array, saved: SavedHead, w: Head, spec: ViTSpec) -> tuple[Array, Head]:
-    """The gradient of the tokens, and those of the weights; tanh' = 1 − tanh²."""
-    d_pooled, d_last = linear_backward(d_logits, saved.squashed, w.logits)
+    """Gradients of the tokens and of the weights; tanh' = 1 − tanh²."""
+    d_pooled, d_last = linear_backward(d_logits, saved.features, w.logits)
     d_pre_logits = None
     if w.pre_logits is not None:
-        d_pooled = d_pooled * (1 - saved.squashed * saved.squashed)
+        d_pooled = d_pooled * (1 - saved.features * saved.features)
         d_pooled, d_pre_logits = linear_backward(d_pooled, saved.pooled, w.pre_logits)
     return pool_backward(d_pooled, spec), Head(d_pre_logits, d_last)
 
 
 @dataclass
 class SavedLoss:
-    """shares: the softmax of the logits; target: the shares that were wanted. Both (B, classes)."""
+    """probabilities: the softmax of the logits; target: the probabilities to learn. Both (B, classes)."""
 
-    shares: Array
+    probabilities: Array
     target: Array
 
 
 def cross_entropy(logits: Array, labels: NDArray[np.integer[Any]], smoothing: float = 0.0) -> tuple[float, SavedLoss]:
     """Mean over the images of −Σ_c target_c log softmax(logits)_c, in nats.
 
-    The target is 1 at the label and 0 elsewhere; `smoothing` spreads that share of it evenly over all
-    classes (Szegedy et al. 2016, section 7).
+    The target is 1 for the label and 0 for all other classes. `smoothing` spreads that fraction of it evenly over
+    all classes (Szegedy et al. 2016, section 7).
     """
     images, classes = logits.shape
     target = np.full_like(logits, smoothing / classes)
     target[np.arange(images), labels] += 1 - smoothing
-    shares = softmax(logits)
     shifted = logits - logits.max(axis=1, keepdims=True)
-    log_shares = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))  # never the log of a 0
-    return float(-(target * log_shares).sum() / images), SavedLoss(shares, target)
+    log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))  # never takes the log of 0
+    return float(-(target * log_probabilities).sum() / images), SavedLoss(softmax(logits), target)
 
 
 def cross_entropy_backward(saved: SavedLoss) -> Array:
-    """dlogits = (softmax(logits) − target) / B: what is given less what was wanted."""
-    return (saved.shares - saved.target) / saved.shares.dtype.type(len(saved.shares))
+    """dlogits = (softmax(logits) − target) / B: what the model predicts minus what it should predict."""
+    return (saved.probabilities - saved.target) / saved.probabilities.dtype.type(len(saved.probabilities))

@@ -1,12 +1,11 @@
-"""Transformers' ViTs and the textbook's: the same numbers under other names.
+"""Transformers' ViTs and the textbook's: the same numbers under different names.
 
-Transformers 5 stores `encoder.layer.0.attention.attention.query.weight` and calls the same matrix
-`layers.0.attention.q_proj.weight` in memory; both are understood, with or without "vit." before them.
+Transformers 5 stores `encoder.layer.0.attention.attention.query.weight` in files and calls the same matrix
+`layers.0.attention.q_proj.weight` in memory. Both are read, with or without "vit." in front.
 """
 
 import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from vitft.scratch.tensors import Array
-from vitft.scratch.vit import ViT, filled, named
+from vitft.scratch.vit import ViT, from_named_arrays, named_arrays
 from vitft.spec import ViTSpec, spec_from_config
 
-# Of a block: our name, the stored one, and the one in memory.
-_IN_BLOCK = (
+# Arrays of a block: our name, Transformers' name in files, and its name in memory.
+_BLOCK = (
     ("attention_norm.scale", "layernorm_before.weight", "layernorm_before.weight"),
     ("attention_norm.shift", "layernorm_before.bias", "layernorm_before.bias"),
     ("attention.output.weight", "attention.output.dense.weight", "attention.o_proj.weight"),
@@ -31,28 +30,29 @@ _IN_BLOCK = (
     ("mlp.outer.weight", "output.dense.weight", "mlp.fc2.weight"),
     ("mlp.outer.bias", "output.dense.bias", "mlp.fc2.bias"),
 )
+# Query, key and value, which the textbook stacks into one array: name in files, and in memory.
 _QKV = (("attention.attention.query", "attention.q_proj"), ("attention.attention.key", "attention.k_proj"),
         ("attention.attention.value", "attention.v_proj"))  # fmt: skip
-_OUTSIDE = (
-    ("embedding.projection.weight", "embeddings.patch_embeddings.projection.weight"),
-    ("embedding.projection.bias", "embeddings.patch_embeddings.projection.bias"),
-    ("norm.scale", "layernorm.weight"),
-    ("norm.shift", "layernorm.bias"),
-)
-_HEADS = (
-    ("head.pre_logits.weight", "pooler.dense.weight"),
-    ("head.pre_logits.bias", "pooler.dense.bias"),
-    ("head.logits.weight", "classifier.weight"),
-    ("head.logits.bias", "classifier.bias"),
-)
-_PREFIX = ("embeddings.cls_token", "embeddings.distillation_token")
+_OUTSIDE_BLOCKS = {
+    "embedding.projection.weight": "embeddings.patch_embeddings.projection.weight",
+    "embedding.projection.bias": "embeddings.patch_embeddings.projection.bias",
+    "norm.scale": "layernorm.weight",
+    "norm.shift": "layernorm.bias",
+}
+_HEAD = {
+    "head.pre_logits.weight": "pooler.dense.weight",
+    "head.pre_logits.bias": "pooler.dense.bias",
+    "head.logits.weight": "classifier.weight",
+    "head.logits.bias": "classifier.bias",
+}
+_PREFIX_TOKENS = ("embeddings.cls_token", "embeddings.distillation_token")
 
 
 def load_folder(folder: Path, dtype: Any = np.float32) -> tuple[ViT, ViTSpec]:
-    """The weights and the spec of a Transformers ViT folder: config.json and model.safetensors.
+    """Weights and spec of a Transformers ViT folder with config.json and model.safetensors.
 
-    A model without a classifier gets one of zeros. Raises ValueError for weights that are not a plain
-    ViT's, ModelError for a config that is not, OSError for files that cannot be read.
+    A model without a classifier gets one of zeros. Raises ValueError for weights that do not fit a plain ViT,
+    ModelError for the config of another architecture, OSError for files that cannot be read.
     """
     spec = spec_from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     try:
@@ -63,60 +63,59 @@ def load_folder(folder: Path, dtype: Any = np.float32) -> tuple[ViT, ViTSpec]:
 
 
 def from_transformers(arrays: Mapping[str, Array], spec: ViTSpec, dtype: Any = np.float32) -> ViT:
-    """The bundle of a state dict of ViTModel, ViTForImageClassification or DeiT's, in either naming."""
-    plain = {name.removeprefix("vit.").removeprefix("deit."): array for name, array in arrays.items()}
-    found: dict[str, Array] = {}
-    prefix = [plain[name][0] for name in _PREFIX if name in plain]
-    if prefix:
-        found["embedding.class_token"] = np.concatenate(prefix)
-    if "embeddings.position_embeddings" in plain:
-        found["embedding.positions"] = plain["embeddings.position_embeddings"][0]
-    found |= {ours: plain[theirs] for ours, theirs in _OUTSIDE if theirs in plain}
-    if "classifier.weight" not in plain:
-        found["head.logits.weight"] = np.zeros((spec.classes, spec.width))
-        found["head.logits.bias"] = np.zeros(spec.classes)
-    found |= {
-        ours: plain[theirs] for ours, theirs in _HEADS if theirs in plain and (spec.pre_logits or "head.logits" in ours)
-    }
+    """The weights in a state dict of ViTModel, ViTForImageClassification or their DeiT versions, in either naming."""
+    theirs = {name.removeprefix("vit.").removeprefix("deit."): array for name, array in arrays.items()}
+    ours: dict[str, Array] = {}
+    if tokens := [theirs[name][0] for name in _PREFIX_TOKENS if name in theirs]:
+        ours["embedding.class_token"] = np.concatenate(tokens)
+    if "embeddings.position_embeddings" in theirs:
+        ours["embedding.positions"] = theirs["embeddings.position_embeddings"][0]
+    if "classifier.weight" not in theirs:
+        ours["head.logits.weight"] = np.zeros((spec.classes, spec.width))
+        ours["head.logits.bias"] = np.zeros(spec.classes)
+    for name, their_name in (_OUTSIDE_BLOCKS | _HEAD).items():
+        if their_name in theirs and (spec.pre_logits or "pre_logits" not in name):
+            ours[name] = theirs[their_name]
     for layer in range(spec.layers):
-        theirs = partial(_either, plain, f"encoder.layer.{layer}.", f"layers.{layer}.")
-        for name, stored, memory in _IN_BLOCK:
-            if (array := theirs(stored, memory)) is not None:
-                found[f"blocks.{layer}.{name}"] = array
+
+        def find(in_file: str, in_memory: str, layer: int = layer) -> Array | None:
+            return theirs.get(f"encoder.layer.{layer}.{in_file}", theirs.get(f"layers.{layer}.{in_memory}"))
+
+        for name, in_file, in_memory in _BLOCK:
+            if (array := find(in_file, in_memory)) is not None:
+                ours[f"blocks.{layer}.{name}"] = array
         for kind in ("weight", "bias"):
-            parts = [theirs(f"{stored}.{kind}", f"{memory}.{kind}") for stored, memory in _QKV]
-            there = [part for part in parts if part is not None]
-            if len(there) == 3:
-                found[f"blocks.{layer}.attention.qkv.{kind}"] = np.concatenate(there)
-    return filled({name: np.asarray(array, dtype) for name, array in found.items()}, spec)
-
-
-def _either(plain: Mapping[str, Array], before: str, before_in_memory: str, stored: str, memory: str) -> Array | None:
-    """What stands under the stored name or the one in memory."""
-    return plain.get(before + stored, plain.get(before_in_memory + memory))
+            matrices = [find(f"{in_file}.{kind}", f"{in_memory}.{kind}") for in_file, in_memory in _QKV]
+            present = [matrix for matrix in matrices if matrix is not None]
+            if len(present) == 3:
+                ours[f"blocks.{layer}.attention.qkv.{kind}"] = np.concatenate(present)
+    return from_named_arrays({name: np.asarray(array, dtype) for name, array in ours.items()}, spec)
 
 
 def to_transformers(w: ViT, spec: ViTSpec, *, in_memory: bool = False, prefix: str = "vit.") -> dict[str, Array]:
-    """The state dict of a ViTForImageClassification (with `prefix` "" the body of a ViTModel) with these weights.
+    """A state dict of ViTForImageClassification, with names as in files or `in_memory`.
 
-    Raises ValueError for what Transformers' ViT cannot be: overlapping or padded patches, other norms.
+    With an empty `prefix` it is one of ViTModel, without the classifier. Raises ValueError for what Transformers' ViT
+    does not support: overlapping or padded patches, mean pooling, fixed positions, other norms.
     """
-    wanted = {
+    supported = {
         "stride_height": spec.patch_height, "stride_width": spec.patch_width, "padding": 0, "pooling": "cls",
         "pre_logits": None, "positions": "learned", "norm": "pre", "final_norm": True,
     }  # fmt: skip
-    foreign = [f"{name} {getattr(spec, name)}" for name, value in wanted.items() if getattr(spec, name) != value]
-    if foreign:
-        raise ValueError(f"Transformers' ViT has no {foreign[0]}")
-    ours = dict(named(w))
-    found = {name: token[None, None] for name, token in zip(_PREFIX, ours["embedding.class_token"], strict=False)}
-    found["embeddings.position_embeddings"] = ours["embedding.positions"][None]
-    found |= {theirs: ours[name] for name, theirs in _OUTSIDE}
+    for name, value in supported.items():
+        if getattr(spec, name) != value:
+            raise ValueError(f"Transformers' ViT has no {name} {getattr(spec, name)}")
+    ours = dict(named_arrays(w))
+    theirs = {
+        name: token[None, None] for name, token in zip(_PREFIX_TOKENS, ours["embedding.class_token"], strict=False)
+    }
+    theirs["embeddings.position_embeddings"] = ours["embedding.positions"][None]
+    theirs |= {their_name: ours[name] for name, their_name in _OUTSIDE_BLOCKS.items()}
     for layer in range(spec.layers):
         block = f"layers.{layer}." if in_memory else f"encoder.layer.{layer}."
-        found |= {block + theirs[in_memory]: ours[f"blocks.{layer}.{name}"] for name, *theirs in _IN_BLOCK}
+        theirs |= {block + names[in_memory]: ours[f"blocks.{layer}.{name}"] for name, *names in _BLOCK}
         for kind in ("weight", "bias") if spec.qkv_bias else ("weight",):
-            parts = np.split(ours[f"blocks.{layer}.attention.qkv.{kind}"], 3)
-            found |= {f"{block}{names[in_memory]}.{kind}": part for names, part in zip(_QKV, parts, strict=True)}
-    state = {prefix + name: array for name, array in found.items()}
-    return state | {theirs: ours[name] for name, theirs in _HEADS if name in ours and prefix}
+            matrices = np.split(ours[f"blocks.{layer}.attention.qkv.{kind}"], 3)
+            theirs |= {f"{block}{names[in_memory]}.{kind}": m for names, m in zip(_QKV, matrices, strict=True)}
+    state = {prefix + name: array for name, array in theirs.items()}
+    return state | {their_name: ours[name] for name, their_name in _HEAD.items() if name in ours and prefix}

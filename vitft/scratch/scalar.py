@@ -1,13 +1,13 @@
 """One number and its derivative: reverse-mode automatic differentiation.
 
-A Scalar remembers which Scalars it was computed from, its parents, and its partial derivative by each of
-them. So every result is the end of a graph, and `backward` walks that graph once, from the result to all
-that it came from, by the chain rule:
+A Scalar remembers its parents, the Scalars it was computed from, and its partial derivative with respect to each
+of them. Every result therefore sits at the end of a graph. `backward` walks that graph once, from the result back
+to the inputs, and applies the chain rule:
 
     d result / d x = Σ over all uses y of x:  d result / d y · d y / d x
 
-Each operation below states its value, its parents and its partial derivatives beside each other. That is all
-it takes (Baydin et al. 2018, "Automatic Differentiation in Machine Learning", section 3.2).
+Each operation below states its value, its parents and its partial derivatives side by side. Nothing else is needed
+(Baydin et al. 2018, "Automatic Differentiation in Machine Learning", section 3.2).
 """
 
 import math
@@ -16,9 +16,9 @@ from operator import mul
 
 
 class Scalar:
-    """A number that knows how it was made; `backward` of a result sets `grad` to d result / d self.
+    """A number that remembers how it was computed. `result.backward()` sets `x.grad` to d result / d x.
 
-    Outside of a function's domain, and where its slope is infinite, an operation raises ValueError or
+    Outside a function's domain, and where its slope is infinite, an operation raises ValueError or
     ZeroDivisionError, as `math` does: log(0), sqrt(0), 1 / 0.
     """
 
@@ -52,14 +52,14 @@ class Scalar:
 
     def __pow__(self, power: "Scalar | float") -> "Scalar":
         if isinstance(power, Scalar):
-            return (power * self.log()).exp()  # both may change: for x above 0 alone
+            return (power * self.log()).exp()  # base and exponent are both variables: only for a base above 0
         slope = power * math.pow(self.value, power - 1) if power else 0.0
         return Scalar(math.pow(self.value, power), (self,), (slope,))
 
     def __neg__(self) -> "Scalar":
         return Scalar(-self.value, (self,), (-1.0,))
 
-    # With a plain number on the left, Python asks the right side: 2 - x is x.__rsub__(2).
+    # With a plain number on the left, Python asks the right operand: 2 - x calls x.__rsub__(2).
     __radd__ = __add__
     __rmul__ = __mul__
 
@@ -96,59 +96,60 @@ class Scalar:
         return Scalar(0.0, (self,), (0.0,)) if self.value <= 0 else Scalar(self.value, (self,), (1.0,))
 
     def gelu(self) -> "Scalar":
-        """x Φ(x), where Φ(x) = (1 + erf(x / √2)) / 2 is the normal distribution's (Hendrycks & Gimpel 2016).
+        """x Φ(x), where Φ(x) = (1 + erf(x / √2)) / 2 is the normal distribution function (Hendrycks & Gimpel 2016).
 
-        Slope Φ(x) + x φ(x), where φ(x) = exp(-x² / 2) / √(2π) is the normal density, the slope of Φ.
+        The slope is Φ(x) + x φ(x), where φ(x) = exp(-x² / 2) / √(2π) is the normal density, the slope of Φ.
         """
         x = self.value
-        share = 0.5 * (1.0 + math.erf(x / math.sqrt(2.0)))
+        cdf = 0.5 * (1.0 + math.erf(x / math.sqrt(2.0)))
         density = math.exp(-0.5 * x * x) / math.sqrt(2.0 * math.pi)
-        return Scalar(x * share, (self,), (share + x * density,))
+        return Scalar(x * cdf, (self,), (cdf + x * density,))
 
     def backward(self) -> None:
-        """Add d self / d x to the `grad` of every x below that was not computed itself: a leaf.
+        """Add d self / d x to the `grad` of every leaf x, and set the `grad` of every computed node.
 
-        Leaves add up from call to call, as the gradient of a batch is the sum of its images'; set them to 0
-        before the next sum. In a computed x `grad` is that of the last call alone.
+        A leaf is a Scalar without parents. The gradients of leaves accumulate over calls, because the gradient of a
+        batch is the sum of its images' gradients; reset them to 0 before the next batch. A computed node holds the
+        gradient of the last call only.
         """
-        computed = self.computed()
-        for node in computed:
+        order = self.topological_order()
+        for node in order:
             node.grad = 0.0
         self.grad += 1.0  # d self / d self
-        for node in reversed(computed):  # all uses of a node before the node: its own sum is then complete
+        for node in reversed(order):  # every use of a node comes before the node, so its own sum is complete
             grad = node.grad
             for parent, partial in zip(node.parents, node.partials):  # noqa: B905 (strict costs a third more)
                 parent.grad += grad * partial
 
-    def computed(self) -> "list[Scalar]":
-        """The Scalars below, and this one, that have parents; parents come first (a topological order).
+    def topological_order(self) -> "list[Scalar]":
+        """The computed nodes that this one depends on, and this one itself last: parents before children.
 
-        Depth first, on a stack of our own: a function that calls itself would end at Python's recursion limit.
-        A node is taken up twice: to put its parents on the stack above it, and again when they are all listed.
+        Depth-first search with an explicit stack, because recursion would hit Python's recursion limit. A node is
+        popped twice: first to push its parents above it, then again when all of them have been listed.
         """
         order: list[Scalar] = []
-        met: set[Scalar] = set()
+        visited: set[Scalar] = set()
         stack = [(self, False)]
         while stack:
             node, parents_listed = stack.pop()
             if parents_listed:
                 order.append(node)
-            elif node.parents and node not in met:
-                met.add(node)
+            elif node.parents and node not in visited:
+                visited.add(node)
                 stack.append((node, True))
-                stack.extend([(parent, False) for parent in node.parents if parent.parents and parent not in met])
+                stack.extend([(parent, False) for parent in node.parents if parent.parents and parent not in visited])
         return order
 
 
 def as_scalar(x: Scalar | float) -> Scalar:
-    """A Scalar as it is, a plain number as a leaf."""
+    """A Scalar unchanged, a plain number as a new leaf."""
     return x if isinstance(x, Scalar) else Scalar(x)
 
 
 def dot(xs: Sequence[Scalar], ys: Sequence[Scalar], start: Scalar | float = 0.0) -> Scalar:
-    """start + x_1 y_1 + ... + x_n y_n as one node; slopes y_i by x_i, x_i by y_i, and 1 by start.
+    """start + x_1 y_1 + ... + x_n y_n as one node; the slope is y_i for x_i, x_i for y_i, and 1 for start.
 
-    Raises ValueError where xs and ys are not equally many.
+    Raises ValueError if xs and ys differ in length.
     """
     if len(xs) != len(ys):
         raise ValueError(f"dot of {len(xs)} and {len(ys)} numbers")

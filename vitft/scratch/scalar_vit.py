@@ -1,11 +1,11 @@
 """A whole Vision Transformer of 780 Scalars, which learns its task in two seconds of plain Python.
 
-No array hides anything: every weight is a Scalar, every number computed from it is one, and `backward` of the
-loss gives all gradients. The architecture is that of Dosovitskiy et al. 2020, eq. 1-4, number for number as
-Transformers' ViT has it: a layer norm before each part of a block, and the exact GELU.
+There are no arrays: every weight is a Scalar, so is every number computed from it, and calling `backward` on the
+loss gives all gradients. The architecture follows Dosovitskiy et al. 2020, eq. 1-4, and computes exactly what
+Transformers' ViT does: pre-norm blocks and the exact GELU.
 
-The task: which half of a noisy 6x6 image is bright, the top, bottom, left or right one? A patch is a quarter
-of the image, and bright in two of the four patterns: only several patches and their places can tell.
+The task: which half of a noisy 6x6 image is bright, the top, bottom, left or right one? A patch is a quarter of the
+image, and it is bright in two of the four patterns. Only several patches together with their positions can tell.
 """
 
 import time
@@ -24,7 +24,7 @@ Matrix: TypeAlias = list[Vector]
 Image: TypeAlias = list[list[list[float]]]
 """Pixels (C, H, W), from -1 to 1."""
 Parameters: TypeAlias = dict[str, Any]
-"""Nested lists of Scalars, by the names and in the shapes of `vit.named`; only the patch kernel is flat, (D, C·P·P)."""
+"""Nested lists of Scalars, by the names of `vit.named_arrays` and in their shapes; the patch kernel is (D, C·P·P)."""
 
 TINY = ViTSpec.square(image_size=6, patch_size=3, width=8, layers=1, heads=2, mlp=16, classes=4, channels=1)
 PATTERNS: dict[str, Callable[[int, int], bool]] = {
@@ -33,14 +33,14 @@ PATTERNS: dict[str, Callable[[int, int], bool]] = {
     "left": lambda row, column: column < 3,
     "right": lambda row, column: column >= 3,
 }
-"""Where each pattern is bright."""
+"""The classes, and whether the pixel at (row, column) is bright in each."""
 
 
 def four_patterns(count: int = 300, seed: int = 42) -> list[tuple[Image, int]]:
-    """Noisy images (1, 6, 6) of the PATTERNS in turn, each with the number of its pattern.
+    """Noisy images (1, 6, 6) that cycle through PATTERNS, each with its label: the index of its pattern.
 
-    Pixels are drawn row by row, image after image, uniformly: bright ones from -0.2 to 1, dark ones from -1 to
-    0.2. Every third falls where both ranges overlap, and could be either.
+    Pixels are drawn row by row, image after image, from uniform distributions: bright ones from -0.2 to 1, dark
+    ones from -1 to 0.2. One in three falls where the ranges overlap, and could be either.
     """
     rng = Random(seed)
     samples = []
@@ -52,13 +52,13 @@ def four_patterns(count: int = 300, seed: int = 42) -> list[tuple[Image, int]]:
     return samples
 
 
-def new_parameters(spec: ViTSpec, seed: int) -> Parameters:
-    """Parameters to train from: weights are normal with variance 1 / fan_in, biases and shifts 0, scales 1.
+def init_parameters(spec: ViTSpec, seed: int) -> Parameters:
+    """Initial parameters: weights are normal with variance 1 / fan_in, biases and shifts 0, scales 1.
 
-    Class token and positions are normal with variance 1, as large as the tokens of patches: its position alone
-    makes a bright patch the upper or the left one. Large models start them small; they have time to grow them.
+    Class token and positions are normal with variance 1, as large as the patch tokens, because only its position
+    makes a bright patch the upper or the left one. Large models start them small and have the time to grow them.
 
-    Raises ValueError where the spec asks for more than other sizes, as mean pooling is.
+    Raises ValueError if the spec changes more than sizes, for example the pooling.
     """
     changed = {f.name for f in fields(spec) if f.default not in (MISSING, getattr(spec, f.name))}
     if extra := sorted(changed - {"channels", "norm_eps"}):
@@ -94,40 +94,40 @@ def new_parameters(spec: ViTSpec, seed: int) -> Parameters:
 
 
 def scalars(nested: Any) -> Iterator[Scalar]:
-    """All Scalars of Parameters, or of a nested list, in order."""
+    """All Scalars of Parameters or of a nested list, in order."""
     if isinstance(nested, Scalar):
         yield nested
     else:
-        for part in nested.values() if isinstance(nested, dict) else nested:
-            yield from scalars(part)
+        for item in nested.values() if isinstance(nested, dict) else nested:
+            yield from scalars(item)
 
 
 # -- the forward pass of one image ----------------------------------------------------------------
 
 
 def forward(p: Parameters, spec: ViTSpec, image: Image) -> tuple[Vector, list[list[Matrix]]]:
-    """Logits (classes,) of an image (C, H, W), and the attention weights of every block.
+    """Logits (classes,) of an image (C, H, W), and the attention weights of every block, (A, N, N).
 
-    A block adds to its tokens what attention makes of their layer norm, and to these sums what the MLP makes of
-    theirs (Dosovitskiy et al. 2020, eq. 2 and 3). The head reads the class token alone (eq. 4). So in the last
-    block only that one asks: weights are (A, N, N), there (A, 1, N).
+    Each block computes x + attention(norm(x)), then x + mlp(norm(x)) (Dosovitskiy et al. 2020, eq. 2 and 3). The head
+    reads the class token only (eq. 4), so in the last block only that token makes queries; the attention weights
+    there are (A, 1, N).
     """
-    tokens, seen = embed(p, spec, image), []
+    tokens, attention_weights = embed(p, spec, image), []
     for i in range(spec.layers):
-        asking = spec.tokens if i < spec.layers - 1 else 1
+        queries = spec.tokens if i < spec.layers - 1 else 1
         normed = [layer_norm(p, f"blocks.{i}.attention_norm", x, spec.norm_eps) for x in tokens]
-        mixed, weights = attention(p, f"blocks.{i}.attention", normed, asking, spec.heads)
-        tokens = [add(x, y) for x, y in zip(tokens[:asking], mixed, strict=True)]
+        mixed, weights = attention(p, f"blocks.{i}.attention", normed, queries, spec.heads)
+        tokens = [add(x, y) for x, y in zip(tokens[:queries], mixed, strict=True)]
         normed = [layer_norm(p, f"blocks.{i}.mlp_norm", x, spec.norm_eps) for x in tokens]
         tokens = [add(x, mlp(p, f"blocks.{i}.mlp", y)) for x, y in zip(tokens, normed, strict=True)]
-        seen.append(weights)
-    return linear(p, "head.logits", layer_norm(p, "norm", tokens[0], spec.norm_eps)), seen
+        attention_weights.append(weights)
+    return linear(p, "head.logits", layer_norm(p, "norm", tokens[0], spec.norm_eps)), attention_weights
 
 
 def embed(p: Parameters, spec: ViTSpec, image: Image) -> Matrix:
-    """The class token and the projected patches, each with its position added (eq. 1): (C, H, W) -> (N, D).
+    """The class token and the projected patches, plus their positions (eq. 1): (C, H, W) -> (N, D).
 
-    Patches follow each other row by row; within one, as torch flattens a kernel: channel, row, column.
+    Patches are read row by row. Within a patch, numbers are in the order of torch's kernels: channel, row, column.
     """
     rows, columns = spec.grid
     tokens = list(p["embedding.class_token"])
@@ -138,27 +138,27 @@ def embed(p: Parameters, spec: ViTSpec, image: Image) -> Matrix:
     return [add(token, position) for token, position in zip(tokens, p["embedding.positions"], strict=True)]
 
 
-def attention(p: Parameters, name: str, tokens: Matrix, asking: int, heads: int) -> tuple[Matrix, list[Matrix]]:
-    """softmax(Q Kᵀ / sqrt(K)) V in each head; the heads side by side, projected (Vaswani et al. 2017, eq. 1).
+def attention(p: Parameters, name: str, tokens: Matrix, queries: int, heads: int) -> tuple[Matrix, list[Matrix]]:
+    """softmax(Q Kᵀ / sqrt(K)) V in each head; the heads are concatenated and projected (Vaswani et al. 2017, eq. 1).
 
-    (N, D) -> (asking, D), and the weights (A, asking, N): how much each asking token takes of every token.
+    Only the first `queries` tokens attend: (N, D) -> (queries, D). Also returns the attention weights (A, queries, N).
     """
     d = len(tokens[0])
     width = d // heads
     qkv = [linear(p, f"{name}.qkv", x) for x in tokens]
-    mixed: list[list[Scalar]] = [[] for _ in range(asking)]
+    mixed: list[list[Scalar]] = [[] for _ in range(queries)]
     weights: list[Matrix] = []
     for head in range(heads):
-        queries, keys, values = ([x[start:][:width] for x in qkv] for start in range(head * width, 3 * d, d))
-        columns = list(zip(*values, strict=True))  # (N, K) -> (K, N)
-        weights.append([softmax([dot(query, key) / sqrt(width) for key in keys]) for query in queries[:asking]])
+        q, k, v = ([x[start:][:width] for x in qkv] for start in range(head * width, 3 * d, d))
+        columns = list(zip(*v, strict=True))  # (N, K) -> (K, N)
+        weights.append([softmax([dot(query, key) / sqrt(width) for key in k]) for query in q[:queries]])
         for mix, row in zip(mixed, weights[-1], strict=True):
             mix += [dot(row, column) for column in columns]
     return [linear(p, f"{name}.output", x) for x in mixed], weights
 
 
 def mlp(p: Parameters, name: str, x: Vector) -> Vector:
-    """Widened, bent and narrowed again: (D,) -> (D,)."""
+    """outer(gelu(inner(x))): (D,) -> (D,)."""
     return linear(p, f"{name}.outer", [a.gelu() for a in linear(p, f"{name}.inner", x)])
 
 
@@ -168,24 +168,24 @@ def linear(p: Parameters, name: str, x: Vector) -> Vector:
 
 
 def add(x: Vector, y: Vector) -> Vector:
-    """x + y, number by number."""
+    """x + y, elementwise."""
     return [a + b for a, b in zip(x, y, strict=True)]
 
 
 def layer_norm(p: Parameters, name: str, x: Vector, eps: float) -> Vector:
     """(x - mean) / sqrt(variance + eps) · scale + shift: (D,) -> (D,) (Ba et al. 2016, eq. 3 and 4).
 
-    Mean and variance are those of the token's own D numbers; the squares are divided by D, not by D - 1.
+    Mean and variance are taken over the token's own D numbers; the variance divides by D, not by D - 1.
     """
     mean = total(x) / len(x)
-    centred = [a - mean for a in x]
-    inverse_std = (dot(centred, centred) / len(x) + eps) ** -0.5
+    centered = [a - mean for a in x]
+    inverse_std = (dot(centered, centered) / len(x) + eps) ** -0.5
     scales, shifts = p[f"{name}.scale"], p[f"{name}.shift"]
-    return [a * inverse_std * scale + shift for a, scale, shift in zip(centred, scales, shifts, strict=True)]
+    return [a * inverse_std * scale + shift for a, scale, shift in zip(centered, scales, shifts, strict=True)]
 
 
 def softmax(x: Vector) -> Vector:
-    """exp(x_i) / Σ_j exp(x_j). Taking the largest x from all of them changes nothing, and exp cannot overflow."""
+    """exp(x_i) / Σ_j exp(x_j). Subtracting the maximum leaves the result unchanged and keeps exp from overflowing."""
     largest = max(a.value for a in x)
     powers = [(a - largest).exp() for a in x]
     scale = 1.0 / total(powers)
@@ -202,7 +202,7 @@ def cross_entropy(logits: Vector, label: int) -> Scalar:
 
 
 class Adam:
-    """Steps along the mean of past gradients, over the root of their mean square (Kingma & Ba 2015, alg. 1)."""
+    """Divides a running mean of the gradient by the root of a running mean of its square (Kingma & Ba 2015, alg. 1)."""
 
     def __init__(self, parameters: Vector, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> None:
         self.parameters, self.beta1, self.beta2, self.eps = parameters, beta1, beta2, eps
@@ -210,24 +210,24 @@ class Adam:
         self.squares = [0.0] * len(parameters)
         self.steps = 0
 
-    def step(self, rate: float) -> None:
-        """Move each parameter against its gradient, by about `rate`; set the gradient to 0 for the next step."""
+    def step(self, lr: float) -> None:
+        """Move each parameter against its gradient, by about `lr`, and reset the gradient to 0."""
         self.steps += 1
-        # Both means begin at 0, and so are too small at first: they are divided by the share they have seen.
-        seen, seen_squares = 1.0 - self.beta1**self.steps, 1.0 - self.beta2**self.steps
+        # Both means start at 0, so at first they are too small: divide by the total weight of what they have averaged.
+        mean_weight, square_weight = 1.0 - self.beta1**self.steps, 1.0 - self.beta2**self.steps
         for i, parameter in enumerate(self.parameters):
             grad = parameter.grad
             self.means[i] = mean = self.beta1 * self.means[i] + (1.0 - self.beta1) * grad
             self.squares[i] = square = self.beta2 * self.squares[i] + (1.0 - self.beta2) * grad * grad
-            parameter.value -= rate * (mean / seen) / (sqrt(square / seen_squares) + self.eps)
+            parameter.value -= lr * (mean / mean_weight) / (sqrt(square / square_weight) + self.eps)
             parameter.grad = 0.0
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of an image: a pattern, and its probability.
+    """The predicted pattern of an image, with its probability.
 
-    `attention` (A, N) is how much of itself and of each patch the class token takes, in the last block.
+    `attention` (A, N) holds the class token's attention weights in the last block: on itself and on each patch.
     """
 
     image: Image
@@ -239,7 +239,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Report:
-    """What a training gave: the mean loss of each step's batch, in nats, and the test images' predictions."""
+    """The result of a training run: each step's mean loss in nats, and the predictions for the test images."""
 
     losses: list[float]
     predictions: list[Prediction]
@@ -247,40 +247,40 @@ class Report:
 
     @property
     def correct(self) -> int:
-        """How many test images were recognised."""
-        return sum(one.label == one.predicted for one in self.predictions)
+        """Number of test images classified correctly."""
+        return sum(sample.label == sample.predicted for sample in self.predictions)
 
     @property
     def accuracy(self) -> float:
-        """The share of the test images that was recognised."""
+        """Fraction of test images classified correctly."""
         return self.correct / len(self.predictions)
 
     @property
     def confusion(self) -> list[list[int]]:
-        """How many test images of each pattern (rows) were taken for each pattern (columns), in PATTERNS' order."""
-        counts = Counter((one.label, one.predicted) for one in self.predictions)
+        """Confusion matrix: true patterns in rows, predicted ones in columns, in the order of PATTERNS."""
+        counts = Counter((sample.label, sample.predicted) for sample in self.predictions)
         return [[counts[label, predicted] for predicted in PATTERNS] for label in PATTERNS]
 
     @property
     def class_accuracy(self) -> dict[str, float]:
-        """The share of each pattern's test images that was recognised."""
+        """Fraction of each pattern's test images classified correctly."""
         return {name: row[i] / sum(row) for i, (name, row) in enumerate(zip(PATTERNS, self.confusion, strict=True))}
 
     def attention(self, pattern: str) -> list[list[float]]:
-        """`Prediction.attention` (A, N), averaged over the test images of a pattern; a last row is the heads' mean."""
-        maps = [one.attention for one in self.predictions if one.label == pattern]
-        heads = [[sum(shares) / len(maps) for shares in zip(*head, strict=True)] for head in zip(*maps, strict=True)]
-        return [*heads, [sum(shares) / len(heads) for shares in zip(*heads, strict=True)]]
+        """`Prediction.attention` (A, N) averaged over a pattern's test images; the last row averages the heads."""
+        maps = [sample.attention for sample in self.predictions if sample.label == pattern]
+        heads = [[sum(column) / len(maps) for column in zip(*head, strict=True)] for head in zip(*maps, strict=True)]
+        return [*heads, [sum(column) / len(heads) for column in zip(*heads, strict=True)]]
 
 
-def train(seed: int = 42, steps: int = 200, batch_size: int = 4, rate: float = 0.015) -> Report:
-    """Train a new ViT on 240 of the `four_patterns`, and test it on the other 60, 15 of a pattern.
+def train(seed: int = 42, steps: int = 200, batch_size: int = 4, lr: float = 0.015) -> Report:
+    """Train a new ViT on 240 of the `four_patterns`, and test it on the other 60, 15 of each pattern.
 
-    The seed is that of the parameters. A batch of 4 holds each pattern once: batches are taken in turn, and the
-    learning rate falls linearly, from `rate` to 0 after the last step.
+    `seed` is for the initial parameters. Batches are taken in order, so a batch of 4 holds each pattern once. The
+    learning rate falls linearly from `lr` to 0 after the last step.
     """
     started = time.perf_counter()
-    samples, p = four_patterns(), new_parameters(TINY, seed)
+    samples, p = four_patterns(), init_parameters(TINY, seed)
     training, test = samples[:240], samples[240:]
     adam = Adam(list(scalars(p)))
     losses = []
@@ -290,17 +290,17 @@ def train(seed: int = 42, steps: int = 200, batch_size: int = 4, rate: float = 0
             image, label = training[i % len(training)]
             logits, _ = forward(p, TINY, image)
             loss = cross_entropy(logits, label) / batch_size
-            loss.backward()  # gradients add up over the batch, and each image's graph is gone before the next
+            loss.backward()  # gradients accumulate over the batch; each image's graph is freed before the next
             losses[-1] += loss.value
-        adam.step(rate * (1.0 - step / steps))
+        adam.step(lr * (1.0 - step / steps))
     predictions = [predict(p, image, label) for image, label in test]
     return Report(losses, predictions, time.perf_counter() - started)
 
 
 def predict(p: Parameters, image: Image, label: int) -> Prediction:
-    """What the TINY ViT of these parameters says of an image whose pattern is known."""
+    """The prediction of the TINY ViT with these parameters for an image with this label."""
     names = list(PATTERNS)
     logits, weights = forward(p, TINY, image)
-    confidence, best = max((share.value, i) for i, share in enumerate(softmax(logits)))
-    maps = [[share.value for share in head[0]] for head in weights[-1]]
+    confidence, best = max((probability.value, i) for i, probability in enumerate(softmax(logits)))
+    maps = [[weight.value for weight in head[0]] for head in weights[-1]]
     return Prediction(image, names[label], names[best], confidence, maps)

@@ -1,7 +1,7 @@
-"""The operations of a ViT on arrays, each beside its backward.
+"""The operations of a ViT on arrays, each next to its backward pass.
 
-Arrays are (..., D): whatever stands before the last axis, every row is treated alike. No operation
-changes its input. The dtype of the input is the dtype of the result.
+Arrays are (..., D): operations treat every row along the last axis alike. No operation changes its input. The result
+has the dtype of the input.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from scipy.special import erf
 
 Array: TypeAlias = NDArray[np.floating[Any]]
 Watch: TypeAlias = Callable[[str, Array], None]
-"""Called with the name of a stage, as in `vitft.spec.stages`, and the array that it made."""
+"""A hook, called with the name of each stage, as in `vitft.spec.stages`, and the array it produced."""
 
 
-def unwatched(name: str, array: Array) -> None:
-    """The Watch that looks at nothing."""
+def no_watch(name: str, array: Array) -> None:
+    """A Watch that does nothing."""
 
 
 # -- linear ---------------------------------------------------------------------------------------
@@ -27,15 +27,15 @@ def unwatched(name: str, array: Array) -> None:
 
 @dataclass
 class Linear:
-    """Weights of an affine map: weight (out, in), bias (out) or none. Stored as torch stores them."""
+    """Weights of a linear layer: weight (out, in) and bias (out) or None, the shapes that torch uses."""
 
     weight: Array
     bias: Array | None = None
 
 
 def linear(x: Array, w: Linear) -> Array:
-    """y = x Wᵀ + b: (..., in) to (..., out). Its backward needs x."""
-    y = x.reshape(-1, x.shape[-1]) @ w.weight.T  # one large product, not one for each image
+    """y = x Wᵀ + b: (..., in) to (..., out). The backward pass needs x."""
+    y = x.reshape(-1, x.shape[-1]) @ w.weight.T  # one large product instead of one per image
     if w.bias is not None:
         y += w.bias
     return y.reshape(*x.shape[:-1], len(w.weight))
@@ -52,32 +52,32 @@ def linear_backward(d_y: Array, x: Array, w: Linear) -> tuple[Array, Linear]:
 
 
 def softmax(x: Array) -> Array:
-    """y_i = exp(x_i) / Σ_j exp(x_j) along the last axis. Its backward needs y.
+    """y_i = exp(x_i) / Σ_j exp(x_j) along the last axis. The backward pass needs y.
 
-    What is subtracted from a whole row first does not change the result. Where exp could overflow, or
-    every term of a row vanish, it is the row's largest x; finding that costs more than all the rest.
+    Subtracting one number from a whole row does not change the result. The row's maximum is subtracted only when exp
+    could overflow, or a whole row underflow to 0, because finding it costs more than everything else here.
     """
-    safe = x.min() > -80 and x.max() < 80  # exp(80) is 5e34, and float32 ends at 3e38
+    safe = x.min() > -80 and x.max() < 80  # exp(80) is 5e34; the largest float32 is 3e38
     y: Array = np.exp(x) if safe else np.exp(x - x.max(axis=-1, keepdims=True))
     y /= row_sums(y)
     return y
 
 
 def softmax_backward(d_y: Array, y: Array) -> Array:
-    """dx_i = y_i (dy_i − Σ_j dy_j y_j): raising one score lowers all other shares."""
+    """dx_i = y_i (dy_i − Σ_j dy_j y_j): raising one score lowers all the other probabilities."""
     d_x = d_y - row_dots(d_y, y)
     d_x *= y
     return d_x
 
 
 def row_sums(x: Array) -> Array:
-    """Σ_j x_j along the last axis, which stays with length 1. einsum is faster than sum on short rows."""
+    """Σ_j x_j along the last axis, which stays with length 1. On short rows einsum is faster than sum."""
     sums: Array = np.einsum("...j->...", x)
     return sums[..., None]
 
 
 def row_dots(x: Array, y: Array) -> Array:
-    """Σ_j x_j y_j along the last axis, which stays with length 1; the product is never stored."""
+    """Σ_j x_j y_j along the last axis, which stays with length 1; the product itself is never stored."""
     dots: Array = np.einsum("...j,...j->...", x, y)
     return dots[..., None]
 
@@ -87,7 +87,7 @@ def row_dots(x: Array, y: Array) -> Array:
 
 @dataclass
 class Norm:
-    """Affine part of a layer norm: scale and shift, each (D)."""
+    """Weights of a layer norm: scale and shift, each (D)."""
 
     scale: Array
     shift: Array
@@ -95,68 +95,66 @@ class Norm:
 
 @dataclass
 class SavedNorm:
-    """normed: the rows with mean 0 and variance 1; inverse_std: what each centred row was multiplied by."""
+    """normed: the rows with mean 0 and variance 1; inverse_std (..., 1): 1 / sqrt(variance + eps) of each row."""
 
     normed: Array
     inverse_std: Array
 
 
-def layer_norm(x: Array, w: Norm | None, eps: float) -> tuple[Array, SavedNorm]:
-    """y = (x − mean) / sqrt(variance + eps) · scale + shift, each token by itself; w None: neither of them."""
+def layer_norm(x: Array, w: Norm, eps: float) -> tuple[Array, SavedNorm]:
+    """y = (x − mean) / sqrt(variance + eps) · scale + shift, for each token on its own."""
     width = x.shape[-1]
     normed = x - row_sums(x) / width
     inverse_std = 1 / np.sqrt(row_dots(normed, normed) / width + eps)
     normed *= inverse_std
-    saved = SavedNorm(normed, inverse_std)
-    return (normed if w is None else normed * w.scale + w.shift), saved
+    return normed * w.scale + w.shift, SavedNorm(normed, inverse_std)
 
 
-def layer_norm_backward(d_y: Array, saved: SavedNorm, w: Norm | None) -> tuple[Array, Norm | None]:
+def layer_norm_backward(d_y: Array, saved: SavedNorm, w: Norm) -> tuple[Array, Norm]:
     """With n = normed and dn = dy · scale: dx = (dn − mean(dn) − n · mean(dn · n)) / std.
 
-    The two means are what dn loses because a row's own mean and variance move with it.
+    The two means are what dn loses because a row's own mean and variance move with the row.
     """
     normed, width = saved.normed, d_y.shape[-1]
-    d_w, d_normed = None, d_y
-    if w is not None:
-        rows = (-1, width)
-        d_scale = np.einsum("rj,rj->j", d_y.reshape(rows), normed.reshape(rows))
-        d_w, d_normed = Norm(d_scale, d_y.reshape(rows).sum(axis=0)), d_y * w.scale
+    rows = (-1, width)
+    d_scale = np.einsum("rj,rj->j", d_y.reshape(rows), normed.reshape(rows))
+    d_w, d_normed = Norm(d_scale, d_y.reshape(rows).sum(axis=0)), d_y * w.scale
     d_x = d_normed - row_sums(d_normed) / width
     d_x -= normed * (row_dots(d_normed, normed) / width)
     d_x *= saved.inverse_std
     return d_x, d_w
 
 
-# -- activations ----------------------------------------------------------------------------------
+# -- activations: each returns y and its slope dy/dx -----------------------------------------------
 
 
 def relu(x: Array) -> tuple[Array, Array]:
-    """y = max(x, 0). Its backward needs the slope: 1 where x is above 0, else 0."""
+    """y = max(x, 0). The slope is 1 where x is above 0, else 0."""
     return np.maximum(x, 0), (x > 0).astype(x.dtype)
 
 
 def gelu(x: Array) -> tuple[Array, Array]:
     """y = x Φ(x), where Φ(x) = (1 + erf(x / √2)) / 2 (Hendrycks & Gimpel 2016, eq. 2).
 
-    Φ is the normal distribution's. Its backward needs the slope Φ(x) + x φ(x), φ the normal density.
+    Φ is the normal distribution function. The slope is Φ(x) + x φ(x), where φ is the normal density.
     """
-    share = erf(x * (1 / sqrt(2)))
-    share += 1
-    share *= 0.5
+    cdf = erf(x * (1 / sqrt(2)))
+    cdf += 1
+    cdf *= 0.5
     slope = x * x
     slope *= -0.5
     np.exp(slope, out=slope)
     slope *= x
     slope *= 1 / sqrt(2 * pi)
-    slope += share
-    return x * share, slope
+    slope += cdf
+    return x * cdf, slope
 
 
 def gelu_tanh(x: Array) -> tuple[Array, Array]:
     """y = x (1 + t) / 2, t = tanh(√(2/π) (x + 0.044715 x³)) (Hendrycks & Gimpel 2016, section 2).
 
-    The slope is (1 + t) / 2 + x (1 − t²) / 2 · √(2/π) (1 + 3 · 0.044715 x²). Products, for powers are slow.
+    The slope is (1 + t) / 2 + x (1 − t²) / 2 · √(2/π) (1 + 3 · 0.044715 x²). Powers are written as products, which
+    are faster in NumPy.
     """
     square = x * x
     t = square * 0.044715
@@ -178,8 +176,11 @@ def gelu_tanh(x: Array) -> tuple[Array, Array]:
     return t, slope
 
 
+ACTIVATIONS = {"relu": relu, "gelu": gelu, "gelu_tanh": gelu_tanh}
+
+
 def activation_backward(d_y: Array, slope: Array) -> Array:
-    """dx = dy · dy/dx, number by number: the chain rule with nothing mixed."""
+    """dx = dy · dy/dx, elementwise: the chain rule for one input and one output."""
     return d_y * slope
 
 
@@ -187,17 +188,17 @@ def activation_backward(d_y: Array, slope: Array) -> Array:
 
 
 def dropout_mask(shape: tuple[int, ...], rate: float, rng: np.random.Generator, dtype: Any = np.float64) -> Array:
-    """1 / (1 − rate) where a number stays, which has probability 1 − rate, and 0 where it is dropped.
+    """0 with probability `rate`, else 1 / (1 − rate), for each element.
 
-    The rate is rounded to a 65,536th, but never to 1.
+    The rate is rounded to a multiple of 1 / 65,536 below 1.
     """
-    below = min(round(rate * 2**16), 2**16 - 1)
-    words = rng.integers(0, 2**64, size=-(-prod(shape) // 4), dtype=np.uint64)  # one draw decides on four numbers
-    mask = (words.view(np.uint16)[: prod(shape)].reshape(shape) >= below).astype(dtype)
-    mask *= 2**16 / (2**16 - below)
+    threshold = min(round(rate * 2**16), 2**16 - 1)
+    words = rng.integers(0, 2**64, size=-(-prod(shape) // 4), dtype=np.uint64)  # 64 random bits serve four elements
+    mask = (words.view(np.uint16)[: prod(shape)].reshape(shape) >= threshold).astype(dtype)
+    mask *= 2**16 / (2**16 - threshold)
     return mask
 
 
 def dropout(x: Array, mask: Array | None) -> Array:
-    """y = x · mask, so that the expected y is x; without a mask y = x. It is its own backward."""
+    """y = x · mask, whose expected value is x; y = x without a mask. Applied to d_y, it is its own backward pass."""
     return x if mask is None else x * mask

@@ -1,7 +1,7 @@
-"""The same model as torch modules: what the chapters compute by hand, autograd does here.
+"""The same model as torch modules: autograd computes what the other chapters work out by hand.
 
-Parameters have the shapes of the NumPy bundle's arrays and almost their names; `TorchViT.load` and
-`TorchViT.weights` carry them over.
+Parameters have the shapes of the NumPy arrays and almost their names. `TorchViT.load` and `TorchViT.weights` convert
+between the two.
 """
 
 from math import sqrt
@@ -12,26 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from vitft.scratch.embedding import fixed_positions
-from vitft.scratch.tensors import Watch, unwatched
-from vitft.scratch.vit import ViT, filled, named, shapes
+from vitft.scratch.tensors import Watch, no_watch
+from vitft.scratch.vit import ViT, array_shapes, from_named_arrays, named_arrays
 from vitft.spec import ViTSpec
 
 
 class Watched(nn.Module):
-    """A module that shows its stages to a hook, under the names of `vitft.spec.stages`."""
+    """A module that passes its stages to a hook, under the names of `vitft.spec.stages`."""
 
-    watch: Watch = staticmethod(unwatched)
+    watch: Watch = staticmethod(no_watch)
     stage = ""
 
     def show(self, name: str, x: Tensor) -> Tensor:
-        """Hand a stage's tensor to the hook, and on."""
-        if self.watch is not unwatched:
+        """Pass a stage's tensor to the hook, and return it."""
+        if self.watch is not no_watch:
             self.watch(f"{self.stage}{name}", x.detach().numpy(force=True))
         return x
 
 
 class Embedding(Watched):
-    """Images (B, C, H, W) to tokens (B, N, D): a convolution, the class token, the positions."""
+    """A convolution, the class token, and the positions: images (B, C, H, W) to tokens (B, N, D)."""
 
     def __init__(self, spec: ViTSpec) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Embedding(Watched):
             self.register_buffer("positions", fixed, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """The sequence that the blocks read."""
+        """(B, C, H, W) to (B, N, D)."""
         x = self.show("embed.projection", self.projection(self.show("image", images)))
         x = self.show("embed.patches", x.flatten(2).transpose(1, 2))
         if self.class_token is not None:
@@ -56,7 +56,7 @@ class Embedding(Watched):
 
 
 class Attention(Watched):
-    """Multi-head self-attention; the shares (B, A, N, N) are made, so that they can be looked at."""
+    """Multi-head self-attention. It computes the attention weights (B, A, N, N) explicitly, so they can be shown."""
 
     def __init__(self, spec: ViTSpec) -> None:
         super().__init__()
@@ -71,12 +71,12 @@ class Attention(Watched):
         q, k, v = self.show("qkv", qkv).unbind(dim=1)
         scores = self.show("scores", q @ k.mT / sqrt(d // self.heads))
         mixed = self.show("softmax", scores.softmax(dim=-1)) @ v
-        self.found = mixed.detach()  # (B, A, N, K): of each head by itself
+        self.head_outputs = mixed.detach()  # (B, A, N, K), for `TorchViT.attention_output`
         return self.show("output", self.output(self.show("mix", mixed.transpose(1, 2).reshape(b, n, d))))
 
 
 class MLP(Watched):
-    """Each token by itself, widened, bent and narrowed again."""
+    """Two linear layers with an activation between them, applied to each token on its own."""
 
     def __init__(self, spec: ViTSpec) -> None:
         super().__init__()
@@ -90,37 +90,37 @@ class MLP(Watched):
         return self.show("out", self.outer(self.show("activation", self.activation(self.show("in", self.inner(x))))))
 
 
-class Part(Watched):
-    """Attention or MLP, with its norm and its sum: x + part(norm(x)), or norm(x + part(x))."""
+class Residual(Watched):
+    """Attention or MLP with its norm and its residual connection: x + f(norm(x)), or post-norm, norm(x + f(x))."""
 
-    def __init__(self, part: Watched, spec: ViTSpec) -> None:
+    def __init__(self, sublayer: Watched, spec: ViTSpec) -> None:
         super().__init__()
-        self.part, self.pre = part, spec.norm == "pre"
+        self.sublayer, self.pre = sublayer, spec.norm == "pre"
         self.norm = nn.LayerNorm(spec.width, eps=spec.norm_eps)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, N, D) to (B, N, D); `mask` is dropout's, of what the part adds."""
-        added = self.part(self.show("norm", self.norm(x)) if self.pre else x)
-        x = self.show("residual", x + (added if mask is None else added * mask))
+        """(B, N, D) to (B, N, D); `mask` is the dropout mask of the sublayer's output."""
+        y = self.sublayer(self.show("norm", self.norm(x)) if self.pre else x)
+        x = self.show("residual", x + (y if mask is None else y * mask))
         return x if self.pre else self.show("norm", self.norm(x))
 
 
 class Block(nn.Module):
-    """An encoder block: two parts."""
+    """An encoder block: attention, then the MLP."""
 
     def __init__(self, spec: ViTSpec) -> None:
         super().__init__()
-        self.attention, self.mlp = Part(Attention(spec), spec), Part(MLP(spec), spec)
+        self.attention, self.mlp = Residual(Attention(spec), spec), Residual(MLP(spec), spec)
 
     def forward(self, x: Tensor, masks: list[Tensor] | None) -> Tensor:
         """(B, N, D) to (B, N, D)."""
-        drop_attention, drop_mlp = masks or (None, None)
-        y: Tensor = self.mlp(self.attention(x, drop_attention), drop_mlp)
+        attention_mask, mlp_mask = masks or (None, None)
+        y: Tensor = self.mlp(self.attention(x, attention_mask), mlp_mask)
         return y
 
 
 class TorchViT(Watched):
-    """Images (B, C, H, W) to logits (B, classes), of any `ViTSpec`."""
+    """The ViT of any `ViTSpec`: images (B, C, H, W) to logits (B, classes)."""
 
     def __init__(self, spec: ViTSpec) -> None:
         super().__init__()
@@ -132,12 +132,12 @@ class TorchViT(Watched):
         self.logits = nn.Linear(spec.pre_logits or spec.width, spec.classes)
 
     def forward(self, images: Tensor, masks: list[Tensor] | None = None) -> Tensor:
-        """`masks` are the NumPy chapters' dropout masks: one of the embedding, two of each block."""
+        """(B, C, H, W) to (B, classes). `masks` are those of `vit.dropout_masks`: one, and two for each block."""
         x = self.embedding(images)
         if masks:
             x = x * masks[0]
-        for number, block in enumerate(self.blocks):
-            x = block(x, masks[2 * number + 1 : 2 * number + 3] if masks else None)
+        for i, block in enumerate(self.blocks):
+            x = block(x, masks[2 * i + 1 : 2 * i + 3] if masks else None)
         if self.norm is not None:
             x = self.show("norm", self.norm(x))
         x = x[:, 0] if self.spec.pooling == "cls" else x[:, self.spec.prefix_tokens :].mean(dim=1)
@@ -147,47 +147,51 @@ class TorchViT(Watched):
         return self.show("head", self.logits(x))
 
     def watched_by(self, watch: Watch) -> "TorchViT":
-        """Show every stage of every forward pass to `watch`."""
+        """Call `watch` with every stage of every forward pass from now on; returns self."""
         for name, module in self.named_modules():
             if isinstance(module, Watched):
                 module.watch = watch
-                step = name.split(".")
-                if step[0] == "blocks" and len(step) > 2:
-                    module.stage = f"block.{int(step[1]) + 1}.{step[2]}."
+                path = name.split(".")
+                if path[0] == "blocks" and len(path) > 2:
+                    module.stage = f"block.{int(path[1]) + 1}.{path[2]}."
         return self
 
     def attention_output(self, x: Tensor, layer: int, head: int) -> Tensor:
-        """What one head of one layer (both from 1) found in images x: (B, N, K), before the heads are joined."""
-        for what, number, most in (("layer", layer, self.spec.layers), ("head", head, self.spec.heads)):
-            if not 1 <= number <= most:
-                raise IndexError(f"{what} {number} is not in 1 to {most}")
+        """The output of one attention head for images x, before the heads are concatenated: (B, N, K).
+
+        `layer` and `head` count from 1. Raises IndexError for numbers out of range.
+        """
+        for name, number, count in (("layer", layer, self.spec.layers), ("head", head, self.spec.heads)):
+            if not 1 <= number <= count:
+                raise IndexError(f"{name} {number} is not in 1 to {count}")
         self(x)
-        attention = self.get_submodule(f"blocks.{layer - 1}.attention.part")
+        attention = self.get_submodule(f"blocks.{layer - 1}.attention.sublayer")
         assert isinstance(attention, Attention)
-        return attention.found[:, head - 1]
+        return attention.head_outputs[:, head - 1]
 
     def load(self, w: ViT) -> "TorchViT":
-        """Take the weights of a NumPy bundle, in their dtype."""
-        arrays = {_torch_name(name): torch.from_numpy(np.array(array)) for name, array in named(w)}
+        """Copy the weights of the NumPy model, in their dtype; returns self."""
+        arrays = {_torch_name(name): torch.from_numpy(np.array(array)) for name, array in named_arrays(w)}
         self.to(next(iter(arrays.values())).dtype).load_state_dict(arrays)
         return self
 
-    def paths(self) -> dict[str, nn.Parameter]:
-        """Every parameter under its path in the NumPy bundle, as `vit.named` has it."""
-        ours = dict(self.named_parameters())
-        return {name: ours[_torch_name(name)] for name in shapes(self.spec)}
+    def parameters_by_name(self) -> dict[str, nn.Parameter]:
+        """Every parameter, under the name that `vit.named_arrays` gives it."""
+        parameters = dict(self.named_parameters())
+        return {name: parameters[_torch_name(name)] for name in array_shapes(self.spec)}
 
     def weights(self, *, gradients: bool = False) -> ViT:
-        """The NumPy bundle of the weights, or of their gradients (of none: zeros)."""
+        """The weights as NumPy arrays, or their gradients; a parameter without a gradient gives zeros."""
 
         def array(parameter: nn.Parameter) -> Any:
-            found = parameter.grad if gradients else parameter
-            return np.zeros(parameter.shape) if found is None else found.numpy(force=True).copy()
+            tensor = parameter.grad if gradients else parameter
+            return np.zeros(parameter.shape) if tensor is None else tensor.numpy(force=True).copy()
 
-        return filled({name: array(parameter) for name, parameter in self.paths().items()}, self.spec)
+        arrays = {name: array(parameter) for name, parameter in self.parameters_by_name().items()}
+        return from_named_arrays(arrays, self.spec)
 
 
 def _torch_name(name: str) -> str:
     for part in ("attention", "mlp"):
-        name = name.replace(f".{part}.", f".{part}.part.").replace(f".{part}_norm.", f".{part}.norm.")
+        name = name.replace(f".{part}.", f".{part}.sublayer.").replace(f".{part}_norm.", f".{part}.norm.")
     return name.removeprefix("head.").replace(".scale", ".weight").replace(".shift", ".bias")

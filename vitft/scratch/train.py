@@ -1,4 +1,4 @@
-"""Training: batches in random order, a step for each, a score after each epoch."""
+"""Training: batches in random order, one optimizer step each, and the test accuracy after each epoch."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,21 +12,30 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from vitft.scratch.augment import Pixels, crop, flip, normalise
+from vitft.scratch.augment import Pixels, crop, flip, normalize
 from vitft.scratch.heads import cross_entropy, cross_entropy_backward
 from vitft.scratch.optim import SGD, Adam, lr_at
 from vitft.scratch.tensors import Array
-from vitft.scratch.vit import ViT, dropout_masks, filled, mapped, named, new_weights, vit, vit_backward
+from vitft.scratch.vit import (
+    ViT,
+    dropout_masks,
+    from_named_arrays,
+    init_weights,
+    map_arrays,
+    named_arrays,
+    vit,
+    vit_backward,
+)
 from vitft.spec import ViTSpec, stages
 
 Labels = NDArray[np.integer[Any]]
-Found = TypeVar("Found")
-PIECE = 2**19  # numbers: two megabytes of float32, about the cache that a core has to itself
+Result = TypeVar("Result")
+CACHE_NUMBERS = 2**19  # two megabytes of float32: about the cache that each core has for itself
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How a network is trained. Decay and warm-up are of the learning rate."""
+    """The training settings. `decay_*` and `warmup_steps` are those of the learning rate."""
 
     epochs: int
     batch_size: int
@@ -58,7 +67,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an epoch came to: mean training loss and accuracy while it ran, accuracy on the test images after."""
+    """Mean training loss and accuracy during an epoch, and the test accuracy after it."""
 
     epoch: int
     loss: float
@@ -67,29 +76,29 @@ class Epoch:
 
 
 class Engine(Protocol):
-    """What trains: the NumPy chapters, or the torch one."""
+    """Computes training steps: with the NumPy chapters, or with torch."""
 
     def step(self, images: Array, labels: Labels, lr: float, masks: list[Array] | None) -> tuple[float, int]:
-        """Change the weights by one step; the batch's mean loss and correct answers before it."""
+        """Update the weights once; return the batch's mean loss and number of correct predictions before the update."""
 
     def logits(self, images: Array) -> Array:
-        """(B, classes), without dropout."""
+        """Logits (B, classes), without dropout."""
 
     def weights(self) -> ViT:
-        """The weights as they are now."""
+        """The current weights."""
 
 
 class NumpyEngine:
-    """The chapters, and an optimizer.
+    """The NumPy chapters with an optimizer.
 
-    A batch is computed piece by piece, each small enough to stay in a core's cache, by two threads in turn:
-    NumPy computes outside of Python's lock. Pieces and threads are the same on every machine, for the order
-    of a sum changes its last digits.
+    A batch is split into micro-batches, small enough to stay in a core's cache, which two threads work through in
+    parallel; NumPy releases Python's global lock while it computes. Micro-batches and threads are the same on every
+    machine, because the order of a sum changes its last digits.
     """
 
     def __init__(self, w: ViT, spec: ViTSpec, plan: Plan) -> None:
-        self.w, self.spec, self.plan = mapped(w, np.copy), spec, plan
-        self.named = dict(named(self.w))
+        self.w, self.spec, self.plan = map_arrays(w, np.copy), spec, plan
+        self.arrays = dict(named_arrays(self.w))
         decay = plan.weight_decay if plan.optimizer == "adamw" else 0.0
         self.optimizer = SGD(plan.momentum) if plan.optimizer == "sgd" else Adam(decay)
         self.threads = ThreadPoolExecutor(2)
@@ -97,41 +106,43 @@ class NumpyEngine:
     def step(self, images: Array, labels: Labels, lr: float, masks: list[Array] | None) -> tuple[float, int]:
         """Forward, backward, update."""
 
-        def learn(piece: slice) -> tuple[float, int, dict[str, Array]]:
-            logits, saved = vit(images[piece], self.w, self.spec, masks and [mask[piece] for mask in masks])
-            loss, saved_loss = cross_entropy(logits, labels[piece], self.plan.label_smoothing)
-            share = len(logits) / len(images)  # of the piece in the mean of the batch
-            _, d_w = vit_backward(share * cross_entropy_backward(saved_loss), saved, self.w, self.spec)
-            return share * loss, int((logits.argmax(axis=1) == labels[piece]).sum()), dict(named(d_w))
+        def learn(part: slice) -> tuple[float, int, dict[str, Array]]:
+            logits, saved = vit(images[part], self.w, self.spec, masks and [mask[part] for mask in masks])
+            loss, saved_loss = cross_entropy(logits, labels[part], self.plan.label_smoothing)
+            fraction = len(logits) / len(images)  # its weight in the mean over the batch
+            _, d_w = vit_backward(fraction * cross_entropy_backward(saved_loss), saved, self.w, self.spec)
+            return fraction * loss, int((logits.argmax(axis=1) == labels[part]).sum()), dict(named_arrays(d_w))
 
-        losses, correct, gradients = zip(*self._each(learn, len(images)), strict=True)
-        self.optimizer.update(self.named, {name: sum(d[name] for d in gradients) for name in self.named}, lr)
+        losses, correct, gradients = zip(*self._map_micro_batches(learn, len(images)), strict=True)
+        self.optimizer.update(self.arrays, {name: sum(d[name] for d in gradients) for name in self.arrays}, lr)
         return sum(losses), sum(correct)
 
     def logits(self, images: Array) -> Array:
-        """(B, classes), without dropout."""
-        return np.concatenate(list(self._each(lambda piece: vit(images[piece], self.w, self.spec)[0], len(images))))
+        """Logits (B, classes), without dropout."""
+        return np.concatenate(
+            list(self._map_micro_batches(lambda part: vit(images[part], self.w, self.spec)[0], len(images)))
+        )
 
-    def _each(self, function: Callable[[slice], Found], images: int) -> Iterable[Found]:
-        """`function` of every piece, in order; a single piece needs no second thread."""
-        every = pieces(images, self.spec)
-        return self.threads.map(function, every) if len(every) > 1 else map(function, every)
+    def _map_micro_batches(self, function: Callable[[slice], Result], images: int) -> Iterable[Result]:
+        """`function` of every micro-batch, in order; a single one needs no second thread."""
+        parts = micro_batches(images, self.spec)
+        return self.threads.map(function, parts) if len(parts) > 1 else map(function, parts)
 
     def weights(self) -> ViT:
-        """The weights as they are now."""
+        """The current weights."""
         return self.w
 
 
-def pieces(count: int, spec: ViTSpec) -> list[slice]:
-    """Slices that hold each of `count` images once, their largest stage at most PIECE numbers (or one image's)."""
-    size = max(1, PIECE // max(prod(stage.output) for stage in stages(spec)))
+def micro_batches(count: int, spec: ViTSpec) -> list[slice]:
+    """Slices that cover `count` images. The largest stage of each has at most CACHE_NUMBERS numbers, or one image."""
+    size = max(1, CACHE_NUMBERS // max(prod(stage.output) for stage in stages(spec)))
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def batch(train: Images, step: int, spec: ViTSpec, plan: Plan) -> tuple[Array, Labels, list[Array] | None]:
-    """Images, labels and dropout masks of a step: a function of (seed, step), so any engine sees the same.
+    """Images, labels and dropout masks of a step: a function of (seed, step), so every engine gets the same.
 
-    Every epoch has an order of its own; its last batch may be smaller.
+    Every epoch has its own order; its last batch may be smaller.
     """
     epoch, number = divmod(step, steps_per_epoch(train, plan))
     order = epoch_order(plan.seed, epoch, len(train.labels))
@@ -143,64 +154,64 @@ def batch(train: Images, step: int, spec: ViTSpec, plan: Plan) -> tuple[Array, L
     if plan.flip:
         pixels = flip(pixels, rng)
     masks = dropout_masks(spec, len(chosen), plan.dropout, rng, plan.dtype)
-    return normalise(pixels, plan.mean, plan.std, plan.dtype), train.labels[chosen], masks
+    return normalize(pixels, plan.mean, plan.std, plan.dtype), train.labels[chosen], masks
 
 
-@lru_cache(maxsize=1)  # a step's answer serves the whole epoch
+@lru_cache(maxsize=1)  # all steps of an epoch share one order
 def epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """The order in which an epoch sees the training images."""
+    """The order of the training images in an epoch."""
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def steps_per_epoch(train: Images, plan: Plan) -> int:
-    """Batches that hold every training image once."""
+    """Number of batches that cover every training image once."""
     return -(-len(train.labels) // plan.batch_size)
 
 
-def new_engine_weights(spec: ViTSpec, plan: Plan) -> ViT:
-    """The weights that a plan begins with."""
-    return new_weights(spec, np.random.default_rng([plan.seed]), plan.dtype)
+def initial_weights(spec: ViTSpec, plan: Plan) -> ViT:
+    """The weights that training starts from, a function of the seed."""
+    return init_weights(spec, np.random.default_rng([plan.seed]), plan.dtype)
 
 
 def fit(
     engine: Engine, train: Images, test: Images, spec: ViTSpec, plan: Plan,
-    seen: Callable[[int, float, float], None] = lambda step, loss, lr: None,
-    done: Callable[[Epoch], None] = lambda epoch: None,
+    on_step: Callable[[int, float, float], None] = lambda step, loss, lr: None,
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> list[Epoch]:  # fmt: skip
-    """All epochs of a plan. `seen` is called with step, loss and rate after each step, `done` after each epoch."""
+    """Train for all epochs of the plan, calling `on_step` with step, loss and learning rate, and `on_epoch`."""
     per_epoch = steps_per_epoch(train, plan)
     total, decay_step = plan.epochs * per_epoch, plan.decay_epoch * per_epoch
     history = []
     for epoch in range(plan.epochs):
-        losses, correct = 0.0, 0
+        total_loss, total_correct = 0.0, 0
         for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
             images, labels, masks = batch(train, step, spec, plan)
             lr = lr_at(step, plan.lr, total, plan.warmup_steps, plan.schedule, decay_step, plan.decay_factor)
-            loss, right = engine.step(images, labels, lr, masks)
-            losses += loss * len(labels)
-            correct += right
-            seen(step, loss, lr)
+            loss, correct = engine.step(images, labels, lr, masks)
+            total_loss += loss * len(labels)
+            total_correct += correct
+            on_step(step, loss, lr)
         count = len(train.labels)
-        history.append(Epoch(epoch + 1, losses / count, correct / count, accuracy(engine, test, plan)))
-        done(history[-1])
+        history.append(Epoch(epoch + 1, total_loss / count, total_correct / count, accuracy(engine, test, plan)))
+        on_epoch(history[-1])
     return history
 
 
 def accuracy(engine: Engine, images: Images, plan: Plan, batch_size: int = 250) -> float:
-    """Share of the images whose largest logit is that of their label."""
+    """Fraction of the images whose largest logit is that of their label."""
     correct = 0
     for start in range(0, len(images.labels), batch_size):
         part = slice(start, start + batch_size)
-        logits = engine.logits(normalise(images.pixels[part], plan.mean, plan.std, plan.dtype))
+        logits = engine.logits(normalize(images.pixels[part], plan.mean, plan.std, plan.dtype))
         correct += int((logits.argmax(axis=1) == images.labels[part]).sum())
     return correct / len(images.labels)
 
 
 def save(path: Path, w: ViT) -> None:
-    """Write all weights to a safetensors file, under their paths."""
-    save_file({name: np.ascontiguousarray(array) for name, array in named(w)}, path)
+    """Write all weights to a safetensors file, by name."""
+    save_file({name: np.ascontiguousarray(array) for name, array in named_arrays(w)}, path)
 
 
 def load(path: Path, spec: ViTSpec) -> ViT:
-    """Read what `save` wrote. Raises ValueError where names or shapes are not those of the spec."""
-    return filled(load_file(path), spec)
+    """Read weights that `save` wrote. Raises ValueError if names or shapes do not fit the spec."""
+    return from_named_arrays(load_file(path), spec)

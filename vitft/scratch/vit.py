@@ -1,4 +1,4 @@
-"""The whole model: an image forward to its logits, and the loss backward to every weight and pixel."""
+"""The whole model: images forward to logits, and the loss's gradient backward to every weight and pixel."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -9,7 +9,7 @@ import numpy as np
 
 from vitft.scratch.attention import Attention
 from vitft.scratch.embedding import Embedding, embedding, embedding_backward
-from vitft.scratch.encoder import Block, SavedBlock, block, block_backward
+from vitft.scratch.encoder import Block, SavedBlock, block, block_backward, prefixed
 from vitft.scratch.heads import Head, SavedHead, head, head_backward
 from vitft.scratch.mlp import MLP
 from vitft.scratch.tensors import (
@@ -22,11 +22,11 @@ from vitft.scratch.tensors import (
     dropout_mask,
     layer_norm,
     layer_norm_backward,
-    unwatched,
+    no_watch,
 )
 from vitft.spec import ViTSpec
 
-Bundle = TypeVar("Bundle")
+Weights = TypeVar("Weights")
 
 
 @dataclass
@@ -51,18 +51,18 @@ class SavedViT:
 
 
 def vit(
-    images: Array, w: ViT, spec: ViTSpec, masks: Sequence[Array] | None = None, watch: Watch = unwatched
+    images: Array, w: ViT, spec: ViTSpec, masks: Sequence[Array] | None = None, watch: Watch = no_watch
 ) -> tuple[Array, SavedViT]:
     """Images (B, C, H, W) to logits (B, classes) (Dosovitskiy et al. 2020, eq. 1-4).
 
-    `masks` are those of `dropout_masks`, for training; `watch` is shown each stage of `vitft.spec.stages`.
+    `masks` are those of `dropout_masks`, for training. `watch` is called with every stage of `vitft.spec.stages`.
     """
     x, patches = embedding(images, w.embedding, spec, watch)
     x = dropout(x, masks[0] if masks else None)
     saved_blocks = []
-    for number, w_block in enumerate(w.blocks):
-        pair = (masks[2 * number + 1], masks[2 * number + 2]) if masks else (None, None)
-        x, saved_block = block(x, w_block, spec, pair, _within(watch, f"block.{number + 1}"))
+    for i, w_block in enumerate(w.blocks):
+        block_masks = (masks[2 * i + 1], masks[2 * i + 2]) if masks else (None, None)
+        x, saved_block = block(x, w_block, spec, block_masks, prefixed(watch, f"block.{i + 1}"))
         saved_blocks.append(saved_block)
     saved_norm = None
     if w.norm is not None:
@@ -73,10 +73,10 @@ def vit(
 
 
 def vit_backward(d_logits: Array, saved: SavedViT, w: ViT, spec: ViTSpec) -> tuple[Array, ViT]:
-    """Gradients of the images (B, C, H, W), and of all weights: the chapters' backwards, last to first."""
+    """Gradients of the images (B, C, H, W) and of all weights: the chapters' backward passes, last to first."""
     d_x, d_head = head_backward(d_logits, saved.head, w.head, spec)
     d_norm = None
-    if saved.norm is not None:
+    if w.norm is not None and saved.norm is not None:
         d_x, d_norm = layer_norm_backward(d_x, saved.norm, w.norm)
     d_blocks = []
     for w_block, saved_block in zip(reversed(w.blocks), reversed(saved.blocks), strict=True):
@@ -87,54 +87,50 @@ def vit_backward(d_logits: Array, saved: SavedViT, w: ViT, spec: ViTSpec) -> tup
     return d_images, ViT(d_embedding, d_blocks[::-1], d_norm, d_head)
 
 
-def _within(watch: Watch, part: str) -> Watch:
-    return lambda name, array: watch(f"{part}.{name}", array)
-
-
 def dropout_masks(
     spec: ViTSpec, images: int, rate: float, rng: np.random.Generator, dtype: Any = np.float32
 ) -> list[Array] | None:
-    """A mask for the embedded tokens, and two for each block: of what attention and the MLP add."""
+    """A mask for the embedded tokens and two for each block, for the outputs of attention and MLP; None at rate 0."""
     if not rate:
         return None
     shape = (images, spec.tokens, spec.width)
     return [dropout_mask(shape, rate, rng, dtype) for _ in range(1 + 2 * spec.layers)]
 
 
-# -- the bundle of weights ------------------------------------------------------------------------
+# -- weights as one object ------------------------------------------------------------------------
 
 
-def named(weights: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
-    """Every array of a bundle with its path, "blocks.0.attention.qkv.weight"; None is left out.
+def named_arrays(weights: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
+    """Every array of a ViT, or of a part of one, with its name, such as "blocks.0.attention.qkv.weight".
 
-    Paths count from 0, as lists do; the stages of `vitft.spec` count blocks from 1, as people do.
+    Names count blocks from 0, as lists do; the stages of `vitft.spec` count them from 1, as people do.
     """
     if isinstance(weights, np.ndarray):
         yield prefix, weights
     elif weights is not None:
         parts = enumerate(weights) if isinstance(weights, list) else vars(weights).items()
         for name, part in parts:
-            yield from named(part, f"{prefix}.{name}" if prefix else str(name))
+            yield from named_arrays(part, f"{prefix}.{name}" if prefix else str(name))
 
 
-def mapped(weights: Bundle, function: Callable[[Array], Array]) -> Bundle:
-    """A bundle of the same type, with `function(array)` in place of every array."""
-    made: Any = weights
+def map_arrays(weights: Weights, function: Callable[[Array], Array]) -> Weights:
+    """A copy of the weights with `function(array)` in place of every array."""
+    result: Any = weights
     if isinstance(weights, np.ndarray):
-        made = function(weights)
+        result = function(weights)
     elif isinstance(weights, list):
-        made = [mapped(part, function) for part in weights]
+        result = [map_arrays(part, function) for part in weights]
     elif is_dataclass(weights):
         kind: Any = type(weights)
-        made = kind(*(mapped(getattr(weights, field.name), function) for field in fields(weights)))
-    return cast(Bundle, made)
+        result = kind(*(map_arrays(getattr(weights, field.name), function) for field in fields(weights)))
+    return cast(Weights, result)
 
 
-def new_weights(spec: ViTSpec, rng: np.random.Generator, dtype: Any = np.float32) -> ViT:
-    """Weights to train from: matrices uniform in ±sqrt(6 / (in + out)) (Glorot & Bengio 2010, eq. 16).
+def init_weights(spec: ViTSpec, rng: np.random.Generator, dtype: Any = np.float32) -> ViT:
+    """Initial weights: matrices are uniform in ±sqrt(6 / (in + out)) (Glorot & Bengio 2010, eq. 16).
 
-    The patch kernel is normal with variance 1 / in; class token and positions are normal with standard
-    deviation 0.02; biases begin at 0. So does the head: at first every class is as likely as any other.
+    The patch kernel is normal with variance 1 / in; class token and positions are normal with standard deviation
+    0.02; biases are 0. So is the head, which makes every class equally likely at first.
     """
 
     def draw(kind: str, shape: tuple[int, ...]) -> Array:
@@ -142,25 +138,23 @@ def new_weights(spec: ViTSpec, rng: np.random.Generator, dtype: Any = np.float32
             return rng.standard_normal(shape) / sqrt(prod(shape[1:]))
         if kind == "token":
             return rng.standard_normal(shape) * 0.02
-        if kind == "qkv":  # three matrices, one above the other
-            bound = sqrt(6 / (shape[0] // 3 + shape[1]))
-            return rng.uniform(-bound, bound, shape)
-        if kind == "matrix":
-            bound = sqrt(6 / sum(shape))
+        if kind in ("matrix", "qkv"):
+            fan_out = shape[0] // 3 if kind == "qkv" else shape[0]  # qkv is three matrices, stacked
+            bound = sqrt(6 / (fan_out + shape[1]))
             return rng.uniform(-bound, bound, shape)
         return np.full(shape, float(kind == "scale"))
 
-    return bundle(spec, lambda kind, shape: draw(kind, shape).astype(dtype))
+    return build_vit(spec, lambda kind, shape: draw(kind, shape).astype(dtype))
 
 
-def shapes(spec: ViTSpec) -> dict[str, tuple[int, ...]]:
-    """The shape of every array of a model, by its path."""
-    unset = bundle(spec, lambda kind, shape: np.broadcast_to(np.float32(0), shape))  # takes no memory
-    return {name: array.shape for name, array in named(unset)}
+def array_shapes(spec: ViTSpec) -> dict[str, tuple[int, ...]]:
+    """The shape of every array of a model, by name."""
+    empty = build_vit(spec, lambda kind, shape: np.broadcast_to(np.float32(0), shape))  # takes no memory
+    return {name: array.shape for name, array in named_arrays(empty)}
 
 
-def bundle(spec: ViTSpec, make: Callable[[str, tuple[int, ...]], Array]) -> ViT:
-    """A model of arrays that `make` gives for a kind (kernel, matrix, qkv, head, bias, scale, token) and a shape."""
+def build_vit(spec: ViTSpec, make: Callable[[str, tuple[int, ...]], Array]) -> ViT:
+    """A ViT whose arrays are `make(kind, shape)`; kinds are kernel, matrix, qkv, head, bias, scale and token."""
 
     def linear(kind: str, fan_out: int, *fan_in: int, bias: bool = True) -> Linear:
         return Linear(make(kind, (fan_out, *fan_in)), make("bias", (fan_out,)) if bias else None)
@@ -192,12 +186,12 @@ def bundle(spec: ViTSpec, make: Callable[[str, tuple[int, ...]], Array]) -> ViT:
     )
 
 
-def filled(arrays: Mapping[str, Array], spec: ViTSpec) -> ViT:
-    """The model of a spec, with these arrays at their paths. Raises ValueError where they do not fit."""
-    wanted = shapes(spec)
-    got = {name: array.shape for name, array in arrays.items()}
-    wrong = sorted(name for name in wanted | got if wanted.get(name) != got.get(name))
+def from_named_arrays(arrays: Mapping[str, Array], spec: ViTSpec) -> ViT:
+    """The inverse of `named_arrays`. Raises ValueError, with the first name, if names or shapes do not fit the spec."""
+    expected = array_shapes(spec)
+    actual = {name: array.shape for name, array in arrays.items()}
+    wrong = sorted(name for name in expected | actual if expected.get(name) != actual.get(name))
     if wrong:
-        raise ValueError(f"{wrong[0]}: wanted {wanted.get(wrong[0])}, got {got.get(wrong[0])}")
-    values = iter(arrays[name] for name in wanted)
-    return bundle(spec, lambda kind, shape: next(values))
+        raise ValueError(f"{wrong[0]}: expected shape {expected.get(wrong[0])}, got {actual.get(wrong[0])}")
+    values = iter(arrays[name] for name in expected)
+    return build_vit(spec, lambda kind, shape: next(values))

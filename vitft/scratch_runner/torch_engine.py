@@ -16,7 +16,7 @@ class TorchEngine:
 
     def __init__(self, w: ViT, spec: ViTSpec, plan: Plan) -> None:
         self.model, self.plan = TorchViT(spec).load(w), plan
-        paths = self.model.paths().items()
+        paths = self.model.parameters_by_name().items()
         shrunk = [parameter for name, parameter in paths if decays(name)]
         others = [parameter for name, parameter in paths if not decays(name)]
         if plan.optimizer == "adamw":
@@ -42,8 +42,8 @@ class TorchEngine:
     def logits(self, images: Array) -> Array:
         """(B, classes), without dropout."""
         with torch.inference_mode():
-            found: Array = self.model(torch.from_numpy(images)).numpy()
-        return found
+            logits: Array = self.model(torch.from_numpy(images)).numpy()
+        return logits
 
     def weights(self) -> ViT:
         """The weights as they are now."""

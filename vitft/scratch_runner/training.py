@@ -29,7 +29,7 @@ from vitft.errors import DataError, TrainingError, UsageError
 from vitft.evaluation.metrics import wilson_interval
 from vitft.io import console, paths
 from vitft.io.atomic import write_json, write_text
-from vitft.scratch.train import Engine, Epoch, Images, NumpyEngine, Plan, fit, new_engine_weights, save, steps_per_epoch
+from vitft.scratch.train import Engine, Epoch, Images, NumpyEngine, Plan, fit, initial_weights, save, steps_per_epoch
 from vitft.scratch_runner.config import TextbookConfig
 from vitft.scratch_runner.run import METRICS, SUMMARY, WEIGHTS
 from vitft.spec import ViTSpec, total
@@ -186,7 +186,7 @@ def plan_of(config: TextbookConfig, data: Data) -> Plan:
 
 def engine_of(config: TextbookConfig, spec: ViTSpec, plan: Plan) -> Engine:
     """The engine that was asked for, with the weights that the plan begins with: the same in both."""
-    w = new_engine_weights(spec, plan)
+    w = initial_weights(spec, plan)
     if config.engine == "numpy":
         return NumpyEngine(w, spec, plan)
     from vitft.scratch_runner.torch_engine import TorchEngine

@@ -20,7 +20,7 @@ from vitft.evaluation.evaluation import autocast
 from vitft.hardware.device import micro_batch
 from vitft.hardware.timers import synchronize
 from vitft.models.load import set_training, shape_of
-from vitft.spec import kept_bytes
+from vitft.spec import peak_activation_bytes
 from vitft.training.linear_probe import classifier_of, features_pay, passes
 from vitft.training.optim import MOMENTS, make_optimizer, total_steps
 from vitft.training.setup import Prepared
@@ -102,7 +102,8 @@ def memory_bytes(prepared: Prepared, micro: int) -> int | None:
         if config.grad_checkpointing:
             if (spec := shape_of(model)) is None:
                 return None
-            kept = kept * kept_bytes(spec, micro, checkpointed=True) // kept_bytes(spec, micro)
+            checkpointed = peak_activation_bytes(spec, micro, checkpointed=True)
+            kept = kept * checkpointed // peak_activation_bytes(spec, micro)
     state: int = 4 * trainable * (1 + MOMENTS[config.optimizer])
     weights: int = 4 * sum(p.numel() for p in model.parameters())
     if config.device == "cuda":
