@@ -104,12 +104,12 @@ class plainly:  # noqa: N801 (read as a word)
     def __enter__(self) -> None:
         from vitft import errors
 
-        self.before, errors._typed = errors._typed, False
+        self.before, errors._flag_style = errors._flag_style, False
 
     def __exit__(self, *error: object) -> None:
         from vitft import errors
 
-        errors._typed = self.before
+        errors._flag_style = self.before
 
 
 def test_splits_of_a_dataset_dict_keep_their_roles(tmp_path: Path) -> None:
@@ -256,9 +256,9 @@ def test_notes_are_records_that_can_be_switched_off(
 
 
 def test_errors_of_a_library_call_speak_of_arguments() -> None:
-    with plainly(), pytest.raises(UsageError, match="no data set; add dataset: digits"):
+    with plainly(), pytest.raises(UsageError, match="no dataset; add dataset with a hub id"):
         train(TrainConfig())
-    with typed_flags(), pytest.raises(UsageError, match="no data set; add --dataset: digits"):
+    with typed_flags(), pytest.raises(UsageError, match="no dataset; add --dataset with a hub id"):
         train(TrainConfig())
     with plainly(), pytest.raises(UsageError, match="cuda:0"):
         train(config(device="cuda:0"))

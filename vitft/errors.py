@@ -1,20 +1,20 @@
-"""What can go wrong, and with which exit code a command then ends.
+"""The exceptions that users see, and the exit code of each.
 
-VitftError             a person can mend it: one line says what, got, remedy
+VitftError             the user can fix it; one line says what failed, the value, and the remedy
 ├── UsageError     2   a flag, a recipe key or a combination of settings
-├── DataError      3   a data set, a split or an image
+├── DataError      3   a dataset, a split or an image
 ├── ModelError     4   a model or a checkpoint
 ├── TrainingError  5   the run itself: non-finite loss, out of memory
-└── Stopped        130 by SIGINT, 143 by SIGTERM; everything is saved
+└── Stopped        130 after SIGINT, 143 after SIGTERM; progress is saved
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
-# What other trainers call a setting or a flag, beside its name here.
-_ELSEWHERE = {
+# Names of settings and flags in other trainers.
+_SYNONYMS = {
     "batch_size": "batch bs train_batch_size per_device_train_batch_size",
     "best_by": "metric_for_best_model monitor",
     "classes": "num_classes num_labels n_classes",
@@ -41,47 +41,46 @@ _ELSEWHERE = {
     "weight_decay": "wd",
     "width": "dim hidden_size embed_dim",
 }
-_HERE = {other: ours for ours, others in _ELSEWHERE.items() for other in others.split()}
+_SETTING_OF = {synonym: name for name, synonyms in _SYNONYMS.items() for synonym in synonyms.split()}
 
-
-_typed = False
+_flag_style = False
 
 
 @contextmanager
 def typed_flags() -> Iterator[None]:
-    """While a command runs, errors name settings as it spells them, --batch-size; else as Python does, batch_size."""
-    global _typed
-    before, _typed = _typed, True
+    """Spell settings in error messages as flags (--batch-size) while entered; the default is Python (batch_size)."""
+    global _flag_style
+    before, _flag_style = _flag_style, True
     try:
         yield
     finally:
-        _typed = before
+        _flag_style = before
 
 
-def _in_python(message: str) -> str:
-    """The message with its flags spelled as arguments, but for those of a command to be typed."""
+def _flags_to_arguments(message: str) -> str:
+    """Spell the flags in a message as Python arguments, except in suggested `vitft` commands."""
     flag = re.compile(r"vitft [a-z][^;)`]*|(?<![^\s(`'\"])--([a-z][a-z-]*[a-z])")
-    return flag.sub(lambda found: found[1].replace("-", "_") if found[1] else found[0], message)
+    return flag.sub(lambda match: match[1].replace("-", "_") if match[1] else match[0], message)
 
 
 class VitftError(Exception):
-    """A failure that a person can mend; its text is one line: what, got, remedy."""
+    """An error that the user can fix. The message is one line: what failed, the value, the remedy."""
 
     exit_code = 1
 
     def __init__(self, message: str = "") -> None:
-        line = " ".join(message.splitlines())  # names from files may hold line ends
-        super().__init__(line if _typed else _in_python(line))
+        line = " ".join(message.splitlines())  # file names can contain newlines
+        super().__init__(line if _flag_style else _flags_to_arguments(line))
 
 
 class UsageError(VitftError):
-    """Wrong usage or configuration."""
+    """Invalid usage or configuration."""
 
     exit_code = 2
 
 
 class DataError(VitftError):
-    """A data set, split or image that cannot be used."""
+    """A dataset, split or image that cannot be used."""
 
     exit_code = 3
 
@@ -93,33 +92,33 @@ class ModelError(VitftError):
 
 
 class TrainingError(VitftError):
-    """A run that cannot go on."""
+    """A training run that cannot continue."""
 
     exit_code = 5
 
 
-class Stopped(VitftError):  # noqa: N818 (not a fault: the run was asked to stop)
-    """A run that a signal ended, after saving."""
+class Stopped(VitftError):  # noqa: N818 (not an error: the run was asked to stop)
+    """A signal stopped the run after it saved its progress."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
 
 
-def nearest(got: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the known word that was meant or is nearest to what was typed, else nothing."""
-    words = list(known)
-    found = meant(got, words)
-    matches = [found] if found else get_close_matches(got, words, n=1, cutoff=0.6)
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint `; did you mean X?` with the closest known name or synonym; empty if nothing is close."""
+    names = list(known)
+    synonym = from_synonym(name, names)
+    matches = [synonym] if synonym else get_close_matches(name, names, n=1, cutoff=0.6)
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
-def meant(got: str, known: Iterable[str]) -> str | None:
-    """The known word that is called `got` elsewhere: lr for --learning-rate."""
-    found = _HERE.get(got.strip("-").replace("-", "_").lower())
-    return found if found in list(known) else None
+def from_synonym(name: str, known: Collection[str]) -> str | None:
+    """The known setting that other trainers call `name`, such as lr for --learning-rate; None if there is none."""
+    setting = _SETTING_OF.get(name.strip("-").replace("-", "_").lower())
+    return setting if setting in known else None
 
 
 def as_flag(name: str) -> str:
-    """A setting's name as the command line spells it."""
+    """Spell a setting as a flag: batch_size -> --batch-size."""
     return f"--{name.replace('_', '-')}"

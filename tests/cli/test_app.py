@@ -129,7 +129,7 @@ def test_help_lists_the_choices_of_a_setting() -> None:
 
 
 def test_train_alone_says_what_is_missing() -> None:
-    assert error_of("train", code=2).startswith("no data set; add --dataset: digits needs no network")
+    assert error_of("train", code=2).startswith("no dataset; add --dataset with a hub id")
 
 
 @pytest.mark.parametrize(
@@ -167,8 +167,8 @@ def test_a_typo_names_the_nearest(typed: str, meant: str) -> None:
         ("--lr nan", "--lr should be a finite number, got nan"),
         ("--lr=-1", "--lr should be greater than 0, got -1.0"),
         ("--val-fraction 1", "--val-fraction should be less than 1, got 1.0"),
-        ("--width 64", "--width shapes a new model; add --from-scratch, or leave --width out"),
-        ("--recipe smoke --no-from-scratch", "(over a recipe: --width none)"),
+        ("--width 64", "--width applies only to a new model; add --from-scratch or remove --width"),
+        ("--recipe smoke --no-from-scratch", "(to override a recipe: --width none)"),
         ("--recipe nope", "recipe nope: neither a file nor a known recipe"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Recipes: found by name or file, read strictly, merged as defaults < recipe < flags."""
+"""Recipes: finding them by name or file, strict parsing, and merging as defaults < recipe < flags."""
 
 from pathlib import Path
 
@@ -28,23 +28,23 @@ def refused(file: Path, content: str | bytes) -> str:
 # -- precedence -----------------------------------------------------------------------------------
 
 
-def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(mine: Path) -> None:
+def test_flags_override_the_recipe_and_the_recipe_overrides_the_defaults(mine: Path) -> None:
     config = load_config(str(mine), {"batch_size": 8})
 
     assert (config.epochs, config.lr, config.batch_size) == (TrainConfig().epochs, 2e-5, 8)
 
 
-def test_without_a_recipe_flags_win_over_the_defaults() -> None:
+def test_without_a_recipe_flags_override_the_defaults() -> None:
     assert load_config(None, {"lr": 1e-3}) == TrainConfig(lr=1e-3)
 
 
-def test_a_flag_may_undo_a_switch_of_the_recipe(mine: Path) -> None:
+def test_a_flag_can_turn_off_a_switch_of_the_recipe(mine: Path) -> None:
     mine.write_text("from_scratch: yes\n")
     assert load_config(str(mine), {}).from_scratch
     assert not load_config(str(mine), {"from_scratch": False}).from_scratch
 
 
-def test_each_mistake_is_named_where_it_was_made(mine: Path) -> None:
+def test_an_error_names_its_source(mine: Path) -> None:
     with pytest.raises(UsageError, match=r"^--lr should be"):
         load_config(str(mine), {"lr": -1.0})
     mine.write_text("lr: -1\n")
@@ -56,27 +56,27 @@ def test_each_mistake_is_named_where_it_was_made(mine: Path) -> None:
 
 
 @pytest.mark.parametrize("written", ["2e-5", "2.0e-5", "0.00002", "'2e-5'", "2E-5"])
-def test_a_rate_reads_as_a_number_however_it_is_written(mine: Path, written: str) -> None:
-    """YAML 1.1 takes 2e-5 for a string."""
+def test_a_learning_rate_parses_in_every_notation(mine: Path, written: str) -> None:
+    """In YAML 1.1, 2e-5 is a string."""
     mine.write_text(f"lr: {written}\n")
     assert load_config(str(mine), {}).lr == 2e-5
 
 
 @pytest.mark.parametrize("word", ["none", "None"])
-def test_an_empty_recipe_is_the_defaults_and_none_is_a_word(mine: Path, word: str) -> None:
+def test_an_empty_recipe_gives_the_defaults_and_none_is_a_string(mine: Path, word: str) -> None:
     mine.write_text("# nothing yet\n")
     assert load_config(str(mine), {}) == TrainConfig()
     mine.write_text(f"augment: {word.lower()}\n")
     assert load_config(str(mine), {}).augment == "none"
 
 
-def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(mine: Path) -> None:
+def test_a_byte_order_mark_and_crlf_are_accepted(mine: Path) -> None:
     mine.write_bytes("\ufefflr: 2e-5\r\nepochs: 1\r\n".encode())
     assert read_recipe(mine) == {"lr": "2e-5", "epochs": 1}
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "expected"),
     [
         ("learningrate: 1\n", "unknown setting 'learningrate'"),
         ("batchsize: 1\n", "did you mean batch_size?"),
@@ -87,22 +87,22 @@ def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(mine: Path) -> None:
         ("lr:\n  peak: 3\n", "lr should be a valid number, got {'peak': 3}"),
         ("- lr\n- 3\n", "a recipe is `setting: value` lines, got list"),
         ("just words", "a recipe is `setting: value` lines, got str"),
-        ("lr: 1\nepochs: 2\nlr: 3\n", "lr is given twice, the second time in line 3"),
-        ("batch_size: 1\nbatch-size: 2\n", "batch_size is given twice, the second time in line 2"),
+        ("lr: 1\nepochs: 2\nlr: 3\n", "line 3: lr is already set"),
+        ("batch_size: 1\nbatch-size: 2\n", "line 2: batch_size is already set"),
         ("lr: [1\n", "cannot be read"),
         ("lr: !!python/object/apply:os.system ['true']\n", "cannot be read"),
         (b"lr: \xff\xfe\n", "cannot be read"),
         (b"\x00\x01", "cannot be read"),
         ("1: 2\n", "unknown setting '1'"),
-        ("? [a, b]\n: 3\n", "a setting's name is a word"),
+        ("? [a, b]\n: 3\n", "line 1: the name of a setting must be a word"),
         ("a: &a [*a]\n", "cannot be read"),
     ],
 )
-def test_what_is_no_recipe_gets_one_line(mine: Path, content: str | bytes, says: str) -> None:
-    assert says in refused(mine, content)
+def test_an_invalid_recipe_gets_a_one_line_error(mine: Path, content: str | bytes, expected: str) -> None:
+    assert expected in refused(mine, content)
 
 
-def test_every_bundled_recipe_loads_and_says_what_it_does() -> None:
+def test_every_bundled_recipe_loads_and_has_a_summary() -> None:
     assert {recipe.textbook for recipe in recipes()} == {True, False}
     for recipe in recipes():
         config = textbook.load_config(recipe.name, {})[1] if recipe.textbook else load_config(recipe.name, {})
@@ -114,7 +114,7 @@ def test_every_bundled_recipe_loads_and_says_what_it_does() -> None:
 # -- finding and copying --------------------------------------------------------------------------
 
 
-def test_a_recipe_is_found_by_file_and_by_name(mine: Path) -> None:
+def test_a_recipe_is_found_by_path_and_by_name(mine: Path) -> None:
     known = recipes()[0]
     assert find_recipe(str(mine)) == mine
     assert find_recipe(known.name) == known.path
@@ -124,25 +124,25 @@ def test_a_recipe_is_found_by_file_and_by_name(mine: Path) -> None:
         find_recipe("quite-another")
 
 
-def test_a_textbook_recipe_is_found_without_its_folder_and_each_kind_by_its_own_command() -> None:
+def test_a_textbook_recipe_is_found_without_its_folder_and_only_by_its_command() -> None:
     short = "mnist-patch7"
     assert find_recipe(short) == find_recipe(f"scratch/{short}") == find_recipe(short, textbook=True)
     for name in (short, f"scratch/{short}"):
-        with pytest.raises(UsageError, match=f"{name} is the textbook's; run it with: vitft scratch train {short}"):
+        with pytest.raises(UsageError, match=f"{name} is a textbook recipe; run it with: vitft scratch train {short}"):
             load_config(name, {})
-    with pytest.raises(UsageError, match="digits fine-tunes; run it with: vitft train --recipe digits"):
+    with pytest.raises(UsageError, match="digits is a fine-tuning recipe; run it with: vitft train --recipe digits"):
         find_recipe("digits", textbook=True)
 
 
-def test_a_copy_goes_to_a_file_or_into_a_folder_and_never_over_anything(tmp_path: Path) -> None:
+def test_a_recipe_is_copied_to_a_file_or_folder_and_never_overwrites(tmp_path: Path) -> None:
     known = recipes()[0]
 
     assert copy_recipe(known.name, tmp_path / "a.yaml") == tmp_path / "a.yaml"
     into = copy_recipe(known.name, tmp_path)
     assert into.read_bytes() == known.path.read_bytes() == (tmp_path / "a.yaml").read_bytes()
     into.write_text("mine now")
-    with pytest.raises(UsageError, match="exists; name another file"):
+    with pytest.raises(UsageError, match="already exists; choose another name"):
         copy_recipe(known.name, tmp_path)
-    with pytest.raises(UsageError, match="make it first"):
+    with pytest.raises(UsageError, match="create it first"):
         copy_recipe(known.name, tmp_path / "no" / "a.yaml")
     assert into.read_text() == "mine now"

@@ -1,4 +1,4 @@
-"""TrainConfig: each setting once, and what it answers to a wrong one."""
+"""TrainConfig: every setting is defined once, and invalid values get a one-line error."""
 
 import math
 from typing import Any
@@ -20,7 +20,7 @@ def refusal(**values: Any) -> str:
     return str(caught.value)
 
 
-def test_every_setting_says_what_it_is_and_where_help_lists_it() -> None:
+def test_every_setting_has_help_and_a_panel() -> None:
     for name, field in TrainConfig.model_fields.items():
         assert field.description, name
         assert field.description.endswith("."), name
@@ -28,10 +28,10 @@ def test_every_setting_says_what_it_is_and_where_help_lists_it() -> None:
         assert field.json_schema_extra["panel"] in PANELS, name
 
 
-def test_what_may_change_on_resume_is_what_changes_no_weight() -> None:
-    steering = {n for n, f in TrainConfig.model_fields.items() if f.json_schema_extra["steers"]}  # type: ignore[index]
+def test_only_settings_that_do_not_affect_weights_can_change_on_resume() -> None:
+    changeable = {n for n, f in TrainConfig.model_fields.items() if f.json_schema_extra["changeable"]}  # type: ignore[index]
 
-    assert steering == {
+    assert changeable == {
         "allow_outside", "cache_gb", "check", "device", "grad_checkpointing", "save_every", "keep", "keep_finished",
         "log_every", "on_nan", "threads", "tracker",
     }  # fmt: skip
@@ -54,24 +54,24 @@ def test_settings_are_immutable() -> None:
         ("lr_scheduler", "schedule"),
         ("wd", "weight_decay"),
         ("model_name_or_path", "model"),
-        ("output_dir", None),  # where a run goes is no setting
+        ("output_dir", None),  # the output folder is an argument, not a setting
         ("epoch", "epochs"),
         ("max_train_sample", "max_train_samples"),
     ],
 )
-def test_an_unknown_setting_names_the_nearest(typo: str, meant: str | None) -> None:
+def test_an_unknown_setting_suggests_the_closest(typo: str, meant: str | None) -> None:
     hint = f"; did you mean {meant}?" if meant else "; `vitft train --help` lists the settings"
     assert refusal(**{typo: 3}) == f"recipe mine.yaml: unknown setting '{typo}'{hint}"
 
 
-def test_a_mistyped_choice_names_the_nearest() -> None:
+def test_a_mistyped_choice_suggests_the_closest() -> None:
     assert refusal(schedule="cosin") == (
         "recipe mine.yaml: schedule should be 'constant', 'linear', 'cosine' or 'step', got 'cosin'; "
         "did you mean cosine?"
     )
 
 
-def test_a_flag_is_called_by_its_own_name() -> None:
+def test_an_error_spells_a_flag_as_a_flag() -> None:
     with pytest.raises(UsageError, match=r"^--batch-size should be greater than or equal to 1, got 0$"):
         TrainConfig.parse({"batch_size": 0}, "flags")
 
@@ -98,7 +98,7 @@ def test_a_flag_is_called_by_its_own_name() -> None:
         ("from_scratch", "perhaps"),
     ],
 )
-def test_a_value_that_cannot_be_names_its_setting_in_one_line(name: str, value: Any) -> None:
+def test_an_invalid_value_gets_one_line_with_its_setting(name: str, value: Any) -> None:
     message = refusal(**{name: value})
 
     assert message.startswith(f"recipe mine.yaml: {name} should ")
@@ -106,10 +106,10 @@ def test_a_value_that_cannot_be_names_its_setting_in_one_line(name: str, value: 
     assert "\n" not in message
 
 
-def test_a_huge_value_is_not_repeated_in_full() -> None:
+def test_a_huge_value_is_abbreviated() -> None:
     bomb: list[Any] = ["lol"]
     for _ in range(40):
-        bomb = [bomb] * 9  # what a few YAML aliases make; its text would have 10^38 letters
+        bomb = [bomb] * 9  # a few YAML aliases make this; its text would have 10^38 characters
     assert len(refusal(lr=bomb)) < 400
     assert len(refusal(lr="x" * 100_000)) < 400
 
@@ -119,18 +119,19 @@ def test_a_huge_value_is_not_repeated_in_full() -> None:
     [
         (
             {"patch_size": 8},
-            "patch_size shapes a new model; add from_scratch, or leave patch_size out (over a recipe: patch_size none)",
-            "--patch-size shapes a new model; add --from-scratch, or leave --patch-size out "
-            "(over a recipe: --patch-size none)",
+            "patch_size applies only to a new model; add from_scratch or remove patch_size "
+            "(to override a recipe: patch_size none)",
+            "--patch-size applies only to a new model; add --from-scratch or remove --patch-size "
+            "(to override a recipe: --patch-size none)",
         ),
         (
             {"from_scratch": True, "freeze": "backbone"},
-            "freeze backbone with from_scratch would train a head on random features; drop one",
-            "--freeze backbone with --from-scratch would train a head on random features; drop one",
+            "freeze backbone with from_scratch would train a head on random features; remove one of them",
+            "--freeze backbone with --from-scratch would train a head on random features; remove one of them",
         ),
     ],
 )
-def test_settings_that_do_not_agree_are_named_as_they_were_given(
+def test_contradicting_settings_are_spelled_as_keys_or_flags(
     settings: dict[str, Any], as_keys: str, as_flags: str
 ) -> None:
     assert refusal(**settings) == f"recipe mine.yaml: {as_keys}"
@@ -140,7 +141,7 @@ def test_settings_that_do_not_agree_are_named_as_they_were_given(
 
 
 @given(lr=st.floats(1e-12, 100), epochs=st.floats(1e-3, 1e5), seed=st.integers(0, 2**32 - 1))
-def test_a_config_is_the_same_after_a_round_trip(lr: float, epochs: float, seed: int) -> None:
+def test_a_config_survives_a_round_trip(lr: float, epochs: float, seed: int) -> None:
     config = TrainConfig.parse({"lr": lr, "epochs": epochs, "seed": seed})
     assert TrainConfig.parse(config.model_dump()) == config
 
@@ -151,25 +152,25 @@ def test_a_config_is_the_same_after_a_round_trip(lr: float, epochs: float, seed:
         st.none() | st.text("a1.e-\n") | st.integers() | st.floats(),
     )
 )
-def test_any_values_make_a_config_or_a_usage_error(values: dict[str, Any]) -> None:
+def test_any_values_give_a_config_or_a_usage_error(values: dict[str, Any]) -> None:
     try:
         TrainConfig.parse(values)
     except UsageError as error:
         assert "\n" not in str(error)  # noqa: PT017  (either outcome is right)
 
 
-def test_every_word_from_elsewhere_means_something_here() -> None:
-    from vitft.errors import _HERE
+def test_every_synonym_maps_to_a_setting_or_flag() -> None:
+    from vitft.errors import _SETTING_OF
 
     flags = {"output", "resume", "classes"}  # of commands, not settings
-    assert set(_HERE.values()) <= set(TrainConfig.model_fields) | flags
-    assert not set(_HERE) & (set(TrainConfig.model_fields) | flags)
+    assert set(_SETTING_OF.values()) <= set(TrainConfig.model_fields) | flags
+    assert not set(_SETTING_OF) & (set(TrainConfig.model_fields) | flags)
 
 
 @pytest.mark.parametrize(
-    ("said", "in_python"),
+    ("message", "in_python"),
     [
-        ("no data set; add --dataset: digits", "no data set; add dataset: digits"),
+        ("no dataset; add --dataset with digits", "no dataset; add dataset with digits"),
         ("Try a lower --lr or more --warmup.", "Try a lower lr or more warmup."),
         ("over --max-pixels 50 (7 x 5)", "over max_pixels 50 (7 x 5)"),
         ("stopped. Go on with: vitft train --resume runs/x", "stopped. Go on with: vitft train --resume runs/x"),
@@ -177,23 +178,23 @@ def test_every_word_from_elsewhere_means_something_here() -> None:
         ("data/a--lr/--x: a file -- or none", "data/a--lr/--x: a file -- or none"),
     ],
 )
-def test_an_error_names_a_setting_as_whoever_called_spells_it(
-    monkeypatch: pytest.MonkeyPatch, said: str, in_python: str
+def test_errors_spell_settings_for_the_command_line_or_for_python(
+    monkeypatch: pytest.MonkeyPatch, message: str, in_python: str
 ) -> None:
-    assert str(UsageError(said)) == said
-    monkeypatch.setattr("vitft.errors._typed", False)
-    assert str(UsageError(said)) == in_python
+    assert str(UsageError(message)) == message
+    monkeypatch.setattr("vitft.errors._flag_style", False)
+    assert str(UsageError(message)) == in_python
 
 
-def test_a_library_call_gets_no_flags_and_a_command_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_errors_name_arguments_and_command_errors_name_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
     from vitft import train
     from vitft.cli.app import app
 
-    monkeypatch.setattr("vitft.errors._typed", False)
-    with pytest.raises(UsageError, match=r"no data set; add dataset: digits"):
+    monkeypatch.setattr("vitft.errors._flag_style", False)
+    with pytest.raises(UsageError, match=r"no dataset; add dataset with a hub id"):
         train(TrainConfig())
-    assert "no data set; add --dataset: digits" in CliRunner().invoke(app, ["train"]).output
+    assert "no dataset; add --dataset with a hub id" in CliRunner().invoke(app, ["train"]).output
     with pytest.raises(UsageError, match=r"^batch_size should be greater"):
         TrainConfig.parse({"batch_size": 0}, "flags")

@@ -331,7 +331,7 @@ def test_recipes_of_the_textbook_are_marked_shown_and_copied() -> None:
         refused = said("train", "--recipe", recipe.name)
         assert refused.exit_code == 2
         assert refused.stderr == (
-            f"error: recipe {recipe.name} is the textbook's; run it with: vitft scratch train {recipe.path.stem}\n"
+            f"error: recipe {recipe.name} is a textbook recipe; run it with: vitft scratch train {recipe.path.stem}\n"
         )
     assert listed.count("Textbook") == len(TEXTBOOK)
 

@@ -200,7 +200,7 @@ def test_one_score_chooses_the_best_and_stops_the_run(
 
 
 def test_a_smallest_gain_without_early_stopping_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"--min-delta is for early stopping; add --early-stopping, or leave"):
+    with pytest.raises(UsageError, match=r"--min-delta applies only to early stopping; add --early-stopping or remove"):
         TrainConfig.parse({"min_delta": 0.1}, "flags")
 
 

@@ -30,10 +30,10 @@ def train(
         console.say_text(tables.training_report(trainer.resume(resume, overrides)))
         return
     from vitft.config.recipe import load_config
-    from vitft.config.train import named_dataset
+    from vitft.config.train import require_dataset
 
     config = load_config(recipe, overrides)
-    named_dataset(config)  # said before torch is loaded
+    require_dataset(config)  # said before torch is loaded
     if dry_run:
         with _loading():
             from vitft.training.dry_run import plan

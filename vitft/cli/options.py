@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 import typer
 import typer.main
 
-from vitft.errors import as_flag, meant
+from vitft.errors import as_flag, from_synonym
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -137,7 +137,7 @@ def _help(field: "FieldInfo", undo: str) -> str:
 def name_what_was_meant(error: Any) -> None:
     """Let Typer's error of an unknown flag suggest ours, where the flag is called so elsewhere."""
     if getattr(error, "option_name", None) and error.ctx is not None:
-        found = meant(error.option_name, [option.name for option in error.ctx.command.params])
+        found = from_synonym(error.option_name, [option.name for option in error.ctx.command.params])
         if found is not None:
             error.possibilities = [as_flag(found)]
 

@@ -4,7 +4,7 @@
 from typing import Any, Literal
 
 from vitft.config.base import Settings, setting
-from vitft.config.recipe import find_recipe, merged, recipes
+from vitft.config.recipe import find_recipe, merge, recipes
 
 
 class TextbookConfig(Settings):
@@ -53,4 +53,4 @@ def load_config(recipe: str | None, flags: dict[str, Any]) -> tuple[str | None, 
     """Defaults < recipe < flags, and the name of the recipe if it came with vitft. Raises UsageError."""
     path = None if recipe is None else find_recipe(recipe, textbook=True)
     name = next((one.path.stem for one in recipes() if one.path == path), None)
-    return name, merged(TextbookConfig.parse, path, flags)
+    return name, merge(TextbookConfig.parse, path, flags)

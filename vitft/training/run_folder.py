@@ -190,7 +190,7 @@ def changed(run: Path, before: TrainConfig, changes: dict[str, Any], *, finished
         assert isinstance(extra, dict)
         was, now = getattr(before, name), getattr(after, name)
         longer = finished and name in LONGER and was is not None and now > was
-        if was != now and not extra["steers"] and name != "dataset" and not longer:
+        if was != now and not extra["changeable"] and name != "dataset" and not longer:
             weights = ckpt.weights_in(run) or before.model
             anew = ["vitft", "train", "--dataset", after.dataset, "--model", weights, as_flag(name), now]
             raise UsageError(

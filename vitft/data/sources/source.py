@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 
-from vitft.config.train import TrainConfig, named_dataset
+from vitft.config.train import TrainConfig, require_dataset
 from vitft.data.sources import arrays, hub, local
 from vitft.data.sources.features import plain_splits
 from vitft.data.sources.identity import has_own_files, numbered, sample_names
@@ -156,7 +156,7 @@ def source_of(config: TrainConfig, given: Any = None) -> Source:
     Raises VitftError.
     """
     reading = {name: getattr(config, name) for name in Reading.__dataclass_fields__}
-    dataset = named_dataset(config) if given is None else given
+    dataset = require_dataset(config) if given is None else given
     source = dataset if isinstance(dataset, Source) else open_dataset(
         dataset, revision=config.dataset_revision, **reading
     )  # fmt: skip
