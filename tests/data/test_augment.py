@@ -1,4 +1,4 @@
-"""Pixels to the model's input: like Pillow and Transformers, and a function of the sample alone."""
+"""Preprocessing matches Pillow and Transformers, and augmentation is a function of the sample alone."""
 
 import json
 import math
@@ -35,7 +35,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def pixels(height: int, width: int, seed: int = 0, *, contrast: bool = False) -> np.ndarray:
-    """Noise; with `contrast` only 0 and 255, which is the hardest for a bicubic filter."""
+    """Noise; with `contrast`, only 0 and 255, the worst case for a bicubic filter."""
     random = np.random.default_rng(seed)
     drawn = random.integers(0, 2 if contrast else 256, (height, width, 3))
     return (drawn * (255 if contrast else 1)).astype(np.uint8)
@@ -45,42 +45,42 @@ def by_pillow(image: np.ndarray, height: int, width: int, resample: str) -> np.n
     return np.asarray(Image.fromarray(image).resize((width, height), FILTERS[resample]))
 
 
-def assert_pillows(got: torch.Tensor, wanted: np.ndarray) -> None:
-    """Within 2 of 255, after two passes that round: torch's weights have 16 bits, Pillow's 22."""
-    off = np.abs(got.numpy().astype(int) - wanted.astype(int))
+def assert_close_to_pillow(actual: torch.Tensor, expected: np.ndarray) -> None:
+    """Within 2 of 255 after two rounding passes: torch's weights have 16 bits, Pillow's 22."""
+    off = np.abs(actual.numpy().astype(int) - expected.astype(int))
     assert off.max() <= 2
 
 
 @pytest.mark.parametrize("resample", FILTERS)
 @settings(deadline=None, max_examples=80)
 @given(old=st.tuples(side, side), new=st.tuples(side, side), seed=seeds, contrast=st.booleans())
-@example(old=(112, 44), new=(103, 106), seed=0, contrast=True)  # fewer rows, more columns: Pillow 13 turns round
+@example(old=(112, 44), new=(103, 106), seed=0, contrast=True)  # fewer rows, more columns: Pillow 13 resizes rows first
 @example(old=(93, 86), new=(48, 71), seed=0, contrast=True)
-def test_the_evaluation_geometry_is_pillows(
+def test_evaluation_resize_matches_pillow(
     resample: Any, old: tuple[int, int], new: tuple[int, int], seed: int, contrast: bool
 ) -> None:
     image = pixels(*old, seed, contrast=contrast)
 
-    got = resize_and_crop(torch.from_numpy(image)[None], Preprocess(*new, resample=resample))[0]
+    actual = resize_and_crop(torch.from_numpy(image)[None], Preprocess(*new, resample=resample))[0]
 
-    assert np.array_equal(got.numpy(), by_pillow(image, *new, resample))
+    assert np.array_equal(actual.numpy(), by_pillow(image, *new, resample))
 
 
 @pytest.mark.parametrize("resample", FILTERS)
 @settings(deadline=None, max_examples=60)
 @given(old=st.tuples(side, side), new=st.tuples(side, side), seed=seeds)
-def test_training_crops_are_resized_as_by_pillow_columns_first(
+def test_training_resize_matches_pillow_columns_first(
     resample: str, old: tuple[int, int], new: tuple[int, int], seed: int
 ) -> None:
     image = pixels(*old, seed, contrast=True)
 
-    got = resize(torch.from_numpy(image)[None], *new, resample)[0]
+    actual = resize(torch.from_numpy(image)[None], *new, resample)[0]
 
     columns = by_pillow(image, old[0], new[1], resample)
-    assert_pillows(got, by_pillow(columns, *new, resample))
+    assert_close_to_pillow(actual, by_pillow(columns, *new, resample))
 
 
-def test_an_image_at_the_models_size_is_left_alone() -> None:
+def test_an_image_of_the_model_size_is_unchanged() -> None:
     image = torch.from_numpy(pixels(24, 32))[None]
     assert torch.equal(resize_and_crop(image, Preprocess(24, 32, resample="bicubic")), image)
 
@@ -91,60 +91,62 @@ def test_an_image_at_the_models_size_is_left_alone() -> None:
     rescale=st.sampled_from([1 / 255, 1 / 127]),
 )
 @settings(deadline=None, max_examples=30)
-def test_normalisation_is_scale_then_mean_then_std(mean: Any, std: Any, rescale: float) -> None:
-    """To 1e-6 relative to the largest value: that is float32."""
+def test_normalization_is_rescale_then_mean_then_std(mean: Any, std: Any, rescale: float) -> None:
+    """Within 1e-6 of the largest value, the precision of float32."""
     image = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
 
-    got = normalize(torch.from_numpy(image), Preprocess(16, 16, mean=mean, std=std, rescale=rescale))
+    actual = normalize(torch.from_numpy(image), Preprocess(16, 16, mean=mean, std=std, rescale=rescale))
 
-    wanted = (image.astype(np.float64) * rescale - mean) / std
-    np.testing.assert_allclose(got.permute(0, 2, 3, 1).numpy(), wanted, rtol=0, atol=1e-6 * max(1, abs(wanted).max()))
+    expected = (image.astype(np.float64) * rescale - mean) / std
+    np.testing.assert_allclose(
+        actual.permute(0, 2, 3, 1).numpy(), expected, rtol=0, atol=1e-6 * max(1, abs(expected).max())
+    )
 
 
-def test_memory_that_is_given_is_written_to() -> None:
+def test_normalize_writes_to_the_given_buffer() -> None:
     image, memory = torch.from_numpy(pixels(8, 8))[None], torch.full((3, 8, 8, 3), 9.0)
 
-    got = normalize(image, Preprocess(8, 8), memory)
+    actual = normalize(image, Preprocess(8, 8), memory)
 
-    assert got.data_ptr() == memory.data_ptr()
-    assert torch.equal(got, normalize(image, Preprocess(8, 8)))
+    assert actual.data_ptr() == memory.data_ptr()
+    assert torch.equal(actual, normalize(image, Preprocess(8, 8)))
     assert (memory[1:] == 9).all()
 
 
 @pytest.mark.parametrize("resample", FILTERS)
 @pytest.mark.parametrize("size", [(1, 5200), (5200, 1), (2, 9000), (9001, 2)])
 @pytest.mark.parametrize("crop", [(64, 48), (40, 64), (64, 70)])
-def test_a_long_image_is_cut_before_it_is_enlarged_to_the_same_pixels(
+def test_a_long_image_is_cropped_before_it_is_enlarged_with_the_same_result(
     resample: Any, size: tuple[int, int], crop: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    how = Preprocess(*crop, shortest_edge=64, resample=resample)
+    preprocess = Preprocess(*crop, shortest_edge=64, resample=resample)
     image = pixels(*size, contrast=True)
     whole = by_pillow(image, *(64 * side // min(size) for side in size), resample)
     top, left = ((have - want) // 2 for have, want in zip(whole.shape, crop, strict=False))
-    wanted = np.zeros((*crop, 3), np.uint8)
+    expected = np.zeros((*crop, 3), np.uint8)
     part = whole[max(0, top) : max(0, top) + crop[0], max(0, left) : max(0, left) + crop[1]]
     down, right = max(0, -top), max(0, -left)
-    wanted[down : down + part.shape[0], right : right + part.shape[1]] = part
-    made: list[int] = []
+    expected[down : down + part.shape[0], right : right + part.shape[1]] = part
+    computed: list[int] = []
 
-    def watched(images: torch.Tensor, height: int, width: int, *others: Any) -> torch.Tensor:
-        made.append(height * width)
+    def spy(images: torch.Tensor, height: int, width: int, *others: Any) -> torch.Tensor:
+        computed.append(height * width)
         return pillow_resize(images, height, width, *others)
 
-    monkeypatch.setattr("vitft.data.augment.pillow_resize", watched)
-    image_once = apply_resize(torch.from_numpy(image)[None], how)
+    monkeypatch.setattr("vitft.data.augment.pillow_resize", spy)
+    resized = apply_resize(torch.from_numpy(image)[None], preprocess)
 
-    assert np.array_equal(resize_and_crop(image_once, how)[0].numpy(), wanted)
-    assert torch.equal(apply_resize(image_once, how), image_once)
-    assert max(made) <= max(size) * 71
+    assert np.array_equal(resize_and_crop(resized, preprocess)[0].numpy(), expected)
+    assert torch.equal(apply_resize(resized, preprocess), resized)
+    assert max(computed) <= max(size) * 71
 
 
 def pil(family: str, **settings: Any) -> Any:
-    """The family's own image processor, by Pillow."""
+    """The family's image processor with the Pillow backend."""
     return getattr(transformers, f"{family}ImageProcessorPil")(**settings)
 
 
-# -- as Transformers -------------------------------------------------------------------------------
+# -- compared with Transformers -------------------------------------------------------------------------------
 
 BOX, EDGE, CROP = {"height": 32, "width": 24}, {"shortest_edge": 36}, {"height": 32, "width": 32}
 PROCESSORS = {
@@ -177,64 +179,66 @@ PROCESSORS = {
 
 
 def read(document: dict[str, Any]) -> Preprocess:
-    """What a preprocessor_config.json with this content does."""
+    """The Preprocess of a preprocessor_config.json with this content."""
     kind = document.get("image_processor_type", "ViTImageProcessor")
     return understood(getattr(transformers, f"{kind}Pil").from_dict(document))
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
 @pytest.mark.parametrize("size", [(20, 50), (50, 20), (100, 37), (300, 401), (32, 32), (1, 1), (37, 36), (5, 90)])
-def test_preprocessing_is_transformers_own(name: str, size: tuple[int, int]) -> None:
-    """To a thousandth of the step between two pixel values."""
+def test_preprocessing_matches_transformers(name: str, size: tuple[int, int]) -> None:
+    """Within a thousandth of the step between two pixel values."""
     processor = PROCESSORS[name]
-    how = understood(processor)
+    preprocess = understood(processor)
     image = pixels(*size, contrast=True)
 
-    got = preprocess_images([torch.from_numpy(image)], how)
+    actual = preprocess_images([torch.from_numpy(image)], preprocess)
 
-    wanted = processor(Image.fromarray(image), return_tensors="pt")["pixel_values"]
-    assert got.shape == wanted.shape
-    steps = (got - wanted).abs() * torch.tensor(how.std)[:, None, None] / how.rescale
+    expected = processor(Image.fromarray(image), return_tensors="pt")["pixel_values"]
+    assert actual.shape == expected.shape
+    steps = (actual - expected).abs() * torch.tensor(preprocess.std)[:, None, None] / preprocess.rescale
     assert steps.max() < 1e-3
 
 
 def test_filters_have_pillows_numbers() -> None:
-    assert {one.value: one.name.lower() for one in Image.Resampling if one.value < 6} == RESAMPLE  # Pillow 13 has more
+    assert {
+        item.value: item.name.lower() for item in Image.Resampling if item.value < 6
+    } == RESAMPLE  # Pillow 13 has more
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_a_preprocess_survives_its_own_json(name: str) -> None:
-    how = understood(PROCESSORS[name])
-    assert read(json.loads(json.dumps(how.to_json()))) == how
+def test_preprocess_round_trips_through_json(name: str) -> None:
+    preprocess = understood(PROCESSORS[name])
+    assert read(json.loads(json.dumps(preprocess.to_json()))) == preprocess
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_transformers_reads_what_is_written(name: str) -> None:
+def test_transformers_reads_the_written_config(name: str) -> None:
     processor = PROCESSORS[name]
-    how = understood(processor)
+    preprocess = understood(processor)
     image = Image.fromarray(pixels(70, 45))
 
-    document = how.to_json()
+    document = preprocess.to_json()
     again = getattr(transformers, f"{document['image_processor_type']}Pil")(**document)
 
-    a, b = (one(image, return_tensors="pt")["pixel_values"] for one in (processor, again))
+    a, b = (loaded(image, return_tensors="pt")["pixel_values"] for loaded in (processor, again))
     torch.testing.assert_close(a, b, check_dtype=False)
     gray = image.convert("L")
-    a, b = (again(one, return_tensors="pt")["pixel_values"] for one in (gray, gray.convert("RGB")))
+    a, b = (again(picture, return_tensors="pt")["pixel_values"] for picture in (gray, gray.convert("RGB")))
     torch.testing.assert_close(a, b)
 
 
-def test_transformers_reads_gray_as_gray_for_a_model_of_one_channel() -> None:
-    how = Preprocess(32, 24, mean=(0.4,), std=(0.3,))
+def test_transformers_reads_gray_images_for_a_one_channel_model() -> None:
+    preprocess = Preprocess(32, 24, mean=(0.4,), std=(0.3,))
     image = Image.fromarray(pixels(70, 45)).convert("L")
-    document = how.to_json()
+    document = preprocess.to_json()
     processor = getattr(transformers, f"{document['image_processor_type']}Pil")(**document)
-    wanted = preprocess_images([torch.from_numpy(np.array(image.convert("RGB")))], how)
-    torch.testing.assert_close(processor(image, return_tensors="pt")["pixel_values"], wanted, check_dtype=False)
+    expected = preprocess_images([torch.from_numpy(np.array(image.convert("RGB")))], preprocess)
+    torch.testing.assert_close(processor(image, return_tensors="pt")["pixel_values"], expected, check_dtype=False)
 
 
 @pytest.mark.parametrize(
-    ("stored", "wanted"),
+    ("stored", "expected"),
     [
         ({"size": 32}, Preprocess(32, 32)),
         ({}, Preprocess(224, 224)),
@@ -247,12 +251,12 @@ def test_transformers_reads_gray_as_gray_for_a_model_of_one_channel() -> None:
         ({"size": 32, "do_normalize": False}, Preprocess(32, 32, mean=(0.0,) * 3, std=(1.0,) * 3)),
     ],
 )  # fmt: skip
-def test_older_configurations_are_read(stored: dict[str, Any], wanted: Preprocess) -> None:
-    assert read(stored) == wanted
+def test_configs_of_older_versions_are_read(stored: dict[str, Any], expected: Preprocess) -> None:
+    assert read(stored) == expected
 
 
 @pytest.mark.parametrize(
-    ("processor", "says"),
+    ("processor", "message"),
     [
         (pil("ViT", size={"shortest_edge": 32}), "size {'shortest_edge': 32} makes images of different shapes"),
         (pil("ViT", do_resize=False), "do_resize False"),
@@ -273,14 +277,14 @@ def test_older_configurations_are_read(stored: dict[str, Any], wanted: Preproces
         (pil("Siglip2"), "Siglip2ImageProcessor with"),
     ],
 )
-def test_what_a_processor_does_beyond_that_is_refused_by_name(processor: Any, says: str) -> None:
+def test_unsupported_processor_settings_are_refused_by_name(processor: Any, message: str) -> None:
     with pytest.raises(ModelError) as caught:
         understood(processor)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("largest", [1, LARGEST_SIDE])
-def test_a_side_has_at_least_one_pixel_and_no_more_than_memory_holds(largest: int) -> None:
+def test_image_sides_are_bounded(largest: int) -> None:
     sides: dict[str, Any] = {"height": largest, "width": largest, "shortest_edge": largest}
     Preprocess(**sides, before_crop=(largest, largest)).check()
     wrong = largest - 1 if largest == 1 else largest + 1
@@ -292,7 +296,7 @@ def test_a_side_has_at_least_one_pixel_and_no_more_than_memory_holds(largest: in
 
 
 @pytest.mark.parametrize(
-    ("changed", "says"),
+    ("changed", "message"),
     [
         ({"mean": (0.5, math.nan, 0.5)}, "image_mean (0.5, nan, 0.5)"),
         ({"mean": ("0.5",)}, "image_mean ('0.5',)"),
@@ -301,37 +305,37 @@ def test_a_side_has_at_least_one_pixel_and_no_more_than_memory_holds(largest: in
         ({"rescale": -math.inf}, "rescale_factor (-inf,)"),
     ],
 )
-def test_what_no_pixel_can_be_made_by_is_refused(changed: dict[str, Any], says: str) -> None:
+def test_unusable_normalization_is_refused(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError) as caught:
         Preprocess(8, 8, **changed).check()
-    assert str(caught.value) == f"{says} is invalid; use finite numbers{' other than 0' * ('std' in says)}."
+    assert str(caught.value) == f"{message} is invalid; use finite numbers{' other than 0' * ('std' in message)}."
     Preprocess(8, 8, mean=(0, 0.0, -1), rescale=1).check()
 
 
 class Sharpening(transformers.ViTImageProcessorPil):
-    """One that no version of this project has heard of."""
+    """An image processor that this project does not know."""
 
     def rescale(self, image: Any, scale: float, **others: Any) -> Any:
         return super().rescale(image, scale, **others) ** 1.02
 
 
-def test_a_processor_that_does_something_unknown_is_found_out() -> None:
+def test_a_processor_with_an_unknown_step_is_refused() -> None:
     with pytest.raises(ModelError, match="Sharpening does more than resize, crop, rescale and normalize"):
         understood(Sharpening(size=32))
 
 
-def test_gray_is_pillows_luminance_and_of_a_gray_image_itself() -> None:
-    image, how = pixels(200, 150), Preprocess(200, 150, mean=(0.0,), std=(1.0,), rescale=1.0)
+def test_luminance_matches_pillow_and_leaves_gray_unchanged() -> None:
+    image, preprocess = pixels(200, 150), Preprocess(200, 150, mean=(0.0,), std=(1.0,), rescale=1.0)
 
-    got = normalize(torch.from_numpy(image)[None], how)
+    actual = normalize(torch.from_numpy(image)[None], preprocess)
 
-    assert got.shape == (1, 1, 200, 150)
-    assert np.array_equal(got[0, 0].numpy(), np.asarray(Image.fromarray(image).convert("L")).astype(np.float32))
+    assert actual.shape == (1, 1, 200, 150)
+    assert np.array_equal(actual[0, 0].numpy(), np.asarray(Image.fromarray(image).convert("L")).astype(np.float32))
     ramp = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
-    assert torch.equal(normalize(ramp, how).flatten(), torch.arange(256.0))
+    assert torch.equal(normalize(ramp, preprocess).flatten(), torch.arange(256.0))
 
 
-def test_another_size_keeps_the_margin_around_the_crop() -> None:
+def test_another_input_size_keeps_the_crop_margin() -> None:
     assert Preprocess(224, 224, shortest_edge=256).with_size(112) == Preprocess(112, 112, shortest_edge=128)
     assert Preprocess(224, 224, before_crop=(256, 256)).with_size(112).before_crop == (128, 128)
     assert Preprocess(224, 224).with_size(98) == Preprocess(98, 98)
@@ -340,69 +344,72 @@ def test_another_size_keeps_the_margin_around_the_crop() -> None:
 
 # -- augmentation ----------------------------------------------------------------------------------
 
-HOW = Preprocess(16, 16)
+PREPROCESS = Preprocess(16, 16)
 IMAGES = torch.stack([torch.from_numpy(pixels(20, 20, seed)) for seed in range(12)])
 
 
 @pytest.mark.parametrize("kind", ["none", "flip", "crop"])
 @settings(deadline=None, max_examples=20)
 @given(seed=seeds, epoch=st.integers(0, 50), order=st.permutations(range(12)), count=st.integers(1, 12))
-def test_a_samples_pixels_depend_on_seed_epoch_and_index_alone(
+def test_augmented_pixels_depend_only_on_seed_epoch_and_index(
     kind: str, seed: int, epoch: int, order: list[int], count: int
 ) -> None:
-    """Not on the batch it is in, on its place there, or on its being in a tensor or in a list."""
+    """Not on the batch, the position in it, or on whether images are in a tensor or a list."""
     index = 1000 + np.arange(12)
-    whole = augment(IMAGES, HOW, kind, seed, epoch, index)
+    whole = augment(IMAGES, PREPROCESS, kind, seed, epoch, index)
     some = np.array(order[:count])
 
-    in_tensor = augment(IMAGES[some], HOW, kind, seed, epoch, index[some])
-    in_list = augment([IMAGES[i] for i in some], HOW, kind, seed, epoch, index[some])
+    in_tensor = augment(IMAGES[some], PREPROCESS, kind, seed, epoch, index[some])
+    in_list = augment([IMAGES[i] for i in some], PREPROCESS, kind, seed, epoch, index[some])
 
     assert torch.equal(in_tensor, whole[some])
     assert torch.equal(in_list, whole[some])
 
 
 @pytest.mark.parametrize("kind", ["flip", "crop"])
-def test_another_seed_epoch_or_index_is_another_draw(kind: str) -> None:
+def test_seed_epoch_and_index_change_the_draw(kind: str) -> None:
     index = np.arange(12)
-    first = augment(IMAGES, HOW, kind, 0, 0, index)
-    others = [augment(IMAGES, HOW, kind, 1, 0, index), augment(IMAGES, HOW, kind, 0, 1, index),
-              augment(IMAGES, HOW, kind, 0, 0, index + 12)]  # fmt: skip
+    first = augment(IMAGES, PREPROCESS, kind, 0, 0, index)
+    others = [augment(IMAGES, PREPROCESS, kind, 1, 0, index), augment(IMAGES, PREPROCESS, kind, 0, 1, index),
+              augment(IMAGES, PREPROCESS, kind, 0, 0, index + 12)]  # fmt: skip
     assert not any(torch.equal(first, other) for other in others)
 
 
-def test_a_flip_is_left_to_right_for_about_half_of_the_images() -> None:
+def test_about_half_of_the_images_are_flipped_left_to_right() -> None:
     image = torch.from_numpy(pixels(16, 16))
-    got = augment(image.expand(400, 16, 16, 3), HOW, "flip", 0, 0, np.arange(400))
+    actual = augment(image.expand(400, 16, 16, 3), PREPROCESS, "flip", 0, 0, np.arange(400))
 
-    plain = normalize(image[None], HOW)[0]
-    flipped = [torch.equal(one, plain.flip(2)) for one in got]
-    assert all(is_flipped or torch.equal(one, plain) for one, is_flipped in zip(got, flipped, strict=True))
+    plain = normalize(image[None], PREPROCESS)[0]
+    flipped = [torch.equal(pixels_, plain.flip(2)) for pixels_ in actual]
+    assert all(is_flipped or torch.equal(pixels_, plain) for pixels_, is_flipped in zip(actual, flipped, strict=True))
     assert 160 < sum(flipped) < 240  # four standard deviations
 
 
-def test_no_augmentation_is_the_evaluations_preprocessing() -> None:
-    """To the step between two pixel values: training resizes by torch, evaluation by Pillow."""
-    training, evaluation = augment(IMAGES, HOW, "none", 0, 0, np.arange(12)), preprocess_images(IMAGES, HOW)
-    assert (training - evaluation).abs().max() < 1.01 * HOW.rescale / HOW.std[0]
+def test_no_augmentation_matches_evaluation_preprocessing() -> None:
+    """Within the step between two pixel values: training resizes by torch, evaluation by Pillow."""
+    training, evaluation = (
+        augment(IMAGES, PREPROCESS, "none", 0, 0, np.arange(12)),
+        preprocess_images(IMAGES, PREPROCESS),
+    )
+    assert (training - evaluation).abs().max() < 1.01 * PREPROCESS.rescale / PREPROCESS.std[0]
 
 
-def test_training_does_not_resize_by_pillow_which_takes_several_times_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = resize(IMAGES, 16, 16, "bilinear")
-    monkeypatch.setattr("vitft.data.augment.pillow_resize", lambda *given: pytest.fail("by Pillow"))
-    assert torch.equal(resize_and_crop(IMAGES, HOW, exact=False), wanted)
-    assert torch.equal(resize_and_crop(list(IMAGES), HOW, exact=False), wanted)
+def test_training_does_not_use_slow_pillow_resize(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = resize(IMAGES, 16, 16, "bilinear")
+    monkeypatch.setattr("vitft.data.augment.pillow_resize", lambda *args: pytest.fail("resized by Pillow"))
+    assert torch.equal(resize_and_crop(IMAGES, PREPROCESS, exact=False), expected)
+    assert torch.equal(resize_and_crop(list(IMAGES), PREPROCESS, exact=False), expected)
 
 
-def test_evaluation_does_not_depend_on_the_batch_either() -> None:
-    whole = preprocess_images(IMAGES, HOW)
-    assert torch.equal(preprocess_images(list(IMAGES), HOW), whole)
-    assert torch.equal(preprocess_images(IMAGES[5:6], HOW), whole[5:6])
+def test_evaluation_pixels_do_not_depend_on_the_batch() -> None:
+    whole = preprocess_images(IMAGES, PREPROCESS)
+    assert torch.equal(preprocess_images(list(IMAGES), PREPROCESS), whole)
+    assert torch.equal(preprocess_images(IMAGES[5:6], PREPROCESS), whole[5:6])
 
 
 @given(size=st.tuples(side, side), seed=seeds)
 @settings(max_examples=50, deadline=None)
-def test_crops_lie_within_the_image(size: tuple[int, int], seed: int) -> None:
+def test_crops_are_inside_the_image(size: tuple[int, int], seed: int) -> None:
     boxes = draw_crop_boxes(np.tile(np.array(size), (50, 1)), seed, 0, np.arange(50))
 
     assert (boxes[:, :2] >= 0).all()
@@ -410,7 +417,7 @@ def test_crops_lie_within_the_image(size: tuple[int, int], seed: int) -> None:
     assert (boxes[:, :2] + boxes[:, 2:] <= size).all()
 
 
-def test_crops_have_the_areas_and_aspects_of_the_paper() -> None:
+def test_crops_have_the_areas_and_aspect_ratios_of_the_paper() -> None:
     boxes = draw_crop_boxes(np.full((5000, 2), 1000), 0, 0, np.arange(5000))
 
     area, aspect = boxes[:, 2:].prod(axis=1) / 1e6, boxes[:, 3] / boxes[:, 2]
@@ -418,11 +425,11 @@ def test_crops_have_the_areas_and_aspects_of_the_paper() -> None:
     assert area.max() > 0.95
     assert 0.745 < aspect.min() < 0.76
     assert 1.32 < aspect.max() < 1.34
-    assert abs(area.mean() - 0.478) < 0.015  # 0.54 where large ones could leave the image
+    assert abs(area.mean() - 0.478) < 0.015  # it would be 0.54 if large crops could leave the image
 
 
 def as_torchvision(height: int, width: int, draws: np.ndarray) -> list[int]:
-    """torchvision's RandomResizedCrop.get_params, line by line, with what it draws given: (10, 4) in [0, 1)."""
+    """torchvision's RandomResizedCrop.get_params, line by line, with given draws: (10, 4) in [0, 1)."""
     ratio = (3.0 / 4.0, 4.0 / 3.0)
     for area, aspect, top, left in draws:
         target_area = height * width * (0.08 + (1.0 - 0.08) * area)
@@ -445,26 +452,26 @@ def as_torchvision(height: int, width: int, draws: np.ndarray) -> list[int]:
 
 
 @pytest.mark.parametrize("size", [(375, 500), (100, 400), (400, 100), (90, 1000), (1000, 30), (60, 60), (7, 5)])
-def test_crops_are_torchvisions(size: tuple[int, int]) -> None:
-    """Also where no box fits, as in an image eleven times as wide as high."""
+def test_crop_boxes_match_torchvision(size: tuple[int, int]) -> None:
+    """Also if no box fits, as in an image eleven times as wide as high."""
     index = 5 + np.arange(300)
     drawn = np.stack([uniform(3, "crop", 2, index, draw) for draw in range(10)], axis=1)
 
     boxes = draw_crop_boxes(np.tile(np.array(size), (300, 1)), 3, 2, index)
 
-    assert boxes.tolist() == [as_torchvision(*size, one) for one in drawn]
+    assert boxes.tolist() == [as_torchvision(*size, draws) for draws in drawn]
 
 
-def test_no_crop_leaves_the_range_of_aspects() -> None:
+def test_every_crop_has_an_allowed_aspect_ratio() -> None:
     sizes = np.tile([[100, 400], [375, 500], [900, 60]], (500, 1))
     boxes = draw_crop_boxes(sizes, 0, 0, np.arange(1500))
     aspect = boxes[:, 3] / boxes[:, 2]
     assert aspect.min() > 0.74
     assert aspect.max() < 1.35
-    assert len({tuple(box) for box in boxes[2::3].tolist()}) > 1  # not the same fall-back for all
+    assert len({tuple(box) for box in boxes[2::3].tolist()}) > 1  # not all are the fallback box
 
 
-def test_a_crop_does_not_depend_on_the_others_of_its_batch() -> None:
+def test_a_crop_does_not_depend_on_its_batch() -> None:
     sizes = np.tile([[100, 400], [90, 1000], [60, 60]], (20, 1))
     index = np.arange(60)
     whole = draw_crop_boxes(sizes, 1, 4, index)

@@ -1,4 +1,4 @@
-"""Decoded photos on disk: found again when nothing changed, never believed, bounded, safe with two runs, removable."""
+"""The disk cache of decoded photos: hits and misses, verification, size limit, concurrent runs, removal."""
 
 import errno
 import json
@@ -41,27 +41,29 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """What was decoded, image by image."""
-    seen: list[object] = []
+    """The decoded images, in order."""
+    sources: list[object] = []
 
-    def spy(source: object, *others: object) -> object:
-        seen.append(source)
-        return decode(source, *others)  # type: ignore[arg-type]
+    def spy(source: object, *args: object) -> object:
+        sources.append(source)
+        return decode(source, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr("vitft.data.store.decode", spy)
-    return seen
+    return sources
 
 
 def stored(folder: Path, size: int = 32, *, crops: bool = False, cache_gb: float = 1.0) -> Store:
     rows = open_dataset(str(folder)).splits["train"]
-    how = Preprocess(size, size)
-    return decode_all(rows, how, crops=crops, max_pixels=10**6, skip_bad=True, cache_gb=cache_gb, name="photos")[0]
+    preprocess = Preprocess(size, size)
+    return decode_all(rows, preprocess, crops=crops, max_pixels=10**6, skip_bad=True, cache_gb=cache_gb, name="photos")[
+        0
+    ]
 
 
-def same(one: Store, other: Store) -> bool:
-    index = np.arange(len(one))
-    pairs = zip(one.gather(index), other.gather(index), strict=True)
-    return one.digest == other.digest and all(torch.equal(a, b) for a, b in pairs)
+def same(first: Store, second: Store) -> bool:
+    index = np.arange(len(first))
+    pairs = zip(first.gather(index), second.gather(index), strict=True)
+    return first.digest == second.digest and all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("crops", [False, True])
@@ -73,11 +75,11 @@ def test_photos_are_decoded_once_for_all_runs(folder: Path, decoded: list[object
     assert same(first, second)
 
 
-def test_pixels_are_read_into_memory_where_they_fit(folder: Path) -> None:
+def test_pixels_are_read_into_memory_if_they_fit(folder: Path) -> None:
     stored(folder)
     key = cache.entries()[0].folder.name
     size = 4 * 32 * 32 * 3
-    fits, over = (cache.read(key, 4, room) for room in (size, size - 1))
+    fits, over = (cache.read(key, 4, limit) for limit in (size, size - 1))
     assert fits is not None
     assert over is not None
     assert (fits[1].shape, over[1].shape) == ((size,), (0,))
@@ -86,7 +88,7 @@ def test_pixels_are_read_into_memory_where_they_fit(folder: Path) -> None:
     assert np.array_equal(fits[1].numpy().reshape(4, 32, 32, 3)[1], image)
 
 
-def test_whatever_changes_the_pixels_changes_the_fingerprint(folder: Path, decoded: list[object]) -> None:
+def test_anything_that_changes_the_pixels_changes_the_fingerprint(folder: Path, decoded: list[object]) -> None:
     stored(folder)
     for change in ({"size": 31}, {"crops": True}):
         before = len(decoded)
@@ -99,12 +101,12 @@ def test_whatever_changes_the_pixels_changes_the_fingerprint(folder: Path, decod
     assert len(decoded) == before + 4
 
 
-def test_images_as_bytes_are_known_by_their_bytes(folder: Path) -> None:
+def test_images_stored_as_bytes_are_identified_by_their_bytes(folder: Path) -> None:
     rows = open_dataset(str(folder)).splits["train"]
 
     def named(cells: list[bytes]) -> str | None:
         fake = datasets.Dataset.from_dict({"image": [{"bytes": cell, "path": None} for cell in cells]})
-        return cache.fingerprint(fake, "how")
+        return cache.fingerprint(fake, "settings")
 
     contents = [Path(cell["path"]).read_bytes() for cell in rows["image"]]
     assert named(contents) == named(contents)
@@ -112,59 +114,62 @@ def test_images_as_bytes_are_known_by_their_bytes(folder: Path) -> None:
     assert named([contents[0], contents[1]]) != named([contents[0] + contents[1], b""])
 
 
-def test_small_images_are_not_kept(tmp_path: Path, place: Path) -> None:
+def test_small_images_are_not_cached(tmp_path: Path, place: Path) -> None:
     stored(photos(tmp_path / "small", [(20, 16)] * 4))
     assert cache.entries() == []
 
 
-def test_without_a_bound_nothing_is_kept(folder: Path, place: Path) -> None:
+def test_a_limit_of_zero_disables_the_cache(folder: Path, place: Path) -> None:
     stored(folder, cache_gb=0)
     assert not place.exists()
 
 
-def test_a_split_with_a_bad_image_is_not_kept(folder: Path) -> None:
+def test_a_split_with_a_bad_image_is_not_cached(folder: Path) -> None:
     (folder / "train" / "cat" / "zzz.png").write_bytes(b"no image")
     stored(folder)
-    assert cache.entries() == []  # it may be mended, and has to be named again until then
+    assert cache.entries() == []  # until it is fixed, each run has to report it again
 
 
-def test_the_bound_drops_what_was_not_used_for_longest(folder: Path) -> None:
+def test_the_limit_evicts_the_least_recently_used(folder: Path) -> None:
     stored(folder, 32)
     stored(folder, 31)
     for age, entry in enumerate(sorted(cache.entries(), key=lambda entry: entry.size), 1):
-        os.utime(entry.folder, (1e9 + age, 1e9 + age))  # that of 31 was used before that of 32
-    stored(folder, 32)  # used again now
+        os.utime(entry.folder, (1e9 + age, 1e9 + age))  # the entry of size 31 was used before that of size 32
+    stored(folder, 32)  # now the most recently used
     both = sum(entry.size for entry in cache.entries())
     cache._evict(both)
-    assert len(cache.entries()) == 2  # so many bytes are allowed
+    assert len(cache.entries()) == 2  # exactly at the limit
     stored(folder, 30, cache_gb=(both + 100) / 1e9)
     sizes = sorted(int(np.fromfile(entry.folder / "index", "<u8")[0]) for entry in cache.entries())
     assert sizes == [30, 32]
     stored(folder, 29, cache_gb=1e-9)
-    assert sorted(entry.images for entry in cache.entries()) == [4, 4]  # it would not fit: nothing is dropped for it
+    assert sorted(entry.images for entry in cache.entries()) == [
+        4,
+        4,
+    ]  # it does not fit at all, so nothing is evicted for it
 
 
-def test_two_runs_at_once_keep_one_whole_entry(folder: Path, place: Path) -> None:
-    found: list[Store] = []
-    runs = [threading.Thread(target=lambda: found.append(stored(folder))) for _ in range(4)]
+def test_concurrent_runs_write_one_complete_entry(folder: Path, place: Path) -> None:
+    stores: list[Store] = []
+    runs = [threading.Thread(target=lambda: stores.append(stored(folder))) for _ in range(4)]
     for run in runs:
         run.start()
     for run in runs:
         run.join()
-    assert len(found) == 4
-    assert all(same(found[0], other) for other in found)
+    assert len(stores) == 4
+    assert all(same(stores[0], other) for other in stores)
     assert [entry.images for entry in cache.entries()] == [4]
-    assert [one.name for one in place.iterdir() if one.name.startswith(".")] == []
-    assert same(stored(folder), found[0])
+    assert [path.name for path in place.iterdir() if path.name.startswith(".")] == []
+    assert same(stored(folder), stores[0])
 
 
-def test_a_mapped_entry_cannot_be_written_through(folder: Path) -> None:
+def test_writing_to_a_store_does_not_change_the_entry(folder: Path) -> None:
     stored(folder)
     stored(folder).pixels.zero_()
     assert same(stored(folder), stored(folder, cache_gb=0))
 
 
-# -- what is kept is proved ---------------------------------------------------------------------------
+# -- verification --------------------------------------------------------------------------------------
 
 
 def entry_of() -> Path:
@@ -172,17 +177,17 @@ def entry_of() -> Path:
     return entry.folder
 
 
-def assert_found_damaged(folder: Path, decoded: list[object], what: object) -> None:
-    """A run decodes anew, what it has is right, and a whole entry has taken the damaged one's place."""
+def assert_detected(folder: Path, decoded: list[object], damage: object) -> None:
+    """The next run decodes again and writes an intact entry in place of the corrupt one."""
     before = len(decoded)
     again = stored(folder)
-    assert len(decoded) == before + 4, what
-    assert stored(folder).digest == again.digest, what
-    assert len(decoded) == before + 4, what
+    assert len(decoded) == before + 4, damage
+    assert stored(folder).digest == again.digest, damage
+    assert len(decoded) == before + 4, damage
 
 
-def flips(folder: Path, decoded: list[object], count: int) -> None:
-    """One flipped bit at a time, in each of an entry's files; half of them anywhere in its bytes."""
+def check_flipped_bits(folder: Path, decoded: list[object], count: int) -> None:
+    """Flip one random bit at a time, in each file of an entry; every other one in its pixels."""
     whole = stored(folder, cache_gb=0)
     stored(folder)
     drawn = np.random.default_rng(count)
@@ -194,17 +199,17 @@ def flips(folder: Path, decoded: list[object], count: int) -> None:
         place, bit = int(drawn.integers(len(content))), int(drawn.integers(8))
         content[place] ^= 1 << bit
         file.write_bytes(content)
-        assert_found_damaged(folder, decoded, (file.name, place, bit))
+        assert_detected(folder, decoded, (file.name, place, bit))
     assert same(stored(folder), whole)
 
 
-def test_one_flipped_bit_is_found(folder: Path, decoded: list[object]) -> None:
-    flips(folder, decoded, 36)
+def test_a_flipped_bit_is_detected(folder: Path, decoded: list[object]) -> None:
+    check_flipped_bits(folder, decoded, 36)
 
 
 @pytest.mark.slow
-def test_a_thousand_flipped_bits_are_found(folder: Path, decoded: list[object]) -> None:
-    flips(folder, decoded, 1000)
+def test_a_thousand_flipped_bits_are_detected(folder: Path, decoded: list[object]) -> None:
+    check_flipped_bits(folder, decoded, 1000)
 
 
 def rewritten(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
@@ -224,95 +229,95 @@ def rewritten(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
         rewritten(lambda content: content[len(content) // 2 :] + content[: len(content) // 2]),
         Path.unlink,
     ],
-    ids=["emptied", "a byte short", "halved", "a byte long", "zeroed", "a block zeroed", "turned", "missing"],
+    ids=["emptied", "a byte short", "halved", "a byte long", "zeroed", "a block zeroed", "rotated", "missing"],
 )
-def test_a_damaged_entry_is_as_none(
+def test_a_corrupt_entry_is_removed_and_decoded_again(
     folder: Path, decoded: list[object], damage: Callable[[Path], object], name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     whole = stored(folder, cache_gb=0)
     stored(folder)
     damage(entry_of() / name)
-    assert_found_damaged(folder, decoded, name)
+    assert_detected(folder, decoded, name)
     assert same(stored(folder), whole)
-    said = " ".join(capfd.readouterr().err.split())
-    assert "cached photos are corrupt and are decoded again; the entry was removed" in said
+    message = " ".join(capfd.readouterr().err.split())
+    assert "cached photos are corrupt and are decoded again; the entry was removed" in message
 
 
-def test_an_entry_of_other_photos_than_a_runs_is_none(folder: Path) -> None:
+def test_an_entry_with_another_number_of_photos_is_not_used(folder: Path) -> None:
     stored(folder)
     assert cache.read(entry_of().name, 5, 10**9) is None
 
 
-def test_an_entry_whose_description_is_whole_and_no_table_is_none(folder: Path, decoded: list[object]) -> None:
+def test_an_entry_whose_description_is_other_json_is_not_used(folder: Path, decoded: list[object]) -> None:
     for text in ("[]\n", "3\n", "{}\n", '{\n  "xxh3": "0"\n}\n'):
         stored(folder)
         (entry_of() / "entry.json").write_text(text)
-        assert_found_damaged(folder, decoded, text)
+        assert_detected(folder, decoded, text)
 
 
-@pytest.fixture(params=["in memory", "in its file"])
+@pytest.fixture(params=["in memory", "in a file"])
 def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether what is kept has more bytes than a run holds in memory."""
-    if request.param == "in its file":
+    """Whether the entry exceeds the bytes that a run holds in memory."""
+    if request.param == "in a file":
         monkeypatch.setattr("vitft.data.store.IN_MEMORY", 100)
         return True
     return False
 
 
-def test_what_is_changed_after_it_was_proved_is_not_seen(folder: Path, large: bool, decoded: list[object]) -> None:
+def test_bytes_changed_after_verification_are_not_used(folder: Path, large: bool, decoded: list[object]) -> None:
     whole = stored(folder)
     for change in (lambda content: bytes(len(content)), lambda content: content[:4000]):
-        stored(folder)  # keeps them, for what was kept is damaged
-        found = stored(folder)
-        assert (len(found.pixels) == 0) == large
+        stored(folder)  # writes the entry again, because it is corrupt
+        store = stored(folder)
+        assert (len(store.pixels) == 0) == large
         before = len(decoded)
         with (entry_of() / "pixels").open("r+b") as file:
             content = change(file.read())
             file.seek(0)
             file.write(content)
             file.truncate()
-        assert same(found, whole)
-        assert (len(decoded) > before) == large  # an image whose bytes are no longer the same is decoded anew
-    changed = max(folder.rglob("*.png"), key=lambda file: file.parent.name)  # of what was cut off
+        assert same(store, whole)
+        assert (len(decoded) > before) == large  # an image whose bytes have changed is decoded again
+    changed = max(folder.rglob("*.png"), key=lambda file: file.parent.name)  # one of the truncated images
     Image.new("RGB", (100, 64)).save(changed)
     if large:
         with pytest.raises(
             DataError, match=rf"{changed.name}: decodes to different pixels; it has changed since the run began"
         ):
-            found.gather(np.arange(4))
+            store.gather(np.arange(4))
 
 
-def test_what_is_removed_while_it_is_used_stays_with_the_run(folder: Path, large: bool, decoded: list[object]) -> None:
+def test_an_entry_removed_while_in_use_stays_readable(folder: Path, large: bool, decoded: list[object]) -> None:
     first = stored(folder)
-    found = stored(folder)
+    second = stored(folder)
     before = len(decoded)
     assert cache.clear() > 0
-    assert same(first, found)
+    assert same(first, second)
     assert len(decoded) == before
     assert cache.entries() == []
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: int, of: str) -> None:
-    """A call of the system fails for paths that hold these letters, or for open files."""
+    """Make a system call fail for paths that contain `of`, and for open files."""
     real = getattr(owner, name)
 
-    def broken(place: object, *others: Any, **named: Any) -> Any:
-        if isinstance(place, int) or of in str(place):
-            raise OSError(number, os.strerror(number), str(place))
-        return real(place, *others, **named)
+    def broken(path: object, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(path, int) or of in str(path):
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *args, **kwargs)
 
     monkeypatch.setattr(owner, name, broken)
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.EACCES, errno.EIO])
 @pytest.mark.parametrize("call", ["read_text", "read_bytes", "open", "preadv"])
-def test_what_cannot_be_read_at_the_moment_is_not_removed(
+def test_a_temporarily_unreadable_entry_is_not_removed(
     folder: Path, decoded: list[object], monkeypatch: pytest.MonkeyPatch, number: int, call: str
 ) -> None:
     whole = stored(folder)
     files = {file.name: file.read_bytes() for file in entry_of().iterdir()}
-    with monkeypatch.context() as moment:
-        failing(moment, os if call == "preadv" else Path, call, number, "decoded")
+    with monkeypatch.context() as patch:
+        failing(patch, os if call == "preadv" else Path, call, number, "decoded")
         assert same(stored(folder), whole)
     assert len(decoded) == 8
     assert {file.name: file.read_bytes() for file in entry_of().iterdir()} == files
@@ -320,20 +325,18 @@ def test_what_cannot_be_read_at_the_moment_is_not_removed(
     assert len(decoded) == 8
 
 
-def test_what_cannot_be_read_at_the_moment_is_not_the_first_to_go(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_temporarily_unreadable_entry_is_not_evicted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored(folder)
-    with monkeypatch.context() as moment:
-        failing(moment, Path, "read_text", errno.EMFILE, "decoded")
+    with monkeypatch.context() as patch:
+        failing(patch, Path, "read_text", errno.EMFILE, "decoded")
         cache._evict(0)
     assert [entry.images for entry in cache.entries()] == [4]
 
 
-# -- shared, and others' ----------------------------------------------------------------------------
+# -- shared caches ----------------------------------------------------------------------------------
 
 
-def test_a_cache_that_others_keep_is_read(folder: Path, decoded: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_cache_is_read(folder: Path, decoded: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     stored(folder)
     for name in ("utime", "rename", "mkdir"):
         failing(monkeypatch, os, name, errno.EROFS, "decoded")
@@ -341,7 +344,7 @@ def test_a_cache_that_others_keep_is_read(folder: Path, decoded: list[object], m
     assert len(decoded) == 4
 
 
-def test_a_damaged_entry_that_may_not_be_removed_stays_and_is_not_used(
+def test_a_corrupt_entry_in_a_read_only_cache_stays_and_is_not_used(
     folder: Path, decoded: list[object], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     whole = stored(folder)
@@ -352,11 +355,11 @@ def test_a_damaged_entry_that_may_not_be_removed_stays_and_is_not_used(
     assert len(decoded) == 8
     assert sorted(file.name for file in entry_of().iterdir()) == ["entry.json", "index", "pixels"]
     assert "the entry cannot be removed from here" in " ".join(capfd.readouterr().err.split())
-    assert [one for one in cache.root().iterdir() if one.name.startswith(".")] == []
+    assert [path for path in cache.root().iterdir() if path.name.startswith(".")] == []
 
 
 @pytest.mark.parametrize(("mask", "of_folder", "of_file"), [(0o077, 0o700, 0o600), (0o002, 0o775, 0o664)])
-def test_who_may_read_an_entry_follows_from_the_umask(folder: Path, mask: int, of_folder: int, of_file: int) -> None:
+def test_permissions_of_an_entry_follow_the_umask(folder: Path, mask: int, of_folder: int, of_file: int) -> None:
     before = os.umask(mask)
     try:
         stored(folder)
@@ -366,34 +369,32 @@ def test_who_may_read_an_entry_follows_from_the_umask(folder: Path, mask: int, o
     assert {file.stat().st_mode & 0o777 for file in entry_of().iterdir()} == {of_file}
 
 
-def test_a_full_disk_keeps_nothing_and_loses_nothing(
-    folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_only_prevents_caching(folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = stored(folder, cache_gb=0)
     failing(monkeypatch, Path, "write_text", errno.ENOSPC, "decoded")
     assert same(stored(folder), whole)
     assert list(place.iterdir()) == []
 
 
-def test_what_an_older_version_kept_is_not_read_and_can_be_removed(folder: Path, place: Path) -> None:
+def test_entries_of_older_versions_are_not_read_and_can_be_cleared(folder: Path, place: Path) -> None:
     old, other = place / ("0a" * 16), place / "somebody's own"
-    for there in (old, other, place / ".hidden"):
-        there.mkdir(parents=True)
-        (there / "pixels").write_bytes(b"123")
-        (there / "entry.json").write_text('{"name": "photos, train", "images": 4}')
-        os.utime(there, (1e9, 1e9))
+    for path in (old, other, place / ".hidden"):
+        path.mkdir(parents=True)
+        (path / "pixels").write_bytes(b"123")
+        (path / "entry.json").write_text('{"name": "photos, train", "images": 4}')
+        os.utime(path, (1e9, 1e9))
     assert [entry.size for entry in cache.entries()] == [3 + 38]
     stored(folder)
     assert len(cache.entries()) == 2
     assert cache.clear() > 41
-    assert sorted(one.name for one in place.iterdir()) == [".hidden", "somebody's own"]
+    assert sorted(path.name for path in place.iterdir()) == [".hidden", "somebody's own"]
 
 
-# -- found by what it was made from ---------------------------------------------------------------
+# -- keys -----------------------------------------------------------------------------------------
 
 
 def bitmap(file: Path, places: Iterator[int] | tuple[int, ...] = ()) -> None:
-    """A picture of 60 kB, in which the bytes at these places differ, with times that say nothing."""
+    """Write a bitmap of 60 kB with 255 at these places, and always the same mtime."""
     pixels = np.zeros((100, 200, 3), np.uint8)
     pixels.reshape(-1)[list(places)] = 255
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -402,7 +403,7 @@ def bitmap(file: Path, places: Iterator[int] | tuple[int, ...] = ()) -> None:
 
 
 def named(folder: Path, *, whole: bool = False) -> str | None:
-    return cache.fingerprint(open_dataset(str(folder)).splits["train"], "how", whole=whole)
+    return cache.fingerprint(open_dataset(str(folder)).splits["train"], "settings", whole=whole)
 
 
 @pytest.fixture
@@ -412,16 +413,16 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path / "pictures"
 
 
-HEAD, BETWEEN, MIDDLE, TAIL = 59_000, 45_000, 30_000, 300  # a bitmap begins with its last row
+HEAD, BETWEEN, MIDDLE, TAIL = 59_000, 45_000, 30_000, 300  # a bitmap stores its last row first
 
 
 @pytest.mark.parametrize("place", [HEAD, BETWEEN, MIDDLE, TAIL])
-@pytest.mark.parametrize("how", ["moved over it", "written into it"])
-def test_a_photo_of_the_same_name_size_and_time_is_another_one(pictures: Path, place: int, how: str) -> None:
+@pytest.mark.parametrize("change", ["renamed over it", "written into it"])
+def test_a_replaced_photo_of_the_same_name_size_and_time_is_detected(pictures: Path, place: int, change: str) -> None:
     before = named(pictures)
     file = pictures / "ant" / "1.bmp"
     size = file.stat().st_size
-    if how == "moved over it":
+    if change == "renamed over it":
         bitmap(pictures.parent / "new.bmp", (place,))
         (pictures.parent / "new.bmp").rename(file)
     else:
@@ -433,7 +434,7 @@ def test_a_photo_of_the_same_name_size_and_time_is_another_one(pictures: Path, p
 @pytest.mark.parametrize(("place", "whole", "seen"), [
     (HEAD, False, True), (MIDDLE, False, True), (TAIL, False, True), (BETWEEN, False, False), (BETWEEN, True, True),
 ])  # fmt: skip
-def test_where_a_disk_has_no_times_of_change_the_content_tells(
+def test_without_ctime_the_content_decides(
     pictures: Path, monkeypatch: pytest.MonkeyPatch, place: int, whole: bool, seen: bool
 ) -> None:
     class Timeless:
@@ -448,20 +449,20 @@ def test_where_a_disk_has_no_times_of_change_the_content_tells(
     assert (named(pictures, whole=whole) != before) == seen
 
 
-def test_a_renamed_folder_has_the_same_photos(pictures: Path) -> None:
+def test_a_renamed_folder_has_the_same_key(pictures: Path) -> None:
     before = named(pictures)
     assert named(pictures.rename(pictures.parent / "renamed")) == before
 
 
-def test_photos_of_which_one_is_gone_or_no_file_have_no_name(pictures: Path) -> None:
+def test_photos_with_a_missing_or_special_file_have_no_key(pictures: Path) -> None:
     rows = open_dataset(str(pictures)).splits["train"]
     (pictures / "ant" / "1.bmp").unlink()
-    assert cache.fingerprint(rows, "how") is None
+    assert cache.fingerprint(rows, "settings") is None
     os.mkfifo(pictures / "ant" / "1.bmp")
-    assert cache.fingerprint(rows, "how") is None  # and does not wait for who writes to it
+    assert cache.fingerprint(rows, "settings") is None  # and does not wait for a writer
 
 
-def test_pixels_of_another_decoder_are_not_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_decoder_has_another_key(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = named(folder)
     monkeypatch.setattr(cache, "_CODE", ("decoder",))
     cache._decoder.cache_clear()
@@ -471,8 +472,8 @@ def test_pixels_of_another_decoder_are_not_found(folder: Path, monkeypatch: pyte
         cache._decoder.cache_clear()
 
 
-def test_a_photo_that_took_the_place_of_another_is_not_trained_on_in_its_name(tmp_path: Path) -> None:
-    """By training, by scoring, and by a resumed run, which is refused: all of the same name, size and time."""
+def test_a_replaced_photo_is_not_mistaken_for_the_cached_one(tmp_path: Path) -> None:
+    """By training, by scoring, and on resume, which is refused, although name, size and mtime are the same."""
     from vitft import TrainConfig, evaluate, train
     from vitft.training.trainer import resume
 
@@ -498,10 +499,10 @@ def test_a_photo_that_took_the_place_of_another_is_not_trained_on_in_its_name(tm
         resume(run)
 
 
-# -- bounded --------------------------------------------------------------------------------------
+# -- cleaning up --------------------------------------------------------------------------------------
 
 
-def test_what_a_killed_run_left_is_removed_and_what_is_being_written_is_not(folder: Path, place: Path) -> None:
+def test_leftovers_of_a_killed_run_are_removed_but_not_entries_being_written(folder: Path, place: Path) -> None:
     key = "0" * 32
     killed, writing, young, filling, own = (
         f".{key}.killed",
@@ -523,7 +524,7 @@ def test_what_a_killed_run_left_is_removed_and_what_is_being_written_is_not(fold
         assert {path.name for path in place.glob(".*")} == {writing, young, filling, own}
 
 
-def test_a_folder_that_cannot_be_written_keeps_nothing_and_loses_nothing(
+def test_an_unwritable_cache_folder_only_prevents_caching(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -531,7 +532,7 @@ def test_a_folder_that_cannot_be_written_keeps_nothing_and_loses_nothing(
     assert len(stored(folder)) == 4
 
 
-def test_the_command_lists_and_removes(folder: Path) -> None:
+def test_the_cache_command_lists_and_clears(folder: Path) -> None:
     run = CliRunner()
     assert run.invoke(app, ["data", "cache", "ls"]).stdout.startswith("nothing is kept")
     stored(folder)
@@ -546,27 +547,27 @@ def test_the_command_lists_and_removes(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["in memory", "in its file", "decoded anew"])
+@pytest.mark.parametrize("storage", ["in memory", "in a file", "on demand"])
 def test_thirty_epochs_take_no_more_memory_than_three(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str
 ) -> None:
     folder = photos(tmp_path / "photos", [(300 + i, 240) for i in range(60)])
-    if how != "in memory":
+    if storage != "in memory":
         monkeypatch.setattr("vitft.data.store.IN_MEMORY", 0)
-    rows, model = open_dataset(str(folder)).splits["train"], Preprocess(64, 64)
+    rows, preprocess = open_dataset(str(folder)).splits["train"], Preprocess(64, 64)
     for _ in range(2):
         store, _ = decode_all(
-            rows, model, crops=True, max_pixels=10**6, skip_bad=False, training=True,
-            cache_gb=0 if how == "decoded anew" else 1,
+            rows, preprocess, crops=True, max_pixels=10**6, skip_bad=False, training=True,
+            cache_gb=0 if storage == "on demand" else 1,
         )  # fmt: skip
-    assert len(store.pixels) == (store.size if how == "in memory" else 0)
-    loader = TrainLoader(store, np.zeros(60, np.int64), model, kind="crop", seed=0, batch_size=16,
+    assert len(store.pixels) == (store.size if storage == "in memory" else 0)
+    loader = TrainLoader(store, np.zeros(60, np.int64), preprocess, kind="crop", seed=0, batch_size=16,
                          device=torch.device("cpu"))  # fmt: skip
-    taken = []
+    resident = []
     for epoch in range(30):
         for step in range(epoch * loader.steps_per_epoch, (epoch + 1) * loader.steps_per_epoch):
             loader.batch(step)
-        taken.append(psutil.Process().memory_info().rss)
-    megabytes = [f"{bytes_ / 1e6:.1f}" for bytes_ in (taken[2], taken[-1], store.size)]
-    print(f"{how}: {megabytes} MB after 3 and 30 epochs, and stored")  # noqa: T201
-    assert taken[-1] - taken[2] < 0.5 * store.size  # what held on to an epoch's images would take 27 times as much
+        resident.append(psutil.Process().memory_info().rss)
+    megabytes = [f"{bytes_ / 1e6:.1f}" for bytes_ in (resident[2], resident[-1], store.size)]
+    print(f"{storage}: {megabytes} MB after 3 and 30 epochs, and stored")  # noqa: T201
+    assert resident[-1] - resident[2] < 0.5 * store.size  # keeping each epoch's images would take 27 times as much

@@ -1,4 +1,4 @@
-"""The decoder: every kind of image comes out right, and what is none is a BadImage."""
+"""The decoder: every kind of image is decoded correctly, and anything else raises BadImage."""
 
 import contextlib
 import io
@@ -33,8 +33,8 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 def over_white(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    share = alpha[..., None].astype(np.float64) / 255
-    return np.floor(color * share + 255 * (1 - share) + 0.5).astype(np.uint8)
+    opacity = alpha[..., None].astype(np.float64) / 255
+    return np.floor(color * opacity + 255 * (1 - opacity) + 0.5).astype(np.uint8)
 
 
 def test_rgb_is_exact_contiguous_and_writable():
@@ -48,7 +48,7 @@ def test_rgb_is_exact_contiguous_and_writable():
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK", "YCbCr", "RGBA"])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "GIF", "WEBP", "BMP"])
-def test_opaque_8_bit_images_are_what_pillow_makes_of_them(mode, kind):
+def test_opaque_8_bit_images_match_pillow(mode, kind):
     try:
         data = encoded(Image.fromarray(np.tile(RGB, (4, 3, 1))).convert(mode), kind)
     except (OSError, ValueError):
@@ -69,13 +69,13 @@ def test_one_bit_is_black_and_white():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
-def test_alpha_is_laid_over_white(kind):
+def test_alpha_is_composited_over_white(kind):
     options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
     image = Image.fromarray(np.dstack([RGB, GRAY]))
     np.testing.assert_array_equal(decode(encoded(image, kind, **options)), over_white(RGB, GRAY))
 
 
-def test_gray_alpha_premultiplied_and_palette_alpha():
+def test_gray_premultiplied_and_palette_alpha():
     gray_alpha = Image.merge("LA", [Image.fromarray(GRAY), Image.fromarray(GRAY[::-1].copy())])
     expected = over_white(np.repeat(GRAY[..., None], 3, 2), GRAY[::-1])
     np.testing.assert_array_equal(decode(encoded(gray_alpha)), expected)
@@ -129,16 +129,16 @@ def shown(values: np.ndarray, kind: str = "TIFF", value_range=None, **options) -
 
 def tags(**values: tuple[int, float]) -> dict[str, TiffImagePlugin.ImageFileDirectory_v2]:
     """TIFF tags by name: their type and value."""
-    found = TiffImagePlugin.ImageFileDirectory_v2()
+    directory = TiffImagePlugin.ImageFileDirectory_v2()
     numbers = {"sample_format": 339, "smin": 340, "smax": 341}
     for name, (kind, value) in values.items():
-        found.tagtype[numbers[name]] = kind
-        found[numbers[name]] = value
-    return {"tiffinfo": found}
+        directory.tagtype[numbers[name]] = kind
+        directory[numbers[name]] = value
+    return {"tiffinfo": directory}
 
 
-def test_one_pixel_moves_no_other() -> None:
-    """Of a float image a hair above 1, of integers with one below zero: the rest is what it was."""
+def test_an_outlier_pixel_does_not_change_the_others() -> None:
+    """A float slightly above 1, or an integer below zero, leaves all other pixels unchanged."""
     ramp = np.linspace(0, 1, 100, dtype=np.float32)
     plain = shown(ramp)
     assert plain[0] == 0
@@ -160,7 +160,7 @@ def test_floats_are_0_to_1() -> None:
     assert shown(np.float32([np.nan, np.nan])).tolist() == [0, 0]
 
 
-def test_a_range_that_nothing_tells_is_asked_for() -> None:
+def test_an_unknown_value_range_must_be_given() -> None:
     for values in (np.int32([0, 3000]), np.int32([-5, 5]), np.int16([-5, 5]), np.uint32([0, 9])):
         file = io.BytesIO()
         Image.fromarray(values.astype(np.int32)[None]).save(file, "TIFF")
@@ -173,7 +173,7 @@ def test_a_range_that_nothing_tells_is_asked_for() -> None:
 
 
 def test_values_that_do_not_fit_the_range_are_refused() -> None:
-    """What was 0 to 255 becomes neither white nor a stretched image."""
+    """Values of 0 to 255 in a float image are neither clipped to white nor rescaled."""
     for values in (np.linspace(0, 255, 50), np.r_[np.zeros(80), np.full(20, 200)], np.linspace(-1, 1, 50)):
         with pytest.raises(BadImage, match=r"% of its values outside 0 to 1, the range of its format; .*--value-range"):
             shown(values.astype(np.float32))
@@ -188,7 +188,11 @@ def test_the_range_of_tiff_tags() -> None:
     assert shown(deep).tolist() == [0, 8, 16]
     assert shown(deep, **tags(smin=(3, 0), smax=(3, 4095))).tolist() == [0, 128, 255]
     assert shown(np.float32([0, 500, 1000]), **tags(smin=(11, 0.0), smax=(11, 1000.0))).tolist() == [0, 128, 255]
-    assert shown(deep, value_range=(0, 8190), **tags(smin=(3, 0), smax=(3, 4095))).tolist() == [0, 64, 128]  # asked for
+    assert shown(deep, value_range=(0, 8190), **tags(smin=(3, 0), smax=(3, 4095))).tolist() == [
+        0,
+        64,
+        128,
+    ]  # the given range takes precedence
     twelve = bytearray(encoded(Image.fromarray(np.zeros((1, 2), np.uint16)), "TIFF"))
     at = twelve.index(struct.pack("<HHIHH", 258, 3, 1, 16, 0))
     twelve[at + 8] = 12
@@ -204,8 +208,8 @@ def test_white_is_zero(values: np.ndarray) -> None:
     assert decode(bytes(data))[0, :, 0].tolist() == [255, 0]
 
 
-def test_a_png_with_significant_bits_fills_all_16() -> None:
-    """As the specification has it: the 12 bits are the upper ones."""
+def test_a_png_with_sbit_fills_all_16_bits() -> None:
+    """By the specification, the 12 bits are the upper ones."""
     scaled = np.uint16([0, 2048, 4095]) << 4 | np.uint16([0, 2048, 4095]) >> 8
     plain = encoded(Image.fromarray(scaled[None]))
     chunk = b"sBIT" + bytes([12])
@@ -213,8 +217,8 @@ def test_a_png_with_significant_bits_fills_all_16() -> None:
     assert decode(marked)[0, :, 0].tolist() == decode(plain)[0, :, 0].tolist() == [0, 128, 255]
 
 
-def test_a_range_needs_all_bits() -> None:
-    """Of 16-bit colors Pillow reads 8: a range of theirs would be of other values."""
+def test_a_value_range_needs_all_bits() -> None:
+    """Pillow reads 8 bits of 16-bit colors, so a range of 16-bit values cannot be applied."""
     rgb = bytearray(encoded(Image.new("RGB", (1, 1))))
     header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
     rgb[16:33] = header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
@@ -227,7 +231,7 @@ def test_a_range_needs_all_bits() -> None:
         decode(deep, value_range=(0, 4095))
 
 
-def test_12_bits_in_16_are_told_by_many_images() -> None:
+def test_12_bit_images_in_16_bits_are_reported() -> None:
     dark = [encoded(Image.fromarray(np.full((2, 2), value, np.uint16))) for value in (7, 4000, 90)]
     assert unused_range(dark) == (
         "16-bit images that reach 4,000 of 65,535 become nearly black; if they hold 12 bits, add --value-range 0:4095"
@@ -241,46 +245,48 @@ def test_12_bits_in_16_are_told_by_many_images() -> None:
 
 
 def converted(image: Image.Image, profile: bytes) -> np.ndarray:
-    """By the profile, with Pillow's own function."""
-    made = ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")
-    assert made is not None
-    return np.asarray(made)
+    """Converted from the profile with Pillow's own function."""
+    image_ = ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")
+    assert image_ is not None
+    return np.asarray(image_)
 
 
 WIDE = icc.rgb()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
-def test_colors_of_another_profile_become_srgb(kind: str) -> None:
+def test_colors_are_converted_to_srgb(kind: str) -> None:
     data = encoded(Image.fromarray(RGB), kind, icc_profile=WIDE)
     expected = converted(Image.open(io.BytesIO(data)), WIDE)
     np.testing.assert_array_equal(decode(data), expected)
     assert np.abs(expected.astype(int) - np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))).max() > 20
     green = encoded(Image.new("RGB", (1, 1), (100, 200, 100)), icc_profile=WIDE)
-    red, green_level, blue = decode(green)[0, 0].tolist()  # Adobe's green is greener: sRGB needs less of the others
+    red, green_level, blue = decode(green)[
+        0, 0
+    ].tolist()  # Adobe RGB's green is more saturated: sRGB needs less red and blue
     assert red < 60
     assert 198 <= green_level <= 203
     assert blue < 100
 
 
-def test_a_profile_that_is_srgbs_changes_nothing() -> None:
+def test_an_srgb_or_damaged_profile_changes_nothing() -> None:
     for profile in (ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), b"no profile", b"", WIDE[:200]):
         np.testing.assert_array_equal(decode(encoded(Image.fromarray(RGB), icc_profile=profile)), RGB)
         gray = encoded(Image.fromarray(GRAY), icc_profile=profile)
         np.testing.assert_array_equal(decode(gray), np.repeat(GRAY[..., None], 3, 2))
 
 
-def test_a_profile_for_another_kind_of_image_is_left_out() -> None:
+def test_a_profile_for_another_kind_of_image_is_ignored() -> None:
     np.testing.assert_array_equal(decode(encoded(Image.fromarray(RGB), icc_profile=icc.gray(1.0))), RGB)
     np.testing.assert_array_equal(
         decode(encoded(Image.fromarray(GRAY), icc_profile=WIDE)), np.repeat(GRAY[..., None], 3, 2)
     )
 
 
-def test_gray_profiles_of_8_and_16_bits_and_with_alpha() -> None:
+def test_gray_profiles_with_8_and_16_bits_and_alpha() -> None:
     linear = icc.gray(1.0)
     expected = converted(Image.fromarray(GRAY), linear)
-    assert expected.mean() > GRAY.mean() + 20  # linear light is darker in numbers
+    assert expected.mean() > GRAY.mean() + 20  # linear light has lower numbers
     np.testing.assert_array_equal(decode(encoded(Image.fromarray(GRAY), icc_profile=linear)), expected)
     deep = Image.fromarray(GRAY.astype(np.uint16) * 257)
     np.testing.assert_array_equal(decode(encoded(deep, icc_profile=linear)), expected)
@@ -299,7 +305,7 @@ def test_profiles_with_alpha_and_palette() -> None:
 
 
 def test_cmyk_with_and_without_a_profile() -> None:
-    """Adobe's JPEG has its inks inverted; 0 is full ink there, and white paper decodes as white in both."""
+    """Adobe's JPEGs store inverted inks, 0 for full ink; white paper decodes as white in both formats."""
     inks = Image.fromarray(np.uint8([[[0, 0, 0, 0], [0, 0, 0, 255], [0, 255, 255, 0]]]), "CMYK").resize((24, 8), 0)
     lightness = np.full((2, 2, 2, 2), 60.0)
     lightness[0, 0, 0, 0], lightness[:, :, :, 1] = 100, 10
@@ -315,11 +321,11 @@ def test_cmyk_with_and_without_a_profile() -> None:
         assert np.ptp(printed[0, 20]) <= 2
 
 
-# -- formats of plugins -------------------------------------------------------------------------------
+# -- plugin formats -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["HEIF", "JXL", "AVIF"])
-def test_what_phones_and_cameras_write_is_read(kind: str, tmp_path: Path) -> None:
+def test_heic_jpeg_xl_and_avif_are_read(kind: str, tmp_path: Path) -> None:
     assert kind in formats()
     assert {"HEIF": ".heic", "JXL": ".jxl", "AVIF": ".avif"}[kind] in suffixes()
     large = Image.fromarray(np.uint8([[200, 30], [90, 250]])).resize((64, 32), 0).convert("RGB")
@@ -331,7 +337,7 @@ def test_what_phones_and_cameras_write_is_read(kind: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_a_heic_is_turned_once(orientation: int) -> None:
+def test_a_heic_is_rotated_once(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     upright = Image.new("RGB", (64, 32), "white")
@@ -360,7 +366,7 @@ def test_the_size_of_a_jpeg_xl_is_read_from_its_header(size: tuple[int, int], co
     assert stream.tell() == 0
 
 
-def test_a_format_whose_plugin_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_plugin_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vitft.data.decoder, "formats", lambda: ("JPEG", "PNG"))
     for kind, name in (("HEIF", "HEIC"), ("JXL", "JPEG XL")):
         with pytest.raises(BadImage, match=rf"is {name}; to read it: pip install 'vitft\[heic\]'"):
@@ -372,7 +378,7 @@ def test_lab_becomes_rgb():
     assert (decode(encoded(white, "TIFF")) >= 254).all()
 
 
-def test_animation_gives_its_first_frame():
+def test_an_animation_yields_its_first_frame():
     frames = [Image.new("RGB", (4, 3), color) for color in ("red", "blue")]
     for kind, options in (("GIF", {}), ("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})):
         data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
@@ -381,7 +387,7 @@ def test_animation_gives_its_first_frame():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
-def test_exif_orientation_as_pillow_applies_it(orientation, kind):
+def test_exif_orientation_matches_pillow(orientation, kind):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(Image.fromarray(RGB), kind, exif=exif)
@@ -400,7 +406,7 @@ def test_orientation_of_16_bit_images():
     np.testing.assert_array_equal(pixels[..., 0], np.rot90(GRAY, -1))
 
 
-def test_a_damaged_exif_block_does_not_spoil_the_pixels():
+def test_a_damaged_exif_block_is_ignored():
     plain = encoded(Image.fromarray(RGB), "JPEG")
     broken = encoded(Image.fromarray(RGB), "JPEG", exif=b"Exif\0\0" + b"\x07" * 40)
     np.testing.assert_array_equal(decode(broken), decode(plain))
@@ -418,7 +424,7 @@ def test_a_file_and_an_image_are_decoded_like_bytes(tmp_path):
     np.testing.assert_array_equal(decode(Image.open(io.BytesIO(data))), decode(data))
 
 
-def test_bad_files_say_what_is_wrong(tmp_path):
+def test_errors_say_what_is_wrong(tmp_path):
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "text.jpg").write_text("not an image at all")
     for source, message in (
@@ -438,9 +444,9 @@ def test_bad_files_say_what_is_wrong(tmp_path):
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM"])
 def test_a_truncated_file_is_an_error(kind):
     data = encoded(Image.fromarray(np.tile(RGB, (20, 20, 1))), kind)
-    for share in (0.3, 0.6, 0.9):
+    for fraction in (0.3, 0.6, 0.9):
         with pytest.raises(BadImage):
-            decode(data[: int(len(data) * share)])
+            decode(data[: int(len(data) * fraction)])
 
 
 def test_max_pixels_is_checked_before_decoding():
@@ -452,7 +458,7 @@ def test_max_pixels_is_checked_before_decoding():
     assert decode(encoded(Image.fromarray(RGB)), max_pixels=35).shape == (5, 7, 3)
 
 
-def test_pillows_own_limit_is_a_bad_image_and_gives_way_to_a_greater_max_pixels(monkeypatch):
+def test_pillows_own_limit_is_a_bad_image_and_is_raised_by_max_pixels(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     data = encoded(Image.fromarray(RGB))
     with pytest.raises(BadImage, match=r"^has 35 pixels, over --max-pixels 20$"):
@@ -462,18 +468,18 @@ def test_pillows_own_limit_is_a_bad_image_and_gives_way_to_a_greater_max_pixels(
 
 
 @pytest.mark.parametrize("read", [decode, header, image_info])
-def test_pillows_warnings_are_silent_in_threads_too(read, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)  # of which Pillow warns
+def test_pillow_warnings_are_silenced_in_threads_too(read, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)  # Pillow warns above this
     image = Image.new("P", (4, 4))
     noisy = encoded(image, transparency=bytes([0, 9]))  # "Palette images with Transparency ..."
     exif = encoded(Image.fromarray(RGB), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01")
     with warnings.catch_warnings(record=True) as caught:
-        warnings.resetwarnings()  # or Pillow's filter may be there already, and the next one goes before it
+        warnings.resetwarnings()  # an earlier ignore filter would come after the next one
         warnings.simplefilter("always")
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(read, [noisy, exif] * 20))
-    others = ResourceWarning  # of what another test left open, and is collected now
-    assert [str(warning.message) for warning in caught if warning.category is not others] == []
+    # Files that another test left open may be collected now.
+    assert [str(warning.message) for warning in caught if warning.category is not ResourceWarning] == []
 
 
 def test_header_reads_size_and_format():
@@ -482,7 +488,7 @@ def test_header_reads_size_and_format():
         header(b"nothing")
 
 
-def test_formats_that_need_other_programs_are_left_out():
+def test_unsupported_formats_are_excluded():
     other = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF", "BLP", "ICNS", "ICO", "IPTC", "FITS"}
     assert other.isdisjoint(formats())
     assert {"JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM"} <= set(formats())
@@ -523,7 +529,7 @@ def test_damaged_files_raise_nothing_but_bad_image(data):
     image_or_bad(bytes(whole[: data.draw(st.integers(0, len(whole)))]))
 
 
-def test_shared_photos_are_what_pillow_makes_of_them():
+def test_shared_photos_match_pillow():
     folder = Path(__file__).parents[3] / "shared" / "data" / "cifar10"
     if not folder.is_dir():
         pytest.skip(f"{folder} is not here")
@@ -535,7 +541,7 @@ def test_shared_photos_are_what_pillow_makes_of_them():
 
 
 def photo(width: int, height: int, orientation: int = 1) -> bytes:
-    """A JPEG of soft waves, turned by its EXIF block."""
+    """A JPEG of smooth waves, rotated by its EXIF block."""
     y, x = np.mgrid[:height, :width]
     waves = [127 + 120 * np.sin(x / width * a + y / height * b) for a, b in ((6, 2), (3, 9), (11, 4))]
     exif = Image.Exif()
@@ -559,13 +565,13 @@ def test_a_large_jpeg_is_decoded_no_larger_than_training_needs(
     assert np.abs(small.astype(int) - np.asarray(whole)).mean() < 2
 
 
-def test_what_is_no_jpeg_is_decoded_whole() -> None:
+def test_other_formats_are_decoded_at_full_size() -> None:
     file = io.BytesIO()
     Image.new("RGB", (800, 600), "red").save(file, "PNG")
     assert decode(file.getvalue(), min_side=50).shape == (600, 800, 3)
 
 
-def test_a_torn_jpeg_is_bad_at_any_size() -> None:
+def test_a_truncated_jpeg_is_bad_at_any_size() -> None:
     with pytest.raises(BadImage, match="truncated"):
         decode(photo(1600, 1200)[:20_000], min_side=100)
 

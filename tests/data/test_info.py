@@ -1,4 +1,4 @@
-"""What `data info` shows: the description and the contact sheet."""
+"""`vitft data info`: the description and the contact sheet."""
 
 import io
 import json
@@ -42,7 +42,7 @@ def test_describe(tmp_path):
     assert (val["name"], val["classes"], val["sizes"]["median"]) == ("val", {"cat": 0, "dog": 1}, [5, 6])
 
 
-def test_describe_looks_at_no_more_than_its_limit(monkeypatch):
+def test_describe_reads_headers_up_to_its_limit(monkeypatch):
     monkeypatch.setattr("vitft.data.info.LOOK_AT", 50)
     train, _ = describe(open_dataset("digits"))["splits"]
     assert (train["count"], train["looked_at"], train["formats"]) == (1438, 50, {"PNG": 50})
@@ -55,7 +55,7 @@ def test_describe_without_a_readable_image(tmp_path):
     assert (split["unreadable"], split["sizes"], split["formats"]) == (1, None, {})
 
 
-def test_what_was_decided_is_in_the_document_and_in_the_report(tmp_path):
+def test_decisions_and_warnings_are_reported(tmp_path):
     for name in ("1.png", "2.png"):
         Image.new("L", (1, 1)).save(tmp_path / name)
     (tmp_path / "t.jsonl").write_text(
@@ -85,7 +85,7 @@ def test_preview_shows_every_class_in_a_row(tmp_path):
     assert sheet.shape[1] < 1000
 
 
-def test_a_name_that_is_cut_keeps_as_many_letters_as_fit():
+def test_a_shortened_name_keeps_as_many_letters_as_fit():
     text, font = _fit_text("abcdefghij" * 20, "", 15, 240)
     cut = text.removesuffix("…")
     assert cut + ("abcdefghij" * 20)[len(cut) :] == "abcdefghij" * 20
@@ -109,7 +109,7 @@ def test_the_cell_of_an_unreadable_image_is_crossed_out(tmp_path):
         assert (corner[36:44, 36:44].diagonal() < cell[0, 0]).all()
 
 
-def test_preview_is_the_same_for_the_same_seed_and_other_for_another(tmp_path):
+def test_preview_depends_on_the_seed(tmp_path):
     source = open_dataset("digits")
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         preview(source, tmp_path / f"{name}.png", seed)

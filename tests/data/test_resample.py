@@ -1,4 +1,4 @@
-"""Crop, mirror and resize as matrix products: what threads make of one image after the other, for a batch at once."""
+"""Cropping, flipping and resizing a batch by matrix products matches the threaded version and Pillow."""
 
 from collections import Counter
 from typing import Any
@@ -30,56 +30,58 @@ def noise(count: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
     part=st.tuples(*[st.floats(0, 1)] * 4),
     seed=st.integers(0, 99),
 )
-def test_a_box_is_resized_as_pillow_does(
+def test_cropping_and_resizing_matches_pillow(
     resample: Any, old: tuple[int, int], new: tuple[int, int], part: tuple[float, ...], seed: int
 ) -> None:
-    """Within 1.6 of 255: Pillow rounds after each of its two passes, and bicubic weights pass the first error on."""
+    """Within 1.6 of 255: Pillow rounds after each of its two passes, and bicubic weights amplify the first error."""
     image = noise(1, *old, seed)
-    height, width = (1 + int(share * (most - 1)) for share, most in zip(part[:2], old, strict=True))
+    height, width = (1 + int(fraction * (most - 1)) for fraction, most in zip(part[:2], old, strict=True))
     top, left = int(part[2] * (old[0] - height)), int(part[3] * (old[1] - width))
     box = torch.tensor([[top, left, height, width]])
-    by = Image.Resampling[resample.upper()]
+    filter_ = Image.Resampling[resample.upper()]
     piece = Image.fromarray(image[0, top : top + height, left : left + width].numpy())
-    # Columns first, as Pillow does but where rows get fewer: there it may turn round, and clips other overshoot.
-    wanted = np.asarray(piece.resize((new[1], height), by).resize((new[1], new[0]), by)).astype(float)
+    # Columns first. If the height shrinks, Pillow may resize rows first, and then it clips other overshoot.
+    expected = np.asarray(piece.resize((new[1], height), filter_).resize((new[1], new[0]), filter_)).astype(float)
     for flip in (False, True):
-        got = crop_and_resize(image, box, torch.tensor([flip]), *new, resample)
-        assert got.shape == (1, 3, *new)
-        seen = got[0].permute(1, 2, 0).numpy()
-        assert np.abs((seen[:, ::-1] if flip else seen) - wanted).max() <= 1.6
+        actual = crop_and_resize(image, box, torch.tensor([flip]), *new, resample)
+        assert actual.shape == (1, 3, *new)
+        pixels = actual[0].permute(1, 2, 0).numpy()
+        assert np.abs((pixels[:, ::-1] if flip else pixels) - expected).max() <= 1.6
 
 
 @pytest.mark.parametrize("resample", RADIUS)
-def test_weights_keep_gray_gray_and_stay_within_the_box(resample: str) -> None:
-    found = filter_weights(20, torch.tensor([3, 0]), torch.tensor([9, 20]), 7, resample)
-    assert found.sum(dim=2).numpy() == pytest.approx(1.0)
-    assert not found[0, :, :3].any()
-    assert not found[0, :, 12:].any()
-    assert found[1].any(dim=0).all()
+def test_weights_sum_to_one_and_stay_inside_the_box(resample: str) -> None:
+    weights = filter_weights(20, torch.tensor([3, 0]), torch.tensor([9, 20]), 7, resample)
+    assert weights.sum(dim=2).numpy() == pytest.approx(1.0)
+    assert not weights[0, :, :3].any()
+    assert not weights[0, :, 12:].any()
+    assert weights[1].any(dim=0).all()
 
 
 @pytest.mark.parametrize("kind", ["none", "flip", "crop"])
 @pytest.mark.parametrize(
-    "how",
+    "preprocess",
     [
         Preprocess(24, 24), Preprocess(20, 30, mean=(0.1, 0.2, 0.3), std=(0.2, 0.3, 0.4), resample="bicubic"),
         Preprocess(24, 24, mean=(0.5,), std=(0.25,)), Preprocess(24, 24, flips_channels=True),
     ],
     ids=["square", "bicubic", "gray", "blue first"],
 )  # fmt: skip
-def test_a_batch_is_what_threads_make_of_it(kind: str, how: Preprocess) -> None:
+def test_matmul_augmentation_matches_the_threaded_version(kind: str, preprocess: Preprocess) -> None:
     images, index = noise(16, 16, 19), np.arange(16) * 7
-    by_products, by_threads = (make(images, how, kind, 3, 2, index).float() for make in (augment_by_matmul, augment))
-    assert by_products.shape == by_threads.shape
-    step = how.rescale / min(how.std)  # of one in 255
-    assert (by_products - by_threads).abs().max() <= 1.6 * step
+    by_matmul, by_threads = (
+        make(images, preprocess, kind, 3, 2, index).float() for make in (augment_by_matmul, augment)
+    )
+    assert by_matmul.shape == by_threads.shape
+    step = preprocess.rescale / min(preprocess.std)  # model input per 1/255
+    assert (by_matmul - by_threads).abs().max() <= 1.6 * step
 
 
-def test_a_batch_of_any_size_takes_as_many_operations() -> None:
+def test_the_number_of_operations_does_not_depend_on_the_batch_size() -> None:
     counts = []
     for count in (4, 32):
         images, index = noise(count, 16, 16), np.arange(count)
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
+        with profile(activities=[ProfilerActivity.CPU]) as trace:
             augment_by_matmul(images, Preprocess(24, 24), "crop", 0, 0, index)
-        counts.append(Counter(event.name for event in seen.events()))
+        counts.append(Counter(event.name for event in trace.events()))
     assert counts[0] == counts[1]

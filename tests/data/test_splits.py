@@ -1,4 +1,4 @@
-"""Who is train, validation and test: by each image's own identity, disjoint, in proportion, the same every time."""
+"""Splits by each image's identity: disjoint, stratified and reproducible."""
 
 import json
 from dataclasses import replace
@@ -24,7 +24,7 @@ SETTINGS = {"val_fraction": 0.1, "max_train_samples": None, "max_eval_samples": 
 
 
 def source_of(**splits: list[int]) -> Source:
-    """Images without files, each of other bytes, with these labels."""
+    """A source of images without files, each with different bytes, with these labels."""
     raw = {}
     for name, labels in splits.items():
         data = pa.array([f"{name} {i}".encode() for i in range(len(labels))], pa.binary())
@@ -48,14 +48,14 @@ def shuffled(counts: list[int], seed: int) -> np.ndarray:
 
 @settings(max_examples=300, deadline=None)
 @given(sizes, takes)
-def test_quotas_are_exact_and_in_proportion(counts, take):
+def test_quotas_are_exact_and_proportional(counts, take):
     counts = np.array(counts)
     quota = quotas(counts, take)
     assert quota.sum() == min(take, counts.sum())
     assert (quota >= 0).all()
     assert (quota <= counts).all()
-    share = counts * min(take, counts.sum()) / counts.sum()
-    assert (np.abs(quota - share) < 1).all()
+    proportional = counts * min(take, counts.sum()) / counts.sum()
+    assert (np.abs(quota - proportional) < 1).all()
 
 
 def drawn_keys(count: int, seed: int) -> np.ndarray:
@@ -64,7 +64,7 @@ def drawn_keys(count: int, seed: int) -> np.ndarray:
 
 @settings(max_examples=200, deadline=None)
 @given(sizes, takes, takes, st.integers(0, 2**32 - 1))
-def test_smaller_choices_lie_within_greater_ones(counts, first, second, seed):
+def test_smaller_samples_are_subsets_of_larger_ones(counts, first, second, seed):
     labels = shuffled(counts, seed)
     keys = drawn_keys(len(labels), seed)
     small, great = sorted((first, second))
@@ -72,34 +72,34 @@ def test_smaller_choices_lie_within_greater_ones(counts, first, second, seed):
     assert less.sum() == min(small, len(labels))
     for label in range(len(counts)):
         a, b = (set(keys[mask & (labels == label)]) for mask in (less, more))
-        assert a <= b or b <= a  # nested, class by class, up to the rounding of the quotas
+        assert a <= b or b <= a  # nested within each class, up to the rounding of the quotas
     again = np.random.default_rng(1).permutation(len(labels))
     np.testing.assert_array_equal(stratified_sample(labels[again], keys[again], small, seed, "p"), less[again])
 
 
-many = st.lists(st.integers(1, 300), min_size=1, max_size=5)
-shares = st.sampled_from([0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.9])
+class_sizes = st.lists(st.integers(1, 300), min_size=1, max_size=5)
+fractions = st.sampled_from([0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.9])
 
 
 @settings(max_examples=400, deadline=None)
-@given(many, shares, st.floats(0.001, 0.5), st.integers(0, 2**32 - 1))
-def test_adding_or_removing_images_moves_no_other(counts, share, part, seed):
-    """But for an image that is its class's only one in train or validation, before or after."""
+@given(class_sizes, fractions, st.floats(0.001, 0.5), st.integers(0, 2**32 - 1))
+def test_adding_or_removing_images_moves_no_other(counts, fraction, part, seed):
+    """Except an image that is the only one of its class in train or validation, before or after."""
     labels = shuffled(counts, seed)
     keys = drawn_keys(len(labels), seed)
-    whole = hold_out(labels, keys, share, seed, "validation")
+    whole = hold_out(labels, keys, fraction, seed, "validation")
     left = np.random.default_rng(seed).random(len(labels)) >= part
-    fewer = hold_out(labels[left], keys[left], share, seed, "validation")
+    fewer = hold_out(labels[left], keys[left], fraction, seed, "validation")
     for row in np.flatnonzero(whole[left] != fewer):
         mine = labels[left][row]
         sides = [(fewer, labels[left]), (whole, labels)]
         alone = [int((mask[of == mine] == side).sum()) == 1 for mask, of in sides for side in (True, False)]
-        assert any(alone), (counts, share, mine)
+        assert any(alone), (counts, fraction, mine)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(200, 600), min_size=1, max_size=5), st.integers(0, 2**32 - 1))
-def test_of_classes_of_some_size_one_percent_more_or_less_moves_none(counts, seed):
+def test_one_percent_more_or_fewer_images_move_none_of_large_classes(counts, seed):
     labels = shuffled(counts, seed)
     keys = drawn_keys(len(labels), seed)
     order = np.random.default_rng(seed).permutation(len(labels))
@@ -109,20 +109,20 @@ def test_of_classes_of_some_size_one_percent_more_or_less_moves_none(counts, see
 
 
 @settings(max_examples=100, deadline=None)
-@given(many, shares, st.integers(0, 2**32 - 1))
-def test_the_share_is_kept_and_no_class_is_emptied(counts, share, seed):
+@given(class_sizes, fractions, st.integers(0, 2**32 - 1))
+def test_the_fraction_is_kept_and_no_class_is_emptied(counts, fraction, seed):
     labels = shuffled(counts, seed)
-    out = hold_out(labels, drawn_keys(len(labels), seed), share, seed, "validation")
-    expected = share * len(labels)
-    # Six deviations of a binomial, and the one image that each class may give or keep.
-    assert abs(out.sum() - expected) <= 6 * np.sqrt(expected * (1 - share)) + len(counts)
+    out = hold_out(labels, drawn_keys(len(labels), seed), fraction, seed, "validation")
+    expected = fraction * len(labels)
+    # Six standard deviations of a binomial, and the one image that each class may give or keep.
+    assert abs(out.sum() - expected) <= 6 * np.sqrt(expected * (1 - fraction)) + len(counts)
     for label, count in enumerate(counts):
         mine = out[labels == label]
         assert not mine.all()
-        assert mine.any() or count == 1 or count * share < 1
+        assert mine.any() or count == 1 or count * fraction < 1
 
 
-def test_the_same_image_twice_is_on_one_side():
+def test_duplicates_are_on_the_same_side():
     labels = np.repeat([0, 1, 2], [300, 7, 2])
     keys = np.repeat(drawn_keys(155, 0), 2)[: len(labels)]
     keys[-2:] = 7  # a class of one image, twice
@@ -132,11 +132,11 @@ def test_the_same_image_twice_is_on_one_side():
         assert len(set(out[keys == key].tolist())) == 1
 
 
-def test_what_is_settled_stays_and_the_rest_is_drawn_as_ever():
+def test_fixed_sides_are_kept_and_the_rest_is_drawn_as_before():
     labels, keys = np.repeat([0, 1], 200), drawn_keys(400, 1)
-    settled = np.full(400, OPEN, np.int8)
-    settled[:50], settled[50:70] = TRAIN, HELD_OUT
-    out = hold_out(labels, keys, 0.3, 0, "validation", settled)
+    sides = np.full(400, OPEN, np.int8)
+    sides[:50], sides[50:70] = TRAIN, HELD_OUT
+    out = hold_out(labels, keys, 0.3, 0, "validation", sides)
     assert not out[:50].any()
     assert out[50:70].all()
     np.testing.assert_array_equal(out[70:], hold_out(labels, keys, 0.3, 0, "validation")[70:])
@@ -144,15 +144,15 @@ def test_what_is_settled_stays_and_the_rest_is_drawn_as_ever():
 
 
 @pytest.mark.parametrize(("own", "fraction", "held"), [(True, 0.1, 2), (True, 0, 0), (False, 0, 0)])
-def test_what_was_held_out_is_not_trained_on_unless_all_is_asked_for(own, fraction, held):
+def test_held_out_images_are_not_trained_on_unless_val_fraction_is_zero(own, fraction, held):
     source = source_of(train=[0, 1] * 10, **({"validation": [0, 1]} if own else {}))
-    settled = {"train": np.repeat([HELD_OUT, TRAIN], [2, 18]).astype(np.int8)}
-    assert splits_of(source, val_fraction=fraction, sides=settled)["train"].rows.tolist() == [*range(held, 20)]
+    sides = {"train": np.repeat([HELD_OUT, TRAIN], [2, 18]).astype(np.int8)}
+    assert splits_of(source, val_fraction=fraction, sides=sides)["train"].rows.tolist() == [*range(held, 20)]
 
 
 @settings(max_examples=60, deadline=None)
 @given(sizes, st.floats(0, 0.99), st.integers(1, 99), st.integers(1, 99), st.integers(0, 2**32 - 1))
-def test_splits_are_disjoint_and_the_same_every_time(counts, fraction, most, most_eval, seed):
+def test_splits_are_disjoint_and_reproducible(counts, fraction, most, most_eval, seed):
     labels = shuffled(counts, seed).tolist()
     source = source_of(train=labels, test=labels[::-1])
     whole = splits_of(source, val_fraction=fraction, seed=seed)
@@ -176,7 +176,7 @@ def test_splits_are_disjoint_and_the_same_every_time(counts, fraction, most, mos
     assert {r: s.hash for r, s in part.items()} == {r: s.hash for r, s in again.items()}
 
 
-def test_share_and_seed():
+def test_fraction_and_seed():
     source = source_of(train=[0] * 1000 + [1] * 500 + [2] * 10)
     splits = splits_of(source)
     assert np.bincount(splits["validation"].labels).tolist() == pytest.approx([100, 50, 1], rel=0.3)
@@ -187,7 +187,7 @@ def test_share_and_seed():
     assert "validation" not in splits_of(source, val_fraction=0.0)
 
 
-def test_a_sample_of_a_data_set_that_grew_is_nearly_the_same():
+def test_a_sample_of_a_grown_dataset_is_nearly_the_same():
     labels, keys = shuffled([500, 300, 200], 0), drawn_keys(1010, 0)
     few = stratified_sample(labels, keys[:1000], 200, 0, "train sample")
     more = stratified_sample(np.append(labels, [0, 1, 2] * 3 + [0]), keys, 200, 0, "train sample")
@@ -195,7 +195,7 @@ def test_a_sample_of_a_data_set_that_grew_is_nearly_the_same():
 
 
 @pytest.mark.parametrize("name", ["validation", "valid", "val", "dev"])
-def test_the_own_validation_split_is_used_whole(name):
+def test_an_existing_validation_split_is_used_completely(name):
     splits = splits_of(source_of(**{"train": [0, 1] * 10, name: [0, 1], "extra": [0] * 9}))
     assert [(s.name, s.source, len(s.rows)) for s in splits.values()] == [
         ("train", "train", 20),
@@ -203,7 +203,7 @@ def test_the_own_validation_split_is_used_whole(name):
     ]
 
 
-def test_an_only_split_is_train_unless_its_name_says_otherwise():
+def test_a_single_split_is_train_unless_named_otherwise():
     assert set(splits_of(source_of(everything=[0, 1] * 10))) == {"train", "validation"}
     assert set(splits_of(source_of(test=[0, 1] * 10))) == {"test"}
     assert set(splits_of(source_of(validation=[0, 1] * 10))) == {"validation"}
@@ -218,17 +218,17 @@ def test_a_class_with_one_image_stays_in_train():
     assert "validation" not in splits_of(source_of(train=[0, 1, 2]), val_fraction=0.9)
 
 
-def test_a_small_data_set_has_a_validation_image():
+def test_a_small_dataset_has_a_validation_image():
     for seed in range(40):
         assert len(splits_of(source_of(train=[0, 1] * 4), seed=seed)["validation"].rows) >= 1
 
 
 def test_the_test_split_does_not_depend_on_train_settings():
     source = source_of(train=[0, 1] * 50, test=[0, 1] * 30)
-    one = splits_of(source, max_eval_samples=10, seed=3)["test"]
+    first = splits_of(source, max_eval_samples=10, seed=3)["test"]
     other = splits_of(source, max_eval_samples=10, seed=3, val_fraction=0.5, max_train_samples=7)["test"]
-    np.testing.assert_array_equal(one.rows, other.rows)
-    assert one.hash == other.hash
+    np.testing.assert_array_equal(first.rows, other.rows)
+    assert first.hash == other.hash
 
 
 def test_the_hash_covers_split_rows_and_class_names():
@@ -243,7 +243,7 @@ def test_the_hash_covers_split_rows_and_class_names():
     assert splits_of(renamed)["test"].hash != base
 
 
-def test_manifest_is_json_with_the_ids():
+def test_manifest_is_json_with_ids():
     source = source_of(train=[0, 1] * 10, test=[0, 1])
     splits = splits_of(source, max_train_samples=4)
     document = json.loads(json.dumps(manifest(source, splits)))
@@ -256,11 +256,11 @@ def test_manifest_is_json_with_the_ids():
         "source": "test", "count": 2, "hash": splits["test"].hash, "ids": ids(source.splits["test"], np.arange(2)),
         "by": "content",
     }  # fmt: skip
-    assert all(len(one) == 16 for one in document["splits"]["test"]["ids"])
+    assert all(len(name) == 16 for name in document["splits"]["test"]["ids"])
 
 
 @pytest.mark.parametrize("moved", [False, True])
-def test_recorded_images_are_found_again_each_in_a_row_of_its_own(tmp_path, moved):
+def test_recorded_images_are_restored_each_in_its_own_row(tmp_path, moved):
     def opened(**splits):
         made = {
             n: make_split(image_structs(pa.array(cells, pa.binary())), ["a"] * len(cells))
@@ -286,7 +286,7 @@ def test_ids_of_files_are_relative_paths(tmp_path):
     assert manifest(source, splits_of(source, val_fraction=0))["splits"]["train"]["ids"][2] == "cat/2.png"
 
 
-def test_an_image_is_known_by_its_content_wherever_it_lies(tmp_path):
+def test_content_hashes_are_the_same_for_files_and_bytes(tmp_path):
     large = np.random.default_rng(0).bytes(300_000)
     other = large[:150_000] + b"?" + large[150_001:]  # one byte, in the middle
     cells = [b"small", b"", large, other, large + b"!", b"small", large[:65_536], large[:65_537]]
@@ -295,32 +295,32 @@ def test_an_image_is_known_by_its_content_wherever_it_lies(tmp_path):
         (tmp_path / f"{number}.png").write_bytes(cell)
         paths.append(str(tmp_path / f"{number}.png"))
     files = make_split(image_structs(None, paths), ["a"] * 8, root=tmp_path)
-    bare = make_split(image_structs(pa.array(cells, pa.binary())), ["a"] * 8)
+    in_table = make_split(image_structs(pa.array(cells, pa.binary())), ["a"] * 8)
     rows = np.arange(8)
-    found = contents(bare, rows)
-    np.testing.assert_array_equal(found, contents(files, rows))
-    assert len(set(found.tolist())) == 7
-    assert found[0] == found[5]
-    for number, cell in enumerate(cells):  # as runs have written it down
+    hashes = contents(in_table, rows)
+    np.testing.assert_array_equal(hashes, contents(files, rows))
+    assert len(set(hashes.tolist())) == 7
+    assert hashes[0] == hashes[5]
+    for number, cell in enumerate(cells):  # as recorded by earlier runs
         pieces = [cell] if len(cell) <= 65_536 else [cell[:16_384], cell[len(cell) // 2 :][:16_384], cell[-16_384:]]
         hashed = blake2b(len(cell).to_bytes(8, "little") + b"".join(pieces), digest_size=8)
-        assert f"{found[number]:016x}" == hashed.digest()[::-1].hex()
-    np.testing.assert_array_equal(contents(bare, rows[::-1]), found[::-1])
-    np.testing.assert_array_equal(contents(bare.select([4, 2]), np.array([1, 0])), found[[2, 4]])
+        assert f"{hashes[number]:016x}" == hashed.digest()[::-1].hex()
+    np.testing.assert_array_equal(contents(in_table, rows[::-1]), hashes[::-1])
+    np.testing.assert_array_equal(contents(in_table.select([4, 2]), np.array([1, 0])), hashes[[2, 4]])
     (tmp_path / "0.png").unlink()
-    assert contents(files, rows)[0] != found[0]  # its reader says what is wrong
+    assert contents(files, rows)[0] != hashes[0]  # its reader reports the error
     assert ids(files, rows)[:2] == ["0.png", "1.png"]
 
 
-def test_a_name_is_the_same_in_every_form_of_unicode(tmp_path):
+def test_ids_are_normalized_unicode(tmp_path):
     names = [str(tmp_path / name) for name in ("caf\u00e9.png", "cafe\u0301.png")]
     files = make_split(image_structs(None, names), ["a"] * 2, root=tmp_path)
     assert len(set(ids(files, np.arange(2)))) == 1
-    assert len(set(sample_names(files, np.arange(2)))) == 2  # a person needs the name that it has
+    assert len(set(sample_names(files, np.arange(2)))) == 2  # people need the name as it is
 
 
 @pytest.mark.parametrize("kept", [[2, 3, 4], [0, 1], [5], [4, 1]])
 def test_rows_keep_their_numbers_in_any_selection(kept):
-    """Of rows side by side datasets makes a slice, which no longer says where it was cut from."""
+    """For adjacent rows, datasets makes a slice, which does not record where it was taken from."""
     split = numbered(source_of(train=[0, 1] * 3).splits["train"])
     assert sample_names(split.select(kept), np.arange(len(kept))) == [f"row {row}" for row in kept]
