@@ -504,14 +504,8 @@ def test_a_replaced_photo_is_not_mistaken_for_the_cached_one(tmp_path: Path) -> 
 
 def test_leftovers_of_a_killed_run_are_removed_but_not_entries_being_written(folder: Path, place: Path) -> None:
     key = "0" * 32
-    killed, writing, young, filling, own = (
-        f".{key}.killed",
-        f".{key}.writing",
-        f".{key}.young",
-        f".{key}.filling",
-        ".own",
-    )
-    for name in (killed, writing, young, filling, own):
+    killed, writing, young, filling = (f".{key}.{state}" for state in ("killed", "writing", "young", "filling"))
+    for name in (killed, writing, young, filling, ".own"):
         (place / name).mkdir(parents=True)
         (place / name / "pixels").write_bytes(b"1")
         if name != filling:
@@ -521,7 +515,7 @@ def test_leftovers_of_a_killed_run_are_removed_but_not_entries_being_written(fol
     with held(place / writing) as alone:
         assert alone
         stored(folder)
-        assert {path.name for path in place.glob(".*")} == {writing, young, filling, own}
+        assert {path.name for path in place.glob(".*")} == {writing, young, filling, ".own"}
 
 
 def test_an_unwritable_cache_folder_only_prevents_caching(

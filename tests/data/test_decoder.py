@@ -13,6 +13,7 @@ import PIL
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
 from PIL import Image, ImageCms, ImageOps, TiffImagePlugin
 
 import vitft.data.decoder
@@ -24,6 +25,7 @@ from vitft.errors import DataError
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
 GRAY = RNG.integers(0, 256, (5, 7), dtype=np.uint8)
+GRAY_RGB = np.repeat(GRAY[..., None], 3, 2)
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -43,7 +45,7 @@ def test_rgb_is_exact_contiguous_and_writable():
     assert pixels.shape == (5, 7, 3)
     assert pixels.flags.c_contiguous
     assert pixels.flags.writeable
-    np.testing.assert_array_equal(pixels, RGB)
+    assert_array_equal(pixels, RGB)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK", "YCbCr", "RGBA"])
@@ -56,34 +58,34 @@ def test_opaque_8_bit_images_match_pillow(mode, kind):
     if (kind, mode) == ("TIFF", "YCbCr") and int(PIL.__version__.split(".")[0]) < 13:
         pytest.skip("Pillow before 13 does not read the TIFF of YCbCr that it writes")
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    np.testing.assert_array_equal(decode(data), expected)
+    assert_array_equal(decode(data), expected)
 
 
 def test_grayscale_repeats_its_value():
-    np.testing.assert_array_equal(decode(encoded(Image.fromarray(GRAY))), np.repeat(GRAY[..., None], 3, 2))
+    assert_array_equal(decode(encoded(Image.fromarray(GRAY))), GRAY_RGB)
 
 
 def test_one_bit_is_black_and_white():
     bits = GRAY > 127
-    np.testing.assert_array_equal(decode(encoded(Image.fromarray(bits)))[..., 1], np.where(bits, 255, 0))
+    assert_array_equal(decode(encoded(Image.fromarray(bits)))[..., 1], np.where(bits, 255, 0))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 def test_alpha_is_composited_over_white(kind):
     options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
     image = Image.fromarray(np.dstack([RGB, GRAY]))
-    np.testing.assert_array_equal(decode(encoded(image, kind, **options)), over_white(RGB, GRAY))
+    assert_array_equal(decode(encoded(image, kind, **options)), over_white(RGB, GRAY))
 
 
 def test_gray_premultiplied_and_palette_alpha():
     gray_alpha = Image.merge("LA", [Image.fromarray(GRAY), Image.fromarray(GRAY[::-1].copy())])
-    expected = over_white(np.repeat(GRAY[..., None], 3, 2), GRAY[::-1])
-    np.testing.assert_array_equal(decode(encoded(gray_alpha)), expected)
+    expected = over_white(GRAY_RGB, GRAY[::-1])
+    assert_array_equal(decode(encoded(gray_alpha)), expected)
     rgba = Image.fromarray(np.dstack([RGB, np.where(GRAY > 99, 255, 0).astype(np.uint8)]))
-    np.testing.assert_array_equal(decode(rgba.convert("RGBa")), over_white(RGB, np.asarray(rgba)[..., 3]))
+    assert_array_equal(decode(rgba.convert("RGBa")), over_white(RGB, np.asarray(rgba)[..., 3]))
     pa = gray_alpha.convert("PA")
     rgba = np.asarray(pa.convert("RGBA"))
-    np.testing.assert_array_equal(decode(pa), over_white(rgba[..., :3], rgba[..., 3]))
+    assert_array_equal(decode(pa), over_white(rgba[..., :3], rgba[..., 3]))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF"])
@@ -145,12 +147,12 @@ def test_an_outlier_pixel_does_not_change_the_others() -> None:
     assert plain[-1] == 255
     assert len(np.unique(plain)) == 100
     for last in (1.0000002, 1.02, 1.9):
-        np.testing.assert_array_equal(shown(np.append(ramp, np.float32(last)))[:-1], plain)
+        assert_array_equal(shown(np.append(ramp, np.float32(last)))[:-1], plain)
     whole = np.arange(0, 3000, 30, dtype=np.int32)
     ranged = shown(whole, value_range=(0, 3000))
-    np.testing.assert_array_equal(ranged, np.floor(whole / 3000 * 255 + 0.5))
+    assert_array_equal(ranged, np.floor(whole / 3000 * 255 + 0.5))
     for first in (-1, -500, 5999):
-        np.testing.assert_array_equal(shown(np.append(np.int32(first), whole), value_range=(0, 3000))[1:], ranged)
+        assert_array_equal(shown(np.append(np.int32(first), whole), value_range=(0, 3000))[1:], ranged)
 
 
 def test_floats_are_0_to_1() -> None:
@@ -258,7 +260,7 @@ WIDE = icc.rgb()
 def test_colors_are_converted_to_srgb(kind: str) -> None:
     data = encoded(Image.fromarray(RGB), kind, icc_profile=WIDE)
     expected = converted(Image.open(io.BytesIO(data)), WIDE)
-    np.testing.assert_array_equal(decode(data), expected)
+    assert_array_equal(decode(data), expected)
     assert np.abs(expected.astype(int) - np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))).max() > 20
     green = encoded(Image.new("RGB", (1, 1), (100, 200, 100)), icc_profile=WIDE)
     red, green_level, blue = decode(green)[
@@ -271,37 +273,35 @@ def test_colors_are_converted_to_srgb(kind: str) -> None:
 
 def test_an_srgb_or_damaged_profile_changes_nothing() -> None:
     for profile in (ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), b"no profile", b"", WIDE[:200]):
-        np.testing.assert_array_equal(decode(encoded(Image.fromarray(RGB), icc_profile=profile)), RGB)
+        assert_array_equal(decode(encoded(Image.fromarray(RGB), icc_profile=profile)), RGB)
         gray = encoded(Image.fromarray(GRAY), icc_profile=profile)
-        np.testing.assert_array_equal(decode(gray), np.repeat(GRAY[..., None], 3, 2))
+        assert_array_equal(decode(gray), GRAY_RGB)
 
 
 def test_a_profile_for_another_kind_of_image_is_ignored() -> None:
-    np.testing.assert_array_equal(decode(encoded(Image.fromarray(RGB), icc_profile=icc.gray(1.0))), RGB)
-    np.testing.assert_array_equal(
-        decode(encoded(Image.fromarray(GRAY), icc_profile=WIDE)), np.repeat(GRAY[..., None], 3, 2)
-    )
+    assert_array_equal(decode(encoded(Image.fromarray(RGB), icc_profile=icc.gray(1.0))), RGB)
+    assert_array_equal(decode(encoded(Image.fromarray(GRAY), icc_profile=WIDE)), GRAY_RGB)
 
 
 def test_gray_profiles_with_8_and_16_bits_and_alpha() -> None:
     linear = icc.gray(1.0)
     expected = converted(Image.fromarray(GRAY), linear)
     assert expected.mean() > GRAY.mean() + 20  # linear light has lower numbers
-    np.testing.assert_array_equal(decode(encoded(Image.fromarray(GRAY), icc_profile=linear)), expected)
+    assert_array_equal(decode(encoded(Image.fromarray(GRAY), icc_profile=linear)), expected)
     deep = Image.fromarray(GRAY.astype(np.uint16) * 257)
-    np.testing.assert_array_equal(decode(encoded(deep, icc_profile=linear)), expected)
+    assert_array_equal(decode(encoded(deep, icc_profile=linear)), expected)
     alpha = GRAY[::-1].copy()
     both = Image.merge("LA", [Image.fromarray(GRAY), Image.fromarray(alpha)])
-    np.testing.assert_array_equal(decode(encoded(both, icc_profile=linear)), over_white(expected, alpha))
+    assert_array_equal(decode(encoded(both, icc_profile=linear)), over_white(expected, alpha))
 
 
 def test_profiles_with_alpha_and_palette() -> None:
     rgba = Image.fromarray(np.dstack([RGB, GRAY]))
     expected = over_white(converted(Image.fromarray(RGB), WIDE), GRAY)
-    np.testing.assert_array_equal(decode(encoded(rgba, icc_profile=WIDE)), expected)
+    assert_array_equal(decode(encoded(rgba, icc_profile=WIDE)), expected)
     palette = Image.fromarray(RGB).quantize(16)
     expected = converted(palette.convert("RGB"), WIDE)
-    np.testing.assert_array_equal(decode(encoded(palette, icc_profile=WIDE)), expected)
+    assert_array_equal(decode(encoded(palette, icc_profile=WIDE)), expected)
 
 
 def test_cmyk_with_and_without_a_profile() -> None:
@@ -395,7 +395,7 @@ def test_exif_orientation_matches_pillow(orientation, kind):
     pixels = decode(data)
     assert pixels.flags.c_contiguous
     assert pixels.shape == ((7, 5, 3) if orientation > 4 else (5, 7, 3))
-    np.testing.assert_array_equal(pixels, expected)
+    assert_array_equal(pixels, expected)
 
 
 def test_orientation_of_16_bit_images():
@@ -403,13 +403,13 @@ def test_orientation_of_16_bit_images():
     exif[0x0112] = 6
     deep = (GRAY.astype(np.uint16) * 257).astype(np.uint16)
     pixels = decode(encoded(Image.fromarray(deep), "PNG", exif=exif))
-    np.testing.assert_array_equal(pixels[..., 0], np.rot90(GRAY, -1))
+    assert_array_equal(pixels[..., 0], np.rot90(GRAY, -1))
 
 
 def test_a_damaged_exif_block_is_ignored():
     plain = encoded(Image.fromarray(RGB), "JPEG")
     broken = encoded(Image.fromarray(RGB), "JPEG", exif=b"Exif\0\0" + b"\x07" * 40)
-    np.testing.assert_array_equal(decode(broken), decode(plain))
+    assert_array_equal(decode(broken), decode(plain))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5000, 1), (1, 5000)])
@@ -420,8 +420,8 @@ def test_extreme_shapes(size):
 def test_a_file_and_an_image_are_decoded_like_bytes(tmp_path):
     data = encoded(Image.fromarray(RGB), "JPEG")
     (tmp_path / "a.jpg").write_bytes(data)
-    np.testing.assert_array_equal(decode(tmp_path / "a.jpg"), decode(data))
-    np.testing.assert_array_equal(decode(Image.open(io.BytesIO(data))), decode(data))
+    assert_array_equal(decode(tmp_path / "a.jpg"), decode(data))
+    assert_array_equal(decode(Image.open(io.BytesIO(data))), decode(data))
 
 
 def test_errors_say_what_is_wrong(tmp_path):
@@ -513,8 +513,7 @@ def image_or_bad(data: bytes) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.binary(max_size=200),
-    st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"II*\0", b"BM"]),
+    st.binary(max_size=200), st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"II*\0", b"BM"])
 )
 def test_random_bytes_raise_nothing_but_bad_image(data, magic):
     image_or_bad(magic + data)
@@ -537,7 +536,7 @@ def test_shared_photos_match_pillow():
 
     for row in pq.read_table(folder / "test.parquet").slice(0, 50).column("img").to_pylist():
         expected = np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB"))
-        np.testing.assert_array_equal(decode(row["bytes"]), expected)
+        assert_array_equal(decode(row["bytes"]), expected)
 
 
 def photo(width: int, height: int, orientation: int = 1) -> bytes:

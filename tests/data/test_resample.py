@@ -24,12 +24,7 @@ def noise(count: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("resample", RADIUS)
 @settings(max_examples=60)
-@given(
-    old=sides,
-    new=sides,
-    part=st.tuples(*[st.floats(0, 1)] * 4),
-    seed=st.integers(0, 99),
-)
+@given(old=sides, new=sides, part=st.tuples(*[st.floats(0, 1)] * 4), seed=st.integers(0, 99))
 def test_cropping_and_resizing_matches_pillow(
     resample: Any, old: tuple[int, int], new: tuple[int, int], part: tuple[float, ...], seed: int
 ) -> None:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
 
 from vitft.data.sampling import HELD_OUT, OPEN, TRAIN, hold_out, quotas, stratified_sample
 from vitft.data.sources.identity import contents, ids, numbered, sample_names
@@ -74,7 +75,7 @@ def test_smaller_samples_are_subsets_of_larger_ones(counts, first, second, seed)
         a, b = (set(keys[mask & (labels == label)]) for mask in (less, more))
         assert a <= b or b <= a  # nested within each class, up to the rounding of the quotas
     again = np.random.default_rng(1).permutation(len(labels))
-    np.testing.assert_array_equal(stratified_sample(labels[again], keys[again], small, seed, "p"), less[again])
+    assert_array_equal(stratified_sample(labels[again], keys[again], small, seed, "p"), less[again])
 
 
 class_sizes = st.lists(st.integers(1, 300), min_size=1, max_size=5)
@@ -105,7 +106,7 @@ def test_one_percent_more_or_fewer_images_move_none_of_large_classes(counts, see
     order = np.random.default_rng(seed).permutation(len(labels))
     left = np.sort(order[len(labels) // 100 :])
     whole = hold_out(labels, keys, 0.1, seed, "validation")
-    np.testing.assert_array_equal(whole[left], hold_out(labels[left], keys[left], 0.1, seed, "validation"))
+    assert_array_equal(whole[left], hold_out(labels[left], keys[left], 0.1, seed, "validation"))
 
 
 @settings(max_examples=100, deadline=None)
@@ -139,7 +140,7 @@ def test_fixed_sides_are_kept_and_the_rest_is_drawn_as_before():
     out = hold_out(labels, keys, 0.3, 0, "validation", sides)
     assert not out[:50].any()
     assert out[50:70].all()
-    np.testing.assert_array_equal(out[70:], hold_out(labels, keys, 0.3, 0, "validation")[70:])
+    assert_array_equal(out[70:], hold_out(labels, keys, 0.3, 0, "validation")[70:])
     assert not hold_out(labels, keys, 0.3, 0, "validation", np.full(400, TRAIN, np.int8)).any()
 
 
@@ -156,10 +157,7 @@ def test_splits_are_disjoint_and_reproducible(counts, fraction, most, most_eval,
     labels = shuffled(counts, seed).tolist()
     source = source_of(train=labels, test=labels[::-1])
     whole = splits_of(source, val_fraction=fraction, seed=seed)
-    train, validation = (
-        whole["train"].rows,
-        whole["validation"].rows if "validation" in whole else np.array([]),
-    )
+    train, validation = (whole["train"].rows, whole["validation"].rows if "validation" in whole else np.array([]))
     assert sorted([*train, *validation]) == list(range(len(labels)))
     assert set(np.array(labels)[train]) == set(labels)  # no class is emptied
     part = splits_of(source, val_fraction=fraction, seed=seed, max_train_samples=most, max_eval_samples=most_eval)
@@ -171,7 +169,7 @@ def test_splits_are_disjoint_and_reproducible(counts, fraction, most, most_eval,
     assert len(part["test"].rows) == min(most_eval, len(labels))
     for role, split in part.items():
         assert (np.diff(split.rows) > 0).all()
-        np.testing.assert_array_equal(np.array(labels if role != "test" else labels[::-1])[split.rows], split.labels)
+        assert_array_equal(np.array(labels if role != "test" else labels[::-1])[split.rows], split.labels)
     again = splits_of(source, val_fraction=fraction, seed=seed, max_train_samples=most, max_eval_samples=most_eval)
     assert {r: s.hash for r, s in part.items()} == {r: s.hash for r, s in again.items()}
 
@@ -227,7 +225,7 @@ def test_the_test_split_does_not_depend_on_train_settings():
     source = source_of(train=[0, 1] * 50, test=[0, 1] * 30)
     first = splits_of(source, max_eval_samples=10, seed=3)["test"]
     other = splits_of(source, max_eval_samples=10, seed=3, val_fraction=0.5, max_train_samples=7)["test"]
-    np.testing.assert_array_equal(first.rows, other.rows)
+    assert_array_equal(first.rows, other.rows)
     assert first.hash == other.hash
 
 
@@ -298,15 +296,15 @@ def test_content_hashes_are_the_same_for_files_and_bytes(tmp_path):
     in_table = make_split(image_structs(pa.array(cells, pa.binary())), ["a"] * 8)
     rows = np.arange(8)
     hashes = contents(in_table, rows)
-    np.testing.assert_array_equal(hashes, contents(files, rows))
+    assert_array_equal(hashes, contents(files, rows))
     assert len(set(hashes.tolist())) == 7
     assert hashes[0] == hashes[5]
     for number, cell in enumerate(cells):  # as recorded by earlier runs
         pieces = [cell] if len(cell) <= 65_536 else [cell[:16_384], cell[len(cell) // 2 :][:16_384], cell[-16_384:]]
         hashed = blake2b(len(cell).to_bytes(8, "little") + b"".join(pieces), digest_size=8)
         assert f"{hashes[number]:016x}" == hashed.digest()[::-1].hex()
-    np.testing.assert_array_equal(contents(in_table, rows[::-1]), hashes[::-1])
-    np.testing.assert_array_equal(contents(in_table.select([4, 2]), np.array([1, 0])), hashes[[2, 4]])
+    assert_array_equal(contents(in_table, rows[::-1]), hashes[::-1])
+    assert_array_equal(contents(in_table.select([4, 2]), np.array([1, 0])), hashes[[2, 4]])
     (tmp_path / "0.png").unlink()
     assert contents(files, rows)[0] != hashes[0]  # its reader reports the error
     assert ids(files, rows)[:2] == ["0.png", "1.png"]

@@ -1,14 +1,16 @@
 """The store of decoded images, and the batches made from it."""
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from vitft.data.augment import (
@@ -17,8 +19,8 @@ from vitft.data.augment import (
     draw_crop_boxes,
     draw_flips,
     normalize,
+    preprocess_images,
     random_crops,
-    resize_and_crop,
 )
 from vitft.data.decoder import decode
 from vitft.data.loader import EvalLoader, Prefetcher, TrainLoader
@@ -40,13 +42,10 @@ def photos(folder: Path, sizes: list[tuple[int, int]]) -> Path:
     return folder
 
 
-def stored(
-    folder: Path, *, crops: bool = False, skip_bad: bool = False, cache_gb: float = 0
-) -> tuple[Store, list[str]]:
+def stored(folder: Path, preprocess: Preprocess = PREPROCESS, **options: Any) -> tuple[Store, list[str]]:
     rows = open_dataset(str(folder)).splits["train"]
-    store, skipped = decode_all(
-        rows, PREPROCESS, crops=crops, max_pixels=10**6, skip_bad=skip_bad, cache_gb=cache_gb, name="photos"
-    )
+    settings = {"crops": False, "max_pixels": 10**7, "skip_bad": False}
+    store, skipped = decode_all(rows, preprocess, **settings | options)
     return store, [image.name for image in skipped]
 
 
@@ -117,17 +116,17 @@ def test_a_missing_photo_is_named(tmp_path: Path) -> None:
     gone = sorted(folder.rglob("*.png"))[1]
     gone.unlink()
     with pytest.raises(DataError, match=rf"{gone.name}: does not exist; fix or remove it"):
-        decode_all(
-            source.splits["train"], Preprocess(32, 32), crops=False, max_pixels=10**6, skip_bad=False, cache_gb=1
-        )
+        decode_all(source.splits["train"], PREPROCESS, crops=False, max_pixels=10**6, skip_bad=False, cache_gb=1)
 
 
-def digits_loader(**changes: object) -> TrainLoader:
-    rows = open_dataset("digits").splits["train"].select(range(53))
-    store, _ = decode_all(rows, PREPROCESS, crops=False, max_pixels=10**6, skip_bad=False)
-    labels = np.arange(53) % 10
-    options = {"kind": "crop", "seed": 3, "batch_size": 8, "device": torch.device("cpu")}
-    return TrainLoader(store, labels, PREPROCESS, **options | changes)  # type: ignore[arg-type]
+CPU = torch.device("cpu")
+DIGITS = open_dataset("digits").splits["train"].select(range(53))
+STORE, _ = decode_all(DIGITS, PREPROCESS, crops=False, max_pixels=10**6, skip_bad=False)
+LABELS = np.arange(53) % 10
+
+
+def digits_loader(rank: int = 0, world: int = 1) -> TrainLoader:
+    return TrainLoader(STORE, LABELS, PREPROCESS, kind="crop", seed=3, batch_size=8, device=CPU, rank=rank, world=world)
 
 
 LOADER = digits_loader()
@@ -138,20 +137,13 @@ LOADER = digits_loader()
 def test_the_shards_of_all_processes_concatenate_to_the_batch(step: int, world: int) -> None:
     whole = LOADER.batch(step)
     pixels, labels = whole.pixels.clone(), whole.labels
-    shards = [digits_like(rank, world).batch(step) for rank in range(world)]
+    shards = [digits_loader(rank, world).batch(step) for rank in range(world)]
     assert torch.equal(torch.cat([shard.pixels.clone() for shard in shards]), pixels)
     assert torch.equal(torch.cat([shard.labels for shard in shards]), labels)
 
 
-def digits_like(rank: int, world: int) -> TrainLoader:
-    return TrainLoader(
-        LOADER.store, LOADER.labels.numpy(), PREPROCESS, kind="crop", seed=3, batch_size=8,
-        device=torch.device("cpu"), rank=rank, world=world,
-    )  # fmt: skip
-
-
 def test_a_batch_depends_only_on_its_step() -> None:
-    fresh = digits_like(0, 1)
+    fresh = digits_loader()
     later = fresh.batch(9).pixels.clone()
     for step in (0, 30, 2, 9):
         again = fresh.batch(step).pixels.clone()
@@ -174,10 +166,8 @@ def test_random_draws_match_earlier_versions() -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 60])
 def test_evaluation_sees_each_image_exactly_once(world: int) -> None:
-    options = {"batch_size": 4, "device": torch.device("cpu"), "world": world}
-    loaders = [
-        EvalLoader(LOADER.store, LOADER.labels.numpy(), PREPROCESS, rank=rank, **options) for rank in range(world)
-    ]
+    options = {"batch_size": 4, "device": CPU, "world": world}
+    loaders = (EvalLoader(STORE, LABELS, PREPROCESS, rank=rank, **options) for rank in range(world))
     seen = [index for loader in loaders for batch in loader for index in batch.index]
     assert seen == list(range(53))
 
@@ -186,14 +176,17 @@ def test_the_center_crop_is_applied_once(tmp_path: Path) -> None:
     """Images are stored before the crop, so evaluation and prediction see the same pixels."""
     preprocess = Preprocess(32, 32, shortest_edge=40)
     folder = photos(tmp_path, [(100, 64), (64, 90)])
-    rows = open_dataset(str(folder)).splits["train"]
-    store, _ = decode_all(rows, preprocess, crops=False, max_pixels=10**6, skip_bad=False)
-    (batch,) = EvalLoader(store, np.zeros(2, np.int64), preprocess, batch_size=2, device=torch.device("cpu"))
-    files = sorted((folder / "train").rglob("*.png"))
-    expected = [
-        normalize(resize_and_crop(torch.from_numpy(decode(file))[None], preprocess), preprocess)[0] for file in files
-    ]
-    assert torch.equal(batch.pixels, torch.stack(expected))
+    store, _ = stored(folder, preprocess)
+    (batch,) = EvalLoader(store, np.zeros(2, np.int64), preprocess, batch_size=2, device=CPU)
+    images = [torch.from_numpy(decode(file)) for file in sorted((folder / "train").rglob("*.png"))]
+    assert torch.equal(batch.pixels, preprocess_images(images, preprocess))
+
+
+def assert_same(first: Store, second: Store) -> None:
+    index = np.arange(len(first))
+    assert first.digest == second.digest
+    for a, b in zip(first.gather(index), second.gather(index), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_large_store_is_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,12 +194,7 @@ def test_a_large_store_is_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     in_memory, _ = stored(folder)
     monkeypatch.setattr("vitft.data.store.IN_MEMORY", 100)
     mapped, _ = stored(folder, cache_gb=1e-5)
-    everything = np.arange(6)
-    first, second = in_memory.gather(everything), mapped.gather(everything)
-    assert isinstance(first, Tensor)
-    assert isinstance(second, Tensor)
-    assert torch.equal(first, second)
-    assert mapped.digest == in_memory.digest
+    assert_same(mapped, in_memory)
 
 
 @pytest.mark.parametrize("bound", [0, 2000, 4000])
@@ -223,32 +211,24 @@ def test_images_over_the_limit_are_decoded_on_demand(
     on_demand, also = stored(folder, skip_bad=True)
     assert bad == also
     assert len(on_demand.pixels) <= bound < len(in_memory.pixels)
-    assert on_demand.digest == in_memory.digest
-    for a, b in zip(in_memory.gather(np.arange(7)), on_demand.gather(np.arange(7)), strict=True):
-        assert torch.equal(a, b)
+    assert_same(on_demand, in_memory)
     sizes = np.flatnonzero(in_memory.shapes[:, 0] == 16)
     assert len(sizes) == 6
     assert torch.equal(torch.stack(list(in_memory.gather(sizes))), torch.stack(list(on_demand.gather(sizes))))
 
 
-def test_an_image_missing_on_demand_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(Path.unlink, "does not exist"), (lambda file: ImageOps.mirror(Image.open(file)).save(file), "different pixels")],
+)
+def test_an_image_changed_since_the_run_began_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], message: str
+) -> None:
     folder = photos(tmp_path, [(20, 16)] * 4)
     monkeypatch.setattr("vitft.data.store.IN_MEMORY", 0)
     store, _ = stored(folder)
-    (folder / "train" / "cat" / "001.png").unlink()
-    with pytest.raises(DataError, match=r"cat/001.png: does not exist; it has changed since the run began"):
-        store.gather(np.arange(4))
-
-
-def test_an_image_changed_since_the_run_began_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = photos(tmp_path, [(20, 16)] * 4)
-    monkeypatch.setattr("vitft.data.store.IN_MEMORY", 0)
-    store, _ = stored(folder)
-    file = folder / "train" / "cat" / "001.png"
-    Image.open(file).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(file)
-    with pytest.raises(
-        DataError, match=r"cat/001.png: decodes to different pixels; it has changed since the run began"
-    ):
+    change(folder / "train" / "cat" / "001.png")
+    with pytest.raises(DataError, match=rf"cat/001.png: .*{message}; it has changed since the run began"):
         store.gather(np.arange(4))
 
 
@@ -259,10 +239,10 @@ def test_images_decoded_on_demand_move_to_the_device(tmp_path: Path, monkeypatch
     monkeypatch.setattr("vitft.data.store.IN_MEMORY", 0)
     on_demand, _ = stored(folder)
     assert len(on_demand.pixels) == 0
-    moved = move_to_device(on_demand, torch.device("cpu"), 10 * in_memory.size)
+    moved = move_to_device(on_demand, CPU, 10 * in_memory.size)
     assert torch.equal(moved.pixels, in_memory.pixels)
     assert moved.load is None
-    assert move_to_device(on_demand, torch.device("cpu"), 10 * in_memory.size - 1) is on_demand
+    assert move_to_device(on_demand, CPU, 10 * in_memory.size - 1) is on_demand
 
 
 # -- sources of crops ----------------------------------------------------------------------
@@ -292,8 +272,7 @@ def test_crops_are_as_sharp_as_from_the_original_photo(tmp_path: Path, name: str
     preprocess = Preprocess(64, 64)
     (tmp_path / "train" / "cat").mkdir(parents=True)
     scene(*size).save(tmp_path / "train" / "cat" / name, quality=95)
-    rows = open_dataset(str(tmp_path)).splits["train"]
-    store, _ = decode_all(rows, preprocess, crops=True, max_pixels=10**7, skip_bad=False, training=True)
+    store, _ = stored(tmp_path, preprocess, crops=True, training=True)
     photo = torch.from_numpy(decode(tmp_path / "train" / "cat" / name))
     assert store.size <= 3 * 64 * 64 / CROP_AREA * 1.01
     for small in (False, True):
@@ -338,25 +317,23 @@ def test_a_full_disk_is_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("vitft.data.store.tempfile.TemporaryFile", small)
     on_demand, _ = stored(folder, cache_gb=1e-5)
     assert len(on_demand.pixels) == 2 * 20 * 16 * 3
-    for a, b in zip(in_memory.gather(np.arange(4)), on_demand.gather(np.arange(4)), strict=True):
-        assert torch.equal(a, b)
+    assert_same(on_demand, in_memory)
 
 
 def test_only_training_decodes_at_smaller_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int | None] = []
+    min_sides: list[int | None] = []
 
-    def spy(source: object, max_pixels: int, enough: int | None, value_range: object) -> np.ndarray:
-        asked.append(enough)
+    def spy(source: object, max_pixels: int, min_side: int | None, value_range: object) -> np.ndarray:
+        min_sides.append(min_side)
         return np.zeros((8, 8, 3), np.uint8)
 
     monkeypatch.setattr("vitft.data.store.decode", spy)
-    rows = open_dataset("digits").splits["train"].select(range(1))
-    preprocess = Preprocess(224, 224)
-    for training, cropped in ((False, False), (True, False), (True, True)):
-        decode_all(rows, preprocess, crops=cropped, max_pixels=10**8, skip_bad=False, training=training)
-    edge = Preprocess(224, 224, shortest_edge=248)
-    decode_all(rows, edge, crops=False, max_pixels=10**8, skip_bad=False, training=True)
-    assert asked == [None, 224, 1188, 248]  # for crops, 1.5 times the stored side of a square: 224 / sqrt(0.08)
+    square, edge = Preprocess(224, 224), Preprocess(224, 224, shortest_edge=248)
+    for preprocess, training, cropped in (
+        (square, False, False), (square, True, False), (square, True, True), (edge, True, False),
+    ):  # fmt: skip
+        decode_all(DIGITS.select([0]), preprocess, crops=cropped, max_pixels=10**8, skip_bad=False, training=training)
+    assert min_sides == [None, 224, 1188, 248]  # for crops, 1.5 times the stored side of a square: 224 / sqrt(0.08)
 
 
 # -- prefetching on the host for a GPU ------------------------------------------------------------------
@@ -366,9 +343,8 @@ def test_only_training_decodes_at_smaller_sizes(monkeypatch: pytest.MonkeyPatch)
 def test_prefetched_batches_are_the_same(tmp_path: Path, kind: str) -> None:
     """As if a GPU trained and images of several sizes stayed in host memory."""
     folder = photos(tmp_path, [(40, 30), (20, 16), (33, 70), (32, 32), (9, 50)] * 3)
-    rows = open_dataset(str(folder)).splits["train"]
-    store, _ = decode_all(rows, PREPROCESS, crops=kind == "crop", max_pixels=10**6, skip_bad=False)
-    options = {"kind": kind, "seed": 3, "batch_size": 4, "device": torch.device("cpu")}
+    store, _ = stored(folder, crops=kind == "crop")
+    options = {"kind": kind, "seed": 3, "batch_size": 4, "device": CPU}
     plain, ahead = (TrainLoader(store, np.zeros(15, np.int64), PREPROCESS, **options) for _ in range(2))  # type: ignore[arg-type]
     ahead._prefetch = Prefetcher(ahead._augment_on_host)
     for step in (0, 1, 2, 3, 4, 9, 8, 2):
@@ -397,6 +373,6 @@ def test_two_results_are_prefetched_and_errors_are_raised() -> None:
 
 
 def test_prefetched_evaluation_is_the_same() -> None:
-    loader = EvalLoader(LOADER.store, LOADER.labels.numpy(), PREPROCESS, batch_size=8, device=torch.device("cpu"))
+    loader = EvalLoader(STORE, LABELS, PREPROCESS, batch_size=8, device=CPU)
     ahead = Prefetcher(loader._load, len(loader))
     assert all(torch.equal(normalize(ahead(number), PREPROCESS), batch.pixels) for number, batch in enumerate(loader))

@@ -15,15 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitft.data.augment import (
-    Images,
-    Preprocess,
-    augment,
-    augment_pixels,
-    flip_images,
-    normalize,
-    resize_and_crop,
-)
+from vitft.data.augment import Images, Preprocess, augment, augment_pixels, flip_images, normalize, resize_and_crop
 from vitft.data.store import Store, move_to_device
 from vitft.hardware.device import to_device
 from vitft.hardware.timers import Clock

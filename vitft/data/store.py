@@ -121,23 +121,23 @@ def decode_all(
     be read and counts the others, unless `skip_bad`.
     """
 
-    def work(cell: dict[str, Any]) -> NDArray[np.uint8] | BadImage:
-        try:
-            source = encoded(cell)
-            min_side = _min_decoded_side(source, preprocess, crops) if training and preprocess.resizes else None
-            image = decode(source, max_pixels, min_side, preprocess.value_range)
-            return np.ascontiguousarray(shrink(image, preprocess, crops))
-        except BadImage as error:
-            return error
+    def work(cell: dict[str, Any]) -> NDArray[np.uint8]:
+        source = encoded(cell)
+        min_side = _min_decoded_side(source, preprocess, crops) if training and preprocess.resizes else None
+        image = decode(source, max_pixels, min_side, preprocess.value_range)
+        return np.ascontiguousarray(shrink(image, preprocess, crops))
 
     def load(position: int) -> NDArray[np.uint8]:
         if cached and (image := cached[0].image(position)) is not None:
             return image
-        result = work(rows[kept_rows[position]]["image"])
-        if isinstance(result, BadImage) or cache.checksum(result) != sums[position]:
-            reason = result if isinstance(result, BadImage) else "decodes to different pixels"
-            raise DataError(f"{sample_id(rows, kept_rows[position])}: {reason}; it has changed since the run began.")
-        return result
+        row = kept_rows[position]
+        try:
+            image = work(rows[row]["image"])
+            if cache.checksum(image) != sums[position]:
+                raise BadImage("decodes to different pixels")
+        except BadImage as error:
+            raise DataError(f"{sample_id(rows, row)}: {error}; it has changed since the run began.") from error
+        return image
 
     limit = int(cache_gb * 1e9)
     key = None
@@ -151,28 +151,23 @@ def decode_all(
         entry, in_memory = cached
         sums, kept_rows = entry.sums.tolist(), list(range(len(rows)))
         return _store(entry.shapes, entry.digest, in_memory, load), []
-    shapes, skipped = [], []
+    shapes: list[tuple[int, ...]] = []
+    skipped: list[Skipped] = []
     hashed = hashlib.blake2b(digest_size=8)
     pixels = _PixelBuffer()
     size = 0
-    for position, result in enumerate(_map_rows(rows, work)):
-        progress(position + 1, len(rows))
-        if isinstance(result, BadImage):
-            skipped.append(Skipped(position, sample_id(rows, position), str(result)))
-            continue
-        raw = result.data.cast("B")
-        sums.append(cache.checksum(result))
-        hashed.update(np.array(result.shape).tobytes())
+    for row, image in _map_rows(rows, work, skipped, skip_bad, progress):
+        raw = image.data.cast("B")
+        sums.append(cache.checksum(image))
+        hashed.update(np.array(image.shape).tobytes())
         # Images for crops are large: their checksums are hashed instead, or hashing would take as long as decoding.
         hashed.update(sums[-1].to_bytes(8, "little") if crops else raw)
-        shapes.append(result.shape[:2])
-        kept_rows.append(position)
+        shapes.append(image.shape[:2])
+        kept_rows.append(row)
         size += len(raw)
         if pixels.size == size - len(raw) and size <= max(limit, IN_MEMORY):
             with suppress(OSError):  # a full disk is a limit too
                 pixels.add(raw)
-    if not skip_bad:
-        _refuse(skipped)
     store = _store(np.array(shapes, np.int64).reshape(-1, 2), hashed.hexdigest(), pixels.mapped(), load)
     if key and not skipped and store.load is None:
         cache.write(key, name, store.pixels, store.shapes, sums, store.digest, limit)
@@ -187,28 +182,37 @@ def check_headers(
 
     Raises DataError as `decode_all` does, unless `skip_bad`.
     """
-
-    def work(cell: dict[str, Any]) -> BadImage | None:
-        try:
-            image_info(encoded(cell), max_pixels)
-        except BadImage as error:
-            return error
-        return None
-
-    skipped = []
-    for position, error in enumerate(_map_rows(rows, work)):
-        if error is not None:
-            skipped.append(Skipped(position, sample_id(rows, position), str(error)))
-        progress(position + 1, len(rows))
-    if not skip_bad:
-        _refuse(skipped)
+    skipped: list[Skipped] = []
+    for _ in _map_rows(rows, lambda cell: image_info(encoded(cell), max_pixels), skipped, skip_bad, progress):
+        pass
     return skipped
 
 
-def _refuse(skipped: list[Skipped]) -> None:
-    if skipped:
-        more = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
-        first = skipped[0]
+def _map_rows(
+    rows: datasets.Dataset, work: Callable[[dict[str, Any]], T], skipped: list[Skipped], skip_bad: bool,
+    progress: Callable[[int, int], None],
+) -> Iterator[tuple[int, T]]:  # fmt: skip
+    """Row numbers and results of the work on each readable image; the others are added to `skipped`.
+
+    Raises DataError at the end if there are any, unless `skip_bad`.
+    """
+
+    def attempt(cell: dict[str, Any]) -> T | BadImage:
+        try:
+            return work(cell)
+        except BadImage as error:
+            return error
+
+    for start in range(0, len(rows), _CHUNK):
+        cells = rows[start : start + _CHUNK]["image"]
+        for row, result in enumerate(choose_map(cells)(attempt, cells), start):
+            progress(row + 1, len(rows))
+            if isinstance(result, BadImage):
+                skipped.append(Skipped(row, sample_id(rows, row), str(result)))
+            else:
+                yield row, result
+    if skipped and not skip_bad:
+        first, more = skipped[0], f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
         raise DataError(f"{first.name}: {first.reason}{more}; fix or remove it, or add --on-bad-image skip.")
 
 
@@ -257,12 +261,6 @@ def _min_decoded_side(source: bytes | Path, preprocess: Preprocess, crops: bool)
         width, height, _ = header(source)
         return ceil(_SHARPER * _crop_scale(height, width, preprocess) * min(height, width))
     return preprocess.shortest_edge or max(preprocess.before_crop or (preprocess.height, preprocess.width))
-
-
-def _map_rows(rows: datasets.Dataset, work: Callable[[dict[str, Any]], T]) -> Iterator[T]:
-    for start in range(0, len(rows), _CHUNK):
-        cells = rows[start : start + _CHUNK]["image"]
-        yield from choose_map(cells)(work, cells)
 
 
 class _PixelBuffer:
