@@ -22,7 +22,7 @@ from tests.conftest import TINY_THREADS
 from tests.forked import HANGS_S, LONGER, finish, flags, start
 from tests.training.test_survival import assert_as_undisturbed, begin_or_resume, left_in
 from tests.training.test_trainer import config
-from vitft.checkpoints.checkpoint import is_run, newest_whole, step_folders
+from vitft.checkpoints.checkpoint import is_run, newest_intact, step_folders
 
 FAULTS = ("kill", "kill", "terminate", "interrupt", "interrupt twice", "disk full", "flipped bit", "torn file")
 
@@ -97,7 +97,7 @@ def disturb(run: Path, fault: str, rng: random.Random, took_s: float, log: Path)
         else:
             content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         file.write_bytes(content)
-        assert newest_whole(run)[0] == folders[1], f"{file} is torn, and taken for whole"
+        assert newest_intact(run)[0] == folders[1], f"{file} is torn, and taken for whole"
     return not done
 
 

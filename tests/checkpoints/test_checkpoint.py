@@ -1,4 +1,4 @@
-"""The run folder: whole or absent."""
+"""Run folders: atomic writes, checksums, locks."""
 
 import dataclasses
 import json
@@ -15,16 +15,16 @@ from PIL import Image
 
 from vitft import TrainConfig, evaluate, predict, train
 from vitft.checkpoints import checkpoint as ckpt
-from vitft.checkpoints.metadata import prove, read_card, write_card
+from vitft.checkpoints.metadata import read_card, verify, write_card
 from vitft.errors import DataError, ModelError, UsageError
 from vitft.explain.trace import trace
-from vitft.io.atomic import held, new_folder, write_json, write_text
+from vitft.io.atomic import lock_folder, new_folder, write_json, write_text
 from vitft.training.callbacks import recorded
 from vitft.training.run_folder import alone_in
 from vitft.training.trainer import resume
 
 
-def test_a_folder_that_fails_on_the_way_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_folder_write_that_fails_leaves_the_previous_folder(tmp_path: Path) -> None:
     target = tmp_path / "best"
     with new_folder(target) as fresh:
         (fresh / "weights").write_text("old")
@@ -40,7 +40,7 @@ def test_a_folder_that_fails_on_the_way_leaves_what_was_there(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
-def test_a_file_that_fails_on_the_way_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_file_write_that_fails_leaves_the_previous_file(tmp_path: Path) -> None:
     file = tmp_path / "splits.json"
     write_json(file, {"a": 1})
     with pytest.raises(ValueError, match="JSON compliant"):
@@ -51,35 +51,33 @@ def test_a_file_that_fails_on_the_way_leaves_what_was_there(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["splits.json"]
 
 
-def test_faults_of_a_step_folder_are_found(tmp_path: Path, digits_run: object) -> None:
-    import shutil
-
+def test_damage_to_a_step_checkpoint_is_found(tmp_path: Path, digits_run: object) -> None:
     run: Path = digits_run.run  # type: ignore[attr-defined]
     folder = ckpt.step_folders(run)[0]
-    assert ckpt.fault_of(folder) is None
+    assert ckpt.find_damage(folder) is None
     copy = tmp_path / folder.name
     for name in ("model.safetensors", "optimizer.safetensors", "state.json", "config.json"):
         shutil.copytree(folder, copy, dirs_exist_ok=True)
         data = bytearray((folder / name).read_bytes())
         data[len(data) // 2] ^= 4
         (copy / name).write_bytes(data)
-        assert ckpt.fault_of(copy) == f"{name} is not what was written"
+        assert ckpt.find_damage(copy) == f"{name} does not match its checksum"
         (copy / name).write_bytes(data[:-1])
-        assert f"{name} has" in str(ckpt.fault_of(copy))
+        assert f"{name} has" in str(ckpt.find_damage(copy))
         (copy / name).unlink()
-        assert "FileNotFoundError" in str(ckpt.fault_of(copy))
+        assert "FileNotFoundError" in str(ckpt.find_damage(copy))
 
 
-def test_a_folder_that_is_no_run_is_never_overwritten(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UsageError, match="exists and is not empty; choose another"):
         ckpt.create_run(tmp_path, overwrite=False)
-    with pytest.raises(UsageError, match="replaces run folders only"):
+    with pytest.raises(UsageError, match="replaces only run folders"):
         ckpt.create_run(tmp_path, overwrite=True)
     assert (tmp_path / "thesis.txt").exists()
 
 
-def test_what_a_kill_left_of_a_run_before_it_had_settings_gives_way(tmp_path: Path) -> None:
+def test_a_run_killed_before_its_config_was_written_can_be_replaced(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     write_json(tmp_path / "environment.json", {})
     ckpt.create_run(tmp_path, overwrite=False)
@@ -89,11 +87,11 @@ def test_what_a_kill_left_of_a_run_before_it_had_settings_gives_way(tmp_path: Pa
         ckpt.create_run(tmp_path, overwrite=False)
 
 
-def test_an_existing_run_is_refused_and_overwritten_when_asked(tmp_path: Path) -> None:
+def test_an_existing_run_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     run = tmp_path / "run"
     ckpt.create_run(run, overwrite=False)
     write_text(run / "config.yaml", "dataset: digits\n")
-    with pytest.raises(UsageError, match=r"--resume .* goes on with it, --overwrite replaces it"):
+    with pytest.raises(UsageError, match=r"--resume .* continues it, --overwrite replaces it"):
         ckpt.create_run(run, overwrite=False)
     ckpt.create_run(run, overwrite=True)
     assert not (run / "config.yaml").exists()
@@ -103,8 +101,8 @@ class PowerCut(Exception):  # noqa: N818
     pass
 
 
-def cut_before_its_first_save(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Begin a run from the last weights of another, in its place, and lose power before it has saved any."""
+def lose_power_before_first_save(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace a run by one that starts from its last weights, and lose power before the first checkpoint."""
 
     def cut(*given: Any) -> None:
         raise PowerCut
@@ -119,8 +117,8 @@ def cut_before_its_first_save(run: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             train(settings, output=run, overwrite=True)
 
 
-def test_a_run_that_replaces_what_it_began_from_is_gone_on_with(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cut_before_its_first_save(copied, monkeypatch)
+def test_a_run_that_replaces_its_starting_point_can_be_resumed(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lose_power_before_first_save(copied, monkeypatch)
     assert ckpt.read_config(copied).seed == 7
     assert resume(copied).step == 2
     names = {file.name for file in copied.iterdir()}
@@ -128,45 +126,45 @@ def test_a_run_that_replaces_what_it_began_from_is_gone_on_with(copied: Path, mo
     assert ckpt.read_config(copied).model == str(copied / "last")
 
 
-def test_a_run_whose_successor_saved_nothing_is_back_where_another_begins(
+def test_a_run_is_restored_if_its_replacement_saved_nothing(
     copied: Path, digits_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for _ in range(2):
-        cut_before_its_first_save(copied, monkeypatch)
-    ckpt.give_back(copied)
+        lose_power_before_first_save(copied, monkeypatch)
+    ckpt.restore_replaced(copied)
     names = {file.relative_to(digits_run.run) for file in digits_run.run.rglob("*")}
     assert {file.relative_to(copied) for file in copied.rglob("*")} == names
     assert evaluate(copied).accuracy == digits_run.scores["test"].accuracy
 
 
 @pytest.mark.parametrize("moves", range(1, 17))
-def test_a_kill_while_a_run_is_set_aside_or_put_back_costs_nothing(
+def test_a_kill_while_a_run_is_moved_aside_or_restored_loses_nothing(
     copied: Path, digits_run: Any, monkeypatch: pytest.MonkeyPatch, moves: int
 ) -> None:
-    """Seven files and folders are moved, and moved back; each time the folder that has them gets another name."""
-    real, done = Path.rename, []
+    """Seven files and folders are moved out and back; their parent folder is renamed each time."""
+    real, renames = Path.rename, []
 
     def rename(self: Path, target: Path) -> Path:
-        done.append(self)
-        if len(done) == moves:
+        renames.append(self)
+        if len(renames) == moves:
             raise PowerCut
         return real(self, target)
 
-    def there_and_back() -> None:
+    def set_aside_and_restore() -> None:
         ckpt.create_run(copied, overwrite=True)
-        ckpt.give_back(copied)
+        ckpt.restore_replaced(copied)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", rename)
         with pytest.raises(PowerCut):
-            there_and_back()
+            set_aside_and_restore()
     with alone_in(copied):
         pass
     names = {file.relative_to(digits_run.run) for file in digits_run.run.rglob("*")}
     assert {file.relative_to(copied) for file in copied.rglob("*")} == names
 
 
-def test_the_model_behind_a_path(tmp_path: Path, digits_run: object) -> None:
+def test_the_model_folder_for_a_path(tmp_path: Path, digits_run: object) -> None:
     run: Path = digits_run.run  # type: ignore[attr-defined]
     assert ckpt.find_model(run) == run / "best"
     assert ckpt.find_model(run / "last") == run / "last"
@@ -177,7 +175,7 @@ def test_the_model_behind_a_path(tmp_path: Path, digits_run: object) -> None:
 
 
 @pytest.mark.parametrize("typed", ["step-2", "step-000002", "checkpoints/step-2", "checkpoints/step2", "2"])
-def test_a_steps_folder_named_otherwise_is_named(digits_run: object, typed: str) -> None:
+def test_a_misspelled_step_folder_gets_a_suggestion(digits_run: object, typed: str) -> None:
     run: Path = digits_run.run  # type: ignore[attr-defined]
     folder = run / "checkpoints" / "step-000002"
     assert folder.is_dir()
@@ -189,20 +187,20 @@ def test_a_steps_folder_named_otherwise_is_named(digits_run: object, typed: str)
     )
 
 
-def test_a_checkpoint_that_is_not_there_names_those_that_are(digits_run: object) -> None:
+def test_the_error_for_a_missing_checkpoint_lists_the_existing_ones(digits_run: object) -> None:
     run: Path = digits_run.run  # type: ignore[attr-defined]
     for typed in ("newest", "step-7", "checkpoints/step-000007"):
         with pytest.raises(ModelError, match=r"has best, last, checkpoints/step-000003, checkpoints/step-000002\.$"):
             ckpt.find_model(run / typed)
 
 
-def test_a_card_that_was_edited_badly_is_named(tmp_path: Path) -> None:
+def test_invalid_metadata_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "vitft.json").write_text('{"vitft": "0", "config": {"lr": -1}}')
-    with pytest.raises(ModelError, match=r"vitft\.json: not readable"):
+    with pytest.raises(ModelError, match=r"vitft\.json: cannot be read"):
         read_card(tmp_path)
 
 
-def test_what_a_kill_between_two_renames_left_is_found_again(tmp_path: Path) -> None:
+def test_a_folder_is_restored_after_a_kill_between_two_renames(tmp_path: Path) -> None:
     (tmp_path / ".best.vitft-old").mkdir()
     (tmp_path / ".best.vitft-old" / "weights").write_text("old")
 
@@ -215,7 +213,7 @@ def test_what_a_kill_between_two_renames_left_is_found_again(tmp_path: Path) -> 
     assert (tmp_path / "best" / "weights").read_text() == "old"
 
 
-def test_what_somebody_else_keeps_in_a_run_folder_stays(copied: Path) -> None:
+def test_unrelated_files_in_a_run_folder_stay(copied: Path) -> None:
     others = [".notes.old", ".slurm.new", ".cache.gone", ".vimrc.new", "notes.vitft-old", ".vitft-old"]
     for name in others:
         (copied / name).write_text("mine")
@@ -232,7 +230,7 @@ def test_what_somebody_else_keeps_in_a_run_folder_stays(copied: Path) -> None:
     assert not (copied / ".last.vitft-old").exists()
 
 
-def test_a_folder_whose_number_is_not_in_ascii_is_no_step(copied: Path) -> None:
+def test_a_folder_with_a_non_ascii_number_is_not_a_step(copied: Path) -> None:
     (copied / "checkpoints" / "step-²").mkdir()
     (copied / "checkpoints" / "step-٣").mkdir()
     assert [folder.name for folder in ckpt.step_folders(copied)] == ["step-000003", "step-000002"]
@@ -240,9 +238,7 @@ def test_a_folder_whose_number_is_not_in_ascii_is_no_step(copied: Path) -> None:
 
 
 @pytest.mark.parametrize(("mask", "files", "folders"), [(0o027, 0o640, 0o750), (0o002, 0o664, 0o775)])
-def test_what_a_run_writes_has_the_permissions_of_its_owners_other_files(
-    tmp_path: Path, mask: int, files: int, folders: int
-) -> None:
+def test_a_run_writes_files_with_the_default_permissions(tmp_path: Path, mask: int, files: int, folders: int) -> None:
     before = os.umask(mask)
     try:
         settings = TrainConfig(dataset="digits", model="vit-micro", max_train_samples=20, max_steps=1, device="cpu")
@@ -253,7 +249,7 @@ def test_what_a_run_writes_has_the_permissions_of_its_owners_other_files(
     assert {file: mode for file, mode in modes.items() if mode != (folders if file.is_dir() else files)} == {}
 
 
-# -- whole, and held by one -----------------------------------------------------------------------
+# -- checksums and locks --------------------------------------------------------------------------
 
 FILES = ["config.json", "model.safetensors", "preprocessor_config.json"]
 
@@ -265,7 +261,7 @@ def copied(digits_run: Any, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_one_flipped_bit_is_found_by_all_who_read_a_checkpoint(copied: Path, name: str, tmp_path: Path) -> None:
+def test_every_reader_of_a_checkpoint_detects_a_flipped_bit(copied: Path, name: str, tmp_path: Path) -> None:
     file = copied / "best" / name
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -277,7 +273,7 @@ def test_one_flipped_bit_is_found_by_all_who_read_a_checkpoint(copied: Path, nam
         lambda: train(TrainConfig(dataset="digits", model=str(copied / "best"), max_steps=1), output=tmp_path / "new"),
     ]
     for read in readers:
-        with pytest.raises(ModelError, match=rf"{name}: is not what was written, its SHA-256 differs; take another"):
+        with pytest.raises(ModelError, match=rf"{name}: does not match its SHA-256 checksum; use another"):
             read()
     assert not (tmp_path / "new").exists()
 
@@ -288,29 +284,29 @@ def test_a_missing_file_is_named(copied: Path) -> None:
         evaluate(copied)
 
 
-def test_every_file_of_a_checkpoint_has_its_sum_but_the_one_for_people(digits_run: Any) -> None:
+def test_every_file_of_a_checkpoint_except_the_readme_has_a_checksum(digits_run: Any) -> None:
     for folder in (digits_run.run / "best", digits_run.run / "last"):
         sums = json.loads((folder / "vitft.json").read_text())["sha256"]
         assert set(sums) | {"vitft.json", "README.md"} == {file.name for file in folder.iterdir()}
 
 
 @pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
-def test_every_bit_of_what_a_checkpoint_says_of_itself_is_proved(copied: Path, every: int) -> None:
-    """Of seven bits one, by default: that is a bit of nearly every byte, and each place within one."""
+def test_every_bit_of_the_metadata_is_verified(copied: Path, every: int) -> None:
+    """By default every seventh bit: one in nearly every byte, at all positions within a byte."""
     file = copied / "last" / "vitft.json"
     whole = file.read_bytes()
-    # Written in place: a file that is emptied and written anew is taken to the disk each time.
+    # Written in place, because truncating and rewriting the file would flush it to disk each time.
     with file.open("r+b", buffering=0) as stream:
         for bit in range(0, 8 * len(whole), every):
             at, mask = bit // 8, 1 << bit % 8
             os.pwrite(stream.fileno(), bytes([whole[at] ^ mask]), at)
-            with pytest.raises(ModelError, match=r"vitft\.json|is missing|is not what was written"):
-                prove(copied / "last")
+            with pytest.raises(ModelError, match=r"vitft\.json|is missing|does not match its SHA-256"):
+                verify(copied / "last")
             os.pwrite(stream.fileno(), whole[at : at + 1], at)
-    assert prove(copied / "last")
+    assert verify(copied / "last")
 
 
-def test_what_is_shared_has_no_path_of_this_machine_and_its_run_knows_them(tmp_path: Path, digits_run: Any) -> None:
+def test_a_checkpoint_contains_no_local_paths_but_its_run_knows_them(tmp_path: Path, digits_run: Any) -> None:
     data = tmp_path / "secret" / "photos"
     for label in ("cat", "dog"):
         (data / label).mkdir(parents=True)
@@ -339,7 +335,7 @@ def test_what_is_shared_has_no_path_of_this_machine_and_its_run_knows_them(tmp_p
     assert evaluate(shared, dataset=str(data), split="train").count == 40
 
 
-def test_the_page_for_people_says_what_was_trained_on_what_and_how_well(digits_run: Any, tmp_path: Path) -> None:
+def test_the_readme_states_model_data_and_scores(digits_run: Any, tmp_path: Path) -> None:
     card = read_card(digits_run.checkpoint)
     assert card is not None
     page = (digits_run.checkpoint / "README.md").read_text()
@@ -362,8 +358,8 @@ def test_the_page_for_people_says_what_was_trained_on_what_and_how_well(digits_r
     assert "Not scored at this step." in lines
 
 
-def test_a_folder_called_as_a_data_set_is_not_taken_for_it(copied: Path, tmp_path: Path) -> None:
-    """Of a path only the name is written; it must not be read as one of the hub's, or of vitft's own."""
+def test_a_folder_with_the_name_of_a_dataset_is_not_mistaken_for_it(copied: Path, tmp_path: Path) -> None:
+    """Only the name of a path is stored; it must not be read as a hub id or a built-in dataset."""
     card = read_card(copied / "best")
     assert card is not None
     card = dataclasses.replace(card, config=card.config.model_copy(update={"dataset": "/data/digits"}))
@@ -371,12 +367,12 @@ def test_a_folder_called_as_a_data_set_is_not_taken_for_it(copied: Path, tmp_pat
     (folder / "vitft.json").unlink()
     write_card(folder, card)
     assert "/data" not in (folder / "vitft.json").read_text()
-    found = read_card(folder)
-    assert found is not None
-    assert found.config.dataset is None
+    stored = read_card(folder)
+    assert stored is not None
+    assert stored.config.dataset is None
 
 
-def test_settings_that_were_changed_are_no_longer_the_runs(copied: Path) -> None:
+def test_a_changed_config_is_refused_on_resume(copied: Path) -> None:
     file = copied / "config.yaml"
     whole = file.read_bytes()
     assert ckpt.read_config(copied).dataset == "digits"
@@ -391,7 +387,7 @@ def test_settings_that_were_changed_are_no_longer_the_runs(copied: Path) -> None
         resume(copied)
 
 
-def test_metrics_with_a_flipped_bit_lose_a_line_and_no_run(copied: Path) -> None:
+def test_a_flipped_bit_in_the_metrics_loses_one_line_and_not_the_run(copied: Path) -> None:
     file = copied / "metrics.jsonl"
     content = bytearray(file.read_bytes())
     content[3] ^= 0x80
@@ -401,17 +397,17 @@ def test_metrics_with_a_flipped_bit_lose_a_line_and_no_run(copied: Path) -> None
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"splits": 3}', '{"splits": {"train": {}}}', None])
-def test_a_run_whose_splits_cannot_be_proved_does_not_go_on(copied: Path, content: str | None) -> None:
+def test_a_run_with_unverifiable_splits_is_not_resumed(copied: Path, content: str | None) -> None:
     shutil.rmtree(copied / "checkpoints" / "step-000003")
     file = copied / "splits.json"
     file.unlink() if content is None else file.write_text(content)
-    with pytest.raises(DataError, match=r"splits\.json: not readable .*start anew|the train split is not the one"):
+    with pytest.raises(DataError, match=r"splits\.json: not readable .*start a new run|the train split is not the one"):
         resume(copied)
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"threads": "x"}', None])
-def test_a_run_that_does_not_know_its_threads_does_not_go_on(copied: Path, content: str | None) -> None:
-    """Of an earlier version's run, whose settings do not say them."""
+def test_a_run_without_recorded_threads_is_not_resumed(copied: Path, content: str | None) -> None:
+    """Runs of earlier versions do not have them in config.yaml."""
     ckpt.write_config(copied, ckpt.read_config(copied).model_copy(update={"threads": None}))
     file = copied / "environment.json"
     file.unlink() if content is None else file.write_text(content)
@@ -419,21 +415,21 @@ def test_a_run_that_does_not_know_its_threads_does_not_go_on(copied: Path, conte
         resume(copied)
 
 
-def test_a_foreign_state_is_named(copied: Path) -> None:
+def test_an_unknown_state_format_names_the_file(copied: Path) -> None:
     folder = copied / "checkpoints" / "step-000003"
     (folder / "state.json").write_text('{"steps": 3}')
-    with pytest.raises(ModelError, match=r"state\.json: not readable"):
+    with pytest.raises(ModelError, match=r"state\.json: cannot be read"):
         ckpt.read_state(folder)
 
 
-def test_a_folder_of_someone_elses_has_no_sums_and_is_taken(saved: Callable[..., Path]) -> None:
+def test_a_model_folder_without_checksums_is_accepted(saved: Callable[..., Path]) -> None:
     folder = saved()
-    assert prove(folder) == folder
+    assert verify(folder) == folder
 
 
 def test_two_processes_do_not_train_in_one_folder(copied: Path) -> None:
-    with held(copied) as alone:  # as another process would
-        assert alone
+    with lock_folder(copied) as locked:  # as another process would
+        assert locked
         with pytest.raises(UsageError, match="another process is training there"):
             resume(copied)
         with pytest.raises(UsageError, match="another process is training there"):
@@ -443,12 +439,12 @@ def test_two_processes_do_not_train_in_one_folder(copied: Path) -> None:
     assert sorted(copied.rglob("*")) == before
 
 
-def test_a_run_holds_its_folder_while_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_locks_its_folder_while_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
 
     def look(self: Any, state: Any) -> Any:
-        with held(self.run) as alone:
-            seen.append(alone)
+        with lock_folder(self.run) as locked:
+            seen.append(locked)
         return "trained"
 
     monkeypatch.setattr("vitft.training.trainer._Run.train", look)

@@ -430,7 +430,7 @@ def test_a_dry_run_lists_the_settings_that_are_not_the_defaults() -> None:
 
 def test_a_dry_run_names_the_folder_of_the_run_and_refuses_one_that_is_taken(run: Path) -> None:
     assert "  folder      mine/new" in vitft("train", *TINY, "--output", "mine/new", "--dry-run").stdout
-    assert "goes on with it" in error_of("train", *TINY, "--output", str(run), "--dry-run", code=2)
+    assert "continues it" in error_of("train", *TINY, "--output", str(run), "--dry-run", code=2)
     over = flat(vitft("train", *TINY, "--output", str(run), "--overwrite", "--dry-run").stdout)
     assert f"{run}, in place of the run there" in over
     assert (run / "config.yaml").is_file()

@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 from tests.counted import calls
 from tests.forked import finish, flags, within
 from vitft import TrainConfig
-from vitft.checkpoints.metadata import prove
+from vitft.checkpoints.metadata import verify
 from vitft.cli.app import app
 from vitft.config.recipe import load_config
 from vitft.data.decoder import BadImage, decode, formats
@@ -641,5 +641,5 @@ def test_no_token_and_no_home_folder_stand_in_a_run(named: Path, tmp_path: Path)
         assert secret not in written
     assert "~/data/t.jsonl" in written
     assert f"{tmp_path}/home/data" not in written
-    assert prove(run / "last").is_dir()
+    assert verify(run / "last").is_dir()
     assert load_file(run / "last" / "model.safetensors")

@@ -25,7 +25,7 @@ from vitft.data.loader import TrainLoader
 from vitft.data.sources.source import open_dataset
 from vitft.data.store import Store, decode_all
 from vitft.errors import DataError
-from vitft.io.atomic import held
+from vitft.io.atomic import lock_folder
 
 
 @pytest.fixture(autouse=True)
@@ -512,7 +512,7 @@ def test_leftovers_of_a_killed_run_are_removed_but_not_entries_being_written(fol
             os.utime(place / name / "pixels", (1e9, 1e9))
         if name != young:
             os.utime(place / name, (1e9, 1e9))
-    with held(place / writing) as alone:
+    with lock_folder(place / writing) as alone:
         assert alone
         stored(folder)
         assert {path.name for path in place.glob(".*")} == {writing, young, filling, ".own"}

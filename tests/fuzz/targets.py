@@ -83,7 +83,7 @@ def tables(work: Path, counts: Counter[str]) -> Target:
 
 def checkpoints(work: Path, counts: Counter[str]) -> Target:
     """A stranger's model folder, and vitft's own with its documents: one file of it is mutated."""
-    from vitft.checkpoints.checkpoint import fault_of, find_model, read_state
+    from vitft.checkpoints.checkpoint import find_damage, find_model, read_state
     from vitft.checkpoints.metadata import read_card
     from vitft.models.load import load_trained
 
@@ -97,7 +97,7 @@ def checkpoints(work: Path, counts: Counter[str]) -> Target:
             if file.parent == seed.parent:
                 (folder / file.name).write_bytes(data if file == seed else content)
         if (folder / "manifest.json").exists():
-            assert fault_of(folder) is not None or same(data, seeds[seed]), "a changed file is taken for whole"
+            assert find_damage(folder) is not None or same(data, seeds[seed]), "a changed file is taken for whole"
             read_card(folder)
             read_state(folder)
         find_model(folder)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vitft.training import callbacks, throughput
-from vitft.training.callbacks import forget_after, record, recorded
+from vitft.training.callbacks import record, recorded, remove_after
 from vitft.training.throughput import Window
 
 NAN, INF = float("nan"), float("inf")
@@ -86,7 +86,7 @@ def test_under_fp16_a_gradient_may_overflow_and_a_loss_may_not(monkeypatch: pyte
 
 def test_on_resume_the_lines_up_to_the_checkpoint_stay(tmp_path: Path) -> None:
     assert recorded(tmp_path) == []
-    forget_after(tmp_path, 3)  # there is nothing to forget, and nothing is made
+    remove_after(tmp_path, 3)  # there is nothing to forget, and nothing is made
     assert list(tmp_path.iterdir()) == []
     kept = [{"step": 1, "split": "train"}, {"step": 3, "split": "train"}, {"step": 3, "split": "validation"}]
     gone = [{"step": 3, "split": "test"}, {"step": 4, "split": "train"}]
@@ -95,7 +95,7 @@ def test_on_resume_the_lines_up_to_the_checkpoint_stay(tmp_path: Path) -> None:
     with (tmp_path / callbacks.FILE).open("a") as file:
         file.write('{"step": 5}\n[1]\n{"step": 5, "spl')  # no line of ours, nor that; and a torn one
     assert recorded(tmp_path) == kept + gone
-    forget_after(tmp_path, 3)
+    remove_after(tmp_path, 3)
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == kept
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tests.forked import HANGS_S, LONGER, ended, finish_two, flags, start, steps_done, wait_for_step
 from tests.training.test_trainer import assert_same_weights, config, lines
 from vitft import evaluate, train
-from vitft.checkpoints.checkpoint import is_run, newest_whole, read_state
+from vitft.checkpoints.checkpoint import is_run, newest_intact, read_state
 from vitft.data.loader import EvalLoader
 from vitft.evaluation import evaluation
 from vitft.training.trainer import resume
@@ -136,7 +136,7 @@ def test_two_processes_break_a_validation_off_together(tmp_path: Path) -> None:
     assert "stopped by SIGTERM at step 8 of 16; everything is saved" in said, said[-2000:]
     assert len(list(tmp_path.glob("batch-1-*"))) < 6  # of six
     assert len(list(tmp_path.glob("batch-0-*"))) < 6  # of seven
-    folder, passed = newest_whole(tmp_path / "run")
+    folder, passed = newest_intact(tmp_path / "run")
     assert folder is not None
     assert passed == []
     assert read_state(folder).validation_due
@@ -154,7 +154,7 @@ def test_a_process_that_is_killed_in_the_middle_of_a_save_costs_nothing_that_was
     assert first[0] == -signal.SIGKILL
     assert second[0] != 0
     assert list((run / "checkpoints").glob(".step-*.vitft-new")), (first, second)  # it was in the middle of it
-    folder, passed = newest_whole(run)
+    folder, passed = newest_intact(run)
     assert folder is not None
     assert passed == []
     assert resume(run).step > 0

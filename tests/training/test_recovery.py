@@ -60,7 +60,7 @@ def test_a_rollback_that_does_not_help_ends(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(TrainingError, match=r"nan at step 5; there is none before step 2 to go back to. Try a lower"):
         train(config(on_nan="rollback", save_every=2, log_every=1), output=tmp_path / "run")
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["lr"] == config().lr / 2**2
-    assert ckpt.newest_whole(tmp_path / "run")[0] is not None  # what it went back to last is still there
+    assert ckpt.newest_intact(tmp_path / "run")[0] is not None  # what it went back to last is still there
 
 
 def test_a_run_that_gets_further_each_time_goes_back_to_the_newest(
@@ -134,7 +134,7 @@ def test_a_checkpoint_with_what_is_no_number_is_not_gone_back_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As an earlier version may have saved it."""
-    real = ckpt.fault_of
+    real = ckpt.find_damage
 
     def spoilt(folder: Path) -> str | None:
         if folder.name == "step-000004":
@@ -145,7 +145,7 @@ def test_a_checkpoint_with_what_is_no_number_is_not_gone_back_to(
         return real(folder)
 
     broken(monkeypatch, lambda settings, step: settings.lr > 2e-3 and step == 4)
-    monkeypatch.setattr(ckpt, "fault_of", spoilt)
+    monkeypatch.setattr(ckpt, "find_damage", spoilt)
     train(config(on_nan="rollback", save_every=2, log_every=1), output=tmp_path / "run")
     assert "going back to step-000002" in capsys.readouterr().err
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.forked import ended, finish, flags, start, steps_done, wait_for_step, wait_until
-from vitft.checkpoints.checkpoint import fault_of, is_run, newest_whole, read_config, read_state, step_folders
+from vitft.checkpoints.checkpoint import find_damage, is_run, newest_intact, read_config, read_state, step_folders
 from vitft.training.callbacks import recorded
 
 KILLED = -signal.SIGKILL
@@ -22,7 +22,7 @@ KILLED = -signal.SIGKILL
 def left_in(run: Path) -> set[str]:
     """All its files; of step checkpoints, which a signal may have had saved at another step, as many and whole."""
     steps = step_folders(run)
-    assert [fault_of(folder) for folder in steps] == [None] * len(steps)
+    assert [find_damage(folder) for folder in steps] == [None] * len(steps)
     names = {folder.name: f"step {place}" for place, folder in enumerate(steps)}
     files = (file.relative_to(run).parts for file in run.rglob("*"))
     return {"/".join(names.get(part, part) for part in parts) for parts in files}
@@ -125,7 +125,7 @@ def test_killed_at_random_moments(tmp_path: Path, whole: Path, runs: int) -> Non
             process.join()
             kills += 1
             if is_run(run):
-                folder, passed = newest_whole(run)
+                folder, passed = newest_intact(run)
                 assert passed == []  # none is torn
                 most = max(most, steps_done(run) - (read_state(folder).step if folder else 0))
         code, said = finish(*begin_or_resume(run, flags()), log=tmp_path / "log")
@@ -162,7 +162,7 @@ def test_a_second_ctrl_c_ends_it_at_once_and_tears_nothing(tmp_path: Path, whole
         process.join(1)
         asked += 1
     assert process.exitcode == -signal.SIGINT  # and not when a dozen files were synced
-    assert newest_whole(run)[1] == []
+    assert newest_intact(run)[1] == []
     code, said = finish("train", "--resume", str(run), log=tmp_path / "log")
     assert code == 0, said
     assert_as_undisturbed(run, whole)
@@ -188,7 +188,7 @@ def test_a_save_that_nobody_planned_is_cleared_away_too(tmp_path: Path, whole: P
 def test_a_disk_that_is_full_costs_nothing_that_was_saved(tmp_path: Path, whole: Path) -> None:
     run = tmp_path / "run"
     killed_at(25, run)
-    saved = read_state(newest_whole(run)[0] or Path()).step
+    saved = read_state(newest_intact(run)[0] or Path()).step
     for largest in (20_000, 3000, 0):  # too little for the weights, for a document, for anything
         code, said = finish("train", "--resume", str(run), log=tmp_path / "log", largest_file=largest)
         said = " ".join(said.split())
@@ -198,7 +198,7 @@ def test_a_disk_that_is_full_costs_nothing_that_was_saved(tmp_path: Path, whole:
             assert "cannot be written: " in said
             assert f"what was saved before is whole. Make room, then go on with: vitft train --resume {run}" in said
         assert [folder.name for folder in (run / "checkpoints").iterdir()].count(f"step-{saved:06d}") == 1
-        assert newest_whole(run)[1] == []
+        assert newest_intact(run)[1] == []
     code, said = finish("train", "--resume", str(run), log=tmp_path / "log")
     assert code == 0, said
     assert_as_undisturbed(run, whole)
@@ -242,7 +242,7 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
         "train", *flags(), "--output", str(locked / "run"), log=tmp_path / "log", before=partial(read_only, str(locked))
     )
     assert code == 2, said
-    assert f"output {locked / 'run'}: cannot be made: Permission denied; choose another." in " ".join(said.split())
+    assert f"output {locked / 'run'}: cannot be created: Permission denied; choose another." in " ".join(said.split())
     assert not locked.exists()
     run = tmp_path / "run"
     killed_at(25, run)

@@ -448,7 +448,7 @@ def test_resume_passes_over_a_torn_checkpoint(
     newest.write_bytes(data)
     resume(run)
     said = capsys.readouterr().err
-    assert "passed over step-000004: model.safetensors is not what was written" in said
+    assert "passed over step-000004: model.safetensors does not match its checksum" in said
     assert f"resuming {run} at step 2 of 9, from step-000002\n" in said
     assert_same_weights(whole.run / "last", run / "last")
 

@@ -1,1 +1,1 @@
-"""The run folder and its checkpoints: whole or absent, verified wherever they are read."""
+"""Run folders and checkpoints: written atomically, and verified by checksum on every read."""

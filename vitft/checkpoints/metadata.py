@@ -1,4 +1,4 @@
-"""What a checkpoint knows of itself: `vitft.json` for programs, with sums of its files, and `README.md` for people."""
+"""The metadata of a checkpoint: `vitft.json`, with the checksums of its files, and the model card `README.md`."""
 
 import hashlib
 import html
@@ -17,45 +17,45 @@ from vitft.errors import ModelError, UsageError
 from vitft.io.atomic import json_text, write_json, write_text
 from vitft.io.console import safe
 
-# What reading a JSON document of other contents than one's own can raise.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+# What reading a JSON document with unexpected contents can raise.
+READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
-
-_PLACES = ("dataset", "model", "exclude", "labels")
-"""The settings that may be paths of this machine: a checkpoint, which may be shared, has their names alone."""
+_PATH_SETTINGS = ("dataset", "model", "exclude", "labels")
+"""Settings that can be local paths. A checkpoint can be shared, so it stores only their last component."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a checkpoint knows of itself; stored as `vitft.json`."""
+    """The metadata of a checkpoint; stored as `vitft.json`."""
 
     config: TrainConfig
     labels: tuple[str, ...]
     step: int
     epoch: float
-    splits: dict[str, dict[str, Any]]  # of each split its source, count and hash
-    scores: dict[str, Any]  # the scores of this step, by split
+    splits: dict[str, dict[str, Any]]  # source, count and hash of each split
+    scores: dict[str, Any]  # scores at this step, by split
 
     def to_json(self) -> dict[str, Any]:
-        """As stored: without settings that were not given, and of paths only the names, `local` saying which."""
+        """The document to store. It omits unset settings and reduces the paths listed in `local` to their names."""
         settings = self.config.model_dump(exclude_none=True)
-        local = [name for name in _PLACES if _is_path(settings.get(name))]
+        local = [name for name in _PATH_SETTINGS if _is_path(settings.get(name))]
         settings |= {name: _name(settings[name]) for name in local}
         return {"vitft": __version__} | asdict(self) | {"config": settings, "local": local}
 
 
 def write_card(folder: Path, card: Card) -> None:
-    """Write both into a folder whose other files are there."""
+    """Write `vitft.json` and `README.md` into a folder that already has all other files."""
     document = card.to_json()
-    sums = {file.name: sha256(file) for file in sorted(folder.iterdir())}
-    write_json(folder / "vitft.json", document | {"sha256": sums | {"vitft.json": sha256_of(json_text(document))}})
+    checksums = {file.name: sha256(file) for file in sorted(folder.iterdir())}
+    write_json(folder / "vitft.json", document | {"sha256": checksums | {"vitft.json": sha256_of(json_text(document))}})
     write_text(folder / "README.md", _readme(card))
 
 
 def read_card(folder: Path) -> Card | None:
-    """What a checkpoint knows of itself; None if vitft did not write it. Raises ModelError.
+    """Read the metadata of a checkpoint; None if vitft did not write it. Raises ModelError.
 
-    Where its data lies, the run that it stands in knows; elsewhere `config.dataset` is None if that was a path.
+    Local paths are looked up in the run that contains the checkpoint. Outside of a run, a local `config.dataset` is
+    None.
     """
     file = folder / "vitft.json"
     if not file.is_file():
@@ -63,18 +63,18 @@ def read_card(folder: Path) -> Card | None:
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
         document.pop("vitft")
-        document.pop("sha256", None)  # see `prove`
+        document.pop("sha256", None)  # see `verify`
         settings = document.pop("config")
         for name in document.pop("local", ()):
-            settings[name] = _place(folder, name, settings[name])
+            settings[name] = _full_path(folder, name, settings[name])
         config = TrainConfig.parse(settings, str(file))
         return Card(config=config, **document | {"labels": tuple(document["labels"])})
-    except (*UNREADABLE, UsageError) as error:
-        raise ModelError(f"{file}: not readable ({error}); was it edited?") from error
+    except (*READ_ERRORS, UsageError) as error:
+        raise ModelError(f"{file}: cannot be read ({error}); was it edited?") from error
 
 
 def _is_path(value: str | None) -> bool:
-    """Whether a setting is a local path, as `paths.absolute` writes them, and no name of the hub or of vitft."""
+    """Whether a setting is a local path (as `paths.absolute` writes it), not a hub id or a built-in name."""
     return value is not None and (value.startswith("~") or Path(value).is_absolute())
 
 
@@ -82,56 +82,59 @@ def _name(value: str) -> str:
     return Path(value).name if _is_path(value) else value
 
 
-def _place(folder: Path, name: str, known: str) -> str | None:
-    """The path of which a checkpoint has the name, by the settings of the run that it stands in."""
+def _full_path(folder: Path, name: str, basename: str) -> str | None:
+    """The full path of a setting whose basename is stored, from the config.yaml of the containing run."""
     for run in folder.absolute().parents[:2]:
-        with suppress(*UNREADABLE, yaml.YAMLError):
-            found = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))[name]
-            if Path(found).name == known:
-                return str(found)
-    return None if name == "dataset" else known
+        with suppress(*READ_ERRORS, yaml.YAMLError):
+            path = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))[name]
+            if Path(path).name == basename:
+                return str(path)
+    return None if name == "dataset" else basename
 
 
-def prove(folder: Path) -> Path:
-    """The folder, if every file is what vitft wrote, by its SHA-256. Raises ModelError; other folders have no sums."""
+def verify(folder: Path) -> Path:
+    """Check every file against its SHA-256 in `vitft.json` and return the folder. Raises ModelError on a mismatch.
+
+    Folders that vitft did not write have no checksums and pass.
+    """
     card = folder / "vitft.json"
     if not card.is_file():
-        return folder  # not vitft's; what is wrong with it, its reader says
+        return folder
     try:
         text = card.read_text(encoding="utf-8")
         document = json.loads(text)
-        whole = text == json_text(document)  # more digits than a number has would read as the same
-        sums = dict(document.pop("sha256"))
-        whole = sums.pop(card.name) == sha256_of(json_text(document)) and whole
-    except UNREADABLE as error:
-        raise ModelError(f"{card}: not readable ({error}); take another checkpoint.") from error
-    if not whole:
-        raise ModelError(f"{card}: is not what was written, its SHA-256 differs; take another checkpoint.")
-    for name, wanted in sums.items():
+        intact = text == json_text(document)  # catches changes that parse to the same values, such as extra digits
+        checksums = dict(document.pop("sha256"))
+        intact = checksums.pop(card.name) == sha256_of(json_text(document)) and intact
+    except READ_ERRORS as error:
+        raise ModelError(f"{card}: cannot be read ({error}); use another checkpoint.") from error
+    if not intact:
+        raise ModelError(f"{card}: does not match its SHA-256 checksum; use another checkpoint.")
+    for name, checksum in checksums.items():
         file = folder / Path(name).name
         if not file.is_file():
-            raise ModelError(f"{file}: is missing; take another checkpoint.")
-        if sha256(file) != wanted:
+            raise ModelError(f"{file}: is missing; use another checkpoint.")
+        if sha256(file) != checksum:
             raise ModelError(
-                f"{file}: is not what was written, its SHA-256 differs; take another checkpoint, or, if you "
-                "changed it yourself, remove its line from vitft.json."
+                f"{file}: does not match its SHA-256 checksum; use another checkpoint or, if you changed the file "
+                "yourself, remove its line from vitft.json."
             )
     return folder
 
 
 def sha256(file: Path) -> str:
-    """A file's SHA-256, in hexadecimal."""
+    """The SHA-256 of a file, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sha256_of(text: str) -> str:
-    """A text's SHA-256, in hexadecimal."""
+    """The SHA-256 of a string, in hexadecimal."""
     return hashlib.sha256(text.encode(errors="replace")).hexdigest()
 
 
 def _plain(name: str) -> str:
-    """A name in Markdown: it can neither begin a line nor be HTML, a link or emphasis."""
+    """Escape a name for Markdown, so that it cannot start a block or be HTML, a link or emphasis."""
     return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", html.escape(safe(name).replace("\n", " "), quote=False))
 
 

@@ -38,7 +38,7 @@ from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest, xxh3_128
 
 from vitft.data.augment import map_in_groups
 from vitft.io import console
-from vitft.io.atomic import held, json_text
+from vitft.io.atomic import json_text, lock_folder
 from vitft.io.paths import expanded
 
 _FORMAT = 2  # part of the key: entries of another format are never read, but are evicted first and can be cleared
@@ -246,7 +246,7 @@ def write(
         unfinished = _hidden_name(key)
         unfinished.mkdir()
         try:
-            with held(unfinished):
+            with lock_folder(unfinished):
                 pixels.numpy().tofile(unfinished / "pixels")
                 (unfinished / "index").write_bytes(index)
                 text = json_text(description | {"xxh3": _description_checksum(description)})
@@ -306,7 +306,7 @@ def _hidden_name(key: str) -> Path:
 
 def _remove_abandoned() -> None:
     for folder in root().glob(f".{_KEY}.*"):
-        with suppress(OSError), held(folder) as alone:  # it may be renamed just now
+        with suppress(OSError), lock_folder(folder) as alone:  # it may be renamed just now
             touched = max(file.stat().st_mtime for file in (folder, *folder.iterdir()))
             if alone and time.time() - touched > _ABANDONED_S:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Where the program meets its surroundings: the terminal, files on disk, fonts, the hub's answers, signals.
+"""Input and output: the terminal, atomic files, paths, fonts, hub errors and signals.
 
-`console` is the only module of the package that prints.
+Only `console` prints.
 """

@@ -1,7 +1,7 @@
-"""Files that are whole or absent: written under a temporary name in the same place, then renamed.
+"""Atomic writes: files and folders are written under a temporary name in the same folder, then renamed.
 
-Until then they are called `.NAME.vitft-new`; what they replace, `.NAME.vitft-old`; what is being removed,
-`.NAME.vitft-gone`. So whatever a kill leaves is known, and nobody else's files are taken for it.
+The temporary name is `.NAME.vitft-new`. What is being replaced is called `.NAME.vitft-old`, and what is being removed
+`.NAME.vitft-gone`. `clean_up` recognizes these names after a kill, and no other files.
 """
 
 import json
@@ -15,14 +15,14 @@ from typing import Any
 _NEW, _OLD, _GONE = ".vitft-new", ".vitft-old", ".vitft-gone"
 
 
-def _aside(path: Path, suffix: str) -> Path:
-    """The name that a file or folder has beside its own place."""
+def _sibling(path: Path, suffix: str) -> Path:
+    """The temporary name of a file or folder."""
     return path.parent / f".{path.name}{suffix}"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file's text, whole."""
-    temporary = _aside(path, _NEW)  # what a kill leaves is replaced by the next writing of this file
+    """Atomically write a text file, as UTF-8 with the line ends in `text`."""
+    temporary = _sibling(path, _NEW)  # overwrites any leftover of a killed process
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
             file.write(text)
@@ -37,20 +37,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Replace a file by a JSON document, whole."""
+    """Atomically write a JSON file. Raises ValueError for NaN and infinity."""
     write_text(path, json_text(document))
 
 
 def json_text(document: Any) -> str:
-    """A JSON document as it is written here."""
+    """Serialize a JSON document. Checksums depend on this format, so it must not change."""
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[bool]:
-    """Whether this process alone holds a folder, until it leaves or ends, however that happens; it leaves no file.
+def lock_folder(folder: Path) -> Iterator[bool]:
+    """Try to lock a folder while entered (or until the process ends); yields whether this process has the lock.
 
-    Where folders cannot be held (no such system call, some network disks) the answer is always True.
+    No lock file is written. Where folders cannot be locked (Windows, some network disks), it always yields True.
     """
     try:
         import fcntl
@@ -74,16 +74,16 @@ def held(folder: Path) -> Iterator[bool]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder to fill; on leaving, it takes the place of `path`, or vanishes on an error.
+    """Yield a temporary folder that replaces `path` on exit, or is deleted on an error.
 
-    Its files get the permissions that this process gives to new ones, whatever the writer gave them.
+    Files get the default permissions of the process (umask), whatever their writer set.
     """
-    temporary, previous = _aside(path, _NEW), _aside(path, _OLD)
-    if previous.exists() and not path.exists():  # a kill fell between the two renames below
+    temporary, previous = _sibling(path, _NEW), _sibling(path, _OLD)
+    if previous.exists() and not path.exists():  # a kill came between the two renames below
         previous.rename(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    mode = temporary.stat().st_mode & 0o666  # safetensors makes files that only their owner may read
+    mode = temporary.stat().st_mode & 0o666  # safetensors creates files that only the owner can read
     try:
         yield temporary
         for file in sorted(temporary.rglob("*")):
@@ -105,21 +105,21 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder, which is there whole or not at all."""
-    gone = _aside(path, _GONE)
+    """Delete a folder atomically: it is either complete or gone."""
+    gone = _sibling(path, _GONE)
     shutil.rmtree(gone, ignore_errors=True)
     path.rename(gone)
     shutil.rmtree(gone)
 
 
-def heal(folder: Path) -> None:
-    """Undo in a folder what a kill left half done: the former of two renames, and all that is under another name."""
-    for left in folder.glob(".?*.vitft-*"):
-        whole = folder / left.stem.removeprefix(".")
-        if left.suffix == _OLD and not whole.exists():
-            left.rename(whole)
-        elif left.suffix in (_NEW, _OLD, _GONE):
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+def clean_up(folder: Path) -> None:
+    """Clean up after a killed process: restore what was being replaced, and delete temporary files and folders."""
+    for leftover in folder.glob(".?*.vitft-*"):
+        original = folder / leftover.stem.removeprefix(".")
+        if leftover.suffix == _OLD and not original.exists():
+            leftover.rename(original)
+        elif leftover.suffix in (_NEW, _OLD, _GONE):
+            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
 
 
 def _sync(path: Path) -> None:

@@ -111,7 +111,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and {"step", "split"} <= found.keys() else None
 
 
-def forget_after(run: Path, step: int) -> None:
+def remove_after(run: Path, step: int) -> None:
     """Drop the lines of what will be done again: later steps, and the final score."""
     metrics = run / FILE
     if metrics.exists():

@@ -64,11 +64,11 @@ def _roll_back(run: Path, fault: Diverged, tried: int | None, *, further: bool) 
         for folder in ckpt.step_folders(run):
             step = ckpt.step_of(folder)
             untried = tried is None or step < tried or (further and step > tried)
-            if untried and ckpt.fault_of(folder) is None and ckpt.is_finite(folder):
+            if untried and ckpt.find_damage(folder) is None and ckpt.is_finite(folder):
                 config = ckpt.read_config(run)
                 config = config.model_copy(update={"lr": config.lr / 2})
                 ckpt.write_config(run, config)
-                ckpt.forget_after(run, step)
+                ckpt.remove_after(run, step)
                 console.warn(f"{fault.fault}; going back to {folder.name}, and on from there at --lr {config.lr:g}")
                 chosen = [step]
                 break

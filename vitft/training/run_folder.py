@@ -16,7 +16,7 @@ from vitft.data.split_record import FILE
 from vitft.data.splits import Split, manifest
 from vitft.errors import DataError, ModelError, UsageError, as_flag
 from vitft.hardware.device import environment
-from vitft.io.atomic import heal, held, write_json
+from vitft.io.atomic import clean_up, lock_folder, write_json
 from vitft.io.paths import composed, expanded
 from vitft.training.setup import Prepared, Stores, absolute, prepare
 
@@ -49,7 +49,7 @@ def make_room(output: Path, *, overwrite: bool) -> None:
     """
     if overwrite and output.is_dir():
         with alone_in(output):
-            ckpt.give_back(output)
+            ckpt.restore_replaced(output)
     ckpt.check_free(output, overwrite=overwrite)
 
 
@@ -94,13 +94,13 @@ def alone_in(run: Path) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":  # its processes are one run: the first holds the folder
         yield
         return
-    with held(run) as alone:
+    with lock_folder(run) as alone:
         if not alone:
             raise UsageError(f"{run}: another process is training there; wait for it, or choose another.")
         with suppress(OSError):  # where nothing may be written, training will say so
             for folder in (run, run / "checkpoints"):
-                heal(folder)
-            ckpt.settle(run)
+                clean_up(folder)
+            ckpt.undo_unfinished_replacement(run)
         yield
 
 
@@ -155,7 +155,7 @@ def prepared_again(run: Path, config: TrainConfig, checkpoint: Path | None, data
     origin = expanded(config.model)
     if checkpoint is not None or not origin.is_absolute() or origin.exists():
         return prepare(config, checkpoint, run, dataset)
-    kept = ckpt.set_aside_at(run, origin)
+    kept = ckpt.path_after_replacement(run, origin)
     if not kept.exists():
         raise ModelError(f"{config.model}, which {run} began from, is gone, and the run had saved nothing; start anew.")
     prepared = prepare(config.model_copy(update={"model": str(kept)}), run=run, dataset=dataset)
@@ -191,7 +191,7 @@ def changed(run: Path, before: TrainConfig, changes: dict[str, Any], *, finished
         was, now = getattr(before, name), getattr(after, name)
         longer = finished and name in LONGER and was is not None and now > was
         if was != now and not extra["changeable"] and name != "dataset" and not longer:
-            weights = ckpt.weights_in(run) or before.model
+            weights = ckpt.default_model(run) or before.model
             anew = ["vitft", "train", "--dataset", after.dataset, "--model", weights, as_flag(name), now]
             raise UsageError(
                 f"{run} began with {name} {was}, got {now}: it would no longer be the same run. "
@@ -227,7 +227,7 @@ def check_splits(run: Path, prepared: Prepared, stores: Stores, *, begun: bool, 
         raise DataError(f"{file}: not readable ({error}); start anew from the newest checkpoint of {run}.") from error
     for role, difference in differences.items():
         if difference:
-            weights = ckpt.weights_in(run) or prepared.config.model
+            weights = ckpt.default_model(run) or prepared.config.model
             raise DataError(
                 f"the {role} split is not the one the run began with: {difference}; "
                 "start a new run from its weights: vitft train "

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitft.checkpoints.checkpoint import find_model, is_run
-from vitft.checkpoints.metadata import prove, read_card
+from vitft.checkpoints.metadata import read_card, verify
 from vitft.config.train import SIZES, TrainConfig, range_of
 from vitft.data.decoder import unused_range
 from vitft.data.sources.source import ALIASES, DIGITS, Source, source_of
@@ -143,7 +143,7 @@ def _weights_of(model: str) -> str:
     folder = expanded(model)
     if is_run(folder):
         return str(find_model(folder))
-    prove(folder)
+    verify(folder)
     return model
 
 

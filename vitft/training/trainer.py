@@ -31,7 +31,7 @@ from vitft.io.signals import Interrupted, StopSignals
 from vitft.models.load import load_trained, saved
 from vitft.training import run_folder
 from vitft.training.autotune import tuned
-from vitft.training.callbacks import Callback, MetricsFile, Tracker, forget_after
+from vitft.training.callbacks import Callback, MetricsFile, Tracker, remove_after
 from vitft.training.diagnosis import PaceWatch, nothing_learned
 from vitft.training.dry_run import warn_if_long
 from vitft.training.recovery import REMEDY, Diverged, persisting
@@ -157,7 +157,7 @@ def resume(
 def _resume(
     run: Path, changes: dict[str, Any], dataset: Any, callbacks: Sequence[Callback], *, rolled_back: bool = False
 ) -> Result:  # fmt: skip
-    folder, passed = ckpt.newest_whole(run)
+    folder, passed = ckpt.newest_intact(run)
     for fault in passed:
         console.warn(f"passed over {fault}")
     state = ckpt.read_state(folder) if folder else State()
@@ -231,7 +231,7 @@ class _Run:
         if self.resumed_from is not None and not self.is_over(state):
             self._load_optimizer(self.resumed_from, state)
         if self.accelerator.is_main_process:
-            forget_after(self.run, state.step)
+            remove_after(self.run, state.step)
         window = self.window
         with (
             self.signals,
@@ -457,7 +457,7 @@ class _Run:
     def _diverged(self, what: str, step: int) -> TrainingError:
         if self.config.on_nan == "rollback":
             return Diverged(what, step)
-        good = next((folder for folder in ckpt.step_folders(self.run) if ckpt.fault_of(folder) is None), None)
+        good = next((folder for folder in ckpt.step_folders(self.run) if ckpt.find_damage(folder) is None), None)
         kept = f"the last good checkpoint is {good}" if good else "no checkpoint was saved before it"
         return TrainingError(f"{what} at step {step}; {kept}. {REMEDY}")
 

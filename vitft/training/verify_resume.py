@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from vitft.checkpoints.checkpoint import is_run, newest_whole, read_config, read_state
+from vitft.checkpoints.checkpoint import is_run, newest_intact, read_config, read_state
 from vitft.config.train import TrainConfig
 from vitft.errors import TrainingError
 from vitft.training.callbacks import recorded
@@ -68,7 +68,7 @@ def prove_resume(config: TrainConfig, work: Path, *, kills: int, seed: int, say:
             landed = _kill_at(reached + moments.randint(1, room), running, killed, moments.uniform(0, step_s))
             if not landed or _reached(killed) == steps:
                 break
-            folder, _ = newest_whole(killed)
+            folder, _ = newest_intact(killed)
             proof.kills.append((_reached(killed), read_state(folder).step if folder else 0))
             say(f"kill {len(proof.kills)}: at step {proof.kills[-1][0]}; whole is step {proof.kills[-1][1]}")
         else:
