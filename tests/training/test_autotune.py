@@ -2,13 +2,9 @@
 
 import copy
 import json
-import os
-import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,13 +16,12 @@ import transformers
 import yaml
 from PIL import Image
 
-import vitft.hardware.device
 import vitft.training.step
-from vitft import TrainConfig, __version__, evaluate, predict, train
+from vitft import TrainConfig, train
 from vitft.data import store
 from vitft.data.augment import CROP_AREA
 from vitft.errors import UsageError
-from vitft.hardware.device import find_attention, micro_batch
+from vitft.hardware.device import micro_batch
 from vitft.models.load import compiled, shape_of
 from vitft.spec import peak_activation_bytes
 from vitft.training import autotune, estimate, trainer
@@ -95,18 +90,6 @@ def test_threads_that_the_environment_sets_stand(
     assert autotune.tuned(prepared).threads == 3
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
-def test_no_more_threads_than_cpus_that_a_process_may_use() -> None:
-    code = """if True:
-        import os
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-        from vitft.hardware.device import cpus
-        print(cpus())
-    """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "1\n"
-
-
 def test_a_run_trains_scores_and_goes_on_with_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     step = Learner.step
@@ -121,14 +104,6 @@ def test_a_run_trains_scores_and_goes_on_with_its_threads(tmp_path: Path, monkey
 
 
 # -- attention ------------------------------------------------------------------------------------
-
-
-def test_attention_is_plain_where_few_tokens_make_it_faster() -> None:
-    assert find_attention("auto", "cpu", 50) == "eager"
-    assert find_attention("auto", "cpu", 1025) == "sdpa"
-    assert find_attention("auto", "cuda", 50) == "sdpa"
-    assert find_attention("auto", "cpu", None) is None  # a model without a stage table keeps its own
-    assert find_attention("sdpa", "cpu", 50) == "sdpa"
 
 
 @pytest.mark.parametrize("wanted", ["eager", "sdpa"])
@@ -308,35 +283,6 @@ def test_a_compiled_run_is_the_same_run(tmp_path: Path) -> None:
 def test_torch_compiles_the_forward_pass(prepared: Prepared) -> None:
     model, images = prepared.loaded.model.eval(), torch.randn(4, 3, 28, 28)
     assert torch.allclose(compiled(model)(pixel_values=images).logits, model(pixel_values=images).logits, atol=1e-5)
-
-
-# -- kernels that repeat themselves ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("device", "asked", "allowed"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
-)
-def test_deterministic_kernels_are_asked_for_on_a_gpu_and_for_the_run_alone(
-    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, device: str, asked: bool, allowed: bool
-) -> None:
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
-    settings = prepared.config.model_copy(update={"device": device, "deterministic": asked})
-    with suppress(ZeroDivisionError), vitft.hardware.device.deterministic(settings):
-        assert torch.are_deterministic_algorithms_enabled() is allowed
-        raise ZeroDivisionError
-    assert not torch.are_deterministic_algorithms_enabled()
-    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-
-
-# -- what is written down ---------------------------------------------------------------------------
-
-
-def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = vitft.hardware.device.version
-    monkeypatch.setattr(
-        vitft.hardware.device, "version", lambda name: real(name) if name != "vitft" else pytest.fail("asked")
-    )
-    assert vitft.hardware.device.environment()["versions"]["vitft"] == __version__
 
 
 # -- the trial ------------------------------------------------------------------------------------
@@ -537,43 +483,3 @@ def test_what_is_kept_is_counted_in_training_mode(prepared: Prepared) -> None:
     prepared.config = prepared.config.model_copy(update={"freeze": "backbone"})  # in it nothing is dropped
     with estimate.untouched(prepared):
         assert estimate._kept_counted(prepared, 2) < counted
-
-
-# -- precision ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("has", "faster", "processes", "chosen"),
-    [(True, True, 1, "bf16"), (True, False, 1, "fp32"), (False, True, 1, "fp32"), (True, True, 2, "fp32")],
-)
-def test_a_cpu_takes_bf16_where_it_is_measured_to_be_faster(
-    monkeypatch: pytest.MonkeyPatch, has: bool, faster: bool, processes: int, chosen: str
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    monkeypatch.setattr(vitft.hardware.device, "_cpu_has_bf16", lambda: has)
-    rates = {"bf16": 3e11 if faster else 1e11, "fp32": 2e11}
-    monkeypatch.setattr(vitft.hardware.device, "peak_flops", lambda device, precision, seconds: rates[precision])
-    vitft.hardware.device._bf16_is_faster.cache_clear()
-    try:
-        assert vitft.hardware.device.find_precision("auto", "cpu") == chosen
-        assert vitft.hardware.device.find_precision("bf16", "cpu") == "bf16"  # who asks for it gets it
-    finally:
-        vitft.hardware.device._bf16_is_faster.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"device": "cuda:0"}, "device cuda:0: use cuda, and choose the GPU with CUDA_VISIBLE_DEVICES"),
-        ({"device": "gpu"}, "device gpu: not one of auto, cpu, cuda, mps"),
-        ({"precision": "float16"}, "precision float16: not one of auto, fp32, bf16, fp16; choose one of these"),
-    ],
-)
-def test_a_device_or_precision_that_there_is_not_is_named_in_a_library_call(
-    digits_run: Any, given: dict[str, str], said: str
-) -> None:
-    with pytest.raises(UsageError, match=re.escape(said)):
-        evaluate(digits_run.run, **given)  # type: ignore[arg-type]
-    if "device" in given:
-        with pytest.raises(UsageError, match=re.escape(said)):
-            predict("docs/digits", digits_run.run, **given)

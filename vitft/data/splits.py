@@ -26,7 +26,7 @@ class Split:
     source: str  # the source's split that the rows come from
     rows: Rows  # row numbers there: ascending, or in the order that a run recorded
     labels: NDArray[np.int64]  # class indices
-    ids: Sequence[str | int]  # see `identity.ids`; row numbers in runs of old versions
+    ids: Sequence[str | int]  # see `identity.ids`; row numbers in runs of early versions
     hash: str  # of the source split's name, the ids and their class names
 
     def select(self, mask: NDArray[np.bool_], class_names: Sequence[str]) -> "Split":
