@@ -17,7 +17,7 @@ from vitft import TrainConfig, evaluate, predict, train
 from vitft.checkpoints import checkpoint as ckpt
 from vitft.checkpoints.metadata import read_card, verify, write_card
 from vitft.errors import DataError, ModelError, UsageError
-from vitft.explain.trace import trace
+from vitft.explain.trace import trace_image
 from vitft.io.atomic import lock_folder, new_folder, write_json, write_text
 from vitft.training.callbacks import recorded
 from vitft.training.run_folder import alone_in
@@ -269,7 +269,7 @@ def test_every_reader_of_a_checkpoint_detects_a_flipped_bit(copied: Path, name: 
     readers: list[Callable[[], object]] = [
         lambda: evaluate(copied),
         lambda: predict("docs/digits", copied),
-        lambda: trace(Path("docs/digits/nine.png"), copied),
+        lambda: trace_image(Path("docs/digits/nine.png"), copied),
         lambda: train(TrainConfig(dataset="digits", model=str(copied / "best"), max_steps=1), output=tmp_path / "new"),
     ]
     for read in readers:

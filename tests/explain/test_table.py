@@ -1,4 +1,4 @@
-"""The stage table as a person sees it, its JSON, and where its sizes come from."""
+"""The stage table on the screen and as JSON, and where its sizes come from."""
 
 import json
 import os
@@ -21,19 +21,19 @@ from vitft.explain.tour import tour
 from vitft.spec import PRESETS, ViTSpec, preset, stages, total, training_flops
 
 
-def shown(spec: ViTSpec, batch_size: int = 1, width: int = 80, **options: bool) -> str:
+def render(spec: ViTSpec, batch_size: int = 1, width: int = 80, **options: bool) -> str:
     screen = Console(width=width, file=StringIO(), color_system=None)
     screen.print(stage_table(spec, batch_size, **options))
     return screen.file.getvalue()  # type: ignore[attr-defined]
 
 
 def row(text: str, name: str) -> str:
-    """The line of the table that starts with a name, its columns one space apart."""
+    """The line of the table that starts with a name, with single spaces between columns."""
     return next(" ".join(line.split()) for line in text.splitlines() if line.split()[:1] == name.split()[:1])
 
 
-def test_every_cost_of_a_small_model_is_on_the_screen() -> None:
-    text = shown(PRESETS["vit-micro"])
+def test_the_table_of_a_small_model() -> None:
+    text = render(PRESETS["vit-micro"])
 
     assert row(text, "image") == "image 1×3×28×28 1×3×28×28 · · 9.4 kB"
     assert row(text, "embed.projection") == "embed.projection 1×3×28×28 1×64×7×7 3.1 k 301.1 k ·"
@@ -43,22 +43,22 @@ def test_every_cost_of_a_small_model_is_on_the_screen() -> None:
     assert row(text, "total") == "total 1×3×28×28 1×10 207.1 k 22.5 M 1.0 MB"
 
 
-def test_the_words_follow_an_image_to_its_logits() -> None:
-    words = " ".join(shown(PRESETS["vit-base"]).split())
+def test_the_summary_and_the_legend() -> None:
+    words = " ".join(render(PRESETS["vit-base"]).split())
 
     assert words.startswith(
         "224×224 pixels → 196 patches of 16×16 → 197 tokens of 768 numbers with the class token → 12 blocks "
-        "of attention (tokens look at each other) and mlp (each token alone) → the class token → 1000 logits"
+        "of attention (tokens look at each other) and MLP (each token on its own) → the class token → 1000 logits"
     )
-    assert "of 1 image." in words
+    assert "for 1 image." in words
     assert "a training step takes 105.4 G." in words
 
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("batch_size", [1, 32])
-def test_it_fits_80_columns_with_nothing_cut_or_wrapped(name: str, batch_size: int) -> None:
-    spec, wide = PRESETS[name], shown(PRESETS[name], batch_size, width=200)
-    narrow = shown(spec, batch_size)
+def test_all_columns_fit_in_80_characters(name: str, batch_size: int) -> None:
+    spec, wide = PRESETS[name], render(PRESETS[name], batch_size, width=200)
+    narrow = render(spec, batch_size)
 
     assert max(len(line) for line in narrow.splitlines()) <= 80
     assert "…" not in narrow
@@ -71,14 +71,14 @@ def test_it_fits_80_columns_with_nothing_cut_or_wrapped(name: str, batch_size: i
 @pytest.mark.parametrize(
     ("width", "columns"),
     [
-        (120, ["stage", "shape in", "shape out", "params", "FLOPs", "kept"]),
+        (120, ["stage", "shape in", "shape out", "params", "FLOPs", "saved"]),
         (60, ["stage", "shape out", "params", "FLOPs"]),
         (40, ["stage", "shape out"]),
     ],
 )
-def test_a_narrow_terminal_gets_fewer_columns_each_of_them_whole(name: str, width: int, columns: list[str]) -> None:
-    spec, text = PRESETS[name], shown(PRESETS[name], width=width)
-    lines, wide = text.splitlines(), shown(PRESETS[name], width=200)
+def test_a_narrow_terminal_drops_whole_columns(name: str, width: int, columns: list[str]) -> None:
+    spec, text = PRESETS[name], render(PRESETS[name], width=width)
+    lines, wide = text.splitlines(), render(PRESETS[name], width=200)
 
     assert max(len(line) for line in lines) <= width
     assert "…" not in text
@@ -88,40 +88,40 @@ def test_a_narrow_terminal_gets_fewer_columns_each_of_them_whole(name: str, widt
         cells = dict(zip(["stage", "shape in", "shape out"], row(wide, short).split()[:3], strict=True))
         assert row(text, short).split()[: min(len(columns), 2)] == [cells[column] for column in columns[:2]]
     sums = row(wide, "total").split()
-    said = " ".join(text.split("Shapes and costs")[1].split())
-    # What is left out is named, with its sum.
-    assert ("no room here for shape in, kept" in said) == (width < 80)
-    assert (f"kept ({' '.join(sums[-2:])} in all)" in said) == (width < 80)
-    assert (f"params ({' '.join(sums[3:5])} in all)" in said) == (width < 60)
+    legend = " ".join(text.split("Shapes and costs")[1].split())
+    # The legend names dropped columns, with their totals.
+    assert ("lack of width: shape in, saved" in legend) == (width < 80)
+    assert (f"saved (total {' '.join(sums[-2:])})" in legend) == (width < 80)
+    assert (f"params (total {' '.join(sums[3:5])})" in legend) == (width < 60)
 
 
-def test_equal_blocks_are_one_row_that_adds_up() -> None:
+def test_equal_blocks_are_summed_in_one_row() -> None:
     spec = PRESETS["vit-micro"]
-    text = shown(spec)
+    text = render(spec)
 
     assert row(text, "block") == "block 1"
     # 3 x 49,984 parameters, 3 x 5,555,200 FLOPs, 3 x 244,800 bytes.
     assert row(text, "blocks") == "blocks 2-4 as block 1 150.0 k 16.7 M 734.4 kB"
     assert text.count("attention.scores") == 1
-    assert "block 2 " in shown(replace(spec, layers=2))
-    assert "as block 1" not in shown(replace(spec, layers=1))
+    assert "block 2 " in render(replace(spec, layers=2))
+    assert "as block 1" not in render(replace(spec, layers=1))
 
 
-def test_all_blocks_are_shown_when_asked_for() -> None:
-    text = shown(PRESETS["vit-micro"], all_blocks=True)
+def test_all_blocks_are_shown_on_request() -> None:
+    text = render(PRESETS["vit-micro"], all_blocks=True)
 
     assert text.count("attention.scores") == 4
     assert "as block 1" not in text
     assert "block 4 " in text
-    assert row(text, "total") == row(shown(PRESETS["vit-micro"]), "total")
+    assert row(text, "total") == row(render(PRESETS["vit-micro"]), "total")
 
 
-def test_one_image_size_and_a_pre_logits_layer_give_the_known_shapes() -> None:
+def test_shapes_for_an_image_size_and_a_pre_logits_layer() -> None:
     spec = resolve_spec(
         image_size=512, patch_size=16, width=768, layers=6, heads=6, mlp=3072, pre_logits=2000, classes=1000
     )
-    found = document(spec)
-    shapes = {stage["name"]: stage["output"] for stage in found["stages"]}
+    table = document(spec)
+    shapes = {stage["name"]: stage["output"] for stage in table["stages"]}
     names = ("image", "embed.projection", "embed.patches", "embed.positions", "pool", "pre_logits", "head")
 
     assert [shapes[name] for name in names] == [
@@ -133,29 +133,29 @@ def test_one_image_size_and_a_pre_logits_layer_give_the_known_shapes() -> None:
         [1, 2000],
         [1, 1000],
     ]
-    assert "1×3×6×1025×128" in shown(spec)
+    assert "1×3×6×1025×128" in render(spec)
 
 
 def test_the_document_is_json_and_complete() -> None:
     spec = PRESETS["vit-micro"]
-    found = document(spec, 4)
+    table = document(spec, 4)
 
-    assert json.loads(json.dumps(found)) == found
-    assert list(found) == ["spec", "stages", "total"]
-    assert ViTSpec(**found["spec"]) == spec
-    assert [stage["name"] for stage in found["stages"]] == [stage.name for stage in stages(spec)]
-    for stage in found["stages"]:
+    assert json.loads(json.dumps(table)) == table
+    assert list(table) == ["spec", "stages", "total"]
+    assert ViTSpec(**table["spec"]) == spec
+    assert [stage["name"] for stage in table["stages"]] == [stage.name for stage in stages(spec)]
+    for stage in table["stages"]:
         assert list(stage) == ["name", "input", "output", "parameters", "flops", "activation_bytes"]
     sums = total(spec, 4)
-    assert found["total"] == {
+    assert table["total"] == {
         "parameters": sums.parameters,
         "flops": sums.flops,
         "activation_bytes": sums.activation_bytes,
     }
-    assert training_flops(spec, 4) == 3 * found["total"]["flops"]
+    assert training_flops(spec, 4) == 3 * table["total"]["flops"]
 
 
-def test_given_sizes_replace_those_of_the_model() -> None:
+def test_sizes_replace_those_of_the_model() -> None:
     assert resolve_spec() == preset("vit-base-patch16-224")
     assert resolve_spec("vit-tiny") == preset("vit-tiny")
     assert resolve_spec("vit-base", patch_size=32) == preset("vit-base-patch32-224")
@@ -184,14 +184,14 @@ def test_given_sizes_replace_those_of_the_model() -> None:
         ({"classes": 0}, "--classes must be an integer of at least 1, got 0; try --classes 1."),
         ({"patch_size": 0}, "--patch-size must be an integer of at least 1, got 0; try --patch-size 1."),
         ({"pre_logits": -3}, "--pre-logits must be an integer of at least 1, got -3; try --pre-logits 1."),
-        # One thing at a time: what is wrong with the heads is said next.
+        # One error at a time: that of the heads comes next.
         (
             {"image_size": 225, "heads": 7},
             "--image-size 225 is not a multiple of patch_size 16; try --image-size 224 or 240.",
         ),
     ],
 )
-def test_sizes_that_do_not_fit_are_named_as_flags_with_values_that_do(sizes: dict[str, int], message: str) -> None:
+def test_inconsistent_sizes_are_reported_as_flags_with_values_that_fit(sizes: dict[str, int], message: str) -> None:
     with pytest.raises(UsageError) as refused:
         resolve_spec(**sizes)  # type: ignore[arg-type]
 
@@ -200,8 +200,8 @@ def test_sizes_that_do_not_fit_are_named_as_flags_with_values_that_do(sizes: dic
         for value in filter(None, values):
             try:
                 resolve_spec(**(sizes | {flag.replace("-", "_"): int(value)}))  # type: ignore[arg-type]
-            except UsageError as next_one:
-                assert f"--{flag}" not in str(next_one)  # noqa: PT017  (what is left is another fault)
+            except UsageError as next_error:
+                assert f"--{flag}" not in str(next_error)  # noqa: PT017  (the remaining error is another one)
 
 
 def test_a_local_folder_needs_no_hub(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_local_folder_needs_no_hub(tmp_path: Path) -> None:
     [
         (b"{", "is unreadable"),
         (b"\xff\xfe\x00", "is unreadable"),
-        (b"[]", "holds no settings"),
+        (b"[]", "is not a JSON object"),
         (b'{"model_type": "swin"}', "no stage table for this architecture: swin"),
         (None, "no config.json in .*; give a Transformers model folder"),
     ],
@@ -229,7 +229,7 @@ def test_a_folder_without_a_usable_config_is_a_model_error(tmp_path: Path, conte
     assert "\n" not in str(refused.value)
 
 
-def test_a_run_folder_points_to_the_model_within(tmp_path: Path) -> None:
+def test_a_run_folder_suggests_the_model_inside(tmp_path: Path) -> None:
     (tmp_path / "best").mkdir()
     (tmp_path / "best" / "config.json").write_text("{}")
 
@@ -237,23 +237,23 @@ def test_a_run_folder_points_to_the_model_within(tmp_path: Path) -> None:
         resolve_spec(str(tmp_path))
 
 
-def test_a_mistyped_name_or_folder_never_asks_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistyped_name_or_folder_does_not_ask_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     for function in ("try_to_load_from_cache", "get_hf_file_metadata", "hf_hub_download"):
         monkeypatch.setattr(f"huggingface_hub.{function}", lambda *_: pytest.fail("asked the hub"))
 
-    with pytest.raises(UsageError, match=r"did you mean vit-base\? A local folder or a hub id"):
+    with pytest.raises(UsageError, match=r"did you mean vit-base\? You can also give a local folder or a hub id"):
         resolve_spec("vit-bse")
     for folder in ("./absent", "/absent/model", "~/absent", "a/b/c"):
         with pytest.raises(ModelError, match=f"no folder {folder}"):
             resolve_spec(folder)
 
 
-def test_a_hub_models_config_is_fetched_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_only_the_config_of_a_hub_model_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "deit"}')
-    asked: list[Any] = []
+    downloads: list[Any] = []
 
-    def download(*what: str) -> str:
-        asked.append(what)
+    def download(*arguments: str) -> str:
+        downloads.append(arguments)
         return str(tmp_path / "config.json")
 
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
@@ -261,7 +261,7 @@ def test_a_hub_models_config_is_fetched_alone(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
 
     assert resolve_spec("owner/name").prefix_tokens == 2
-    assert asked == [("owner/name", "config.json")]
+    assert downloads == [("owner/name", "config.json")]
 
 
 def test_a_cached_config_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_a_cached_config_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert resolve_spec("owner/name").patches == 49
 
 
-def test_an_unreachable_hub_is_one_line_with_a_way_out(tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     code = (
         "from vitft.errors import ModelError\nfrom vitft.explain.table import resolve_spec\n"
         "try: resolve_spec('owner/name')\nexcept ModelError as error: print(error)"
@@ -283,12 +283,12 @@ def test_an_unreachable_hub_is_one_line_with_a_way_out(tmp_path: Path) -> None:
         "HF_HUB_CACHE": str(tmp_path / "cache"),
         "HOME": str(tmp_path),
     }
-    ran = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | settings
     )
 
-    assert ran.stdout == (
-        "config.json of owner/name is neither in ~/cache nor to be had from https://huggingface.co "
+    assert result.stdout == (
+        "config.json of owner/name is not in ~/cache and cannot be downloaded from https://huggingface.co "
         "(OfflineModeIsEnabled); offline, give a local folder or a preset such as vit-base-patch16-224.\n"
     )
 
@@ -299,42 +299,40 @@ def test_presets_and_sizes_need_no_heavy_import() -> None:
         "document(resolve_spec(image_size=512, layers=6)); print(sorted(set(sys.modules) & "
         "{'torch', 'transformers', 'datasets', 'numpy', 'huggingface_hub', 'pydantic'}))"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
-    assert ran.stdout == "[]\n"
+    assert result.stdout == "[]\n"
 
 
-def test_without_options_it_is_a_tour_from_pixel_to_logit() -> None:
-    told = " ".join(CliRunner().invoke(app, ["explain"]).stdout.split())
-    assert told.startswith(
-        "How a Vision Transformer gets from a picture to an answer 1 cut A picture is 224×224 pixels"
-    )
-    # What the words say, worked out from the sizes.
+def test_without_options_there_is_a_tour() -> None:
+    text = " ".join(CliRunner().invoke(app, ["explain"]).stdout.split())
+    assert text.startswith("How a Vision Transformer turns an image into an answer 1 cut An image has 224×224 pixels")
+    # Numbers in the text, computed from the sizes.
     for words in (
         "150,528 numbers", "14×14 patches of 16×16 pixels, 768 numbers each", "the same matrix for all 196",
-        "each of the 197 tokens", "in 12 heads of 64 numbers", "widened to 3072 numbers", "There are 12,",
-        "33 % of all weights are in their attention, 65 % in their mlp", "1000 logits",
+        "To each of the 197 tokens", "in 12 heads of 64 numbers", "a linear layer to 3072 numbers", "There are 12,",
+        "33 % of all weights are in attention, 65 % in the MLPs", "1000 logits",
     ):  # fmt: skip
-        assert words in told
-    assert "total 1×3×224×224 1×1000" in told
-    assert told.endswith("vitft scratch train scalar")
+        assert words in text
+    assert "total 1×3×224×224 1×1000" in text
+    assert text.endswith("vitft scratch train scalar")
 
 
 def test_the_tour_names_every_stage_of_the_table() -> None:
-    told = " ".join(CliRunner().invoke(app, ["explain"]).stdout.split("The same")[0].split())
-    named = [name for brackets in re.findall(r"\[(.*?)\]", told) for name in brackets.split(", ")]
+    text = " ".join(CliRunner().invoke(app, ["explain"]).stdout.split("Stage by stage")[0].split())
+    named = [name for brackets in re.findall(r"\[(.*?)\]", text) for name in brackets.split(", ")]
     for stage in stages(PRESETS["vit-base"]):
         short = re.sub(r"^block\.\d+\.", "", stage.name)
         assert any(short == name or (name.endswith(".*") and short.startswith(name[:-1])) for name in named), short
 
 
 @pytest.mark.parametrize("option", [["--model", "vit-tiny"], ["--layers", "2"], ["--json"]])
-def test_who_asks_for_sizes_gets_the_table_alone(option: list[str]) -> None:
+def test_with_a_model_or_sizes_there_is_only_the_table(option: list[str]) -> None:
     assert "How a Vision Transformer" not in CliRunner().invoke(app, ["explain", *option]).stdout
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
-def test_the_tour_fits_the_screen(width: int) -> None:
+def test_the_tour_fits_the_width(width: int) -> None:
     screen = Console(width=width, file=StringIO(), color_system=None)
     screen.print(tour(PRESETS["vit-huge"]))
     assert max(map(len, screen.file.getvalue().splitlines())) <= min(width, 110)  # type: ignore[attr-defined]

@@ -166,7 +166,7 @@ def _scratch_train_scalar(output: Path | None, as_json: bool, overrides: dict[st
 def explain_sizes(given: dict[str, Any], batch_size: int, all_blocks: bool, as_json: bool) -> None:
     """The table of a ViT's stages; where no model and no size is given, a tour around it."""
     from vitft.explain.table import document, resolve_spec, stage_table
-    from vitft.explain.tour import further, tour
+    from vitft.explain.tour import next_steps, tour
 
     spec = resolve_spec(**given)
     if as_json:
@@ -174,7 +174,7 @@ def explain_sizes(given: dict[str, Any], batch_size: int, all_blocks: bool, as_j
     elif given:
         console.say(stage_table(spec, batch_size, all_blocks))
     else:
-        for part in (tour(spec), stage_table(spec, batch_size, all_blocks), further()):
+        for part in (tour(spec), stage_table(spec, batch_size, all_blocks), next_steps()):
             console.say(part)
 
 
@@ -190,27 +190,27 @@ def explain_image(
     if others:
         raise UsageError(f"{as_flag(others[0])} shapes a table without numbers; with --image, use --checkpoint alone.")
     with _loading():
-        from vitft.explain.attention import draw
+        from vitft.explain.attention import draw_attention
         from vitft.explain.page import write_page
-        from vitft.explain.stage import lesson_text, opened
-        from vitft.explain.trace import document, trace, trace_table
+        from vitft.explain.stage import find_lessons, lesson_text
+        from vitft.explain.trace import document, trace_image, trace_table
 
-    found = trace(image, checkpoint or "vit-micro")
-    lessons = [] if stage is None else opened(found, stage)
+    trace = trace_image(image, checkpoint or "vit-micro")
+    lessons = [] if stage is None else find_lessons(trace, stage)
     if as_json:
-        whole = document(found, [one.stage for one in lessons] or None)
-        for told, one in zip(whole["stages"], lessons, strict=False):
-            told["lesson"] = asdict(one)
-        console.say_json(whole)
+        result = document(trace, [lesson.stage for lesson in lessons] or None)
+        for row, lesson in zip(result["stages"], lessons, strict=False):
+            row["lesson"] = asdict(lesson)
+        console.say_json(result)
     elif lessons:
         console.say(lesson_text(lessons))
     elif folder is None and page is None:
-        console.say(trace_table(found))
+        console.say(trace_table(trace))
     if folder is not None:
-        written = draw(found, expanded(folder))
+        written = draw_attention(trace, expanded(folder))
         console.note(f"{len(written)} pictures in {folder}; {written[-1].name} has all of them")
     if page is not None:
-        write_page(found, expanded(page))
+        write_page(trace, expanded(page))
         console.note(f"{page}: open it in a browser; it needs no network")
 
 

@@ -1,1 +1,1 @@
-"""Tables and pages that show a ViT, stage by stage."""
+"""Explains a ViT stage by stage: tables, worked examples, attention maps, and a page for the browser."""

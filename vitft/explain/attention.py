@@ -1,4 +1,4 @@
-"""Where a ViT looks: what the class token takes from each patch, per layer and head, and through all layers."""
+"""Attention maps: attention weights of each layer and head as pictures, and attention rollout over all layers."""
 
 from pathlib import Path
 
@@ -12,107 +12,105 @@ from vitft.scratch.tensors import Array
 from vitft.spec import ViTSpec
 
 _CELL, _GAP, _MARGIN = 112, 6, 18  # pixels
-_PAPER, _INK, _FAINT = "#ffffff", "#1c1c1f", "#74747c"
+_BACKGROUND, _TEXT, _FAINT_TEXT = "#ffffff", "#1c1c1f", "#74747c"
 
 
-def weights(found: Trace) -> Array:
-    """What every token takes from every token: (layers, heads, N, N), rows sum to 1."""
-    return np.stack([found.by_numpy[f"block.{layer}.attention.softmax"][0] for layer in _layers(found)])
+def attention_weights(trace: Trace) -> Array:
+    """Attention weights of all layers: (layers, heads, N, N); rows sum to 1."""
+    layers = range(1, trace.spec.layers + 1)
+    return np.stack([trace.by_numpy[f"block.{layer}.attention.softmax"][0] for layer in layers])
 
 
-def shares(found: Trace) -> Array:
-    """What the class token takes from each patch: (layers, heads, rows, columns), each head's sum at most 1."""
-    return _pooled(weights(found), found.spec)
+def patch_attention(trace: Trace) -> Array:
+    """Attention weights on each patch of the token that the head reads: (layers, heads, rows, columns).
 
-
-def _pooled(taken: Array, spec: ViTSpec) -> Array:
-    """Of what tokens take, (..., N, N), the patches' part of the token that the head reads (of a mean: their mean)."""
-    own = taken[..., 0, :] if spec.pooling == "cls" else taken[..., spec.prefix_tokens :, :].mean(axis=-2)
-    patches: Array = own[..., spec.prefix_tokens :]
-    return patches.reshape(*taken.shape[:-2], *spec.grid)
-
-
-def rollout(found: Trace) -> Array:
-    """Attention through all layers: (rows, columns), sum 1 (Abnar & Zuidema 2020, section 3).
-
-    A block passes on half of a token as it is and half as the mean head mixed it; the product of these
-    over all blocks says how much of each patch reaches the class token.
+    With mean pooling, the mean over all patch tokens.
     """
-    tokens = found.spec.tokens
-    passed = np.eye(tokens)
-    for heads in weights(found).astype(np.float64):
-        mixed = heads.mean(axis=0)
-        passed = (0.5 * mixed + 0.5 * np.eye(tokens)) @ passed
-    patches = _pooled(passed, found.spec)
+    return _on_patches(attention_weights(trace), trace.spec)
+
+
+def _on_patches(weights: Array, spec: ViTSpec) -> Array:
+    """From weights (..., N, N), those of the pooled token on the patches: (..., rows, columns)."""
+    pooled = weights[..., 0, :] if spec.pooling == "cls" else weights[..., spec.prefix_tokens :, :].mean(axis=-2)
+    patches: Array = pooled[..., spec.prefix_tokens :]
+    return patches.reshape(*weights.shape[:-2], *spec.grid)
+
+
+def rollout(trace: Trace) -> Array:
+    """Attention rollout through all layers: (rows, columns), sum 1 (Abnar & Zuidema 2020, section 3).
+
+    Each block is taken as the mean of the identity, for the residual connection, and of its heads' mean attention. The
+    product over all blocks estimates how much each patch contributes to the pooled token.
+    """
+    identity = np.eye(trace.spec.tokens)
+    result = identity
+    for heads in attention_weights(trace).astype(np.float64):
+        result = (0.5 * heads.mean(axis=0) + 0.5 * identity) @ result
+    patches = _on_patches(result, trace.spec)
     patches /= patches.sum()
     return patches
 
 
-def _layers(found: Trace) -> range:
-    return range(1, found.spec.layers + 1)
+def draw_attention(trace: Trace, folder: Path) -> list[Path]:
+    """Write `layer-L-head-H.png` for every head, `rollout.png`, and an overview, `attention.png`, which comes last.
 
-
-def draw(found: Trace, folder: Path) -> list[Path]:
-    """Write `layer-L-head-H.png` for all, `rollout.png`, and all of them on `attention.png`.
-
-    Each is the image, lit where the attention is; the brightest patch of each picture is its largest share.
+    Each picture shows the image, bright where the attention weights are high, scaled to the picture's largest weight.
+    Raises UsageError if the folder cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--attention {folder}: cannot be made: {error.strerror or error}; choose another.") from error
-    heat = shares(found)
-    written = []
-    for layer, of_layer in enumerate(heat, 1):
-        for head, of_head in enumerate(of_layer, 1):
-            written.append(folder / f"layer-{layer:02d}-head-{head:02d}.png")
-            overlay(found, of_head, 224).save(written[-1])
-    written.append(folder / "rollout.png")
-    overlay(found, rollout(found), 448).save(written[-1])
-    written.append(folder / "attention.png")
-    contact_sheet(found, heat).save(written[-1])
-    return written
+        message = f"--attention {folder}: cannot be created: {error.strerror or error}; choose another."
+        raise UsageError(message) from error
+    maps = patch_attention(trace)
+    pictures = {
+        f"layer-{layer:02d}-head-{head:02d}.png": overlay(trace, head_map, 224)
+        for layer, layer_maps in enumerate(maps, 1)
+        for head, head_map in enumerate(layer_maps, 1)
+    }
+    pictures |= {"rollout.png": overlay(trace, rollout(trace), 448), "attention.png": contact_sheet(trace, maps)}
+    for name, picture in pictures.items():
+        picture.save(folder / name)
+    return [folder / name for name in pictures]
 
 
-def overlay(found: Trace, heat: Array, side: int) -> Image.Image:
-    """The image (side pixels wide), darkened where no attention falls, tinted where it does."""
-    height = round(side * found.spec.image_height / found.spec.image_width)
-    picture = Image.fromarray(found.pixels).resize((side, height), Image.Resampling.BICUBIC)
-    scaled = Image.fromarray((255 * heat / max(heat.max(), 1e-12)).astype(np.uint8))
-    mask = np.asarray(scaled.resize((side, height), Image.Resampling.NEAREST), np.float32)[..., None] / 255
-    grey = np.asarray(picture.convert("L").convert("RGB"), np.float32)
-    lit = 0.35 * grey * (1 - mask) + mask * (0.55 * np.asarray(picture, np.float32) + 0.45 * np.array([255, 176, 32]))
-    return Image.fromarray(lit.clip(0, 255).astype(np.uint8))
+def overlay(trace: Trace, weights: Array, width: int) -> Image.Image:
+    """The image, `width` pixels wide, dark and gray where the weights (rows, columns) are low, amber where high."""
+    height = round(width * trace.spec.image_height / trace.spec.image_width)
+    picture = Image.fromarray(trace.pixels).resize((width, height), Image.Resampling.BICUBIC)
+    scaled = Image.fromarray((255 * weights / max(weights.max(), 1e-12)).astype(np.uint8))
+    mask = np.asarray(scaled.resize((width, height), Image.Resampling.NEAREST), np.float32)[..., None] / 255
+    gray = np.asarray(picture.convert("L").convert("RGB"), np.float32)
+    tinted = 0.55 * np.asarray(picture, np.float32) + 0.45 * np.array([255, 176, 32])
+    return Image.fromarray((0.35 * gray * (1 - mask) + mask * tinted).clip(0, 255).astype(np.uint8))
 
 
-def contact_sheet(found: Trace, heat: Array) -> Image.Image:
-    """A row for each layer, a column for each head; the image and the rollout above them."""
-    layers, heads = heat.shape[:2]
-    left, top = _MARGIN + 62, _MARGIN + 2 * _CELL + 66
+def contact_sheet(trace: Trace, maps: Array) -> Image.Image:
+    """One row per layer and one column per head of maps (layers, heads, rows, columns), below image and rollout."""
+    layers, heads = maps.shape[:2]
+    left, top, large = _MARGIN + 62, _MARGIN + 2 * _CELL + 66, 2 * _CELL
     width = max(left + heads * (_CELL + _GAP) + _MARGIN, left + 5 * _CELL)
-    sheet = Image.new("RGB", (width, top + layers * (_CELL + _GAP) + _MARGIN), _PAPER)
+    sheet = Image.new("RGB", (width, top + layers * (_CELL + _GAP) + _MARGIN), _BACKGROUND)
     pen = ImageDraw.Draw(sheet)
-    label, score = found.scores[0]
-    big = 2 * _CELL
-    plain = Image.fromarray(found.pixels).resize((big, big), Image.Resampling.BICUBIC)
-    sheet.paste(plain, (left, _MARGIN))
-    sheet.paste(overlay(found, rollout(found), big).resize((big, big)), (left + big + _GAP, _MARGIN))
-    said = f"{label}, {100 * score:.1f} %"
-    pen.text((left, _MARGIN + big + 6), *_written(said, f"{100 * score:.1f} %", 14), anchor="lt")
-    pen.text((left + big + _GAP, _MARGIN + big + 6), *_written("attention rollout, all layers", "", 14), anchor="lt")
+
+    def write(
+        x: int, y: int, text: str, anchor: str, size: int = 12, color: str = _FAINT_TEXT, fallback: str = ""
+    ) -> None:
+        text, font = drawable(text, fallback)
+        pen.text((x, y), text, color, ImageFont.truetype(font, size), anchor=anchor)
+
+    label, score = trace.scores[0]
+    percent = f"{100 * score:.1f} %"
+    sheet.paste(Image.fromarray(trace.pixels).resize((large, large), Image.Resampling.BICUBIC), (left, _MARGIN))
+    sheet.paste(overlay(trace, rollout(trace), large).resize((large, large)), (left + large + _GAP, _MARGIN))
+    write(left, _MARGIN + large + 6, f"{label}, {percent}", "lt", 14, _TEXT, fallback=percent)
+    write(left + large + _GAP, _MARGIN + large + 6, "attention rollout, all layers", "lt", 14, _TEXT)
     for head in range(heads):
-        x = left + head * (_CELL + _GAP) + _CELL // 2
-        pen.text((x, top - 18), *_written(f"head {head + 1}", "", 12, _FAINT), anchor="mt")
+        write(left + head * (_CELL + _GAP) + _CELL // 2, top - 18, f"head {head + 1}", "mt")
     for layer in range(layers):
         y = top + layer * (_CELL + _GAP)
-        pen.text((left - 10, y + _CELL // 2), *_written(f"layer {layer + 1}", "", 12, _FAINT), anchor="rm")
+        write(left - 10, y + _CELL // 2, f"layer {layer + 1}", "rm")
         for head in range(heads):
-            sheet.paste(
-                overlay(found, heat[layer, head], _CELL).resize((_CELL, _CELL)), (left + head * (_CELL + _GAP), y)
-            )
+            picture = overlay(trace, maps[layer, head], _CELL).resize((_CELL, _CELL))
+            sheet.paste(picture, (left + head * (_CELL + _GAP), y))
     return sheet
-
-
-def _written(text: str, otherwise: str, size: int, ink: str = _INK) -> tuple[str, str, ImageFont.FreeTypeFont]:
-    text, file = drawable(text, otherwise)
-    return text, ink, ImageFont.truetype(file, size)

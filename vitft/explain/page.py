@@ -1,4 +1,4 @@
-"""A trace as one page that needs nothing else: where tokens look, and every stage, to be stepped through."""
+"""A trace as one self-contained HTML page: attention of every token, and every stage step by step."""
 
 import gzip
 import io
@@ -13,98 +13,97 @@ import numpy as np
 from PIL import Image
 
 from vitft.errors import UsageError
-from vitft.explain.attention import rollout, weights
+from vitft.explain.attention import attention_weights, rollout
 from vitft.explain.stage import lesson
-from vitft.explain.table import in_words
-from vitft.explain.trace import Trace, numbers
+from vitft.explain.table import summary
+from vitft.explain.trace import Trace, statistics
 from vitft.io.atomic import write_text
 from vitft.scratch.tensors import Array
 
-_ROWS, _COLUMNS = 128, 256  # of the picture of a stage's numbers, at most
-_GAP = -128  # in the place of a number: between two heads
-_CLASSES = 5  # that the page names
+_ROWS, _COLUMNS = 128, 256  # largest size of the picture of a stage
+_SEPARATOR = -128  # marks the column between two heads
+_CLASSES = 5  # shown on the page
 
 
-def write_page(found: Trace, file: Path) -> None:
-    """Write the page. Raises UsageError for a path that cannot be written."""
+def write_page(trace: Trace, file: Path) -> None:
+    """Write the page. Raises UsageError if the file cannot be written."""
     template = files("vitft.explain").joinpath("page.html").read_text(encoding="utf-8")
-    # A "<" of a class name must not end the script that holds it.
-    text = json.dumps(_document(found), allow_nan=False).replace("<", "\\u003c")
+    # A "<" in a class name must not end the script element that holds the data.
+    text = json.dumps(_document(trace), allow_nan=False).replace("<", "\\u003c")
     try:
         write_text(file, template.replace(">DATA<", f">{text}<"))
     except OSError as error:
         raise UsageError(f"--html {file}: cannot be written: {error.strerror or error}; choose another.") from error
 
 
-def _document(found: Trace) -> dict[str, Any]:
-    spec = found.spec
+def _document(trace: Trace) -> dict[str, Any]:
+    spec = trace.spec
     rows, columns = spec.grid
-    picture = io.BytesIO()
-    Image.fromarray(found.pixels).save(picture, "PNG")
+    image = io.BytesIO()
+    Image.fromarray(trace.pixels).save(image, "PNG")
     return {
-        "image": "data:image/png;base64," + _text(picture.getvalue()),
-        "image_name": found.path.name,
-        "checkpoint": found.checkpoint,
-        "told": " → ".join(in_words(spec)),
-        "scores": found.scores[:_CLASSES],
+        "image": "data:image/png;base64," + _base64(image.getvalue()),
+        "image_name": trace.path.name,
+        "checkpoint": trace.checkpoint,
+        "summary": " → ".join(summary(spec)),
+        "scores": trace.scores[:_CLASSES],
         "rows": rows, "columns": columns, "prefix": spec.prefix_tokens, "layers": spec.layers, "heads": spec.heads,
-        "attention": _text(gzip.compress(_packed(weights(found)), mtime=0)),
-        "rollout": rollout(found).ravel().tolist(),
-        "answer": "the class token" if spec.pooling == "cls" else "the mean of the patches",
+        "attention": _base64(gzip.compress(_quantized(attention_weights(trace)), mtime=0)),
+        "rollout": rollout(trace).ravel().tolist(),
+        "pooled": "the class token" if spec.pooling == "cls" else "the mean of the patch tokens",
         "stages": [
-            numbers(found, name) | asdict(lesson(found, name)) | {"picture": _picture(name, found)}
-            for name in found.by_numpy
+            statistics(trace, name) | asdict(lesson(trace, name)) | {"picture": _picture(name, trace)}
+            for name in trace.by_numpy
         ],
     }  # fmt: skip
 
 
-def _text(data: bytes) -> str:
+def _base64(data: bytes) -> str:
     return b64encode(data).decode("ascii")
 
 
-def _packed(shares: Array) -> bytes:
-    """The largest share of every row, float32, then each share as so many of 255 steps of it."""
-    largest: Array = shares.max(axis=-1, keepdims=True)  # above 0, for a row sums to 1
-    steps = np.rint(255 * shares / largest).astype(np.uint8)
+def _quantized(weights: Array) -> bytes:
+    """Attention weights in 8 bits: the maximum of every row in float32, then each weight as n / 255 of that, uint8."""
+    largest: Array = weights.max(axis=-1, keepdims=True)  # above 0, because rows sum to 1
+    steps = np.rint(255 * weights / largest).astype(np.uint8)
     return largest.astype("<f4").tobytes() + steps.tobytes()
 
 
-def _picture(name: str, found: Trace) -> dict[str, Any]:
-    """A stage's numbers as steps from −127 to 127; of a larger stage, each is the mean of those it stands for."""
-    array = found.by_numpy[name][0].astype(np.float64)
-    tokens = "A row is a token"
+def _picture(name: str, trace: Trace) -> dict[str, Any]:
+    """The numbers of a stage as a picture in steps from −127 to 127; a large stage is averaged down."""
+    array = trace.by_numpy[name][0].astype(np.float64)
     if name == "head":
-        parts, caption = [array[None]], f"A column is a class. The strongest is {found.scores[0][0]}."
+        panels, caption = [array[None]], f"Each column is a class. The strongest is {trace.scores[0][0]}."
     elif array.ndim == 1:
-        parts, caption = [array[None]], "A column is one number."
+        panels, caption = [array[None]], "Each column is one number."
     elif name == "image":
-        parts, caption = list(array), "The picture in each of its colours."
+        panels, caption = list(array), "The color channels of the image."
     elif name == "embed.projection":
-        parts, caption = [array.reshape(len(array), -1).T], "A row is a patch, a column one number of its token."
+        panels, caption = [array.reshape(len(array), -1).T], "Each row is a patch, each column a number of its token."
     elif name.endswith((".scores", ".softmax")):
-        parts, caption = list(array), "A square is a head: a row asks, a column answers."
+        panels, caption = list(array), "Each square is a head: rows are queries, columns are keys."
     elif name.endswith(".qkv"):
-        parts = list(array.transpose(0, 2, 1, 3).reshape(3, found.spec.tokens, -1))
-        caption = f"{tokens}; its queries, keys and values stand side by side."
+        panels = list(array.transpose(0, 2, 1, 3).reshape(3, trace.spec.tokens, -1))
+        caption = "Each row is a token, with its queries, keys and values side by side."
     else:
-        parts, caption = [array], f"{tokens}, a column one of its numbers."
-    rows, columns = parts[0].shape
-    small = [_shrunk(_shrunk(part, _ROWS).T, max(1, _COLUMNS // len(parts))).T for part in parts]
-    if (each := (-(-rows // len(small[0])), -(-columns // small[0].shape[1]))) != (1, 1):
-        caption += f" Of so many, each square here is the mean of up to {each[0]}×{each[1]}."
-    largest = max(float(np.abs(part).max()) for part in small) or 1.0
-    gap = np.full((len(small[0]), 1), _GAP)
-    painted = [piece for part in small for piece in (gap, np.rint(127 * part / largest))][1:]
-    steps = np.concatenate(painted, axis=1).astype(np.int8)
+        panels, caption = [array], "Each row is a token, each column one of its numbers."
+    rows, columns = panels[0].shape
+    small = [_averaged(_averaged(panel, _ROWS).T, max(1, _COLUMNS // len(panels))).T for panel in panels]
+    if (cell := (-(-rows // len(small[0])), -(-columns // small[0].shape[1]))) != (1, 1):
+        caption += f" To fit, each cell is the mean of up to {cell[0]}×{cell[1]} numbers."
+    largest = max(float(np.abs(panel).max()) for panel in small) or 1.0
+    separator = np.full((len(small[0]), 1), _SEPARATOR)
+    parts = [part for panel in small for part in (separator, np.rint(127 * panel / largest))][1:]
+    steps = np.concatenate(parts, axis=1).astype(np.int8)
     height, width = steps.shape
-    return {"height": height, "width": width, "largest": largest, "caption": caption, "steps": _text(steps.tobytes())}
+    return {"height": height, "width": width, "largest": largest, "caption": caption, "steps": _base64(steps.tobytes())}
 
 
-def _shrunk(matrix: Array, most: int) -> Array:
-    """At most so many rows, each the mean of the rows it stands for."""
-    if len(matrix) <= most:
+def _averaged(matrix: Array, max_rows: int) -> Array:
+    """The matrix with at most `max_rows` rows, each the mean of neighboring rows."""
+    if len(matrix) <= max_rows:
         return matrix
-    starts = np.arange(most) * len(matrix) // most
+    starts = np.arange(max_rows) * len(matrix) // max_rows
     counts = np.diff(np.append(starts, len(matrix)))
     means: Array = np.add.reduceat(matrix, starts, axis=0) / counts[:, None]
     return means

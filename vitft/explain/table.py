@@ -1,4 +1,4 @@
-"""A ViT as a table: what each stage does to shapes, and what it costs in parameters, FLOPs and memory."""
+"""A ViT as a table: shapes, parameters, FLOPs and saved activations of each stage."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -32,22 +32,21 @@ def resolve_spec(
     classes: int | None = None,
     pre_logits: int | None = None,
 ) -> ViTSpec:
-    """The ViT to explain: a preset, a local folder's or a hub model's config.json, and sizes of one's own.
+    """The ViT to explain: a preset, or the config.json of a local folder or hub model, with some sizes replaced.
 
-    Without a model the sizes are DEFAULT_MODEL's. Each size that is given replaces the model's; image
-    and patch sides are in pixels, and a given patch side is the stride too. Only a hub id
-    (`owner/name`) touches the cache or the network; a preset or sizes import no torch.
+    The default model is DEFAULT_MODEL. Image and patch sizes are in pixels; a new patch size also sets the stride. Only
+    a hub id (`owner/name`) uses the cache or the network. Presets and sizes do not import torch.
 
-    Raises UsageError for an unknown preset or sizes that do not fit together, as the flags that they
-    are, ModelError for a config.json that is missing, unreadable or no plain ViT's.
+    Raises UsageError, in terms of the command's flags, for an unknown preset or inconsistent sizes; ModelError if the
+    config.json is missing, unreadable or that of another architecture.
     """
-    given = {"image_size": image_size, "patch_size": patch_size, "width": width, "layers": layers,
+    sizes = {"image_size": image_size, "patch_size": patch_size, "width": width, "layers": layers,
              "heads": heads, "mlp": mlp, "classes": classes, "pre_logits": pre_logits}  # fmt: skip
-    return with_sizes(_model_spec(model or DEFAULT_MODEL), given, as_flag)
+    return with_sizes(_model_spec(model or DEFAULT_MODEL), sizes, as_flag)
 
 
 def _model_spec(model: str) -> ViTSpec:
-    """The sizes of a preset, a local folder or a hub id, looked for in that order."""
+    """The spec of a preset, a local folder or a hub id, tried in that order."""
     folder = expanded(model)
     if model in PRESETS:
         return PRESETS[model]
@@ -58,14 +57,13 @@ def _model_spec(model: str) -> ViTSpec:
     if "/" in model:
         raise ModelError(f"no folder {model}; give a local model folder, a hub id (owner/name) or a preset.")
     try:
-        # A mistyped preset is no reason to ask the hub.
-        return preset(model)
+        return preset(model)  # raises for a mistyped name, without asking the hub
     except UsageError as error:
-        raise UsageError(f"{error} A local folder or a hub id (owner/name) will do too.") from None
+        raise UsageError(f"{error} You can also give a local folder or a hub id (owner/name).") from None
 
 
 def _hub_config(model: str) -> Path:
-    """The cached or downloaded config.json of a hub model; raises ModelError where neither can be had."""
+    """The cached or downloaded config.json of a hub model. Raises ModelError if there is neither."""
     import huggingface_hub as hub
 
     from vitft.io.hub_errors import ask, without_secrets
@@ -77,17 +75,17 @@ def _hub_config(model: str) -> Path:
             return Path(cached)
         ask(model, "config.json")
         return Path(hub.hf_hub_download(model, "config.json"))
-    except Exception as error:  # a bad id, no such model, no network: the hub has no common error for them
+    except Exception as error:  # a bad id, no such model, no network: these have no common base class
         cache = shown(Path(hub.constants.HF_HUB_CACHE))
         endpoint = without_secrets(hub.constants.ENDPOINT)
         raise ModelError(
-            f"config.json of {model} is neither in {cache} nor to be had from {endpoint} "
+            f"config.json of {model} is not in {cache} and cannot be downloaded from {endpoint} "
             f"({type(error).__name__}); offline, give a local folder or a preset such as {DEFAULT_MODEL}."
         ) from None
 
 
 def _read_config(path: Path, model: str) -> ViTSpec:
-    """The sizes in a config.json."""
+    """The spec of a config.json."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -97,19 +95,19 @@ def _read_config(path: Path, model: str) -> ViTSpec:
     except (OSError, ValueError) as error:
         raise ModelError(f"config.json of {model} is unreadable ({error}); save the model again.") from None
     if not isinstance(config, dict):
-        raise ModelError(f"config.json of {model} holds no settings; save the model again.")
+        raise ModelError(f"config.json of {model} is not a JSON object; save the model again.")
     return spec_from_config(config)
 
 
 def document(spec: ViTSpec, batch_size: int = 1) -> dict[str, Any]:
     """All stages, JSON-ready: {"spec": fields of ViTSpec, "stages": [fields of Stage], "total": sums}.
 
-    Shapes are lists; FLOPs and activation bytes are of one forward pass of the batch (see `stages`).
-    Raises UsageError for a batch below 1.
+    Shapes are lists; FLOPs and activation bytes are those of one forward pass of the batch (see `spec.stages`).
+    Raises UsageError for a batch_size below 1.
     """
-    every = [_as_json(stage) for stage in stages(spec, batch_size)]
+    parts = [_as_json(stage) for stage in stages(spec, batch_size)]
     sums = _as_json(total(spec, batch_size))
-    return {"spec": asdict(spec), "stages": every, "total": {name: sums[name] for name in _COSTS}}
+    return {"spec": asdict(spec), "stages": parts, "total": {name: sums[name] for name in _COSTS}}
 
 
 _COSTS = ("parameters", "flops", "activation_bytes")
@@ -119,35 +117,34 @@ def _as_json(stage: Stage) -> dict[str, Any]:
     return {**asdict(stage), "input": list(stage.input), "output": list(stage.output)}
 
 
-# The columns of the table. In a narrow terminal some go, first those whose numbers stand elsewhere or
-# say least: an input is the output above it.
-_COLUMNS = ("stage", "shape in", "shape out", "params", "FLOPs", "kept")
-_FIRST_TO_GO = ("shape in", "kept", "FLOPs", "params")
+# The columns of the table, and the order in which a narrow terminal drops them, least informative first.
+_COLUMNS = ("stage", "shape in", "shape out", "params", "FLOPs", "saved")
+_OPTIONAL = ("shape in", "saved", "FLOPs", "params")
 Row = tuple[str | Text, ...] | None
-"""A cell for each column; None is a gap."""
+"""A cell for each column, or None for a gap between rows."""
 
 
 @dataclass(frozen=True)
 class StageTable:
-    """What `stage_table` gives: it takes its width from where it is shown."""
+    """A table that drops columns to fit the width of the terminal."""
 
-    words: Text
+    summary: Text
     rows: list[Row]
     total: tuple[str, ...]
     legend: str
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The words, as many columns as there is room for, and the legend."""
+        """The summary, as many columns as fit, and the legend."""
         unbounded = options.update(width=10_000)
-        for count in range(len(_FIRST_TO_GO) + 1):
-            gone = _FIRST_TO_GO[:count]
-            table = self._table([name for name in _COLUMNS if name not in gone])
+        for count in range(len(_OPTIONAL) + 1):
+            dropped = _OPTIONAL[:count]
+            table = self._table([name for name in _COLUMNS if name not in dropped])
             if console.measure(table, options=unbounded).maximum <= options.max_width:
                 break
         sums = dict(zip(_COLUMNS, self.total, strict=True))
-        named = (name if name == "shape in" else f"{name} ({sums[name]} in all)" for name in gone)
-        missing = f" There is no room here for {', '.join(named)}." if gone else ""
-        yield self.words
+        described = (name if name == "shape in" else f"{name} (total {sums[name]})" for name in dropped)
+        missing = f" Not shown for lack of width: {', '.join(described)}." if dropped else ""
+        yield self.summary
         yield table
         yield Text(self.legend + missing, style="dim")
 
@@ -167,10 +164,10 @@ class StageTable:
 
 
 def stage_table(spec: ViTSpec, batch_size: int = 1, all_blocks: bool = False) -> StageTable:
-    """The ViT in words, the table of its stages, and what the columns mean; 80 columns are enough for all.
+    """A summary of the ViT, the table of its stages, and a legend; all columns fit in a width of 80.
 
-    The blocks after the first are one row, unless `all_blocks`. Names are those of `stages`, shapes
-    start with the batch. Raises UsageError for a batch below 1.
+    Blocks after the first are combined in one row, unless `all_blocks`. Names are those of `spec.stages`; shapes start
+    with the batch. Raises UsageError for a batch_size below 1.
     """
     rows: list[Row] = []
     repeated: list[Stage] = []
@@ -188,13 +185,13 @@ def stage_table(spec: ViTSpec, batch_size: int = 1, all_blocks: bool = False) ->
                 rows.append((name, _shape(step.input), _shape(step.output), *_costs([step])))
         rows.append(None)
     sums = total(spec, batch_size)
-    whole = ("total", _shape(sums.input), _shape(sums.output), *_costs([sums]))
-    words = Text(" → ", "bold cyan").join(Text(step) for step in in_words(spec)).append("\n")
-    return StageTable(words, rows, whole, _legend(spec, batch_size))
+    total_row = ("total", _shape(sums.input), _shape(sums.output), *_costs([sums]))
+    text = Text(" → ", "bold cyan").join(Text(step) for step in summary(spec)).append("\n")
+    return StageTable(text, rows, total_row, _legend(spec, batch_size))
 
 
 def _block(stage: Stage) -> int:
-    """Number of the encoder block a stage is in; 0 before the first and after the last."""
+    """The number of the encoder block a stage is in, or 0 outside the blocks."""
     return int(stage.name.split(".")[1]) if stage.name.startswith("block.") else 0
 
 
@@ -202,14 +199,14 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "×".join(str(side) for side in shape)
 
 
-def _costs(some: list[Stage]) -> list[str]:
-    """Parameters, FLOPs and activation bytes of some stages together; a dot stands for 0."""
-    parameters, flops, kept = (sum(getattr(stage, cost) for stage in some) for cost in _COSTS)
-    return [_count(parameters) or "·", _count(flops) or "·", size(kept) if kept else "·"]
+def _costs(parts: list[Stage]) -> list[str]:
+    """Total parameters, FLOPs and activation bytes of some stages, with a dot for 0."""
+    parameters, flops, saved = (sum(getattr(stage, cost) for stage in parts) for cost in _COSTS)
+    return [_count(parameters) or "·", _count(flops) or "·", size(saved) if saved else "·"]
 
 
 def _count(number: float) -> str:
-    """A count in three or four digits: 769, 590.6 k, 35.1 G; nothing for 0."""
+    """A count with up to four digits and a unit: 769, 590.6 k, 35.1 G; an empty string for 0."""
     if number < 1000:
         return f"{number:.0f}" if number else ""
     for unit in ("k", "M", "G", "T"):
@@ -219,17 +216,17 @@ def _count(number: float) -> str:
     return f"{number / 1000:.1f} P"
 
 
-def in_words(spec: ViTSpec) -> tuple[str, ...]:
-    """The steps of a sentence that follows an image through the model."""
+def summary(spec: ViTSpec) -> tuple[str, ...]:
+    """What happens to an image in the model, step by step, each in a few words."""
     blocks = "1 block" if spec.layers == 1 else f"{spec.layers} blocks"
     prefix = {0: "", 1: " with the class token"}.get(spec.prefix_tokens, f" with {spec.prefix_tokens} prefix tokens")
     return (
         f"{spec.image_height}×{spec.image_width} pixels",
         f"{spec.patches} patch{'es' if spec.patches > 1 else ''} of {spec.patch_height}×{spec.patch_width}",
         f"{spec.tokens} tokens of {spec.width} numbers{prefix}",
-        f"{blocks} of attention (tokens look at each other) and mlp (each token alone)",
+        f"{blocks} of attention (tokens look at each other) and MLP (each token on its own)",
         "the class token" if spec.pooling == "cls" else "the mean of the patch tokens",
-        f"{spec.classes} logits, one a class",
+        f"{spec.classes} logits, one per class",
     )
 
 
@@ -237,6 +234,6 @@ def _legend(spec: ViTSpec, batch_size: int) -> str:
     images = "1 image" if batch_size == 1 else f"{batch_size} images"
     training = _count(training_flops(spec, batch_size))
     return (
-        f"\nShapes and costs are of {images}. FLOPs are those of the matrix products, 2 a multiply-add; a "
-        f"training step takes {training}. kept: float32 outputs that wait in memory for the backward pass."
+        f"\nShapes and costs are for {images}. FLOPs are those of matrix products, 2 per multiply-add; a training "
+        f"step takes {training}. saved: float32 activations kept in memory for the backward pass."
     )

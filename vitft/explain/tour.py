@@ -1,4 +1,4 @@
-"""A ViT in words, with its own numbers: from pixel to logit, for those who have never seen one."""
+"""A tour of a ViT in words, with its own sizes: from pixels to logits, for readers who have never seen one."""
 
 from rich.console import Group
 from rich.table import Table
@@ -9,65 +9,66 @@ from vitft.spec import ViTSpec, stages, total
 
 
 def tour(spec: ViTSpec) -> Group:
-    """Each step of a plain ViT: its name, what it does and why, and the stages of the table that it is."""
+    """The steps of a plain ViT: what each does and why, and its stages in the table."""
     steps = Table.grid(padding=(0, 2, 0, 0))
     steps.add_column(justify="right", style="bold cyan", no_wrap=True)
     steps.add_column(style="bold", no_wrap=True)
     steps.add_column(overflow="fold", max_width=92)
-    for number, (name, of_table, words) in enumerate(_steps(spec), 1):
-        steps.add_row(str(number), name, Text.assemble(words, (f"  [{of_table}]", "dim")))
+    for number, (name, stage_names, words) in enumerate(_steps(spec), 1):
+        steps.add_row(str(number), name, Text.assemble(words, (f"  [{stage_names}]", "dim")))
         steps.add_row()
-    title = Text("How a Vision Transformer gets from a picture to an answer\n", "bold")
-    return Group(title, steps, Text("The same, stage by stage:\n", "bold"))
+    title = Text("How a Vision Transformer turns an image into an answer\n", "bold")
+    return Group(title, steps, Text("Stage by stage:\n", "bold"))
 
 
 def _steps(spec: ViTSpec) -> list[tuple[str, str, str]]:
+    """(name, stages in the table, explanation) of each step."""
     pixels = spec.channels * spec.image_height * spec.image_width
     in_patch = spec.channels * spec.patch_height * spec.patch_width
     rows, columns = spec.grid
-    parts = {part: _share(spec, part) for part in (".attention.", ".mlp.")}
+    attention, mlp = (_parameter_fraction(spec, part) for part in (".attention.", ".mlp."))
     return [
         ("cut", "image", (
-            f"A picture is {spec.image_height}×{spec.image_width} pixels in {spec.channels} colours: {pixels:,} "
+            f"An image has {spec.image_height}×{spec.image_width} pixels in {spec.channels} color channels: {pixels:,} "
             f"numbers. It is cut into {rows}×{columns} patches of {spec.patch_height}×{spec.patch_width} pixels, "
-            f"{in_patch} numbers each. A patch is to this model what a word is to a model of language.")),
+            f"{in_patch} numbers each. Patches are to this model what words are to a language model.")),
         ("embed", "embed.projection, embed.patches", (
-            f"One learned matrix turns each patch into a token: {spec.width} numbers that say what is in this square. "
-            f"It is the same matrix for all {spec.patches}, so an edge is an edge wherever it is.")),
-        ("gather", "embed.class_token", (
-            "One more token goes before them, the class token. It is learned, and the same for every picture; it will "
+            f"One learned matrix turns each patch into a token: {spec.width} numbers that describe what is in this "
+            f"square. It is the same matrix for all {spec.patches}, so an edge looks the same wherever it is.")),
+        ("prepend", "embed.class_token", (
+            "One more token is put in front, the class token. It is learned, and the same for every image. It will "
             "collect what the answer needs.")),
-        ("place", "embed.positions", (
-            f"To each of the {spec.tokens} tokens its place's own learned numbers are added. The next step takes them "
-            "in any order: without their places a shuffled picture would be the same picture.")),
+        ("locate", "embed.positions", (
+            f"To each of the {spec.tokens} tokens, the learned numbers of its position are added. The next step "
+            "ignores the order of tokens: without positions, a shuffled image would be the same image.")),
         ("attend", "attention.*", (
-            "Every token asks all others. It makes a query (what I look for), a key (what I have) and a value (what I "
-            f"tell), in {spec.heads} heads of {spec.head_width} numbers. Where a query meets a key that fits, more of "
-            f"that token's value comes in: softmax(q · k / √{spec.head_width}) makes shares that sum to 1, "
-            f"{spec.tokens}×{spec.tokens} of them a head. What came in is added to the token.")),
-        ("think", "mlp.*", (
-            f"Then each token by itself: widened to {spec.mlp} numbers, bent (GELU: high ones pass, low ones are held "
-            f"back), and narrowed to {spec.width}. This too is added.")),
+            "Every token asks all tokens. It computes a query (what am I looking for?), a key (what do I have?) and a "
+            f"value (what do I pass on?), in {spec.heads} heads of {spec.head_width} numbers. The better its query "
+            "matches another token's key, the more of that token's value it takes: softmax(q · k / "
+            f"√{spec.head_width}) gives weights that sum to 1, {spec.tokens}×{spec.tokens} of them per head. The "
+            "result is added to the token.")),
+        ("transform", "mlp.*", (
+            f"Then each token on its own: a linear layer to {spec.mlp} numbers, a non-linear function (GELU lets high "
+            f"numbers pass and holds low ones back), and a linear layer back to {spec.width}. This is added, too.")),
         ("repeat", f"blocks 1-{spec.layers}", (
-            f"Attending and thinking are one block. There are {spec.layers}, each with weights of its own: the deeper, "
-            "the farther its tokens look (Dosovitskiy et al. 2020, figure 7). "
-            f"{percent(parts['.attention.'], 0)} of all weights are in their attention, "
-            f"{percent(parts['.mlp.'], 0)} in their mlp.")),
+            f"Attention and MLP together are one block. There are {spec.layers}, each with its own weights. The deeper "
+            "the block, the farther its tokens look (Dosovitskiy et al. 2020, figure 7). "
+            f"{percent(attention, 0)} of all weights are in attention, {percent(mlp, 0)} in the MLPs.")),
         ("answer", "norm, pool, head", (
-            f"The class token alone goes on, to one last matrix: {spec.classes} logits, one a class. The largest is "
-            "the answer; exp of each, divided by their sum, are the probabilities.")),
+            f"Only the class token goes on, to one last matrix: {spec.classes} logits, one per class. The largest is "
+            "the answer; softmax turns the logits into probabilities.")),
     ]  # fmt: skip
 
 
-def _share(spec: ViTSpec, part: str) -> float:
-    """Of all parameters, those in stages of this part."""
+def _parameter_fraction(spec: ViTSpec, part: str) -> float:
+    """The fraction of all parameters that are in stages with this part in their name."""
     return sum(stage.parameters for stage in stages(spec) if part in stage.name) / total(spec).parameters
 
 
-def further() -> Text:
+def next_steps() -> Text:
     """Where to go from here."""
     return Text.assemble(
-        "\nWith real numbers: ", ("vitft explain --image FILE", "bold"), ", and add ", ("--html page.html", "bold"),
-        " to explore them in a browser.\nThe code of every step, and its gradients: docs/textbook.md. A whole ViT that "
-        "learns, in seconds: ", ("vitft scratch train scalar", "bold"),
+        "\nWith real numbers: ", ("vitft explain --image FILE", "bold"), "; add ", ("--html page.html", "bold"),
+        " to explore them in a browser.\nThe code of every step, with its gradients: docs/textbook.md. A whole ViT "
+        "that learns in seconds: ", ("vitft scratch train scalar", "bold"),
     )  # fmt: skip

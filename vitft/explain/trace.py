@@ -1,7 +1,7 @@
-"""One image through one checkpoint, three times: by the NumPy chapters, the torch one, and Transformers.
+"""One image through one checkpoint, three times: with the NumPy chapters, the torch chapter, and Transformers.
 
-Every stage has the name that `vitft.spec.stages` gives it. What the three make of it should differ by
-rounding alone; here one sees by how much.
+Stages have the names of `vitft.spec.stages`. The three computations should differ only by rounding; the trace shows by
+how much.
 """
 
 from collections.abc import Callable, Iterable
@@ -39,9 +39,10 @@ Stages = dict[str, Array]
 
 @dataclass(frozen=True)
 class Trace:
-    """What every stage made of one image, float32, by whom; pixels are the model's input before normalising.
+    """The output of every stage for one image, float32, from each of the three computations.
 
-    A textbook network is none that Transformers could be: `by_transformers` is empty then.
+    `pixels` is the model's input before normalization; `mean` and `std` normalize its first channel. For a textbook
+    network, which Transformers cannot run, `by_transformers` is empty.
     """
 
     path: Path
@@ -50,116 +51,115 @@ class Trace:
     labels: tuple[str, ...]
     spec: ViTSpec
     weights: ViT
-    normal: tuple[float, float]  # mean and standard deviation that the first channel is normalised by
+    mean: float
+    std: float
     by_numpy: Stages
     by_torch: Stages
     by_transformers: Stages
 
     @property
     def scores(self) -> list[tuple[str, float]]:
-        """The classes' probabilities, best first."""
-        shares = softmax(self.by_numpy["head"][0].astype(np.float64))
-        return [(self.labels[i], float(shares[i])) for i in np.argsort(-shares)]
+        """Class names and probabilities, the highest first."""
+        probabilities = softmax(self.by_numpy["head"][0].astype(np.float64))
+        return [(self.labels[i], float(probabilities[i])) for i in np.argsort(-probabilities)]
 
 
-def trace(image: Path, checkpoint: str | Path) -> Trace:
-    """Follow an image through a checkpoint: a run, one of its folders, a Transformers ViT folder or hub id.
+def trace_image(image: Path, checkpoint: str | Path) -> Trace:
+    """Run an image through a checkpoint: a run of `train` or `scratch train`, a Transformers ViT folder or a hub id.
 
-    A run of `vitft scratch train` will do too. Raises DataError for an image that cannot be read,
-    ModelError for what is no plain ViT.
+    Raises DataError if the image cannot be read, ModelError if the checkpoint is not a plain ViT.
     """
     folder = expanded(checkpoint)
     by_numpy, by_torch, by_transformers = Stages(), Stages(), Stages()
     if is_textbook_run(folder):
         network = read_run(folder)
-        spec, weights, labels = network.spec, network.weights, network.labels
-        normal = network.mean[0], network.std[0]
-        shown = _fitted(image, Preprocess(spec.image_height, spec.image_width))
-        pixels = torch.from_numpy(augment.normalize(_channels(shown, spec), network.mean, network.std))
+        spec, weights, labels, mean, std = network.spec, network.weights, network.labels, network.mean, network.std
+        pixels = _model_input(image, Preprocess(spec.image_height, spec.image_width))
+        x = torch.from_numpy(augment.normalize(_channels_first(pixels, spec), mean, std))
     else:
-        where = find_model(folder)
-        if not where.exists() and "/" in str(checkpoint) and folder.parent.is_dir():
+        if not find_model(folder).exists() and "/" in str(checkpoint) and folder.parent.is_dir():
             raise ModelError(f"{checkpoint}: no such folder; give a run, a model folder or a hub id.")
         loaded = load_model(checkpoint, headless=True)
         if loaded.new_head:
-            console.warn(f"{checkpoint} has no classification head: the stages after pool are of an untrained one")
+            console.warn(f"{checkpoint} has no classification head: the stages after pool use an untrained one")
         if loaded.scoring != "softmax":
             raise ModelError(
-                f"{checkpoint}: scores each label by itself ({loaded.scoring}), and the chapters end in a softmax; "
-                "use a checkpoint that tells one class."
+                f"{checkpoint} scores each label on its own ({loaded.scoring}), but the chapters end with a softmax; "
+                "use a single-label checkpoint."
             )
         model, labels = loaded.model.eval(), loaded.labels
-        config = model.config.to_dict()
-        spec = spec_from_config(config)
+        spec = spec_from_config(config := model.config.to_dict())
         if config["model_type"] != "vit":
             raise ModelError(
-                f"{checkpoint} is a {config['model_type']}: the chapters follow plain ViTs (vit); choose one."
+                f"{checkpoint} is a {config['model_type']}, but the chapters follow plain ViTs; use one (vit)."
             )
-        how = loaded.preprocess
-        shown, normal = _fitted(image, how), (how.mean[0], how.std[0])
-        pixels = normalize(torch.from_numpy(shown)[None], how).contiguous()
+        preprocess = loaded.preprocess
+        mean, std, pixels = preprocess.mean, preprocess.std, _model_input(image, preprocess)
+        x = normalize(torch.from_numpy(pixels)[None], preprocess).contiguous()
         weights = from_transformers({name: p.detach().numpy() for name, p in model.named_parameters()}, spec)
         with torch.no_grad():
-            _watch_transformers(model, spec, _keep(by_transformers))(pixels)
-    with np.errstate(all="ignore"):  # broken weights are told in words, below
-        vit(pixels.numpy(), weights, spec, watch=_keep(by_numpy))
+            _run_transformers(model, spec, x, _save_to(by_transformers))
+    with np.errstate(all="ignore"):  # non-finite numbers are reported below
+        vit(x.numpy(), weights, spec, watch=_save_to(by_numpy))
     with torch.no_grad():
-        TorchViT(spec).load(weights).watched_by(_keep(by_torch))(pixels)
-    if bad := next((name for name, array in by_numpy.items() if not np.isfinite(array).all()), None):
-        raise ModelError(f"{checkpoint}: {bad} is not finite: its weights are broken; use another checkpoint.")
-    return Trace(image, str(checkpoint), shown, labels, spec, weights, normal, by_numpy, by_torch, by_transformers)
+        TorchViT(spec).load(weights).watched_by(_save_to(by_torch))(x)
+    if broken := next((name for name, array in by_numpy.items() if not np.isfinite(array).all()), None):
+        raise ModelError(f"{checkpoint}: non-finite numbers in {broken}: broken weights; use another checkpoint.")
+    return Trace(
+        image, str(checkpoint), pixels, labels, spec, weights, mean[0], std[0], by_numpy, by_torch, by_transformers
+    )
 
 
-def _fitted(image: Path, how: Preprocess) -> NDArray[np.uint8]:
-    """The image at the model's size, (H, W, 3)."""
+def _model_input(image: Path, preprocess: Preprocess) -> NDArray[np.uint8]:
+    """The image at the size of the model's input, (H, W, 3)."""
     try:
-        decoded = decode(expanded(image), value_range=how.value_range)
+        decoded = decode(expanded(image), value_range=preprocess.value_range)
     except (BadImage, OSError) as error:
         raise DataError(f"{image}: {getattr(error, 'strerror', None) or error}; give an image file.") from None
-    fitted: NDArray[np.uint8] = resize_and_crop(torch.from_numpy(decoded)[None], how)[0].numpy()
-    return fitted
+    pixels: NDArray[np.uint8] = resize_and_crop(torch.from_numpy(decoded)[None], preprocess)[0].numpy()
+    return pixels
 
 
-def _channels(image: NDArray[np.uint8], spec: ViTSpec) -> NDArray[np.uint8]:
-    """The image (H, W, 3) as a batch of one, (1, C, H, W), grey where the network has one channel."""
+def _channels_first(image: NDArray[np.uint8], spec: ViTSpec) -> NDArray[np.uint8]:
+    """The image (H, W, 3) as a batch (1, C, H, W), in gray for a network with one channel."""
     planes = np.asarray(Image.fromarray(image).convert("L"))[..., None] if spec.channels == 1 else image
     return planes.transpose(2, 0, 1)[None]
 
 
-def _keep(stages: Stages) -> Callable[[str, Array], None]:
+def _save_to(stages: Stages) -> Callable[[str, Array], None]:
     return lambda name, array: stages.update({name: np.array(array)})
 
 
-def _watch_transformers(model: Any, spec: ViTSpec, keep: Callable[[str, Array], None]) -> Callable[[Any], Any]:
-    """The model with hooks that keep what its modules make; what no module makes follows from those by one step."""
-    model.set_attn_implementation("eager")  # the fused one never has the attention weights
-    body = model.base_model
+def _run_transformers(model: Any, spec: ViTSpec, pixels: torch.Tensor, save: Callable[[str, Array], None]) -> None:
+    """Run Transformers' model with hooks that save the stages, which are inputs or outputs of its modules."""
+    model.set_attn_implementation("eager")  # fused attention never computes the attention weights
+    base = model.base_model
     handles = []
 
-    def after(module: Any, name: str, change: Callable[[Any], Any] = lambda made: made) -> None:
-        handles.append(module.register_forward_hook(lambda _m, _i, made: keep(name, change(made).numpy())))
+    def after(module: Any, name: str, change: Callable[[Any], Any] = lambda output: output) -> None:
+        handles.append(module.register_forward_hook(lambda _, __, output: save(name, change(output).numpy())))
 
     def before(module: Any, name: str) -> None:
-        handles.append(module.register_forward_pre_hook(lambda _m, given: keep(name, given[0].numpy())))
+        handles.append(module.register_forward_pre_hook(lambda _, inputs: save(name, inputs[0].numpy())))
 
-    before(body.embeddings.patch_embeddings, "image")
-    after(body.embeddings.patch_embeddings.projection, "embed.projection")
-    after(body.embeddings.patch_embeddings, "embed.patches")
-    positions = body.embeddings.position_embeddings
-    after(body.embeddings, "embed.class_token", lambda tokens: tokens - positions)
-    after(body.embeddings, "embed.positions")
-    for number, layer in enumerate(body.layers, 1):
+    before(base.embeddings.patch_embeddings, "image")
+    after(base.embeddings.patch_embeddings.projection, "embed.projection")
+    after(base.embeddings.patch_embeddings, "embed.patches")
+    positions = base.embeddings.position_embeddings
+    after(base.embeddings, "embed.class_token", lambda tokens: tokens - positions)
+    after(base.embeddings, "embed.positions")
+    for number, layer in enumerate(base.layers, 1):
         attention, mlp = f"block.{number}.attention", f"block.{number}.mlp"
-        heads: list[Any] = []
+        projections: list[Any] = []
 
-        def qkv(made: Any, heads: list[Any] = heads) -> Any:
-            heads.append(made.unflatten(-1, (spec.heads, spec.head_width)).transpose(1, 2))
-            return torch.stack(heads, dim=1)
+        def stack(output: Any, projections: list[Any] = projections) -> Any:
+            projections.append(output.unflatten(-1, (spec.heads, spec.head_width)).transpose(1, 2))
+            return torch.stack(projections, dim=1)
 
         after(layer.layernorm_before, f"{attention}.norm")
         for projection in (layer.attention.q_proj, layer.attention.k_proj, layer.attention.v_proj):
-            after(projection, f"{attention}.qkv", qkv)
-        after(layer.attention, f"{attention}.softmax", lambda made: made[1])
+            after(projection, f"{attention}.qkv", stack)  # saved three times; the last one has all of them
+        after(layer.attention, f"{attention}.softmax", lambda outputs: outputs[1])
         before(layer.attention.o_proj, f"{attention}.mix")
         after(layer.attention.o_proj, f"{attention}.output")
         before(layer.layernorm_after, f"{attention}.residual")
@@ -168,76 +168,73 @@ def _watch_transformers(model: Any, spec: ViTSpec, keep: Callable[[str, Array], 
         after(layer.mlp.activation_fn, f"{mlp}.activation")
         after(layer.mlp.fc2, f"{mlp}.out")
         after(layer, f"{mlp}.residual")
-    after(body.layernorm, "norm")
+    after(base.layernorm, "norm")
     before(model.classifier, "pool")
     after(model.classifier, "head")
-
-    def run(pixels: Any) -> None:
-        try:
-            model(pixel_values=pixels)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    return run
+    try:
+        model(pixel_values=pixels)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-# -- what a person and a program see of it --------------------------------------------------------
+# -- the trace as a document and as a table --------------------------------------------------------
 
 
-def document(found: Trace, stages: Iterable[str] | None = None) -> dict[str, Any]:
-    """The trace, JSON-ready: image, scores, and of each stage (or of these) its numbers and differences.
-
-    max_abs_diff is the largest difference of two numbers, max_rel_diff that relative to the stage's
-    largest value. A stage that Transformers never has as a tensor of its own has null there.
-    """
+def document(trace: Trace, stages: Iterable[str] | None = None) -> dict[str, Any]:
+    """The trace, JSON-ready: image, scores, and `statistics` of all stages or of the given ones."""
     return {
-        "image": str(found.path),
-        "scores": [{"label": label, "score": score} for label, score in found.scores],
-        "stages": [numbers(found, name) for name in (found.by_numpy if stages is None else stages)],
+        "image": str(trace.path),
+        "scores": [{"label": label, "score": score} for label, score in trace.scores],
+        "stages": [statistics(trace, name) for name in (trace.by_numpy if stages is None else stages)],
     }
 
 
-def numbers(found: Trace, name: str) -> dict[str, Any]:
-    """What `document` says of a stage."""
-    ours = found.by_numpy[name].astype(np.float64)
-    largest = float(np.abs(ours).max()) or 1.0
-    others = {"numpy_torch": found.by_torch.get(name), "numpy_transformers": found.by_transformers.get(name)}
-    gaps = {pair: None if their is None else float(np.abs(ours - their).max()) for pair, their in others.items()}
+def statistics(trace: Trace, name: str) -> dict[str, Any]:
+    """Statistics of a stage, and the largest differences between the computations, JSON-ready.
+
+    max_abs_diff is the largest absolute difference; max_rel_diff is that relative to the largest value of the stage.
+    Both are None for a stage that Transformers never has as a tensor.
+    """
+    array = trace.by_numpy[name].astype(np.float64)
+    largest = float(np.abs(array).max()) or 1.0
+    others = {"numpy_torch": trace.by_torch.get(name), "numpy_transformers": trace.by_transformers.get(name)}
+    differences = {
+        pair: None if other is None else float(np.abs(array - other).max()) for pair, other in others.items()
+    }
     return {
-        "name": name, "shape": list(ours.shape), "mean": float(ours.mean()), "std": float(ours.std()),
-        "min": float(ours.min()), "max": float(ours.max()), "norm": float(np.linalg.norm(ours)),
-        "max_abs_diff": gaps,
-        "max_rel_diff": {pair: None if gap is None else gap / largest for pair, gap in gaps.items()},
+        "name": name, "shape": list(array.shape), "mean": float(array.mean()), "std": float(array.std()),
+        "min": float(array.min()), "max": float(array.max()), "norm": float(np.linalg.norm(array)),
+        "max_abs_diff": differences,
+        "max_rel_diff": {pair: None if value is None else value / largest for pair, value in differences.items()},
     }  # fmt: skip
 
 
-def trace_table(found: Trace) -> Group:
-    """The stages of a trace as a table, and what the differences mean; 80 columns are enough."""
-    pairs = {"numpy_torch": "≠ torch"} | ({"numpy_transformers": "≠ HF"} if found.by_transformers else {})
+def trace_table(trace: Trace) -> Group:
+    """The stages of a trace as a table with a legend; it fits in 80 columns."""
+    pairs = {"numpy_torch": "Δ torch"} | ({"numpy_transformers": "Δ HF"} if trace.by_transformers else {})
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("stage", no_wrap=True)
     table.add_column("shape", overflow="fold")
     for name in ("mean", "std", "min", "max", *pairs.values()):
         table.add_column(name, justify="right", no_wrap=True)
-    worst = 0.0
-    for name in found.by_numpy:
-        of_stage = numbers(found, name)
-        gaps = [of_stage["max_rel_diff"][pair] for pair in pairs]
-        worst = max(worst, *(gap for gap in gaps if gap is not None))
-        short = name.replace("block.", "").replace("attention", "attn")
+    largest = 0.0
+    for name in trace.by_numpy:
+        row = statistics(trace, name)
+        differences = [row["max_rel_diff"][pair] for pair in pairs]
+        largest = max(largest, *(value for value in differences if value is not None))
+        short_name = name.replace("block.", "").replace("attention", "attn")
         table.add_row(
-            short, "×".join(map(str, of_stage["shape"])),
-            *(f"{of_stage[key]:.3g}" for key in ("mean", "std", "min", "max")),
-            *("·" if gap is None else f"{gap:.0e}" for gap in gaps),
+            short_name, "×".join(map(str, row["shape"])), *(f"{row[key]:.3g}" for key in ("mean", "std", "min", "max")),
+            *("·" if value is None else f"{value:.0e}" for value in differences),
         )  # fmt: skip
-    best = ", ".join(f"{label} {100 * score:.1f} %" for label, score in found.scores[:3])
-    by = "the torch chapter (≠ torch)" + (" and Transformers (≠ HF)" if found.by_transformers else "")
-    dot = "A dot: Transformers has no such tensor. " if found.by_transformers else ""
+    best = ", ".join(f"{label} {100 * score:.1f} %" for label, score in trace.scores[:3])
+    others = "the torch chapter (Δ torch)" + (" and by Transformers (Δ HF)" if trace.by_transformers else "")
+    dot = "A dot: Transformers has no such tensor. " if trace.by_transformers else ""
     legend = (
-        f"\n{safe(str(found.path))}: {safe(best)}\n"
-        f"Every stage was computed by the NumPy chapters and again by {by}; shown is the largest difference, relative "
-        f"to the stage's largest value. The worst is {worst:.1e}: rounding of float32. "
-        f"{dot}--stage opens a stage, --html makes a page of all this, --json has all numbers."
+        f"\n{safe(str(trace.path))}: {safe(best)}\n"
+        f"Every stage is computed by the NumPy chapters, and again by {others}. Δ is the largest difference, relative "
+        f"to the stage's largest value. The largest of all is {largest:.1e}: float32 rounding. "
+        f"{dot}--stage explains a stage, --html writes a page to explore, --json prints all numbers."
     )
     return Group(table, Text(legend, "dim"))
