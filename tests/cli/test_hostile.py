@@ -369,7 +369,7 @@ def test_a_pickle_whose_memo_is_longer_than_itself_is_not_read(tmp_path: Path) -
         (tmp_path / "data_batch_1").write_bytes(content)
         said = within(400 * MB, loaded_source, tmp_path)
         assert said.startswith("DataError: "), said
-        assert "is no CIFAR batch: " in said
+        assert "is not a CIFAR batch: " in said
         assert "MemoryError" not in said
     holed(tmp_path / "data_batch_1", memo, 1_500 * MB)
     assert "it has 1,500,000,000 bytes, over 500,000,000" in within(100 * MB, loaded_source, tmp_path)
@@ -397,7 +397,7 @@ def test_a_parquet_file_of_few_bytes_and_gigabytes_of_values_is_not_read(kind: s
     assert file.stat().st_size < MB
     said = within(600 * MB, loaded_source, file)
     assert re.search(
-        r"DataError: .* rows take .* or more, and the file has .*; no data set of images is like that", said
+        r"DataError: .* rows need .* or more, from a file of .*; no image dataset compresses like that", said
     )
 
 

@@ -34,7 +34,7 @@ def splits(column: str, *values: str, labels: str = "cat dog cat dog") -> Files:
 PLAIN = [
     Case("plain", csv(*ROWS), "t.csv", CATS, decided=("images: column 'path'", "labels: column 'label'")),
     Case("path-outside", {"a.png": photo(), "lists/t.csv": "path,label\n../a.png,cat\n"}, "lists/t.csv",
-         error=("line 2", "a.png leads out of", "--allow-outside")),
+         error=("line 2", "a.png is outside of", "--allow-outside")),
     Case("path-outside-asked-for", photos("a.png", "b.png") | {"lists/t.csv": "path,label\n../a.png,cat\n../b.png,dog\n"},
          "lists/t.csv", {"train": {"cat": 1, "dog": 1}}, options={"allow_outside": True}),
     Case("a-url", csv("https://example.org/0.png,cat"), "t.csv", error=("line 2", "download")),
@@ -47,7 +47,7 @@ PLAIN = [
          error=("none of the 2 images", "0.png, line 2", "--image-folder")),
     Case("some-images-are-missing", csv(*ROWS, "4.png,cat"), "t.csv",
          {"train": {"cat": "0.png 2.png 4.png", "dog": "1.png 3.png"}},
-         warned="1 of 5 images are not there: the first is 4.png, line 6"),
+         warned="1 of 5 images do not exist (first: 4.png, line 6)"),
     Case("an-image-listed-twice", csv(*ROWS, "0.png,cat"), "t.csv",
          {"train": {"cat": "0.png 2.png 0.png", "dog": "1.png 3.png"}}, warned="1 rows name an image twice"),
     Case("an-image-with-two-labels", csv(*ROWS, "0.png,dog"), "t.csv",
@@ -56,7 +56,7 @@ PLAIN = [
 
 COMMAS = [  # and other ways in which a row is not what its writer meant
     Case("unquoted-comma", csv("0.png,crane, bird", "1.png,maillot"), "t.csv",
-         error=("line 2 has 3 cells", "the first row 2", "in quotes")),
+         error=("line 2 has 3 cells", "the header 2", "in quotes")),
     Case("unquoted-comma-before-a-split", csv("0.png,maillot,train", "1.png,crane, bird,train", header="path,label,split"),
          "t.csv", error=("line 3 has 4 cells", "crane | bird")),
     Case("quoted-comma", csv('0.png,"crane, bird"', '1.png,"crane, machine"'), "t.csv",
@@ -65,7 +65,7 @@ COMMAS = [  # and other ways in which a row is not what its writer meant
          error=("line 3 has 1 cells", "fill in")),
     Case("an-open-quote", csv('0.png,"cat', *ROWS[1:]), "t.csv", error="unexpected end of data"),
     Case("an-open-quote-and-much-text", csv('0.png,"cat', *ROWS[1:], *["x" * 999] * 150), "t.csv",
-         error=("line 137", "a cell has over 131,072 characters; close the quote")),
+         error=("line 137", "a cell has over 131,072 characters; close the open quote")),
     Case("a-long-cell", csv(*ROWS, "3.png," + "x" * 140_000), "t.csv", error=("line 6", "a cell has over 131,072 char")),
     Case("two-open-quotes", csv('0.png,"cat', '1.png,"dog', *ROWS[2:]), "t.csv", error="line 3"),
     Case("line-ends-in-quotes", csv('0.png,"crane\r\nbird"', "1.png,maillot"), "t.csv",
@@ -96,7 +96,7 @@ FORMS = [
     Case("spaces-around-names-and-cells", csv(*(f" {row.replace(',', ' , ')} " for row in ROWS), header=" path , label "),
          "t.csv", CATS),
     Case("comment-lines", FOUR | {"t.csv": "# drawn, by hand\n# 2024\npath,label\n" + "\n".join(ROWS) + "\n# the end\n"},
-         "t.csv", CATS, decided="3 lines of comment"),
+         "t.csv", CATS, decided="3 comment lines"),
     Case("no-header-and-a-long-comment", FOUR | {"t.csv": "# " + "x" * 140_000 + "\n" + "\n".join(ROWS)}, "t.csv", CATS),
     Case("header-in-a-comment", FOUR | {"t.csv": "#path,label\n" + "\n".join(ROWS)}, "t.csv", CATS,
          decided="the header is a comment"),
@@ -104,19 +104,19 @@ FORMS = [
     Case("utf-16", FOUR | {"t.csv": "\n".join(["path,label", "0.png,chat", "1.png,crème"]).encode("utf-16")}, "t.csv",
          {"train": {"chat": "0.png", "crème": "1.png"}}, decided="UTF-16"),
     Case("utf-16-without-a-mark", FOUR | {"t.csv": "\n".join(["path,label", *ROWS]).encode("utf-16-le")}, "t.csv", CATS,
-         decided="UTF-16 without a mark"),
+         decided="UTF-16 without a byte order mark"),
     Case("latin-1", FOUR | {"t.csv": "path,label\n0.png,crème brûlée\n1.png,cat\n".encode("latin-1")}, "t.csv",
-         {"train": {"cat": "1.png", "crème brûlée": "0.png"}}, warned=("read as Windows-1252: '0.png,crème brûlée'",)),
+         {"train": {"cat": "1.png", "crème brûlée": "0.png"}}, warned=("read as Windows-1252 ('0.png,crème brûlée'",)),
     Case("latin-1-after-a-megabyte", FOUR | {"t.csv": (f"# {'x' * 600_000}\n" * 2 + "path,label\n0.png,crème\n1.png,cat\n")
                                              .encode("latin-1")}, "t.csv", {"train": {"cat": "1.png", "crème": "0.png"}},
-         warned="read as Windows-1252: '0.png,crème'"),
+         warned="read as Windows-1252 ('0.png,crème'"),
     Case("gbk-asked-for", FOUR | {"t.csv": "path,label\n0.png,猫\n1.png,狗\n".encode("gbk")}, "t.csv",
          {"train": {"狗": "1.png", "猫": "0.png"}}, options={"encoding": "gbk"}),
     Case("neither-utf-8-nor-western", FOUR | {"t.csv": "path,label\n0.png,ねこ\n1.png,スター\n".encode("shift_jis")}, "t.csv",
          error=("neither UTF-8 nor Windows-1252", "--encoding")),
     Case("no-such-encoding", csv(*ROWS), "t.csv", error="encoding 'klingon'", options={"encoding": "klingon"}),
-    Case("a-zip-called-csv", {"t.csv": b"PK\x03\x04" + bytes(40)}, "t.csv", error="is no text"),
-    Case("one-endless-line", {"t.csv": "path,label\n" + "x" * 1_000_001}, "t.csv", error="line 2 is longer than 1,000,000"),
+    Case("a-zip-called-csv", {"t.csv": b"PK\x03\x04" + bytes(40)}, "t.csv", error="is not text"),
+    Case("one-endless-line", {"t.csv": "path,label\n" + "x" * 1_000_001}, "t.csv", error="line 2 is over 1,000,000"),
     Case("backslashes", photos("a/0.png", "b/1.png") | {"t.csv": "path,label\na\\0.png,cat\nb\\1.png,dog\n"}, "t.csv",
          {"train": {"cat": "a/0.png", "dog": "b/1.png"}}),
     Case("unicode-forms", photos("cafe\u0301/u\u0308.png", "b.png")
@@ -129,15 +129,15 @@ FORMS = [
 KAGGLE = [  # and where images are
     Case("dog-breeds", photos("train/0a.jpg", "train/0b.jpg", "test/0c.jpg") | {"labels.csv": "id,breed\n0a,pug\n0b,akita\n"},
          "labels.csv", {"train": {"akita": "train/0b.jpg", "pug": "train/0a.jpg"}},
-         decided=("images: column 'id'", "labels: column 'breed', the only other one", "found in train/ with .jpg added")),
+         decided=("images: column 'id'", "labels: column 'breed', the only other one", "of the images in train/ with .jpg added")),
     Case("columns-of-no-use", csv("0.png,cat,3,4", "1.png,dog,5,6", header="path,label,width,height"), "t.csv",
          {"train": {"cat": "0.png", "dog": "1.png"}}, decided="not used: column width, height"),
     Case("plant-pathology", photos("images/Train_0.jpg", "images/Train_1.jpg")
          | {"train.csv": "image_id,healthy,rust,scab\nTrain_0,0,1,0\nTrain_1,1,0,0\n"},
-         "train.csv", {"train": {"healthy": "images/Train_1.jpg", "rust": "images/Train_0.jpg"}}, decided="is 1: healthy"),
+         "train.csv", {"train": {"healthy": "images/Train_1.jpg", "rust": "images/Train_0.jpg"}}, decided="one-hot in 3 columns: healthy"),
     Case("capital-id-and-label", photos("train/1.png", "train/2.png", "test/1.png", "test/2.png")
          | {"trainLabels.csv": "Id,Label\n1,frog\n2,truck\n"}, "trainLabels.csv",
-         error="1 is in test and in train; name the folder of the images with --image-folder"),
+         error="1 is in both test and train; give the folder of the images with --image-folder"),
     Case("the-tables-name-says-the-folder", photos("train/1.png", "train/2.png", "test/1.png", "test/2.png")
          | {"train_labels.csv": "Id,Label\n1,frog\n2,truck\n"}, "train_labels.csv",
          {"train": {"frog": "train/1.png", "truck": "train/2.png"}}),
@@ -146,7 +146,7 @@ KAGGLE = [  # and where images are
          {"train": {"frog": "train/1.png", "truck": "train/2.png"}, "test": {"truck": "test/1.png"}}),
     Case("an-image-of-the-test-is-none-of-train", photos("train/1.png", "test/2.png")
          | {"train.csv": "id,label\n1,frog\n2,truck\n"}, "train.csv",
-         {"train": {"frog": "train/1.png", "truck": "2"}}, warned="1 of 2 images are not there: the first is 2, line 3"),
+         {"train": {"frog": "train/1.png", "truck": "2"}}, warned="1 of 2 images do not exist (first: 2, line 3)"),
     Case("validation-images-in-the-folder-of-train", photos("train/1.png", "train/2.png")
          | {"t.csv": "file,label,split\n1.png,frog,train\n2.png,truck,val\n"}, "t.csv",
          {"train": {"frog": "train/1.png"}, "val": {"truck": "train/2.png"}}),
@@ -156,13 +156,13 @@ KAGGLE = [  # and where images are
     Case("class-folders-one-below", photos(*(f"{i % 3}/{i}.png" for i in range(6)))
          | {"t.csv": "file,label\n" + "".join(f"{i}.png,{'ab'[i % 2]}\n" for i in range(6))}, "t.csv",
          {"train": {"a": "0/0.png 2/2.png 1/4.png", "b": "1/1.png 0/3.png 2/5.png"}},
-         decided="6 of the images are found in 0/ and 2 more folders"),
+         decided="6 of the images in 0/ and 2 more folders"),
     Case("ham10000", photos("part_1/ISIC_1.jpg", "part_2/ISIC_2.jpg", "part_2/ISIC_3.jpg")
          | {"metadata.csv": "lesion_id,image_id,dx,age\nH1,ISIC_1,nv,80\nH1,ISIC_2,mel,80\nH2,ISIC_3,nv,75\n"},
          "metadata.csv", {"train": {"mel": "part_2/ISIC_2.jpg", "nv": "part_1/ISIC_1.jpg part_2/ISIC_3.jpg"}},
-         options={"label_column": "dx"}, decided="labels: column 'dx', as asked for"),
+         options={"label_column": "dx"}, decided="labels: column 'dx', as requested"),
     Case("several-columns-left", photos("part_1/ISIC_1.jpg") | {"metadata.csv": "lesion_id,image_id,dx,age\nH1,ISIC_1,nv,80\n"},
-         "metadata.csv", error="columns lesion_id, dx, age could be the label; name one with --label-column"),
+         "metadata.csv", error="columns lesion_id, dx, age could be the label; choose one with --label-column"),
     Case("gtsrb", photos("00000.ppm", "00001.ppm")
          | {"GT.csv": "Filename;Width;Height;Roi.X1;ClassId\n00000.ppm;53;54;6;16\n00001.ppm;42;45;5;1\n"}, "GT.csv",
          {"train": {"1": "00001.ppm", "16": "00000.ppm"}}, decided="labels: column 'ClassId'"),
@@ -181,7 +181,7 @@ KAGGLE = [  # and where images are
          "t.csv", CATS),
     Case("image-and-mask", photos("a.png", "b.png", "m/a.png", "m/b.png")
          | {"t.csv": "left,right,label\na.png,m/a.png,x\nb.png,m/b.png,y\n"}, "t.csv",
-         error="columns left, right name files; name one with --image-column"),
+         error="columns left, right name files; choose one with --image-column"),
     Case("image-beside-a-mask", photos("a.png", "b.png", "m/a.png", "m/b.png")
          | {"t.csv": "image,mask,label\na.png,m/a.png,x\nb.png,m/b.png,y\n"}, "t.csv",
          {"train": {"x": "a.png", "y": "b.png"}}),
@@ -190,11 +190,11 @@ KAGGLE = [  # and where images are
     Case("labels-that-are-files-too", many(2) | {"t.csv": "path,label\n0.png,1\n1.png,0\n"}, "t.csv",
          {"train": {"0": "1.png", "1": "0.png"}}),
     Case("unknown-names-of-columns", many(2) | {"t.csv": "where,what\n0.png,cat\n1.png,dog\n"}, "t.csv",
-         {"train": {"cat": 1, "dog": 1}}, decided=("'where', for its cells name files", "'what', the only other one")),
+         {"train": {"cat": 1, "dog": 1}}, decided=("'where', whose cells name files", "'what', the only other one")),
     Case("label-and-its-number", many(4) | {"t.csv": "path,label,label_name\n0.png,0,cat\n1.png,1,dog\n2.png,0,cat\n3.png,1,dog\n"},
          "t.csv", CATS, decided="labels: column 'label_name'"),
     Case("class-beside-another-category", many(3) | {"t.csv": "path,class,category\n0.png,a,x\n1.png,b,x\n2.png,b,y\n"},
-         "t.csv", error="columns class, category could be the label; name one with --label-column"),
+         "t.csv", error="columns class, category could be the label; choose one with --label-column"),
     *(Case(f"{name}-beside-another-category", many(3) | {"t.csv": f"path,category,{name}\n0.png,x,a\n1.png,x,b\n2.png,y,b\n"},
            "t.csv", {"train": {"a": 1, "b": 2}}, decided=f"labels: column '{name}', by its name")
       for name in ("label", "Labels")),
@@ -205,7 +205,7 @@ KAGGLE = [  # and where images are
 
 LISTS = [
     Case("one-hot", many(3) | {"t.csv": "image,MEL,NV\n0.png,1.0,0.0\n1.png,0.0,1.0\n2.png,1.0,0.0\n"}, "t.csv",
-         {"train": {"MEL": "0.png 2.png", "NV": "1.png"}}, decided="the one of 2 columns that is 1: MEL, NV"),
+         {"train": {"MEL": "0.png 2.png", "NV": "1.png"}}, decided="one-hot in 2 columns: MEL, NV"),
     Case("several-hot", many(3) | {"t.csv": "image,MEL,NV\n0.png,1,0\n1.png,1,1\n2.png,0,1\n"}, "t.csv",
          error="columns MEL, NV could be the label"),
     Case("a-list-of-paths", photos("cat/a b.png", "cat/1.png", "dog/0.png") | {"t.txt": "cat/a b.png\ncat/1.png\ndog/0.png\n"},
@@ -213,7 +213,7 @@ LISTS = [
          decided="labels: the name of each image's folder"),
     Case("a-list-of-paths-in-a-csv", photos("cat/0.png", "dog/0.png") | {"t.csv": "path\ncat/0.png\ndog/0.png\n"}, "t.csv",
          {"train": {"cat": "cat/0.png", "dog": "dog/0.png"}}),
-    Case("a-list-of-paths-in-one-folder", FOUR | {"t.txt": "0.png\n1.png\n"}, "t.txt", error="names no labels"),
+    Case("a-list-of-paths-in-one-folder", FOUR | {"t.txt": "0.png\n1.png\n"}, "t.txt", error="has no labels"),
     Case("paths-and-numbers-apart-by-spaces", FOUR | {"t.txt": "0.png 0\n1.png  1\n2.png 0\n"}, "t.txt",
          {"train": {"0": "0.png 2.png", "1": "1.png"}}, decided="spaces between columns"),
     Case("a-json-array", FOUR | {"t.json": json.dumps([{"path": f"{i}.png", "label": "cat dog".split()[i % 2]}
@@ -226,8 +226,8 @@ LISTS = [
     Case("stylegan", FOUR | {"dataset.json": json.dumps({"labels": [["0.png", 6], ["1.png", 9]]})}, "dataset.json",
          {"train": {"6": "0.png", "9": "1.png"}}),
     Case("json-lines-called-json", FOUR | {"t.json": '{"path": "0.png"}\n{"path": "1.png"}\n'}, "t.json",
-         error=("is no JSON", ".jsonl")),
-    Case("json-of-something-else", {"t.json": "[1, 2]"}, "t.json", error="entry 1 is no JSON object"),
+         error=("is not JSON", ".jsonl")),
+    Case("json-of-something-else", {"t.json": "[1, 2]"}, "t.json", error="entry 1 is not a JSON object"),
     Case("cells-of-objects", FOUR | {"t.jsonl": "".join(json.dumps({"image": {"bytes": None, "path": f"{i}.png"},
                                                                     "label": i % 2}) + "\n" for i in range(4))}, "t.jsonl",
          {"train": {"0": "0.png 2.png", "1": "1.png 3.png"}}),
@@ -274,24 +274,24 @@ SPLITS = [
     Case("no-column-of-folds", csv(*ROWS), "t.csv", error=("no column looks like folds", "--fold-column"), options={"fold": 1}),
     Case("a-fold-column-alone", splits("fold", *"0101"), "t.csv", error="needs --fold", options={"fold_column": "fold"}),
     Case("numbers-for-splits", splits("split", *"0012"), "t.csv",
-         error=("column 'split' has numbers (0, 1, 2)", "--fold-column split --fold K")),
+         error=("column 'split' holds numbers (0, 1, 2)", "--fold-column split --fold K")),
     Case("test-among-other-words", splits("source", "web", "train", "test", "book"), "t.csv", {"train": {"cat": 2, "dog": 2}},
          warned="column 'source' looks like a split (web, train, test, book) and is not used; --split-column source"),
     Case("test-among-other-words-asked-for", splits("source", "web", "train", "test", "train"), "t.csv",
          {"train": {"dog": "1.png 3.png"}, "test": {"cat": "2.png"}, "web": {"cat": "0.png"}},
-         options={"split_column": "source"}, warned="no run uses the rows of web"),
+         options={"split_column": "source"}, warned="rows of web are not used"),
     Case("two-columns-of-splits", splits("a,b", "train,train", "test,train", "train,test", "train,train"), "t.csv",
-         error="columns a, b hold different splits; name one with --split-column"),
+         error="columns a, b hold different splits; choose one with --split-column"),
     Case("two-columns-of-one-split", splits("a,b", "train,Training", "test,Test", "train,train"), "t.csv",
          {"train": {"cat": 2}, "test": {"dog": 1}}, decided="splits: column 'a'"),
     Case("split-beside-another", splits("old,split", "train,train", "test,train", "train,test", "train,train"), "t.csv",
          {"train": {"cat": "0.png", "dog": "1.png 3.png"}, "test": {"cat": "2.png"}},
-         warned="column old holds another split than 'split', and is not used (--split-column)"),
+         warned="column old differs from 'split' and is not used (see --split-column)"),
     Case("some-rows-without-a-split", splits("split", "train", "", "test", "train"), "t.csv",
          {"train": {"cat": "0.png", "dog": "1.png 3.png"}, "test": {"cat": "2.png"}},
-         warned="1 rows say no split in column 'split', and are taken for training"),
+         warned="1 rows have no split in column 'split' and are used for training"),
     Case("only-the-test-is-marked", splits("split", "", "", "test", ""), "t.csv",
-         {"train": {"cat": "0.png", "dog": "1.png 3.png"}, "test": {"cat": "2.png"}}, decided="3 rows say no split"),
+         {"train": {"cat": "0.png", "dog": "1.png 3.png"}, "test": {"cat": "2.png"}}, decided="3 rows have no split"),
     Case("an-image-in-two-splits", csv("0.png,cat,train", "1.png,dog,train", "0.png,cat,test", header="path,label,split"),
          "t.csv", {"train": {"cat": 1, "dog": 1}, "test": {"cat": 1}}, warned="1 rows name an image in two splits"),
 ]  # fmt: skip
@@ -312,7 +312,7 @@ LABELS = [
     Case("a-class-for-each-image", many() | {"t.csv": "path,label\n" + "".join(f"{i}.png,n{i}\n" for i in range(12))}, "t.csv",
          {"train": {f"n{i}": f"{i}.png" for i in range(12)}}, warned="12 of 12 classes have one image"),
     Case("an-identifier-for-the-label", many() | {"t.csv": "path,key\n" + "".join(f"{i}.png,n{i}\n" for i in range(12))},
-         "t.csv", error=("column 'key'", "--label-column key takes it all the same")),
+         "t.csv", error=("column 'key'", "--label-column key uses it anyway")),
     Case("labels-apart-by-a-space", csv('0.png,"cat "', "1.png,cat", "2.png,dog"), "t.csv",
          {"train": {"cat": "0.png 1.png", "dog": "2.png"}}, warned="'cat ' and 'cat'"),
     Case("words-of-truth", csv("0.png,True", "1.png,False"), "t.csv", {"train": {"False": "1.png", "True": "0.png"}}),
@@ -327,14 +327,14 @@ LABELS = [
     Case("json-huge-numbers", jsonl(2**63), "t.jsonl", error="line 1: the label is a number of over 63 bits"),
     Case("json-half-a-surrogate-pair", jsonl("\ud800"), "t.jsonl", error="line 1: the label is half of a surrogate pair"),
     Case("json-words-and-numbers", jsonl("x", 3), "t.jsonl",
-         error="the labels are of several kinds: text on line 1, a number on line 2"),
+         error="the labels are of several types: text on line 1, a number on line 2"),
     Case("json-null-and-nan", jsonl("a", "b") | {"u.jsonl": '{"path": "0.png", "label": "a", "split": "train"}\n'
          '{"path": "1.png", "label": NaN, "split": "test"}\n'}, "u.jsonl", {"train": {"a": "0.png"}}, decided="split test is left out"),
 ]  # fmt: skip
 
 DAMAGED = [  # that pyarrow ends the process for, where it is asked about the file and not for its rows
     Case("parquet-of-damaged-statistics", {"t.parquet": (Path(__file__).parent / "damaged.parquet").read_bytes()},
-         "t.parquet", error=("no readable parquet file", "histogram size mismatch")),
+         "t.parquet", error=("not a readable parquet file", "histogram size mismatch")),
 ]  # fmt: skip
 
 CASES = [*PLAIN, *COMMAS, *FORMS, *KAGGLE, *LISTS, *SPLITS, *LABELS, *DAMAGED]

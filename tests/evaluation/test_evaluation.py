@@ -364,7 +364,7 @@ def test_what_one_data_set_was_allowed_another_is_not(tmp_path: Path) -> None:
     small = {"model": "vit-micro", "max_steps": 1, "val_fraction": 0, "device": "cpu", "precision": "fp32"}
     run = train(TrainConfig(dataset=mine, allow_outside=True, **small), output=tmp_path / "run").run  # type: ignore[arg-type]
     assert evaluate(run, split="train").count == 8
-    with pytest.raises(DataError, match="leads out of"):
+    with pytest.raises(DataError, match="is outside of"):
         evaluate(run, dataset=other, split="train")
     assert evaluate(run, dataset=other, split="train", allow_outside=True).count == 8
 

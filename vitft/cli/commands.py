@@ -238,9 +238,9 @@ def data_check(
     with _loading():
         from vitft.config.train import range_of
         from vitft.data.decoder import MAX_PIXELS
-        from vitft.data.sources.identity import has_own_files
+        from vitft.data.sources.identity import has_names
         from vitft.data.sources.source import open_dataset
-        from vitft.data.validation.check import KINDS, check, document, quarantined
+        from vitft.data.validation.check import KINDS, check, document, quarantine_lines
     from vitft.io.atomic import write_text
 
     for file in filter(None, (quarantine, html)):
@@ -248,19 +248,19 @@ def data_check(
             raise UsageError(f"{file}: no such folder; make it first, or choose another.")
     source = open_dataset(dataset, **options)
     folder = expanded(dataset)
-    of_files = folder.is_dir() and all(map(has_own_files, source.splits.values()))
+    of_files = folder.is_dir() and all(map(has_names, source.splits.values()))
     with console.working("checking") as progress:
         found = check(
             source, folder if of_files else None, max_pixels=max_pixels or MAX_PIXELS,
             value_range=range_of(value_range), progress=progress,
         )  # fmt: skip
     if html is not None:
-        from vitft.data.validation.page import write_suspects
+        from vitft.data.validation.page import write_report
 
-        write_suspects(found, source, html)
+        write_report(found, source, html)
         console.note(f"suspects: {html}")
     if quarantine is not None:
-        lines = quarantined(found)
+        lines = quarantine_lines(found)
         write_text(quarantine, "".join(f"{line}\n" for line in lines))
         again = f"--dataset {shlex.quote(dataset)} --exclude {shlex.quote(str(quarantine))}"
         console.note(f"{len(lines):,} images to leave out: vitft train {again}")

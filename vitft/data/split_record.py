@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitft.data.sampling import HELD_OUT, OPEN, TRAIN
-from vitft.data.sources.identity import contents, ids, row_numbers, sample_names
+from vitft.data.sources.identity import content_hashes, ids, row_numbers, sample_names
 from vitft.data.sources.schema import ROLES
 from vitft.data.sources.source import Source, class_indices
 from vitft.data.splits import Rows, Split, split_hash
@@ -116,7 +116,7 @@ def _find_rows(
 
 
 def _content_hashes(source: Source, name: str, rows: Rows) -> list[str]:
-    return [f"{key:016x}" for key in contents(source.splits[name], rows).tolist()]
+    return [f"{key:016x}" for key in content_hashes(source.splits[name], rows).tolist()]
 
 
 def describe_changes(record: Record, source: Source, splits: Mapping[str, Split]) -> list[str]:

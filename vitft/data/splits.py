@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitft.data.sampling import HELD_OUT, OPEN, hold_out, stratified_sample
-from vitft.data.sources.identity import contents, has_own_files, ids, keys_of
+from vitft.data.sources.identity import content_hashes, has_names, ids, keys_of
 from vitft.data.sources.schema import ROLES, role_of
 from vitft.data.sources.source import Source, class_indices
 from vitft.errors import DataError
@@ -120,8 +120,8 @@ def manifest(source: Source, splits: Mapping[str, Split]) -> dict[str, Any]:
     for role, split in splits.items():
         rows = source.splits[split.source]
         entry = {"source": split.source, "count": len(split.rows), "hash": split.hash, "ids": list(split.ids)}
-        if has_own_files(rows):
-            entry |= {"by": "path", "contents": [f"{key:016x}" for key in contents(rows, split.rows).tolist()]}
+        if has_names(rows):
+            entry |= {"by": "path", "contents": [f"{key:016x}" for key in content_hashes(rows, split.rows).tolist()]}
         else:
             entry |= {"by": "content"}
         document["splits"][role] = entry

@@ -16,7 +16,7 @@ from vitft.checkpoints.metadata import read_card
 from vitft.config.train import TrainConfig
 from vitft.data.loader import Batches, EvalLoader
 from vitft.data.sources.schema import Reading
-from vitft.data.sources.source import ALIASES, DIGITS, Given, Source, source_of
+from vitft.data.sources.source import ALIASES, DIGITS, DatasetLike, Source, source_of
 from vitft.data.splits import Split
 from vitft.data.store import Skipped, decode_all
 from vitft.errors import DataError, ModelError, UsageError
@@ -62,7 +62,7 @@ def measure(
 
 
 def evaluate(
-    checkpoint: str | Path, *, dataset: Given | None = None, dataset_revision: str | None = None,
+    checkpoint: str | Path, *, dataset: DatasetLike | None = None, dataset_revision: str | None = None,
     split: str | None = None, max_eval_samples: int | None = None, batch_size: int = BATCH, device: str = "auto",
     precision: str | None = None, on_bad_image: str | None = None, max_pixels: int | None = None,
     image_column: str | None = None, label_column: str | None = None, split_column: str | None = None,

@@ -13,7 +13,7 @@ from PIL import Image
 
 from vitft.data.augment import normalize, resize_and_crop, thread_pool
 from vitft.data.decoder import MAX_PIXELS, BadImage, decode
-from vitft.data.sources.folders import scan, told
+from vitft.data.sources.folders import describe_others, scan
 from vitft.errors import DataError, ModelError
 from vitft.evaluation.loading import load_model
 from vitft.hardware.device import find_device, threads
@@ -180,7 +180,7 @@ def find_images(given: Sequence[str | Path]) -> Iterator[str]:
         if path.is_dir():
             tree = scan(path).tree
             found = [str(Path(file)) for file in tree.files()]
-            plain, pictures = told(tree.passed(), tree.path)
+            plain, pictures = describe_others(tree.other_files(), tree.path)
             for sentence in plain:
                 console.note(f"{word}: {sentence}")
             for sentence in pictures:

@@ -18,7 +18,7 @@ from vitft.data.sources.source import ALIASES, DIGITS, Source, source_of
 from vitft.data.split_record import Record, describe_changes, read_record, restore_splits
 from vitft.data.splits import Split, make_splits
 from vitft.data.store import Skipped, Store, check_headers, decode_all
-from vitft.data.validation.check import check, check_labels, some_of
+from vitft.data.validation.check import check, check_labels, samples
 from vitft.errors import DataError, UsageError
 from vitft.evaluation.evaluation import listed, matched, without
 from vitft.evaluation.held_out import earlier_sides, refuse_trained
@@ -66,7 +66,7 @@ class Prepared:
     def _decode(self, role: str) -> tuple[Store, NDArray[np.int64]]:
         split, config = self.splits[role], self.config
         rows = self.source.splits[split.source].select(split.rows)
-        if role == "train" and self.loaded.preprocess.value_range is None and (said := unused_range(some_of(rows))):
+        if role == "train" and self.loaded.preprocess.value_range is None and (said := unused_range(samples(rows))):
             console.warn(said)
         with console.working(f"decoding {role}") as progress:
             store, skipped = decode_all(

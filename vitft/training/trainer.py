@@ -20,7 +20,7 @@ from vitft.checkpoints.checkpoint import State
 from vitft.checkpoints.metadata import Card, read_card
 from vitft.config.train import TrainConfig
 from vitft.data.loader import EvalLoader
-from vitft.data.sources.source import Given
+from vitft.data.sources.source import DatasetLike
 from vitft.errors import ModelError, Stopped, TrainingError, UsageError
 from vitft.evaluation import evaluation
 from vitft.evaluation.metrics import Metrics, Score
@@ -54,7 +54,7 @@ class Result:
 def train(
     config: TrainConfig | None = None,
     *,
-    dataset: Given | None = None,
+    dataset: DatasetLike | None = None,
     model: Any = None,
     processor: Any = None,
     callbacks: Sequence[Callback] = (),
@@ -125,7 +125,7 @@ def _begin(
 
 
 def resume(
-    run: Path | str, changes: dict[str, Any] | None = None, *, dataset: Given | None = None,
+    run: Path | str, changes: dict[str, Any] | None = None, *, dataset: DatasetLike | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Result:  # fmt: skip
     """Continue a run from its newest intact checkpoint; it ends with the same bits as an uninterrupted one.

@@ -31,7 +31,7 @@ def test_a_data_set_is_read_as_it_was_meant_or_refused_in_one_line(case: Case, t
         rows = np.arange(len(split))
         for label, image in zip(class_indices(split), sample_names(split, rows), strict=True):
             classes.setdefault(source.labels[label], []).append(image)
-        for row in [] if "are not there" in str(case.warned) else rows:
+        for row in [] if "do not exist" in str(case.warned) else rows:
             header(encoded(split[int(row)]["image"]))  # the file is there, and is an image
     told = "; ".join([f"decided: {one}" for one in source.decisions] + [f"warned: {one}" for one in source.warnings])
     assert {name: {label: _as_said(images, case.splits.get(name, {}).get(label)) for label, images in classes.items()}

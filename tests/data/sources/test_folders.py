@@ -74,18 +74,18 @@ def test_links_that_multiply_end(tmp_path: Path) -> None:
 
 
 def test_of_many_links_to_one_folder_some_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "_OFTEN", 3)
+    monkeypatch.setattr(folders, "_MAX_VISITS", 3)
     draw(tmp_path / "pool" / "1.png")
     for name in "qrstu":
         (tmp_path / name).symlink_to(tmp_path / "pool")
     found = scan(tmp_path)
     assert found.tree.count == 3  # pool, q and r
-    assert found.remarks == [f"the link {name} is not followed: it is there 3 times already" for name in "stu"]
+    assert found.remarks == [f"the link {name} is not followed: it was followed 3 times already" for name in "stu"]
 
 
 def test_folders_without_end_are_refused(tmp_path: Path) -> None:
     draw(tmp_path / Path(*"x" * 110) / "1.png")
-    with pytest.raises(DataError, match="lies over 100 folders deep"):
+    with pytest.raises(DataError, match="is over 100 folders deep"):
         open_dataset(str(tmp_path))
 
 
@@ -120,8 +120,8 @@ def test_pictures_that_are_not_read_are_counted_with_the_remedy(tmp_path: Path) 
     source = open_dataset(str(tmp_path))
     assert content(source)["train"] == [("cat/1.png", "cat"), ("dog/1.png", "dog"), ("dog/a photo.heic", "dog")]
     assert source.warnings == (
-        "1 file is JPEG XL, which is not read (the first is cat/x.jxl): pip install 'vitft[heic]'",
-        "3 files are HEIC, which is not read (the first is dog/0.HEIC): pip install 'vitft[heic]'",
+        "1 file is JPEG XL, which cannot be read (first: cat/x.jxl): pip install 'vitft[heic]'",
+        "3 files are HEIC, which cannot be read (first: dog/0.HEIC): pip install 'vitft[heic]'",
     )
 
 
@@ -129,7 +129,7 @@ def test_pictures_that_are_not_read_are_counted_with_the_remedy(tmp_path: Path) 
 def test_a_class_of_which_no_picture_is_read_is_an_error(tmp_path: Path) -> None:
     draw(tmp_path / "cat" / "1.png", tmp_path / "dog" / "1.png")
     write(tmp_path / "fish" / "1.HEIC", HEIC)
-    with pytest.raises(DataError, match=r"the folder fish holds no image that is read: 1 file is HEIC.*vitft\[heic\]"):
+    with pytest.raises(DataError, match=r"the folder fish has no readable image: 1 file is HEIC.*vitft\[heic\]"):
         open_dataset(str(tmp_path))
 
 
@@ -142,7 +142,7 @@ def test_what_pillow_can_read_is_listed(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", "DDS", "QOI"])
 def test_every_format_is_known_without_its_name(tmp_path: Path, kind: str) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "x", kind)
-    assert scan(tmp_path).tree.unnamed == ["x"]
+    assert scan(tmp_path).tree.by_content == ["x"]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "JPEG2000", "AVIF", "HEIF", "JXL"])
@@ -151,7 +151,7 @@ def test_an_image_that_is_cut_short_is_still_one(tmp_path: Path, kind: str) -> N
     stream = io.BytesIO()
     Image.new("RGB", (80, 80), "red").save(stream, kind)
     write(tmp_path / "x", stream.getvalue()[:20])
-    assert scan(tmp_path).tree.unnamed == ["x"]
+    assert scan(tmp_path).tree.by_content == ["x"]
 
 
 @pytest.mark.parametrize(
@@ -191,10 +191,10 @@ def test_of_many_kinds_of_other_files_the_most_frequent_are_told(tmp_path: Path)
     for number in range(10):
         for kind in ("csv", "json", "md", "txt")[: number + 1]:
             write(tmp_path / f"{number}.{kind}", b"x")
-    said = "34 files are no image and not read: 10 .csv, 9 .json, 8 .md, 7 .txt"
-    assert f"{said} (the first is 0.csv)" in open_dataset(str(tmp_path)).decisions
+    said = "34 files are not images: 10 .csv, 9 .json, 8 .md, 7 .txt"
+    assert f"{said} (first: 0.csv)" in open_dataset(str(tmp_path)).decisions
     write(tmp_path / "x.html", b"x")
-    assert f"{said.replace('34', '35')}, ... (the first is 0.csv)" in open_dataset(str(tmp_path)).decisions
+    assert f"{said.replace('34', '35')}, ... (first: 0.csv)" in open_dataset(str(tmp_path)).decisions
 
 
 def test_a_folder_that_is_predicted_tells_what_is_passed_over(
@@ -205,8 +205,8 @@ def test_a_folder_that_is_predicted_tells_what_is_passed_over(
     write(tmp_path / "notes.txt", b"x")
     assert [Path(name).name for name in find_images([tmp_path])] == ["1.png", "no suffix"]
     said = capsys.readouterr().err
-    assert "1 file is camera raw, which is not read (the first is a.NEF): convert to JPEG or PNG" in said
-    assert "1 file is no image and not read: 1 .txt (the first is notes.txt)" in said
+    assert "1 file is camera raw, which cannot be read (first: a.NEF): convert to JPEG or PNG" in said
+    assert "1 file is not an image: 1 .txt (first: notes.txt)" in said
 
 
 @pytest.mark.slow

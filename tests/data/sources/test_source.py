@@ -159,7 +159,7 @@ def test_folders_without_classes_say_so(tmp_path):
     refused(tmp_path, "expected root/class/image.jpg")
     draw(tmp_path / "1.png")
     refused(tmp_path, "no class folders")
-    refused(draw(tmp_path / "1.png"), "is no data set")
+    refused(draw(tmp_path / "1.png"), "is not a dataset")
 
 
 def test_class_order_of_folders_is_by_name(tmp_path):
@@ -221,19 +221,19 @@ def test_parquet_in_split_folders(tmp_path):
 def test_parquet_in_several_folders_is_ambiguous(tmp_path):
     for name in ("cropped", "full"):
         write_parquet(tmp_path / name / "train.parquet", {"img": IMAGES, "label": [1, 0]}, HUB)
-    refused(tmp_path, "2 folders: cropped, full; name one")
+    refused(tmp_path, "2 folders: cropped, full; give one")
 
 
 def test_a_parquet_file_of_more_rows_than_memory_holds_is_refused(tmp_path, monkeypatch):
     table = {"image": pa.nulls(100_000, pa.binary()), "label": pa.array(["x"] * 100_000)}
     write_parquet(tmp_path / "train.parquet", pa.table(table))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=5_000_000))
-    refused(tmp_path / "train.parquet", r"its 100,000 rows take 6\.\d MB, and this machine has 5\.0 MB of memory")
+    refused(tmp_path / "train.parquet", r"its 100,000 rows need 6\.\d MB, but this machine has 5\.0 MB of memory")
 
 
 def test_broken_parquet(tmp_path):
     (tmp_path / "train.parquet").write_bytes(b"PAR1 nothing")
-    refused(tmp_path, "no readable parquet file")
+    refused(tmp_path, "not a readable parquet file")
     write_parquet(tmp_path / "train.parquet", {"img": IMAGES, "label": [1, 9]}, HUB)
     refused(tmp_path, "label 9 but only 2 class names")
 
@@ -328,11 +328,11 @@ def test_table_of_path_and_label(tmp_path, suffix):
 def test_table_columns_of_other_names(tmp_path):
     file = tmp_path / "t.csv"
     file.write_text("where,species\n1.png,cat\n")
-    refused(file, "the columns are where, species, name one with --image-column")
+    refused(file, "the columns are where, species; choose one with --image-column")
     draw(tmp_path / "1.png")
     assert open_dataset(str(file)).labels == ("cat",)
     file.write_text("file_name,width,kind\n1.png,3,cat\n")
-    refused(file, "width, kind could be the label; name one with --label-column")
+    refused(file, "width, kind could be the label; choose one with --label-column")
     assert open_dataset(str(file), label_column="kind").labels == ("cat",)
     refused(file, "did you mean kind", label_column="kidn")
 
@@ -358,7 +358,7 @@ def test_where_it_is_asked_for_a_path_may_leave_the_folder(tmp_path):
     (tmp_path / "lists").mkdir()
     file = tmp_path / "lists" / "t.csv"
     file.write_text(f"path,label\n../photos/a.png,x\n{tmp_path}/photos/b.png,y\n")
-    refused(file, r"line 2: \.\./photos/a\.png leads out of .*add --allow-outside")
+    refused(file, r"line 2: \.\./photos/a\.png is outside of .*add --allow-outside")
     source = open_dataset(str(file), allow_outside=True)
     assert pixels_of(source, 1)[0, 0].tolist() == [0, 0, 255]
 
@@ -383,7 +383,7 @@ def test_a_parquet_file_names_images_of_its_own_folder_alone(tmp_path, column):
     source = open_dataset(str(stored("inside.png")), image_column="image")
     assert pixels_of(source)[0, 0].tolist() == [0, 0, 255]
     for name in ("../secret.png", str(tmp_path / "secret.png"), "/etc/passwd"):
-        refused(stored(name), "leads out of", image_column="image")
+        refused(stored(name), "is outside of", image_column="image")
     assert pixels_of(open_dataset(str(stored("../secret.png")), image_column="image", allow_outside=True)).any()
 
 
@@ -397,7 +397,7 @@ def test_a_hub_data_set_names_no_file_of_this_machine(tmp_path, monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr(hub, "answers", lambda *asked: True)
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *asked, **how: builder)
-    refused("some/body", r"secret\.png leads out of")
+    refused("some/body", r"secret\.png is outside of")
 
 
 def test_a_column_name_of_the_dataset_itself_names_no_images(tmp_path):
@@ -429,7 +429,7 @@ def test_broken_tables(tmp_path):
         refused(file, message)
     draw(tmp_path / "a.png")
     file.write_text('{"path": "a", "label": "x"}\n{"path": "b", "label": 3}\n')
-    refused(file, "several kinds")
+    refused(file, "several types")
     file.write_text('{"path": "a", "label": "x"}\n{"path": "b"}\n')
     refused(file, "have no label")
 
@@ -494,7 +494,7 @@ class Hostile:
 def test_a_hostile_pickle_is_refused_unread(tmp_path):
     write_cifar10(tmp_path / "data")
     (tmp_path / "data" / "data_batch_1").write_bytes(pickle.dumps({b"data": Hostile(tmp_path / "owned")}, 2))
-    refused(tmp_path / "data", "asks for (posix|nt).mkdir, which no CIFAR batch needs")
+    refused(tmp_path / "data", "uses (posix|nt).mkdir, which no CIFAR batch needs")
     assert not (tmp_path / "owned").exists()
     (tmp_path / "data" / "data_batch_1").write_bytes(b"cbuiltins\neval\n(Vprint(1)\ntR.")
     refused(tmp_path / "data", "builtins.eval")
@@ -503,24 +503,24 @@ def test_a_hostile_pickle_is_refused_unread(tmp_path):
     refused(tmp_path / "data", "numpy.ndarray.dumps")
     for name in ("numpy.core.multiarray scalar", "os _reconstruct", "numpy _reconstruct"):
         (tmp_path / "data" / "data_batch_1").write_bytes("c{}\n{}\n.".format(*name.split()).encode())
-        refused(tmp_path / "data", f"asks for {name.replace(' ', '.')}, which no CIFAR batch needs")
+        refused(tmp_path / "data", f"uses {name.replace(' ', '.')}, which no CIFAR batch needs")
     for code in ("u1", "|u1", b"u1", b"|u1"):
-        assert arrays._byte(code) == np.uint8
+        assert arrays._uint8(code) == np.uint8
     for code in ("i1", "u2", "f8", "O8", b"O"):
-        with pytest.raises(pickle.UnpicklingError, match="images are made of bytes"):
-            arrays._byte(code)
+        with pytest.raises(pickle.UnpicklingError, match="images are bytes"):
+            arrays._uint8(code)
 
 
 def test_broken_cifar_batches(tmp_path):
     write_cifar10(tmp_path)
     for content in (b"", b"junk", pickle.dumps([1], 2), pickle.dumps({b"labels": [1]}, 2)):
         (tmp_path / "data_batch_2").write_bytes(content)
-        refused(tmp_path, "data_batch_2 is no CIFAR batch")
+        refused(tmp_path, "data_batch_2 is not a CIFAR batch")
     (tmp_path / "data_batch_2").write_bytes(pickle.dumps({b"labels": [5], b"data": CIFAR[:1]}, 2))
     refused(tmp_path, "label 5 but only 2 class names")
     for names in (None, b"plane", [1, 2], {0: b"plane"}):
         (tmp_path / "batches.meta").write_bytes(pickle.dumps({b"label_names": names}, 2))
-        refused(tmp_path, "batches.meta holds no label_names; unpack the archive again")
+        refused(tmp_path, "batches.meta has no label_names; unpack the archive again")
 
 
 def test_digits_are_bundled():
@@ -555,12 +555,12 @@ def test_an_alias_wins_over_a_folder_unless_spelled_as_a_path(tmp_path, monkeypa
 
 
 def test_unknown_names():
-    assert "did you mean cifar10" in refused("cifar1O", "no data set 'cifar1O'")
-    assert "digits" in refused("", "no data set")
+    assert "did you mean cifar10" in refused("cifar1O", "no dataset 'cifar1O'")
+    assert "digits" in refused("", "no dataset")
     refused("digits", "no column 'kind'", label_column="kind")
     refused("./nowhere", "no file or folder ./nowhere")
     refused("a/b/c", "no file or folder a/b/c")
-    refused("x" * 5000, "no data set")
+    refused("x" * 5000, "no dataset")
 
 
 def test_a_revision_belongs_to_the_hub(tmp_path):
@@ -650,7 +650,7 @@ def test_a_data_set_that_the_hub_has_but_cannot_be_built_says_why(monkeypatch):
 
     monkeypatch.setattr("vitft.data.sources.hub.answers", lambda *asked: True)
     monkeypatch.setattr(datasets, "load_dataset_builder", fail)
-    said = refused("owner/name:small", "^hub data set owner/name:small: the hub's copy cannot be used: OSError: ")
+    said = refused("owner/name:small", "^hub dataset owner/name:small: the hub's copy cannot be used: OSError: ")
     assert said.endswith("OSError: disk full; offline, use a local folder or --dataset digits.")
 
 
@@ -685,5 +685,5 @@ def test_no_token_of_an_address_is_said(monkeypatch, text):
     monkeypatch.setattr("vitft.io.hub_errors.constants.ENDPOINT", text)
     said += refused("owner/name", "could not be reached")
     if "://" in text.split()[0]:
-        said += refused(text, "is an address")
+        said += refused(text, "is a URL")
     assert not [secret for secret in SECRETS if secret in said], said

@@ -13,7 +13,7 @@ from tests.corpus import photos
 from vitft import TrainConfig
 from vitft.cli.app import app
 from vitft.data.sources import columns
-from vitft.data.sources.image_paths import Names
+from vitft.data.sources.image_paths import ImagePaths
 from vitft.data.sources.rows import Table
 from vitft.data.sources.schema import Notes, Reading, is_missing
 from vitft.data.sources.source import open_dataset, source_of
@@ -89,8 +89,8 @@ def test_tables_of_other_splits_beside_it_are_named(tmp_path) -> None:
     for name in ("train.csv", "val.csv", "test_labels.csv", "notes.csv"):
         (tmp_path / name).write_bytes(table.read_bytes())
     told = open_dataset(str(tmp_path / "train.csv")).decisions
-    assert any(sentence.startswith("test_labels.csv, val.csv beside it") for sentence in told)
-    assert not any("beside it" in sentence for sentence in open_dataset(str(table)).decisions)
+    assert any(sentence.startswith("not read: test_labels.csv, val.csv; to use") for sentence in told)
+    assert not any("to use several tables" in sentence for sentence in open_dataset(str(table)).decisions)
 
 
 def test_labels_that_are_written_in_two_ways_are_named(tmp_path) -> None:
@@ -112,8 +112,8 @@ def test_what_pandas_takes_for_missing_is_no_label() -> None:
 def test_a_cell_that_names_a_folder_leaves_its_images_to_be_found(tmp_path) -> None:
     write(tmp_path, "", "a/0.png")
     for folder in ("a/", "a/.", "a/b/.."):
-        names = Names(tmp_path / "t.csv", None, allow_outside=False)
-        assert names.meant(folder) == (None, False)
+        names = ImagePaths(tmp_path / "t.csv", None, allow_outside=False)
+        assert names.guess(folder) == (None, False)
         parent = folder.rpartition("/")[0]
         expected = tmp_path / os.path.normpath(f"{parent}/0.png")
         assert names.find(f"{parent}/0.png") == (str(expected), expected.exists())
@@ -131,19 +131,19 @@ def test_the_usual_names_of_columns_are_known() -> None:
                  "Image File Name", "ImageName", "images", "img", "img_path", "img_name", "photo", "picture",
                  "image_id", "img_id", "Id", "name"):  # fmt: skip
         rows = table({"note": ["x", "y"], name: ["0.png", "1.png"]})
-        names = Names(rows.path, None, allow_outside=False)
+        names = ImagePaths(rows.path, None, allow_outside=False)
         assert columns.image_column(rows, names, None, Notes()) == name
     for name in ("label", "Labels", "fine_label", "label_name", "class", "classes", "className", "class_label",
                  "category", "category_name", "target", "ClassId", "label_id", "category_id"):  # fmt: skip
         rows = table({"path": ["0.png", "1.png"], "note": ["x", "y"], name: ["cat", "dog"]})
-        assert columns.labels_by_name(rows, None) == {name}
-        assert columns.labels_of_rows(rows, {"path"}, "path", None, [], Notes()) == (["cat", "dog"], [name])
+        assert columns.label_columns(rows, None) == {name}
+        assert columns.read_labels(rows, {"path"}, "path", None, [], Notes()) == (["cat", "dog"], [name])
 
 
 def assigned(cells: dict[str, list[str]]) -> tuple[list[str] | None, list[str]]:
     """The split of each row, and what is warned of."""
     notes = Notes()
-    return columns.split_of_rows(table(cells), set(), Reading(), notes)[0], notes.warnings
+    return columns.read_splits(table(cells), set(), Reading(), notes)[0], notes.warnings
 
 
 def test_the_usual_names_of_columns_of_splits_and_folds_are_known() -> None:
@@ -190,6 +190,6 @@ def test_words_for_splits_are_known(role: str, words: str) -> None:
     for word in words.split():
         rows, warnings = assigned({"whatever": [word, *others]})
         assert rows is not None
-        assert [columns._ROLE_OF[columns.plain(name)] for name in rows[:1]] == [role]
+        assert [columns._ROLE_OF[columns.simplify(name)] for name in rows[:1]] == [role]
         assert rows[1:] == others
         assert warnings == []

@@ -1,4 +1,4 @@
-"""The doctor finds what was planted, and nothing else."""
+"""Data validation finds the planted problems and nothing else."""
 
 import io
 import json
@@ -20,8 +20,8 @@ from vitft.data.sources.identity import sample_names
 from vitft.data.sources.schema import image_structs, make_split
 from vitft.data.sources.source import Source, excluding, open_dataset
 from vitft.data.validation import check as check_room
-from vitft.data.validation.check import KINDS, _Seen, check, quarantined
-from vitft.data.validation.page import write_suspects
+from vitft.data.validation.check import KINDS, _Image, check, quarantine_lines
+from vitft.data.validation.page import write_report
 from vitft.errors import DataError, UsageError
 
 Rng = np.random.Generator
@@ -177,7 +177,7 @@ def test_a_near_leak_names_both(tmp_path: Path, rng: Rng) -> None:
 
 
 def frames(count: int, rng: Rng, near: float = 0.05) -> list[Any]:
-    """Frames of a film as the doctor sees them: hashes that differ by a few bits, nearly equal thumbnails."""
+    """Video frames as data validation sees them: hashes that differ by a few bits, nearly equal thumbnails."""
     base, first = int(rng.integers(2**63)), rng.normal(size=256)
     seen = []
     for i in range(count):
@@ -188,7 +188,7 @@ def frames(count: int, rng: Rng, near: float = 0.05) -> list[Any]:
         thumb = first + near * rng.normal(size=256)
         sign = base ^ (1 << int(rng.integers(64))) ^ (1 << int(rng.integers(64)))
         thumb = ((thumb - thumb.mean()) / np.linalg.norm(thumb - thumb.mean())).astype(np.float32)
-        seen.append(_Seen(split, path, 0, (), i.to_bytes(16, "big"), sign, thumb))
+        seen.append(_Image(split, path, 0, (), i.to_bytes(16, "big"), sign, thumb))
     return seen
 
 
@@ -197,8 +197,8 @@ def all_pairs(seen: list[Any]) -> set[tuple[str, str, str]]:
     told = {}
     for row, one in enumerate(seen):
         for other in seen[:row]:
-            near = (one.sign ^ other.sign).bit_count() <= check_room._BITS and one.digest != other.digest
-            if near and float(one.thumb @ other.thumb) >= check_room._ALIKE:
+            near = (one.phash ^ other.phash).bit_count() <= check_room._MAX_HASH_DISTANCE and one.digest != other.digest
+            if near and float(one.thumb @ other.thumb) >= check_room._MIN_CORRELATION:
                 told.setdefault((one.path, other.split), other.path)
     return {(path, split, other) for (path, split), other in told.items()}
 
@@ -207,12 +207,12 @@ def all_pairs(seen: list[Any]) -> set[tuple[str, str, str]]:
 def test_of_photos_that_look_alike_each_has_the_first_of_each_split(
     rng: Rng, monkeypatch: pytest.MonkeyPatch, near: float
 ) -> None:
-    monkeypatch.setattr(check_room, "_BLOCK", 7)
-    monkeypatch.setattr(check_room, "_COMPARED", 5)
-    monkeypatch.setattr(check_room, "_BITS", 2)  # the frames' hashes differ by none, two or four
+    monkeypatch.setattr(check_room, "_ROWS", 7)
+    monkeypatch.setattr(check_room, "_COLUMNS", 5)
+    monkeypatch.setattr(check_room, "_MAX_HASH_DISTANCE", 2)  # the frames' hashes differ by none, two or four
     seen = frames(90, rng, near)
     told = set()
-    for one in check_room._resembling(seen):
+    for one in check_room._near_duplicates(seen):
         other = one.detail.split(": ", 1)[1]
         if one.kind == "near-duplicate":
             told.add((one.path, one.split, other))
@@ -233,14 +233,14 @@ def test_of_the_frames_of_a_film_not_every_pair_is_visited(rng: Rng) -> None:
             visits[name] += 1
             return getattr(self.one, name)
 
-    found_here = list(check_room._resembling([Counted(one) for one in seen]))
+    found_here = list(check_room._near_duplicates([Counted(one) for one in seen]))
     assert len(found_here) > 2000
     assert max(visits.values()) < 10 * len(seen)  # of pairs there are two million
 
 
 def test_more_photos_than_are_compared_are_told(rng: Rng, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_room, "MANY", 20)
-    kinds = Counter(one.kind for one in check_room._resembling(frames(30, rng)))
+    monkeypatch.setattr(check_room, "MAX_PHOTOS", 20)
+    kinds = Counter(one.kind for one in check_room._near_duplicates(frames(30, rng)))
     assert kinds["not-compared"] == 1
     assert kinds["near-duplicate"] > 0
 
@@ -369,7 +369,7 @@ def test_the_files_of_a_parquet_folder_are_not_beside_it(tmp_path: Path, rng: Rn
     assert json.loads(vitft(str(tmp_path / "data"), "--json").stdout)["findings"] == []
 
 
-def test_training_leaves_out_what_is_quarantined(faulty: Path, tmp_path: Path) -> None:
+def test_training_leaves_out_what_is_quarantine_lines(faulty: Path, tmp_path: Path) -> None:
     listed = tmp_path / "out.txt"
     said = vitft(str(faulty), "--quarantine", str(listed)).stderr
     assert "3 images to leave out" in said
@@ -393,7 +393,11 @@ def test_training_leaves_out_what_is_quarantined(faulty: Path, tmp_path: Path) -
     ("content", "error", "said"),
     [
         (None, DataError, "No such file or directory; give a list"),
-        ("train\tnowhere.png\n", UsageError, r"'train\\tnowhere.png' names no image of pets; a line is SPLIT, a tab"),
+        (
+            "train\tnowhere.png\n",
+            UsageError,
+            r"'train\\tnowhere.png' names no image of pets; write a line as SPLIT, a tab",
+        ),
         ("train/cat/000.png", UsageError, "names no image"),
     ],
 )
@@ -427,7 +431,7 @@ def test_a_list_that_was_saved_on_windows_is_read(folder: Path, tmp_path: Path) 
 def test_rows_without_names_are_listed_by_number() -> None:
     source = open_dataset("digits")
     findings = check(source)
-    listed = quarantined(findings)
+    listed = quarantine_lines(findings)
     assert all(line.split("\t")[1].startswith("row ") for line in listed)
     assert len(excluding(source, Path(os.devnull)).splits["train"]) == len(source.splits["train"])
 
@@ -447,14 +451,14 @@ def test_a_run_can_be_checked_in_full(faulty: Path, tmp_path: Path, capsys: pyte
 
 def sheet(folder: Path, file: Path) -> str:
     source = open_dataset(str(folder))
-    write_suspects(check(source, folder), source, file)
+    write_report(check(source, folder), source, file)
     return file.read_text()
 
 
 def test_the_suspects_have_their_pictures(faulty: Path, tmp_path: Path) -> None:
     page = sheet(faulty, tmp_path / "page.html")
     assert page.count("<img ") == 3
-    assert page.count('<div class="none">no picture</div>') == 1
+    assert page.count('<div class="none">no image</div>') == 1
     assert "</div>train/cat/bad.png<span>" in page
 
 

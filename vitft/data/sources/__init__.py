@@ -1,1 +1,1 @@
-"""From a name or a path to columns `image` and `label`: folders, tables, archives, parquet, the hub."""
+"""Datasets by name or path: folders, tables, archives, parquet and the hub as columns `image` and `label`."""

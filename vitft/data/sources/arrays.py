@@ -1,4 +1,4 @@
-"""Data sets that come as arrays of pixels: scikit-learn's digits and the original CIFAR batches."""
+"""Datasets stored as pixel arrays: scikit-learn's digits and the original CIFAR batches."""
 
 import io
 import pickle
@@ -20,11 +20,11 @@ _SIDE = 32  # pixels, of every CIFAR image
 
 
 def read_digits() -> dict[str, datasets.Dataset]:
-    """Read scikit-learn's 1,797 handwritten digits, 8x8 gray; a fixed stratified 20 % of them is test."""
+    """Read scikit-learn's 1,797 handwritten digits, 8x8 gray. A fixed stratified 20 % is the test split."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images = np.floor(digits.images * 255 / 16 + 0.5).astype(np.uint8)  # stored as 0..16
+    images = np.floor(digits.images * 255 / 16 + 0.5).astype(np.uint8)  # stored as 0 to 16
     labels = digits.target.astype(np.int64)
     test = stratified_sample(labels, np.arange(len(labels), dtype=np.uint64), round(len(labels) / 5), 0, "digits test")
     names = [str(name) for name in digits.target_names]
@@ -35,7 +35,7 @@ def read_digits() -> dict[str, datasets.Dataset]:
 
 
 def cifar_folder(root: Path) -> Path | None:
-    """The folder of original CIFAR-10 or CIFAR-100 batches: the root, or the one its archive unpacks to."""
+    """The folder with the original CIFAR-10 or CIFAR-100 batches: the root, or the one the archive unpacks to."""
     for folder in (root, root / "cifar-10-batches-py", root / "cifar-100-python"):
         if (folder / "data_batch_1").is_file() or ((folder / "train").is_file() and (folder / "meta").is_file()):
             return folder
@@ -43,7 +43,7 @@ def cifar_folder(root: Path) -> Path | None:
 
 
 def read_cifar(folder: Path, label_column: str | None = None) -> dict[str, datasets.Dataset]:
-    """Read the original python batches; of CIFAR-100 the fine labels, or `coarse_label` if asked for.
+    """Read the original Python batches. For CIFAR-100, `label_column` chooses `fine_label` or `coarse_label`.
 
     Raises DataError for a batch that holds anything but numbers, names and one array.
     """
@@ -70,12 +70,12 @@ def read_cifar(folder: Path, label_column: str | None = None) -> dict[str, datas
 def _names(meta: Path, key: bytes) -> list[str]:
     names = _unpickle(meta).get(key)
     if not isinstance(names, list) or not all(isinstance(name, bytes | str) for name in names):
-        raise DataError(f"{meta} holds no {key.decode()}; unpack the archive again.")
+        raise DataError(f"{meta} has no {key.decode()}; unpack the archive again.")
     return [name.decode() if isinstance(name, bytes) else name for name in names]
 
 
 def _batch(file: Path, key: bytes) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images (n, 32, 32, 3) and labels (n,) of one batch; the file stores whole colour planes."""
+    """Images (n, 32, 32, 3) and labels (n,) of one batch. The file stores channels first."""
     content = _unpickle(file)
     try:
         data, labels = np.asarray(content[b"data"]), np.asarray(content[key], np.int64)
@@ -83,27 +83,27 @@ def _batch(file: Path, key: bytes) -> tuple[NDArray[np.uint8], NDArray[np.int64]
             raise ValueError(f"{len(data)} images of {data.dtype} and {len(labels)} labels")
         return data.reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1), labels
     except (KeyError, ValueError, TypeError) as error:
-        raise DataError(f"{file} is no CIFAR batch: {error!r}; unpack the archive again.") from error
+        raise DataError(f"{file} is not a CIFAR batch: {error!r}; unpack the archive again.") from error
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads what CIFAR batches hold: dictionaries, lists, bytes, numbers and plain NumPy arrays of bytes."""
+    """Unpickles only what CIFAR batches hold: dictionaries, lists, bytes, numbers and NumPy arrays of bytes."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data), encoding="bytes")
-        self._left = len(data)  # bytes that texts may come to: each stands in the file
+        self._left = len(data)  # bytes of text still allowed: no more than the file has
 
     def find_class(self, module: str, name: str) -> Any:
-        """Give out what makes an array of bytes and nothing else: a pickle may otherwise name any function to call."""
+        """Return only what makes an array of bytes; a pickle could otherwise call any function."""
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return _no_array
+            return _empty_array
         if (module, name) == ("numpy", "ndarray"):
-            return name  # an argument of the above; called by itself it would make an array of any size
+            return name  # only an argument of _reconstruct; if called, it could make an array of any size
         if (module, name) == ("numpy", "dtype"):
-            return _byte
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
+            return _uint8
+        if (module, name) == ("_codecs", "encode"):  # Python 3 writes bytes like this for Python 2
             return self._latin1
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR batch needs")
+        raise pickle.UnpicklingError(f"it uses {module}.{name}, which no CIFAR batch needs")
 
     def _latin1(self, text: str, encoding: str = "latin1") -> bytes:
         self._left -= len(text)
@@ -112,53 +112,53 @@ class _Unpickler(pickle.Unpickler):
         return text.encode("latin1")
 
 
-def _no_array(kind: str, shape: tuple[int, ...], code: bytes) -> NDArray[np.uint8]:
-    return np.empty(0, np.uint8)  # what it holds, and its shape, comes next, and has to be in the file
+def _empty_array(kind: str, shape: tuple[int, ...], code: bytes) -> NDArray[np.uint8]:
+    return np.empty(0, np.uint8)  # its shape and content follow in the file
 
 
-def _byte(code: str | bytes, align: bool = False, copy: bool = True) -> np.dtype[Any]:
+def _uint8(code: str | bytes, align: bool = False, copy: bool = True) -> np.dtype[Any]:
     if code not in ("u1", "|u1", b"u1", b"|u1"):
-        raise pickle.UnpicklingError(f"its array holds {code!r}, and images are made of bytes")
+        raise pickle.UnpicklingError(f"its array holds {code!r}, but images are bytes")
     return np.dtype("u1", False, True)
 
 
-_LARGEST = 500_000_000  # bytes; CIFAR-100's has 155 million
-_OPERATIONS = 3_000_000  # of at most 72 bytes each, an empty dictionary and a place for it; CIFAR-100's has 300,000
+_MAX_BYTES = 500_000_000  # CIFAR-100's file has 155 million
+_MAX_OPERATIONS = 3_000_000  # each makes at most 72 bytes (an empty dictionary and its slot); CIFAR-100 has 300,000
 
 
 def _check_pickle(data: bytes) -> None:
-    """Raise UnpicklingError for a pickle that would take much more memory than its bytes.
+    """Raise UnpicklingError for a pickle that would need far more memory than its size.
 
-    Its memo is a list as long as the largest number in it, and a bytearray is made as long as it says.
+    The memo is a list as long as its largest index, and a bytearray has the length that the pickle states.
     """
-    most = 0
+    largest = 0
     for count, (operation, argument, _) in enumerate(pickletools.genops(data), 1):
         if operation.name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            most = max(most, int(argument or 0))
-        if most > count or count > _OPERATIONS or operation.name == "BYTEARRAY8":
-            raise pickle.UnpicklingError("it asks for more memory than a batch of its size needs")
+            largest = max(largest, int(argument or 0))
+        if largest > count or count > _MAX_OPERATIONS or operation.name == "BYTEARRAY8":
+            raise pickle.UnpicklingError("it needs more memory than a batch of its size")
 
 
 def _unpickle(file: Path) -> dict[bytes, Any]:
     try:
-        if (length := file.stat().st_size) > _LARGEST:
-            raise pickle.UnpicklingError(f"it has {length:,} bytes, over {_LARGEST:,}")
+        if (length := file.stat().st_size) > _MAX_BYTES:
+            raise pickle.UnpicklingError(f"it has {length:,} bytes, over {_MAX_BYTES:,}")
         data = file.read_bytes()
         _check_pickle(data)
         content = _Unpickler(data).load()
     except OSError:
         raise
-    except Exception as error:  # a broken or hostile pickle makes the unpickler raise almost anything
+    except Exception as error:  # corrupt or malicious pickles raise almost anything
         reason = " ".join(str(error).split())[:300]
-        raise DataError(f"{file} is no CIFAR batch: {reason}; unpack the archive again.") from error
+        raise DataError(f"{file} is not a CIFAR batch: {reason}; unpack the archive again.") from error
     if not isinstance(content, dict):
-        raise DataError(f"{file} is no CIFAR batch: it holds {type(content).__name__}; unpack the archive again.")
+        raise DataError(f"{file} is not a CIFAR batch: it holds {type(content).__name__}; unpack the archive again.")
     # Python 3 writes str keys where Python 2 wrote bytes.
     return {key.encode() if isinstance(key, str) else key: value for key, value in content.items()}
 
 
 def _ppm(images: NDArray[np.uint8]) -> pa.Array:
-    """(n, 32, 32, 3) as uncompressed PPM files: lossless, and made for all images at once."""
+    """(n, 32, 32, 3) as uncompressed PPM files: lossless, and encoded for all images at once."""
     head = np.frombuffer(f"P6 {_SIDE} {_SIDE} 255\n".encode(), np.uint8)
     files = np.empty((len(images), len(head) + images[0].size if len(images) else 0), np.uint8)
     files[:, : len(head)] = head

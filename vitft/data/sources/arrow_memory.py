@@ -1,4 +1,4 @@
-"""What a parquet file takes in memory, counted before its values are made."""
+"""Measure how much memory a parquet file needs, before decoding its values."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,44 +11,41 @@ import pyarrow.parquet as pq
 from vitft.errors import DataError
 from vitft.io.console import size
 
-_ROW_BYTES = 60  # in memory, of a row of nulls
-_SLACK, _RATIO = 256_000_000, 100  # bytes that any file may take; as many times its own as images are compressed
-_ROWS = 1024  # counted at a time
+_ROW_BYTES = 60  # memory for a row of nulls
+_FREE, _MAX_RATIO = 256_000_000, 100  # bytes that any file may need, plus this many times its own size
+_BATCH_ROWS = 1024
 
 
-def check_room(file: Path, columns: Sequence[str]) -> None:
-    """Raise DataError for a file of few bytes of which these columns take far more, or more than there is memory.
+def check_memory(file: Path, columns: Sequence[str]) -> None:
+    """Raise DataError if these columns need more memory than there is, or suspiciously more than the file's size.
 
-    A row of nulls takes nothing in a file, a value that repeats a few bits (it stands in a dictionary), and what
-    compresses well little.
+    In a file, a row of nulls takes nothing, a repeated value a few bits (of a dictionary index), compressible data
+    little; in memory they take their full size.
     """
-    said = pq.read_metadata(file)
-    there, own = psutil.virtual_memory().total, file.stat().st_size
-    allowed = min(there, _SLACK + _RATIO * own)
-    needed = sum(said.row_group(group).total_byte_size for group in range(said.num_row_groups))
+    metadata = pq.read_metadata(file)
+    total, file_size = psutil.virtual_memory().total, file.stat().st_size
+    allowed = min(total, _FREE + _MAX_RATIO * file_size)
+    needed = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
     if needed <= allowed:
-        needed = _needed(file, said, columns, allowed)
+        needed = _needed(file, metadata, columns, allowed)
     if needed <= allowed:
         return
-    if needed > there:
-        raise DataError(
-            f"{file}: its {said.num_rows:,} rows take {size(needed)}, and this machine has {size(there)} of memory."
-        )
-    raise DataError(
-        f"{file}: its {said.num_rows:,} rows take {size(needed)} or more, and the file has {size(own)}; no data set of "
-        "images is like that: is it damaged?"
-    )
+    rows = f"{file}: its {metadata.num_rows:,} rows need {size(needed)}"
+    if needed > total:
+        raise DataError(f"{rows}, but this machine has {size(total)} of memory.")
+    raise DataError(f"{rows} or more, from a file of {size(file_size)}; no image dataset compresses like that.")
 
 
-def _needed(file: Path, said: pq.FileMetaData, columns: Sequence[str], allowed: int) -> int:
-    """Bytes that these columns take, or so many of them as are more than is allowed. Raises OSError for damage."""
+def _needed(file: Path, metadata: pq.FileMetaData, columns: Sequence[str], allowed: int) -> int:
+    """Memory that these columns need; counting stops above `allowed`. Raises OSError for a corrupt file."""
+    groups = range(metadata.num_row_groups)
     with pq.ParquetFile(file, memory_map=True) as opened:
-        for group in range(said.num_row_groups):
-            # Reading a row says so where a chunk's statistics are damaged; asking for the chunk ends the process.
+        for group in groups:
+            # Reading a row raises for corrupt column statistics, where asking for the column chunk would crash.
             next(opened.iter_batches(1, row_groups=[group], columns=list(columns), use_threads=False), None)
-    wanted = [c for c in range(said.num_columns) if said.schema.column(c).path.split(".")[0] in columns]
-    chunks = [said.row_group(group).column(c) for group in range(said.num_row_groups) for c in wanted]
-    values = max(said.num_rows, *(chunk.num_values for chunk in chunks), 0)
+    wanted = [c for c in range(metadata.num_columns) if metadata.schema.column(c).path.split(".")[0] in columns]
+    chunks = [metadata.row_group(group).column(c) for group in groups for c in wanted]
+    values = max(metadata.num_rows, *(chunk.num_values for chunk in chunks), 0)
     needed = int(_ROW_BYTES * values + sum(chunk.total_uncompressed_size for chunk in chunks))
     repeated = [chunk for chunk in chunks if chunk.physical_type == "BYTE_ARRAY" and chunk.has_dictionary_page]
     if needed <= allowed < needed + sum(chunk.num_values * chunk.total_uncompressed_size for chunk in repeated):
@@ -60,9 +57,9 @@ def _needed(file: Path, said: pq.FileMetaData, columns: Sequence[str], allowed: 
 
 
 def _lengths(file: Path, leaves: Sequence[str]) -> Iterator[int]:
-    """Bytes of the values of these leaves, a few rows at a time; a dictionary's are counted, not made."""
+    """Bytes of these columns' values, batch by batch. Dictionary-encoded values are counted, not decoded."""
     with pq.ParquetFile(file, read_dictionary=list(leaves), memory_map=True) as opened:
-        for batch in opened.iter_batches(_ROWS, columns=list(leaves), use_threads=False):
+        for batch in opened.iter_batches(_BATCH_ROWS, columns=list(leaves), use_threads=False):
             yield sum(_length(column) for column in batch.columns)
 
 

@@ -1,6 +1,6 @@
-"""Folders of images: what lies in them, listed once, and which of the files are images.
+"""Folders of images: list what is in them, once, and tell which files are images.
 
-Most files are known by their names. The few of an unknown suffix, or of none, are known by their first bytes.
+Most files are known by their suffix. The few with an unknown suffix, or none, are known by their first bytes.
 """
 
 import os
@@ -19,25 +19,25 @@ from vitft.data.decoder import BadImage, formats, header, suffixes
 from vitft.errors import DataError
 
 _JUNK = {"thumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "@eadir", "lost+found", "system volume information"}
-_DEEPEST = 100  # folders within one another
-_OFTEN = 100  # times that links may lead to one folder: of 30 folders, each with two links to the next, 2**30 are made
+_MAX_DEPTH = 100  # nested folders
+_MAX_VISITS = 100  # of one folder, by links: 30 folders with two links each to the next one would make 2**30
 
-# Not opened to see whether they are images: data sets have a file of these for each image.
+# Never opened to see whether they are images: some datasets have one such file for each image.
 _NO_IMAGES = {
     ".avi", ".csv", ".gz", ".html", ".ipynb", ".json", ".jsonl", ".md", ".mat", ".mov", ".mp4", ".npy", ".npz",
     ".parquet", ".pt", ".pth", ".py", ".pyc", ".safetensors", ".tar", ".tsv", ".txt", ".xml", ".yaml", ".yml", ".zip",
 }  # fmt: skip
-# TIFF files to a reader of TIFF, which would show the thumbnail.
+# A TIFF reader accepts these, but shows only the thumbnail.
 _RAW = {".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".srw"}
 _HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 _JXL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
-# What is an image by these bytes alone, were it cut short; what other readers accept is opened before it is believed.
+# Formats whose first bytes are proof enough, even of a truncated file. Files of other formats are opened to be sure.
 _SURE = {"JPEG", "PNG", "GIF", "WEBP", "TIFF", "JPEG2000", "AVIF", "HEIF", "JXL"}
 _REMEDY = {"HEIC": "pip install 'vitft[heic]'", "JPEG XL": "pip install 'vitft[heic]'"}
 
 
-class Passed(NamedTuple):
-    """A file that is not read; `kind` is what picture it is, or nothing."""
+class OtherFile(NamedTuple):
+    """A file that is not read. `kind` is its format if it is a picture, else empty."""
 
     name: str
     kind: str
@@ -45,18 +45,18 @@ class Passed(NamedTuple):
 
 @dataclass(slots=True)
 class Folder:
-    """A folder and all below it; hidden files and what systems leave behind are not in it."""
+    """A folder and everything below it, without hidden files and those that operating systems leave behind."""
 
-    path: str  # as the one above it was given
+    path: str
     name: str
     images: list[str] = field(default_factory=list)  # names of the images directly in it, sorted
-    unnamed: list[str] = field(default_factory=list)  # those of them whose names do not say so
-    others: list[Passed] = field(default_factory=list)  # its other files, sorted by name
+    by_content: list[str] = field(default_factory=list)  # those recognized by content, not by their suffix
+    others: list[OtherFile] = field(default_factory=list)  # its other files, sorted by name
     folders: "list[Folder]" = field(default_factory=list)  # sorted by name
     count: int = 0  # images at any depth
 
     def walk(self) -> "Iterator[Folder]":
-        """This folder and all below it, those above first."""
+        """This folder and all below it, parents first."""
         yield self
         for folder in self.folders:
             yield from folder.walk()
@@ -65,76 +65,73 @@ class Folder:
         """Paths of the images at any depth."""
         return (f"{folder.path}{os.sep}{name}" for folder in self.walk() for name in folder.images)
 
-    def passed(self) -> Iterator[tuple[str, str]]:
+    def other_files(self) -> Iterator[tuple[str, str]]:
         """Paths and kinds of the other files at any depth."""
-        return ((f"{folder.path}{os.sep}{one.name}", one.kind) for folder in self.walk() for one in folder.others)
+        return ((f"{folder.path}{os.sep}{file.name}", file.kind) for folder in self.walk() for file in folder.others)
 
 
 class Listing(NamedTuple):
-    """A folder, and what there is to say of how it was listed."""
+    """A folder's tree, and what was noticed while listing it."""
 
     tree: Folder
-    remarks: list[str]  # of links that were not followed
-    doubles: list[tuple[str, str]]  # images, by links, that are there under another path as well
+    remarks: list[str]  # about links that were not followed
+    duplicates: list[tuple[str, str]]  # pairs of paths that links make the same image
 
 
 def scan(root: Path) -> Listing:
-    """List a folder and all below it. Links are followed, but none that leads back to a folder it lies in.
+    """List a folder and everything below it. Links are followed unless they lead back to a parent folder.
 
-    Raises OSError for a folder that cannot be read, DataError for one that is too deep.
+    Raises OSError for an unreadable folder, DataError for one that is nested too deeply.
     """
     scanner = _Scanner(str(root))
-    return Listing(scanner.scan(str(root), root.name, ()), scanner.remarks, scanner.doubles)
+    return Listing(scanner.scan(str(root), root.name, ()), scanner.remarks, scanner.duplicates)
 
 
 class _Scanner:
     def __init__(self, root: str) -> None:
         self.root = root
         self.remarks: list[str] = []
-        self.doubles: list[tuple[str, str]] = []
+        self.duplicates: list[tuple[str, str]] = []
         self._visits: Counter[tuple[int, int]] = Counter()
         self._linked: dict[tuple[int, int], str] = {}
-        self._known = suffixes()
+        self._suffixes = suffixes()
 
-    def scan(self, path: str, name: str, above: tuple[tuple[int, int], ...]) -> Folder:
+    def scan(self, path: str, name: str, parents: tuple[tuple[int, int], ...]) -> Folder:
         folder = Folder(path, name)
-        if len(above) > _DEEPEST:
-            raise DataError(f"{path} lies over {_DEEPEST} folders deep; give the folder that holds the images.")
+        if len(parents) > _MAX_DEPTH:
+            raise DataError(f"{path} is over {_MAX_DEPTH} folders deep; give the folder that holds the images.")
         status = os.stat(path)  # noqa: PTH116  (hot loop)
-        this = (status.st_dev, status.st_ino)
-        self._visits[this] += 1
-        if this in above or self._visits[this] > _OFTEN:
-            why = "leads back to a folder it lies in" if this in above else f"is there {_OFTEN} times already"
+        inode = (status.st_dev, status.st_ino)
+        self._visits[inode] += 1
+        if inode in parents or self._visits[inode] > _MAX_VISITS:
+            why = "leads back to a parent folder" if inode in parents else f"was followed {_MAX_VISITS} times already"
             self.remarks.append(f"the link {relative(path, self.root)} is not followed: it {why}")
             return folder
         with os.scandir(path) as entries:
-            found = sorted((entry for entry in entries if not is_junk(entry.name)), key=lambda entry: entry.name)
-        for entry in found:
+            visible = sorted((entry for entry in entries if not is_junk(entry.name)), key=lambda entry: entry.name)
+        for entry in visible:
             if _is_folder(entry):
-                folder.folders.append(self.scan(entry.path, entry.name, (*above, this)))
-            elif os.path.splitext(entry.name)[1].lower() in self._known:  # noqa: PTH122  (hot loop)
+                folder.folders.append(self.scan(entry.path, entry.name, (*parents, inode)))
+            elif os.path.splitext(entry.name)[1].lower() in self._suffixes:  # noqa: PTH122  (hot loop)
                 folder.images.append(entry.name)
                 if entry.is_symlink():
-                    self._tell_double(entry)
-            elif kind := _kind(entry):
-                if kind == _IMAGE:
-                    folder.images.append(entry.name)
-                    folder.unnamed.append(entry.name)
-                else:
-                    folder.others.append(Passed(entry.name, kind))
+                    self._note_duplicate(entry)
+            elif (kind := _kind(entry)) == _IMAGE:
+                folder.images.append(entry.name)
+                folder.by_content.append(entry.name)
             else:
-                folder.others.append(Passed(entry.name, ""))
+                folder.others.append(OtherFile(entry.name, kind))
         folder.count = len(folder.images) + sum(inner.count for inner in folder.folders)
         return folder
 
-    def _tell_double(self, link: "os.DirEntry[str]") -> None:
+    def _note_duplicate(self, link: "os.DirEntry[str]") -> None:
         try:
             status = link.stat()
-        except OSError:  # it leads nowhere, which whoever opens it says
+        except OSError:  # a broken link; decoding it reports the error
             return
         first = self._linked.setdefault((status.st_dev, status.st_ino), link.path)
         if first != link.path:
-            self.doubles.append((link.path, first))
+            self.duplicates.append((link.path, first))
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
@@ -145,22 +142,22 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
 
 
 def is_junk(name: str) -> bool:
-    """Whether a file or folder is hidden, or one that a system leaves behind."""
+    """Whether a file or folder is hidden, or left behind by an operating system."""
     return name.startswith(".") or name.lower() in _JUNK
 
 
 def relative(path: str, root: str) -> str:
-    """A path below a folder as seen from there, with /."""
+    """A path relative to a folder above it, with `/`."""
     return path.removeprefix(root).strip(os.sep).replace(os.sep, "/") or "."
 
 
-# -- what a file is ---------------------------------------------------------------------------------
+# -- recognizing images -----------------------------------------------------------------------------
 
 _IMAGE = "image"
 
 
 def _kind(entry: "os.DirEntry[str]") -> str:
-    """`image` for one that is read, by the first bytes of the file; what picture it is that is not; or nothing."""
+    """_IMAGE if the first bytes are of a readable image; the format of an unreadable picture; else empty."""
     suffix = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122  (hot loop)
     if suffix in _NO_IMAGES:
         return ""
@@ -173,7 +170,7 @@ def _kind(entry: "os.DirEntry[str]") -> str:
             head = file.read(64)
     except OSError:
         return ""
-    accepted = [name for name, accept in _readers() if _takes(accept, head[:16])]
+    accepted = [name for name, accept in _readers() if _accepts(accept, head[:16])]
     if _SURE.intersection(accepted) or (accepted and _opens(entry.path)):
         return _IMAGE
     if head[4:8] == b"ftyp" and head[8:12] in _HEIC:
@@ -184,8 +181,8 @@ def _kind(entry: "os.DirEntry[str]") -> str:
         return "AVIF"
     if suffix == ".svg":
         return "SVG"
-    known = Image.registered_extensions().get(suffix, "")
-    return known if known in Image.OPEN and known not in formats() else ""
+    by_suffix = Image.registered_extensions().get(suffix, "")
+    return by_suffix if by_suffix in Image.OPEN and by_suffix not in formats() else ""
 
 
 _Accept = Callable[[bytes], bool | str]
@@ -193,14 +190,14 @@ _Accept = Callable[[bytes], bool | str]
 
 @cache
 def _readers() -> list[tuple[str, _Accept]]:
-    """Pillow's test of the first 16 bytes, for each format that is read and has one."""
+    """Pillow's test of the first 16 bytes, for each readable format that has one."""
     return [(name, accept) for name in formats() if (accept := Image.OPEN[name][1]) is not None]
 
 
-def _takes(accept: _Accept, head: bytes) -> bool:
+def _accepts(accept: _Accept, head: bytes) -> bool:
     try:
         return accept(head) is True
-    except (SyntaxError, IndexError, TypeError, struct.error):  # what Pillow takes for no, of a file too short
+    except (SyntaxError, IndexError, TypeError, struct.error):  # like Pillow does for files that are too short
         return False
 
 
@@ -212,30 +209,25 @@ def _opens(path: str) -> bool:
     return True
 
 
-# -- what is said of it -----------------------------------------------------------------------------
+# -- describing the other files ---------------------------------------------------------------------
 
 
-def told(passed: Iterable[tuple[str, str]], root: str) -> tuple[list[str], list[str]]:
-    """Sentences on files that are not read: on those that are no images, and on pictures that cannot be read."""
-    kinds: dict[str, list[str]] = {}
-    for path, kind in passed:
-        kinds.setdefault(kind, []).append(path)
-    plain = kinds.pop("", [])
+def describe_others(files: Iterable[tuple[str, str]], root: str) -> tuple[list[str], list[str]]:
+    """Sentences about files that are not read: notes about non-images, warnings about unreadable pictures."""
+    by_kind: dict[str, list[str]] = {}
+    for path, kind in files:
+        by_kind.setdefault(kind, []).append(path)
     notes = []
-    if plain:
-        endings = Counter(os.path.splitext(path)[1].lower() or "no suffix" for path in plain)  # noqa: PTH122
-        listed = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common(4))
+    if no_images := by_kind.pop("", []):
+        endings = Counter(os.path.splitext(path)[1].lower() or "no suffix" for path in no_images)  # noqa: PTH122
+        counts = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common(4))
         more = ", ..." if len(endings) > 4 else ""
-        notes.append(
-            f"{_files(len(plain))} no image and not read: {listed}{more} (the first is {relative(plain[0], root)})"
-        )
+        first = relative(no_images[0], root)
+        are = "1 file is not an image" if len(no_images) == 1 else f"{len(no_images):,} files are not images"
+        notes.append(f"{are}: {counts}{more} (first: {first})")
     warnings = []
-    for kind, paths in kinds.items():
+    for kind, paths in by_kind.items():
+        are = "1 file is" if len(paths) == 1 else f"{len(paths):,} files are"
         remedy = _REMEDY.get(kind, "convert to JPEG or PNG")
-        first = f"the first is {relative(paths[0], root)}"
-        warnings.append(f"{_files(len(paths))} {kind}, which is not read ({first}): {remedy}")
+        warnings.append(f"{are} {kind}, which cannot be read (first: {relative(paths[0], root)}): {remedy}")
     return notes, warnings
-
-
-def _files(count: int) -> str:
-    return "1 file is" if count == 1 else f"{count:,} files are"

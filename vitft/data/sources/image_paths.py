@@ -1,9 +1,9 @@
-"""Which files a data set's names mean: in its own folder alone, unless more is asked for.
+"""Find the files that a table names, only within the dataset's own folder unless more is allowed.
 
-A table's names are looked up in listings of folders, each read once, so that a million rows cost no stat. Where
-a name is no file as it stands, these are tried, and what was found is told: the same text in another Unicode
-form, `\\` for `/`, a known extension added, and the folders one level below (`train/` beside `train.csv`; a table
-that is called after another split than the test takes no image from the test's folder, nor the reverse).
+Paths are looked up in folder listings, each read once, so a million rows need no stat calls. If a path does not exist
+as written, these variants are tried, and noted: another Unicode form, `/` for `\\`, an added extension, and the
+folders one level below (`train/` beside `train.csv`). A table named after another split never takes images from the
+test folder, nor does a test table take them from another split's folder.
 """
 
 import os
@@ -19,39 +19,39 @@ from vitft.data.sources.schema import Notes, role_of
 from vitft.io.paths import composed
 
 
-class Misnamed(Exception):  # noqa: N818  (a reason, that whoever knows the row makes an error of)
-    """Why a name means no file that may be read; whoever knows the row says where."""
+class PathError(Exception):
+    """Why a path names no readable file. The caller adds the row."""
 
 
 def absolute(folders: Iterable[Path]) -> list[str]:
-    """Folders as absolute text, links in them not followed."""
+    """Folders as absolute paths, without following links."""
     return [os.path.abspath(folder) for folder in folders]  # noqa: PTH100  (resolve() would follow links)
 
 
-def named_file(folders: Sequence[str], name: Any, *, allow_outside: bool) -> str:
-    """The file that a data set in these folders names, there or not. Raises Misnamed for one outside of them.
+def resolve(folders: Sequence[str], name: Any, *, allow_outside: bool) -> str:
+    """The absolute path of a file that a dataset in these folders names. Raises PathError for one outside of them.
 
-    By name alone: a link that the folder's owner put there may lead where it likes.
+    Only the path counts: links that the folder's owner made may lead anywhere.
     """
     if not isinstance(name, str) or not name.strip() or "\0" in name:
-        raise Misnamed(f"{name!r} is no path of an image.")
+        raise PathError(f"{name!r} is not an image path.")
     if re.match(r"(https?|s3|gs|ftp)://", name):
-        raise Misnamed(f"{name} is on the network; download the images, and name the files.")
+        raise PathError(f"{name} is a URL; download the images and give their paths.")
     file = os.path.normpath(os.path.join(folders[0], name))  # noqa: PTH118  (hot loop)
     if not allow_outside and not any(file.startswith(f"{folder}{os.sep}") for folder in folders):
-        raise Misnamed(f"{name} leads out of {folders[0]}; where that is meant, add --allow-outside.")
+        raise PathError(f"{name} is outside of {folders[0]}; if that is intended, add --allow-outside.")
     return file
 
 
 @cache
 def role_within(name: str) -> str | None:
-    """The role that one of a name's words tells: `labels_train.csv`, `seg_test`; None for no or several roles."""
+    """The split role that one word of a name gives: `labels_train.csv`, `seg_test`; None for no or several roles."""
     roles = {role for word in re.split(r"[\W\d_]+", name) if (role := role_of(word))}
     return roles.pop() if len(roles) == 1 else None
 
 
-class Names:
-    """The files that a table's cells mean; what was done to find them is counted, to be told once."""
+class ImagePaths:
+    """Finds the files that a table's cells name. Counts what was needed to find them, for one note about it."""
 
     def __init__(self, table: Path, image_folder: Path | None, *, allow_outside: bool) -> None:
         folders = [table.parent] if image_folder is None else [image_folder, table.parent]
@@ -60,114 +60,110 @@ class Names:
         self.allow_outside = allow_outside
         self._listings: dict[str, _Listing] = {}
         self._parents: dict[str, tuple[str, _Listing]] = {}
-        self._ways: Counter[tuple[str, str]] = Counter()
+        self._variants: Counter[tuple[str, str]] = Counter()
 
     def find(self, name: str, role: str | None = None) -> tuple[str, bool]:
-        """The absolute path that a cell means, and whether it is there. Raises Misnamed.
+        """The absolute path that a cell names, and whether it exists. Raises PathError.
 
-        `role` is of the row's split, if a column tells it: of two files, that in a folder called so is meant.
+        `role` is that of the row's split, if known. It decides between two files in folders named like splits.
         """
-        found, how = self._lookup(name, role)
-        if found is None:
-            return named_file(self.folders, name, allow_outside=self.allow_outside), False
-        if how is not None:
-            self._ways[how] += 1
-        return found, True
+        file, variant = self._lookup(name, role)
+        if file is None:
+            return resolve(self.folders, name, allow_outside=self.allow_outside), False
+        if variant is not None:
+            self._variants[variant] += 1
+        return file, True
 
-    def meant(self, name: str) -> tuple[str | None, bool]:
-        """The file that a cell may mean, and whether by its name as it stands; for who does not know what it is."""
+    def guess(self, name: str) -> tuple[str | None, bool]:
+        """The file that a cell of an unknown column may name, and whether it exists exactly as written."""
         try:
-            found, how = self._lookup(name, None)
-        except Misnamed:
+            file, variant = self._lookup(name, None)
+        except PathError:
             return None, False
-        return found, found is not None and how is None
+        return file, file is not None and variant is None
 
-    def tell(self, notes: Notes) -> None:
-        """Write down how the files were found, where it was not by their names as they stand."""
-        for how in dict.fromkeys(how for _, how in self._ways):
-            counts = {below: count for (below, way), count in self._ways.items() if way == how}
+    def report(self, notes: Notes) -> None:
+        """Note how many files were found by which variants of their paths."""
+        for how in dict.fromkeys(how for _, how in self._variants):
+            counts = {below: count for (below, variant), count in self._variants.items() if variant == how}
             first, *others = [f"{below}{os.sep}" for below in counts if below] or [""]
             where = f" in {first}" + (f" and {len(others):,} more folders" if others else "") if first else ""
-            notes.decide(f"{sum(counts.values()):,} of the images are found{where}{f' {how}' if how else ''}")
+            notes.decide(f"found {sum(counts.values()):,} of the images{where}{f' {how}' if how else ''}")
 
     def _lookup(self, name: str, role: str | None) -> tuple[str | None, tuple[str, str] | None]:
-        """The file, and the folder below and the way that it was found by; None for its name as it stands."""
+        """The file, and the variant that found it: folder below and change. None for the path as written."""
         head, _, tail = name.rpartition("/")
-        known = self._parents.get(head)
-        if known is None or tail in ("", ".", ".."):
-            file = named_file(self.folders, name, allow_outside=self.allow_outside)
+        parent = self._parents.get(head)
+        if parent is None or tail in ("", ".", ".."):
+            file = resolve(self.folders, name, allow_outside=self.allow_outside)
             folder, tail = os.path.split(file)
-            known = folder, self._listing(folder)
+            parent = folder, self._listing(folder)
             if not name.endswith(("/", "/.", "/..")):
-                self._parents[head] = known
-        folder, listing = known
+                self._parents[head] = parent
+        folder, listing = parent
         if tail in listing.files:
             return f"{folder}{os.sep}{tail}", None
-        found, how = self._match(folder, tail)
-        if found is not None:
-            return found, ("", how)
+        match, how = self._match(folder, tail)
+        if match is not None:
+            return match, ("", how)
         if "\\" in name:
             return self._lookup(name.replace("\\", "/"), role)
-        return self._one_below(name, role)
+        return self._lookup_below(name, role)
 
     def _match(self, folder: str, tail: str) -> tuple[str | None, str]:
-        """The file in a folder that a name may mean, and what was done to it. Raises Misnamed for two."""
-        if not self._listing(folder).there:
-            folder = self._composed(folder) or folder
-        found, how = self._listing(folder).match(tail)
-        if len(found) > 1:
-            raise Misnamed(f"{tail} may be {found[0]} or {found[1]}; write the extension.")
-        return (f"{folder}{os.sep}{found[0]}", how) if found else (None, "")
+        """The file in a folder that a name may mean, and how the name was changed. Raises PathError for two files."""
+        if not self._listing(folder).exists:
+            folder = self._other_unicode_form(folder) or folder
+        matches, how = self._listing(folder).match(tail)
+        if len(matches) > 1:
+            raise PathError(f"{tail} may be {matches[0]} or {matches[1]}; write the extension.")
+        return (f"{folder}{os.sep}{matches[0]}", how) if matches else (None, "")
 
-    def _composed(self, folder: str) -> str | None:
-        """The folder that is there under this name in another Unicode form."""
+    def _other_unicode_form(self, folder: str) -> str | None:
+        """The folder that exists under this name in another Unicode form."""
         parent, name = os.path.split(folder)
         if not name or folder.isascii():
             return None
-        if not self._listing(parent).there:
-            parent = self._composed(parent) or parent
+        if not self._listing(parent).exists:
+            parent = self._other_unicode_form(parent) or parent
         same = [other for other in self._listing(parent).folders if composed(other) == composed(name)]
         return os.path.join(parent, same[0]) if same else None  # noqa: PTH118
 
-    def _one_below(self, name: str, role: str | None) -> tuple[str | None, tuple[str, str] | None]:
+    def _lookup_below(self, name: str, role: str | None) -> tuple[str | None, tuple[str, str] | None]:
+        """Like `_lookup`, in the folders one level below."""
         first = name.removeprefix("./").partition("/")[0]
         stem = os.path.splitext(first)[0]  # noqa: PTH122
         children = dict.fromkeys(child for key in (first, composed(first), stem) for child in self._below.get(key, ()))
-        found: dict[str, tuple[str, str]] = {}
+        matches: dict[str, tuple[str, str]] = {}
         for child in children:
-            its = role_within(child)
-            if (
-                its is not None
-                and self.role is not None
-                and "test" in {self.role, its}
-                and its not in (self.role, role)
-            ):
+            child_role = role_within(child)
+            if child_role and self.role and "test" in (self.role, child_role) and child_role not in (self.role, role):
                 continue
-            file = named_file(self.folders, f"{child}/{name}", allow_outside=self.allow_outside)
-            here, how = self._match(*os.path.split(file))
-            if here is not None:
-                found[child] = here, how
-        if len(found) > 1:
+            file = resolve(self.folders, f"{child}/{name}", allow_outside=self.allow_outside)
+            match, how = self._match(*os.path.split(file))
+            if match is not None:
+                matches[child] = match, how
+        if len(matches) > 1:
             own: dict[str, tuple[str, str]] = {}
             for wanted in filter(None, (role, self.role)):
-                own = own or {child: here for child, here in found.items() if role_within(child) == wanted}
+                own = own or {child: match for child, match in matches.items() if role_within(child) == wanted}
             if len(own) != 1:
-                one, other, *_ = found
-                raise Misnamed(f"{name} is in {one} and in {other}; name the folder of the images with --image-folder.")
-            found = own
-        for child, (here, how) in found.items():
-            return here, (child, how)
+                a, b, *_ = matches
+                raise PathError(f"{name} is in both {a} and {b}; give the folder of the images with --image-folder.")
+            matches = own
+        for child, (match, how) in matches.items():
+            return match, (child, how)
         return None, None
 
     @cached_property
     def _below(self) -> dict[str, tuple[str, ...]]:
-        """For each name, and name without extension, one level below the first folder: the folders that hold it."""
-        found: dict[str, tuple[str, ...]] = {}
+        """For each name one level below the first folder, with and without extension: the folders that hold it."""
+        holders: dict[str, tuple[str, ...]] = {}
         for child in sorted(self._listing(self.folders[0]).folders):
             inner = self._listing(os.path.join(self.folders[0], child))  # noqa: PTH118
             for key in {*inner.files, *inner.folders, *inner.stems, *inner.composed}:
-                found[key] = (*found.get(key, ()), child)
-        return found
+                holders[key] = (*holders.get(key, ()), child)
+        return holders
 
     def _listing(self, folder: str) -> "_Listing":
         if (listing := self._listings.get(folder)) is None:
@@ -181,42 +177,41 @@ class _Listing:
     def __init__(self, folder: str) -> None:
         self.files: set[str] = set()
         self.folders: list[str] = []
-        self.there = True
+        self.exists = True
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    if entry.is_dir():
-                        if not entry.name.startswith("."):
-                            self.folders.append(entry.name)
-                    else:
+                    if not entry.is_dir():
                         self.files.add(entry.name)
-        except (OSError, ValueError):  # not there, not to be read, or no possible name
-            self.there = False
+                    elif not entry.name.startswith("."):
+                        self.folders.append(entry.name)
+        except (OSError, ValueError):  # missing, unreadable, or an impossible name
+            self.exists = False
 
     def match(self, name: str) -> tuple[list[str], str]:
-        """The files that a name may mean, and what was done to it."""
+        """The files that a name may mean, and how the name was changed."""
         if name in self.files:
             return [name], ""
         if (other := self.composed.get(composed(name))) is not None:
             return [other], "in another Unicode form"
-        if found := self.stems.get(composed(name)):
-            return found, f"with {os.path.splitext(found[0])[1]} added"  # noqa: PTH122
+        if files := self.stems.get(composed(name)):
+            return files, f"with {os.path.splitext(files[0])[1]} added"  # noqa: PTH122
         stem, suffix = os.path.splitext(composed(name))  # noqa: PTH122
-        found = [file for file in self.stems.get(stem, ()) if file.lower().endswith(suffix.lower())] if suffix else []
-        return found, "with the extension in other case"
+        files = [file for file in self.stems.get(stem, ()) if file.lower().endswith(suffix.lower())] if suffix else []
+        return files, "with the extension in another case"
 
     @cached_property
     def composed(self) -> dict[str, str]:
-        """Names that are not in Unicode's composed form, by that form."""
+        """Non-ASCII names by their composed Unicode form."""
         return {composed(name): name for name in self.files if not name.isascii()}
 
     @cached_property
     def stems(self) -> dict[str, list[str]]:
-        """Images by their names without the extension."""
-        found: dict[str, list[str]] = {}
+        """Images by their names without extension."""
+        by_stem: dict[str, list[str]] = {}
         known = suffixes()
         for name in sorted(self.files):
             stem, suffix = os.path.splitext(name)  # noqa: PTH122
             if suffix.lower() in known:
-                found.setdefault(composed(stem), []).append(name)
-        return found
+                by_stem.setdefault(composed(stem), []).append(name)
+        return by_stem

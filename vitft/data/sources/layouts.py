@@ -1,272 +1,268 @@
-"""Which folders are splits, which classes: root/class/image, root/split/class/image, and what people make of these.
+"""Which folders are splits and which are classes: root/class/image, root/split/class/image, and their variants.
 
-A split's folder is never taken for a class without a word, and what is left out is told. Where two readings are
-as good, the data set is refused.
+Taking a split's folder for a class, or leaving images out, always leaves a note. Ambiguous datasets are refused.
 """
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import numpy as np
 
-from vitft.data.sources.folders import Folder, Listing, relative, told
-from vitft.data.sources.schema import Notes, Reading, image_structs, make_split, role_of
+from vitft.data.sources.folders import Folder, Listing, describe_others, relative
+from vitft.data.sources.schema import Notes, Reading, role_of, split_of_files
 from vitft.data.sources.tables import read_table
 from vitft.errors import DataError, UsageError, as_flag
 from vitft.io.paths import composed
 
 Classes = dict[str, list[str]]
-"""Paths of the images of each class, by its name in composed form (NFC)."""
+"""The image paths of each class, by class name in composed form (NFC)."""
+_ONE_FOLDER_EACH = "put each class into a folder of its own"
 
 
 def read_folder(root: Path, listing: Listing, reading: Reading, notes: Notes) -> dict[str, datasets.Dataset]:
-    """Read root/class/**/image, or root/split/class/**/image where folders are named as splits.
+    """Read root/class/**/image, or root/split/class/**/image where folders are named like splits.
 
-    A class is a folder directly under the root or split that holds at least one image, at any depth. Other layouts
-    are read as `_layout` says; a `metadata.csv` or `.jsonl` with a column file_name tells the labels itself, as it
-    does for the imagefolder of `datasets`. Raises DataError.
+    A class is a folder directly under the root or split with at least one image at any depth. For other layouts see
+    `_Layout`. Files `metadata.csv` or `.jsonl` with a column file_name give the labels instead, as in the imagefolder
+    of `datasets`. Raises DataError.
     """
     for remark in listing.remarks:
         notes.decide(remark)
-    if (found := _by_metadata(_Layout(listing.tree, notes), reading, notes)) is not None:
-        return found
+    if (by_metadata := _read_metadata(_Layout(listing.tree, notes), reading, notes)) is not None:
+        return by_metadata
     for name in ("image_column", "label_column", "split_column", "fold_column", "fold"):
         if (value := getattr(reading, name)) is not None:
-            raise UsageError(f"{as_flag(name)} {value}: {root} holds folders of images, without columns; leave it out.")
+            raise UsageError(f"{as_flag(name)} {value}: {root} is a folder of images, without columns; leave it out.")
     splits = splits_of(listing.tree, notes)
-    if listing.doubles:
-        path, first = (relative(one, listing.tree.path) for one in listing.doubles[0])
-        notes.warn(
-            f"{len(listing.doubles):,} images are there twice, by links: the first is {path}, which is {first} too"
-        )
+    if listing.duplicates:
+        path, original = (relative(file, listing.tree.path) for file in listing.duplicates[0])
+        notes.warn(f"{_images(len(listing.duplicates))} read twice through links (first: {path} is {original})")
     names = sorted({name for classes in splits.values() for name in classes})
     return {split: _dataset(root, classes, names) for split, classes in splits.items()}
 
 
 def splits_of(tree: Folder, notes: Notes) -> dict[str, Classes]:
-    """Of each split its classes, and of each class its images. Raises DataError."""
+    """The classes of each split. Raises DataError."""
     splits = _Layout(tree, notes).splits()
-    _tell_files(tree, notes)
+    _note_files(tree, notes)
     return splits
 
 
-def _tell_files(folder: Folder, notes: Notes, used: Iterable[Path] = ()) -> None:
-    plain, pictures = told(((path, kind) for path, kind in folder.passed() if Path(path) not in used), folder.path)
-    for sentence in plain:
+def _note_files(tree: Folder, notes: Notes, used: Collection[Path] = ()) -> None:
+    """Notes about files that are not read, and about images that were recognized by content."""
+    others = ((path, kind) for path, kind in tree.other_files() if Path(path) not in used)
+    decisions, warnings = describe_others(others, tree.path)
+    for sentence in decisions:
         notes.decide(sentence)
-    for sentence in pictures:
+    for sentence in warnings:
         notes.warn(sentence)
-    if unnamed := [f"{inner.path}{os.sep}{name}" for inner in folder.walk() for name in inner.unnamed]:
-        first = relative(unnamed[0], folder.path)
-        are = "1 file is an image by its content, not by its name"
-        if len(unnamed) > 1:
-            are = f"{len(unnamed):,} files are images by their content, not by their names"
-        notes.decide(f"{are}: the first is {first}")
+    if by_content := [f"{folder.path}{os.sep}{name}" for folder in tree.walk() for name in folder.by_content]:
+        are = "1 file is an image" if len(by_content) == 1 else f"{len(by_content):,} files are images"
+        notes.decide(f"{are} by content, not by name (first: {relative(by_content[0], tree.path)})")
 
 
 def _dataset(root: Path, classes: Classes, names: list[str]) -> datasets.Dataset:
     index = {name: number for number, name in enumerate(names)}
     paths = [path for name in sorted(classes) for path in classes[name]]
     labels = np.repeat([index[name] for name in sorted(classes)], [len(classes[name]) for name in sorted(classes)])
-    try:
-        return make_split(image_structs(None, paths), labels, names, root)
-    except UnicodeEncodeError as error:
-        raise DataError(f"the file name {error.object!r} is not UTF-8; rename it.") from error
+    return split_of_files(paths, labels, names, root)
 
 
-def _holding(folder: Folder) -> list[Folder]:
+def _with_images(folder: Folder) -> list[Folder]:
+    """The folders directly in it that hold images at any depth."""
     return [inner for inner in folder.folders if inner.count]
 
 
-def _named(folders: Iterable[Folder] | Iterable[str]) -> str:
-    names = [one if isinstance(one, str) else one.name for one in folders]
+def _names(folders: Iterable[Folder] | Iterable[str]) -> str:
+    names = [folder if isinstance(folder, str) else folder.name for folder in folders]
     return ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
 
 
 class _Layout:
-    """Finds the splits and classes of a tree of folders."""
+    """Finds the splits and classes in a tree of folders."""
 
     def __init__(self, tree: Folder, notes: Notes) -> None:
         self.tree, self.notes = tree, notes
-        self.top = _inner(tree)
+        self.top = _unwrap(tree)
         if self.top is not tree:
-            notes.decide(f"the data set is read from {self._at(self.top)}: no other folder holds images")
-        held = _holding(self.top)
-        self.roles = _split_folders(held, self.top.path)  # by name: what each split's folder is for
-        self.folders = {folder.name: folder for folder in held if folder.name in self.roles}
-        self.parts = {name: _inner(folder) for name, folder in self.folders.items()}  # where the classes are
-        known = {one.name for name, part in self.parts.items() if self.roles[name] == "train" for one in _holding(part)}
+            notes.decide(f"the dataset is read from {self._relative(self.top)}, the only folder with images")
+        inner = _with_images(self.top)
+        self.roles = _split_roles(inner, self.top.path)  # of each split's folder, by name
+        self.folders = {folder.name: folder for folder in inner if folder.name in self.roles}
+        self.parts = {name: _unwrap(folder) for name, folder in self.folders.items()}  # the folders of the classes
+        training = [part for name, part in self.parts.items() if self.roles[name] == "train"]
+        classes = {folder.name for part in training for folder in _with_images(part)}
         for name, folder in self.folders.items():
-            if known & {one.name for one in _holding(folder)}:  # one class of many, with folders in it
+            if classes & {inner.name for inner in _with_images(folder)}:  # it has a single class, with folders in it
                 self.parts[name] = folder
-        self.others = [folder for folder in held if folder.name not in self.roles]
+        self.others = [folder for folder in inner if folder.name not in self.roles]
 
-    def _at(self, folder: Folder) -> str:
+    def _relative(self, folder: Folder) -> str:
         return relative(folder.path, self.tree.path)
 
     def splits(self) -> dict[str, Classes]:
-        """Of each split its classes, and of each class its images. Raises DataError."""
+        """The classes of each split. Raises DataError."""
         if not self.tree.count:
-            raise DataError(_nothing_in(self.tree))
-        held = _holding(self.top)
+            raise DataError(_no_class_folders(self.tree))
+        inner = _with_images(self.top)
         if not self.parts:
-            if (found := self._splits_in_classes(held)) is not None:
-                return found
-            self.notes.decide("no folder is named as a split: all images are for training, a class is a folder")
-            return {"train": self._classes(self.top, held)}
-        with_classes = {name: part for name, part in self.parts.items() if _holding(part)}
+            if (by_class := self._splits_in_classes(inner)) is not None:
+                return by_class
+            self.notes.decide("no folder is named like a split: every folder is a class, all images are for training")
+            return {"train": self._classes(self.top, inner)}
+        with_classes = {name: part for name, part in self.parts.items() if _with_images(part)}
         if any(self.roles[name] == "train" for name in with_classes):
             return self._by_folders(with_classes)
-        inner = {composed(one.name) for part in with_classes.values() for one in _holding(part)}
-        if self.others and inner & {composed(one.name) for one in self.others}:  # root/cat beside root/test/cat
-            self.notes.decide(
-                f"folders beside {_named(with_classes)} are taken for the training split: {_named(self.others)}"
-            )
-            rest = replace(self.top, folders=[one for one in self.top.folders if one.name not in self.parts])
-            parts = self._by_folders(with_classes, told_others=True)
+        classes = {composed(folder.name) for part in with_classes.values() for folder in _with_images(part)}
+        if self.others and classes & {composed(folder.name) for folder in self.others}:  # root/cat and root/test/cat
+            self.notes.decide(f"folders beside {_names(with_classes)} are the training split: {_names(self.others)}")
+            rest = replace(self.top, folders=[folder for folder in self.top.folders if folder.name not in self.parts])
+            parts = self._by_folders(with_classes, others_are_train=True)
             return {"train": self._classes(rest, self.others), **parts}
         if with_classes and not self.others:
             return self._by_folders(with_classes)
         flat = [name for name in self.parts if name not in with_classes]
         if with_classes or not self.others or (len(flat) > 1 and "train" in map(self.roles.get, flat)):
-            raise DataError(self._no_classes(flat, with_classes))
+            raise DataError(self._why_no_splits(flat, with_classes))
         for name in flat:
             self.notes.warn(
-                f"the folder {name} is taken for a class, as {_named(self.others)} {_are(self.others)}; if it is a "
-                "split, put class folders into it, or give a table of path, label and split"
+                f"the folder {name} is read as a class, like {_names(self.others)}; if it is a split, put class "
+                "folders into it, or give a table with path, label and split"
             )
-        return {"train": self._classes(self.top, held)}
+        return {"train": self._classes(self.top, inner)}
 
-    def _no_classes(self, flat: list[str], with_classes: Mapping[str, Folder]) -> str:
-        """Why folders that are named as splits cannot be read as such."""
-        if {"labels", "annotations"} & {one.name.lower() for folder in (self.tree, self.top) for one in folder.folders}:
+    def _why_no_splits(self, flat: list[str], with_classes: Mapping[str, Folder]) -> str:
+        """Why folders that are named like splits cannot be read as splits."""
+        nearby = {folder.name.lower() for parent in (self.tree, self.top) for folder in parent.folders}
+        if nearby & {"labels", "annotations"}:
             return (
-                f"{self.tree.path} holds images beside labels or annotations, as for detecting objects; vitft "
-                "classifies whole images: put each class into a folder of its own, or give a table of path and label."
+                f"{self.tree.path} has images beside labels or annotations, as for object detection; vitft classifies "
+                f"whole images: {_ONE_FOLDER_EACH}, or give a table with path and label."
             )
         if not flat:
             return (
-                f"{self.top.path} holds {_named(with_classes)}, named as splits, beside {_named(self.others)}; "
+                f"{self.top.path} has {_names(with_classes)}, named like splits, beside {_names(self.others)}; "
                 "put the class folders of the training images into train."
             )
-        hint = (
-            _tables_near(self.top) or "put each class into a folder of its own, or give a CSV of path, label and split."
-        )
+        remedy = _suggest_table(self.top) or f"{_ONE_FOLDER_EACH}, or give a CSV with path, label and split."
         hold = "hold" if len(flat) > 1 else "holds"
-        return f"{self.top.path}: {_named(flat)} {hold} images but no class folders; {hint}"
+        return f"{self.top.path}: {_names(flat)} {hold} images but no class folders; {remedy}"
 
-    def _by_folders(self, parts: Mapping[str, Folder], told_others: bool = False) -> dict[str, Classes]:
-        """The splits of these folders; all else that holds images is left out, and told. Raises DataError."""
+    def _by_folders(self, parts: Mapping[str, Folder], others_are_train: bool = False) -> dict[str, Classes]:
+        """One split for each of these folders. Other images are left out, with a warning. Raises DataError."""
         for role in dict.fromkeys(self.roles.values()):
             if len(same := [name for name in self.parts if self.roles[name] == role]) > 1:
-                raise DataError(
-                    f"{self.top.path} holds {_named(same)}, each of them a split for {role}; merge them, or keep one."
-                )
+                raise DataError(f"{self.top.path}: {_names(same)} are all {role} splits; merge them, or keep one.")
         for name, part in self.parts.items():
             if part is not self.folders[name]:
-                self.notes.decide(f"{name} is read from {self._at(part)}")
-        self.notes.decide(f"the splits are the folders {_named(self.parts)}; a class is a folder in one")
+                self.notes.decide(f"{name} is read from {self._relative(part)}")
+        self.notes.decide(f"the folders {_names(self.parts)} are splits, the folders in them classes")
         train = next((part for name, part in parts.items() if self.roles[name] == "train"), None)
-        known = {composed(one.name) for one in _holding(train)} if train else set()
-        found = {}
+        known = {composed(folder.name) for folder in _with_images(train)} if train else set()
+        splits = {}
         for name, part in self.parts.items():
-            held = _holding(part)
-            if train is not None and part is not train and len(known) > 1 and len(held) == 1:
-                only = composed(held[0].name)
+            inner = _with_images(part)
+            if train is not None and part is not train and len(known) > 1 and len(inner) == 1:
+                only = composed(inner[0].name)
                 if only not in known:  # images/, test/ or unknown/
-                    if (classes := _annotated(self.parts[name], held[0], known)) is not None:
-                        self.notes.decide(f"the classes of {name} are those that its annotations tell")
-                        found[name] = classes
+                    if (classes := _read_annotations(part, inner[0], known)) is not None:
+                        self.notes.decide(f"the classes of {name} are read from its annotations")
+                        splits[name] = classes
                     else:
-                        self._leave_out(name, part, f"one folder, {only}, which is no class of training")
+                        self._leave_out(name, part, f"its only folder, {only}, is not a class of the training split")
                     continue
-            if name in parts:
-                found[name] = self._classes(part, held)
-                if known and not known & found[name].keys():
-                    self.notes.warn(f"none of the {len(held)} classes of {name} is one of training: {_named(held)}")
-            else:
-                self._leave_out(name, part, "no class folders")
-        if self.others and not told_others:
-            count = sum(one.count for one in self.others)
-            self.notes.warn(f"{_images(count)} in {_named(self.others)} left out: no split is called so")
+            if name not in parts:
+                self._leave_out(name, part, "it has no class folders")
+                continue
+            splits[name] = self._classes(part, inner)
+            if known and not known & splits[name].keys():
+                self.notes.warn(f"none of the {len(inner)} classes of {name} is in the training split: {_names(inner)}")
+        if self.others and not others_are_train:
+            count = sum(folder.count for folder in self.others)
+            self.notes.warn(f"{_images(count)} in {_names(self.others)} left out: not named like a split")
         if self.top.images:
-            self.notes.warn(f"{_images(len(self.top.images))} directly in {self.top.path} left out: in no split")
-        return {name if role_of(name) else self.roles[name]: classes for name, classes in found.items()}
+            self.notes.warn(f"{_images(len(self.top.images))} directly in {self.top.path} left out: not in a split")
+        return {name if role_of(name) else self.roles[name]: classes for name, classes in splits.items()}
 
     def _leave_out(self, name: str, part: Folder, why: str) -> None:
-        self.notes.warn(f"{name} is left out, with {_images(part.count)}: it holds {why}")
+        self.notes.warn(f"{name} is left out, with {_images(part.count)}: {why}")
 
-    def _classes(self, folder: Folder, held: list[Folder]) -> Classes:
-        """The images of each class; folders that are the same name in two Unicode forms are one. Raises DataError."""
-        if not held:
-            raise DataError(_nothing_in(folder))
+    def _classes(self, folder: Folder, class_folders: list[Folder]) -> Classes:
+        """The images of each class. Two folders with one name in two Unicode forms are one class. Raises DataError."""
+        if not class_folders:
+            raise DataError(_no_class_folders(folder))
         if folder.images:
-            self.notes.warn(
-                f"{_images(len(folder.images))} directly in {self._at(folder)} left out: in no class folder"
-            )
-        for empty in (one for one in folder.folders if not one.count):
-            self._tell_empty(empty)
+            where = self._relative(folder)
+            self.notes.warn(f"{_images(len(folder.images))} directly in {where} left out: not in a class folder")
+        for empty in (inner for inner in folder.folders if not inner.count):
+            self._note_empty(empty)
         classes: Classes = {}
-        for one in held:
-            name = composed(one.name)
+        for inner in class_folders:
+            name = composed(inner.name)
             if name in classes:
-                self.notes.decide(f"two folders {name} in {self._at(folder)}, in two Unicode forms, are one class")
-            classes.setdefault(name, []).extend(one.files())
+                where = self._relative(folder)
+                self.notes.decide(f"two folders {name} in {where} differ only in Unicode form and are one class")
+            classes.setdefault(name, []).extend(inner.files())
         return classes
 
-    def _tell_empty(self, folder: Folder) -> None:
-        """Say that a folder is no class: it holds no image. Raises DataError where it holds pictures."""
-        passed = list(folder.passed())
-        if any(kind for _, kind in passed):
-            _, pictures = told(passed, self.tree.path)
-            raise DataError(f"the folder {self._at(folder)} holds no image that is read: {'; '.join(pictures)}.")
-        why = f"{len(passed):,} files in it are no images" if passed else "it is empty"
-        sentence = f"the folder {self._at(folder)} is no class: {why}"
-        (self.notes.warn if passed else self.notes.decide)(sentence)
+    def _note_empty(self, folder: Folder) -> None:
+        """Note that a folder without images is not a class. Raises DataError if it holds unreadable pictures."""
+        others = list(folder.other_files())
+        where = self._relative(folder)
+        if any(kind for _, kind in others):
+            _, pictures = describe_others(others, self.tree.path)
+            raise DataError(f"the folder {where} has no readable image: {'; '.join(pictures)}.")
+        if others:
+            self.notes.warn(f"the folder {where} is not a class: its {len(others):,} files are not images")
+        else:
+            self.notes.decide(f"the folder {where} is not a class: it is empty")
 
-    def _splits_in_classes(self, held: list[Folder]) -> dict[str, Classes] | None:
-        """root/class/split/image, where every class is so; None where none is. Raises DataError where some are."""
-        divided = [one for one in held if not one.images and all(role_of(inner.name) for inner in _holding(one))]
-        whole = [
-            one for one in divided if any(len(_holding(inner)) > 1 and not inner.images for inner in _holding(one))
+    def _splits_in_classes(self, classes: list[Folder]) -> dict[str, Classes] | None:
+        """root/class/split/image, if every class is divided; None if none is. Raises DataError if some are."""
+        divided = [
+            folder for folder in classes if not folder.images and all(role_of(f.name) for f in _with_images(folder))
         ]
-        if whole:
+        datasets_inside = [
+            folder for folder in divided if any(len(_with_images(f)) > 1 and not f.images for f in _with_images(folder))
+        ]
+        if datasets_inside:
+            are = "are datasets" if len(datasets_inside) > 1 else "is a dataset"
             raise DataError(
-                f"{self.top.path} holds {_named(held)}, of which {_named(whole)} "
-                f"{_are(whole)} divided into splits of classes; give one data set: {whole[0].path}"
+                f"{self.top.path} holds {_names(classes)}, of which {_names(datasets_inside)} {are} with splits; "
+                f"give one dataset: {datasets_inside[0].path}"
             )
         if not divided:
             return None
-        if len(divided) < len(held):
-            rest = [one for one in held if one not in divided]
+        if len(divided) < len(classes):
+            rest = [folder for folder in classes if folder not in divided]
             raise DataError(
-                f"{self.top.path}: the folders in {_named(divided)} are named as splits, those in {_named(rest)} not; "
-                "make one layout of it: split/class/image."
+                f"{self.top.path}: the folders in {_names(divided)} are named like splits, those in {_names(rest)} are "
+                "not; use one layout: split/class/image."
             )
-        found: dict[str, Classes] = {}
-        for one in divided:
-            for part in _holding(one):
-                found.setdefault(part.name, {}).setdefault(composed(one.name), []).extend(part.files())
-        self.notes.decide(f"the splits are the folders {_named(found)} in each class's folder")
-        return found
+        splits: dict[str, Classes] = {}
+        for folder in divided:
+            for part in _with_images(folder):
+                splits.setdefault(part.name, {}).setdefault(composed(folder.name), []).extend(part.files())
+        self.notes.decide(f"the splits are the folders {_names(splits)} in each class folder")
+        return splits
 
 
-def _inner(folder: Folder) -> Folder:
-    """The folder within, where folders hold nothing but one another: seg_train/seg_train/, archive/dataset/."""
+def _unwrap(folder: Folder) -> Folder:
+    """Descend while a folder holds one folder and nothing else: seg_train/seg_train/, archive/dataset/."""
     here = folder
-    while not here.images and len(held := _holding(here)) == 1 and role_of(held[0].name) in (None, role_of(here.name)):
-        here = held[0]
-    if here.images or not _holding(here):  # it was a class, or images alone
-        return folder
-    return here
+    while not here.images and len(inner := _with_images(here)) == 1:
+        if role_of(inner[0].name) not in (None, role_of(here.name)):
+            break
+        here = inner[0]
+    return folder if here.images or not _with_images(here) else here  # a class, or only images
 
 
-def _split_folders(folders: list[Folder], where: str) -> dict[str, str]:
-    """What each folder that is named as a split is for: train, or seg_train where seg_test is as well.
+def _split_roles(folders: list[Folder], where: str) -> dict[str, str]:
+    """The role of each folder that is named like a split: train, or seg_train if there is also seg_test.
 
     Raises DataError for several such families.
     """
@@ -275,35 +271,33 @@ def _split_folders(folders: list[Folder], where: str) -> dict[str, str]:
     families: dict[str, dict[str, str]] = {}
     for folder in folders:
         words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", folder.name)
-        if len(found := [word for word in words if role_of(word)]) == 1:
-            family = folder.name.replace(found[0], "*", 1).casefold()
-            families.setdefault(family, {})[folder.name] = role_of(found[0]) or ""
-    families = {family: roles for family, roles in families.items() if "train" in roles.values() and len(roles) > 1}
+        if len(roles := [(word, role) for word in words if (role := role_of(word))]) == 1:
+            ((word, role),) = roles
+            families.setdefault(folder.name.replace(word, "*", 1).casefold(), {})[folder.name] = role
+    families = {key: family for key, family in families.items() if "train" in family.values() and len(family) > 1}
     if len(families) > 1:
-        listed = "; ".join(_named(roles) for roles in families.values())
-        raise DataError(
-            f"{where} holds splits of {len(families)} kinds: {listed}; give folders train/class and test/class."
-        )
+        names = "; ".join(map(_names, families.values()))
+        raise DataError(f"{where} has {len(families)} sets of splits: {names}; use folders train/class and test/class.")
     return next(iter(families.values()), {})
 
 
-def _annotated(part: Folder, images: Folder, known: set[str]) -> Classes | None:
-    """The classes that a text file beside a folder of images tells, as in Tiny ImageNet's val_annotations.txt.
+def _read_annotations(part: Folder, images: Folder, known: set[str]) -> Classes | None:
+    """The classes from a text file beside a folder of images, like Tiny ImageNet's val_annotations.txt.
 
-    Each of its lines begins with a file and a class of training.
+    Each line must begin with a file name and a known class.
     """
     paths = {os.path.basename(path): path for path in images.files()}  # noqa: PTH119  (hot loop)
     for folder in part.walk():
-        for name in (one.name for one in folder.others if one.name.endswith((".txt", ".csv", ".tsv"))):
-            if not Path(folder.path, name).is_file():  # within an archive
+        for file in (Path(folder.path, other.name) for other in folder.others):
+            if file.suffix not in (".txt", ".csv", ".tsv") or not file.is_file():  # in an archive there is no file
                 continue
             classes: Classes = {}
-            with Path(folder.path, name).open(encoding="utf-8", errors="replace") as lines:
+            with file.open(encoding="utf-8", errors="replace") as lines:
                 for line in lines:
-                    file, label, *_ = [*re.split(r"[\t,; ]+", line.strip()), "", ""]
-                    if file not in paths or composed(label) not in known:
+                    name, label, *_ = [*re.split(r"[\t,; ]+", line.strip()), "", ""]
+                    if name not in paths or composed(label) not in known:
                         break
-                    classes.setdefault(composed(label), []).append(paths[file])
+                    classes.setdefault(composed(label), []).append(paths[name])
                 else:
                     if sum(map(len, classes.values())) == len(paths):
                         return {label: sorted(files) for label, files in classes.items()}
@@ -313,54 +307,53 @@ def _annotated(part: Folder, images: Folder, known: set[str]) -> Classes | None:
 # -- metadata.csv -----------------------------------------------------------------------------------
 
 
-def _by_metadata(layout: _Layout, reading: Reading, notes: Notes) -> dict[str, datasets.Dataset] | None:
-    """The splits that metadata.csv or .jsonl files tell; None where there is none, or none with labels."""
+def _read_metadata(layout: _Layout, reading: Reading, notes: Notes) -> dict[str, datasets.Dataset] | None:
+    """The splits from metadata.csv or .jsonl files; None if there are none, or none with labels."""
     tree, top = layout.tree, layout.top
-    files = {name: file for name, folder in (("", top), *layout.folders.items()) if (file := _metadata_in(folder))}
+    files = {name: file for name, folder in (("", top), *layout.folders.items()) if (file := _metadata_file(folder))}
     if not files:
         return None
-    found: dict[str, datasets.Dataset] = {}
+    splits: dict[str, datasets.Dataset] = {}
     reading = replace(reading, image_column=reading.image_column or "file_name")
     for name, file in files.items():
-        inside = Notes()
+        where, own_notes = relative(str(file), tree.path), Notes()
         try:
-            splits = read_table(file, reading, inside, Path(tree.path))
+            in_file = read_table(file, reading, own_notes, Path(tree.path))
         except DataError as error:
-            if any(_holding(part) for part in (layout.parts.values() or [top])):
-                notes.decide(f"{relative(str(file), tree.path)} tells no labels, the class folders do: {error}")
+            if any(_with_images(part) for part in (layout.parts.values() or [top])):
+                notes.decide(f"{where} has no labels, so the class folders are used: {error}")
                 return None
             raise
-        for sentence in inside.decisions:
-            notes.decide(f"{relative(str(file), tree.path)}: {sentence}")
-        for sentence in inside.warnings:
-            notes.warn(f"{relative(str(file), tree.path)}: {sentence}")
-        if list(splits) == ["train"]:
-            splits = {name: splits["train"]} if name else _by_first_folder(splits["train"], file.parent)
-        for split, rows in splits.items():
-            if split in found:
-                raise DataError(f"{tree.path}: two metadata files tell the split {split}; keep one of them.")
-            found[split] = rows
-    notes.decide(f"the labels are those of {_named(relative(str(file), tree.path) for file in files.values())}")
-    named = sum(map(len, found.values()))
-    if named < tree.count:
-        notes.warn(f"{tree.count - named:,} of {tree.count:,} images are left out: no metadata file names them")
-    _tell_files(tree, notes, files.values())
-    return found
+        for sentence in own_notes.decisions:
+            notes.decide(f"{where}: {sentence}")
+        for sentence in own_notes.warnings:
+            notes.warn(f"{where}: {sentence}")
+        if list(in_file) == ["train"]:
+            in_file = {name: in_file["train"]} if name else _by_first_folder(in_file["train"], file.parent)
+        for split, rows in in_file.items():
+            if split in splits:
+                raise DataError(f"{tree.path}: two metadata files list the split {split}; keep one of them.")
+            splits[split] = rows
+    notes.decide(f"the labels are those of {_names(relative(str(file), tree.path) for file in files.values())}")
+    listed = sum(map(len, splits.values()))
+    if listed < tree.count:
+        notes.warn(f"{tree.count - listed:,} of {tree.count:,} images are left out: not listed in any metadata file")
+    _note_files(tree, notes, files.values())
+    return splits
 
 
-def _metadata_in(folder: Folder) -> Path | None:
-    """Its metadata file with a column file_name."""
-    for one in folder.others:
-        stem, suffix = os.path.splitext(one.name.lower())  # noqa: PTH122
-        if stem == "metadata" and suffix in (".csv", ".jsonl", ".tsv"):
-            with Path(folder.path, one.name).open("rb") as lines:
+def _metadata_file(folder: Folder) -> Path | None:
+    """The folder's metadata file that has a column file_name."""
+    for other in folder.others:
+        if other.name.lower() in ("metadata.csv", "metadata.jsonl", "metadata.tsv"):
+            with Path(folder.path, other.name).open("rb") as lines:
                 if b"file_name" in lines.readline(65_536):
-                    return Path(folder.path, one.name)
+                    return Path(folder.path, other.name)
     return None
 
 
 def _by_first_folder(rows: datasets.Dataset, folder: Path) -> dict[str, datasets.Dataset]:
-    """A table's rows by the folder that its files lie in, where all are in folders that are named as splits."""
+    """A table's rows by the first folder in their paths, if all of these are named like splits."""
     paths = rows.data.column("image").combine_chunks().field("path").to_pylist()
     first = [relative(path, str(folder)).partition("/")[0] for path in paths]
     if not all(map(role_of, set(first))):
@@ -368,42 +361,35 @@ def _by_first_folder(rows: datasets.Dataset, folder: Path) -> dict[str, datasets
     numbers: dict[str, list[int]] = {}
     for row, name in enumerate(first):
         numbers.setdefault(name, []).append(row)
-    return {name: rows.select(chosen).flatten_indices() for name, chosen in numbers.items()}
+    return {name: rows.select(selected).flatten_indices() for name, selected in numbers.items()}
 
 
-# -- words ------------------------------------------------------------------------------------------
+# -- messages ---------------------------------------------------------------------------------------
 
 
 def _images(count: int) -> str:
     return "1 image" if count == 1 else f"{count:,} images"
 
 
-def _are(of: list[Folder]) -> str:
-    return "are" if len(of) > 1 else "is"
-
-
-def _nothing_in(tree: Folder) -> str:
+def _no_class_folders(tree: Folder) -> str:
+    table = _suggest_table(tree)
     if tree.images:
-        return (
-            f"{tree.path} holds images but no class folders; "
-            f"{_tables_near(tree) or 'put each class into a folder of its own, or give a CSV of path and label.'}"
-        )
-    _, pictures = told(tree.passed(), tree.path)
-    hint = f"; {'; '.join(pictures)}." if pictures else "; expected root/class/image.jpg."
-    return (
-        f"no class folders with images, parquet files or CIFAR batches in {tree.path}{_tables_near(tree, '; ') or hint}"
-    )
+        remedy = table or f"{_ONE_FOLDER_EACH}, or give a CSV with path and label."
+        return f"{tree.path} holds images but no class folders; {remedy}"
+    _, pictures = describe_others(tree.other_files(), tree.path)
+    hint = table or (f"{'; '.join(pictures)}." if pictures else "expected root/class/image.jpg.")
+    return f"no class folders with images, parquet files or CIFAR batches in {tree.path}; {hint}"
 
 
-def _tables_near(tree: Folder, before: str = "") -> str:
-    """A question, where tables lie in the folder or one below."""
+def _suggest_table(tree: Folder) -> str:
+    """A question, if there are tables in the folder or one level below."""
     tables = [
-        Path(folder.path, one.name)
+        Path(folder.path, other.name)
         for folder in (tree, *tree.folders)
-        for one in folder.others
-        if one.name.lower().endswith((".csv", ".tsv", ".jsonl", ".ndjson"))
+        for other in folder.others
+        if other.name.lower().endswith((".csv", ".tsv", ".jsonl", ".ndjson"))
     ]
     best = sorted(
         tables, key=lambda path: (len(path.parts), not re.search("train|label", path.name.lower()), path.name)
     )
-    return f"{before}did you mean the file {best[0]}?" if best else ""
+    return f"did you mean the file {best[0]}?" if best else ""

@@ -1,9 +1,9 @@
-"""A name or a path -> the splits of a data set, always with columns `image` and `label`."""
+"""Open a dataset by name or path: its splits, always with columns `image` and `label`."""
 
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 
 from vitft.config.train import TrainConfig, require_dataset
 from vitft.data.sources import arrays, hub, local
-from vitft.data.sources.features import plain_splits
-from vitft.data.sources.identity import has_own_files, numbered, sample_names
+from vitft.data.sources.features import normalize_splits
+from vitft.data.sources.identity import has_names, sample_names, with_row_numbers
 from vitft.data.sources.schema import Notes, Reading, standardize
-from vitft.data.sources.tables import located
+from vitft.data.sources.tables import resolve_paths
 from vitft.errors import DataError, UsageError, nearest
 from vitft.io.hub_errors import without_secrets
 from vitft.io.paths import expanded
 
 
 class Alias(NamedTuple):
-    """Where a well-known data set lies on the hub."""
+    """Where a well-known dataset is on the hub."""
 
     repo: str
     config: str | None = None
@@ -48,27 +48,28 @@ DIGITS = "digits"
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::(.+))?")
 
 
-Given = Any  # str | Path | datasets.Dataset | datasets.DatasetDict: the last two have no types
-"""What may stand for a dataset: see `open_dataset`."""
+DatasetLike = Any  # str | Path | datasets.Dataset | datasets.DatasetDict: the last two have no types
+"""What `open_dataset` accepts."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set, opened: nothing is decoded yet.
+    """An open dataset. Nothing is decoded yet.
 
-    Every split has columns `image` (rows of {"bytes", "path"}, one of them set), `label` (ClassLabel) and `row`.
+    Every split has columns `image` ({"bytes", "path"}, one of them None), `label` (ClassLabel) and `row`; splits of
+    files that vitft named itself also have `name`, the path relative to the dataset's folder.
     """
 
-    name: str  # short, for run folders: "cifar10", the folder's name
+    name: str  # short, for run folders: "cifar10", or the folder's name
     splits: datasets.DatasetDict
     labels: tuple[str, ...]  # class names in index order
-    revision: str | None  # the hub commit that was really used
-    decisions: tuple[str, ...] = ()  # what readers took for what, and why: see `schema.Notes`
-    warnings: tuple[str, ...] = ()  # what is probably not as it was meant
+    revision: str | None  # the resolved commit on the hub
+    decisions: tuple[str, ...] = ()  # what readers chose, and why: see `schema.Notes`
+    warnings: tuple[str, ...] = ()  # what is probably wrong
 
 
 def open_dataset(
-    dataset: Given,
+    dataset: DatasetLike,
     *,
     revision: str | None = None,
     image_column: str | None = None,
@@ -80,129 +81,127 @@ def open_dataset(
     encoding: str | None = None,
     allow_outside: bool = False,
 ) -> Source:
-    """Open a dataset: its splits, with an image and a label for every row. No image is decoded.
+    """Open a dataset: its splits, with an image and a label in every row. No image is decoded.
 
     `dataset` is an alias such as cifar10, `digits`, a hub id with an optional `:config`, a local folder, table, parquet
-    file or archive, or what `datasets` has already loaded. An alias wins over a folder of the same name; `./cifar10`
-    means the folder. The other arguments are those of `vitft train`, and say how to read it where it does not say so
-    itself. Raises DataError where nothing usable is found, UsageError for a revision of what has none.
+    file or archive, or a Dataset or DatasetDict. An alias wins over a folder of the same name; `./cifar10` means the
+    folder. The other arguments are those of `vitft train`, for datasets that are ambiguous by themselves. Raises
+    DataError if nothing usable is found, UsageError for a revision of a dataset that is not on the hub.
     """
+    reading = Reading(
+        image_column, label_column, split_column, fold_column, fold, image_folder, encoding, allow_outside
+    )
     if not isinstance(dataset, str | Path):
-        return _opened(dataset, Reading(image_column, label_column, split_column, fold_column, fold))
+        return _open_loaded(dataset, reading)
     dataset = str(dataset)
     path = expanded(dataset) if dataset else Path()
     hub_id = _HUB_ID.fullmatch(dataset)
     alias = ALIASES.get(dataset)
-    is_here = bool(dataset.strip()) and os.path.exists(path)  # noqa: PTH110  (False, too, for impossible names)
-    if revision is not None and alias is None and (is_here or dataset == DIGITS):
-        raise UsageError(f"revision {revision} asked of {dataset}, which is not on the hub; leave it out.")
-    used, notes = None, Notes()
-    reading = Reading(
-        image_column, label_column, split_column, fold_column, fold, image_folder, encoding, allow_outside
-    )
+    is_local = bool(dataset.strip()) and os.path.exists(path)  # noqa: PTH110  (False, too, for impossible names)
+    if revision is not None and alias is None and (is_local or dataset == DIGITS):
+        raise UsageError(f"revision {revision}: {dataset} is not on the hub; leave the revision out.")
+    commit, notes, folders = None, Notes(), hub.caches()
     if alias is not None:
         name = dataset
-        raw, used = hub.read(alias.repo, alias.config, revision)
+        raw, commit = hub.read(alias.repo, alias.config, revision)
     elif dataset == DIGITS:
         name, raw = DIGITS, arrays.read_digits()
-    elif is_here:
+    elif is_local:
         name = path.resolve().stem if path.is_file() else path.resolve().name
         raw = local.read(path, reading, notes)
+        folders = (path if path.is_dir() else path.parent,)
     elif hub_id is not None:
         name = hub_id[1].split("/")[1]
-        raw, used = hub.read(hub_id[1], hub_id[2], revision)
+        raw, commit = hub.read(hub_id[1], hub_id[2], revision)
     else:
         raise DataError(_unknown(dataset))
+    is_normalized = is_local and alias is None and dataset != DIGITS
+    return _source(dataset, name, raw, commit, reading, notes, is_normalized=is_normalized, folders=folders)
+
+
+def _open_loaded(dataset: Any, reading: Reading) -> Source:
+    """Open a dataset that was loaded in Python. Raises DataError, and UsageError for any other object."""
+    if isinstance(dataset, datasets.Dataset):
+        dataset = {str(dataset.split or "train"): dataset}
+    if not isinstance(dataset, Mapping) or not all(isinstance(split, datasets.Dataset) for split in dataset.values()):
+        kind = type(next(iter(dataset.values()), dataset) if isinstance(dataset, Mapping) else dataset).__name__
+        raise UsageError(f"dataset: got {kind}; give a name, a path, or a Dataset or DatasetDict of datasets.")
+    raw = {str(name): split for name, split in dataset.items()}
+    names = {split.info.dataset_name for split in raw.values()} - {None}
+    return _source("dataset", names.pop() if names else "", raw, None, reading, Notes())
+
+
+def _source(
+    dataset: str, name: str, raw: Mapping[str, datasets.Dataset], commit: str | None, reading: Reading, notes: Notes,
+    *, is_normalized: bool = False, folders: Sequence[Path] | None = None,
+) -> Source:  # fmt: skip
+    """Standardize raw splits. Paths that the dataset's author wrote down must be in `folders`, if given."""
     try:
-        if alias is not None or dataset == DIGITS or not is_here:
-            raw = plain_splits(raw, Path(dataset), reading, notes)
+        if not is_normalized:
+            raw = normalize_splits(raw, Path(dataset), reading, notes)
         splits, labels = standardize(raw, notes)
         for split_name, split in splits.items():
-            if not has_own_files(split):  # what others wrote names no file but their own
-                folders = hub.caches() if not is_here else (path if path.is_dir() else path.parent,)
-                split = located(str(split_name), split, folders, allow_outside=allow_outside)
-            splits[split_name] = numbered(split)
+            if folders is not None and not has_names(split):
+                split = resolve_paths(str(split_name), split, folders, allow_outside=reading.allow_outside)
+            splits[split_name] = with_row_numbers(split)
     except DataError:
         raise
-    except Exception as error:  # columns of other contents than their types say fail wherever they are read
+    except Exception as error:  # columns whose content contradicts their type fail anywhere
         raise DataError(f"{dataset}: its columns cannot be read: {' '.join(str(error).split())[:300]}") from error
-    return Source(_short(name), splits, labels, used, tuple(notes.decisions), tuple(notes.warnings))
+    name = re.sub(r"[^\w.-]+", "-", name) or "data"  # usable as the name of a folder
+    return Source(name, splits, labels, commit, tuple(notes.decisions), tuple(notes.warnings))
 
 
-def _opened(given: Any, reading: Reading) -> Source:
-    """A dataset that was loaded in Python. Raises DataError, and UsageError for what is none."""
-    if isinstance(given, datasets.Dataset):
-        given = {str(given.split or "train"): given}
-    if not isinstance(given, Mapping) or not all(isinstance(split, datasets.Dataset) for split in given.values()):
-        got = type(next(iter(given.values()), given) if isinstance(given, Mapping) else given).__name__
-        raise UsageError(f"dataset: got {got}; give a name, a path, or a Dataset or DatasetDict of datasets.")
-    raw = {str(name): split for name, split in given.items()}
-    names = {split.info.dataset_name for split in raw.values()} - {None}
-    notes = Notes()
-    try:
-        splits, labels = standardize(plain_splits(raw, Path("dataset"), reading, notes), notes)
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataError(f"dataset: its columns cannot be read: {' '.join(str(error).split())[:300]}") from error
-    splits = datasets.DatasetDict({name: numbered(split) for name, split in splits.items()})
-    name = _short(names.pop() if names else "")
-    return Source(name, splits, labels, None, tuple(notes.decisions), tuple(notes.warnings))
-
-
-def source_of(config: TrainConfig, given: Any = None) -> Source:
-    """Open the data set of a run's settings, or one `given` in Python, without the images that the settings leave out.
+def source_of(config: TrainConfig, dataset: DatasetLike | Source | None = None) -> Source:
+    """Open the dataset of a run's settings, or the given one, without the images that `exclude` lists.
 
     Raises VitftError.
     """
     reading = {name: getattr(config, name) for name in Reading.__dataclass_fields__}
-    dataset = require_dataset(config) if given is None else given
+    dataset = require_dataset(config) if dataset is None else dataset
     source = dataset if isinstance(dataset, Source) else open_dataset(
         dataset, revision=config.dataset_revision, **reading
     )  # fmt: skip
     return source if config.exclude is None else excluding(source, Path(config.exclude))
 
 
-def _short(name: str) -> str:
-    """The name with nothing in it that a folder's name may not have."""
-    return re.sub(r"[^\w.-]+", "-", name) or "data"
-
-
-def listed(split: str, image: str) -> str:
-    """An image's line in a list of images to leave out: SPLIT<tab>IMAGE, what has tabs or line ends in it as JSON."""
+def exclusion_line(split: str, image: str) -> str:
+    """A line in a list of images to leave out: SPLIT<tab>IMAGE. Names with tabs or newlines are written as JSON."""
     return "\t".join(
-        json.dumps(one) if one.startswith('"') or any(mark in one for mark in "\t\n\r") else one
-        for one in (split, image)
+        json.dumps(name) if name.startswith('"') or any(mark in name for mark in "\t\n\r") else name
+        for name in (split, image)
     )
 
 
 def excluding(source: Source, file: Path) -> Source:
     """The source without the images that a file lists, as `vitft data check --quarantine` writes it.
 
-    Raises DataError for a file that cannot be read, UsageError for a line that names no image of the source.
+    Raises DataError for an unreadable file, UsageError for a line that names no image of the source.
     """
     try:
-        # Not splitlines(): it would also end lines where names have U+2028.
+        # Not splitlines(), which also splits at U+2028 in names.
         lines = [line for line in expanded(file).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "no text"
-        raise DataError(f"exclude {file}: {reason}; give a list as vitft data check --quarantine writes it.") from error
-    wanted: dict[str, dict[str, str]] = {}
+        reason = getattr(error, "strerror", None) or "not text"
+        raise DataError(f"exclude {file}: {reason}; give a list from vitft data check --quarantine.") from error
+    lines_of: dict[str, dict[str, str]] = {}  # by split and image
     for line in lines:
         split, _, name = line.partition("\t")
-        with suppress(ValueError):  # then it names no image
-            split, name = (str(json.loads(one)) if one.startswith('"') else one for one in (split, name))
-        wanted.setdefault(split, {})[name] = line
+        with suppress(ValueError):  # invalid JSON matches no image
+            split, name = (str(json.loads(text)) if text.startswith('"') else text for text in (split, name))
+        lines_of.setdefault(split, {})[name] = line
     splits = dict(source.splits)
-    for name, rows in source.splits.items():
-        out = wanted.get(str(name), {})
-        if out:
+    for split_name, rows in source.splits.items():
+        excluded = lines_of.get(str(split_name), {})
+        if excluded:
             names = sample_names(rows, np.arange(len(rows)))
-            splits[name] = rows.select([row for row, one in enumerate(names) if one not in out])
-            for one in names:
-                out.pop(one, None)
-    if left := [line for out in wanted.values() for line in out.values()]:
-        raise UsageError(f"exclude {file}: {left[0]!r} names no image of {source.name}; a line is SPLIT, a tab, IMAGE.")
+            splits[split_name] = rows.select([row for row, name in enumerate(names) if name not in excluded])
+            for name in names:
+                excluded.pop(name, None)
+    if unknown := [line for of_split in lines_of.values() for line in of_split.values()]:
+        raise UsageError(
+            f"exclude {file}: {unknown[0]!r} names no image of {source.name}; write a line as SPLIT, a tab, IMAGE."
+        )
     return replace(source, splits=datasets.DatasetDict(splits))
 
 
@@ -215,11 +214,11 @@ def class_indices(split: datasets.Dataset) -> NDArray[np.int64]:
 def _unknown(dataset: str) -> str:
     known = sorted([*ALIASES, DIGITS])
     if re.match(r"\w+://", dataset):
-        shown = without_secrets(dataset)
-        return f"{shown} is an address; give a hub id (owner/name), or download it and give the file or folder."
+        url = without_secrets(dataset)
+        return f"{url} is a URL; give a hub id (owner/name), or download it and give the file or folder."
     if dataset.startswith((".", "~", os.sep)) or dataset.count("/") > 1:
-        return f"no file or folder {dataset}; give one that exists, or one of {', '.join(known)}."
+        return f"no file or folder {dataset}; give an existing one, or one of {', '.join(known)}."
     return (
-        f"no data set {dataset!r}: no file or folder here, no hub id (owner/name) and none of "
+        f"no dataset {dataset!r}: not a file or folder here, a hub id (owner/name) or one of "
         f"{', '.join(known)}{nearest(dataset, known) or '; offline, use a local folder or digits.'}"
     )

@@ -1,1 +1,1 @@
-"""What is wrong with a data set: duplicates, leaks, unreadable and odd images, and a page to look at them."""
+"""Validate a dataset: duplicates, leaks between splits, unreadable and unusual images, and an HTML report."""

@@ -1,4 +1,4 @@
-"""A page of the images that the doctor found something about, to be looked at in a browser."""
+"""An HTML report of the findings, with the images."""
 
 import io
 from base64 import b64encode
@@ -17,8 +17,8 @@ from vitft.data.validation.check import KINDS, Finding
 from vitft.io.atomic import write_text
 from vitft.io.console import safe
 
-SHOWN = 100  # of a kind
-_SIDE = 128  # pixels
+MAX_SHOWN = 100  # findings of each kind
+_THUMB = 128  # pixels
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -34,48 +34,47 @@ li span { opacity: .7; display: block; }
 """
 
 
-def write_suspects(findings: Sequence[Finding], source: Source, file: Path) -> None:
-    """Write the page: by kind, each finding with its picture where there is one. Raises OSError."""
-    rows = _rows({(one.split, one.path) for one in findings}, source)
+def write_report(findings: Sequence[Finding], source: Source, file: Path) -> None:
+    """Write the report: findings by kind, each with its image if there is one. Raises OSError."""
+    rows = _find_rows({(finding.split, finding.path) for finding in findings}, source)
     body = [f"<h1>{escape(safe(source.name))}</h1>"]
     if not findings:
-        body.append("<p>Nothing was found.</p>")
-    for kind, group in groupby(findings, lambda one: one.kind):
+        body.append("<p>No problems found.</p>")
+    for kind, group in groupby(findings, lambda finding: finding.kind):
         severity, meaning = KINDS[kind]
-        alike = list(group)
-        more = f", the first {SHOWN} of them" if len(alike) > SHOWN else ""
+        of_kind = list(group)
+        more = f", the first {MAX_SHOWN} of them" if len(of_kind) > MAX_SHOWN else ""
         body.append(
-            f'<h2><span class="{severity}">{kind}</span> {len(alike):,}{more} <small>{meaning}</small></h2><ul>'
+            f'<h2><span class="{severity}">{kind}</span> {len(of_kind):,}{more} <small>{meaning}</small></h2><ul>'
         )
-        for one in alike[:SHOWN]:
-            where = escape(safe(one.place))
-            body.append(f"<li>{_picture(one, rows, source)}{where}<span>{escape(safe(one.detail))}</span></li>")
+        for finding in of_kind[:MAX_SHOWN]:
+            place, detail = escape(safe(finding.place)), escape(safe(finding.detail))
+            body.append(f"<li>{_thumbnail(finding, rows, source)}{place}<span>{detail}</span></li>")
         body.append("</ul>")
-    head = f'<meta charset="utf-8"><title>{escape(safe(source.name))}: suspects</title><style>{_STYLE}</style>'
+    head = f'<meta charset="utf-8"><title>{escape(safe(source.name))}: data check</title><style>{_STYLE}</style>'
     write_text(file, f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n')
 
 
-def _rows(wanted: set[tuple[str, str]], source: Source) -> dict[tuple[str, str], int]:
-    """The row of each image that has a finding."""
-    found = {}
-    for name, split in source.splits.items():
-        for row, one in enumerate(sample_names(split, np.arange(len(split)))):
-            if (place := (str(name), one)) in wanted:
-                found[place] = row
-    return found
+def _find_rows(wanted: set[tuple[str, str]], source: Source) -> dict[tuple[str, str], int]:
+    """The row of each wanted image, by split and name."""
+    return {
+        key: row
+        for split, rows in source.splits.items()
+        for row, name in enumerate(sample_names(rows, np.arange(len(rows))))
+        if (key := (str(split), name)) in wanted
+    }
 
 
-def _picture(one: Finding, rows: dict[tuple[str, str], int], source: Source) -> str:
-    row = rows.get((one.split, one.path))
+def _thumbnail(finding: Finding, rows: dict[tuple[str, str], int], source: Source) -> str:
+    row = rows.get((finding.split, finding.path))
     if row is None:
         return ""
-    cell = source.splits[one.split][row]["image"]
     try:
-        pixels = decode(encoded(cell))
+        pixels = decode(encoded(source.splits[finding.split][row]["image"]))
     except BadImage:
-        return '<div class="none">no picture</div>'
+        return '<div class="none">no image</div>'
     image = Image.fromarray(pixels)
-    image.thumbnail((_SIDE, _SIDE))
-    written = io.BytesIO()
-    image.save(written, "JPEG", quality=85)
-    return f'<img alt="" src="data:image/jpeg;base64,{b64encode(written.getvalue()).decode()}">'
+    image.thumbnail((_THUMB, _THUMB))
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=85)
+    return f'<img alt="" src="data:image/jpeg;base64,{b64encode(stream.getvalue()).decode()}">'
