@@ -1,4 +1,4 @@
-"""Philox against its published vectors, and what the rest of the package relies on it for."""
+"""Philox against its published test vectors, and the properties that the package relies on."""
 
 import zlib
 
@@ -32,7 +32,7 @@ def hexadecimal(text: str) -> list[int]:
     ids=["zeros", "ones", "digits of pi"],
 )
 def test_it_is_philox_4x32_10(counter: list[int], key: tuple[int, int], expected: str) -> None:
-    """The known answers that Random123 (Salmon et al. 2011) comes with."""
+    """The known-answer tests of Random123 (Salmon et al. 2011)."""
     assert philox(np.array([counter], np.uint64), key)[0].tolist() == hexadecimal(expected)
 
 
@@ -41,7 +41,7 @@ def test_an_order_is_a_permutation(seed: int, epoch: int, count: int) -> None:
     assert sorted(order(seed, "order", epoch, count).tolist()) == list(range(count))
 
 
-def test_an_order_differs_by_seed_purpose_and_epoch_and_by_nothing_else() -> None:
+def test_an_order_depends_only_on_seed_purpose_and_epoch() -> None:
     orders = [
         order(0, "order", 0, 100),
         order(1, "order", 0, 100),
@@ -49,19 +49,19 @@ def test_an_order_differs_by_seed_purpose_and_epoch_and_by_nothing_else() -> Non
         order(0, "order", 1, 100),
     ]
 
-    assert len({tuple(one.tolist()) for one in orders}) == 4
+    assert len({tuple(permutation.tolist()) for permutation in orders}) == 4
     assert order(0, "order", 0, 100).tolist() == orders[0].tolist()
 
 
 @given(seed=SEEDS, index=st.lists(st.integers(0, 2**40), min_size=1, max_size=20))
-def test_a_sample_s_numbers_do_not_depend_on_its_company(seed: int, index: list[int]) -> None:
+def test_random_numbers_of_a_sample_do_not_depend_on_its_batch(seed: int, index: list[int]) -> None:
     together = words(seed, "crop", 3, np.array(index))
     alone = np.concatenate([words(seed, "crop", 3, np.array([i])) for i in index])
 
     assert together.tolist() == alone.tolist()
 
 
-def test_further_draws_are_new_numbers() -> None:
+def test_other_draws_give_other_numbers() -> None:
     index = np.arange(100)
 
     assert not (words(0, "crop", 0, index, draw=0) == words(0, "crop", 0, index, draw=1)).any()
@@ -73,19 +73,19 @@ def test_uniforms_are_uniform(column: int) -> None:
 
     assert drawn.min() >= 0
     assert drawn.max() < 1
-    # With a fixed seed this is no lottery: p would fall far below 0.001 for any visible unevenness.
+    # The seed is fixed, so this cannot fail by chance; for visible unevenness p would be far below 0.001.
     assert stats.chisquare(np.histogram(drawn, bins=100, range=(0, 1))[0]).pvalue > 0.001
 
 
 @pytest.mark.parametrize("lag", [1, 2, 32])
-def test_neighbouring_indices_are_not_correlated(lag: int) -> None:
+def test_neighboring_indices_are_not_correlated(lag: int) -> None:
     drawn = uniform(7, "crop", 2, np.arange(20_000))[:, 0]
 
     # 4 standard errors of the correlation of 20,000 independent pairs
     assert abs(np.corrcoef(drawn[lag:], drawn[:-lag])[0, 1]) < 4 / np.sqrt(20_000)
 
 
-def test_neighbouring_epochs_and_seeds_are_not_correlated() -> None:
+def test_neighboring_epochs_and_seeds_are_not_correlated() -> None:
     index = np.arange(20_000)
     drawn = [uniform(seed, "crop", epoch, index)[:, 0] for seed, epoch in [(0, 0), (0, 1), (1, 0)]]
 
@@ -93,7 +93,7 @@ def test_neighbouring_epochs_and_seeds_are_not_correlated() -> None:
     assert np.abs(off_diagonal).max() < 4 / np.sqrt(20_000)
 
 
-def test_torch_seeds_differ_by_every_number_and_its_place() -> None:
+def test_torch_seeds_depend_on_every_number_and_its_position() -> None:
     seeds = {
         seed_of(seed, purpose, *numbers)
         for seed in (0, 1)
@@ -102,11 +102,11 @@ def test_torch_seeds_differ_by_every_number_and_its_place() -> None:
     }
 
     assert len(seeds) == 20
-    assert all(0 <= seed < 2**63 for seed in seeds)  # what torch.manual_seed takes
+    assert all(0 <= seed < 2**63 for seed in seeds)  # the range of torch.manual_seed
 
 
-def test_what_is_drawn_stays_as_it_was() -> None:
-    """A run goes on with a later version of this code: which counter and key a sample has is settled."""
+def test_random_numbers_stay_the_same_across_versions() -> None:
+    """A run may resume with a later version of this code, so counters and keys of samples must never change."""
     seed = 2**40 + 7
     key = (7, zlib.crc32(b"crop") ^ 2**8)
     counters = np.array([[0, 2, 5, 1], [9, 0, 5, 1]], np.uint64)  # index in two words, epoch, draw

@@ -1,4 +1,4 @@
-"""The arithmetic of spec.py against Transformers, torch's flop counter, autograd and torch's convolution."""
+"""The arithmetic of spec.py against Transformers, torch's FLOP counter, autograd and convolution."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from vitft.errors import ModelError, UsageError
 from vitft.spec import PRESETS, ViTSpec, peak_activation_bytes, preset, spec_from_config, stages, total, training_flops
 
 TINY = replace(ViTSpec.square(12, 4, 24, 2, 3, 40, 5), image_width=20)
-"""Not square, so that rows and columns cannot be swapped unseen."""
+"""Not square, so that swapping rows and columns is noticed."""
 
 
 def config_of(spec: ViTSpec, kind: str = "vit") -> Any:
@@ -65,14 +65,14 @@ def images_of(spec: ViTSpec, batch_size: int, device: str = "meta") -> Any:
         replace(TINY, prefix_tokens=2),
     ],
 )
-def test_parameters_equal_those_of_transformers(spec: ViTSpec) -> None:
+def test_parameters_equal_transformers(spec: ViTSpec) -> None:
     expected = sum(parameter.numel() for parameter in model_of(spec).parameters())
 
     assert total(spec).parameters == expected
 
 
 @pytest.mark.parametrize("spec", [TINY, replace(TINY, prefix_tokens=2), PRESETS["vit-base"]])
-def test_flops_equal_those_of_torchs_counter(spec: ViTSpec) -> None:
+def test_flops_equal_those_of_the_flop_counter(spec: ViTSpec) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     model, images = model_of(spec), images_of(spec, 3)
@@ -82,10 +82,10 @@ def test_flops_equal_those_of_torchs_counter(spec: ViTSpec) -> None:
     assert total(spec, 3).flops == forward.get_total_flops()
 
 
-def test_training_is_three_times_the_forward_pass() -> None:
+def test_training_costs_three_forward_passes() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    # With the image's own gradient, which the convention counts.
+    # With the gradient of the images, which the convention includes.
     model, images = model_of(TINY), images_of(TINY, 2).requires_grad_()
     with FlopCounterMode(display=False) as step:
         model(images).logits.sum().backward()
@@ -94,25 +94,25 @@ def test_training_is_three_times_the_forward_pass() -> None:
 
 
 def saved_bytes(forward: Any, parameters: list[Any]) -> int:
-    """Bytes of distinct tensors that autograd keeps, without weights and the norms' two numbers a token."""
+    """Bytes of the distinct tensors that autograd saves, without weights and the norms' two numbers per token."""
     import torch
 
     weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    kept: dict[int, Any] = {}
+    saved: dict[int, Any] = {}
 
     def pack(tensor: Any) -> Any:
         if tensor.shape[-1] != 1 and tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+            saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = forward()
     assert output.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
 @pytest.mark.parametrize("spec", [TINY, replace(TINY, prefix_tokens=2, layers=1)])
-def test_activation_bytes_are_what_autograd_keeps(spec: ViTSpec) -> None:
+def test_activation_bytes_equal_those_saved_by_autograd(spec: ViTSpec) -> None:
     model, images = model_of(spec, "cpu").train(), images_of(spec, 2, "cpu")
 
     expected = saved_bytes(lambda: model(images).logits, list(model.parameters()))
@@ -120,7 +120,7 @@ def test_activation_bytes_are_what_autograd_keeps(spec: ViTSpec) -> None:
     assert total(spec, 2).activation_bytes == expected
 
 
-def test_mean_pooling_and_pre_logits_cost_what_torch_says() -> None:
+def test_costs_of_mean_pooling_and_pre_logits_equal_torch() -> None:
     import torch
 
     spec = replace(TINY, pooling="mean", prefix_tokens=0, pre_logits=7)
@@ -129,20 +129,20 @@ def test_mean_pooling_and_pre_logits_cost_what_torch_says() -> None:
     parameters = [*norm.parameters(), *dense.parameters(), *head.parameters()]
     tokens = torch.zeros(2, spec.tokens, spec.width)
 
-    kept = saved_bytes(lambda: head(torch.tanh(dense(norm(tokens).mean(1)))), parameters)
+    saved = saved_bytes(lambda: head(torch.tanh(dense(norm(tokens).mean(1)))), parameters)
 
     assert sum(stage.parameters for stage in ends) == sum(parameter.numel() for parameter in parameters)
-    assert sum(stage.activation_bytes for stage in ends) == kept - 4 * tokens.numel()
+    assert sum(stage.activation_bytes for stage in ends) == saved - 4 * tokens.numel()
     assert spec.tokens == 15
     assert all(stage.name != "embed.class_token" for stage in stages(spec))
 
 
-def test_each_stage_takes_what_the_one_before_gives() -> None:
-    every = stages(TINY, 2)
+def test_the_input_of_each_stage_is_the_output_of_the_one_before() -> None:
+    every_stage = stages(TINY, 2)
 
-    assert [stage.input for stage in every[1:]] == [stage.output for stage in every[:-1]]
-    assert len({stage.name for stage in every}) == len(every)
-    assert {stage.name: stage.output for stage in every} | {
+    assert [stage.input for stage in every_stage[1:]] == [stage.output for stage in every_stage[:-1]]
+    assert len({stage.name for stage in every_stage}) == len(every_stage)
+    assert {stage.name: stage.output for stage in every_stage} | {
         "embed.projection": (2, 24, 3, 5),
         "embed.patches": (2, 15, 24),
         "embed.class_token": (2, 16, 24),
@@ -152,21 +152,21 @@ def test_each_stage_takes_what_the_one_before_gives() -> None:
         "block.2.mlp.activation": (2, 16, 40),
         "pool": (2, 24),
         "head": (2, 5),
-    } == {stage.name: stage.output for stage in every}
+    } == {stage.name: stage.output for stage in every_stage}
 
 
 def test_a_batch_multiplies_work_and_memory_but_not_parameters() -> None:
-    one, many = total(TINY), total(TINY, 7)
+    single, batch = total(TINY), total(TINY, 7)
 
-    assert (many.parameters, many.flops) == (one.parameters, 7 * one.flops)
-    assert many.activation_bytes == 7 * one.activation_bytes
+    assert (batch.parameters, batch.flops) == (single.parameters, 7 * single.flops)
+    assert batch.activation_bytes == 7 * single.activation_bytes
     with pytest.raises(UsageError, match="batch_size must be at least 1, got 0"):
         stages(TINY, 0)
 
 
 @settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 20), st.integers(0, 20))
-def test_a_cut_is_torchs_convolution_or_refused_with_a_size_that_fits(
+def test_patches_equal_a_convolution_or_the_error_suggests_a_size_that_fits(
     image: int, patch: int, stride: int, padding: int
 ) -> None:
     import torch
@@ -174,20 +174,20 @@ def test_a_cut_is_torchs_convolution_or_refused_with_a_size_that_fits(
     other = {"image_width": 61, "patch_width": 24, "stride_width": 1}
     changes = {"image_height": image, "patch_height": patch, "stride_height": stride, "padding": padding}
     starts = range(-padding, image + padding - patch + 1, stride)
-    seen = {pixel for start in starts for pixel in range(start, start + patch)}
-    fits = stride <= patch and padding < patch and padding < 24 and seen >= set(range(image))
+    covered = {pixel for start in starts for pixel in range(start, start + patch)}
+    fits = stride <= patch and padding < patch and padding < 24 and covered >= set(range(image))
     try:
         spec = replace(TINY, **(other | changes))
     except UsageError as error:
-        refused = str(error)
-        if found := re.search(r"^image_height .*; try (\d+)(?: or (\d+))?\.$", refused):
-            for size in filter(None, found.groups()):
+        message = str(error)
+        if match := re.search(r"^image_height .*; try (\d+)(?: or (\d+))?\.$", message):
+            for size in filter(None, match.groups()):
                 assert replace(TINY, **(other | changes | {"image_height": int(size)})).grid
     else:
-        refused = ""
+        message = ""
         convolution = torch.nn.Conv2d(3, 24, (patch, 24), (stride, 1), padding, device="meta")
         assert stages(spec)[1].output == tuple(convolution(images_of(spec, 1)).shape)
-    assert fits == (not refused), refused
+    assert fits == (not message), message
 
 
 @pytest.mark.parametrize(
@@ -236,14 +236,14 @@ def test_a_cut_is_torchs_convolution_or_refused_with_a_size_that_fits(
         ({"norm_eps": -1.0}, "norm_eps must be at least 0, got -1.0; try 1e-12."),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused_with_a_remedy(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError) as refused:
+def test_inconsistent_sizes_are_errors_with_a_remedy(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as error:
         replace(TINY, **changes)
 
-    assert str(refused.value) == message
+    assert str(error.value) == message
 
 
-def test_presets_are_found_by_name_and_the_nearest_is_named() -> None:
+def test_presets_by_name_and_the_suggestion_for_a_typo() -> None:
     assert preset("vit-base") == preset("vit-base-patch16-224")
     assert preset("vit-huge").tokens == 257
     assert prod(preset("vit-base-patch32-224").grid) == 49
@@ -254,14 +254,14 @@ def test_presets_are_found_by_name_and_the_nearest_is_named() -> None:
 
 
 @pytest.mark.parametrize("spec", [TINY, replace(TINY, prefix_tokens=2), replace(TINY, qkv_bias=False)])
-def test_a_saved_config_gives_its_spec_back(spec: ViTSpec, tmp_path: Path) -> None:
+def test_the_spec_of_a_saved_config(spec: ViTSpec, tmp_path: Path) -> None:
     kind = "deit" if spec.prefix_tokens == 2 else "vit"
     config_of(spec, kind).save_pretrained(tmp_path)
 
     assert spec_from_config(json.loads((tmp_path / "config.json").read_text())) == spec
 
 
-def test_what_a_config_leaves_out_has_transformers_default() -> None:
+def test_missing_config_keys_have_transformers_defaults() -> None:
     from transformers import ViTConfig
 
     defaults = ViTConfig()
@@ -286,7 +286,7 @@ def test_what_a_config_leaves_out_has_transformers_default() -> None:
         ({"model_type": "vit", "patch_size": [16]}, r"patch_height must be an integer .* got \[16\]"),
     ],
 )
-def test_configs_of_other_or_broken_models_are_model_errors(config: dict[str, Any], message: str) -> None:
+def test_configs_of_other_or_broken_models_are_errors(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         spec_from_config(config)
 
@@ -296,19 +296,19 @@ def test_spec_imports_only_the_standard_library() -> None:
         "import sys; before = set(sys.modules); import vitft.spec; new = set(sys.modules) - before; "
         "print(sorted(name for name in new if name.partition('.')[0] not in sys.stdlib_module_names))"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
-    assert ran.stdout.strip() == "['vitft', 'vitft.errors', 'vitft.spec']"
+    assert result.stdout.strip() == "['vitft', 'vitft.errors', 'vitft.spec']"
 
 
-def test_checkpointed_blocks_keep_what_they_read_and_one_is_whole() -> None:
+def test_peak_activation_memory_with_checkpointed_blocks() -> None:
     spec = PRESETS["vit-base"]
-    whole = peak_activation_bytes(spec, 8)
-    assert whole == total(spec, 8).activation_bytes
+    plain = peak_activation_bytes(spec, 8)
+    assert plain == total(spec, 8).activation_bytes
     (one_block,) = {
         sum(stage.activation_bytes for stage in stages(spec, 8) if stage.name.startswith(f"block.{number}."))
         for number in range(1, 13)
     }
-    read = 4 * 8 * 197 * 768
-    assert peak_activation_bytes(spec, 8, checkpointed=True) == whole - 12 * one_block + 12 * read + one_block
-    assert peak_activation_bytes(spec, 8, checkpointed=True) < whole / 4
+    block_input = 4 * 8 * 197 * 768
+    assert peak_activation_bytes(spec, 8, checkpointed=True) == plain - 12 * one_block + 12 * block_input + one_block
+    assert peak_activation_bytes(spec, 8, checkpointed=True) < plain / 4

@@ -1,4 +1,4 @@
-"""The textbook through the command line: small data sets, both engines, what is printed and what is written."""
+"""`vitft scratch train` on small datasets with both engines: what it prints and what it writes."""
 
 import json
 import os
@@ -37,13 +37,12 @@ DIGITS = ["--dataset", "digits", "--max-train-samples", "60", "--max-test-sample
 
 
 def scratch(*words: str | Path, columns: int = 80) -> Any:
-    """What `vitft scratch train ...` gives: exit_code, stdout, stderr."""
-    typed = ["scratch", "train", *map(str, words)]
-    return CliRunner(env={"COLUMNS": str(columns)}).invoke(app, typed)
+    """Run `vitft scratch train ...`; the result has exit_code, stdout and stderr."""
+    return CliRunner(env={"COLUMNS": str(columns)}).invoke(app, ["scratch", "train", *map(str, words)])
 
 
 def error_of(*words: str | Path, code: int) -> str:
-    """The one line that a failing command says."""
+    """The error message of a failing command."""
     result = scratch(*words)
     assert (result.exit_code, result.stdout) == (code, ""), result.output
     assert result.stderr.splitlines()[-1].startswith("error: ")
@@ -61,7 +60,7 @@ Folder = Callable[..., Path]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    """Makes a folder of images of two classes, dark and light, in `train` and another split."""
+    """A function that makes a folder with images of two classes, dark and light, in `train` and another split."""
 
     def make(
         mode: str = "RGB", size: tuple[int, int] = (8, 8), test: str | None = "test", name: str = "shades"
@@ -80,7 +79,7 @@ def folder(tmp_path: Path) -> Folder:
 
 
 def scored(run: Path) -> float:
-    """The test accuracy of a run's weights, by what its folder says and nothing else."""
+    """The test accuracy of a run's weights, computed only from the files in its folder."""
     summary = json.loads((run / "summary.json").read_text())
     config = TextbookConfig.parse(yaml.safe_load((run / "config.yaml").read_text()))
     spec = ViTSpec(**summary["spec"])
@@ -94,9 +93,9 @@ def scored(run: Path) -> float:
 
 
 @pytest.mark.parametrize("engine", ["numpy", "torch"])
-def test_a_run_says_and_writes_what_it_came_to(engine: str) -> None:
-    done = scratch(*DIGITS, "--engine", engine, "--dropout", "0.1", "--augment", "both", "--lr", "1e-2")
-    assert done.exit_code == 0, done.output
+def test_the_output_and_the_files_of_a_run(engine: str) -> None:
+    result = scratch(*DIGITS, "--engine", engine, "--dropout", "0.1", "--augment", "both", "--lr", "1e-2")
+    assert result.exit_code == 0, result.output
     run = Path("runs/textbook-digits-1")
     assert {file.name for file in run.iterdir()} == {
         "config.yaml", "metrics.jsonl", "summary.json", "weights.safetensors",
@@ -106,26 +105,28 @@ def test_a_run_says_and_writes_what_it_came_to(engine: str) -> None:
     score, other = summary["score"], {"numpy": "torch", "torch": "numpy"}[engine]
     low, high = score["accuracy_interval"]
 
-    assert done.stdout.splitlines() == [
+    assert result.stdout.splitlines() == [
         f"test accuracy {console.percent(score['accuracy'], 2)} "
         f"(95 % interval {100 * low:.2f}–{100 * high:.2f}, 30 images)",
         f"trained in {console.duration(summary['elapsed_s'])}; run: {run}",
         f"next: vitft scratch train {run}/config.yaml --engine {other}",
     ]  # fmt: skip
-    said = done.stderr.splitlines()
-    assert said[0] == f"60 training images of 8x8 in 1 channel, {summary['parameters']:,} parameters, {engine} engine"
+    messages = result.stderr.splitlines()
+    assert (
+        messages[0] == f"60 training images of 8x8 in 1 channel, {summary['parameters']:,} parameters, {engine} engine"
+    )
     for number, line in enumerate(lines):
         assert (line["epoch"], line["step"]) == (number + 1, 8 * (number + 1))
-        assert f"epoch {line['epoch']}/2  loss {line['loss']:.4f}  " in said[1 + number]
-        assert f"test {console.percent(line['test_accuracy'], 2)}" in said[1 + number]
+        assert f"epoch {line['epoch']}/2  loss {line['loss']:.4f}  " in messages[1 + number]
+        assert f"test {console.percent(line['test_accuracy'], 2)}" in messages[1 + number]
     assert lines[-1]["test_accuracy"] == score["accuracy"]
     assert (score["split"], score["count"], len(score["split_hash"])) == ("test", 30, 16)
     assert (summary["engine"], summary["splits"]["train"]["count"]) == (engine, 60)
     assert scored(run) == score["accuracy"]
 
 
-def test_both_engines_print_the_same_losses() -> None:
-    """In float64 they differ in the last digits alone, and the same seed gives both the same batches."""
+def test_both_engines_have_the_same_losses() -> None:
+    """With the same seed both get the same batches; in float64 only the last digits differ."""
     rows = []
     for engine in ("numpy", "torch"):
         assert scratch(*DIGITS, "--engine", engine, "--dtype", "float64", "--output", engine).exit_code == 0
@@ -137,7 +138,7 @@ def test_both_engines_print_the_same_losses() -> None:
     assert {array.dtype for arrays in weights for array in arrays.values()} == {np.dtype("float64")}
 
 
-def test_the_config_that_a_run_wrote_is_a_recipe() -> None:
+def test_the_config_of_a_run_is_a_recipe() -> None:
     assert scratch(*DIGITS, "--seed", "3").exit_code == 0
     assert scratch("runs/textbook-digits-1/config.yaml").exit_code == 0
     first, second = (Path(f"runs/textbook-digits-{n}") for n in (1, 2))
@@ -145,17 +146,17 @@ def test_the_config_that_a_run_wrote_is_a_recipe() -> None:
     assert (first / "weights.safetensors").read_bytes() == (second / "weights.safetensors").read_bytes()
 
 
-def test_json_is_the_summary_and_where_it_lies() -> None:
-    done = scratch(*DIGITS, "--json", "--output", "mine")
-    assert json.loads(done.stdout) == {"run": "mine"} | json.loads(Path("mine/summary.json").read_text())
+def test_json_output_is_the_summary_and_the_folder() -> None:
+    result = scratch(*DIGITS, "--json", "--output", "mine")
+    assert json.loads(result.stdout) == {"run": "mine"} | json.loads(Path("mine/summary.json").read_text())
 
 
-def test_a_data_set_that_can_be_learned_is_learned(folder: Folder) -> None:
-    done = scratch("--dataset", folder("L"), *NETWORK, "--epochs", "12", "--lr", "1e-2")
-    assert "test accuracy 100.00 % (95 % interval 75.75–100.00, 12 images)" in done.stdout
+def test_an_easy_dataset_is_learned(folder: Folder) -> None:
+    result = scratch("--dataset", folder("L"), *NETWORK, "--epochs", "12", "--lr", "1e-2")
+    assert "test accuracy 100.00 % (95 % interval 75.75–100.00, 12 images)" in result.stdout
 
 
-def test_a_folders_path_is_kept_so_that_the_config_holds_anywhere(folder: Folder, tmp_path: Path) -> None:
+def test_the_config_has_the_absolute_path_of_the_dataset(folder: Folder, tmp_path: Path) -> None:
     folder()
     assert scratch("--dataset", "shades", *NETWORK).exit_code == 0
     config = yaml.safe_load(Path("runs/textbook-shades-1/config.yaml").read_text())
@@ -167,51 +168,51 @@ def test_a_folders_path_is_kept_so_that_the_config_holds_anywhere(folder: Folder
 
 @pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1)])
 @pytest.mark.parametrize("size", [(8, 8), (12, 4)])
-def test_grey_and_coloured_square_and_not(folder: Folder, mode: str, channels: int, size: tuple[int, int]) -> None:
-    where = folder(mode, size)
-    done = scratch("--dataset", where, *NETWORK, "--augment", "both", "--json")
-    assert done.exit_code == 0, done.output
-    spec = json.loads(done.stdout)["spec"]
+def test_gray_and_color_images_square_and_not(folder: Folder, mode: str, channels: int, size: tuple[int, int]) -> None:
+    dataset = folder(mode, size)
+    result = scratch("--dataset", dataset, *NETWORK, "--augment", "both", "--json")
+    assert result.exit_code == 0, result.output
+    spec = json.loads(result.stdout)["spec"]
     assert (spec["channels"], spec["image_width"], spec["image_height"]) == (channels, *size)
-    data = load(TextbookConfig(dataset=str(where)))
+    data = load(TextbookConfig(dataset=str(dataset)))
     assert data.train.pixels.shape == (24, channels, size[1], size[0])
-    stored = np.asarray(Image.open(where / "train" / "dark" / "0.png")).reshape(size[1], size[0], channels)
+    stored = np.asarray(Image.open(dataset / "train" / "dark" / "0.png")).reshape(size[1], size[0], channels)
     assert any(np.array_equal(image, stored.transpose(2, 0, 1)) for image in data.train.pixels)
 
 
-def test_without_a_test_split_a_share_of_train_is_set_aside(folder: Folder) -> None:
-    done = scratch("--dataset", folder(test=None), *NETWORK)
-    assert "validation accuracy" in done.stdout
+def test_without_a_test_split_a_tenth_of_train_is_held_out(folder: Folder) -> None:
+    result = scratch("--dataset", folder(test=None), *NETWORK)
+    assert "validation accuracy" in result.stdout
     data = load(TextbookConfig(dataset="shades"))
     assert len(data.train.labels) + len(data.test.labels) == 24
-    assert 1 <= len(data.test.labels) < 12  # each image by its own number: about a tenth
+    assert 1 <= len(data.test.labels) < 12  # about a tenth: each image is drawn independently
     assert not set(data.splits["train"].rows) & set(data.splits["validation"].rows)
 
 
-def test_a_validation_split_is_left_alone_where_there_is_a_test_split(folder: Folder) -> None:
+def test_the_validation_split_is_used_only_without_a_test_split(folder: Folder) -> None:
     data = load(TextbookConfig(dataset=str(folder())))
     assert {role: len(split.rows) for role, split in data.splits.items()} == {"train": 24, "test": 12}
     folder(test="validation", name="other")
     assert set(load(TextbookConfig(dataset="other")).splits) == {"train", "validation"}
 
 
-def test_the_first_image_of_another_size_is_named(folder: Folder) -> None:
+def test_images_of_different_sizes_are_an_error(folder: Folder) -> None:
     Image.new("RGB", (9, 8)).save(folder() / "train" / "dark" / "99.png")
     message = error_of("--dataset", "shades", *NETWORK, code=3)
-    assert message.startswith("train/dark/99.png: 8x9, and the first image is 8x8; the textbook takes images of one")
+    assert message.startswith("train/dark/99.png is 8x9, but the first image is 8x8; the textbook needs images of one")
     assert not Path("runs").exists()
 
 
-def test_a_bad_image_is_named(folder: Folder) -> None:
+def test_a_corrupt_image_is_an_error(folder: Folder) -> None:
     (folder() / "test" / "dark" / "99.png").write_text("no image")
     assert error_of("--dataset", "shades", *NETWORK, code=3).startswith("test/dark/99.png: is not an image")
 
 
-def test_one_class_leaves_nothing_to_tell_apart(folder: Folder) -> None:
-    where = folder()
+def test_a_single_class_is_an_error(folder: Folder) -> None:
+    dataset = folder()
     for split in ("train", "test"):
-        shutil.rmtree(where / split / "light")
-    with pytest.raises(DataError, match=r"one class \(dark\) leaves nothing to tell apart"):
+        shutil.rmtree(dataset / split / "light")
+    with pytest.raises(DataError, match=r"there is only one class \(dark\)"):
         load(TextbookConfig(dataset="shades"))
 
 
@@ -219,10 +220,10 @@ def test_mean_and_std_are_those_of_the_training_images() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2100, 3, 4, 4), dtype=np.uint8)
     pixels[:, 2] = 7
     mean, std = mean_and_std(pixels)
-    shares = pixels / 255
-    assert np.allclose(mean, shares.mean(axis=(0, 2, 3)), rtol=1e-12)
-    assert np.allclose(std[:2], shares.std(axis=(0, 2, 3))[:2], rtol=1e-12)
-    assert std[2] == 1  # a channel that never changes is not divided by 0
+    scaled = pixels / 255
+    assert np.allclose(mean, scaled.mean(axis=(0, 2, 3)), rtol=1e-12)
+    assert np.allclose(std[:2], scaled.std(axis=(0, 2, 3))[:2], rtol=1e-12)
+    assert std[2] == 1  # no division by 0 for a constant channel
 
 
 # -- settings -----------------------------------------------------------------------------------------
@@ -238,30 +239,30 @@ def test_every_setting_reaches_the_network_or_the_plan(folder: Folder) -> None:
         "dtype": "float64", "seed": 9,
     }  # fmt: skip
     config = TextbookConfig(**changed)
-    got = asdict(spec_of(config, data)) | asdict(plan_of(config, data))
+    used = asdict(spec_of(config, data)) | asdict(plan_of(config, data))
     for name, value in changed.items():
-        assert got["patch_height" if name == "patch_size" else name] == value, name
+        assert used["patch_height" if name == "patch_size" else name] == value, name
         assert getattr(TextbookConfig(), name) != value, name
     others = set(TextbookConfig.model_fields) - set(changed)
     assert others == {"dataset", "max_train_samples", "max_test_samples", "augment", "engine"}
 
 
 @pytest.mark.parametrize(
-    ("augment", "wanted"), [("none", (0, 0)), ("crop", (1, 0)), ("flip", (0, 1)), ("both", (1, 1))]
+    ("augment", "expected"), [("none", (0, 0)), ("crop", (1, 0)), ("flip", (0, 1)), ("both", (1, 1))]
 )
-def test_augmentations(folder: Folder, augment: Any, wanted: tuple[int, int]) -> None:
+def test_augmentations(folder: Folder, augment: Any, expected: tuple[int, int]) -> None:
     plan = plan_of(TextbookConfig(augment=augment), load(TextbookConfig(dataset=str(folder()))))
-    assert (plan.crop_border, plan.flip) == wanted  # an eighth of 8 pixels
+    assert (plan.crop_border, plan.flip) == expected  # an eighth of 8 pixels
 
 
 @pytest.mark.parametrize(
-    ("typed", "says"),
+    ("arguments", "message"),
     [
-        ("", "no data set; name a recipe"),
+        ("", "no dataset; name a recipe"),
         ("mnist-patch8", "recipe mnist-patch8: neither a file nor a known recipe; did you mean mnist-patch"),
         ("scaler", "did you mean scalar?"),
         ("zzz", "`vitft recipes ls` lists them"),
-        ("smoke", "recipe smoke fine-tunes; run it with: vitft train --recipe smoke"),
+        ("smoke", "recipe smoke is a fine-tuning recipe; run it with: vitft train --recipe smoke"),
         ("--dataset digits --engine jax", "--engine should be 'numpy' or 'torch', got 'jax'"),
         ("--dataset digits --patch-size 3", "patch_size 3 does not divide the 8x8 images of digits; try 1, 2, 4 or 8."),
         ("--dataset digits --width 10", "width 10 is not a multiple of heads 4; try 8 or 12."),
@@ -270,32 +271,32 @@ def test_augmentations(folder: Folder, augment: Any, wanted: tuple[int, int]) ->
         ("scalar --output x", "leave --output out"),
     ],
 )  # fmt: skip
-def test_wrong_usage_is_one_line(typed: str, says: str) -> None:
-    assert says in error_of(*typed.split(), code=2)
+def test_usage_errors(arguments: str, message: str) -> None:
+    assert message in error_of(*arguments.split(), code=2)
     assert not list(Path().iterdir())
 
 
-def test_a_recipes_mistake_is_named_as_its_own() -> None:
+def test_an_error_in_a_recipe_names_the_recipe() -> None:
     Path("mine.yaml").write_text("dataset: digits\nheds: 3\n")
     assert error_of("mine.yaml", code=2) == "recipe mine.yaml: unknown setting 'heds'; did you mean heads?"
 
 
-def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_changed(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").touch()
     assert error_of(*DIGITS, "--output", "mine", code=2) == "output mine: exists and is not empty; choose another."
     assert error_of(*DIGITS, "--output", "mine/file", code=2).startswith("output mine/file: exists")
-    assert error_of(*DIGITS, "--output", "mine/file/x", code=2).startswith("output mine/file/x: cannot be made")
+    assert error_of(*DIGITS, "--output", "mine/file/x", code=2).startswith("output mine/file/x: cannot be created")
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["file"]
 
 
-def test_a_loss_that_is_no_number_ends_the_run() -> None:
-    typed = [*DIGITS, "--lr", "100", "--optimizer", "sgd", "--epochs", "40"]
+def test_a_non_finite_loss_ends_the_run() -> None:
+    arguments = [*DIGITS, "--lr", "100", "--optimizer", "sgd", "--epochs", "40"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        message = error_of(*typed, code=5)
+        message = error_of(*arguments, code=5)
     assert re.fullmatch(r"loss is (nan|inf) at step \d+, lr 1e\+02; lower --lr or add --warmup-steps\.", message)
-    assert not list(Path("runs").iterdir())  # nothing was learned: nothing is kept
+    assert not list(Path("runs").iterdir())  # nothing was learned, so nothing is kept
 
 
 # -- recipes ------------------------------------------------------------------------------------------
@@ -303,7 +304,7 @@ def test_a_loss_that_is_no_number_ends_the_run() -> None:
 TEXTBOOK = [recipe for recipe in recipes() if recipe.textbook]
 
 
-def test_the_textbooks_recipes_are_its_networks() -> None:
+def test_the_recipes_of_the_textbook() -> None:
     parameters = {}
     for recipe in TEXTBOOK:
         name, config = load_config(recipe.path.stem, {})
@@ -316,19 +317,19 @@ def test_the_textbooks_recipes_are_its_networks() -> None:
     assert set(parameters) == {"mnist-patch7", "mnist-patch4", "mnist-patch2", "cifar10-patch4"}
 
 
-def test_recipes_of_the_textbook_are_marked_shown_and_copied() -> None:
-    def said(*words: str) -> Any:
+def test_list_show_and_copy_recipes_of_the_textbook() -> None:
+    def vitft(*words: str) -> Any:
         return CliRunner(env={"COLUMNS": "80"}).invoke(app, words)
 
-    listed = " ".join(said("recipes", "ls").stdout.split())
+    listed = " ".join(vitft("recipes", "ls").stdout.split())
     for recipe in TEXTBOOK:
         assert f"{recipe.name} Textbook (vitft scratch train): {recipe.summary[:9]}" in listed
-        assert said("recipes", "show", recipe.name).stdout == recipe.path.read_text()
+        assert vitft("recipes", "show", recipe.name).stdout == recipe.path.read_text()
         file = recipe.path.name
-        copied = said("recipes", "copy", recipe.name)
+        copied = vitft("recipes", "copy", recipe.name)
         assert copied.stdout == f"copied to {file}; run it with: vitft scratch train {file}\n"
         assert load_config(file, {})[1] == load_config(recipe.name, {})[1]
-        refused = said("train", "--recipe", recipe.name)
+        refused = vitft("train", "--recipe", recipe.name)
         assert refused.exit_code == 2
         assert refused.stderr == (
             f"error: recipe {recipe.name} is a textbook recipe; run it with: vitft scratch train {recipe.path.stem}\n"
@@ -336,9 +337,9 @@ def test_recipes_of_the_textbook_are_marked_shown_and_copied() -> None:
     assert listed.count("Textbook") == len(TEXTBOOK)
 
 
-def test_a_recipe_names_the_run_and_flags_override_it() -> None:
-    done = scratch("mnist-patch7", *DIGITS, "--patch-size", "4", "--no-final-norm", "--heads", "4")
-    assert done.exit_code == 0, done.output
+def test_a_recipe_gives_the_run_its_name_and_flags_override_it() -> None:
+    result = scratch("mnist-patch7", *DIGITS, "--patch-size", "4", "--no-final-norm", "--heads", "4")
+    assert result.exit_code == 0, result.output
     config = yaml.safe_load(Path("runs/textbook-mnist-patch7-1/config.yaml").read_text())
     assert (config["dataset"], config["heads"], config["schedule"], config["final_norm"]) == (
         "digits",
@@ -360,7 +361,7 @@ def test_every_setting_is_a_flag_with_its_default() -> None:
             assert f"[default: {field.default}]" in row[1], name
 
 
-def test_help_imports_no_numpy() -> None:
+def test_help_does_not_import_numpy() -> None:
     code = """
 import sys
 sys.argv = ["vitft", "scratch", "train", "--help"]
@@ -370,13 +371,15 @@ try:
 except SystemExit as end:
     print(sorted({"torch", "datasets", "numpy", "scipy"} & set(sys.modules)), end.code, file=sys.stderr)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1] == "[] 0"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stderr.splitlines()[-1] == "[] 0"
 
 
-@pytest.mark.parametrize(("given", "threads"), [({}, 1), ({"OPENBLAS_NUM_THREADS": "2"}, min(2, os.cpu_count() or 1))])
-def test_blas_has_one_thread_in_each_of_the_engines_two(given: dict[str, str], threads: int) -> None:
-    """Unless a person says otherwise."""
+@pytest.mark.parametrize(
+    ("variables", "threads"), [({}, 1), ({"OPENBLAS_NUM_THREADS": "2"}, min(2, os.cpu_count() or 1))]
+)
+def test_blas_uses_one_thread_unless_told_otherwise(variables: dict[str, str], threads: int) -> None:
+    """The NumPy engine has two threads of its own."""
     code = f"""
 import sys
 sys.argv = ["vitft", "scratch", "train", *{DIGITS!r}]
@@ -387,12 +390,12 @@ finally:
     from threadpoolctl import threadpool_info
     print({{pool["num_threads"] for pool in threadpool_info() if "numpy" in pool["filepath"]}}, file=sys.stderr)
 """
-    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")} | given
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    said = done.stderr.splitlines()[-1]
-    if said == "set()":
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")} | variables
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    pools = result.stderr.splitlines()[-1]
+    if pools == "set()":
         pytest.skip("this NumPy has no OpenBLAS of its own")
-    assert said == f"{{{threads}}}"
+    assert pools == f"{{{threads}}}"
 
 
 # -- the scalar ViT ---------------------------------------------------------------------------------------
@@ -403,7 +406,7 @@ def scalar() -> Any:
     return scratch("scalar")
 
 
-def test_the_scalar_vit_shows_what_it_learned(scalar: Any) -> None:
+def test_the_tables_of_the_scalar_vit(scalar: Any) -> None:
     report = train()
     text, count = scalar.stdout, len(report.predictions)
     assert (scalar.exit_code, scalar.stderr) == (0, "")
@@ -413,29 +416,29 @@ def test_the_scalar_vit_shows_what_it_learned(scalar: Any) -> None:
     for name, row in zip(PATTERNS, report.confusion, strict=True):
         cells = r"\s+".join(str(number) if number else "·" for number in row)
         assert re.search(rf"^{name}\s+{cells}\s+{console.percent(report.class_accuracy[name])}", text, re.MULTILINE)
-        for number, shares in enumerate(report.attention(name), 1):
-            which = "mean" if number == 3 else str(number)
-            row_head = rf"{name}\s+1" if number == 1 else rf"\s+{which}"
-            shown = r"\s+".join(re.escape(console.percent(share)) for share in shares)
-            assert re.search(rf"^{row_head}\s+{shown}$", text, re.MULTILINE), (name, which)
-        first = next(one for one in report.predictions if (one.label, one.predicted) == (name, name))
+        for number, weights in enumerate(report.attention(name), 1):
+            head = "mean" if number == 3 else str(number)
+            row_head = rf"{name}\s+1" if number == 1 else rf"\s+{head}"
+            cells = r"\s+".join(re.escape(console.percent(weight)) for weight in weights)
+            assert re.search(rf"^{row_head}\s+{cells}$", text, re.MULTILINE), (name, head)
+        first = next(sample for sample in report.predictions if (sample.label, sample.predicted) == (name, name))
         assert f"{name} → {name}" in text
         assert console.percent(first.confidence) in text
 
 
-def test_the_scalar_vit_as_one_document() -> None:
+def test_the_scalar_vit_as_json() -> None:
     document = json.loads(scratch("scalar", "--json", "--seed", "42").stdout)
-    wanted = json.loads(json.dumps(scalar_document(train(42))))
+    expected = json.loads(json.dumps(scalar_document(train(42))))
     document.pop("elapsed_s")
-    wanted.pop("elapsed_s")
-    assert document == wanted
-    assert document["correct"] == sum(one["label"] == one["predicted"] for one in document["predictions"])
+    expected.pop("elapsed_s")
+    assert document == expected
+    assert document["correct"] == sum(sample["label"] == sample["predicted"] for sample in document["predictions"])
     assert set(document["attention"]) == set(PATTERNS)
     assert [len(head) for head in document["attention"]["top"]["heads"]] == [5, 5]
 
 
 def test_mistakes_of_the_scalar_vit_are_shown() -> None:
-    """One step teaches little: most images are then taken for others."""
+    """After a single step most predictions are wrong."""
     from rich.console import Console as Screen
 
     from vitft.scratch_runner.report import scalar_tables
@@ -447,7 +450,7 @@ def test_mistakes_of_the_scalar_vit_are_shown() -> None:
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
 
 
-def test_settings_are_checked_in_words() -> None:
+def test_invalid_settings_are_errors() -> None:
     with pytest.raises(UsageError, match=r"^settings: epochs should be greater than or equal to 1, got 0$"):
         TextbookConfig.parse({"epochs": 0})
     with pytest.raises(UsageError, match="`vitft scratch train --help` lists the settings"):

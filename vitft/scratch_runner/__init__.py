@@ -1,1 +1,1 @@
-"""The from-scratch ViT at work: trained on the data sets that fine-tuning uses."""
+"""Trains the from-scratch ViT on the same datasets as fine-tuning, and draws the textbook's figures."""

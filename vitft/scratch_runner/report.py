@@ -1,4 +1,4 @@
-"""What the textbook shows when it has trained: a run's last lines; the scalar ViT's tables, at most 80 columns wide."""
+"""Reports of textbook training: the last lines of a run, and the tables of the scalar ViT, at most 80 columns wide."""
 
 import shlex
 from collections.abc import Sequence
@@ -15,28 +15,28 @@ from vitft.scratch.scalar_vit import PATTERNS, TINY, Image, Prediction, Report, 
 from vitft.spec import total
 
 _SHADES = " ░▒▓█"
-_LOOKED_AT = ("itself", "upper left", "upper right", "lower left", "lower right")
+_TOKENS = ("itself", "upper left", "upper right", "lower left", "lower right")
 
 
 def run_report(run: Path, summary: dict[str, Any]) -> str:
-    """The last lines of a run: score, time, and the same with the other engine."""
+    """The last lines of a run: score, time, and the command to repeat it with the other engine."""
     other = "torch" if summary["engine"] == "numpy" else "numpy"
     score = summary["score"]
-    again = shlex.quote(str(run / "config.yaml"))
+    recipe = shlex.quote(str(run / "config.yaml"))
     return (
         f"{console.interval(score['split'], score['accuracy'], score['accuracy_interval'], score['count'])}\n"
         f"trained in {console.duration(summary['elapsed_s'])}; run: {run}\n"
-        f"next: vitft scratch train {again} --engine {other}\n"
+        f"next: vitft scratch train {recipe} --engine {other}\n"
     )
 
 
 def train_scalar(seed: int | None = None) -> Report:
-    """Train the scalar ViT, by default with the chapter's own seed."""
+    """Train the scalar ViT, by default with the seed of the chapter."""
     return train() if seed is None else train(seed)
 
 
 def scalar_document(report: Report) -> dict[str, Any]:
-    """All that the scalar ViT's training gave, JSON-ready."""
+    """The results of training the scalar ViT, JSON-ready."""
     maps = {name: report.attention(name) for name in PATTERNS}
     return {
         "parameters": total(TINY).parameters,
@@ -48,12 +48,12 @@ def scalar_document(report: Report) -> dict[str, Any]:
         "class_accuracy": report.class_accuracy,
         "confusion": {"labels": list(PATTERNS), "matrix": report.confusion},
         "attention": {name: {"heads": rows[:-1], "mean": rows[-1]} for name, rows in maps.items()},
-        "predictions": [asdict(one) for one in report.predictions],
+        "predictions": [asdict(sample) for sample in report.predictions],
     }
 
 
 def scalar_tables(report: Report) -> RenderableType:
-    """The same as text and tables."""
+    """The results of training the scalar ViT, as text and tables."""
     head = Text.assemble(
         f"A ViT of {total(TINY).parameters} single numbers, trained for {len(report.losses)} steps in "
         f"{console.duration(report.elapsed_s)}.\n",
@@ -62,21 +62,25 @@ def scalar_tables(report: Report) -> RenderableType:
         (console.percent(report.accuracy), "bold"),
         f" ({report.correct} of {len(report.predictions)} images)",
     )
-    right = [one for one in report.predictions if one.label == one.predicted]
-    firsts = [next(one for one in right if one.label == name) for name in PATTERNS if report.class_accuracy[name]]
-    mistakes = [one for one in report.predictions if one.label != one.predicted][: len(PATTERNS)]
+    correct = [sample for sample in report.predictions if sample.label == sample.predicted]
+    firsts = [next(s for s in correct if s.label == name) for name in PATTERNS if report.class_accuracy[name]]
+    mistakes = [sample for sample in report.predictions if sample.label != sample.predicted][: len(PATTERNS)]
     parts: list[RenderableType] = [
         head,
         "",
-        "Test images of each class (rows), and what they were taken for (columns):",
+        "Confusion matrix of the test images (rows: true, columns: predicted):",
         _confusion(report),
         "",
-        "The first right answer of each class, with its confidence:",
+        "The first correct prediction of each class, with its probability:",
         _samples(firsts),
     ]
     if mistakes:
         parts += ["", "The first mistakes (true → predicted):", _samples(mistakes)]
-    parts += ["", "What the class token takes of itself and of each patch (mean over a class):", _attention(report)]
+    parts += [
+        "",
+        "Attention of the class token to itself and to each patch (mean over a class):",
+        _attention(report),
+    ]
     return Group(*parts)
 
 
@@ -93,14 +97,14 @@ def _confusion(report: Report) -> Table:
 
 def _samples(samples: Sequence[Prediction]) -> Table:
     table = Table.grid(padding=(0, 3, 0, 0))
-    table.add_row(*(_drawn(one.image) for one in samples))
-    table.add_row(*(f"{one.label} → {one.predicted}" for one in samples))
-    table.add_row(*(console.percent(one.confidence) for one in samples))
+    table.add_row(*(_as_characters(sample.image) for sample in samples))
+    table.add_row(*(f"{sample.label} → {sample.predicted}" for sample in samples))
+    table.add_row(*(console.percent(sample.confidence) for sample in samples))
     return table
 
 
-def _drawn(image: Image) -> Text:
-    """Two characters a pixel, which make a square."""
+def _as_characters(image: Image) -> Text:
+    """Two characters per pixel, which make it about square."""
     (rows,) = image
     steps = len(_SHADES) - 1
     return Text("\n".join("".join(2 * _SHADES[round((pixel + 1) / 2 * steps)] for pixel in row) for row in rows))
@@ -110,11 +114,11 @@ def _attention(report: Report) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("class")
     table.add_column("head")
-    for name in _LOOKED_AT:
+    for name in _TOKENS:
         table.add_column(name, justify="right")
     for pattern in PATTERNS:
-        for number, shares in enumerate(report.attention(pattern), 1):
+        for number, weights in enumerate(report.attention(pattern), 1):
             mean = number > TINY.heads
-            cells = (Text(console.percent(share), "bold" if mean else "") for share in shares)
+            cells = (Text(console.percent(weight), "bold" if mean else "") for weight in weights)
             table.add_row(pattern if number == 1 else "", "mean" if mean else str(number), *cells)
     return table

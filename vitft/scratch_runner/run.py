@@ -1,4 +1,4 @@
-"""A finished textbook run, read again: its weights, and all that is needed to use them."""
+"""Reads a finished textbook run: its weights, and everything needed to use them."""
 
 import json
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ WEIGHTS, SUMMARY, METRICS = "weights.safetensors", "summary.json", "metrics.json
 
 @dataclass(frozen=True)
 class Network:
-    """A trained textbook network; mean and std are those its images were normalised by, channel by channel."""
+    """A trained textbook network; mean and std normalize its images, channel by channel."""
 
     weights: ViT
     spec: ViTSpec
@@ -26,21 +26,21 @@ class Network:
 
 
 def is_textbook_run(folder: Path) -> bool:
-    """Whether a folder holds what `vitft scratch train` leaves, finished or not."""
+    """Whether a folder is a run of `vitft scratch train`, finished or not."""
     return (folder / WEIGHTS).is_file()
 
 
 def read_run(folder: Path) -> Network:
-    """The network of a finished run. Raises ModelError where its files are not what a run leaves."""
+    """The network of a finished run. Raises ModelError if the run is unfinished or its files are corrupt."""
     try:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         spec = ViTSpec(**summary["spec"])
         weights = load(folder / WEIGHTS, spec)
         labels = tuple(summary["labels"])
         if len(labels) != spec.classes:
-            raise ValueError(f"{len(labels)} labels of {spec.classes} classes")
+            raise ValueError(f"{len(labels)} labels for {spec.classes} classes")
         return Network(weights, spec, labels, tuple(summary["mean"]), tuple(summary["std"]))
     except FileNotFoundError:
-        raise ModelError(f"{folder}: this textbook run has not finished; wait for it, or train it again.") from None
+        raise ModelError(f"{folder}: this textbook run has not finished; wait for it or train again.") from None
     except (ValueError, KeyError, TypeError, OSError, SafetensorError, UsageError) as error:
-        raise ModelError(f"{folder}: no whole textbook run ({error}); train it again.") from None
+        raise ModelError(f"{folder}: corrupt textbook run ({error}); train again.") from None

@@ -1,4 +1,4 @@
-"""The torch chapter as an engine: the same batches, weights and masks, with torch's autograd and optimizers."""
+"""The torch chapter as an engine: the same batches, weights and dropout masks, with torch's autograd and optimizers."""
 
 import torch
 import torch.nn.functional as F
@@ -12,39 +12,39 @@ from vitft.spec import ViTSpec
 
 
 class TorchEngine:
-    """What `NumpyEngine` is, with torch's autograd, loss and optimizers in the place of the chapters."""
+    """Like `NumpyEngine`, with torch's autograd, loss and optimizers instead of the chapters."""
 
     def __init__(self, w: ViT, spec: ViTSpec, plan: Plan) -> None:
         self.model, self.plan = TorchViT(spec).load(w), plan
-        paths = self.model.parameters_by_name().items()
-        shrunk = [parameter for name, parameter in paths if decays(name)]
-        others = [parameter for name, parameter in paths if not decays(name)]
+        parameters = self.model.parameters_by_name().items()
+        decaying = [parameter for name, parameter in parameters if decays(name)]
+        others = [parameter for name, parameter in parameters if not decays(name)]
         if plan.optimizer == "adamw":
-            groups = [{"params": shrunk, "weight_decay": plan.weight_decay}, {"params": others, "weight_decay": 0.0}]
+            groups = [{"params": decaying, "weight_decay": plan.weight_decay}, {"params": others, "weight_decay": 0.0}]
             self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups)
         elif plan.optimizer == "adam":
-            self.optimizer = torch.optim.Adam(shrunk + others)
+            self.optimizer = torch.optim.Adam(decaying + others)
         else:
-            self.optimizer = torch.optim.SGD(shrunk + others, momentum=plan.momentum)
+            self.optimizer = torch.optim.SGD(decaying + others, momentum=plan.momentum)
 
     def step(self, images: Array, labels: Labels, lr: float, masks: list[Array] | None) -> tuple[float, int]:
         """Forward, backward, update."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        truth = torch.from_numpy(labels)
+        targets = torch.from_numpy(labels)
         logits = self.model(torch.from_numpy(images), masks and [torch.from_numpy(mask) for mask in masks])
-        loss = F.cross_entropy(logits, truth, label_smoothing=self.plan.label_smoothing)
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.plan.label_smoothing)
         self.optimizer.zero_grad()
         torch.autograd.backward(loss)
         self.optimizer.step()
-        return loss.item(), int((logits.argmax(dim=1) == truth).sum())
+        return loss.item(), int((logits.argmax(dim=1) == targets).sum())
 
     def logits(self, images: Array) -> Array:
-        """(B, classes), without dropout."""
+        """Logits (B, classes), without dropout."""
         with torch.inference_mode():
             logits: Array = self.model(torch.from_numpy(images)).numpy()
         return logits
 
     def weights(self) -> ViT:
-        """The weights as they are now."""
+        """The current weights."""
         return self.model.weights()

@@ -1,10 +1,10 @@
-"""A textbook run: images by the data rooms, training by the chapters, results in a run folder.
+"""A textbook run: loads a dataset, trains with the chapters, and writes a run folder.
 
 runs/textbook-mnist-patch7-1/
-  config.yaml            every setting; is itself a recipe of `vitft scratch train`
-  metrics.jsonl          a line an epoch
-  weights.safetensors    after the last whole epoch, under the names of `vitft.scratch.vit.named`
-  summary.json           what the run was and came to, written last
+  config.yaml            all settings; also a recipe for `vitft scratch train`
+  metrics.jsonl          one line per epoch
+  weights.safetensors    after the last complete epoch, with the names of `vitft.scratch.vit.named_arrays`
+  summary.json           network, dataset and score; written last
 """
 
 import json
@@ -34,55 +34,55 @@ from vitft.scratch_runner.config import TextbookConfig
 from vitft.scratch_runner.run import METRICS, SUMMARY, WEIGHTS
 from vitft.spec import ViTSpec, total
 
-_VAL_FRACTION = 0.1  # of train, where the data set has nothing else to test on
+_VAL_FRACTION = 0.1  # of train, for a dataset without test and validation splits
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run learns from and is tested on."""
+    """Training and test images, with their source."""
 
     source: Source
     train: Images
     test: Images
-    splits: dict[str, Split]  # train, and what it is tested on: test, else validation
+    splits: dict[str, Split]  # train, and test or else validation
 
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run, and its `summary.json`."""
+    """A finished run and its `summary.json`."""
 
     run: Path
     summary: dict[str, Any]
 
 
 def train(config: TextbookConfig, *, output: Path | None = None, name: str | None = None) -> Result:
-    """Train as the settings say, into `output` or the next free runs/textbook-NAME-N; NAME is the data's by default.
+    """Train into `output`, by default the next free runs/textbook-NAME-N, with the dataset's name as NAME.
 
-    Raises VitftError.
+    Raises UsageError, DataError, or TrainingError for a non-finite loss.
     """
     if config.dataset is None:
-        raise UsageError("no data set; name a recipe (`vitft recipes ls`), or add --dataset: digits needs no network.")
+        raise UsageError("no dataset; name a recipe (`vitft recipes ls`) or add --dataset; digits needs no network.")
     if output is not None and output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UsageError(f"output {output}: exists and is not empty; choose another.")
     data = load(config)
     spec = spec_of(config, data)
     plan = plan_of(config, data)
-    run = output if output is not None else _free(name or data.source.name)
+    run = output if output is not None else _next_free_run(name or data.source.name)
     engine = engine_of(config, spec, plan)
     console.note(
         f"{len(data.train.labels):,} training images of {spec.image_height}x{spec.image_width} in {spec.channels} "
         f"channel{'s' if spec.channels > 1 else ''}, {total(spec).parameters:,} parameters, {config.engine} engine"
     )
     existed = run.exists()
-    _make(run)
-    place = paths.absolute(config.dataset, (*ALIASES, DIGITS))
-    settings = config.model_copy(update={"dataset": place}).model_dump(exclude_none=True)
+    _create(run)
+    dataset = paths.absolute(config.dataset, (*ALIASES, DIGITS))
+    settings = config.model_copy(update={"dataset": dataset}).model_dump(exclude_none=True)
     write_text(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     started = time.perf_counter()
     try:
         history = _fit(engine, data, spec, plan, run)
     except BaseException:
-        if not (run / METRICS).exists():  # not one epoch was finished: there is nothing to keep
+        if not (run / METRICS).exists():  # no epoch was completed, so there is nothing to keep
             (run / "config.yaml").unlink()
             if not existed:
                 run.rmdir()
@@ -94,23 +94,23 @@ def train(config: TextbookConfig, *, output: Path | None = None, name: str | Non
 
 
 def _fit(engine: Engine, data: Data, spec: ViTSpec, plan: Plan, run: Path) -> list[Epoch]:
-    """Train; after each epoch say what it came to, and write its line of metrics and the weights."""
+    """Train; after each epoch, print its results and write its line of metrics and the weights."""
     per_epoch, lines = steps_per_epoch(data.train, plan), []
     started = time.perf_counter()
 
-    def seen(step: int, loss: float, lr: float) -> None:
+    def on_step(step: int, loss: float, lr: float) -> None:
         if not isfinite(loss):
             raise TrainingError(f"loss is {loss} at step {step + 1}, lr {lr:.2g}; lower --lr or add --warmup-steps.")
         progress(step + 1, plan.epochs * per_epoch)
 
-    def done(epoch: Epoch) -> None:
+    def on_epoch(epoch: Epoch) -> None:
         elapsed_s = time.perf_counter() - started
         lines.append(asdict(epoch) | {"step": epoch.epoch * per_epoch, "elapsed_s": round(elapsed_s, 2)})
         write_text(run / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
-        fresh = run / f".{WEIGHTS}"
-        save(fresh, engine.weights())
-        fresh.chmod(0o644)  # safetensors makes files that only their owner may read
-        fresh.replace(run / WEIGHTS)
+        temporary = run / f".{WEIGHTS}"
+        save(temporary, engine.weights())
+        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
+        temporary.replace(run / WEIGHTS)
         console.note(
             f"epoch {epoch.epoch}/{plan.epochs}  loss {epoch.loss:.4f}  "
             f"accuracy {console.percent(epoch.accuracy, 2)}  test {console.percent(epoch.test_accuracy, 2)}  "
@@ -118,17 +118,17 @@ def _fit(engine: Engine, data: Data, spec: ViTSpec, plan: Plan, run: Path) -> li
         )
 
     with console.working("training") as progress, warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of an overflow, which `seen` tells in words
-        return fit(engine, data.train, data.test, spec, plan, seen, done)
+        warnings.simplefilter("ignore", RuntimeWarning)  # of overflows, which `on_step` reports
+        return fit(engine, data.train, data.test, spec, plan, on_step, on_epoch)
 
 
 def _summary(config: TextbookConfig, data: Data, spec: ViTSpec, plan: Plan, last: Epoch) -> dict[str, Any]:
-    """All that the weights need to be used again, and the score with its split."""
-    tested = next(split for role, split in data.splits.items() if role != "train")
+    """Everything needed to use the weights, and the score with its split."""
+    test_split = next(split for role, split in data.splits.items() if role != "train")
     images = len(data.test.labels)
     score = {
-        "split": tested.name,
-        "split_hash": tested.hash,
+        "split": test_split.name,
+        "split_hash": test_split.hash,
         "count": images,
         "accuracy": last.test_accuracy,
         "accuracy_interval": list(wilson_interval(round(last.test_accuracy * images), images)),
@@ -149,43 +149,43 @@ def _summary(config: TextbookConfig, data: Data, spec: ViTSpec, plan: Plan, last
     }
 
 
-# -- from settings to what the chapters take ----------------------------------------------------------
+# -- from settings to the chapters' arguments --------------------------------------------------------
 
 
 def spec_of(config: TextbookConfig, data: Data) -> ViTSpec:
-    """The network's sizes: the data set's, and the settings'. Raises UsageError where they do not fit."""
+    """The sizes of the network, from the images and the settings. Raises UsageError if they do not fit."""
     channels, height, width = data.train.pixels.shape[1:]
     patch = config.patch_size
     if height % patch or width % patch:
-        fits = [str(side) for side in range(1, min(height, width) + 1) if not (height % side or width % side)]
+        sizes = [str(side) for side in range(1, min(height, width) + 1) if not (height % side or width % side)]
         raise UsageError(
             f"patch_size {patch} does not divide the {height}x{width} images of {data.source.name}; "
-            f"try {', '.join(fits[:-1])}{' or ' if fits[:-1] else ''}{fits[-1]}."
+            f"try {', '.join(sizes[:-1])}{' or ' if sizes[:-1] else ''}{sizes[-1]}."
         )
-    shared = ("width", "heads", "layers", "mlp", "pre_logits", "pooling", "positions", "norm", "final_norm")
+    fields = ("width", "heads", "layers", "mlp", "pre_logits", "pooling", "positions", "norm", "final_norm")
     return ViTSpec(
         image_height=height, image_width=width, patch_height=patch, patch_width=patch, stride_height=patch,
         stride_width=patch, channels=channels, classes=len(data.source.labels), activation=config.activation,
-        **{name: getattr(config, name) for name in shared},
+        **{name: getattr(config, name) for name in fields},
     )  # fmt: skip
 
 
 def plan_of(config: TextbookConfig, data: Data) -> Plan:
-    """How it is trained: the settings, and the training images' mean and standard deviation."""
+    """The training plan, from the settings and the mean and standard deviation of the training images."""
     mean, std = mean_and_std(data.train.pixels)
-    shared = (
+    fields = (
         "epochs", "batch_size", "lr", "optimizer", "weight_decay", "momentum", "schedule", "warmup_steps",
         "decay_epoch", "decay_factor", "label_smoothing", "dropout", "dtype", "seed",
     )  # fmt: skip
     return Plan(
-        **{name: getattr(config, name) for name in shared}, mean=mean, std=std,
+        **{name: getattr(config, name) for name in fields}, mean=mean, std=std,
         flip=config.augment in ("flip", "both"),
         crop_border=max(1, min(data.train.pixels.shape[2:]) // 8) if config.augment in ("crop", "both") else 0,
     )  # fmt: skip
 
 
 def engine_of(config: TextbookConfig, spec: ViTSpec, plan: Plan) -> Engine:
-    """The engine that was asked for, with the weights that the plan begins with: the same in both."""
+    """The engine of the settings, with the plan's initial weights, which are the same for both engines."""
     w = initial_weights(spec, plan)
     if config.engine == "numpy":
         return NumpyEngine(w, spec, plan)
@@ -195,11 +195,11 @@ def engine_of(config: TextbookConfig, spec: ViTSpec, plan: Plan) -> Engine:
 
 
 def mean_and_std(pixels: NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Of each channel of pixels (images, C, H, W), as shares of 255; of one that never changes, std is 1."""
+    """Mean and std of each channel of pixels (images, C, H, W) / 255; the std of a constant channel is 1."""
     values, means, stds = np.arange(256) / 255, [], []
     for channel in pixels.swapaxes(0, 1):
         counts = np.zeros(256, np.int64)
-        for start in range(0, len(channel), 1000):  # bincount needs 8 bytes a pixel
+        for start in range(0, len(channel), 1000):  # bincount needs 8 bytes per pixel
             counts += np.bincount(channel[start : start + 1000].reshape(-1), minlength=256)
         mean = float(counts @ values / counts.sum())
         variance = float(counts @ (values - mean) ** 2 / counts.sum())
@@ -212,10 +212,10 @@ def mean_and_std(pixels: NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[fl
 
 
 def load(config: TextbookConfig) -> Data:
-    """Open, split and decode the data set: uint8 pixels (images, C, H, W), C = 1 where every image is grey.
+    """Open, split and decode the dataset: uint8 pixels (images, C, H, W), with C = 1 if every image is gray.
 
-    The test images are those of its test split, else of its validation split, else a share of train.
-    Raises DataError, also for images of several sizes.
+    Test images come from the test split, else the validation split, else a tenth of train. Raises DataError for a
+    dataset that cannot be read, has no such images, only one class, or images of different sizes.
     """
     assert config.dataset is not None
     source = open_dataset(config.dataset)
@@ -226,40 +226,40 @@ def load(config: TextbookConfig) -> Data:
         max_eval_samples=config.max_test_samples,
         seed=config.seed,
     )
-    tested = "test" if "test" in splits else "validation"
-    for role in ("train", tested):
+    test_role = "test" if "test" in splits else "validation"
+    for role in ("train", test_role):
         if role not in splits or len(splits[role].rows) == 0:
             raise DataError(f"{config.dataset}: no {role} images; its splits are {', '.join(source.splits)}.")
     if len(source.labels) < 2:
-        raise DataError(f"{config.dataset}: one class ({source.labels[0]}) leaves nothing to tell apart; add another.")
-    train, test = decoded(source, splits["train"]), decoded(source, splits[tested])
+        raise DataError(f"{config.dataset}: there is only one class ({source.labels[0]}); add another.")
+    train, test = decode_split(source, splits["train"]), decode_split(source, splits[test_role])
     if train.shape[1:] != test.shape[1:]:
-        raise DataError(f"{config.dataset}: {tested} has images of another size than train; make them equal.")
+        raise DataError(f"{config.dataset}: {test_role} and train have images of different sizes; resize them.")
     if all((rgb == rgb[:, :1]).all() for rgb in (train, test)):
         train, test = train[:, :1].copy(), test[:, :1].copy()
-    kept = {role: splits[role] for role in ("train", tested)}
-    return Data(source, Images(train, kept["train"].labels), Images(test, kept[tested].labels), kept)
+    used = {role: splits[role] for role in ("train", test_role)}
+    return Data(source, Images(train, used["train"].labels), Images(test, used[test_role].labels), used)
 
 
-def decoded(source: Source, split: Split) -> NDArray[np.uint8]:
-    """All images of a split: (images, 3, H, W). Raises DataError for one that is bad or of another size."""
+def decode_split(source: Source, split: Split) -> NDArray[np.uint8]:
+    """All images of a split: (images, 3, H, W). Raises DataError if one cannot be decoded or has another size."""
     rows = source.splits[split.source].select(split.rows)
     pixels = np.empty(0, np.uint8)
-    # Read by the hundred: one by one, reading costs a fifth of what decoding does.
+    # Read a hundred at a time. One at a time, reading takes a fifth of the time of decoding.
     cells = (cell for start in range(0, len(rows), 100) for cell in rows[start : start + 100]["image"])
     with console.working(f"decoding {split.name}") as progress:
         for number, cell in enumerate(cells):
             try:
                 image = decode(encoded(cell)).transpose(2, 0, 1)
             except BadImage as error:
-                raise DataError(f"{sample_id(rows, number)}: {error}; mend or remove it.") from error
+                raise DataError(f"{sample_id(rows, number)}: {error}; fix or remove it.") from error
             if number == 0:
                 pixels = np.empty((len(rows), *image.shape), np.uint8)
             if image.shape != pixels.shape[1:]:
-                got, wanted = (f"{shape[1]}x{shape[2]}" for shape in (image.shape, pixels.shape[1:]))
+                size, first_size = (f"{shape[1]}x{shape[2]}" for shape in (image.shape, pixels.shape[1:]))
                 raise DataError(
-                    f"{sample_id(rows, number)}: {got}, and the first image is {wanted}; the textbook takes images "
-                    "of one size (vitft train resizes them)."
+                    f"{sample_id(rows, number)} is {size}, but the first image is {first_size}; the textbook needs "
+                    "images of one size (vitft train resizes them)."
                 )
             pixels[number] = image
             progress(number + 1, len(rows))
@@ -269,14 +269,14 @@ def decoded(source: Source, split: Split) -> NDArray[np.uint8]:
 # -- the run folder -------------------------------------------------------------------------------------
 
 
-def _free(name: str) -> Path:
-    """runs/textbook-<name>-<number>, with the first number that is free."""
+def _next_free_run(name: str) -> Path:
+    """runs/textbook-<name>-<number>, with the first unused number."""
     names = (Path("runs") / f"textbook-{name}-{number}" for number in count(1))
     return next(path for path in names if not path.exists())
 
 
-def _make(run: Path) -> None:
+def _create(run: Path) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"output {run}: cannot be made: {error.strerror or error}; choose another.") from error
+        raise UsageError(f"output {run}: cannot be created: {error.strerror or error}; choose another.") from error
