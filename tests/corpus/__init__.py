@@ -1,4 +1,4 @@
-"""A corpus of data sets as people have them: each a few small files, and what has to come of them.
+"""A corpus of real-world datasets in miniature, each with the expected result.
 
 `tables` has files of path and label, `folders` folders and parquet files. `test_corpus.py` opens every one.
 """
@@ -17,10 +17,10 @@ Splits = Mapping[str, Mapping[str, int | str | tuple[str, ...]]]
 
 @dataclass(frozen=True)
 class Case:
-    """A data set, and either its splits or the line that refuses it.
+    """A dataset, and either its splits or its one-line error.
 
     `splits` has for each split and class the images: how many, or their names, separated by spaces or as a tuple.
-    Of the other texts, each has to stand in one of the sentences; a data set with other warnings fails.
+    Each of the other texts must be part of a note; a dataset with other warnings fails.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)  # of open_dataset
 
     def write(self, folder: Path) -> str:
-        """Make the data set in an empty folder; the path to open."""
+        """Write the dataset to an empty folder; return the path to open."""
         if callable(self.files):
             self.files(folder)
         else:
@@ -44,12 +44,12 @@ class Case:
 
 
 def listed(texts: tuple[str, ...] | str) -> tuple[str, ...]:
-    """One text is a tuple of one."""
+    """A single text as a tuple."""
     return (texts,) if isinstance(texts, str) else texts
 
 
 def photo(name: str = ".png", value: int = 0) -> bytes:
-    """A picture of 3 x 2 pixels, in the format that the name asks for."""
+    """An image of 3 x 2 pixels, in the format of the name's suffix."""
     stream = io.BytesIO()
     kind = Image.registered_extensions().get(Path(f"x{name}").suffix.lower(), "PNG")
     Image.new("RGB", (3, 2), (value % 256, 7, 9)).save(stream, kind)
@@ -57,5 +57,5 @@ def photo(name: str = ".png", value: int = 0) -> bytes:
 
 
 def photos(*names: str) -> dict[str, bytes]:
-    """Pictures by these names, each with pixels of its own."""
+    """Images with these names and different pixels."""
     return {name: photo(name, number) for number, name in enumerate(names)}

@@ -1,4 +1,4 @@
-"""Folders of images as people have them, and what has to come of each."""
+"""Real-world image folders, with the expected results."""
 
 from pathlib import Path
 

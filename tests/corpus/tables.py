@@ -1,4 +1,4 @@
-"""Tables of path and label, as people have them, and what has to come of each."""
+"""Real-world tables of paths and labels, with the expected results."""
 # ruff: noqa: E501, SIM905  (a row of a table is a line)
 
 import json

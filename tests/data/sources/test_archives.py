@@ -1,4 +1,4 @@
-"""Archives: read whole into memory, bounded before they are, and never unpacked."""
+"""Archives are read into memory after their sizes are checked, and never unpacked."""
 
 import io
 import json
@@ -40,7 +40,7 @@ def zipped(path: Path, files: Mapping[str, bytes]) -> Path:
 
 
 def seen(dataset: Path) -> dict[str, list[tuple[str, str, int]]]:
-    """Of every split the members, their classes, and the red of their pixels."""
+    """For each split, the members with their classes and the red value of their pixels."""
     source = open_dataset(str(dataset))
     found = {}
     for name, rows in source.splits.items():

@@ -1,4 +1,4 @@
-"""Every data set of the corpus in `tests/corpus` is opened, or refused, as it says there."""
+"""Every dataset in `tests/corpus` is opened or refused as specified there."""
 
 from collections import Counter
 
@@ -15,7 +15,7 @@ CASES = [*tables.CASES, *folders.CASES]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_data_set_is_read_as_it_was_meant_or_refused_in_one_line(case: Case, tmp_path) -> None:
+def test_a_dataset_is_read_as_intended_or_refused_in_one_line(case: Case, tmp_path) -> None:
     dataset = case.write(tmp_path)
     if case.error:
         with pytest.raises(VitftError) as caught:
@@ -44,7 +44,7 @@ def test_a_data_set_is_read_as_it_was_meant_or_refused_in_one_line(case: Case, t
 
 
 def _as_said(images: list[str], said: object) -> object:
-    """The images in the form that the case gives them in."""
+    """The images in the form that the case uses."""
     if isinstance(said, tuple):
         return tuple(images)
     return " ".join(images) if isinstance(said, str) else len(images)

@@ -1,4 +1,4 @@
-"""Parquet files and hub data sets of any schema: which column is what, and what comes of it."""
+"""Parquet files and hub datasets with any schema: which columns are found, and how they are normalized."""
 
 import io
 import json
@@ -41,7 +41,7 @@ def write(path: Path, table: Any, features: datasets.Features | None = None) -> 
 
 
 def seen(source: Source, split: str = "train") -> list[tuple[int, str]]:
-    """Of each row the gray of its pixels, and its class."""
+    """The gray value and the class of each row."""
     rows = source.splits[split]
     labels = class_indices(rows)
     cells = [rows[row]["image"] for row in range(len(rows))]
@@ -74,7 +74,7 @@ LABELS = ["b", "a"]
     ids=["structs", "large", "dictionary", "views", "integers", "lists-of-one", "lists-of-bytes", "nested",
          "webdataset", "only-other-column", "bytes-as-text", "bytes-views", "beside-numbers", "beside-a-map"],
 )  # fmt: skip
-def test_every_way_to_store_images_and_names_comes_to_the_same(tmp_path: Path, columns: dict[str, Any]) -> None:
+def test_images_and_class_names_are_read_from_any_storage_type(tmp_path: Path, columns: dict[str, Any]) -> None:
     assert seen(open_dataset(str(write(tmp_path / "train.parquet", columns)))) == EXPECTED
 
 
@@ -96,7 +96,7 @@ def test_pixels_that_are_declared_as_arrays_are_images(tmp_path: Path, kind: Any
 
 
 @pytest.mark.parametrize("values", [[[0.5, 1.0]], [[-1, 300]]])
-def test_numbers_that_are_no_pixels_are_refused(tmp_path: Path, values: list[list[float]]) -> None:
+def test_numbers_that_are_not_pixels_are_refused(tmp_path: Path, values: list[list[float]]) -> None:
     file = write(tmp_path / "train.parquet", {"image": [values, values], "label": LABELS})
     with pytest.raises(DataError, match=r"column 'image' holds lists that are not pixels from 0 to 255"):
         open_dataset(str(file))
@@ -109,7 +109,7 @@ def test_a_column_of_paths_names_files_beside_the_parquet(tmp_path: Path) -> Non
     assert seen(source) == EXPECTED
 
 
-def test_one_image_column_of_several_is_taken_by_its_name_and_told(tmp_path: Path) -> None:
+def test_one_of_several_image_columns_is_chosen_by_name_and_noted(tmp_path: Path) -> None:
     features = datasets.Features(
         {"mask": datasets.Image(), "image": datasets.Image(), "kind": datasets.ClassLabel(names=["x", "y"]),
          "label": datasets.ClassLabel(names=["a", "b"])}
@@ -124,7 +124,7 @@ def test_one_image_column_of_several_is_taken_by_its_name_and_told(tmp_path: Pat
 
 
 def test_the_usual_names_of_columns_are_known() -> None:
-    """As on the hub; of other columns nothing else would tell which is the image and which the label."""
+    """Names from datasets on the hub, in tables where only the name tells which column is which."""
     image, text = datasets.Image(), datasets.Value("string")
 
     def found(**features: Any) -> tuple[str, str | None]:
@@ -173,7 +173,7 @@ def test_files_of_other_types_of_one_split_are_joined(tmp_path: Path) -> None:
         open_dataset(str(tmp_path))
 
 
-def test_a_split_without_labels_is_left_out_and_told(tmp_path: Path) -> None:
+def test_a_split_without_labels_is_left_out_and_noted(tmp_path: Path) -> None:
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     write(tmp_path / "train.parquet", {"image": STRUCTS, "label": [1, 0]}, features)
     write(tmp_path / "test.parquet", {"image": STRUCTS, "label": [-1, -1]}, features)
@@ -208,7 +208,7 @@ def test_a_column_of_splits_divides_the_only_file(tmp_path: Path) -> None:
         ("x-train2.parquet",),
     ],
 )
-def test_splits_are_told_by_the_names_of_files_and_folders(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_splits_are_found_by_the_names_of_files_and_folders(tmp_path: Path, names: tuple[str, ...]) -> None:
     for name in names:
         write(tmp_path / name, {"image": FILES, "label": LABELS})
     source = open_dataset(str(tmp_path))
@@ -216,7 +216,7 @@ def test_splits_are_told_by_the_names_of_files_and_folders(tmp_path: Path, names
     assert all(seen(source, str(name)) == EXPECTED for name in source.splits)
 
 
-def test_a_data_set_that_datasets_saved_is_read(tmp_path: Path) -> None:
+def test_a_dataset_saved_by_datasets_is_read(tmp_path: Path) -> None:
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     made = datasets.Dataset.from_dict({"image": STRUCTS, "label": [1, 0]}, features=features)
     datasets.DatasetDict({"train": made, "test": made}).save_to_disk(str(tmp_path / "saved"))
@@ -233,7 +233,7 @@ def test_a_data_set_that_datasets_saved_is_read(tmp_path: Path) -> None:
     assert "one cannot be loaded by datasets: " in refusal(tmp_path / "one")
 
 
-def test_a_hub_data_set_is_read_by_the_same_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_dataset_is_read_by_the_same_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     table = pa.table({"data": [{"image": one, "label": label} for one, label in zip(STRUCTS, LABELS, strict=True)],
                       "usage": ["Training", "PrivateTest"]})  # fmt: skip
     raw = datasets.Dataset(table)
@@ -242,7 +242,7 @@ def test_a_hub_data_set_is_read_by_the_same_rules(monkeypatch: pytest.MonkeyPatc
     assert {name: seen(source, str(name)) for name in source.splits} == {"Training": EXPECTED[:1], "test": EXPECTED[1:]}
 
 
-def test_a_column_that_is_none_is_told_with_all_that_are(tmp_path: Path) -> None:
+def test_an_unknown_column_is_refused_with_a_list_of_all(tmp_path: Path) -> None:
     table = {"data": [{"image": one, "label": "x"} for one in STRUCTS], "tags": [["u"], ["v"]]}
     file = write(tmp_path / "train.parquet", table)
     with pytest.raises(DataError, match=r"no column 'data.lable'; did you mean data.label\?; the columns"):
@@ -259,7 +259,7 @@ def test_a_class_in_two_unicode_forms_is_one(tmp_path: Path) -> None:
 
 
 def declared(*names: Any) -> datasets.Features:
-    """Features whose label is one of some classes, as a file may say of any column."""
+    """Features with a ClassLabel of these names."""
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["x"] * bool(names))})
     features["label"].names = list(names)
     return features
@@ -330,7 +330,7 @@ def test_labels_of_a_type_that_no_class_has_are_refused(tmp_path: Path, labels: 
 
 
 def refusal(file: Path) -> str:
-    """The one line that a file is refused with."""
+    """The one-line error for a file."""
     with pytest.raises(DataError) as caught:
         open_dataset(str(file))
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Folders of images as people have them: what is listed, and which folder is a split, which a class."""
+"""Real-world image folders: what is listed, and which folders are splits or classes."""
 
 import io
 import os
@@ -21,14 +21,14 @@ from vitft.evaluation.prediction import find_images
 
 
 def draw(*files: Path) -> None:
-    """A tiny image in each of these files."""
+    """Write a tiny image to each file."""
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 3), "red").save(file, "PNG")
 
 
 def content(source: Source) -> dict[str, list[tuple[str, str]]]:
-    """Of every split the images' ids and class names."""
+    """The image names and class names of each split."""
     found = {}
     for name, rows in source.splits.items():
         labels = class_indices(rows)
@@ -89,14 +89,14 @@ def test_folders_without_end_are_refused(tmp_path: Path) -> None:
         open_dataset(str(tmp_path))
 
 
-# -- what a file is -------------------------------------------------------------------------------
+# -- recognizing images -------------------------------------------------------------------------------
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
 
 
 @pytest.fixture
 def no_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As where neither HEIC nor JPEG XL can be read."""
+    """Simulate an installation without HEIC and JPEG XL."""
     known = tuple(name for name in decoder.formats() if name not in ("HEIF", "JXL"))
     names = frozenset(name for name in decoder.suffixes() if name not in (".heic", ".heif", ".hif", ".jxl"))
     monkeypatch.setattr(folders, "formats", lambda: known)
@@ -147,7 +147,7 @@ def test_every_format_is_known_without_its_name(tmp_path: Path, kind: str) -> No
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "JPEG2000", "AVIF", "HEIF", "JXL"])
 def test_an_image_that_is_cut_short_is_still_one(tmp_path: Path, kind: str) -> None:
-    """And no file to be passed over: whoever decodes it says what is wrong."""
+    """It is listed, not skipped, so that decoding reports the error."""
     stream = io.BytesIO()
     Image.new("RGB", (80, 80), "red").save(stream, kind)
     write(tmp_path / "x", stream.getvalue()[:20])

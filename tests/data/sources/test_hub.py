@@ -40,7 +40,7 @@ RUN = "runs/cifar10-vit-base-patch16-224-in21k-1"
 
 
 class Ended(NamedTuple):
-    """What a command came to, and the seconds that libraries would have slept between retries."""
+    """The result of a command, and the seconds that libraries would have slept between retries."""
 
     code: int
     out: str
@@ -57,9 +57,9 @@ class Session(NamedTuple):
 
 
 def session(*commands: tuple[str, ...], folder: Path, endpoint: str, cache: Path, **extra: str) -> Session:
-    """Run commands as a user does, in another process and folder, with nothing but the endpoint set.
+    """Run commands like a user, in another process and folder, with only the endpoint set.
 
-    Several in one process, for it imports for seconds; what libraries know of the hub they read when they are imported.
+    Several share a process because imports take seconds; libraries read the hub's settings at import.
     """
     env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
     env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1"} | extra
@@ -71,7 +71,7 @@ def session(*commands: tuple[str, ...], folder: Path, endpoint: str, cache: Path
 
 
 def error(ended: Ended) -> str:
-    """The one line of a command that failed without waiting for long."""
+    """The error line of a command that failed without long waits."""
     said = re.sub(r"^(loading|reading) [^\n]+ \.\.\.\n", "", ended.err, flags=re.MULTILINE)
     assert re.fullmatch(r"error: [^\n]+\n", said), said
     assert ended.out == ""
@@ -90,7 +90,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandInHub]:
 
 @pytest.fixture(scope="module")
 def nowhere() -> str:
-    """The address of a hub that has gone: connections are refused."""
+    """The URL of a hub that is down: connections are refused."""
     with StandInHub(Path()) as gone:
         return gone.url
 
@@ -115,14 +115,14 @@ UNCACHED = {
 
 @pytest.fixture(scope="module")
 def online(hub: StandInHub, tmp_path_factory: pytest.TempPathFactory) -> Session:
-    """Where `vitft train --dataset cifar10` ran first, and filled the cache."""
+    """A session in which `vitft train --dataset cifar10` filled the cache."""
     folder = tmp_path_factory.mktemp("online")
     return session(DEFAULT, SCORED, NAMED, *ABSENT, folder=folder, endpoint=hub.url, cache=folder / "hf")
 
 
 @pytest.fixture(scope="module")
 def offline(online: Session, nowhere: str, tmp_path_factory: pytest.TempPathFactory) -> Session:
-    """With that cache, and the variables that forbid to ask."""
+    """With that cache, in offline mode."""
     folder = tmp_path_factory.mktemp("offline")
     commands = (NAMED, *ANOTHER, *UNCACHED.values())
     return session(*commands, folder=folder, endpoint=nowhere, cache=online.cache, **OFFLINE)
@@ -130,7 +130,7 @@ def offline(online: Session, nowhere: str, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def gone(online: Session, nowhere: str, tmp_path_factory: pytest.TempPathFactory) -> Session:
-    """With that cache, where the network is merely gone."""
+    """With that cache, and an unreachable hub."""
     folder = tmp_path_factory.mktemp("gone")
     return session(NAMED, folder=folder, endpoint=nowhere, cache=online.cache)
 
@@ -151,7 +151,7 @@ def revisions(run: Path) -> tuple[str, str]:
     return environment["model_revision"], environment["dataset_revision"]
 
 
-def test_the_default_run_needs_the_data_sets_name_alone(online: Session, hub: StandInHub) -> None:
+def test_the_default_run_needs_only_the_dataset_name(online: Session, hub: StandInHub) -> None:
     assert online.ended[DEFAULT].code == 0, online.ended[DEFAULT].err
     assert revisions(online.folder / RUN) == (hub.sha("models", MODEL), hub.sha("datasets", DATASET))
     config = json.loads((online.folder / RUN / "last" / "config.json").read_text())
@@ -176,7 +176,7 @@ def test_the_checkpoint_is_evaluated_with_no_other_argument(online: Session) -> 
 
 @pytest.mark.parametrize("how", ["offline", "gone"])
 def test_the_named_model_runs_from_the_cache(hub: StandInHub, how: str, request: pytest.FixtureRequest) -> None:
-    """With the offline variables set, and as well where the network is merely gone."""
+    """Both in offline mode and with an unreachable hub."""
     there: Session = request.getfixturevalue(how)
     done = there.ended[NAMED]
     assert done.code == 0, done.err
@@ -222,8 +222,8 @@ def test_what_the_hub_does_not_have_is_named(hub: StandInHub, online: Session) -
     assert len(runs(online)) == 2
 
 
-def test_another_revision_than_the_cached_one_is_not_taken_for_it(offline: Session) -> None:
-    """Offline, datasets.load_dataset hands out whatever commit it has cached, whichever was asked for."""
+def test_a_cached_dataset_of_another_revision_is_refused(offline: Session) -> None:
+    """Offline, datasets.load_dataset returns any cached commit, whichever was requested."""
     for words, code in ANOTHER.items():
         assert offline.ended[words].code == code
         assert error(offline.ended[words])

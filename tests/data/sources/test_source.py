@@ -1,4 +1,4 @@
-"""From a name or a path to splits with columns image and label."""
+"""Opening datasets by name or path, as splits with columns image and label."""
 
 import io
 import json
@@ -197,7 +197,7 @@ def test_folder_of_parquet_files(tmp_path, folder):
         write_parquet(tmp_path / folder / name, {"img": IMAGES, "label": [1, 0]}, HUB)
     source = open_dataset(str(tmp_path))
     assert list(source.splits) == ["train", "test"]
-    assert source.labels == ("zebra", "ant")  # the data set's own order
+    assert source.labels == ("zebra", "ant")  # the dataset's own order
     assert labels_of(source) == ["ant", "zebra"] * 2
     assert ids_of(source, "test") == ["row 0", "row 1"]
     assert sample_id(source.splits["train"].select([3, 1]), 0) == "row 3"
@@ -387,7 +387,7 @@ def test_a_parquet_file_names_images_of_its_own_folder_alone(tmp_path, column):
     assert pixels_of(open_dataset(str(stored("../secret.png")), image_column="image", allow_outside=True)).any()
 
 
-def test_a_hub_data_set_names_no_file_of_this_machine(tmp_path, monkeypatch):
+def test_a_hub_dataset_names_no_file_of_this_machine(tmp_path, monkeypatch):
     draw(tmp_path / "secret.png")
     images = image_structs(None, [str(tmp_path / "secret.png")] * 2)
     hostile = make_split(images, ["x", "y"], root=tmp_path)  # its column `name` claims that our reader named its files
@@ -641,7 +641,7 @@ def test_shared_data(name):
     assert pixels_of(source, 9_999, "test").shape == (side, side, 3)
 
 
-def test_a_data_set_that_the_hub_has_but_cannot_be_built_says_why(monkeypatch):
+def test_a_hub_dataset_that_cannot_be_built_says_why(monkeypatch):
     def fail(*args, **kwargs):
         try:
             raise OSError("disk full\nand more")
@@ -674,7 +674,7 @@ SECRETS = ("hf_AbCdEfGhIjKlMnOp", "s3cret", "4f3a9c")
         "for url: https://cdn.example/a.parquet?X-Amz-Signature=4f3a9c&x=1 (403)", "https://hub.example/x?token=s3cret",
     ],
 )  # fmt: skip
-def test_no_token_of_an_address_is_said(monkeypatch, text):
+def test_no_token_in_a_url_is_printed(monkeypatch, text):
     def fail(*args, **kwargs):
         raise ValueError(f"could not read\n{text}")
 

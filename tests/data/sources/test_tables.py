@@ -1,4 +1,4 @@
-"""What the corpus of tables cannot say: what reading costs, and what the commands make of it."""
+"""Tables, beyond the corpus: the cost of reading, and how commands use it."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from vitft.training.setup import absolute
 
 
 def write(folder: Path, table: str, *images: str) -> str:
-    """A table beside images; its path."""
+    """Write a table and images beside it; return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in photos(*images).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -120,13 +120,13 @@ def test_a_cell_that_names_a_folder_leaves_its_images_to_be_found(tmp_path) -> N
 
 
 def table(cells: dict[str, list[str]]) -> Table:
-    """Columns by name, of a file that is not there."""
+    """A table of these columns, from a file that does not exist."""
     count = len(next(iter(cells.values())))
     return Table(Path("nowhere/t.csv"), [*cells], [*cells.values()], array("q", range(2, count + 2)))
 
 
 def test_the_usual_names_of_columns_are_known() -> None:
-    """As data sets on Kaggle and the hub have them; of other columns nothing else would tell what they are."""
+    """Names from datasets on Kaggle and the hub, in tables where only the name tells which column is which."""
     for name in ("path", "File", "filename", "file_name", "filepath", "filepaths", "image_path", "image_file", "image",
                  "Image File Name", "ImageName", "images", "img", "img_path", "img_name", "photo", "picture",
                  "image_id", "img_id", "Id", "name"):  # fmt: skip
@@ -141,7 +141,7 @@ def test_the_usual_names_of_columns_are_known() -> None:
 
 
 def assigned(cells: dict[str, list[str]]) -> tuple[list[str] | None, list[str]]:
-    """The split of each row, and what is warned of."""
+    """The split of each row, and the warnings."""
     notes = Notes()
     return columns.read_splits(table(cells), set(), Reading(), notes)[0], notes.warnings
 

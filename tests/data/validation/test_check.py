@@ -28,7 +28,7 @@ Rng = np.random.Generator
 
 
 def photo(rng: Rng, width: int = 120, height: int = 90) -> Image.Image:
-    """Clouds of several scales and some grain: no two alike."""
+    """Noise of several scales: no two alike."""
     pixels = np.zeros((height, width, 3))
     for scale in (2, 5, 12, 40):
         coarse = rng.normal(size=(scale, scale, 3)).astype(np.float32)
@@ -71,7 +71,7 @@ def folder(tmp_path: Path, rng: Rng) -> Path:
     return clean(tmp_path / "pets", rng)
 
 
-def test_a_clean_data_set_has_no_findings(folder: Path) -> None:
+def test_a_clean_dataset_has_no_findings(folder: Path) -> None:
     assert found(folder) == []
 
 
@@ -124,7 +124,7 @@ def test_the_same_pixels_are_found_in_any_format(folder: Path, rng: Rng) -> None
 
 
 def near(rng: Rng, image: Image.Image, how: int) -> Image.Image:
-    """The photo as it comes back from a messenger, a thumbnailer, an editor."""
+    """A near duplicate: recompressed, resized, brightened, cropped or with noise."""
     width, height = image.size
     if how == 0:
         written = io.BytesIO()
@@ -193,7 +193,7 @@ def frames(count: int, rng: Rng, near: float = 0.05) -> list[Any]:
 
 
 def all_pairs(seen: list[Any]) -> set[tuple[str, str, str]]:
-    """What is told of these frames, by looking at every pair."""
+    """The expected findings for these frames, by comparing all pairs."""
     told = {}
     for row, one in enumerate(seen):
         for other in seen[:row]:
@@ -261,8 +261,8 @@ def test_shapes_modes_and_turns_are_notes(folder: Path, rng: Rng) -> None:
     assert {KINDS[kind][0] for kind, _ in found(folder)} == {"note"}
 
 
-def test_what_lies_beside_the_images_is_told(folder: Path, rng: Rng) -> None:
-    (folder / "train" / "cat" / "Thumbs.db").write_bytes(b"x")  # of the system, not of the data set
+def test_files_beside_the_images_are_reported(folder: Path, rng: Rng) -> None:
+    (folder / "train" / "cat" / "Thumbs.db").write_bytes(b"x")  # of the system, not of the dataset
     (folder / "train" / "cat" / "notes.txt").write_text("cats")
     write(folder, "train/cat/photo", tiny(rng), format="PNG")
     assert found(folder) == [
@@ -293,7 +293,7 @@ def test_over_ten_times_as_many_images_of_a_class_are_told(largest: int, found: 
 
 
 def plant(folder: Path, rng: Rng, each: int) -> Counter[str]:
-    """`each` of the hard kinds, among as many more clean images as there are; what was planted."""
+    """Plant `each` problems of every kind; return their counts."""
     for i in range(each):
         (folder / "train" / "cat" / f"empty{i}.png").write_bytes(b"")
         (folder / "train" / "cat" / f"text{i}.jpg").write_text(f"no image {i}")
@@ -340,7 +340,7 @@ def vitft(*words: str) -> Any:
     return CliRunner().invoke(app, ["data", "check", *words])
 
 
-def test_the_command_tells_and_exits_with_3(faulty: Path) -> None:
+def test_the_command_lists_findings_and_exits_with_3(faulty: Path) -> None:
     result = vitft(str(faulty))
     assert result.exit_code == 3
     for word in ("not-an-image", "train/cat/bad.png", "duplicate", "leak", "1 error, 3 warnings"):
@@ -401,7 +401,7 @@ def test_training_leaves_out_what_is_quarantine_lines(faulty: Path, tmp_path: Pa
         ("train/cat/000.png", UsageError, "names no image"),
     ],
 )
-def test_a_list_that_is_none_is_refused(
+def test_an_invalid_list_is_refused(
     folder: Path, tmp_path: Path, content: str | None, error: type[Exception], said: str
 ) -> None:
     listed = tmp_path / "list.txt"
@@ -455,7 +455,7 @@ def sheet(folder: Path, file: Path) -> str:
     return file.read_text()
 
 
-def test_the_suspects_have_their_pictures(faulty: Path, tmp_path: Path) -> None:
+def test_the_report_shows_the_images(faulty: Path, tmp_path: Path) -> None:
     page = sheet(faulty, tmp_path / "page.html")
     assert page.count("<img ") == 3
     assert page.count('<div class="none">no image</div>') == 1
