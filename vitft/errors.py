@@ -119,6 +119,11 @@ def from_synonym(name: str, known: Collection[str]) -> str | None:
     return setting if setting in known else None
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, without its final period; the error's type if it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:300]
+
+
 def as_flag(name: str) -> str:
     """Spell a setting as a flag: batch_size -> --batch-size."""
     return f"--{name.replace('_', '-')}"

@@ -162,7 +162,7 @@ def test_a_preprocessor_of_absurd_values_is_one_line(saved: Saved, changes: dict
 def test_an_input_size_that_no_memory_holds_is_refused(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(patch_size=1, hidden_size=64, image_size=8)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=4_000_000_000))
-    with pytest.raises(ModelError, match=r"image_size 4096: its weights alone take 4\.3 GB, and this machine has 4\.0"):
+    with pytest.raises(ModelError, match=r"image_size 4096: its weights alone take 4\.3 GB, but this machine has 4\.0"):
         load_for_training(TrainConfig(model=str(folder), image_size=4096), ("a", "b"))
 
 
@@ -449,7 +449,7 @@ def test_pickled_weights_of_few_bytes_and_gigabytes_of_numbers_are_not_read(save
                 archive.filelist.append(one)
             archive._didModify = True
     said = within(800 * MB, read_weights, folder)
-    assert re.search(r"ModelError: .*pytorch_model.bin: its weights take .*B of memory, and the file has", said), said
+    assert re.search(r"ModelError: .*pytorch_model.bin: its weights take .*B of memory, but the file has", said), said
 
 
 def test_pickled_weights_of_the_older_form_are_read(saved: Saved) -> None:

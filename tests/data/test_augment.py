@@ -26,7 +26,7 @@ from vitft.data.augment import (
     resize_and_crop,
 )
 from vitft.errors import ModelError
-from vitft.models.image_processor import understood
+from vitft.models.image_processor import to_preprocess
 from vitft.randomness import uniform
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -181,7 +181,7 @@ PROCESSORS = {
 def read(document: dict[str, Any]) -> Preprocess:
     """The Preprocess of a preprocessor_config.json with this content."""
     kind = document.get("image_processor_type", "ViTImageProcessor")
-    return understood(getattr(transformers, f"{kind}Pil").from_dict(document))
+    return to_preprocess(getattr(transformers, f"{kind}Pil").from_dict(document))
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
@@ -189,7 +189,7 @@ def read(document: dict[str, Any]) -> Preprocess:
 def test_preprocessing_matches_transformers(name: str, size: tuple[int, int]) -> None:
     """Within a thousandth of the step between two pixel values."""
     processor = PROCESSORS[name]
-    preprocess = understood(processor)
+    preprocess = to_preprocess(processor)
     image = pixels(*size, contrast=True)
 
     actual = preprocess_images([torch.from_numpy(image)], preprocess)
@@ -208,14 +208,14 @@ def test_filters_have_pillows_numbers() -> None:
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_preprocess_round_trips_through_json(name: str) -> None:
-    preprocess = understood(PROCESSORS[name])
+    preprocess = to_preprocess(PROCESSORS[name])
     assert read(json.loads(json.dumps(preprocess.to_json()))) == preprocess
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_transformers_reads_the_written_config(name: str) -> None:
     processor = PROCESSORS[name]
-    preprocess = understood(processor)
+    preprocess = to_preprocess(processor)
     image = Image.fromarray(pixels(70, 45))
 
     document = preprocess.to_json()
@@ -258,7 +258,7 @@ def test_configs_of_older_versions_are_read(stored: dict[str, Any], expected: Pr
 @pytest.mark.parametrize(
     ("processor", "message"),
     [
-        (pil("ViT", size={"shortest_edge": 32}), "size {'shortest_edge': 32} makes images of different shapes"),
+        (pil("ViT", size={"shortest_edge": 32}), "size {'shortest_edge': 32} gives images of different shapes"),
         (pil("ViT", do_resize=False), "do_resize False"),
         (pil("CLIP", size={"shortest_edge": 32, "longest_edge": 64}, crop_size=32), "longest_edge"),
         (pil("ViT", size={"max_height": 32, "max_width": 64}), "max_height"),
@@ -279,7 +279,7 @@ def test_configs_of_older_versions_are_read(stored: dict[str, Any], expected: Pr
 )
 def test_unsupported_processor_settings_are_refused_by_name(processor: Any, message: str) -> None:
     with pytest.raises(ModelError) as caught:
-        understood(processor)
+        to_preprocess(processor)
     assert message in str(caught.value)
 
 
@@ -321,7 +321,7 @@ class Sharpening(transformers.ViTImageProcessorPil):
 
 def test_a_processor_with_an_unknown_step_is_refused() -> None:
     with pytest.raises(ModelError, match="Sharpening does more than resize, crop, rescale and normalize"):
-        understood(Sharpening(size=32))
+        to_preprocess(Sharpening(size=32))
 
 
 def test_luminance_matches_pillow_and_leaves_gray_unchanged() -> None:

@@ -1,4 +1,4 @@
-"""A new head is all that is new: every other tensor is the checkpoint's, in every architecture."""
+"""A new head changes no other tensor of the checkpoint, in every architecture."""
 
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from vitft.models.heads import head_of, in_head, label_tensors
 from vitft.models.load import Loaded, load_for_training, load_trained, set_training
 
 NEW = ("car", "bus", "tram", "van")
-# What these have between backbone and classifier, and a backbone alone has not.
+# Tensors between backbone and classifier, which a backbone checkpoint does not have.
 BESIDE = {
     "cvt": {"layernorm.weight", "layernorm.bias"},
     "poolformer": {"norm.weight", "norm.bias"},
     "swiftformer": {"norm.weight", "norm.bias", "norm.running_mean", "norm.running_var"},
 }
-# Each of these costs a second or two of imports; the shapes of their heads are those of others.
+# Importing each takes a second or two, and their heads have the same shapes as others.
 RARE = ("bit", "cvt", "focalnet", "hiera", "metaclip_2", "mobilenet_v2", "perceiver", "pvt_v2", "regnet", "segformer")
 
 
@@ -29,7 +29,7 @@ def marked(names: Any) -> list[Any]:
 
 
 def saved(model: Any, folder: Path) -> Path:
-    """Saved with a processor that any of them can do with."""
+    """Save a model with an image processor that works for every family."""
     model.save_pretrained(folder)
     tf.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
@@ -40,7 +40,7 @@ def load(folder: Path, **settings: Any) -> Loaded:
 
 
 def backbone_of(model: Any) -> Any:
-    """The model without its classifier, as a checkpoint of pretraining has it."""
+    """The model without its classifier, like a pretraining checkpoint."""
     if (base := getattr(model, model.base_model_prefix, None)) is not None:
         return base
     whole = tf.AutoModel.from_config(model.config)
@@ -50,14 +50,14 @@ def backbone_of(model: Any) -> Any:
 
 
 def assert_kept(model: Any, wanted: dict[str, torch.Tensor], new: Any) -> None:
-    found = model.state_dict()
-    assert found.keys() == wanted.keys()
-    changed = {name for name in found if found[name].shape != wanted[name].shape or (found[name] != wanted[name]).any()}
+    state = model.state_dict()
+    assert state.keys() == wanted.keys()
+    changed = {name for name in state if state[name].shape != wanted[name].shape or (state[name] != wanted[name]).any()}
     assert changed == set(new)
 
 
 @pytest.mark.parametrize("family", marked(FAMILIES))
-def test_a_new_head_touches_the_classifier_alone(
+def test_a_new_head_changes_only_the_classifier(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny_classifier(family, num_labels=3)
@@ -76,10 +76,10 @@ def test_a_new_head_touches_the_classifier_alone(
 
 
 @pytest.mark.parametrize("family", marked(name for name in FAMILIES if name != "perceiver"))
-def test_a_backbone_alone_gets_a_head_and_keeps_its_tensors(
+def test_a_backbone_gets_a_head_and_keeps_its_tensors(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Perceiver's base model has no decoder at all."""
+    """Perceiver is skipped because its base model has no decoder."""
     model = tiny_classifier(family, num_labels=4)
     folder = saved(backbone_of(model), tmp_path / "backbone")
 
@@ -89,18 +89,18 @@ def test_a_backbone_alone_gets_a_head_and_keeps_its_tensors(
     new = {name for name in model.state_dict() if in_head(model, name) and not name.endswith("num_batches_tracked")}
     assert_kept(loaded.model, model.state_dict(), new | beside)
     assert loaded.new_head
-    said = capsys.readouterr().err
-    assert all(name in said for name in beside)
-    assert ("initial values" in said) == bool(beside)
+    stderr = capsys.readouterr().err
+    assert all(name in stderr for name in beside)
+    assert ("initial values" in stderr) == bool(beside)
     with pytest.raises(ModelError, match="no classification head"):
         load_trained(folder)
 
 
 @pytest.mark.parametrize("family", ["vit", "deit", "beit", "data2vec-vision", "swin", "swinv2", "siglip"])
-def test_what_pretraining_on_images_left_is_kept(
+def test_the_weights_of_image_pretraining_are_kept(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Masked image modeling pools nothing, so the norm of BEiT's pooler is new, and named."""
+    """Masked image modeling does not pool, so the norm of BEiT's pooler is new, with a warning."""
     classifier = tiny_classifier(family, num_labels=4)
     name = type(classifier).__name__.replace("ForImageClassification", "")
     kind = getattr(tf, f"{name}ForMaskedImageModeling", None) or getattr(tf, f"{name}Model")
@@ -113,8 +113,8 @@ def test_what_pretraining_on_images_left_is_kept(
     pools = family in ("beit", "data2vec-vision")
     new = {name for name in classifier.state_dict() if in_head(classifier, name) or (pools and ".pooler." in name)}
     assert_kept(loaded.model, classifier.state_dict(), new)
-    said = capsys.readouterr().err
-    assert ("initial values" in said) == (".pooler.layernorm.weight" in said) == pools
+    stderr = capsys.readouterr().err
+    assert ("initial values" in stderr) == (".pooler.layernorm.weight" in stderr) == pools
 
 
 @pytest.mark.parametrize("family", ["deit", "levit"])
@@ -128,13 +128,13 @@ def test_a_distilled_model_gets_two_new_heads(family: str, tmp_path: Path) -> No
     assert_kept(loaded.model, model.state_dict(), label_tensors(model))
 
 
-@pytest.mark.parametrize("what", ["gone", "reshaped"])
+@pytest.mark.parametrize("damage", ["missing", "reshaped"])
 @pytest.mark.parametrize("family", ["vit", "clip"])
-def test_a_tensor_of_a_block_that_is_missing_is_an_error_that_names_it(family: str, what: str, tmp_path: Path) -> None:
+def test_the_error_names_a_missing_tensor_of_a_block(family: str, damage: str, tmp_path: Path) -> None:
     model = tiny_classifier(family, num_labels=3)
     name = next(name for name in model.state_dict() if ".0." in name and name.endswith("bias"))
-    tensors = {key: tensor for key, tensor in model.state_dict().items() if what == "reshaped" or key != name}
-    if what == "reshaped":
+    tensors = {key: tensor for key, tensor in model.state_dict().items() if damage == "reshaped" or key != name}
+    if damage == "reshaped":
         tensors[name] = torch.zeros(5)
     folder = saved(model, tmp_path / "model")
     model.save_pretrained(folder, state_dict=tensors)
@@ -146,19 +146,19 @@ def test_a_tensor_of_a_block_that_is_missing_is_an_error_that_names_it(family: s
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_number_are_refused(value: float, tmp_path: Path) -> None:
+def test_non_finite_weights_are_refused(value: float, tmp_path: Path) -> None:
     model = tiny_classifier("vit", id2label=dict(enumerate(NEW)))
     with torch.no_grad():
         model.vit.layernorm.bias[3] = value
     folder = saved(model, tmp_path / "model")
 
     for read in (load, load_trained):
-        with pytest.raises(ModelError, match=r"layernorm\.bias holds values that are no number"):
+        with pytest.raises(ModelError, match=r"layernorm\.bias has non-finite values"):
             read(folder)
 
 
 def test_weights_saved_from_several_gpus_are_read(tmp_path: Path) -> None:
-    """torch's DataParallel puts `module.` before every name."""
+    """DataParallel prefixes every name with `module.`."""
     model = tiny_classifier("vit", num_labels=3)
     folder = saved(model, tmp_path / "model")
     (folder / "model.safetensors").unlink()
@@ -167,7 +167,7 @@ def test_weights_saved_from_several_gpus_are_read(tmp_path: Path) -> None:
     assert_kept(load(folder).model, model.state_dict(), label_tensors(model))
 
 
-def test_weights_in_several_files_are_read(tmp_path: Path) -> None:
+def test_sharded_weights_are_read(tmp_path: Path) -> None:
     model = tiny_classifier("clip", num_labels=3)
     folder = saved(model, tmp_path / "model")
     (folder / "model.safetensors").unlink()

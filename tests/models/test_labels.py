@@ -1,4 +1,4 @@
-"""Which classes a head has: those with a training image, or those of --labels."""
+"""The classes of a head: those with training images, or those of --labels."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ ONWARD = {"from_scratch": False} | dict.fromkeys(("image_size", "patch_size", "w
 
 
 def draw(folder: Path, counts: dict[str, int]) -> Path:
-    """Class folders of small pictures, no two of them the same."""
+    """Write class folders of small, distinct images."""
     for label, count in counts.items():
         (folder / label).mkdir(parents=True)
         for i in range(count):
@@ -40,7 +40,7 @@ def draw(folder: Path, counts: dict[str, int]) -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Of `bat` there are images in the test split alone, of `emu` in validation too."""
+    """`bat` has images only in the test split, `emu` only in validation and test."""
     draw(tmp_path / "data/train", {"ant": 10, "cat": 10})
     draw(tmp_path / "data/validation", {"ant": 4, "cat": 4, "emu": 2})
     draw(tmp_path / "data/test", {"ant": 5, "bat": 3, "cat": 5, "emu": 1})
@@ -63,25 +63,29 @@ def listing(folder: Path, *names: str) -> str:
     return str(file)
 
 
-def test_classes_without_a_training_image_are_not_in_the_head_and_told_in_a_line(
+def test_classes_without_training_images_are_left_out_of_the_head_with_a_warning(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = train(config(data), output=tmp_path / "run")
 
     assert head(tmp_path / "run/last") == head(result.checkpoint) == ["ant", "cat"]
-    told = [line for line in " ".join(capsys.readouterr().err.split()).split("warning: ") if "training image" in line]
-    assert len(told) == 1
-    assert "no training image of 2 of 4 classes, left out of the head" in told[0]
-    assert "bat, emu; 2 validation and 4 test images can therefore never be right" in told[0]
+    warnings = [
+        line for line in " ".join(capsys.readouterr().err.split()).split("warning: ") if "training image" in line
+    ]
+    assert len(warnings) == 1
+    assert "no training image of 2 of 4 classes, left out of the head" in warnings[0]
+    assert "bat, emu; 2 validation and 4 test images can therefore never be right" in warnings[0]
     recorded = json.loads((tmp_path / "run/splits.json").read_text())
     assert recorded["labels"] == ["ant", "bat", "cat", "emu"]
     assert recorded["splits"]["test"]["count"] == 14
 
 
 @pytest.mark.parametrize("freeze", [False, True])
-def test_their_images_count_as_wrong_and_are_not_in_the_loss(data: Path, tmp_path: Path, freeze: bool) -> None:
+def test_images_of_such_classes_count_as_wrong_and_are_not_in_the_loss(
+    data: Path, tmp_path: Path, freeze: bool
+) -> None:
     settings = config(data)
-    if freeze:  # validation and test are then scored from stored features
+    if freeze:  # validation and test are then scored from cached features
         train(settings, output=tmp_path / "first")
         settings = config(data, **ONWARD, model=str(tmp_path / "first/last"), freeze="backbone", max_steps=9)
     result = train(settings, output=tmp_path / "run")
@@ -101,7 +105,7 @@ def test_their_images_count_as_wrong_and_are_not_in_the_loss(data: Path, tmp_pat
         assert got.macro_f1 == pytest.approx(sk.f1_score(truth, answers, average="macro"))
 
 
-def test_eval_gives_the_scores_of_the_run_and_says_so(
+def test_eval_gives_the_scores_of_the_run_with_a_warning(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = train(config(data), output=tmp_path / "run")
@@ -130,7 +134,7 @@ def test_other_data_with_other_classes_is_still_refused(data: Path, tmp_path: Pa
         evaluate(result.run, dataset=str(other))
 
 
-def test_a_label_that_no_image_has_is_no_mismatch() -> None:
+def test_a_label_without_images_is_not_a_mismatch() -> None:
     truth, others = matched(np.array([2, 0]), ["cat", "yak", "ant"], ["ant", "cat"], name="model")
     assert (truth.tolist(), others) == ([0, 1], ())
     truth, others = matched(np.array([1, 0]), ["cat", "yak", "ant"], ["ant", "cat"], name="model", own=True)
@@ -139,7 +143,7 @@ def test_a_label_that_no_image_has_is_no_mismatch() -> None:
         matched(np.array([1, 1]), ["cat", "yak", "ant"], ["ant", "cat"], name="model", own=True)
 
 
-def test_labels_asks_for_more_classes_in_its_order(
+def test_labels_can_add_classes_and_sets_their_order(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = listing(tmp_path, "emu", "cat", "  bat ", "", "ant", "zebra")
@@ -152,14 +156,14 @@ def test_labels_asks_for_more_classes_in_its_order(
     assert "never be right" not in said
     assert len(evaluate(result.run).per_class) == 5
     card = json.loads((result.checkpoint / "vitft.json").read_text())
-    assert card["config"]["labels"] == "labels.txt"  # what may be shared names no place
+    assert card["config"]["labels"] == "labels.txt"  # a shared checkpoint has no local paths
 
-    Path(file).unlink()  # what has been saved needs it no more
+    Path(file).unlink()  # a saved run no longer needs it
     assert head(resume(result.run, {"max_steps": 6}).checkpoint) == ["emu", "cat", "bat", "ant", "zebra"]
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "expected"),
     [
         (None, "labels.txt: No such file or directory; give a text file of class names, one a line"),
         (b"\xff\xfe\x00cat", "labels.txt: it is not UTF-8 text; give a text file"),
@@ -169,15 +173,15 @@ def test_labels_asks_for_more_classes_in_its_order(
         (b"ant\r\ncat \r\nbat\r\ncat\r\n", "labels.txt: cat stands in it twice"),
     ],
 )
-def test_a_list_that_cannot_be_used_is_refused_in_a_line(
-    data: Path, tmp_path: Path, text: bytes | None, says: str
+def test_an_invalid_labels_file_gets_a_one_line_error(
+    data: Path, tmp_path: Path, text: bytes | None, expected: str
 ) -> None:
     if text is not None:
         (tmp_path / "labels.txt").write_bytes(text)
     words = ["train", "--dataset", str(data), "--model", "vit-micro", "--labels", str(tmp_path / "labels.txt")]
     ended = CliRunner().invoke(app, [*words, "--output", str(tmp_path / "run")])
     assert ended.exit_code == 3
-    assert says in " ".join(ended.stderr.split())
+    assert expected in " ".join(ended.stderr.split())
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "run").exists()
 
@@ -199,7 +203,7 @@ def test_data_without_a_training_image_is_refused(data: Path, tmp_path: Path) ->
         prepare(config(data, exclude=str(out)))
 
 
-def test_a_split_of_which_nothing_can_be_right_is_refused(data: Path, tmp_path: Path) -> None:
+def test_a_split_without_any_class_of_the_head_is_refused(data: Path, tmp_path: Path) -> None:
     draw(tmp_path / "odd/train", {"ant": 4, "cat": 4})
     draw(tmp_path / "odd/test", {"bat": 4, "emu": 4})
     with pytest.raises(DataError, match=r"no test image is of a class in the head.* --labels FILE"):
@@ -207,7 +211,7 @@ def test_a_split_of_which_nothing_can_be_right_is_refused(data: Path, tmp_path: 
     prepare(config(tmp_path / "odd", labels=listing(tmp_path, "ant", "bat", "cat", "emu")))
 
 
-def test_a_resumed_run_with_such_classes_ends_where_an_undisturbed_one_does(
+def test_a_resumed_run_with_such_classes_matches_an_uninterrupted_one(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = config(data, save_every=1)
@@ -218,10 +222,10 @@ def test_a_resumed_run_with_such_classes_ends_where_an_undisturbed_one_does(
     assert resumed.scores["test"].accuracy == whole.scores["test"].accuracy
 
 
-def test_a_head_of_all_classes_of_the_data_set_is_kept_by_resume_and_by_a_new_run(
+def test_a_head_with_all_classes_of_the_dataset_is_kept_by_resume_and_by_a_new_run(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As runs have it that were begun before heads were of the trained classes alone."""
+    """Like runs from before heads had only the trained classes."""
     every = ("ant", "bat", "cat", "emu")
     with monkeypatch.context() as before:
         before.setattr("vitft.training.setup._trained", lambda source, train: source.labels)
@@ -239,7 +243,7 @@ def test_a_head_of_all_classes_of_the_data_set_is_kept_by_resume_and_by_a_new_ru
     assert (asked.loaded.labels, asked.loaded.new_head) == (("ant", "cat"), True)
 
 
-def test_a_run_of_the_trained_classes_is_trained_on_with_its_head(data: Path, tmp_path: Path) -> None:
+def test_a_new_run_keeps_the_head_of_the_trained_classes(data: Path, tmp_path: Path) -> None:
     first = train(config(data), output=tmp_path / "first").run
     onward = prepare(config(data, **ONWARD, model=str(first / "last")))
     assert (onward.loaded.labels, onward.loaded.new_head) == (("ant", "cat"), False)
@@ -247,7 +251,7 @@ def test_a_run_of_the_trained_classes_is_trained_on_with_its_head(data: Path, tm
     assert prepare(config(data, **ONWARD, model=str(first / "last"))).loaded.labels == ("ant", "bat", "cat")
 
 
-def test_the_loss_of_images_without_a_class_is_left_out_of_the_mean() -> None:
+def test_images_without_a_class_are_left_out_of_the_mean_loss() -> None:
     truth, top = np.array([0, 1, 2, 2]), np.array([[0, 1], [0, 1], [1, 0], [0, 1]])
     got = score(
         truth, top, np.array([1.0, 3.0, 100.0, np.nan]), ["a", "b"], ["c"], split="test", split_hash="0", elapsed_s=1.0

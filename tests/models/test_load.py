@@ -1,4 +1,4 @@
-"""Models come from folders and names: what is kept, what is new, what is refused in one line."""
+"""Loading models from folders and names: kept and new weights, preprocessing, and one-line errors."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def load(folder: Path | str, labels: tuple[str, ...] = OWN, **settings: Any) -> 
 
 
 def refusal(folder: Path | str, **settings: Any) -> str:
-    """The one line with which a model is refused."""
+    """The one-line error for a model."""
     with pytest.raises(ModelError) as caught:
         load(folder, **settings)
     text = str(caught.value)
@@ -79,11 +79,11 @@ def test_weights_are_float32_whatever_was_stored(saved: Saved, architecture: str
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_new_head_depends_on_the_seed_alone(saved: Saved, architecture: str) -> None:
+def test_a_new_head_depends_only_on_the_seed(saved: Saved, architecture: str) -> None:
     folder, four = saved(architecture), (*OTHERS, "van")
 
     first = load(folder, four)
-    torch.rand(3)  # the generator's state is no part of it
+    torch.rand(3)  # the generator's state does not matter
     again, other = load(folder, four), load(folder, four, seed=1)
 
     assert first.new_head
@@ -96,8 +96,8 @@ def test_a_new_head_depends_on_the_seed_alone(saved: Saved, architecture: str) -
     assert all(torch.equal(new[name], kept[name]) for name in kept if not name.startswith("classifier"))
 
 
-def test_the_head_is_the_same_wherever_the_backbone_is_from(saved: Saved) -> None:
-    """A stored head of another size, or none, makes no difference to the new one."""
+def test_a_new_head_does_not_depend_on_the_backbone(saved: Saved) -> None:
+    """Nor on whether the checkpoint has a head of another size."""
     with_head = saved("vit", labels=("a", "b"))
     transformers.ViTModel.from_pretrained(with_head).save_pretrained(with_head.parent / "backbone")
 
@@ -114,7 +114,7 @@ def test_a_head_for_these_classes_is_kept_in_its_own_order(saved: Saved, labels:
     assert torch.equal(head(loaded.model), head(tiny_model("vit")))
 
 
-def test_a_head_for_as_many_other_classes_is_not_kept(saved: Saved) -> None:
+def test_a_head_for_other_classes_of_the_same_number_is_not_kept(saved: Saved) -> None:
     loaded = load(saved("vit"), OTHERS)
 
     assert loaded.new_head
@@ -144,24 +144,36 @@ def test_a_frozen_backbone_leaves_the_head_to_train(saved: Saved) -> None:
 # -- other input sizes ------------------------------------------------------------------------------
 
 
-NEVER_ASKED = ("dinov2", "dinov2_with_registers")  # they interpolate always
+ALWAYS_INTERPOLATE = ("dinov2", "dinov2_with_registers")
 
 
 @pytest.mark.parametrize(
     "family",
-    ["vit", "deit", "beit", "data2vec-vision", "clip", "siglip", "vit_msn", "ijepa", "swin", "swinv2", *NEVER_ASKED],
+    [
+        "vit",
+        "deit",
+        "beit",
+        "data2vec-vision",
+        "clip",
+        "siglip",
+        "vit_msn",
+        "ijepa",
+        "swin",
+        "swinv2",
+        *ALWAYS_INTERPOLATE,
+    ],
 )
 @pytest.mark.parametrize("size", [16, 48, 80])
-def test_another_size_gives_the_logits_of_the_models_own_interpolation(family: str, size: int, tmp_path: Path) -> None:
-    """To 1e-5, for sums in float32."""
+def test_resizing_gives_the_logits_of_the_models_own_interpolation(family: str, size: int, tmp_path: Path) -> None:
+    """Within 1e-5, because of float32 rounding."""
     model = tiny_classifier(family, id2label=dict(enumerate(OWN)))
     model.save_pretrained(tmp_path)
-    if size == 16 and family.startswith("swin"):  # less than its windows
-        assert family == "swinv2" or "image_size 16: swin cannot read it" in refusal(tmp_path, image_size=16)
+    if size == 16 and family.startswith("swin"):  # smaller than its windows
+        assert family == "swinv2" or "image_size 16: swin does not accept it" in refusal(tmp_path, image_size=16)
         return
     loaded = load(tmp_path, image_size=size)
 
-    option = {} if family in (*NEVER_ASKED, "swin", "swinv2") else {"interpolate_pos_encoding": True}
+    option = {} if family in (*ALWAYS_INTERPOLATE, "swin", "swinv2") else {"interpolate_pos_encoding": True}
     wanted = logits(model, images(size), **option)
     assert wanted.std() > 0.05
     torch.testing.assert_close(logits(loaded.model, images(size)), wanted, atol=1e-5, rtol=1e-5)
@@ -178,7 +190,7 @@ def test_rectangles_are_resized_along_each_side(saved: Saved, sizes: dict[str, A
     model = load(folder).model
     rows, columns = (side // patch for side, patch in zip(pair(model.config.image_size), pair(model.config.patch_size),
                                                           strict=True))  # fmt: skip
-    with torch.no_grad():  # positions that rise evenly along both sides do so at any size
+    with torch.no_grad():  # positions that increase linearly along both sides do so at any size
         down, across = torch.meshgrid(torch.arange(rows) + 0.5, torch.arange(columns) + 0.5, indexing="ij")
         table = model.vit.embeddings.position_embeddings
         table[0, 1:] = torch.stack([down / rows, across / columns] * 8, dim=-1).reshape(rows * columns, 16)
@@ -202,23 +214,23 @@ def pair(size: Any) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("family", ["levit", "hiera", "pvt"])
-def test_positions_that_cannot_be_resized_are_named(family: str, tmp_path: Path) -> None:
+def test_the_error_names_positions_that_cannot_be_resized(family: str, tmp_path: Path) -> None:
     model = tiny_classifier(family)
     model.save_pretrained(tmp_path)
     side, _ = pair(model.config.image_size)
     assert refusal(tmp_path, image_size=96).endswith(f"cannot be resized; use {side}.")
 
 
-def test_a_size_that_cannot_be_read_names_the_models_own(saved: Saved) -> None:
+def test_the_error_for_an_unsupported_size_names_the_models_own(saved: Saved) -> None:
     folder = saved("swin", image_size=[32, 64])
-    assert refusal(folder, image_size=16) == "image_size 16: swin cannot read it; use 32 x 64."
+    assert refusal(folder, image_size=16) == "image_size 16: swin does not accept it; use 32 x 64."
 
 
 @pytest.mark.parametrize(
     ("settings", "size"),
     [({"num_channels": 1}, (32, 32)), ({"image_size": [64, 32]}, (64, 32)), ({"patch_size": [8, 16]}, (32, 32))],
 )
-def test_gray_and_rectangular_models_train_are_scored_and_go_on(
+def test_grayscale_and_rectangular_models_are_trained_scored_and_trained_again(
     saved: Saved, tmp_path: Path, settings: dict[str, Any], size: tuple[int, int]
 ) -> None:
     config = TrainConfig(
@@ -239,8 +251,8 @@ def test_gray_and_rectangular_models_train_are_scored_and_go_on(
     assert load_for_training(scratch, OWN).preprocess == load(config.model).preprocess
 
 
-def test_a_model_of_other_channels_is_refused(saved: Saved) -> None:
-    assert "a model of 4 channels" in refusal(saved("vit", num_channels=4))
+def test_a_model_with_other_channels_is_refused(saved: Saved) -> None:
+    assert "a model with 4 channels" in refusal(saved("vit", num_channels=4))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -263,7 +275,7 @@ def test_a_model_of_another_size_loads_in_plain_transformers(
 
 
 def test_beits_relative_positions_keep_their_axes(saved: Saved) -> None:
-    """One head's bias grows with the offset in rows, the other's with that in columns: so it stays."""
+    """One head's bias increases with the row offset, the other's with the column offset; resizing keeps that."""
     folder = saved("beit")
     file = folder / "model.safetensors"
     weights = load_file(file)
@@ -281,11 +293,11 @@ def test_beits_relative_positions_keep_their_axes(saved: Saved) -> None:
         by_row, by_column = table[:-3].view(11, 11, 2).unbind(-1)
         for bias in (by_row, by_column.T):
             torch.testing.assert_close(bias, bias[:, :1].expand(11, 11))
-            assert (bias[:, 0].diff() > 0.3).all()  # seven values over eleven places: 7 / 11 a place, less at the ends
+            assert (bias[:, 0].diff() > 0.3).all()  # seven values over eleven positions: 7 / 11 each, less at the ends
 
 
 def test_beits_relative_positions_are_resized_too(saved: Saved) -> None:
-    """Back and forth between sizes where the cubic passes through the old points, nothing is lost."""
+    """The class token rows are unchanged, and so is the center."""
     loaded = load(saved("beit"), image_size=48)
     name = "relative_position_bias_table"
     tables = {key: value for key, value in loaded.model.state_dict().items() if key.endswith(name)}
@@ -299,7 +311,7 @@ def test_beits_relative_positions_are_resized_too(saved: Saved) -> None:
         torch.testing.assert_close(middle, old[key][:-3].view(7, 7, -1)[3, 3])
 
 
-def test_a_size_that_patches_do_not_fill_is_refused_with_two_that_do(saved: Saved) -> None:
+def test_the_error_for_a_size_that_is_not_a_multiple_of_the_patch_suggests_two(saved: Saved) -> None:
     text = refusal(saved("vit"), image_size=36)
 
     assert text == "image_size 36 is not a multiple of patch_size 8; try 32 or 40."
@@ -316,7 +328,7 @@ def test_a_preset_from_scratch_is_seeded() -> None:
     assert not torch.equal(models[0][weight], models[2][weight])
 
 
-def test_sizes_from_scratch_replace_a_presets_own() -> None:
+def test_sizes_from_scratch_override_the_preset() -> None:
     sizes = {"image_size": 24, "patch_size": 6, "width": 24, "layers": 1, "heads": 3}
     config = load("vit-micro", from_scratch=True, **sizes).model.config
 
@@ -326,7 +338,7 @@ def test_sizes_from_scratch_replace_a_presets_own() -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_checkpoints_shape_from_scratch_has_none_of_its_weights(saved: Saved, architecture: str) -> None:
+def test_a_checkpoint_from_scratch_has_none_of_its_weights(saved: Saved, architecture: str) -> None:
     loaded = load(saved(architecture), from_scratch=True, image_size=48)
 
     assert loaded.new_head
@@ -343,40 +355,40 @@ def test_a_checkpoints_shape_from_scratch_has_none_of_its_weights(saved: Saved, 
         ({"model": "vit-micro", "from_scratch": True, "width": 30, "heads": 4}, "heads"),
     ],
 )
-def test_shapes_that_cannot_be_are_refused(settings: dict[str, Any], words: str) -> None:
+def test_invalid_sizes_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(VitftError, match=words) as caught:
         load_for_training(TrainConfig(**settings), OWN)
     assert "\n" not in str(caught.value)
 
 
-# -- what is no usable model ------------------------------------------------------------------------
+# -- unusable models --------------------------------------------------------------------------------
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     assert "no such folder" in refusal(tmp_path / "absent")
 
 
-def test_a_file_is_no_folder(saved: Saved) -> None:
+def test_a_file_instead_of_a_folder_is_refused(saved: Saved) -> None:
     assert "give the folder" in refusal(saved() / "model.safetensors")
 
 
-def test_a_folder_without_a_configuration_says_what_it_holds(tmp_path: Path) -> None:
+def test_the_error_for_a_folder_without_configuration_lists_its_files(tmp_path: Path) -> None:
     (tmp_path / "cat.jpg").touch()
-    assert "no config.json here (it holds cat.jpg)" in refusal(tmp_path)
+    assert "no config.json (it contains cat.jpg)" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
     "text",
     ["{not json", "[]", "{}", '{"model_type": "nonesuch"}', '{"model_type": "vit", "image_size": "big"}'],
 )
-def test_a_damaged_configuration_is_one_line(saved: Saved, text: str) -> None:
+def test_an_invalid_configuration_gets_a_one_line_error(saved: Saved, text: str) -> None:
     folder = saved()
     (folder / "config.json").write_text(text)
     refusal(folder)
 
 
 @pytest.mark.parametrize("text", ["{not json", "[1]", '{"size": {"longest_edge": 9}}', '{"resample": 6}'])
-def test_a_damaged_preprocessor_is_one_line(saved: Saved, text: str) -> None:
+def test_an_invalid_preprocessor_gets_a_one_line_error(saved: Saved, text: str) -> None:
     folder = saved()
     (folder / "preprocessor_config.json").write_text(text)
     assert "preprocessor_config.json" in refusal(folder)
@@ -390,24 +402,24 @@ def test_a_text_model_cannot_classify_images(tmp_path: Path) -> None:
         load_trained(tmp_path)
 
 
-def test_a_backbone_alone_cannot_be_evaluated(saved: Saved) -> None:
+def test_a_backbone_without_a_head_cannot_be_evaluated(saved: Saved) -> None:
     folder = saved()
     transformers.ViTModel.from_pretrained(folder).save_pretrained(folder)
     with pytest.raises(ModelError, match="no classification head; fine-tune it first"):
         load_trained(folder)
 
 
-@pytest.mark.parametrize("tear", ["truncated", "header"])
-def test_torn_weights_are_one_line(saved: Saved, tear: str) -> None:
+@pytest.mark.parametrize("damage", ["truncated", "header"])
+def test_corrupt_weights_get_a_one_line_error(saved: Saved, damage: str) -> None:
     folder = saved()
     file = folder / "model.safetensors"
     content = file.read_bytes()
     flipped = content[:20] + bytes(byte ^ 0xFF for byte in content[20:60]) + content[60:]
-    file.write_bytes(content[: len(content) // 2] if tear == "truncated" else flipped)
+    file.write_bytes(content[: len(content) // 2] if damage == "truncated" else flipped)
     refusal(folder)
 
 
-def test_a_folder_without_weights_is_one_line(saved: Saved) -> None:
+def test_a_folder_without_weights_gets_a_one_line_error(saved: Saved) -> None:
     folder = saved()
     (folder / "model.safetensors").unlink()
     refusal(folder)
@@ -421,7 +433,7 @@ class _Malice:
         return Path.touch, (self.victim,)
 
 
-@pytest.mark.parametrize("form", ["zip", "bare pickle"])
+@pytest.mark.parametrize("form", ["zip", "plain pickle"])
 def test_a_pickle_is_not_executed(saved: Saved, tmp_path: Path, form: str) -> None:
     folder, victim = saved(), tmp_path / "owned"
     (folder / "model.safetensors").unlink()
@@ -436,7 +448,7 @@ def test_a_pickle_is_not_executed(saved: Saved, tmp_path: Path, form: str) -> No
     assert not victim.exists()
 
 
-def test_honest_pickled_weights_load(saved: Saved) -> None:
+def test_valid_pickled_weights_load(saved: Saved) -> None:
     folder = saved()
     (folder / "model.safetensors").unlink()
     torch.save(tiny_model("vit").state_dict(), folder / "pytorch_model.bin")
@@ -458,7 +470,7 @@ def test_weights_of_another_shape_are_refused(saved: Saved) -> None:
 
 NO_HUB = """
 import time
-time.sleep = lambda seconds: print("waited to try again")
+time.sleep = lambda seconds: print("retried")
 from vitft.config.train import TrainConfig
 from vitft.errors import ModelError
 from vitft.models.load import load_for_training, load_trained
@@ -470,7 +482,7 @@ for load in (load_trained, lambda name: load_for_training(TrainConfig(model=name
 """
 
 
-def test_without_a_network_a_hub_model_is_one_line_at_once(tmp_path: Path) -> None:
+def test_without_a_network_a_hub_model_fails_at_once_with_one_line(tmp_path: Path) -> None:
     env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
     env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     ran = subprocess.run([sys.executable, "-c", NO_HUB], capture_output=True, text=True, env=env, check=False)
@@ -492,8 +504,8 @@ def test_without_a_network_a_hub_model_is_one_line_at_once(tmp_path: Path) -> No
 # -- preprocessing ----------------------------------------------------------------------------------
 
 
-def test_googles_own_preprocessor_is_understood(saved: Saved) -> None:
-    """Its size is an int and it names no class, as google/vit-base-patch16-224-in21k's."""
+def test_the_preprocessor_of_googles_checkpoints_is_read(saved: Saved) -> None:
+    """Like that of google/vit-base-patch16-224-in21k: its size is an int, and it names no class."""
     folder, half = saved(), [0.5, 0.5, 0.5]
     document = {"do_normalize": True, "do_resize": True, "image_mean": half, "image_std": half}
     (folder / "preprocessor_config.json").write_text(json.dumps(document | {"resample": 2, "size": 32}))
@@ -505,7 +517,7 @@ def test_googles_own_preprocessor_is_understood(saved: Saved) -> None:
 @pytest.mark.parametrize(
     ("architecture", "fixed"), [("vit", True), ("deit", True), ("beit", True), ("dinov2", False), ("swin", False)]
 )
-def test_images_have_a_size_that_the_model_reads_whatever_its_preprocessor_says(
+def test_images_get_a_size_that_the_model_accepts_whatever_the_preprocessor_says(
     saved: Saved, architecture: str, fixed: bool, prepared: tuple[int, int]
 ) -> None:
     folder = saved(architecture)
@@ -533,17 +545,17 @@ CLIPS = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.2613
         ("pvt", Preprocess(32, 32, **IMAGENET, resample="bicubic")),
     ],
 )
-def test_without_a_preprocessor_it_is_the_familys_at_the_models_size(
+def test_without_a_preprocessor_the_default_of_the_architecture_is_used(
     family: str, wanted: Preprocess, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_classifier(family).save_pretrained(tmp_path)
 
     assert load(tmp_path).preprocess == wanted
-    assert "has no preprocessor_config.json: images are prepared as is usual for a" in capsys.readouterr().err
+    assert "has no preprocessor_config.json: using the default of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("nested", [True, False])
-def test_a_processor_of_transformers_5_is_read_and_wins(nested: bool, tmp_path: Path) -> None:
+def test_a_processor_config_of_transformers_5_takes_precedence(nested: bool, tmp_path: Path) -> None:
     tiny_classifier("siglip").save_pretrained(tmp_path)
     own = transformers.SiglipImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.1, 0.2, 0.3])
     transformers.ViTImageProcessorPil(size=32).save_pretrained(tmp_path)
@@ -570,8 +582,8 @@ SAVED = {
 
 
 @pytest.mark.parametrize("family", SAVED)
-def test_a_pipeline_reads_what_was_trained_and_gives_its_scores(family: str, tmp_path: Path) -> None:
-    """As the checkpoint's own processor prepares the photo; and again from what is saved."""
+def test_a_pipeline_gives_the_same_scores_for_a_saved_model(family: str, tmp_path: Path) -> None:
+    """With the checkpoint's own processor, and with the one that vitft saves."""
     model = tiny_classifier(family, id2label=dict(enumerate(OWN)))
     processor = IMAGE_PROCESSOR_MAPPING[type(model.config)]["pil"](**SAVED[family])
     rows, columns = np.mgrid[0:91, 0:140]
@@ -600,10 +612,10 @@ def test_a_pipeline_reads_what_was_trained_and_gives_its_scores(family: str, tmp
 
 
 @pytest.mark.parametrize("document", ["{}", "[1]", '{"image_processor": 3}', "{"])
-def test_a_damaged_processor_config_is_one_line_or_passed_over(saved: Saved, document: str) -> None:
+def test_an_invalid_processor_config_gets_a_one_line_error_or_is_ignored(saved: Saved, document: str) -> None:
     folder = saved()
     (folder / "processor_config.json").write_text(document)
-    if document in ("{}", "[1]"):  # as Transformers does
+    if document in ("{}", "[1]"):  # like Transformers
         assert load(folder).preprocess == Preprocess(32, 32)
     else:
         assert "preprocessor_config.json" in refusal(folder)
@@ -613,7 +625,7 @@ def test_a_damaged_processor_config_is_one_line_or_passed_over(saved: Saved, doc
     ("settings", "labels"),
     [({"problem_type": "multi_label_classification"}, OWN), ({}, ("yes",)), ({"problem_type": "regression"}, OWN)],
 )
-def test_labels_that_stand_by_themselves_are_scored_as_by_the_pipeline(
+def test_independent_labels_are_scored_like_the_pipeline(
     saved: Saved, tmp_path: Path, settings: dict[str, Any], labels: tuple[str, ...]
 ) -> None:
     folder = saved("vit", labels, **settings)
@@ -630,17 +642,15 @@ def test_labels_that_stand_by_themselves_are_scored_as_by_the_pipeline(
         evaluate(folder, dataset="digits")
 
 
-def test_a_multi_label_head_is_not_trained_on_as_if_it_told_one_class(
-    saved: Saved, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_multi_label_head_is_replaced_for_training(saved: Saved, capsys: pytest.CaptureFixture[str]) -> None:
     loaded = load(saved("vit", problem_type="multi_label_classification"))
 
     assert loaded.new_head
     assert loaded.model.config.problem_type is None
-    assert "its head is left out for a new one" in capsys.readouterr().err
+    assert "its head is replaced by a new softmax head" in capsys.readouterr().err
 
 
-def test_a_configuration_that_asks_for_tuples_is_overruled(tmp_path: Path) -> None:
+def test_return_dict_false_in_a_configuration_is_overridden(tmp_path: Path) -> None:
     for family in ("vit", "clip"):
         model = tiny_classifier(family, id2label=dict(enumerate(OWN)))
         model.config.return_dict = False
@@ -650,7 +660,7 @@ def test_a_configuration_that_asks_for_tuples_is_overruled(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("names", [["ant", "bee", "cat"], {"0": "ant", "2": "cat"}, None])
-def test_names_of_classes_that_are_not_all_there_are_replaced_or_refused(saved: Saved, names: Any) -> None:
+def test_missing_class_names_are_replaced_and_lists_refused(saved: Saved, names: Any) -> None:
     folder = saved()
     document = json.loads((folder / "config.json").read_text())
     document |= {"id2label": names, "num_labels": 3}
@@ -662,7 +672,7 @@ def test_names_of_classes_that_are_not_all_there_are_replaced_or_refused(saved: 
         assert load_trained(folder).labels == ("LABEL_0", "LABEL_1", "LABEL_2")
 
 
-def test_a_new_models_sizes_that_do_not_fit_name_values_that_do() -> None:
+def test_the_error_for_sizes_that_do_not_fit_suggests_valid_values() -> None:
     for changes, says in (
         ({"heads": 7}, "width 64 is not a multiple of heads 7; try heads 4 or 8."),
         ({"image_size": 30}, "image_size 30 is not a multiple of patch_size 4; try image_size 28 or 32."),
@@ -678,7 +688,7 @@ def test_a_new_models_sizes_that_do_not_fit_name_values_that_do() -> None:
 
 
 class _Compiled(torch.nn.Module):
-    """In the place of what torch.compile makes, which takes a minute: counts its calls."""
+    """A fast stand-in for a compiled module that counts its calls."""
 
     calls = 0
 
@@ -704,6 +714,6 @@ def test_only_the_repeated_blocks_are_compiled(architecture: str, monkeypatch: p
     with pytest.raises((ValueError, RuntimeError), match="channel"):
         fast(pixel_values=images[:, :2])
     assert torch.equal(model(pixel_values=images).logits, wanted)
-    assert _Compiled.calls == 2  # the model itself is what it was, also after an error
+    assert _Compiled.calls == 2  # the model itself is unchanged, even after an error
     assert [*model.modules()] == before
     assert [*model.state_dict()] == names

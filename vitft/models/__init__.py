@@ -1,1 +1,1 @@
-"""Pretrained models: loading, a new head, another input size, and how a checkpoint prepares its images."""
+"""Pretrained models: weights, heads, input sizes and preprocessing."""

@@ -1,4 +1,4 @@
-"""What of an image classifier is its head, in any architecture: found by its tensors, not by their names."""
+"""Find the head of an image classifier, in any architecture, by its tensor shapes instead of names."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,24 +7,24 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-_found: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
+_cache: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 
 
 def label_tensors(model: Any) -> frozenset[str]:
-    """The names of the parameters whose shapes follow from the number of labels; empty where none does."""
-    if model not in _found:
+    """The names of the parameters whose shapes depend on the number of labels; empty if there are none."""
+    if model not in _cache:
         config = type(model.config).from_dict(model.config.to_dict())
         config.num_labels = model.config.num_labels + 1
-        with torch.device("meta"):  # shapes alone
+        with torch.device("meta"):  # only shapes
             other = dict(type(model)(config).named_parameters())
-        _found[model] = frozenset(name for name, p in model.named_parameters() if p.shape != other[name].shape)
-    return _found[model]
+        _cache[model] = frozenset(name for name, p in model.named_parameters() if p.shape != other[name].shape)
+    return _cache[model]
 
 
 def head_of(model: Any) -> tuple[str, ...]:
-    """The names of the modules that make up the head: the largest around those tensors without a stack of blocks.
+    """The names of the head's modules: the largest ones around `label_tensors` that contain no stack of blocks.
 
-    A linear layer in most; with LeViT also the norm before it, with a distilled DeiT two layers.
+    Usually one linear layer; with LeViT also the norm before it, with a distilled DeiT two layers.
     """
     return tuple(dict.fromkeys(_largest(model, name) for name in sorted(label_tensors(model))))
 
@@ -40,7 +40,7 @@ def head_modules(model: Any) -> Iterator[nn.Module]:
 
 
 def _largest(model: nn.Module, tensor: str) -> str:
-    """The outermost module around a tensor, below the model itself, that holds no list of modules."""
+    """The outermost submodule around a tensor that contains no ModuleList."""
     parts = tensor.split(".")[:-1]
     around = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
     return next(

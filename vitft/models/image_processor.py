@@ -1,4 +1,4 @@
-"""How a checkpoint prepares images, read as Transformers reads it; each key is honored, or refused by name."""
+"""Read a checkpoint's image processor as a `Preprocess`. Every key is either supported or refused by name."""
 
 import json
 from pathlib import Path
@@ -12,96 +12,95 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 from vitft.data.augment import RESAMPLE, Preprocess, parse_value_range, preprocess_images
-from vitft.errors import ModelError
+from vitft.errors import ModelError, first_line
 from vitft.io import console
-from vitft.models.resize import channels_of, size_of
+from vitft.models.resize import input_channels, input_size
 
-FILE = "preprocessor_config.json"  # or, of Transformers 5, "image_processor" in a processor_config.json
-_RELATED = {"dinov2_with_registers": "dinov2"}  # families without a processor of their own, and whose they use
-_IMAGENETS = (
+FILE = "preprocessor_config.json"  # or, since Transformers 5, "image_processor" in processor_config.json
+_RELATED = {"dinov2_with_registers": "dinov2"}  # families that use the processor of another family
+_IMAGENET_NORMALIZED = (
     "convnext", "convnextv2", "cvt", "deit", "dinov2", "dinov2_with_registers", "focalnet", "hiera", "regnet",
     "resnet", "swin", "swinv2", "vit_msn",
 )  # fmt: skip
-"""Families whose published checkpoints are normalized by ImageNet's mean, unlike the default of their processor."""
+"""Families whose published checkpoints use the ImageNet mean and std, unlike their processor's defaults."""
 
 
-def read_processor(where: str, stored: Any, **how: Any) -> Preprocess:
-    """What the image processor in a folder or hub repository does, or where there is none, its family's own.
+def read_processor(name_or_path: str, hf_config: Any, **options: Any) -> Preprocess:
+    """The preprocessing of a folder or hub repository; if it has none, the default of its architecture.
 
-    `stored` is the model's configuration, `how` says at which revision to look. Raises ModelError for what
-    cannot be read, and naming the key, for what cannot be done.
+    `hf_config` is the model's configuration; `options` go to Transformers' loaders (revision, local_files_only).
+    Raises ModelError if it cannot be read, or for an unsupported key.
     """
     try:
-        channels = channels_of(stored)
+        channels = input_channels(hf_config)
     except ModelError as error:
-        raise ModelError(f"{where}: {error}") from error
+        raise ModelError(f"{name_or_path}: {error}") from error
     try:
-        if stored_processor(where, **how) is None:
-            found = understood(_of_family(stored, where), channels)
-            return found if (own := size_of(stored)) is None else found.with_size(*own)
+        if find_processor_file(name_or_path, **options) is None:
+            preprocess = to_preprocess(_default_processor(hf_config, name_or_path), channels)
+            size = input_size(hf_config)
+            return preprocess if size is None else preprocess.with_size(*size)
         processor = transformers.AutoImageProcessor.from_pretrained(
-            where, config=stored, backend="pil", trust_remote_code=False, **how
+            name_or_path, config=hf_config, backend="pil", trust_remote_code=False, **options
         )
-        return understood(processor, channels)
+        return to_preprocess(processor, channels)
     except ModelError as error:
-        raise ModelError(f"{where}: {FILE}: {error}") from error
-    except Exception as error:  # other values than expected fail in any way
-        raise ModelError(f"{where}: {FILE} cannot be used: {_first_line(error)}.") from error
+        raise ModelError(f"{name_or_path}: {FILE}: {error}") from error
+    except Exception as error:  # unexpected values can raise anything
+        raise ModelError(f"{name_or_path}: {FILE} is invalid: {first_line(error)}.") from error
 
 
-def stored_processor(where: str, **how: Any) -> Path | None:
-    """The file of the image processor in a folder or hub repository, if it has one.
+def find_processor_file(name_or_path: str, **options: Any) -> Path | None:
+    """The image processor's file in a folder or hub repository; None if there is none.
 
     Raises ValueError for a file that is not JSON.
     """
     for name in (FILE, transformers.utils.PROCESSOR_NAME):
-        found = transformers.utils.cached_file(
-            where, name, _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=not how.get("local_files_only"), **how,
+        file = transformers.utils.cached_file(
+            name_or_path, name, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=not options.get("local_files_only"), **options,
         )  # fmt: skip
-        if found is not None:
-            document = json.loads(Path(found).read_text(encoding="utf-8"))
+        if file is not None:
+            document = json.loads(Path(file).read_text(encoding="utf-8"))
             if name == FILE or "image_processor" in document:
-                return Path(found)
+                return Path(file)
     return None
 
 
-def _of_family(stored: Any, where: str) -> Any:
-    """The processor that Transformers has for an architecture, by its own defaults."""
-    like = _RELATED.get(stored.model_type)
-    kinds = IMAGE_PROCESSOR_MAPPING.get(transformers.CONFIG_MAPPING[like] if like else type(stored), {})
-    named = kinds.get("pil")
-    if named is None:
-        raise ModelError(f"not there, and Transformers has none for {stored.model_type}; add one: ViTImageProcessor's.")
-    by = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
-    made = named(**by if stored.model_type in _IMAGENETS else {})
-    console.warn(
-        f"{where} has no {FILE}: images are prepared as is usual for a {stored.model_type}, "
-        f"with mean {_listed(made.image_mean)} and deviation {_listed(made.image_std)}"
-    )
-    return made
+def _default_processor(hf_config: Any, name_or_path: str) -> Any:
+    """The default image processor of an architecture in Transformers, with a warning."""
+    family = hf_config.model_type
+    related = _RELATED.get(family)
+    backends = IMAGE_PROCESSOR_MAPPING.get(transformers.CONFIG_MAPPING[related] if related else type(hf_config), {})
+    if backends.get("pil") is None:
+        raise ModelError(f"missing, and Transformers has no default for {family}; add one of a ViTImageProcessor.")
+    imagenet = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
+    processor = backends["pil"](**imagenet if family in _IMAGENET_NORMALIZED else {})
+    mean, std = (" ".join(f"{value:.3g}" for value in values) for values in (processor.image_mean, processor.image_std))
+    console.warn(f"{name_or_path} has no {FILE}: using the default of {family}, with mean {mean} and std {std}")
+    return processor
 
 
-def understood(processor: Any, channels: int = 3) -> Preprocess:
-    """A Transformers image processor (of its PIL backend) as a Preprocess. Raises ModelError naming a key.
+def to_preprocess(processor: Any, channels: int = 3) -> Preprocess:
+    """Translate a Transformers image processor (PIL backend) to a Preprocess.
 
-    What each class does with its own keys is translated, and proved on two images: whatever else it did, of
-    this version of Transformers or another, would show there.
+    The special keys of each class are translated, then the result is compared on two images, which catches anything
+    else that a processor does in any version of Transformers. Raises ModelError for an unsupported key.
     """
     kind = type(processor).__name__.removesuffix("Pil")
     size, crop = _sizes(processor, "size"), _sizes(processor, "crop_size")
-    crops = bool(processor.do_center_crop) and kind != "SegformerImageProcessor"  # which leaves it out
+    crops = bool(processor.do_center_crop) and kind != "SegformerImageProcessor"  # it ignores do_center_crop
     edge = size.get("shortest_edge")
     if kind == "ConvNextImageProcessor" and processor.do_resize and edge:
         if crops:
-            raise ModelError("do_center_crop beside crop_pct is not supported; leave it out.")
-        if edge < 384:  # as its authors evaluate: larger inputs are warped
+            raise ModelError("do_center_crop with crop_pct is not supported; remove it.")
+        if edge < 384:  # the authors' evaluation; larger inputs are resized without a crop
             size, crop, crops = {"shortest_edge": int(edge / processor.crop_pct)}, {"height": edge, "width": edge}, True
         else:
             size = {"height": edge, "width": edge}
     elif kind == "PoolFormerImageProcessor" and processor.crop_pct is not None:
         if edge is None and size.get("height") != size.get("width"):
-            raise ModelError(f"crop_pct with size {size} is not supported; give its shortest_edge.")
+            raise ModelError(f"crop_pct with size {size} is not supported; use shortest_edge.")
         size = {"shortest_edge": int((edge or size["height"]) / processor.crop_pct)}
     elif kind == "LevitImageProcessor" and edge:
         size = {"shortest_edge": int(256 / 224 * edge)}
@@ -112,27 +111,27 @@ def understood(processor: Any, channels: int = 3) -> Preprocess:
     box = crop if crops else size
     if set(box) != {"height", "width"} or not (set(size) <= {"height", "width"} or set(size) == {"shortest_edge"}):
         raise ModelError(
-            f"{_said(processor, kind)} makes images of different shapes, or in a way that is not supported; "
-            "give it a size of height and width, or a shortest_edge with do_center_crop and a crop_size."
+            f"{_describe(processor, kind)} gives images of different shapes, or is not supported; "
+            "use a size with height and width, or shortest_edge with do_center_crop and crop_size."
         )
     flips = kind.startswith("MobileViT") and bool(processor.do_flip_channel_order)
-    normalizes = bool(processor.do_normalize) and not kind.startswith("MobileViT")  # which never does
-    mean, std = (_channels(getattr(processor, f"image_{name}"), channels, name) if normalizes else (at,) * channels
-                 for name, at in (("mean", 0.0), ("std", 1.0)))  # fmt: skip
+    normalizes = bool(processor.do_normalize) and not kind.startswith("MobileViT")  # it never normalizes
+    mean, std = (_channels(getattr(processor, f"image_{name}"), channels, name) if normalizes else (default,) * channels
+                 for name, default in (("mean", 0.0), ("std", 1.0)))  # fmt: skip
     if getattr(processor, "rescale_offset", None) and processor.do_rescale:
-        mean = tuple(value + 1 for value in mean)  # x * factor - 1, and then the mean
+        mean = tuple(value + 1 for value in mean)  # x * factor - 1, then minus the mean
     if kind == "EfficientNetImageProcessor" and processor.include_top:
-        again = _channels(processor.image_std, channels, "std")
-        std = tuple(value * own for value, own in zip(std, again, strict=True))
-    number = int(processor.resample) if processor.resample is not None else 2
-    if number not in RESAMPLE:
-        raise ModelError(f"resample {number} is not supported; use one of {', '.join(map(str, sorted(RESAMPLE)))}.")
-    found = Preprocess(
+        twice = _channels(processor.image_std, channels, "std")  # it divides by std a second time
+        std = tuple(value * factor for value, factor in zip(std, twice, strict=True))
+    resample = int(processor.resample) if processor.resample is not None else 2
+    if resample not in RESAMPLE:
+        raise ModelError(f"resample {resample} is not supported; use one of {', '.join(map(str, sorted(RESAMPLE)))}.")
+    preprocess = Preprocess(
         height=box["height"],
         width=box["width"],
         mean=mean,
         std=std,
-        resample=RESAMPLE[number],
+        resample=RESAMPLE[resample],
         rescale=float(processor.rescale_factor) if processor.do_rescale else 1.0,
         shortest_edge=size.get("shortest_edge"),
         before_crop=(size["height"], size["width"]) if crops and "height" in size else None,
@@ -140,55 +139,47 @@ def understood(processor: Any, channels: int = 3) -> Preprocess:
         resizes=bool(size),
         flips_channels=flips,
     )
-    found.check()
-    if channels == 3:  # of gray, Transformers makes what the file it reads is
-        _prove(found, processor, kind)
-    return found
+    preprocess.check()
+    if channels == 3:  # for grayscale, Transformers' result depends on the mode of the image file
+        _compare(preprocess, processor, kind)
+    return preprocess
 
 
-def _prove(how: Preprocess, processor: Any, kind: str) -> None:
-    """Raise ModelError unless both make the same of an image that is wide and one that is tall."""
+def _compare(preprocess: Preprocess, processor: Any, kind: str) -> None:
+    """Raise ModelError unless both give the same result for a wide and a tall image."""
     for height, width in ((41, 67), (59, 38)):
         image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
         try:
-            wanted = torch.as_tensor(processor(Image.fromarray(image), return_tensors="pt")["pixel_values"])
+            theirs = torch.as_tensor(processor(Image.fromarray(image), return_tensors="pt")["pixel_values"])
         except KeyError:
-            wanted = torch.empty(0)
-        ours = preprocess_images([torch.from_numpy(image)], how)
-        # In steps between two values of a pixel: sums are rounded otherwise than here.
-        steps = torch.tensor(how.std)[:, None, None] / how.rescale
-        if ours.shape != wanted.shape or ((ours - wanted).abs() * steps).max() > 0.01:
+            theirs = torch.empty(0)
+        ours = preprocess_images([torch.from_numpy(image)], preprocess)
+        # Compared in units of uint8 pixel values; the tolerance is for different rounding of sums.
+        scale = torch.tensor(preprocess.std)[:, None, None] / preprocess.rescale
+        if ours.shape != theirs.shape or ((ours - theirs).abs() * scale).max() > 0.01:
             raise ModelError(f"{kind} does more than resize, crop, rescale and normalize; use a ViTImageProcessor.")
 
 
 def _sizes(processor: Any, name: str) -> dict[str, int]:
-    """A size of a processor as numbers by their names, without those it leaves out."""
-    given = getattr(processor, name, None)
-    return {} if given is None else {key: int(value) for key, value in dict(given).items() if value is not None}
+    """A size of a processor as a dict, such as {"height": 224, "width": 224}, without unset entries."""
+    size = getattr(processor, name, None)
+    return {} if size is None else {key: int(value) for key, value in dict(size).items() if value is not None}
 
 
-def _channels(given: Any, channels: int, name: str) -> tuple[float, ...]:
-    """A mean or deviation of each channel; of one channel the mean of three."""
-    values = tuple(given) if isinstance(given, list | tuple | np.ndarray) else (given,) * channels
+def _channels(value: Any, channels: int, name: str) -> tuple[float, ...]:
+    """A mean or std per channel; for a grayscale model, three values are averaged."""
+    values = tuple(value) if isinstance(value, list | tuple | np.ndarray) else (value,) * channels
     if len(values) == 3 and channels == 1 and all(isinstance(value, int | float) for value in values):
         values = (sum(values) / 3,)
     if len(values) != channels:
-        raise ModelError(f"image_{name} {values} is not usable; it takes {channels} finite numbers.")
+        raise ModelError(f"image_{name} {values} is invalid; use {channels} finite numbers.")
     return values
 
 
-def _said(processor: Any, kind: str) -> str:
-    given = {name: getattr(processor, name, None) for name in ("do_resize", "size", "do_center_crop", "crop_size")}
-    return f"{kind} with {', '.join(f'{name} {_plain(value)}' for name, value in given.items() if value is not None)}"
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, bool) else {key: side for key, side in dict(value).items() if side is not None}
-
-
-def _listed(values: Any) -> str:
-    return " ".join(f"{value:.3g}" for value in values)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:300]
+def _describe(processor: Any, kind: str) -> str:
+    """The resizing keys of a processor, in words."""
+    texts = [kind]
+    for name in ("do_resize", "size", "do_center_crop", "crop_size"):
+        if (value := getattr(processor, name, None)) is not None:
+            texts.append(f"{name} {value if isinstance(value, bool) else _sizes(processor, name)}")
+    return f"{texts[0]} with {', '.join(texts[1:])}"

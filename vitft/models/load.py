@@ -1,6 +1,6 @@
-"""A model from a name or a folder: load or create, new head, other input size, freeze.
+"""Load or create a model: new head, other input size, frozen backbone, compiled blocks.
 
-Weights are float32 whatever was stored: precision is the matrix products', not the weights'.
+Weights are always loaded as float32; the setting `precision` applies only to matrix products.
 """
 
 import json
@@ -22,43 +22,43 @@ from torch import nn
 
 from vitft.config.train import SIZES, TrainConfig
 from vitft.data.augment import Preprocess
-from vitft.errors import ModelError, UsageError, VitftError, nearest
+from vitft.errors import ModelError, UsageError, VitftError, first_line, nearest
 from vitft.io import console
 from vitft.io.hub_errors import answers, reason
 from vitft.io.paths import composed, expanded
 from vitft.models.custom_sizes import with_sizes
 from vitft.models.heads import head_modules, in_head, label_tensors
-from vitft.models.image_processor import read_processor, stored_processor
-from vitft.models.memory_guard import check_demand, check_lengths, check_pickled
-from vitft.models.resize import at_image_size, check_size, is_fixed, size_of, with_image_size
+from vitft.models.image_processor import find_processor_file, read_processor
+from vitft.models.memory_guard import check_lengths, check_memory, check_pickled
+from vitft.models.resize import check_size, has_fixed_size, input_size, resize_model, with_image_size
 from vitft.randomness import seed_of
 from vitft.spec import PRESETS, ViTSpec, spec_from_config
 
 BUNDLED = "vit-micro"
 _COMMIT = re.compile("[0-9a-f]{40}")
-_ELSEWHERE = f"--model {BUNDLED} is bundled, a local folder needs no network, --from-scratch no weights"
-
+_OFFLINE_HINT = f"without network, use --model {BUNDLED} (bundled), a local folder or --from-scratch"
 
 Scoring = Literal["softmax", "sigmoid", "none"]
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, what turns an image into its input, and where both came from."""
+    """A model with its preprocessing, labels and hub commit."""
 
     model: Any  # a transformers PreTrainedModel for image classification
     preprocess: Preprocess
     labels: tuple[str, ...]
-    revision: str | None  # the hub commit that was used
+    revision: str | None  # the resolved hub commit; None for a folder
     new_head: bool
-    scoring: Scoring = "softmax"  # what makes scores of its logits
+    scoring: Scoring = "softmax"  # turns logits into scores
 
 
 def load_for_training(config: TrainConfig, labels: Sequence[str], untrained: Sequence[str] = ()) -> Loaded:
-    """The model of a run: pretrained or new, with a head for `labels`, at the run's input size.
+    """Load or create the model of a run, with a head for `labels`, at the run's input size.
 
-    A checkpoint whose labels are these by name keeps its head and its order of labels, also if the head has some of
-    the `untrained` classes of the data set; any other head is new, seeded. Raises ModelError.
+    A checkpoint with the same label names keeps its head and its label order; the head may also have labels from
+    `untrained`, the classes of the dataset without training images. Otherwise the head is new, initialized from the
+    seed. Raises ModelError.
     """
     _quiet()
     torch.manual_seed(seed_of(config.seed, "weights"))
@@ -66,103 +66,105 @@ def load_for_training(config: TrainConfig, labels: Sequence[str], untrained: Seq
         loaded = _from_scratch(config, labels)
         return replace(loaded, preprocess=loaded.preprocess.with_value_range(config.value_range))
     origin = _origin(locate(config.model), config.model_revision)
-    stored = _stored(origin)
-    known, wanted = _labels_of(stored), {*map(composed, labels)}
+    hf_config = _read_hf_config(origin)
+    known, wanted = _labels_of(hf_config), {*map(composed, labels)}
     same = known == tuple(labels) or (
         len(set(known)) == len(known) and wanted <= {*map(composed, known)} <= wanted | {*map(composed, untrained)}
     )
-    keeps_head = same and _has_head(stored) and (scoring := _scoring(stored)) == "softmax"
-    if same and _has_head(stored) and not keeps_head:
+    keeps_head = same and _has_head(hf_config) and (scoring := _scoring(hf_config)) == "softmax"
+    if same and _has_head(hf_config) and not keeps_head:
         console.warn(
-            f"{config.model} scores each label by itself ({scoring}): its head is left out for a new one, "
-            "which tells which one of the labels an image has"
+            f"{config.model} scores each label independently ({scoring}): its head is replaced by a new softmax head, "
+            "for exactly one label per image"
         )
     names = known if keeps_head else tuple(labels)
-    _label(stored, names)
-    model = _weights(origin, stored, fresh_head=not keeps_head)
-    how = _preprocess(origin, stored)
-    if config.image_size is not None and (how.height, how.width) != (config.image_size,) * 2:
-        model = at_image_size(model, config.image_size)
-        how = how.with_size(config.image_size)
+    _set_labels(hf_config, names)
+    model = _load_weights(origin, hf_config, new_head=not keeps_head)
+    preprocess = _read_preprocess(origin, hf_config)
+    if config.image_size is not None and (preprocess.height, preprocess.width) != (config.image_size,) * 2:
+        model = resize_model(model, config.image_size)
+        preprocess = preprocess.with_size(config.image_size)
     if config.freeze == "backbone":
         model.requires_grad_(False)
         for head in head_modules(model):
             head.requires_grad_(True)
-    _without_mask_token(model)
-    return Loaded(model, how.with_value_range(config.value_range), names, origin.commit, not keeps_head)
+    _freeze_mask_token(model)
+    return Loaded(model, preprocess.with_value_range(config.value_range), names, origin.commit, not keeps_head)
 
 
-def _without_mask_token(model: Any) -> None:
-    """It is for pretraining: no image gives it a gradient, and several processes would wait for one."""
+def _freeze_mask_token(model: Any) -> None:
+    """Only pretraining gives the mask token a gradient; without one, multi-process training would hang."""
     for name, parameter in model.named_parameters():
         if name.endswith("mask_token"):
             parameter.requires_grad_(False)
 
 
-def load_trained(where: str | Path, revision: str | None = None, *, headless: bool = False) -> Loaded:
-    """A finished image classifier, as it is: a folder or a hub id. Raises ModelError.
+def load_trained(name_or_path: str | Path, revision: str | None = None, *, headless: bool = False) -> Loaded:
+    """Load a trained image classifier from a folder or hub id, in evaluation mode. Raises ModelError.
 
-    `headless`: a backbone without a head is loaded too, with an untrained one for two classes.
+    With `headless`, a backbone without a head is loaded too, with an untrained head for two classes.
     """
-    origin = _origin(locate(str(where)), revision)
-    stored = _stored(origin)
-    lacks = not _has_head(stored)
-    if lacks and not headless:
+    origin = _origin(locate(str(name_or_path)), revision)
+    hf_config = _read_hf_config(origin)
+    new_head = not _has_head(hf_config)
+    if new_head and not headless:
         raise _headless(origin)
-    if lacks:
-        _label(stored, ("untrained 1", "untrained 2"))
-    model = _weights(origin, stored, fresh_head=lacks)
-    how = _preprocess(origin, stored)
-    return Loaded(model.eval(), how, _labels_of(stored), origin.commit, lacks, _scoring(stored))
+    if new_head:
+        _set_labels(hf_config, ("untrained 1", "untrained 2"))
+    model = _load_weights(origin, hf_config, new_head=new_head)
+    preprocess = _read_preprocess(origin, hf_config)
+    return Loaded(model.eval(), preprocess, _labels_of(hf_config), origin.commit, new_head, _scoring(hf_config))
 
 
 @contextmanager
 def saved(model: Any, processor: Any = None) -> Iterator[str]:
-    """A Transformers model as a folder, while entered, with its processor if it has one. Raises UsageError."""
+    """Save a Transformers model, with its image processor if any, to a temporary folder. Raises UsageError."""
     if not isinstance(model, transformers.PreTrainedModel):
-        raise UsageError(f"model: got {type(model).__name__}; give a name, a path or a model of Transformers.")
+        raise UsageError(f"model: got {type(model).__name__}; pass a name, a path or a Transformers model.")
     with TemporaryDirectory(prefix="vitft-") as temporary:
         folder = Path(temporary) / (Path(model.name_or_path).name or type(model).__name__)
         model.save_pretrained(folder)
         if processor is not None:
             processor.save_pretrained(folder)
-        elif model.name_or_path and (file := stored_processor(model.name_or_path, local_files_only=True)):
+        elif model.name_or_path and (file := find_processor_file(model.name_or_path, local_files_only=True)):
             copyfile(file, folder / file.name)
         yield str(folder)
 
 
-def _scoring(stored: Any) -> Scoring:
-    """As Transformers' pipeline decides it."""
-    if stored.problem_type == "regression":
+def _scoring(hf_config: Any) -> Scoring:
+    """How to turn logits into scores, by the rules of Transformers' pipeline."""
+    if hf_config.problem_type == "regression":
         return "none"
-    return "sigmoid" if stored.problem_type == "multi_label_classification" or stored.num_labels == 1 else "softmax"
+    return (
+        "sigmoid" if hf_config.problem_type == "multi_label_classification" or hf_config.num_labels == 1 else "softmax"
+    )
 
 
-def read_config(where: str | Path) -> Any:
+def read_config(name_or_path: str | Path) -> Any:
     """The Transformers configuration of a folder or hub id. Raises ModelError."""
-    return _stored(_origin(locate(str(where)), None))
+    return _read_hf_config(_origin(locate(str(name_or_path)), None))
 
 
 def locate(model: str) -> str:
-    """The folder or hub id behind a name; the bundled checkpoint has a name of its own."""
+    """Resolve a model name to a folder or hub id; `vit-micro` is the bundled checkpoint. Raises ModelError."""
     path = expanded(model)
     if path.is_dir():
         return str(path)
     if path.is_file():
-        raise ModelError(f"model {model}: a file; give the folder that holds its config.json and weights.")
+        raise ModelError(f"model {model}: is a file; use the folder that contains its config.json and weights.")
     if model == BUNDLED:
         return str(files("vitft") / "assets" / BUNDLED)
     if model in PRESETS:
-        raise ModelError(f"{model} is a shape without weights; add --from-scratch, or use a checkpoint of it.")
+        raise ModelError(f"{model} is a preset without weights; add --from-scratch, or use a checkpoint.")
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model:
-        raise ModelError(f"model {model}: no such folder; {_ELSEWHERE}.")
+        raise ModelError(f"model {model}: no such folder; {_OFFLINE_HINT}.")
     if "/" not in model and (hint := nearest(model, PRESETS)):
-        raise ModelError(f"model {model}: neither a folder here nor a known shape{hint}")
+        raise ModelError(f"model {model}: neither a local folder nor a preset{hint}")
     return model
 
 
 def shape_of(model: Any) -> ViTSpec | None:
-    """The sizes of a loaded model; None where its architecture has no stage table."""
+    """The sizes of a loaded model; None if a ViTSpec cannot describe the architecture."""
     try:
         return spec_from_config(model.config.to_dict() | {"num_labels": model.config.num_labels})
     except VitftError:
@@ -170,7 +172,7 @@ def shape_of(model: Any) -> ViTSpec | None:
 
 
 def vit_config(spec: ViTSpec) -> Any:
-    """The Transformers configuration of a specification."""
+    """The Transformers configuration for a ViTSpec."""
     return transformers.ViTConfig(
         image_size=spec.image_height,
         patch_size=spec.patch_height,
@@ -183,264 +185,263 @@ def vit_config(spec: ViTSpec) -> Any:
 
 
 def spec_of(config: TrainConfig) -> ViTSpec:
-    """The shape of a new model: a preset, with the sizes that were given in place of its own."""
-    given = {name: getattr(config, name) for name in ("image_size", *SIZES)}
+    """The sizes of a new model: a preset, modified by the sizes in the settings. Raises UsageError."""
+    sizes = {name: getattr(config, name) for name in ("image_size", *SIZES)}
     if config.width and not config.mlp:
-        given["mlp"] = 4 * config.width
-    return with_sizes(PRESETS[config.model], given)
+        sizes["mlp"] = 4 * config.width
+    return with_sizes(PRESETS[config.model], sizes)
 
 
 def _from_scratch(config: TrainConfig, labels: Sequence[str]) -> Loaded:
     commit = None
-    sizes = (config.patch_size, config.width, config.layers, config.heads, config.mlp)
     if config.model in PRESETS:
-        stored = vit_config(spec_of(config))
-        how = Preprocess(stored.image_size, stored.image_size)
-    else:  # the shape of a checkpoint, without its weights
-        if any(sizes):
-            raise ModelError(f"sizes are for presets ({', '.join(PRESETS)}); {config.model} has its own.")
+        hf_config = vit_config(spec_of(config))
+        preprocess = Preprocess(hf_config.image_size, hf_config.image_size)
+    else:  # the configuration of a checkpoint, without its weights
+        if any(getattr(config, name) for name in SIZES):
+            raise ModelError(f"sizes apply only to presets ({', '.join(PRESETS)}); {config.model} has its own.")
         origin = _origin(locate(config.model), config.model_revision)
-        stored, commit = _stored(origin), origin.commit
-        how = _preprocess(origin, stored)
+        hf_config, commit = _read_hf_config(origin), origin.commit
+        preprocess = _read_preprocess(origin, hf_config)
         if config.image_size is not None:
-            stored, how = with_image_size(stored, config.image_size), how.with_size(config.image_size)
-    _label(stored, labels)
-    check_demand(_classifier_class(stored), stored, config.model)
-    check_size(stored, how.height, how.width)
-    model = _classifier_class(stored)(stored)
-    _without_mask_token(model)
-    return Loaded(model, how, tuple(labels), commit, True)
+            hf_config = with_image_size(hf_config, config.image_size)
+            preprocess = preprocess.with_size(config.image_size)
+    _set_labels(hf_config, labels)
+    check_memory(_classifier_class(hf_config), hf_config, config.model)
+    check_size(hf_config, preprocess.height, preprocess.width)
+    model = _classifier_class(hf_config)(hf_config)
+    _freeze_mask_token(model)
+    return Loaded(model, preprocess, tuple(labels), commit, True)
 
 
 @dataclass(frozen=True)
 class _Origin:
-    """Where a model is read from: a folder or a hub id, and from the cache alone where no hub answers."""
+    """Where a model is read from: a folder or a hub id. `cache_only`: the hub cannot be reached."""
 
-    where: str
+    name_or_path: str
     revision: str | None
     cache_only: bool
-    commit: str | None = None  # what the revision came to, on the hub
+    commit: str | None = None  # the resolved hub commit
 
     def arguments(self) -> dict[str, Any]:
-        """What every reader of Transformers takes."""
+        """Keyword arguments of every Transformers loader."""
         return {"revision": self.commit or self.revision, "local_files_only": self.cache_only}
 
 
-def _origin(where: str, revision: str | None) -> _Origin:
+def _origin(name_or_path: str, revision: str | None) -> _Origin:
     _quiet()
-    folder = Path(where)
+    folder = Path(name_or_path)
     if not folder.is_dir():
-        asked = _Origin(where, revision, not answers(where, revision))
+        origin = _Origin(name_or_path, revision, not answers(name_or_path, revision))
         try:
-            found = transformers.utils.cached_file(where, "config.json", **asked.arguments())
+            file = transformers.utils.cached_file(name_or_path, "config.json", **origin.arguments())
         except (OSError, ValueError) as error:
-            raise _unreadable(asked, error) from error
-        # The cache's folder of a snapshot has the commit's name; all other files are read from it too.
-        name = Path(str(found)).parent.name
-        return replace(asked, commit=name if _COMMIT.fullmatch(name) else None)
+            raise _unreadable(origin, error) from error
+        # The snapshot folder in the cache is named after the commit; all other files are then read at that commit.
+        name = Path(str(file)).parent.name
+        return replace(origin, commit=name if _COMMIT.fullmatch(name) else None)
     if not (folder / "config.json").is_file():
-        held = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-        raise ModelError(f"{where}: no config.json here (it holds {held}); point to a Transformers model folder.")
-    return _Origin(where, revision, True)
+        names = ", ".join(sorted(file.name for file in folder.iterdir())[:5]) or "nothing"
+        raise ModelError(f"{name_or_path}: no config.json (it contains {names}); use a Transformers model folder.")
+    return _Origin(name_or_path, revision, True)
 
 
-def _stored(origin: _Origin) -> Any:
-    """The model's Transformers configuration, of an architecture that classifies images."""
+def _read_hf_config(origin: _Origin) -> Any:
+    """Read and check the Transformers configuration. Raises ModelError unless it can classify images."""
     try:
-        file = transformers.utils.cached_file(origin.where, "config.json", **origin.arguments())
-        check_lengths(json.loads(Path(str(file)).read_text(encoding="utf-8")), origin.where)
-        stored = transformers.AutoConfig.from_pretrained(origin.where, trust_remote_code=False, **origin.arguments())
+        file = transformers.utils.cached_file(origin.name_or_path, "config.json", **origin.arguments())
+        check_lengths(json.loads(Path(str(file)).read_text(encoding="utf-8")), origin.name_or_path)
+        hf_config = transformers.AutoConfig.from_pretrained(
+            origin.name_or_path, trust_remote_code=False, **origin.arguments()
+        )
     except ModelError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unreadable(origin, error) from error
-    except Exception as error:  # Transformers checks the values with an error of its own
-        raise ModelError(f"{origin.where}: config.json is not usable: {_first_line(error)}.") from error
-    _classifier_class(stored)
-    for part in (stored, getattr(stored, "vision_config", None) or stored):  # logits by their name, and they alone
+    except Exception as error:  # Transformers has its own validation errors
+        raise ModelError(f"{origin.name_or_path}: config.json is invalid: {first_line(error)}.") from error
+    _classifier_class(hf_config)
+    for part in (hf_config, getattr(hf_config, "vision_config", None) or hf_config):  # only logits, by name
         part.return_dict, part.output_hidden_states, part.output_attentions = True, False, False
-    return stored
+    return hf_config
 
 
 def _pickled(origin: _Origin) -> list[Path]:
-    """The pickles that Transformers would read the weights from: it takes safetensors where there are any."""
-    folder = Path(origin.where)
+    """The pickle files that Transformers would load: none if there are safetensors."""
+    folder = Path(origin.name_or_path)
     if folder.is_dir():
         return [] if any(folder.glob("model*.safetensors")) else sorted(folder.glob("pytorch_model*.bin"))
     for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"):
         try:
-            found = transformers.utils.cached_file(
-                origin.where, name, _raise_exceptions_for_missing_entries=False, **origin.arguments()
+            file = transformers.utils.cached_file(
+                origin.name_or_path, name, _raise_exceptions_for_missing_entries=False, **origin.arguments()
             )
-        except (OSError, ValueError):  # what the hub said is told where the weights are read
+        except (OSError, ValueError):  # loading the weights reports the error
             return []
-        if found:
-            return [Path(found)] if name.endswith(".bin") else []
+        if file:
+            return [Path(file)] if name.endswith(".bin") else []
     return []
 
 
-def _weights(origin: _Origin, stored: Any, *, fresh_head: bool) -> Any:
-    """The model with every tensor that the checkpoint has; only a `fresh_head` is new, and depends on the seed alone.
+def _load_weights(origin: _Origin, hf_config: Any, *, new_head: bool) -> Any:
+    """Load the model. With `new_head`, the head is initialized; the result depends only on the torch seed.
 
-    Raises ModelError naming what else is missing or of another shape, and what is no number. Vectors beside the
-    blocks, such as the norm of a pooler that pretraining does without, begin at their initial values, with a warning.
+    Vectors outside of the blocks, such as a pooler's norm that pretraining did not use, may be missing: they keep
+    their initial values, with a warning. Raises ModelError for other missing tensors, for tensors of another shape
+    and for non-finite values.
     """
-    classifier = _classifier_class(stored)
-    torch_state = torch.get_rng_state()
-    check_demand(classifier, stored, origin.where)
+    classifier = _classifier_class(hf_config)
+    rng_state = torch.get_rng_state()
+    check_memory(classifier, hf_config, origin.name_or_path)
     for file in _pickled(origin):
         check_pickled(file)
-    model, info = _read_weights(classifier, origin, stored)
+    model, info = _read_weights(classifier, origin, hf_config)
     if not label_tensors(model):
-        raise ModelError(f"{origin.where}: a {stored.model_type} has no classifier that could get other labels.")
+        raise ModelError(f"{origin.name_or_path}: a {hf_config.model_type} has no layer that depends on the labels.")
     missing = {name for name in info["missing_keys"] if not name.endswith(("mask_token", "num_batches_tracked"))}
     reshaped = {name for name, *_ in info["mismatched_keys"]}
-    headless = {name for name in missing | reshaped if in_head(model, name)}
+    head = {name for name in missing | reshaped if in_head(model, name)}
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    initial = {name for name in missing - headless if _beside_blocks(name, tensors[name])} if fresh_head else set()
-    if wrong := sorted((missing | reshaped) - headless - initial):
+    initial = {name for name in missing - head if _beside_blocks(name, tensors[name])} if new_head else set()
+    if wrong := sorted((missing | reshaped) - head - initial):
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise ModelError(
-            f"{origin.where}: {wrong[0]}{more} of a {stored.model_type}'s {len(tensors)} tensors "
+            f"{origin.name_or_path}: {wrong[0]}{more} of a {hf_config.model_type}'s {len(tensors)} tensors "
             f"{'are' if more else 'is'} missing or of another shape; is this the right folder?"
         )
-    if headless and not fresh_head:
+    if head and not new_head:
         raise _headless(origin)
     if initial:
-        console.warn(f"{origin.where} has no {', '.join(sorted(initial))}: they begin at their initial values")
-    if fresh_head:
-        torch.set_rng_state(torch_state)  # not on what loading drew
-        for name in sorted(label_tensors(model) | headless & dict(model.named_parameters()).keys()):
+        console.warn(f"{origin.name_or_path} has no {', '.join(sorted(initial))}: they keep their initial values")
+    if new_head:
+        torch.set_rng_state(rng_state)  # loading drew random numbers
+        for name in sorted(label_tensors(model) | head & dict(model.named_parameters()).keys()):
             if tensors[name].ndim > 1:
-                nn.init.trunc_normal_(tensors[name], std=getattr(stored, "initializer_range", 0.02))
+                nn.init.trunc_normal_(tensors[name], std=getattr(hf_config, "initializer_range", 0.02))
             elif name in label_tensors(model):
                 nn.init.zeros_(tensors[name])
     for name, tensor in model.float().state_dict().items():
         if not torch.isfinite(tensor).all():
-            raise ModelError(f"{origin.where}: {name} holds values that are no number; use another checkpoint.")
+            raise ModelError(f"{origin.name_or_path}: {name} has non-finite values; use another checkpoint.")
     return model
 
 
-def _read_weights(classifier: Any, origin: _Origin, stored: Any, **how: Any) -> tuple[Any, dict[str, Any]]:
-    """The model as Transformers reads it, and what it says was missing, of other shapes and left over."""
+def _read_weights(classifier: Any, origin: _Origin, hf_config: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """`from_pretrained` of the model; returns the model and Transformers' loading info."""
     try:
         model, info = classifier.from_pretrained(
-            origin.where, config=stored, dtype=torch.float32, ignore_mismatched_sizes=True,
-            output_loading_info=True, weights_only=True, **origin.arguments(), **how,
+            origin.name_or_path, config=hf_config, dtype=torch.float32, ignore_mismatched_sizes=True,
+            output_loading_info=True, weights_only=True, **origin.arguments(), **options,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise _unreadable(origin, error) from error
-    except Exception as error:  # safetensors and pickle raise types of their own for a torn file
-        raise ModelError(f"{origin.where}: its weights cannot be read: {_first_line(error)}.") from error
-    if not how and info["unexpected_keys"] and all(key.startswith("module.") for key in info["unexpected_keys"]):
+    except Exception as error:  # safetensors and pickle have their own errors for corrupt files
+        raise ModelError(f"{origin.name_or_path}: its weights cannot be read: {first_line(error)}.") from error
+    if not options and info["unexpected_keys"] and all(key.startswith("module.") for key in info["unexpected_keys"]):
         # Saved from torch's DataParallel.
-        return _read_weights(classifier, origin, stored, key_mapping={r"^module\.": ""})
+        return _read_weights(classifier, origin, hf_config, key_mapping={r"^module\.": ""})
     return model, info
 
 
 def _beside_blocks(name: str, tensor: torch.Tensor) -> bool:
-    """Whether a tensor is a vector, and not of one of the repeated blocks."""
+    """Whether a tensor is a vector (or scalar) outside of the repeated blocks."""
     return tensor.ndim <= 1 and not any(part.isdecimal() for part in name.split("."))
 
 
 def set_training(model: Any, *, frozen_backbone: bool) -> None:
-    """Training mode; a frozen backbone stays in evaluation mode, without dropout."""
+    """Set training mode. A frozen backbone stays in evaluation mode, without dropout."""
     model.train(not frozen_backbone)
     for head in head_modules(model) if frozen_backbone else ():
         head.train()
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Keep only what each block reads, and compute the rest again in the backward pass (Chen et al. 2016)."""
-    # Transformers renamed it within version 5.
+    """Turn on gradient checkpointing: save only each block's input, recompute the rest (Chen et al. 2016)."""
+    # Renamed within Transformers 5.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
 def compiled(module: nn.Module) -> Callable[..., Any]:
-    """The module with its blocks by torch.compile, for batches of one shape; the module itself stays as it is.
+    """A forward function with the blocks under torch.compile, for one batch shape. The module does not change.
 
-    A model repeats one block, so that one is compiled for all: on an H200 that took 8 s for ViT-B/16, and its step was
-    a fifth shorter (docs/benchmarks.md). What has no repeated blocks is compiled whole.
+    All blocks of a model share their code, so torch.compile compiles it once: for ViT-B/16 this took 8 s on an H200,
+    and a step took a fifth less time (docs/benchmarks.md). A module without repeated blocks is compiled as a whole.
     """
-    found = [one for one in module.modules() if isinstance(one, nn.ModuleList) and len({*map(type, one)}) == 1]
-    lists = [one for one in found if not any(other in found for other in one.modules() if other is not one)]
-    if not lists:
+    stacks = [part for part in module.modules() if isinstance(part, nn.ModuleList) and len({*map(type, part)}) == 1]
+    innermost = [stack for stack in stacks if not any(part in stacks for part in stack.modules() if part is not stack)]
+    if not innermost:
         return torch.compile(module, dynamic=False)
-    own = [list(blocks) for blocks in lists]
-    fast = [[torch.compile(block, dynamic=False) for block in blocks] for blocks in own]
+    original = [list(blocks) for blocks in innermost]
+    fast = [[torch.compile(block, dynamic=False) for block in blocks] for blocks in original]
+
+    def install(blocks_of: Sequence[Sequence[Any]]) -> None:
+        for stack, blocks in zip(innermost, blocks_of, strict=True):
+            for index, block in enumerate(blocks):
+                stack[index] = block
 
     def forward(**inputs: Any) -> Any:
         try:
-            _put(fast, lists)
+            install(fast)
             return module(**inputs)
         finally:
-            _put(own, lists)
+            install(original)
 
     return forward
 
 
-def _put(blocks: Sequence[Sequence[Any]], lists: Sequence[nn.ModuleList]) -> None:
-    for new, old in zip(blocks, lists, strict=True):
-        for place, block in enumerate(new):
-            old[place] = block
+def _set_labels(hf_config: Any, names: Sequence[str]) -> None:
+    hf_config.num_labels = len(names)
+    hf_config.id2label = dict(enumerate(names))
+    hf_config.label2id = {name: i for i, name in enumerate(names)}
+    hf_config.problem_type = None
 
 
-def _label(stored: Any, names: Sequence[str]) -> None:
-    stored.num_labels = len(names)
-    stored.id2label = dict(enumerate(names))
-    stored.label2id = {name: i for i, name in enumerate(names)}
-    stored.problem_type = None
+def _labels_of(hf_config: Any) -> tuple[str, ...]:
+    """The class names; a class without one is called `LABEL_3`, like in Transformers."""
+    id2label = hf_config.id2label or {}
+    names = id2label if isinstance(id2label, dict) else dict(enumerate(id2label))
+    return tuple(str(names.get(i, f"LABEL_{i}")) for i in range(hf_config.num_labels))
 
 
-def _labels_of(stored: Any) -> tuple[str, ...]:
-    """Of each class its name; `LABEL_3`, as Transformers has it, of one that has none."""
-    given = stored.id2label or {}
-    names = given if isinstance(given, dict) else dict(enumerate(given))
-    return tuple(str(names.get(i, f"LABEL_{i}")) for i in range(stored.num_labels))
+def _has_head(hf_config: Any) -> bool:
+    return any("ForImageClassification" in name for name in hf_config.architectures or ())
 
 
-def _has_head(stored: Any) -> bool:
-    return any("ForImageClassification" in name for name in stored.architectures or ())
-
-
-def _classifier_class(stored: Any) -> Any:
+def _classifier_class(hf_config: Any) -> Any:
     mapping = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
-    if type(stored) not in mapping:
-        raise ModelError(f"a {stored.model_type} model cannot classify images; use a ViT, DeiT, BEiT, DINOv2 or Swin.")
-    found = mapping[type(stored)]
-    known = found if isinstance(found, tuple | list) else [found]
-    # As AutoModelForImageClassification does: a distilled DeiT keeps its two heads.
-    return next((one for one in known if one.__name__ in (stored.architectures or ())), known[0])
+    if type(hf_config) not in mapping:
+        family = hf_config.model_type
+        raise ModelError(f"a {family} model cannot classify images; use a ViT, DeiT, BEiT, DINOv2 or Swin.")
+    classes = mapping[type(hf_config)]
+    classes = classes if isinstance(classes, tuple | list) else [classes]
+    # The rule of AutoModelForImageClassification: a distilled DeiT keeps its two heads.
+    return next((cls for cls in classes if cls.__name__ in (hf_config.architectures or ())), classes[0])
 
 
-def _preprocess(origin: _Origin, stored: Any) -> Preprocess:
-    """How the checkpoint prepares images, at a size that the model can read."""
-    how = read_processor(origin.where, stored, **origin.arguments())
-    own = size_of(stored)
-    if own is None or own == (how.height, how.width) or not is_fixed(stored, (how.height, how.width)):
-        return how
-    return how.with_size(*own)
+def _read_preprocess(origin: _Origin, hf_config: Any) -> Preprocess:
+    """The checkpoint's preprocessing, at an input size that the model accepts."""
+    preprocess = read_processor(origin.name_or_path, hf_config, **origin.arguments())
+    size, prepared = input_size(hf_config), (preprocess.height, preprocess.width)
+    if size is None or size == prepared or not has_fixed_size(hf_config, prepared):
+        return preprocess
+    return preprocess.with_size(*size)
 
 
 def _headless(origin: _Origin) -> ModelError:
-    return ModelError(f"{origin.where}: a backbone with no classification head; fine-tune it first: vitft train.")
+    return ModelError(f"{origin.name_or_path}: a backbone with no classification head; fine-tune it first: vitft train")
 
 
 def _unreadable(origin: _Origin, error: Exception) -> ModelError:
-    if Path(origin.where).is_dir():
-        return ModelError(f"{origin.where}: not a readable Transformers model: {_first_line(error)}.")
+    if Path(origin.name_or_path).is_dir():
+        return ModelError(f"{origin.name_or_path}: not a readable Transformers model: {first_line(error)}.")
     at = f" at revision {origin.revision}" if origin.revision else ""
-    return ModelError(f"model {origin.where}{at}: no folder of that name here, and {reason(error)}; {_ELSEWHERE}.")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:300]
+    return ModelError(f"model {origin.name_or_path}{at}: no such local folder, and {reason(error)}; {_OFFLINE_HINT}.")
 
 
 @cache
 def _quiet() -> None:
-    """Transformers' own messages name things a person here cannot act on; ours say what matters."""
+    """Silence Transformers: its messages are not about anything that users of vitft can change."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)

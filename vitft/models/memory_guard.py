@@ -1,4 +1,4 @@
-"""What a model's configuration and its pickled weights ask of this machine, before anything is allocated for them."""
+"""Refuse configurations and pickled weights that need too much memory, before allocating any."""
 
 import warnings
 import zipfile
@@ -9,69 +9,67 @@ from typing import Any
 import psutil
 import torch
 
-from vitft.errors import ModelError
+from vitft.errors import ModelError, first_line
 from vitft.io.console import size
 
-_MOST = {"num_labels": 1_000_000, "num_hidden_layers": 1000, "depths": 1000}
-"""Of what a configuration makes a list as long as it says, while it is read: far over any that there is."""
+_LIMITS = {"num_labels": 1_000_000, "num_hidden_layers": 1000, "depths": 1000}
+"""Reading a configuration creates lists of these lengths; the limits are far above any real model."""
 
 
 def check_lengths(document: Any, where: str) -> None:
-    """Raise ModelError for a config.json, as read, that would make lists of absurd length."""
+    """Raise ModelError for a parsed config.json with an absurd number of labels or layers."""
     for name, value in document.items() if isinstance(document, dict) else ():
         lengths = value if isinstance(value, list) else [value]
-        for length in lengths if name in _MOST else ():
-            if isinstance(length, int) and length > _MOST[name]:
-                raise ModelError(f"{where}: {name} {length:,} is over {_MOST[name]:,}; is its config.json right?")
+        for length in lengths if name in _LIMITS else ():
+            if isinstance(length, int) and length > _LIMITS[name]:
+                raise ModelError(f"{where}: {name} {length:,} exceeds {_LIMITS[name]:,}; check its config.json.")
         check_lengths(value, where)
 
 
-def check_demand(make: Callable[[Any], Any], stored: Any, where: str) -> None:
-    """Raise ModelError for a configuration of which `make` could make no model, or none that fits in memory."""
+def check_memory(make: Callable[[Any], Any], hf_config: Any, where: str) -> None:
+    """Raise ModelError if `make` cannot build a model from the configuration, or if its weights exceed the memory."""
     try:
-        with torch.device("meta"), warnings.catch_warnings():  # shapes alone
+        with torch.device("meta"), warnings.catch_warnings():  # only shapes
             warnings.simplefilter("ignore")
-            model = make(stored)
-    except Exception as error:  # sizes that do not fit together fail in as many ways as there are layers
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:300]
-        raise ModelError(f"{where}: config.json is not usable: {reason}.") from error
+            model = make(hf_config)
+    except Exception as error:  # each kind of layer fails differently if sizes do not match
+        raise ModelError(f"{where}: config.json is invalid: {first_line(error)}.") from error
     needed = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-    if needed > (there := psutil.virtual_memory().total):
+    if needed > (memory := psutil.virtual_memory().total):
         raise ModelError(
-            f"{where}: its weights alone take {size(needed)}, and this machine has {size(there)} of memory."
+            f"{where}: its weights alone take {size(needed)}, but this machine has {size(memory)} of memory."
         )
 
 
 def check_pickled(file: Path) -> None:
-    """Raise ModelError for a pytorch_model.bin that would take far more memory than its bytes.
+    """Raise ModelError for a pytorch_model.bin that would take far more memory than its file size.
 
-    torch.save compresses nothing, so the parts of its archive have no more bytes than the file; and a tensor may
-    repeat the few numbers that it stores (a stride of 0), which reading it in float32 writes out.
+    torch.save does not compress, so the archive entries cannot be larger than the file. A tensor can also repeat a few
+    stored numbers (stride 0); loading it as float32 would expand it.
     """
-    own = file.stat().st_size
+    file_size = file.stat().st_size
     zipped = zipfile.is_zipfile(file)
     try:
         if zipped:
             with zipfile.ZipFile(file) as archive:
-                parts = sum(entry.file_size for entry in archive.infolist())
-            if parts > own:
-                raise _inflated(file, parts, own)
+                unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > file_size:
+                raise _inflated(file, unpacked, file_size)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped or None)
     except ModelError:
         raise
-    except Exception as error:  # a torn or hostile pickle raises almost anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:300]
-        raise ModelError(f"{file}: its weights cannot be read: {reason}.") from error
+    except Exception as error:  # a corrupt or malicious pickle can raise anything
+        raise ModelError(f"{file}: its weights cannot be read: {first_line(error)}.") from error
     tensors = [value for value in state.values() if isinstance(value, torch.Tensor)] if isinstance(state, dict) else []
-    written = sum(4 * tensor.numel() for tensor in tensors)  # in float32
-    if written > _INFLATION * own + _SLACK:
-        raise _inflated(file, written, own)
+    expanded = sum(4 * tensor.numel() for tensor in tensors)  # as float32
+    if expanded > _INFLATION * file_size + _SLACK:
+        raise _inflated(file, expanded, file_size)
 
 
-_INFLATION, _SLACK = 8, 64_000_000  # of a byte for each number, and of weights that two layers share
+_INFLATION, _SLACK = 8, 64_000_000  # allows for one-byte numbers and for weights shared by two layers
 
 
-def _inflated(file: Path, needed: int, own: int) -> ModelError:
+def _inflated(file: Path, needed: int, file_size: int) -> ModelError:
     return ModelError(
-        f"{file}: its weights take {size(needed)} of memory, and the file has {size(own)}; take safetensors."
+        f"{file}: its weights take {size(needed)} of memory, but the file has {size(file_size)}; use safetensors."
     )

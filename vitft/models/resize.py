@@ -1,4 +1,4 @@
-"""A model for another input size: what it knows of positions is resized once, at load."""
+"""Change the input size of a model: position embeddings are resized once, when it is loaded."""
 
 import math
 from collections.abc import Sequence
@@ -9,22 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitft.errors import ModelError
-from vitft.models.memory_guard import check_demand
+from vitft.models.memory_guard import check_memory
 
 
-def at_image_size(model: Any, image_size: int) -> Any:
-    """The same weights for another, square input size: what knows positions is resized once.
+def resize_model(model: Any, image_size: int) -> Any:
+    """A copy of the model for another, square input size, with resized position embeddings.
 
-    To what the model itself would make of it at that size, where its architecture has a way; else bicubically
-    (Dosovitskiy et al. 2020, section 3.2). The new size stands in the model's configuration. Raises ModelError
-    for a size that does not fit, and for an architecture whose positions cannot be resized.
+    They are interpolated by the model's own method if it has one, otherwise bicubically (Dosovitskiy et al. 2020,
+    section 3.2). The new model's configuration has the new size. Raises ModelError for an invalid size, and for an
+    architecture whose positions cannot be resized.
     """
-    old = size_of(model.config)
+    old = input_size(model.config)
     if old is None:
-        return model  # a convolutional network takes any size
+        return model  # a convolutional network accepts any size
     config = with_image_size(model.config, image_size)
     check_size(config, image_size, image_size)
-    check_demand(type(model), config, f"image_size {image_size}")
+    check_memory(type(model), config, f"image_size {image_size}")
     resized = type(model)(config)
     wanted, weights = resized.state_dict(), model.state_dict()
     patch = _pair(_vision(config).patch_size) if hasattr(_vision(config), "patch_size") else (1, 1)
@@ -35,11 +35,13 @@ def at_image_size(model: Any, image_size: int) -> Any:
             continue
         table = None
         if name.endswith("relative_position_bias_table") and tensor.shape[0] == _offsets(before) + 3:
-            # Offsets, and three rows for the class token; bilinearly, as BEiT and Data2Vec do it themselves.
-            then, now = (tuple(2 * side - 1 for side in grid) for grid in (before, after))
-            table = torch.cat([_resize_grid(tensor[:-3], then, now, "bilinear"), tensor[-3:]])
+            # Offsets, and three rows for the class token; bilinear, like BEiT and Data2Vec themselves.
+            old_grid, new_grid = (tuple(2 * side - 1 for side in grid) for grid in (before, after))
+            table = torch.cat([_resize_grid(tensor[:-3], old_grid, new_grid, "bilinear"), tensor[-3:]])
         elif name.endswith(("position_embeddings", "position_embedding.weight")):
-            table = _by_the_model(model, name, wanted[name].shape, image_size) if before[0] == before[1] else None
+            table = (
+                _interpolate_by_model(model, name, wanted[name].shape, image_size) if before[0] == before[1] else None
+            )
             rows = tensor.flatten(0, -2)
             prefix = len(rows) - math.prod(before)
             if table is None and 0 <= prefix <= 2:
@@ -51,17 +53,19 @@ def at_image_size(model: Any, image_size: int) -> Any:
         weights[name] = table.reshape(wanted[name].shape)
     resized.load_state_dict(weights)
     try:
-        with torch.no_grad():  # some, such as Swin's windows, need more than tables
-            resized.eval()(pixel_values=torch.zeros(1, channels_of(config), image_size, image_size))
+        with torch.no_grad():  # position tables may not be enough, such as for Swin's windows
+            resized.eval()(pixel_values=torch.zeros(1, input_channels(config), image_size, image_size))
     except (RuntimeError, ValueError) as error:
-        raise ModelError(f"image_size {image_size}: {config.model_type} cannot read it; use {_listed(old)}.") from error
+        raise ModelError(
+            f"image_size {image_size}: {config.model_type} does not accept it; use {_listed(old)}."
+        ) from error
     return resized
 
 
-def _by_the_model(model: nn.Module, name: str, shape: torch.Size, image_size: int) -> Tensor | None:
-    """A table as the model itself interpolates it; None where it cannot.
+def _interpolate_by_model(model: nn.Module, name: str, shape: torch.Size, image_size: int) -> Tensor | None:
+    """Position embeddings interpolated by the model's own method; None if that fails.
 
-    Its method takes the tokens for their number alone; as they are no numbers here, it shows if it used more.
+    The method should use only the number of tokens. The tokens are NaN here, which shows if it uses their values.
     """
     owner: Any = next(
         (module for end in (1, 2) if hasattr(module := model.get_submodule(".".join(name.split(".")[:-end])),
@@ -72,10 +76,10 @@ def _by_the_model(model: nn.Module, name: str, shape: torch.Size, image_size: in
     tokens = torch.full((1, *shape[-2:]), math.nan)
     try:
         with torch.no_grad():
-            made: Tensor = owner.interpolate_pos_encoding(tokens, image_size, image_size)
-    except (RuntimeError, TypeError):  # a method of another kind, or patches that are not square
+            table: Tensor = owner.interpolate_pos_encoding(tokens, image_size, image_size)
+    except (RuntimeError, TypeError):  # another signature, or patches that are not square
         return None
-    return made if made.numel() == math.prod(shape) else None
+    return table if table.numel() == math.prod(shape) else None
 
 
 def _offsets(grid: tuple[int, int]) -> int:
@@ -83,61 +87,63 @@ def _offsets(grid: tuple[int, int]) -> int:
 
 
 def _resize_grid(rows: Tensor, before: tuple[int, ...], after: tuple[int, ...], mode: str) -> Tensor:
-    """(height * width, D) of one grid -> of another."""
+    """Interpolate (height * width, D) from one grid size to another."""
     grid = rows.reshape(1, *before, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, after, mode=mode, align_corners=False)
     return grid.permute(0, 2, 3, 1).reshape(math.prod(after), -1)
 
 
 def _vision(config: Any) -> Any:
-    """The part of a configuration that is about images: of CLIP and its like a part, else the whole."""
+    """The vision part of a configuration, such as CLIP's; for vision-only models, all of it."""
     return getattr(config, "vision_config", None) or config
 
 
-def size_of(config: Any) -> tuple[int, int] | None:
-    """Height and width of the input that a configuration states; None where it states none."""
-    stated = getattr(_vision(config), "image_size", None)
-    return None if stated is None else _pair(stated)
+def input_size(config: Any) -> tuple[int, int] | None:
+    """The input height and width in a configuration; None if it has none."""
+    size = getattr(_vision(config), "image_size", None)
+    return None if size is None else _pair(size)
 
 
-def channels_of(config: Any) -> int:
-    """Channels of the input: 3, or 1 for gray. Raises ModelError for others."""
+def input_channels(config: Any) -> int:
+    """The number of input channels: 3, or 1 for grayscale. Raises ModelError for others."""
     channels = getattr(_vision(config), "num_channels", 3)
     if channels not in (1, 3):
-        raise ModelError(f"a model of {channels} channels: images have 3, or 1 where they are gray; use another model.")
+        raise ModelError(f"a model with {channels} channels; use one with 3, or with 1 for grayscale images.")
     return int(channels)
 
 
 def with_image_size(config: Any, image_size: int) -> Any:
-    """The configuration for a square input of this size."""
+    """A copy of the configuration for a square input of this size."""
     changed = type(config).from_dict(config.to_dict())
     vision = _vision(changed)
-    one = isinstance(getattr(vision, "image_size", image_size), int)
-    vision.image_size = image_size if one else [image_size, image_size]
+    is_int = isinstance(getattr(vision, "image_size", image_size), int)
+    vision.image_size = image_size if is_int else [image_size, image_size]
     return changed
 
 
-def is_fixed(config: Any, size: tuple[int, int]) -> bool:
-    """Whether a model of this configuration cannot read images of another size: its tables would have other shapes.
+def has_fixed_size(config: Any, size: tuple[int, int]) -> bool:
+    """Whether a model cannot read images of height and width `size`, because its tensors would have other shapes.
 
-    DINOv2 checkpoints state the size they were trained at, and take any.
+    DINOv2 models accept any size; their configuration states the training size.
     """
-    if config.model_type.startswith("dinov2") or size[0] != size[1]:
-        return not config.model_type.startswith("dinov2")
+    if config.model_type.startswith("dinov2"):
+        return False
+    if size[0] != size[1]:
+        return True
     import transformers
 
-    kind = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
-    kind = kind[0] if isinstance(kind, tuple | list) else kind
+    model_class = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+    model_class = model_class[0] if isinstance(model_class, tuple | list) else model_class
     with torch.device("meta"):
-        shapes = [
-            {name: tensor.shape for name, tensor in kind(one).state_dict().items()}
-            for one in (config, with_image_size(config, size[0]))
-        ]
-    return shapes[0] != shapes[1]
+        shapes, resized = (
+            {name: tensor.shape for name, tensor in model_class(variant).state_dict().items()}
+            for variant in (config, with_image_size(config, size[0]))
+        )
+    return shapes != resized
 
 
 def check_size(config: Any, height: int, width: int) -> None:
-    """Raise ModelError unless patches fill the image."""
+    """Raise ModelError unless height and width are multiples of the patch size."""
     vision = _vision(config)
     stride: Any = getattr(vision, "patch_stride", None) or getattr(vision, "patch_size", 1)
     patches = _pair(stride)
@@ -148,7 +154,7 @@ def check_size(config: Any, height: int, width: int) -> None:
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width, where one number stands for both."""
+    """Height and width; a single number stands for both."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
