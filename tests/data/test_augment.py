@@ -268,7 +268,7 @@ def test_configs_of_older_versions_are_read(stored: dict[str, Any], expected: Pr
         (pil("ViT", size=32, image_std=[0.5, 0.0, 0.5]), "image_std"),
         (
             pil("ConvNext", size={"shortest_edge": 32}, do_center_crop=True, crop_size=24),
-            "do_center_crop beside crop_pct",
+            "do_center_crop with crop_pct",
         ),
         (pil("PoolFormer", size={"height": 32, "width": 24}), "crop_pct with size"),
         (pil("Perceiver"), "PerceiverImageProcessor does more"),

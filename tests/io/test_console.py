@@ -1,4 +1,4 @@
-"""What a person reads: numbers in words, names that cannot steer the terminal, streams kept apart."""
+"""Terminal output: number formats, safe names, and separate streams."""
 
 import io
 import json
@@ -44,17 +44,17 @@ def test_percent() -> None:
     assert (console.percent(0.9731), console.percent(0.98765, 2)) == ("97.3 %", "98.77 %")
 
 
-def test_names_cannot_steer_the_terminal() -> None:
+def test_names_cannot_control_the_terminal() -> None:
     assert console.safe("a\x1b[31mb\rc\u202ed") == "a\\x1b[31mb\\rc\\u202ed"
 
 
-def test_markup_in_a_name_is_text(capsys: pytest.CaptureFixture[str]) -> None:
-    for speak in (console.note, console.warn, console.fail):
-        speak("file [red]x[/] and [/nonsense]")
+def test_markup_in_a_name_is_printed_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    for print_line in (console.note, console.warn, console.fail):
+        print_line("file [red]x[/] and [/nonsense]")
     assert capsys.readouterr().err.count("file [red]x[/] and [/nonsense]") == 3
 
 
-def test_errors_notes_and_warnings_leave_standard_output_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_notes_and_warnings_go_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     console.note("n")
     console.warn("w")
     console.fail("line one\n  line two")
@@ -69,7 +69,7 @@ def test_a_long_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_json_is_one_document_with_its_letters_and_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_is_one_unescaped_document_without_nan(capsys: pytest.CaptureFixture[str]) -> None:
     console.say_json({"label": "Käfer [red]", "long": "x" * 300})
     text = capsys.readouterr().out
     assert "Käfer" in text
@@ -78,12 +78,12 @@ def test_json_is_one_document_with_its_letters_and_no_nan(capsys: pytest.Capture
         console.say_json({"loss": float("nan")})
 
 
-def test_text_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_is_printed_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
     console.say_text("[bold]" + "x" * 300 + "\n")
     assert capsys.readouterr().out == "[bold]" + "x" * 300 + "\n"
 
 
-def test_a_data_set_fits_80_columns() -> None:
+def test_a_dataset_report_fits_80_columns() -> None:
     labels = [f"a class with a rather long name, number {i}" for i in range(40)]
     split = {
         "name": "train",
@@ -107,32 +107,32 @@ def test_a_data_set_fits_80_columns() -> None:
     assert "... and 10 more classes (--json has all)" in text
 
 
-# -- what is being worked on ----------------------------------------------------------------------
+# -- progress -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """What standard error shows, if it were a terminal of 80 columns."""
+    """Standard error, as a terminal of 80 columns."""
     shown = io.StringIO()
     monkeypatch.setattr(console, "err", Console(file=shown, force_terminal=True, width=80, color_system=None))
     return shown
 
 
-def test_without_a_terminal_long_work_is_one_line_and_short_work_none(
+def test_without_a_terminal_a_long_task_logs_one_line_and_a_short_one_none(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with console.working("reading"):
         pass
     assert capsys.readouterr().err == ""
-    said = threading.Event()
+    logged = threading.Event()
     monkeypatch.setattr(console, "SAY_AFTER_S", 0.0)
-    monkeypatch.setattr(console, "note", lambda line, note=console.note: (note(line), said.set()))
+    monkeypatch.setattr(console, "note", lambda line, note=console.note: (note(line), logged.set()))
     with console.working("reading"):
-        assert said.wait(60)
+        assert logged.wait(60)
     assert capsys.readouterr().err == "reading ...\n"
 
 
-def test_without_a_terminal_progress_is_told_now_and_then(
+def test_without_a_terminal_progress_is_logged_periodically(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with console.working("decoding") as progress:
@@ -143,7 +143,7 @@ def test_without_a_terminal_progress_is_told_now_and_then(
     assert capsys.readouterr().err == "decoding: 2,000 of 3,000\n"
 
 
-def test_on_a_terminal_work_has_a_bar_and_nested_work_another(terminal: io.StringIO) -> None:
+def test_on_a_terminal_a_task_has_a_bar_and_a_nested_task_another(terminal: io.StringIO) -> None:
     with console.working("reading the data") as outer, console.working("decoding") as inner:
         outer(1, 4)
         inner(1500, 3000)
@@ -155,7 +155,7 @@ def test_on_a_terminal_work_has_a_bar_and_nested_work_another(terminal: io.Strin
     assert console._working is None
 
 
-def test_the_bar_of_training_moves_with_each_step_and_fits_the_terminal(terminal: io.StringIO) -> None:
+def test_the_training_bar_moves_with_each_step_and_fits_the_terminal(terminal: io.StringIO) -> None:
     line = {"step": 2, "epoch": 0.125, "loss": 2.303, "accuracy": 0.1, "lr": 1e-3, "images_per_s": 12345.6,
             "data_wait": 0.02}  # fmt: skip
     with console.TrainingProgress(0, 160_000, 8000) as bar:
@@ -167,7 +167,7 @@ def test_the_bar_of_training_moves_with_each_step_and_fits_the_terminal(terminal
     assert max(map(len, lines)) <= 80
 
 
-def test_on_a_terminal_lines_end_between_words_and_commands_stay_whole(terminal: io.StringIO) -> None:
+def test_on_a_terminal_lines_wrap_between_words_and_commands_do_not_wrap(terminal: io.StringIO) -> None:
     words = "other programs may be using the processors of this machine while it trains"
     console.warn(f"{words}, {words}.")
     assert " ".join(terminal.getvalue().split()) == f"warning: {words}, {words}."

@@ -1,4 +1,4 @@
-"""Paths as they are written down."""
+"""Paths in settings and messages."""
 
 from pathlib import Path
 
@@ -7,14 +7,14 @@ import pytest
 from vitft.io.paths import absolute, expanded, shown
 
 
-def test_the_home_folder_is_a_tilde_and_nothing_else_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_home_folder_is_abbreviated_to_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ann")
     assert shown(Path("/home/ann/photos")) == "~/photos"
     assert shown(Path("/home/ann")) == "~"
     assert shown(Path("/home/anna/photos")) == "/home/anna/photos"
 
 
-def test_what_exists_is_absolute_and_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_paths_become_absolute_and_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     (tmp_path / "digits").mkdir()
@@ -23,11 +23,11 @@ def test_what_exists_is_absolute_and_names_stay(tmp_path: Path, monkeypatch: pyt
     assert absolute("owner/name", ["digits"]) == "owner/name"
 
 
-def test_a_name_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_can_start_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/ann")
     (tmp_path / "~data").mkdir()
-    (tmp_path / "~root").mkdir()  # a user of that name is not meant where this is here
+    (tmp_path / "~root").mkdir()  # exists here, so it does not mean the user root
     assert expanded("~/photos") == Path("/home/ann/photos")
     assert expanded("~") == Path("/home/ann")
     for name in ("~data", "~data/1.png", "~root/x", "~nobody-of-this-name/x", "photos/~", "a~b", ""):

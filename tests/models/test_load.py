@@ -369,7 +369,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_a_file_instead_of_a_folder_is_refused(saved: Saved) -> None:
-    assert "give the folder" in refusal(saved() / "model.safetensors")
+    assert "use the folder" in refusal(saved() / "model.safetensors")
 
 
 def test_the_error_for_a_folder_without_configuration_lists_its_files(tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
-"""Everything a person sees in a terminal. Nothing else in the package prints.
+"""All terminal output. Nothing else in the package prints.
 
-Results go to standard output; progress, notes and errors go to standard error, so that `--json` and
-pipes stay clean. On several processes only the main one speaks.
+Results go to standard output; progress, notes and errors go to standard error, so that `--json` and pipes stay clean.
+With several processes, only the main one prints.
 
-Notes and warnings are records of the logger `vitft` (INFO and WARNING), which shows them here:
-`logging.getLogger("vitft").setLevel(logging.WARNING)` switches notes and progress bars off.
+Notes and warnings are records of the logger `vitft` (INFO and WARNING).
+`logging.getLogger("vitft").setLevel(logging.WARNING)` turns off notes and progress bars.
 """
 
 import json
@@ -25,8 +25,8 @@ _main_process = os.environ.get("RANK", "0") == "0"
 _width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
 out = Console(highlight=False, soft_wrap=False, width=_width, quiet=not _main_process)
 err = Console(highlight=False, stderr=True, quiet=not _main_process)
-_working: Any = None  # the bar of what is being worked on, while there is one
-SAY_AFTER_S, SAY_EVERY_S = 0.8, 10.0  # where there is no terminal to show a bar on
+_working: Any = None  # the active progress bar of `working`
+SAY_AFTER_S, SAY_EVERY_S = 0.8, 10.0  # without a terminal: seconds to the first line, and between lines
 
 
 def say(renderable: RenderableType = "") -> None:
@@ -35,61 +35,61 @@ def say(renderable: RenderableType = "") -> None:
 
 
 def say_json(document: Any) -> None:
-    """Print one JSON document to standard output, as is: no colour, no wrapping; what is not printable is escaped."""
+    """Print a JSON document to standard output, without color or wrapping."""
     if _main_process:
         _put(json_text(document, indent=2) + "\n")
 
 
 def json_text(document: Any, indent: int | None = None) -> str:
-    """A JSON document for a terminal, a file or a pipe: what is not printable, such as half a letter, is escaped."""
+    """Serialize a JSON document; unprintable characters, such as lone surrogates, are escaped."""
     text = json.dumps(document, indent=indent, ensure_ascii=False, allow_nan=False)
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def say_text(text: str) -> None:
-    """Print text with no markup and no wrapping: for files and pipes as it is, and safely on a terminal."""
+    """Print text without markup or wrapping; control characters are escaped only on a terminal."""
     if _main_process:
         _put(safe(text.replace("\r\n", "\n")) if out.is_terminal else text)
 
 
 def _put(text: str) -> None:
-    """Print all of it: what the output's encoding does not have, as names of files may, is escaped."""
+    """Print text, escaping characters that the output encoding does not have."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), end="")
 
 
 def note(message: str) -> None:
-    """Log one line about what is going on; plain text, not markup."""
+    """Log one line of information; plain text, not markup."""
     log.info("%s", safe(masked(message)))
 
 
 def warn(message: str) -> None:
-    """Log one line that a person should act on; plain text, not markup."""
+    """Log one line that the user should act on; plain text, not markup."""
     log.warning("%s", safe(masked(message)))
 
 
 class _Terminal(logging.Handler):
-    """Shows the records of `log` on standard error."""
+    """Prints the records of `log` to standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a line; a terminal breaks it between words, but never within a command, which is there to be copied."""
+        """Print a record; a terminal wraps it between words, but not if it has a command, so that it can be copied."""
         message, prefix = record.getMessage(), "[yellow]warning:[/] " if record.levelno >= logging.WARNING else ""
         err.print(f"{prefix}{escape(message)}", soft_wrap=not err.is_terminal or "vitft " in message)
 
 
 log = logging.getLogger("vitft")
-log.propagate = False  # as Transformers does: a program that configures the root logger would print each line twice
+log.propagate = False  # like Transformers: otherwise, with a configured root logger, lines would appear twice
 log.setLevel(logging.INFO)
 log.addHandler(_Terminal())
 
 
 def _shows_progress() -> bool:
-    """Whether a progress bar can be drawn, and is wanted."""
+    """Whether a progress bar can be shown and is wanted."""
     return err.is_terminal and not err.quiet and log.isEnabledFor(logging.INFO)
 
 
 def fail(message: str) -> None:
-    """Print the one line of an error; plain text, not markup. Every process may speak here."""
+    """Print an error as one line; plain text, not markup. Every process can print errors."""
     line = " ".join(message.split())
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/] {escape(safe(masked(line)))}")
 
@@ -100,7 +100,7 @@ def traceback() -> None:
 
 
 def masked(text: str) -> str:
-    """The text without the passwords and tokens of its addresses: what is said is kept in logs and reports."""
+    """Mask passwords and tokens in URLs, because messages end up in logs and reports."""
     return _TOKEN.sub(r"\1***", _PASSWORD.sub(r"\1***@", text))
 
 
@@ -109,7 +109,7 @@ _TOKEN = re.compile(r"([?&][\w-]*(?:token|key|secret|password|signature|sig)=)[^
 
 
 def safe(text: str) -> str:
-    """The text with control characters made visible: names from files must not steer the terminal."""
+    """Escape control characters, so that names from files cannot control the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
@@ -129,7 +129,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for people: 2_500_000 -> 2.5 MB."""
+    """2_500_000 bytes -> 2.5 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -138,15 +138,15 @@ def size(count: float) -> str:
 
 
 @contextmanager
-def working(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Say what is being done, within a second; gives a function to call with the number done and the number in all.
+def working(task_name: str) -> Iterator[Callable[[int, int], None]]:
+    """Show progress of a task within a second; yields a function to call with the count so far and the total.
 
-    On a terminal a bar, which goes when the work is done; elsewhere a line where it takes longer than that, and
-    another every ten seconds. May be nested: the inner work gets a line of its own below the outer one.
+    On a terminal, this is a transient progress bar; otherwise a line if the task takes longer, and one more every ten
+    seconds. Can be nested: the inner task gets its own bar below.
     """
     global _working
     if not _shows_progress():
-        with _spoken(what) as progress:
+        with _log_progress(task_name) as progress:
             yield progress
         return
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -156,7 +156,7 @@ def working(what: str) -> Iterator[Callable[[int, int], None]]:
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[place]}"),
         TimeElapsedColumn(), console=err, transient=True,
     )  # fmt: skip
-    task = bar.add_task(what, total=None, place="")
+    task = bar.add_task(task_name, total=None, place="")
     with nullcontext() if outer else bar:
         _working = bar
         try:
@@ -167,19 +167,17 @@ def working(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def _spoken(what: str) -> Iterator[Callable[[int, int], None]]:
-    spoken = time.monotonic()
-
-    def begin() -> None:
-        note(f"{what} ...")
+def _log_progress(task_name: str) -> Iterator[Callable[[int, int], None]]:
+    """`working` without a terminal."""
+    logged = time.monotonic()
 
     def progress(done: int, count: int) -> None:
-        nonlocal spoken
-        if time.monotonic() - spoken > SAY_EVERY_S and done < count:
-            spoken = time.monotonic()
-            note(f"{what}: {done:,} of {count:,}")
+        nonlocal logged
+        if time.monotonic() - logged > SAY_EVERY_S and done < count:
+            logged = time.monotonic()
+            note(f"{task_name}: {done:,} of {count:,}")
 
-    timer = threading.Timer(SAY_AFTER_S, begin)
+    timer = threading.Timer(SAY_AFTER_S, lambda: note(f"{task_name} ..."))
     timer.daemon = True
     timer.start()
     try:
@@ -189,7 +187,7 @@ def _spoken(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 class TrainingProgress:
-    """A run while it trains: a bar on a terminal, plain lines elsewhere, nothing on other processes."""
+    """Training progress: a bar on a terminal, plain lines otherwise, nothing on other processes."""
 
     def __init__(self, step: int, total_steps: int, steps_per_epoch: int) -> None:
         from rich.console import Group
@@ -198,7 +196,7 @@ class TrainingProgress:
         from rich.text import Text
 
         self.first, self.step, self.total, self.per_epoch = step, step, total_steps, steps_per_epoch
-        self._started = self._spoken = time.monotonic()
+        self._started = self._logged = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[place]}")
         )
@@ -216,7 +214,7 @@ class TrainingProgress:
         self._live.stop()
 
     def advance(self, step: int) -> None:
-        """Move the bar to a step that is done."""
+        """Move the bar to a finished step."""
         self.step = step
         place = f"step {step}/{self.total} · epoch {step / self.per_epoch:.2f} · left {duration(self._left_s())}"
         self._bar.update(self._task, completed=step, place=place)
@@ -229,14 +227,14 @@ class TrainingProgress:
             f"{line['images_per_s']:.0f} images/s · waiting for data {percent(line['data_wait'], 0)}"
         )
         self._numbers.plain = numbers
-        due = time.monotonic() - self._spoken > SAY_EVERY_S or self.step == self.total
+        due = time.monotonic() - self._logged > SAY_EVERY_S or self.step == self.total
         if not self._shown and due:
-            self._spoken = time.monotonic()
+            self._logged = time.monotonic()
             place = f"step {self.step}/{self.total} · epoch {line['epoch']:.2f}"
             note(f"{place} · {numbers} · left {duration(self._left_s())}")
 
     def evaluated(self, metrics: Any, better: bool) -> None:
-        """Say what a validation came to."""
+        """Log the result of a validation."""
         note(
             f"step {self.step}  {metrics.split}: accuracy {percent(metrics.accuracy, 2)} on {metrics.count} images, "
             f"loss {metrics.loss:.4f}{'  (best so far)' if better else ''}"
@@ -244,7 +242,7 @@ class TrainingProgress:
 
     @contextmanager
     def evaluating(self, split: str) -> Iterator[Callable[[int, int], None]]:
-        """While a split is scored: a function to call with the batches done and in all."""
+        """Show progress while a split is scored; yields a function to call with the batches done and their total."""
         task = self._bar.add_task(split, total=None, place="")
         try:
             yield lambda done, count: self._bar.update(task, completed=done, total=count)

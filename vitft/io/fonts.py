@@ -1,9 +1,9 @@
-"""A font for each name in a picture: DejaVu Sans, which comes with matplotlib, or one that is installed here."""
+"""Find a font that can draw a name: DejaVu Sans, which comes with matplotlib, or an installed font."""
 
 from functools import cache
 from pathlib import Path
 
-# Sans-serif fonts with Chinese, Japanese and Korean letters, as Linux, macOS and Windows have them.
+# Sans-serif fonts with Chinese, Japanese and Korean glyphs on Linux, macOS and Windows.
 _INSTALLED = (
     "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans CJK KR", "Source Han Sans", "WenQuanYi Zen Hei",
     "WenQuanYi Micro Hei", "Droid Sans Fallback", "Hiragino Sans", "PingFang SC", "Heiti TC", "Apple SD Gothic Neo",
@@ -11,17 +11,17 @@ _INSTALLED = (
 )  # fmt: skip
 
 
-def drawable(name: str, otherwise: str) -> tuple[str, str]:
-    """The name, or `otherwise` where no font here has all of its letters, and the file of a font that does.
+def drawable(name: str, fallback: str) -> tuple[str, str]:
+    """The name and the file of a font that has all of its characters; without one, `fallback` and DejaVu Sans.
 
-    A whole name has one font, for Pillow knows no second one, and a box in place of a letter tells nothing.
+    One font must have the entire name, because Pillow has no font fallback.
     """
-    letters = {ord(letter) for letter in name + "…"}  # it may be cut
-    if letters <= _letters(_dejavu()):
+    characters = {ord(character) for character in name + "…"}  # the name may be truncated
+    if characters <= _characters(_dejavu()):
         return name, _dejavu()
-    fitting = (file for font in _INSTALLED if (file := _file(font)) is not None and letters <= _letters(file))
-    file = next(fitting, None)
-    return (otherwise, _dejavu()) if file is None else (name, file)
+    fonts = (file for font in _INSTALLED if (file := _file(font)) is not None and characters <= _characters(file))
+    file = next(fonts, None)
+    return (fallback, _dejavu()) if file is None else (name, file)
 
 
 @cache
@@ -33,7 +33,7 @@ def _dejavu() -> str:
 
 @cache
 def _file(font: str) -> str | None:
-    """The file of an installed font."""
+    """The file of an installed font; None if it is not installed."""
     from matplotlib.font_manager import FontProperties, findfont
 
     try:
@@ -43,8 +43,8 @@ def _file(font: str) -> str | None:
 
 
 @cache
-def _letters(file: str) -> frozenset[int]:
-    """The code points that a font draws."""
+def _characters(file: str) -> frozenset[int]:
+    """The code points that a font has glyphs for."""
     from matplotlib.ft2font import FT2Font
 
     return frozenset(FT2Font(file).get_charmap())

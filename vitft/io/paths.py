@@ -1,4 +1,4 @@
-"""Paths as they are written down: absolute, with the home folder as `~`."""
+"""Paths in settings and messages: absolute, with the home folder as `~`."""
 
 import os
 import unicodedata
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def shown(path: Path) -> str:
-    """A path as a person writes it."""
+    """The path with the home folder abbreviated to `~`."""
     home = os.path.expanduser("~")  # noqa: PTH111 (Path.home() raises where there is none)
     text = str(path)
     inside = home != "/" and (text == home or text.startswith(home + os.sep))
@@ -15,7 +15,7 @@ def shown(path: Path) -> str:
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with `~` or `~user` as that home folder; a name that merely begins with ~ as it stands."""
+    """Expand `~` and `~user`, unless a file with that name exists or there is no such user."""
     first = Path(path).parts[:1]
     if first != ("~",) and (not str(path).startswith("~") or os.path.lexists(first[0])):
         return Path(path)
@@ -26,11 +26,11 @@ def expanded(path: str | Path) -> Path:
 
 
 def composed(name: str) -> str:
-    """A name in Unicode's composed form (NFC): macOS writes é as e and an accent, others as one letter."""
+    """Normalize a name to NFC: macOS stores é as two code points, other systems as one."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def absolute(value: str, names: Container[str]) -> str:
-    """What exists here as a file or folder, by its absolute path; known names and all else as they are."""
+    """Make a path absolute if it exists; known `names` and everything else are returned unchanged."""
     path = expanded(value)
     return shown(path.resolve()) if value not in names and path.exists() else value

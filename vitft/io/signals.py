@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks the run to save and stop, the second ends it at once."""
+"""Ctrl-C and SIGTERM: the first signal asks the run to save and stop, the second kills it."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ Gather = Callable[[list[Any]], list[Any]]
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal came in the middle of work of which nothing is kept: a step's gradients, a validation."""
+    """A signal interrupted work that is discarded: the gradients of a step, or a validation."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -23,80 +23,80 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopSignals:
-    """While entered, remembers a signal instead of dying of it; `breakable` work is broken off."""
+    """While entered, the first signal is recorded instead of ending the process; it interrupts `interruptible` work."""
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
-        self._alone = accelerator.num_processes == 1
+        self._single = accelerator.num_processes == 1
         self._number = 0
-        self._breakable = False
-        self._before: dict[int, Any] = {}
+        self._can_interrupt = False
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._remember)
+                self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._number:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self._number = number
-        if self._breakable:
+        if self._can_interrupt:
             raise Interrupted(number)
 
     @contextmanager
-    def breakable(self) -> Iterator[None]:
-        """Around work of which nothing is kept: a signal ends it at once. Raises Interrupted.
+    def interruptible(self) -> Iterator[None]:
+        """A context for work that can be discarded: a signal interrupts it at once. Raises Interrupted.
 
-        On several processes, which must agree on where they stop, it goes on until they next ask one another.
+        With several processes, the work continues until they next synchronize, so that all stop at the same point.
         """
-        self._breakable = self._alone
+        self._can_interrupt = self._single
         try:
-            if self._breakable and self._number:
+            if self._can_interrupt and self._number:
                 raise Interrupted(self._number)
             yield
         finally:
-            self._breakable = False
+            self._can_interrupt = False
 
     def received(self) -> int:
-        """The signal that any process received, or 0: all processes hear of it at the same step."""
-        return self._most(0)[0]
+        """The signal that any process received, or 0. All processes get the same answer."""
+        return self._max_over_processes(0)[0]
 
     def watched(self, progress: Progress, gather: Gather) -> tuple[Progress, Gather]:
-        """`progress` and `gather` of work in parts: after each part all processes ask whether to stop.
+        """Wrap `progress` and `gather` of work in batches: after each batch, all processes check for signals.
 
-        Processes may have different numbers of parts: who is done asks on until all are, before `gather` joins
-        what they have. Both raise Interrupted, on all processes at once.
+        Processes can have different numbers of batches. One that is done keeps checking until all are, and then calls
+        `gather`. Both functions raise Interrupted in all processes at once.
         """
 
-        def after_a_part(done: int, count: int) -> None:
+        def checked_progress(done: int, count: int) -> None:
             progress(done, count)
-            self._ask(busy=True)
+            self._check(busy=True)
 
-        def joined(parts: list[Any]) -> list[Any]:
-            while self._ask(busy=False):
+        def checked_gather(results: list[Any]) -> list[Any]:
+            while self._check(busy=False):
                 pass
-            return gather(parts)
+            return gather(results)
 
-        return after_a_part, joined
+        return checked_progress, checked_gather
 
-    def _ask(self, *, busy: bool) -> bool:
-        """Whether any process is busy. Raises Interrupted where any received a signal."""
-        number, others = self._most(int(busy))
+    def _check(self, *, busy: bool) -> bool:
+        """Whether any process is busy (False for a single process). Raises Interrupted if any received a signal."""
+        number, any_busy = self._max_over_processes(int(busy))
         if number:
             raise Interrupted(number)
-        return bool(others) and not self._alone
+        return bool(any_busy) and not self._single
 
-    def _most(self, busy: int) -> tuple[int, int]:
-        """The greatest signal and the greatest `busy` of all processes."""
-        if self._alone:
+    def _max_over_processes(self, busy: int) -> tuple[int, int]:
+        """The largest signal number and the largest `busy` over all processes."""
+        if self._single:
             return self._number, busy
-        mine = torch.tensor([[self._number, busy]], device=self._accelerator.device)
-        number, others = self._accelerator.gather(mine).amax(dim=0).tolist()
-        return number, others
+        local = torch.tensor([[self._number, busy]], device=self._accelerator.device)
+        number, any_busy = self._accelerator.gather(local).amax(dim=0).tolist()
+        return number, any_busy

@@ -205,7 +205,7 @@ class _Run:
         self.pending: tuple[Card, dict[str, torch.Tensor]] | None = None  # a best/ that is not written yet
         self.signals, self.window, self.pace = StopSignals(accelerator), Window(accelerator), PaceWatch()
         self.measured: Metrics | None = None  # the last one
-        self.learner.breakable = self.signals.breakable
+        self.learner.breakable = self.signals.interruptible
         self.begun = self.saved = self.written_last = -1  # steps: of the beginning, and of what this process last wrote
         card = read_card(resumed_from) if resumed_from else None
         self.scores: dict[str, dict[str, Any]] = card.scores if card else {}
@@ -372,7 +372,7 @@ class _Run:
             *self.stores[role], self.how, batch_size=evaluation.BATCH, device=accelerator.device,
             rank=accelerator.process_index, world=accelerator.num_processes,
         )  # fmt: skip
-        with self.signals.breakable(), bar.evaluating(role) as shown:
+        with self.signals.interruptible(), bar.evaluating(role) as shown:
             progress, gather = self.signals.watched(shown, gather_object)
             batches = loader if self.probe is None else self.probe.scoring(role, loader, progress)
             # The bare model: its own would wait for the other processes, which may have another number of batches.
