@@ -31,6 +31,7 @@ from vitft.scratch.scalar_vit import (
     train,
 )
 from vitft.scratch.tensors import Array
+from vitft.scratch.torch_vit import TorchViT
 from vitft.scratch.vit import named_arrays, vit, vit_backward
 from vitft.spec import ViTSpec
 
@@ -79,41 +80,16 @@ def assert_equal(ours: dict[str, Array], theirs: dict[str, Array], tolerance: fl
         assert np.abs(gradient - other).max() <= tolerance * np.abs(other).max(), name
 
 
-def torch_logits(w: dict[str, torch.Tensor], spec: ViTSpec, images: torch.Tensor) -> torch.Tensor:
-    """The model written with torch's operations, (B, C, H, W) to (B, classes)."""
-
-    def norm(name: str, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, (spec.width,), w[f"{name}.scale"], w[f"{name}.shift"], spec.norm_eps)
-
-    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
-
-    b, n, d, a = len(images), spec.tokens, spec.width, spec.heads
-    kernel, stride = w["embedding.projection.weight"], (spec.stride_height, spec.stride_width)
-    kernel = kernel.reshape(d, spec.channels, spec.patch_height, spec.patch_width)
-    x = F.conv2d(images, kernel, w["embedding.projection.bias"], stride).flatten(2).transpose(1, 2)
-    x = torch.cat([w["embedding.class_token"].expand(b, 1, d), x], dim=1) + w["embedding.positions"]
-    for i in range(spec.layers):
-        qkv = linear(f"blocks.{i}.attention.qkv", norm(f"blocks.{i}.attention_norm", x))
-        q, k, v = (part.reshape(b, n, a, d // a).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d)
-        x = x + linear(f"blocks.{i}.attention.output", mixed)
-        hidden = linear(f"blocks.{i}.mlp.inner", norm(f"blocks.{i}.mlp_norm", x))
-        x = x + linear(f"blocks.{i}.mlp.outer", F.gelu(hidden))
-    return linear("head.logits", norm("norm", x)[:, 0])
-
-
 @pytest.mark.parametrize("spec", [TINY, LARGER], ids=["tiny", "larger"])
 def test_loss_and_gradients_equal_torch(spec: ViTSpec) -> None:
-    arrays = dict(named_arrays(random_weights(spec)))
-    p = parameters_like(arrays, spec)
-    w = {name: torch.from_numpy(array).requires_grad_() for name, array in arrays.items()}
+    w = random_weights(spec)
+    model = TorchViT(spec).load(w)
     images, labels = batch(spec)
-    expected = F.cross_entropy(torch_logits(w, spec, torch.from_numpy(images)), torch.from_numpy(labels))
+    expected = F.cross_entropy(model(torch.from_numpy(images)), torch.from_numpy(labels))
     expected.backward()
-    loss, gradients = loss_and_gradients(p, spec, images, labels)
+    loss, gradients = loss_and_gradients(parameters_like(dict(named_arrays(w)), spec), spec, images, labels)
     assert loss == pytest.approx(expected.item(), rel=1e-11)
-    assert_equal(gradients, {name: tensor.grad.numpy() for name, tensor in w.items() if tensor.grad is not None})
+    assert_equal(gradients, dict(named_arrays(model.weights(gradients=True))))
 
 
 @pytest.mark.parametrize("spec", [TINY, LARGER], ids=["tiny", "larger"])

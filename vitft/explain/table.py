@@ -20,28 +20,16 @@ from vitft.spec import PRESETS, Stage, ViTSpec, preset, spec_from_config, stages
 DEFAULT_MODEL = "vit-base-patch16-224"
 
 
-def resolve_spec(
-    model: str | None = None,
-    *,
-    image_size: int | None = None,
-    patch_size: int | None = None,
-    width: int | None = None,
-    layers: int | None = None,
-    heads: int | None = None,
-    mlp: int | None = None,
-    classes: int | None = None,
-    pre_logits: int | None = None,
-) -> ViTSpec:
+def resolve_spec(model: str | None = None, **sizes: int | None) -> ViTSpec:
     """The ViT to explain: a preset, or the config.json of a local folder or hub model, with some sizes replaced.
 
-    The default model is DEFAULT_MODEL. Image and patch sizes are in pixels; a new patch size also sets the stride. Only
-    a hub id (`owner/name`) uses the cache or the network. Presets and sizes do not import torch.
+    The default model is DEFAULT_MODEL. `sizes` are image_size, patch_size, width, layers, heads, mlp, classes and
+    pre_logits. Image and patch sizes are in pixels; a new patch size also sets the stride. Only a hub id (`owner/name`)
+    uses the cache or the network. Presets and sizes do not import torch.
 
     Raises UsageError, in terms of the command's flags, for an unknown preset or inconsistent sizes; ModelError if the
     config.json is missing, unreadable or that of another architecture.
     """
-    sizes = {"image_size": image_size, "patch_size": patch_size, "width": width, "layers": layers,
-             "heads": heads, "mlp": mlp, "classes": classes, "pre_logits": pre_logits}  # fmt: skip
     return with_sizes(_model_spec(model or DEFAULT_MODEL), sizes, as_flag)
 
 
