@@ -17,7 +17,7 @@ import numpy as np
 from vitft.data.sources.source import Source
 from vitft.scratch.train import Engine, Images, Plan, batch, steps_per_epoch
 from vitft.scratch_runner.config import load_config
-from vitft.scratch_runner.training import Data, engine_of, plan_of, spec_of
+from vitft.scratch_runner.training import Data, make_engine, make_plan, make_spec
 from vitft.spec import ViTSpec
 
 NETWORKS = {"mnist-patch7": (1, 28, 28), "mnist-patch4": (1, 28, 28), "cifar10-patch4": (3, 32, 32)}
@@ -53,8 +53,8 @@ def prepared(name: str, engine: str) -> tuple[Engine, Data, ViTSpec, Plan]:
     rng = np.random.default_rng(0)
     images = Images(rng.integers(0, 256, (4000, *NETWORKS[name]), dtype=np.uint8), rng.integers(0, 10, 4000))
     data = Data(Source("noise", datasets.DatasetDict(), tuple("0123456789"), None), images, images, {})
-    spec, plan = spec_of(config, data), plan_of(config, data)
-    return engine_of(config, spec, plan), data, spec, plan
+    spec, plan = make_spec(config, data), make_plan(config, data)
+    return make_engine(config, spec, plan), data, spec, plan
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from vitft.randomness import order, philox, seed_of, uniform, words
+from vitft.randomness import derive_seed, permutation, philox, random_words, uniform
 
 SEEDS = st.integers(0, 2**32 - 1)
 ONES = 0xFFFFFFFF
@@ -38,25 +38,25 @@ def test_it_is_philox_4x32_10(counter: list[int], key: tuple[int, int], expected
 
 @given(seed=SEEDS, epoch=st.integers(0, 1000), count=st.integers(0, 500))
 def test_an_order_is_a_permutation(seed: int, epoch: int, count: int) -> None:
-    assert sorted(order(seed, "order", epoch, count).tolist()) == list(range(count))
+    assert sorted(permutation(seed, "order", epoch, count).tolist()) == list(range(count))
 
 
 def test_an_order_depends_only_on_seed_purpose_and_epoch() -> None:
     orders = [
-        order(0, "order", 0, 100),
-        order(1, "order", 0, 100),
-        order(0, "other", 0, 100),
-        order(0, "order", 1, 100),
+        permutation(0, "order", 0, 100),
+        permutation(1, "order", 0, 100),
+        permutation(0, "other", 0, 100),
+        permutation(0, "order", 1, 100),
     ]
 
     assert len({tuple(permutation.tolist()) for permutation in orders}) == 4
-    assert order(0, "order", 0, 100).tolist() == orders[0].tolist()
+    assert permutation(0, "order", 0, 100).tolist() == orders[0].tolist()
 
 
 @given(seed=SEEDS, index=st.lists(st.integers(0, 2**40), min_size=1, max_size=20))
 def test_random_numbers_of_a_sample_do_not_depend_on_its_batch(seed: int, index: list[int]) -> None:
-    together = words(seed, "crop", 3, np.array(index))
-    alone = np.concatenate([words(seed, "crop", 3, np.array([i])) for i in index])
+    together = random_words(seed, "crop", 3, np.array(index))
+    alone = np.concatenate([random_words(seed, "crop", 3, np.array([i])) for i in index])
 
     assert together.tolist() == alone.tolist()
 
@@ -64,7 +64,7 @@ def test_random_numbers_of_a_sample_do_not_depend_on_its_batch(seed: int, index:
 def test_other_draws_give_other_numbers() -> None:
     index = np.arange(100)
 
-    assert not (words(0, "crop", 0, index, draw=0) == words(0, "crop", 0, index, draw=1)).any()
+    assert not (random_words(0, "crop", 0, index, draw=0) == random_words(0, "crop", 0, index, draw=1)).any()
 
 
 @pytest.mark.parametrize("column", range(4))
@@ -95,7 +95,7 @@ def test_neighboring_epochs_and_seeds_are_not_correlated() -> None:
 
 def test_torch_seeds_depend_on_every_number_and_its_position() -> None:
     seeds = {
-        seed_of(seed, purpose, *numbers)
+        derive_seed(seed, purpose, *numbers)
         for seed in (0, 1)
         for purpose in ("dropout", "head")
         for numbers in [(0, 1), (1, 0), (0, 0), (1, 1), (0, 1, 0)]
@@ -110,9 +110,11 @@ def test_random_numbers_stay_the_same_across_versions() -> None:
     seed = 2**40 + 7
     key = (7, zlib.crc32(b"crop") ^ 2**8)
     counters = np.array([[0, 2, 5, 1], [9, 0, 5, 1]], np.uint64)  # index in two words, epoch, draw
-    drawn = words(seed, "crop", 5, np.array([2**33, 9]), draw=1)
+    drawn = random_words(seed, "crop", 5, np.array([2**33, 9]), draw=1)
     assert drawn.tolist() == philox(counters, key).tolist()
     assert uniform(seed, "crop", 5, np.array([2**33, 9]), draw=1).tolist() == (drawn / 2**32).tolist()
-    first = words(seed, "order", 2, np.arange(50)).tolist()
-    assert order(seed, "order", 2, 50).tolist() == sorted(range(50), key=lambda i: first[i][0] * 2**32 + first[i][1])
-    assert seed_of(1, "dropout", 2, 3, 4) == 3731270403847504835
+    first = random_words(seed, "order", 2, np.arange(50)).tolist()
+    assert permutation(seed, "order", 2, 50).tolist() == sorted(
+        range(50), key=lambda i: first[i][0] * 2**32 + first[i][1]
+    )
+    assert derive_seed(1, "dropout", 2, 3, 4) == 3731270403847504835

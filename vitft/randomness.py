@@ -33,7 +33,9 @@ def philox(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint
     return np.stack([a, b, c, d], axis=1)
 
 
-def words(seed: int, purpose: str, epoch: int, index: NDArray[np.integer[Any]], draw: int = 0) -> NDArray[np.uint64]:
+def random_words(
+    seed: int, purpose: str, epoch: int, index: NDArray[np.integer[Any]], draw: int = 0
+) -> NDArray[np.uint64]:
     """Four random 32-bit words for each index: (n,) -> (n, 4). Another `draw` gives four more."""
     counter = np.empty((len(index), 4), np.uint64)
     counter[:, 0] = index.astype(np.uint64) & _LOW_WORD
@@ -44,19 +46,19 @@ def words(seed: int, purpose: str, epoch: int, index: NDArray[np.integer[Any]], 
 
 def uniform(seed: int, purpose: str, epoch: int, index: NDArray[np.int64], draw: int = 0) -> NDArray[np.float64]:
     """Four uniform random numbers in [0, 1) for each index: (n,) -> (n, 4)."""
-    return words(seed, purpose, epoch, index, draw) / 2.0**32
+    return random_words(seed, purpose, epoch, index, draw) / 2.0**32
 
 
-def order(seed: int, purpose: str, epoch: int, count: int) -> NDArray[np.int64]:
+def permutation(seed: int, purpose: str, epoch: int, count: int) -> NDArray[np.int64]:
     """A random permutation of range(count): the indices sorted by their random words."""
-    keys = words(seed, purpose, epoch, np.arange(count))
+    keys = random_words(seed, purpose, epoch, np.arange(count))
     return np.argsort(keys[:, 0] << _WORD_BITS | keys[:, 1], kind="stable")
 
 
-def seed_of(seed: int, purpose: str, *numbers: int) -> int:
+def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
     """A seed for torch.manual_seed, below 2**63, from (seed, purpose, numbers...)."""
     result = 0
     for number in numbers or (0,):
-        first, second, *_ = words(seed ^ result, purpose, 0, np.array([number]))[0].tolist()
+        first, second, *_ = random_words(seed ^ result, purpose, 0, np.array([number]))[0].tolist()
         result = first << 31 | second >> 1
     return result

@@ -27,7 +27,7 @@ from vitft.data.loader import EvalLoader, Prefetcher, TrainLoader
 from vitft.data.sources.source import open_dataset
 from vitft.data.store import Store, check_headers, decode_all, move_to_device
 from vitft.errors import DataError
-from vitft.randomness import order, uniform
+from vitft.randomness import permutation, uniform
 
 PREPROCESS = Preprocess(32, 32)
 
@@ -159,7 +159,7 @@ def test_each_epoch_sees_every_image_once_in_its_own_order() -> None:
 
 def test_random_draws_match_earlier_versions() -> None:
     """A run begun by an earlier version resumes with the same batches, flips and crops."""
-    assert LOADER.samples(7).tolist() == order(3, "order", 1, 53)[:8].tolist()
+    assert LOADER.samples(7).tolist() == permutation(3, "order", 1, 53)[:8].tolist()
     index = np.arange(20)
     assert draw_flips(3, 1, index).tolist() == (uniform(3, "flip", 1, index)[:, 0] < 0.5).tolist()
 

@@ -29,7 +29,7 @@ from vitft.scratch.train import Images, NumpyEngine, Plan, accuracy
 from vitft.scratch.train import load as load_weights
 from vitft.scratch_runner.config import TextbookConfig, load_config
 from vitft.scratch_runner.report import scalar_document
-from vitft.scratch_runner.training import load, mean_and_std, plan_of, spec_of
+from vitft.scratch_runner.training import load_data, make_plan, make_spec, mean_and_std
 from vitft.spec import ViTSpec
 
 NETWORK = ["--width", "8", "--heads", "2", "--layers", "1", "--mlp", "8", "--epochs", "2", "--batch-size", "8"]
@@ -85,7 +85,7 @@ def scored(run: Path) -> float:
     spec = ViTSpec(**summary["spec"])
     plan = Plan(epochs=1, batch_size=1, lr=1, mean=summary["mean"], std=summary["std"], dtype=config.dtype)
     engine = NumpyEngine(load_weights(run / "weights.safetensors", spec), spec, plan)
-    test = load(config).test
+    test = load_data(config).test
     return accuracy(engine, Images(test.pixels, test.labels), plan)
 
 
@@ -174,7 +174,7 @@ def test_gray_and_color_images_square_and_not(folder: Folder, mode: str, channel
     assert result.exit_code == 0, result.output
     spec = json.loads(result.stdout)["spec"]
     assert (spec["channels"], spec["image_width"], spec["image_height"]) == (channels, *size)
-    data = load(TextbookConfig(dataset=str(dataset)))
+    data = load_data(TextbookConfig(dataset=str(dataset)))
     assert data.train.pixels.shape == (24, channels, size[1], size[0])
     stored = np.asarray(Image.open(dataset / "train" / "dark" / "0.png")).reshape(size[1], size[0], channels)
     assert any(np.array_equal(image, stored.transpose(2, 0, 1)) for image in data.train.pixels)
@@ -183,17 +183,17 @@ def test_gray_and_color_images_square_and_not(folder: Folder, mode: str, channel
 def test_without_a_test_split_a_tenth_of_train_is_held_out(folder: Folder) -> None:
     result = scratch("--dataset", folder(test=None), *NETWORK)
     assert "validation accuracy" in result.stdout
-    data = load(TextbookConfig(dataset="shades"))
+    data = load_data(TextbookConfig(dataset="shades"))
     assert len(data.train.labels) + len(data.test.labels) == 24
     assert 1 <= len(data.test.labels) < 12  # about a tenth: each image is drawn independently
     assert not set(data.splits["train"].rows) & set(data.splits["validation"].rows)
 
 
 def test_the_validation_split_is_used_only_without_a_test_split(folder: Folder) -> None:
-    data = load(TextbookConfig(dataset=str(folder())))
+    data = load_data(TextbookConfig(dataset=str(folder())))
     assert {role: len(split.rows) for role, split in data.splits.items()} == {"train": 24, "test": 12}
     folder(test="validation", name="other")
-    assert set(load(TextbookConfig(dataset="other")).splits) == {"train", "validation"}
+    assert set(load_data(TextbookConfig(dataset="other")).splits) == {"train", "validation"}
 
 
 def test_images_of_different_sizes_are_an_error(folder: Folder) -> None:
@@ -213,7 +213,7 @@ def test_a_single_class_is_an_error(folder: Folder) -> None:
     for split in ("train", "test"):
         shutil.rmtree(dataset / split / "light")
     with pytest.raises(DataError, match=r"there is only one class \(dark\)"):
-        load(TextbookConfig(dataset="shades"))
+        load_data(TextbookConfig(dataset="shades"))
 
 
 def test_mean_and_std_are_those_of_the_training_images() -> None:
@@ -230,7 +230,7 @@ def test_mean_and_std_are_those_of_the_training_images() -> None:
 
 
 def test_every_setting_reaches_the_network_or_the_plan(folder: Folder) -> None:
-    data = load(TextbookConfig(dataset=str(folder())))
+    data = load_data(TextbookConfig(dataset=str(folder())))
     changed: dict[str, Any] = {
         "patch_size": 2, "width": 12, "heads": 3, "layers": 2, "mlp": 5, "pre_logits": 4, "pooling": "mean",
         "positions": "sinusoidal", "norm": "post", "final_norm": False, "activation": "relu", "epochs": 3,
@@ -239,7 +239,7 @@ def test_every_setting_reaches_the_network_or_the_plan(folder: Folder) -> None:
         "dtype": "float64", "seed": 9,
     }  # fmt: skip
     config = TextbookConfig(**changed)
-    used = asdict(spec_of(config, data)) | asdict(plan_of(config, data))
+    used = asdict(make_spec(config, data)) | asdict(make_plan(config, data))
     for name, value in changed.items():
         assert used["patch_height" if name == "patch_size" else name] == value, name
         assert getattr(TextbookConfig(), name) != value, name
@@ -251,7 +251,7 @@ def test_every_setting_reaches_the_network_or_the_plan(folder: Folder) -> None:
     ("augment", "expected"), [("none", (0, 0)), ("crop", (1, 0)), ("flip", (0, 1)), ("both", (1, 1))]
 )
 def test_augmentations(folder: Folder, augment: Any, expected: tuple[int, int]) -> None:
-    plan = plan_of(TextbookConfig(augment=augment), load(TextbookConfig(dataset=str(folder()))))
+    plan = make_plan(TextbookConfig(augment=augment), load_data(TextbookConfig(dataset=str(folder()))))
     assert (plan.crop_border, plan.flip) == expected  # an eighth of 8 pixels
 
 

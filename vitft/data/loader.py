@@ -19,7 +19,7 @@ from vitft.data.augment import Images, Preprocess, augment, augment_pixels, flip
 from vitft.data.store import Store, move_to_device
 from vitft.hardware.device import to_device
 from vitft.hardware.timers import Clock
-from vitft.randomness import order
+from vitft.randomness import permutation
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class TrainLoader:
         self.labels = torch.from_numpy(labels.copy())
         self.batch_size, self.rank, self.world, self.device = batch_size, rank, world, device
         self._buffer = InputBuffer(preprocess, device)
-        self._order = lru_cache(maxsize=2)(lambda epoch: order(seed, "order", epoch, len(store)))
+        self._order = lru_cache(maxsize=2)(lambda epoch: permutation(seed, "order", epoch, len(store)))
         self._prefetch = Prefetcher(self._augment_on_host) if store.pixels.device.type != device.type else None
 
     @property

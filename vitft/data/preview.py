@@ -11,7 +11,7 @@ from vitft.data.sources.source import Source, class_indices
 from vitft.data.splits import find_split_name
 from vitft.io.console import safe
 from vitft.io.fonts import drawable
-from vitft.randomness import order
+from vitft.randomness import permutation
 
 CLASSES, IMAGES = 20, 8
 _CELL, _GAP, _MARGIN = 96, 6, 20  # pixels
@@ -47,7 +47,7 @@ def preview(source: Source, path: Path, seed: int = 0) -> None:
         y = top + line * (_CELL + _GAP)
         draw.text((left - 14, y + _CELL // 2), text, _INK, font, anchor="rm")
         rows = np.flatnonzero(labels == label)
-        drawn = rows[order(seed, f"preview {source.labels[label]}", 0, len(rows))[:IMAGES]]
+        drawn = rows[permutation(seed, f"preview {source.labels[label]}", 0, len(rows))[:IMAGES]]
         for column, row in enumerate(drawn):
             x = left + column * (_CELL + _GAP)
             _draw_cell(sheet, x, y, split[int(row)]["image"])

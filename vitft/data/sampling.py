@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from vitft.randomness import words
+from vitft.randomness import random_words
 
 Keys = NDArray[np.uint64]  # a number that identifies an image: see `identity`
 OPEN, TRAIN, HELD_OUT = -1, 0, 1  # the side an image must be on: either, training, held out
@@ -66,7 +66,7 @@ def stratified_sample(
 
 def _random_words(keys: Keys, seed: int, purpose: str) -> NDArray[np.uint64]:
     """A random 64-bit number for each key."""
-    drawn = words(seed, purpose, 0, keys)
+    drawn = random_words(seed, purpose, 0, keys)
     return drawn[:, 0] << np.uint64(32) | drawn[:, 1]
 
 

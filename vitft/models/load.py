@@ -31,7 +31,7 @@ from vitft.models.heads import head_modules, in_head, label_tensors
 from vitft.models.image_processor import find_processor_file, read_processor
 from vitft.models.memory_guard import check_lengths, check_memory, check_pickled
 from vitft.models.resize import check_size, has_fixed_size, input_size, resize_model, with_image_size
-from vitft.randomness import seed_of
+from vitft.randomness import derive_seed
 from vitft.spec import PRESETS, ViTSpec, spec_from_config
 
 BUNDLED = "vit-micro"
@@ -61,7 +61,7 @@ def load_for_training(config: TrainConfig, labels: Sequence[str], untrained: Seq
     seed. Raises ModelError.
     """
     _quiet()
-    torch.manual_seed(seed_of(config.seed, "weights"))
+    torch.manual_seed(derive_seed(config.seed, "weights"))
     if config.from_scratch:
         loaded = _from_scratch(config, labels)
         return replace(loaded, preprocess=loaded.preprocess.with_value_range(config.value_range))

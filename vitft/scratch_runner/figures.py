@@ -26,7 +26,7 @@ from vitft.scratch.torch_vit import TorchViT
 from vitft.scratch.train import fit
 from vitft.scratch.vit import ViT, map_arrays, named_arrays, vit, vit_backward
 from vitft.scratch_runner.config import TextbookConfig
-from vitft.scratch_runner.training import engine_of, load, plan_of, spec_of
+from vitft.scratch_runner.training import load_data, make_engine, make_plan, make_spec
 from vitft.spec import ViTSpec
 
 _INK, _FAINT, _PALE = "#1c1c1f", "#74747c", "#e4e4e8"
@@ -290,9 +290,9 @@ def draw_optim(figure: Figure) -> None:
 def draw_train(figure: Figure) -> None:
     """Training on the bundled digits: loss of each step, accuracy of each epoch, and the worst predictions."""
     config = TextbookConfig(dataset="digits", epochs=16, batch_size=50, lr=4e-3, schedule="cosine", warmup_steps=20)
-    data = load(config)
-    spec, plan = spec_of(config, data), plan_of(config, data)
-    engine, losses = engine_of(config, spec, plan), list[float]()
+    data = load_data(config)
+    spec, plan = make_spec(config, data), make_plan(config, data)
+    engine, losses = make_engine(config, spec, plan), list[float]()
     history = fit(engine, data.train, data.test, spec, plan, lambda step, loss, lr: losses.append(loss))
     panels = figure.subplot_mosaic("llss012;llss345")
     panels["l"].plot(losses, color=_BLUE, lw=0.8)

@@ -64,11 +64,11 @@ def train(config: TextbookConfig, *, output: Path | None = None, name: str | Non
         raise UsageError("no dataset; name a recipe (`vitft recipes ls`) or add --dataset; digits needs no network.")
     if output is not None and output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UsageError(f"output {output}: exists and is not empty; choose another.")
-    data = load(config)
-    spec = spec_of(config, data)
-    plan = plan_of(config, data)
+    data = load_data(config)
+    spec = make_spec(config, data)
+    plan = make_plan(config, data)
     run = output if output is not None else _next_free_run(name or data.source.name)
-    engine = engine_of(config, spec, plan)
+    engine = make_engine(config, spec, plan)
     console.note(
         f"{len(data.train.labels):,} training images of {spec.image_height}x{spec.image_width} in {spec.channels} "
         f"channel{'s' if spec.channels > 1 else ''}, {total(spec).parameters:,} parameters, {config.engine} engine"
@@ -152,7 +152,7 @@ def _summary(config: TextbookConfig, data: Data, spec: ViTSpec, plan: Plan, last
 # -- from settings to the chapters' arguments --------------------------------------------------------
 
 
-def spec_of(config: TextbookConfig, data: Data) -> ViTSpec:
+def make_spec(config: TextbookConfig, data: Data) -> ViTSpec:
     """The sizes of the network, from the images and the settings. Raises UsageError if they do not fit."""
     channels, height, width = data.train.pixels.shape[1:]
     patch = config.patch_size
@@ -170,7 +170,7 @@ def spec_of(config: TextbookConfig, data: Data) -> ViTSpec:
     )  # fmt: skip
 
 
-def plan_of(config: TextbookConfig, data: Data) -> Plan:
+def make_plan(config: TextbookConfig, data: Data) -> Plan:
     """The training plan, from the settings and the mean and standard deviation of the training images."""
     mean, std = mean_and_std(data.train.pixels)
     fields = (
@@ -184,7 +184,7 @@ def plan_of(config: TextbookConfig, data: Data) -> Plan:
     )  # fmt: skip
 
 
-def engine_of(config: TextbookConfig, spec: ViTSpec, plan: Plan) -> Engine:
+def make_engine(config: TextbookConfig, spec: ViTSpec, plan: Plan) -> Engine:
     """The engine of the settings, with the plan's initial weights, which are the same for both engines."""
     w = initial_weights(spec, plan)
     if config.engine == "numpy":
@@ -211,7 +211,7 @@ def mean_and_std(pixels: NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[fl
 # -- data ---------------------------------------------------------------------------------------------
 
 
-def load(config: TextbookConfig) -> Data:
+def load_data(config: TextbookConfig) -> Data:
     """Open, split and decode the dataset: uint8 pixels (images, C, H, W), with C = 1 if every image is gray.
 
     Test images come from the test split, else the validation split, else a tenth of train. Raises DataError for a

@@ -15,7 +15,7 @@ from vitft.hardware.timers import Clock, DataWait
 from vitft.io import console
 from vitft.io.signals import Gather, Progress
 from vitft.models.load import checkpoint_activations, compiled, set_training
-from vitft.randomness import seed_of
+from vitft.randomness import derive_seed
 from vitft.training.linear_probe import FeatureLoader, Probe, features_pay
 from vitft.training.optim import lr_at, make_optimizer, total_steps
 from vitft.training.setup import Prepared, Stores
@@ -124,7 +124,7 @@ class Learner:
             if len(labels) == 0:  # gradients are exchanged by all processes, so an idle one adds zeros
                 pixels = torch.zeros((1, *batch.pixels.shape[1:]), device=accelerator.device)
                 labels, weight = torch.zeros(1, dtype=torch.long, device=accelerator.device), 0.0
-            torch.manual_seed(seed_of(config.seed, "dropout", step, number, accelerator.process_index))
+            torch.manual_seed(derive_seed(config.seed, "dropout", step, number, accelerator.process_index))
             exchange = number == len(starts) - 1
             with nullcontext() if exchange else accelerator.no_sync(self.model):
                 with clock.part("forward"):
