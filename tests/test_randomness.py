@@ -69,27 +69,27 @@ def test_other_draws_give_other_numbers() -> None:
 
 @pytest.mark.parametrize("column", range(4))
 def test_uniforms_are_uniform(column: int) -> None:
-    drawn = uniform(7, "crop", 2, np.arange(20_000))[:, column]
+    numbers = uniform(7, "crop", 2, np.arange(20_000))[:, column]
 
-    assert drawn.min() >= 0
-    assert drawn.max() < 1
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
     # The seed is fixed, so this cannot fail by chance; for visible unevenness p would be far below 0.001.
-    assert stats.chisquare(np.histogram(drawn, bins=100, range=(0, 1))[0]).pvalue > 0.001
+    assert stats.chisquare(np.histogram(numbers, bins=100, range=(0, 1))[0]).pvalue > 0.001
 
 
 @pytest.mark.parametrize("lag", [1, 2, 32])
 def test_neighboring_indices_are_not_correlated(lag: int) -> None:
-    drawn = uniform(7, "crop", 2, np.arange(20_000))[:, 0]
+    numbers = uniform(7, "crop", 2, np.arange(20_000))[:, 0]
 
     # 4 standard errors of the correlation of 20,000 independent pairs
-    assert abs(np.corrcoef(drawn[lag:], drawn[:-lag])[0, 1]) < 4 / np.sqrt(20_000)
+    assert abs(np.corrcoef(numbers[lag:], numbers[:-lag])[0, 1]) < 4 / np.sqrt(20_000)
 
 
 def test_neighboring_epochs_and_seeds_are_not_correlated() -> None:
     index = np.arange(20_000)
-    drawn = [uniform(seed, "crop", epoch, index)[:, 0] for seed, epoch in [(0, 0), (0, 1), (1, 0)]]
+    numbers = [uniform(seed, "crop", epoch, index)[:, 0] for seed, epoch in [(0, 0), (0, 1), (1, 0)]]
 
-    off_diagonal = np.corrcoef(drawn)[np.triu_indices(3, 1)]
+    off_diagonal = np.corrcoef(numbers)[np.triu_indices(3, 1)]
     assert np.abs(off_diagonal).max() < 4 / np.sqrt(20_000)
 
 
@@ -110,9 +110,9 @@ def test_random_numbers_stay_the_same_across_versions() -> None:
     seed = 2**40 + 7
     key = (7, zlib.crc32(b"crop") ^ 2**8)
     counters = np.array([[0, 2, 5, 1], [9, 0, 5, 1]], np.uint64)  # index in two words, epoch, draw
-    drawn = random_words(seed, "crop", 5, np.array([2**33, 9]), draw=1)
-    assert drawn.tolist() == philox(counters, key).tolist()
-    assert uniform(seed, "crop", 5, np.array([2**33, 9]), draw=1).tolist() == (drawn / 2**32).tolist()
+    numbers = random_words(seed, "crop", 5, np.array([2**33, 9]), draw=1)
+    assert numbers.tolist() == philox(counters, key).tolist()
+    assert uniform(seed, "crop", 5, np.array([2**33, 9]), draw=1).tolist() == (numbers / 2**32).tolist()
     first = random_words(seed, "order", 2, np.arange(50)).tolist()
     assert permutation(seed, "order", 2, 50).tolist() == sorted(
         range(50), key=lambda i: first[i][0] * 2**32 + first[i][1]

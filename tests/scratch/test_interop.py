@@ -82,9 +82,9 @@ def test_both_namings_round_trip(tmp_path: Path, in_memory: bool, prefix: str) -
     model = saved(tmp_path)
     w, spec = load_folder(tmp_path)
     state = to_transformers(w, spec, in_memory=in_memory, prefix=prefix)
-    again = from_transformers(state, spec)
+    round_trip = from_transformers(state, spec)
     body = [(name, array) for name, array in named_arrays(w) if prefix or not name.startswith("head")]
-    assert all(np.array_equal(dict(named_arrays(again))[name], array) for name, array in body)
+    assert all(np.array_equal(dict(named_arrays(round_trip))[name], array) for name, array in body)
     if in_memory and prefix:
         theirs = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
         assert state.keys() == theirs.keys()

@@ -122,7 +122,8 @@ def test_named_arrays_and_map_arrays() -> None:
     doubled = map_arrays(w, lambda array: 2 * array)
     assert type(doubled) is ViT
     assert all(
-        np.array_equal(two, 2 * one) for (_, two), (_, one) in zip(named_arrays(doubled), named_arrays(w), strict=True)
+        np.array_equal(result, 2 * array)
+        for (_, result), (_, array) in zip(named_arrays(doubled), named_arrays(w), strict=True)
     )
 
 

@@ -138,8 +138,8 @@ class StageTable:
 
     def _table(self, columns: list[str]) -> Table:
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, show_footer=True, pad_edge=False, padding=(0, 1, 0, 0))
-        shown = [_COLUMNS.index(name) for name in columns]
-        for name, index in zip(columns, shown, strict=True):
+        indices = [_COLUMNS.index(name) for name in columns]
+        for name, index in zip(columns, indices, strict=True):
             if name.startswith("shape"):
                 style = "dim" if name == "shape in" else ""
                 table.add_column(name, self.total[index], style=style, overflow="fold")
@@ -147,7 +147,7 @@ class StageTable:
                 side: Literal["left", "right"] = "left" if name == "stage" else "right"
                 table.add_column(name, self.total[index], justify=side, no_wrap=True)
         for row in self.rows:
-            table.add_section() if row is None else table.add_row(*(row[index] for index in shown))
+            table.add_section() if row is None else table.add_row(*(row[index] for index in indices))
         return table
 
 
