@@ -51,7 +51,7 @@ def main() -> None:
 def forward_s(learner: Learner) -> float:
     """Seconds of one forward pass over all training images, their resizing included."""
     loader, config = learner.loader, learner.config
-    model = learner.bare.eval()
+    model = learner.unwrapped.eval()
     started = time.perf_counter()
     with torch.no_grad(), autocast(config.device, config.precision):
         for step in range(learner.steps_per_epoch):

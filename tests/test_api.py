@@ -80,7 +80,7 @@ def test_a_dataset_made_in_python_is_trained_resumed_and_scored(tmp_path: Path) 
 
     with pytest.raises(Stop):
         train(settings(), dataset=made, output=tmp_path / "run", callbacks=[Stopper()])
-    with pytest.raises(UsageError, match=r"loaded in Python; give it again: resume\(run, dataset=\.\.\.\)"):
+    with pytest.raises(UsageError, match=r"loaded in Python; pass it again: resume\(run, dataset=\.\.\.\)"):
         resume(tmp_path / "run")
     with pytest.raises(DataError, match=r"data: none of the images that .*run was trained on is in it"):
         resume(tmp_path / "run", dataset=given(48, seed=1))
@@ -94,7 +94,7 @@ def test_a_dataset_made_in_python_is_trained_resumed_and_scored(tmp_path: Path) 
     assert again.summary() == whole.scores["validation"].summary() | {"images_per_s": again.images_per_s}
     shuffled = evaluate(whole.run, dataset=made.shuffle(seed=3), split="validation")
     assert shuffled.accuracy == again.accuracy  # images are known by their content
-    with pytest.raises(UsageError, match="does not say what data it was trained on; add dataset"), plainly():
+    with pytest.raises(UsageError, match="does not say what dataset it was trained on; add dataset"), plainly():
         evaluate(whole.run)
 
 
@@ -171,7 +171,7 @@ def test_a_model_object_keeps_its_processor(tmp_path: Path) -> None:
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "folder")
     second = train(plain, model=model, dataset=given(), output=tmp_path / "b")
     assert load_model(second.checkpoint).preprocess == load_model(first.checkpoint).preprocess
-    with pytest.raises(UsageError, match="model: got Linear; give a name, a path or a model of Transformers"):
+    with pytest.raises(UsageError, match="model: got Linear; pass a name, a path or a Transformers model"):
         train(plain, model=torch.nn.Linear(2, 2), dataset=given())
 
 
@@ -183,7 +183,7 @@ def test_a_run_that_saved_nothing_of_a_model_object_cannot_go_on(tmp_path: Path)
     plain = settings(from_scratch=False, **dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp")))
     with pytest.raises(KeyError):
         train(plain, model=tiny_model("vit", 16), dataset=given(), output=tmp_path / "run", callbacks=[Stopper()])
-    with pytest.raises(ModelError, match="began from a model given in Python, and had saved nothing; start the run"):
+    with pytest.raises(ModelError, match="began from a model loaded in Python, and had saved nothing; start it"):
         resume(tmp_path / "run", dataset=given())
 
 

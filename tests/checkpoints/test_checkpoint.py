@@ -20,7 +20,7 @@ from vitft.errors import DataError, ModelError, UsageError
 from vitft.explain.trace import trace_image
 from vitft.io.atomic import lock_folder, new_folder, write_json, write_text
 from vitft.training.callbacks import recorded
-from vitft.training.run_folder import alone_in
+from vitft.training.run_folder import locked
 from vitft.training.trainer import resume
 
 
@@ -158,7 +158,7 @@ def test_a_kill_while_a_run_is_moved_aside_or_restored_loses_nothing(
         patch.setattr(Path, "rename", rename)
         with pytest.raises(PowerCut):
             set_aside_and_restore()
-    with alone_in(copied):
+    with locked(copied):
         pass
     names = {file.relative_to(digits_run.run) for file in digits_run.run.rglob("*")}
     assert {file.relative_to(copied) for file in copied.rglob("*")} == names
@@ -218,13 +218,13 @@ def test_unrelated_files_in_a_run_folder_stay(copied: Path) -> None:
     for name in others:
         (copied / name).write_text("mine")
     (copied / ".trash.old").mkdir()
-    with alone_in(copied):
+    with locked(copied):
         pass
     assert [(copied / name).read_text() for name in others] == ["mine"] * len(others)
     assert (copied / ".trash.old").is_dir()
     (copied / ".best.vitft-new").mkdir()
     (copied / ".last.vitft-old").mkdir()
-    with alone_in(copied):
+    with locked(copied):
         pass
     assert not (copied / ".best.vitft-new").exists()
     assert not (copied / ".last.vitft-old").exists()
@@ -330,7 +330,7 @@ def test_a_checkpoint_contains_no_local_paths_but_its_run_knows_them(tmp_path: P
         assert (evaluate(folder).count, evaluate(folder).split_hash) == (4, card.splits["validation"]["hash"])
     assert "Started from last; trained on photos for 2 steps" in (run / "best" / "README.md").read_text()
     shared = shutil.copytree(run / "best", tmp_path / "shared" / "photos")
-    with pytest.raises(UsageError, match="it does not say what data it was trained on; add --dataset"):
+    with pytest.raises(UsageError, match="it does not say what dataset it was trained on; add --dataset"):
         evaluate(shared)
     assert evaluate(shared, dataset=str(data), split="train").count == 40
 

@@ -294,7 +294,8 @@ def test_what_is_queued_when_a_command_is_interrupted_is_not_waited_for(monkeypa
 def resolved(monkeypatch: pytest.MonkeyPatch, *words: str) -> TrainConfig:
     """The settings that a dry run is made from."""
     seen: list[TrainConfig] = []
-    monkeypatch.setattr(dry_run, "plan", lambda config, *_: seen.append(config) or [])
+    monkeypatch.setattr(dry_run, "plan", lambda config, *_: seen.append(config))
+    monkeypatch.setattr("vitft.cli.tables.plan_report", lambda plan: "")
     assert vitft("train", *words, "--dry-run").exit_code == 0
     return seen[0]
 
@@ -344,7 +345,7 @@ def test_resume_refuses_a_changed_setting_and_says_how_to_start_anew(run: Path) 
 
 @pytest.mark.parametrize("extra", [["--recipe", "x"], ["--output", "y"], ["--overwrite"], ["--dry-run"]])
 def test_resume_goes_on_with_a_run_as_it_is(run: Path, extra: list[str]) -> None:
-    assert "leave --recipe, --output, --overwrite, --dry-run out" in error_of(
+    assert "leave out --recipe, --output, --overwrite, --dry-run" in error_of(
         "train", "--resume", str(run), *extra, code=2
     )
 
@@ -353,7 +354,7 @@ def test_a_finished_run_says_so_and_what_to_type_next(run: Path) -> None:
     done = vitft("train", "--resume", str(run))
 
     assert (done.exit_code, done.stderr.count("\n")) == (0, 1), done.output
-    assert done.stderr.startswith(f"{run} is finished, at step 2 of 2; to train on: vitft train --resume {run} --")
+    assert done.stderr.startswith(f"{run} is finished, at step 2 of 2; to train longer: vitft train --resume {run} --")
     assert "resuming" not in done.stderr
     assert "test accuracy" in done.stdout
 
@@ -368,7 +369,7 @@ def test_a_run_whose_data_set_is_gone_is_told_to_name_the_new_place(tmp_path: Pa
     assert vitft(*words).exit_code == 0
     data.rename(tmp_path / "elsewhere")
     said = error_of("train", "--resume", "run", code=3)
-    assert said.endswith("where it has moved, say where to: vitft train --resume run --dataset NEW")
+    assert said.endswith("if it has moved: vitft train --resume run --dataset NEW")
     assert str(data) in said
     assert vitft("train", "--resume", "run", "--dataset", "elsewhere").exit_code == 0
     assert f"dataset: {tmp_path / 'elsewhere'}\n" in Path("run/config.yaml").read_text()
@@ -385,11 +386,11 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(monkeypatch: pytest.Mo
 
     assert result.exit_code == 0, result.output
     assert re.findall(r"^(\w+) *$", result.stdout, re.MULTILINE) == ["Data", "Model", "Cost", "Run", "Settings"]
-    assert rows["data set"] == "digits"
+    assert rows["dataset"] == "digits"
     assert rows["classes"].startswith("10: 0, 1, 2")
     assert (rows["train"], rows["validation"], rows["test"]) == (
         "40 images of train", "20 images of train", "20 images of test")  # fmt: skip
-    assert rows["steps"] == "2 of 8 images, 5 an epoch"
+    assert rows["steps"] == "2 of 8 images, 5 per epoch"
     assert rows["parameters"] == "207,114, of which 207,114 are trained"
     assert re.fullmatch(r"about [\d.]+ [MG]B", rows["memory"])
     assert re.fullmatch(r"about \d+ s: decoding 40 s, training \d+ s, evaluation \d+ s", rows["time"])

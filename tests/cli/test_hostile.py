@@ -120,7 +120,7 @@ def test_a_shape_of_terabytes_is_refused_before_it_is_made(tmp_path: Path) -> No
     code, said = vitft(tmp_path, "train", *flags(**sizes))
     assert code == 4
     assert "its weights alone take 4." in said
-    assert "TB, and this machine has" in said
+    assert "TB, but this machine has" in said
 
 
 @pytest.mark.parametrize(
@@ -565,7 +565,7 @@ def test_scores_that_are_no_numbers_are_no_prediction(
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     scores = torch.tensor([[0.2, 0.3, float("nan")]])  # as where each label is scored by itself
     monkeypatch.setattr("vitft.evaluation.prediction._scores", lambda model, pixels, scoring: scores)
-    with pytest.raises(ModelError, match="its scores are not finite, so its weights are broken"):
+    with pytest.raises(ModelError, match="its scores are not finite, so its weights are corrupt"):
         predict(tmp_path / "a.png", saved())
 
 

@@ -173,7 +173,7 @@ def test_every_synonym_maps_to_a_setting_or_flag() -> None:
         ("no dataset; add --dataset with digits", "no dataset; add dataset with digits"),
         ("Try a lower --lr or more --warmup.", "Try a lower lr or more warmup."),
         ("over --max-pixels 50 (7 x 5)", "over max_pixels 50 (7 x 5)"),
-        ("stopped. Go on with: vitft train --resume runs/x", "stopped. Go on with: vitft train --resume runs/x"),
+        ("stopped. Resume with: vitft train --resume runs/x", "stopped. Resume with: vitft train --resume runs/x"),
         ("set --val-fraction, or (vitft train --lr 1) --lr", "set val_fraction, or (vitft train --lr 1) lr"),
         ("data/a--lr/--x: a file -- or none", "data/a--lr/--x: a file -- or none"),
     ],

@@ -528,7 +528,7 @@ def test_an_unwritable_cache_folder_only_prevents_caching(
 
 def test_the_cache_command_lists_and_clears(folder: Path) -> None:
     run = CliRunner()
-    assert run.invoke(app, ["data", "cache", "ls"]).stdout.startswith("nothing is kept")
+    assert run.invoke(app, ["data", "cache", "ls"]).stdout.startswith("the cache is empty")
     stored(folder)
     listed = run.invoke(app, ["data", "cache", "ls"]).stdout
     assert "photos" in listed

@@ -221,4 +221,4 @@ def test_the_command_writes_the_page_and_says_where(trace: Trace, tmp_path: Path
     assert (tmp_path / "page.html").stat().st_size > 50_000
     with pytest.raises(UsageError, match="cannot be written"):
         write_page(trace, tmp_path / "no" / "page.html")
-    assert "--html shows real numbers" in CliRunner().invoke(app, ["explain", "--html", "x.html"]).output
+    assert "--html needs an image" in CliRunner().invoke(app, ["explain", "--html", "x.html"]).output

@@ -167,7 +167,7 @@ def test_errors_are_one_line(picture: Path, tmp_path: Path) -> None:
     assert "add --image FILE" in result.output
     result = run("--image", str(picture), "--model", "vit-tiny")
     assert result.exit_code == 2
-    assert "--model shapes a table" in result.output
+    assert "--model sets sizes of the table" in result.output
     (tmp_path / "file").write_text("")
     result = run("--image", str(picture), "--attention", str(tmp_path / "file"))
     assert result.exit_code == 2

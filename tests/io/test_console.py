@@ -104,7 +104,7 @@ def test_a_dataset_report_fits_80_columns() -> None:
     assert max(map(len, text.splitlines())) <= 80
     assert "mine, 40 classes, commit 0123456789ab" in text
     assert "50,000  32×32     500×375  4000×3000  JPEG, PNG" in text
-    assert "... and 10 more classes (--json has all)" in text
+    assert "... and 10 more classes (--json lists all)" in text
 
 
 # -- progress -------------------------------------------------------------------------------------

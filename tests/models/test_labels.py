@@ -165,12 +165,15 @@ def test_labels_can_add_classes_and_sets_their_order(
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (None, "labels.txt: No such file or directory; give a text file of class names, one a line"),
+        (None, "labels.txt: No such file or directory; give a text file with one class name per line"),
         (b"\xff\xfe\x00cat", "labels.txt: it is not UTF-8 text; give a text file"),
-        (b"ant\nbat\nemu\n", "labels.txt: lacks cat, which has training images; add every class that is trained"),
+        (
+            b"ant\nbat\nemu\n",
+            "labels.txt: lacks cat, which has training images; add every class that has, one per line",
+        ),
         (b"", "labels.txt: lacks ant and 1 more, which have training images"),
-        (b"ant\ncat\nant\n", "labels.txt: ant stands in it twice; remove one of its lines"),
-        (b"ant\r\ncat \r\nbat\r\ncat\r\n", "labels.txt: cat stands in it twice"),
+        (b"ant\ncat\nant\n", "labels.txt: ant is listed twice; remove one of the lines"),
+        (b"ant\r\ncat \r\nbat\r\ncat\r\n", "labels.txt: cat is listed twice"),
     ],
 )
 def test_an_invalid_labels_file_gets_a_one_line_error(
@@ -206,7 +209,7 @@ def test_data_without_a_training_image_is_refused(data: Path, tmp_path: Path) ->
 def test_a_split_without_any_class_of_the_head_is_refused(data: Path, tmp_path: Path) -> None:
     draw(tmp_path / "odd/train", {"ant": 4, "cat": 4})
     draw(tmp_path / "odd/test", {"bat": 4, "emu": 4})
-    with pytest.raises(DataError, match=r"no test image is of a class in the head.* --labels FILE"):
+    with pytest.raises(DataError, match=r"no test image has a class of the head.* --labels FILE"):
         prepare(config(tmp_path / "odd"))
     prepare(config(tmp_path / "odd", labels=listing(tmp_path, "ant", "bat", "cat", "emu")))
 

@@ -638,7 +638,7 @@ def test_independent_labels_are_scored_like_the_pipeline(
     wanted = {one["label"]: one["score"] for one in classify(str(tmp_path / "photo.png"))}
     assert dict(row.top) == pytest.approx(wanted, abs=1e-5)
     assert sum(wanted.values()) != pytest.approx(1, abs=1e-3)
-    with pytest.raises(ModelError, match="scores each label by itself"):
+    with pytest.raises(ModelError, match="scores each label separately"):
         evaluate(folder, dataset="digits")
 
 

@@ -267,8 +267,8 @@ def test_augmentations(folder: Folder, augment: Any, expected: tuple[int, int]) 
         ("--dataset digits --patch-size 3", "patch_size 3 does not divide the 8x8 images of digits; try 1, 2, 4 or 8."),
         ("--dataset digits --width 10", "width 10 is not a multiple of heads 4; try 8 or 12."),
         ("--dataset digits --dropout 1", "--dropout should be less than 1, got 1.0"),
-        ("scalar --epochs 3", "leave --epochs out"),
-        ("scalar --output x", "leave --output out"),
+        ("scalar --epochs 3", "leave out --epochs"),
+        ("scalar --output x", "leave out --output"),
     ],
 )  # fmt: skip
 def test_usage_errors(arguments: str, message: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 from tests.training.test_trainer import config
 from vitft import TrainConfig, train
 from vitft.evaluation.metrics import Metrics, score
-from vitft.training.diagnosis import PaceWatch, nothing_learned
+from vitft.training.diagnosis import PaceWatch, learned_nothing
 
 
 def scored(truth: list[int], taken: list[int]) -> Metrics:
@@ -19,16 +19,16 @@ def scored(truth: list[int], taken: list[int]) -> Metrics:
 
 
 def test_one_class_for_every_image_is_told_by_name() -> None:
-    told = nothing_learned(scored([0, 1, 2] * 10, [1] * 30), TrainConfig(freeze="backbone"), 1000)
+    told = learned_nothing(scored([0, 1, 2] * 10, [1] * 30), TrainConfig(freeze="backbone"), 1000)
     assert told is not None
-    assert "every image of test was taken for bee" in told
+    assert "every image of test was predicted as bee" in told
     assert "--lr 5e-05" in told
 
 
 def test_no_better_than_the_commonest_class_is_told() -> None:
-    told = nothing_learned(scored([0] * 20 + [1] * 5 + [2] * 5, [0] * 15 + [1] * 15), TrainConfig(), 1000)
+    told = learned_nothing(scored([0] * 20 + [1] * 5 + [2] * 5, [0] * 15 + [1] * 15), TrainConfig(), 1000)
     assert told is not None
-    assert "no better than calling every image ant" in told
+    assert "no better than predicting ant for every image" in told
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_no_better_than_the_commonest_class_is_told() -> None:
     ],
 )
 def test_otherwise_nothing_is_told(truth: list[int], taken: list[int]) -> None:
-    assert nothing_learned(scored(truth, taken), TrainConfig(), 1000) is None
+    assert learned_nothing(scored(truth, taken), TrainConfig(), 1000) is None
 
 
 @pytest.mark.parametrize(
@@ -55,14 +55,14 @@ def test_otherwise_nothing_is_told(truth: list[int], taken: list[int]) -> None:
     ],
 )
 def test_the_likely_cause_follows_from_the_settings(settings: dict[str, object], steps: int, remedy: str) -> None:
-    told = nothing_learned(scored([0, 1, 2] * 10, [1] * 30), TrainConfig(**settings), steps)
+    told = learned_nothing(scored([0, 1, 2] * 10, [1] * 30), TrainConfig(**settings), steps)
     assert told is not None
     assert remedy in told
 
 
 def test_a_run_that_learned_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(config(lr=1e-9, max_eval_samples=60), output=tmp_path / "run")
-    assert capsys.readouterr().err.count("the model has learned nothing of use") == 1
+    assert capsys.readouterr().err.count("the model has learned nothing useful") == 1
 
 
 def test_a_pace_of_a_third_is_told_once() -> None:

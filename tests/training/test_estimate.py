@@ -30,12 +30,8 @@ import dataclasses, json, sys
 from vitft.training import dry_run
 from vitft.config.train import TrainConfig
 from vitft.hardware.device import micro_batch
-found = {}
-real = dry_run.replace
-dry_run.replace = lambda made, **changes: found.setdefault("plan", real(made, **changes))
-dry_run.plan(TrainConfig.parse(json.loads(sys.argv[1]), "flags"))
-made = found["plan"]
-print(json.dumps([made.train_s, made.evaluate_s, made.memory_bytes]))
+plan = dry_run.plan(TrainConfig.parse(json.loads(sys.argv[1]), "flags"))
+print(json.dumps([plan.size.train_s, plan.size.evaluate_s, plan.memory_bytes]))
 """
 MEASURE = """
 import json, resource, sys

@@ -46,12 +46,11 @@ def test_a_loss_that_is_no_number_takes_the_run_back_at_half_the_rate(
     assert steps == list(range(1, result.step + 1))
     said = capsys.readouterr().err
     assert (
-        "the loss or its gradient is nan at step 5; going back to step-000004, and on from there at --lr 0.0015" in said
+        "the loss or its gradient is nan at step 5; going back to step-000004, and continuing with --lr 0.0015" in said
     )
     # It got no further, so what it began from may be at fault.
     assert (
-        "the loss or its gradient is nan at step 5; going back to step-000002, and on from there at --lr 0.00075"
-        in said
+        "the loss or its gradient is nan at step 5; going back to step-000002, and continuing with --lr 0.00075" in said
     )
 
 
@@ -118,12 +117,12 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path, monkeypatch: 
         found = real(self, number)
         if number == 3:
             with torch.no_grad():
-                self.bare.classifier.weight[0, 0] = float("inf")
+                self.unwrapped.classifier.weight[0, 0] = float("inf")
         return found
 
     monkeypatch.setattr(Learner, "step", step)
     with pytest.raises(
-        TrainingError, match=r"weights are no numbers at step 4; the last good checkpoint is .*step-000002"
+        TrainingError, match=r"weights are not finite at step 4; the last good checkpoint is .*step-000002"
     ):
         train(config(save_every=2, keep=1, val_fraction=0), output=tmp_path / "run")
     assert [folder.name for folder in ckpt.step_folders(tmp_path / "run")] == ["step-000002"]
@@ -231,10 +230,10 @@ def test_out_of_memory_halves_the_parts_and_not_the_batch(
     monkeypatch.setattr("vitft.training.trainer.warn_if_long", lambda *given: None)
     result = train(settings, output=tmp_path / "run")
     assert yaml.safe_load((result.run / "config.yaml").read_text())["micro_batch_size"] == 6
-    assert "out of memory at step 1: 24 images at a time do not fit; from here on 12. The batch stays 24." in (
+    assert "out of memory at step 1: 24 images at a time do not fit; from now on 12. The batch stays 24." in (
         said := capsys.readouterr().err
     )
-    assert "12 images at a time do not fit; from here on 6." in said
+    assert "12 images at a time do not fit; from now on 6." in said
     # The first step was broken off twice, and left nothing: the run is the one with parts of 6.
     assert (result.checkpoint / "model.safetensors").read_bytes() == (
         expected.checkpoint / "model.safetensors"

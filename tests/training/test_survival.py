@@ -196,7 +196,9 @@ def test_a_disk_that_is_full_costs_nothing_that_was_saved(tmp_path: Path, whole:
         assert code == 5 or not said, said  # the log is on that disk too
         if said:
             assert "cannot be written: " in said
-            assert f"what was saved before is whole. Make room, then go on with: vitft train --resume {run}" in said
+            assert (
+                f"earlier checkpoints are intact. Free some space, then resume with: vitft train --resume {run}" in said
+            )
         assert [folder.name for folder in (run / "checkpoints").iterdir()].count(f"step-{saved:06d}") == 1
         assert newest_intact(run)[1] == []
     code, said = finish("train", "--resume", str(run), log=tmp_path / "log")

@@ -11,7 +11,7 @@ from vitft import train
 from vitft.cli.tables import training_report
 from vitft.models.load import load_for_training
 from vitft.spec import ViTSpec, training_flops
-from vitft.training.throughput import Pace, speed_of
+from vitft.training.throughput import Pace, measure_speed
 from vitft.training.trainer import resume
 
 PACE = Pace(images=600, elapsed_s=3.0, waited_s=0.06)
@@ -28,22 +28,22 @@ def a_slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_share_of_the_peak_is_the_specs_flops_at_the_runs_pace() -> None:
     settings = config()
     model = load_for_training(settings, [str(i) for i in range(10)]).model
-    speed = speed_of(PACE, model, settings)
+    speed = measure_speed(PACE, model, settings)
     assert speed is not None
     assert (speed.images_per_s, speed.data_wait) == (200, pytest.approx(0.02))
     flops = training_flops(ViTSpec.square(28, 14, 16, 1, 2, 32, 10))
     assert speed.mfu == pytest.approx(flops * 200 / 1e9)
     assert speed.remedy is None
-    assert speed_of(PACE, model, settings, processes=2).mfu is None  # type: ignore[union-attr]
-    assert speed_of(PACE, model, config(from_scratch=False, **PROBE)).mfu is None  # type: ignore[union-attr]
-    assert speed_of(Pace(), model, settings) is None
+    assert measure_speed(PACE, model, settings, processes=2).mfu is None  # type: ignore[union-attr]
+    assert measure_speed(PACE, model, config(from_scratch=False, **PROBE)).mfu is None  # type: ignore[union-attr]
+    assert measure_speed(Pace(), model, settings) is None
 
 
 def test_what_holds_a_run_back_is_named_with_the_setting_that_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_for_training(config(), [str(i) for i in range(10)]).model
 
     def remedy(pace: Pace = PACE, **changes: object) -> str | None:
-        return speed_of(pace, model, config(**changes)).remedy  # type: ignore[union-attr]
+        return measure_speed(pace, model, config(**changes)).remedy  # type: ignore[union-attr]
 
     waiting = replace(PACE, waited_s=1.0)
     assert remedy(waiting, augment="crop") == "random crops take much of the time: --augment flip is cheaper"
@@ -52,11 +52,11 @@ def test_what_holds_a_run_back_is_named_with_the_setting_that_helps(monkeypatch:
     assert remedy() == "this hardware is faster at bf16: --precision auto"
     assert remedy(precision="bf16") is None
     parts = config(precision="bf16", batch_size=512, micro_batch_size=16).model_copy(update={"device": "cuda"})
-    assert "larger --micro-batch-size" in str(speed_of(PACE, model, parts).remedy)  # type: ignore[union-attr]
-    assert speed_of(PACE, model, config(), probe=True) is None
-    small = speed_of(PACE, model, config(precision="bf16").model_copy(update={"device": "cuda"}))
+    assert "larger --micro-batch-size" in str(measure_speed(PACE, model, parts).remedy)  # type: ignore[union-attr]
+    assert measure_speed(PACE, model, config(), probe=True) is None
+    small = measure_speed(PACE, model, config(precision="bf16").model_copy(update={"device": "cuda"}))
     assert small is not None
-    assert small.remedy == "parts of 24 images leave the GPU idle: a larger --batch-size fills it"
+    assert small.remedy == "micro-batches of 24 images leave the GPU idle: a larger --batch-size fills it"
 
 
 def test_a_run_says_it_and_a_finished_one_has_nothing_to_say(tmp_path: Path) -> None:

@@ -326,7 +326,7 @@ def test_resume_refuses_a_changed_setting_and_names_the_way_to_start_anew(
     run = tmp_path / "run"
     interrupted(config(save_every=2), run, 3, monkeypatch)
     for change in ({"lr": 1e-4}, {"batch_size": 8}, {"seed": 5}, {"epochs": 9}):
-        with pytest.raises(UsageError, match=f"began with {next(iter(change))} .*start anew") as caught:
+        with pytest.raises(UsageError, match=f"began with {next(iter(change))} .*start a new run") as caught:
             resume(run, change)
         assert str(next(iter(change.values()))) in str(caught.value)
     with pytest.raises(UsageError, match=r"^--keep should be greater than or equal to 1, got 0$"):
@@ -350,7 +350,7 @@ def test_resume_refuses_data_that_changed(tmp_path: Path, monkeypatch: pytest.Mo
     run, data = tmp_path / "run", draw(tmp_path / "data")
     interrupted(config(dataset=str(data), save_every=2 if saved else 99), run, 3, monkeypatch)
     draw(data, blue=100)
-    with pytest.raises(DataError, match=r"the train split is not the one the run began with: .*other pixels"):
+    with pytest.raises(DataError, match=r"the train split differs from the one the run began with: .*other pixels"):
         resume(run)
 
 
@@ -363,7 +363,7 @@ def test_resume_goes_on_with_the_same_images_where_they_are_now(
     run = tmp_path / "cut"
     interrupted(settings, run, 3, monkeypatch)
     data.rename(moved)
-    with pytest.raises(DataError, match=rf"{data}, the data set of {run}, is not there; .*--resume {run} --dataset "):
+    with pytest.raises(DataError, match=rf"{data}, the dataset of {run}, does not exist; .*--resume {run} --dataset "):
         resume(run)
     done = resume(run, {"dataset": str(moved), "keep": 1})
     assert_same_weights(whole.run / "last", done.run / "last")
@@ -378,8 +378,8 @@ def test_resume_goes_on_with_the_same_images_where_they_are_now(
 @pytest.mark.parametrize(
     ("other", "difference"),
     [
-        ("fewer", "the train split .*: 1 of its 74 images are gone, train/cat/7.png first"),
-        ("renamed", "the train split .*: 37 of its 74 images are gone, train/cat/0.png first"),
+        ("fewer", "the train split .*: 1 of its 74 images are gone, the first is train/cat/7.png"),
+        ("renamed", "the train split .*: 37 of its 74 images are gone, the first is train/cat/0.png"),
         ("painted", "the train split .*: the same names, but other pixels"),
     ],
 )
@@ -410,7 +410,7 @@ def test_resume_refuses_other_classes_and_what_is_no_run(tmp_path: Path, monkeyp
     table.write_text("\n".join(["path,label", *rows]))
     interrupted(config(dataset=str(table), save_every=2), run, 3, monkeypatch)
     table.write_text("\n".join(["path,label", *rows]).replace(",cat", ",lynx"))
-    with pytest.raises(DataError, match=r"table\.csv are not those the run began with; start a new run"):
+    with pytest.raises(DataError, match=r"table\.csv are not those that the run began with; start a new run"):
         resume(run)
     with pytest.raises(ModelError, match=r"cat: no run folder .*give the folder of a run"):
         resume(tmp_path / "cat")
@@ -479,7 +479,7 @@ def test_before_its_first_save_a_run_needs_what_it_began_from(tmp_path: Path, mo
     sizes = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp"))
     interrupted(config(model=str(start), from_scratch=False, **sizes, save_every=5), tmp_path / "cut", 3, monkeypatch)
     shutil.rmtree(start)
-    with pytest.raises(ModelError, match=r"began from, is gone, and the run had saved nothing; start anew"):
+    with pytest.raises(ModelError, match=r"began from, is gone, and the run had saved nothing; start a new run"):
         resume(tmp_path / "cut")
 
 
@@ -492,8 +492,8 @@ def test_a_finished_run_can_be_resumed_says_so_and_stays_as_it_is(
     assert again.scores["test"].accuracy == done.scores["test"].accuracy
     assert again.step == done.step
     assert capsys.readouterr().err == (
-        f"{done.run} is finished, at step 6 of 6; to train on: vitft train --resume {done.run} --epochs 4; "
-        f"or anew from its weights: vitft train --dataset digits --model {done.run / 'last'}\n"
+        f"{done.run} is finished, at step 6 of 6; to train longer: vitft train --resume {done.run} --epochs 4; "
+        f"or start a new run from its weights: vitft train --dataset digits --model {done.run / 'last'}\n"
     )
 
 
@@ -527,20 +527,20 @@ def test_a_finished_run_can_be_made_longer(
     said = capsys.readouterr().err
     total = 12 if "epochs" in longer else 8
     assert f"resuming {run} at step 6 of {total}, from {'step-000006' if keep else 'last'}" in said
-    assert ("the optimizer's moments begin anew" in said) == (not keep)
+    assert ("the optimizer starts with new moments" in said) == (not keep)
     assert [line["step"] for line in lines(run) if line["split"] == "train"] == list(range(1, total + 1))
     assert ckpt.read_state(run / "last").step == total
     assert not torch.equal(first["classifier.weight"], weights(run / "last")["classifier.weight"])
     written = yaml.safe_load((run / "config.yaml").read_text())
     assert {name: written[name] for name in longer} == longer
     assert resume(run).scores["test"].loss == result.scores["test"].loss
-    with pytest.raises(UsageError, match="it would no longer be the same run"):
+    with pytest.raises(UsageError, match="it would not be the same run any more"):
         resume(run, dict.fromkeys(longer, 1))
 
 
 def test_a_finished_run_that_would_not_be_longer_is_refused(tmp_path: Path) -> None:
     run = train(config(max_steps=4), output=tmp_path / "run").run
-    with pytest.raises(UsageError, match="is finished, at step 4, and would be after 4 steps too; give it more"):
+    with pytest.raises(UsageError, match="finished at step 4, and 4 steps are no more; set more"):
         resume(run, {"epochs": 5})
     assert yaml.safe_load((run / "config.yaml").read_text())["epochs"] == 2.0
 
@@ -608,7 +608,7 @@ def test_python_runs_after_each_gradient_so_that_a_signal_is_heard_within_a_back
     prepared = prepare(config())
     made = Learner(make_accelerator(prepared.config), prepared, prepared.decode())
     made.step(0)
-    assert {id(one) for one in heard} == {id(one) for one in made.bare.parameters()}
+    assert {id(one) for one in heard} == {id(one) for one in made.unwrapped.parameters()}
 
 
 def test_a_signal_breaks_off_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -627,7 +627,7 @@ def test_a_signal_breaks_off_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     # Before it trains, a run is tried for a pass.
     with monkeypatch.context() as patch:
         patch.setattr("vitft.training.trainer.warn_if_long", lambda *given: None)
-        patch.setattr("vitft.training.trainer.tuned", lambda prepared, processes: prepared.config)
+        patch.setattr("vitft.training.trainer.autotuned", lambda prepared, processes: prepared.config)
         patch.setattr(ViTForImageClassification, "forward", signalled)
         with pytest.raises(Stopped, match=r"Ctrl-C at step 2 of 6; everything is saved"):
             train(settings, output=run)

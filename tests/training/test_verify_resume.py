@@ -40,7 +40,7 @@ class Forked:
 def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_resume, "_start", lambda words: Forked(words, tmp_path / "log"))
     settings = load_config("smoke", {"save_every": 1, "device": "cpu", "precision": "fp32", "epochs": 8.0})
-    found = verify_resume.prove_resume(settings, tmp_path, kills=1, seed=1)
+    found = verify_resume.verify_resume(settings, tmp_path, kills=1, seed=1)
     assert (found.steps, len(found.kills)) == (32, 1)
     assert found.equal
     assert found.left == ()
@@ -54,13 +54,13 @@ def run(*words: str) -> Any:
 @pytest.mark.parametrize(
     ("made", "code"),
     [
-        (verify_resume.Proof(40, [(17, 10), (31, 30)], equal=True), 0),
-        (verify_resume.Proof(40, [(17, 10)], equal=False), 5),
-        (verify_resume.Proof(40, [(17, 10)], equal=True, left=("checkpoints/.step-000020.new",)), 5),
+        (verify_resume.Verdict(40, [(17, 10), (31, 30)], equal=True), 0),
+        (verify_resume.Verdict(40, [(17, 10)], equal=False), 5),
+        (verify_resume.Verdict(40, [(17, 10)], equal=True, left=("checkpoints/.step-000020.new",)), 5),
     ],
 )
-def test_the_verdict(monkeypatch: pytest.MonkeyPatch, made: verify_resume.Proof, code: int) -> None:
-    monkeypatch.setattr(verify_resume, "prove_resume", lambda config, work, **options: made)
+def test_the_verdict(monkeypatch: pytest.MonkeyPatch, made: verify_resume.Verdict, code: int) -> None:
+    monkeypatch.setattr(verify_resume, "verify_resume", lambda config, work, **options: made)
     result = run()
     assert result.exit_code == code
     assert f"at most {made.repeated}" in result.stdout
@@ -98,12 +98,12 @@ def test_where_no_kill_comes_in_time_nothing_is_proved(
     monkeypatch.setattr(verify_resume, "_start", over)
     monkeypatch.setattr(verify_resume, "_ATTEMPTS", 2)
     small = config(max_steps=steps, val_fraction=0)
-    with pytest.raises(TrainingError, match=rf"was over before it was killed {kills} times: nothing is proved"):
-        verify_resume.prove_resume(small, tmp_path, kills=kills, seed=0)
+    with pytest.raises(TrainingError, match=rf"ended before it was killed {kills} times: nothing is verified"):
+        verify_resume.verify_resume(small, tmp_path, kills=kills, seed=0)
     assert len(begun) == (1 + 2 if steps > kills else 1)  # it was begun anew, as often as it may be
 
 
 def test_a_run_that_fails_by_itself_says_how(tmp_path: Path) -> None:
     settings = TrainConfig(dataset=str(tmp_path / "nowhere"), model="vit-micro")
     with pytest.raises(TrainingError, match=r"vitft train ended with 3: error: no file or folder"):
-        verify_resume.prove_resume(settings, tmp_path, kills=1, seed=0)
+        verify_resume.verify_resume(settings, tmp_path, kills=1, seed=0)

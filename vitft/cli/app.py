@@ -1,8 +1,8 @@
-"""The command line: a command is a docstring, options and one call.
+"""The command line. A command is a docstring, options, and a call into `commands`.
 
-Rooms are imported inside commands, so that `vitft --help` needs neither torch nor transformers.
+Imports are inside the commands, so that `vitft --help` needs neither torch nor Transformers.
 """
-# ruff: noqa: E501  (an option is a line, however long)
+# ruff: noqa: E501  (one line per option)
 
 import os
 import shlex
@@ -17,10 +17,12 @@ from vitft.io import console
 
 app = typer.Typer(cls=Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   context_settings={"help_option_names": ["-h", "--help"]})  # fmt: skip
-recipes_app = typer.Typer(cls=Group, no_args_is_help=True, help="List, show and copy recipes: one experiment a file.")
-scratch_app = typer.Typer(cls=Group, no_args_is_help=True, help="The textbook's networks: ViTs from first principles.")
-data_app = typer.Typer(cls=Group, no_args_is_help=True, help="Look at a data set.")
-cache_app = typer.Typer(cls=Group, no_args_is_help=True, help="Decoded photos that runs keep for the next one.")
+recipes_app = typer.Typer(
+    cls=Group, no_args_is_help=True, help="List, show and copy recipes, each a file with the settings of an experiment."
+)
+scratch_app = typer.Typer(cls=Group, no_args_is_help=True, help="Train the textbook's ViTs, from first principles.")
+data_app = typer.Typer(cls=Group, no_args_is_help=True, help="Inspect a dataset.")
+cache_app = typer.Typer(cls=Group, no_args_is_help=True, help="The cache of decoded photos.")
 data_app.add_typer(cache_app, name="cache")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
@@ -33,10 +35,11 @@ MaxPixels = Annotated[
 ValueRange = Annotated[
     str | None,
     typer.Option(
-        metavar="<black:white>", help="Of images of more than 8 bits; the checkpoint's, or the format's own by default."
+        metavar="<black:white>",
+        help="Range of images with more than 8 bits; default: the checkpoint's, else the format's.",
     ),
 ]
-Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="auto: a GPU if there is one.")]
+Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="auto: a GPU if available.")]
 
 
 def _recipe_names(incomplete: str) -> list[str]:
@@ -98,13 +101,13 @@ def train(
     recipe: Annotated[str | None, typer.Option(help="A recipe's name or file; flags override it.", rich_help_panel="Run", autocompletion=_fine_tuning_names)] = None,
     output: Annotated[Path | None, typer.Option(help="Run folder; by default the next free number in runs/.", rich_help_panel="Run")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run folder if it exists.", rich_help_panel="Run")] = False,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder, as it was set.", rich_help_panel="Run")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the run would do and cost; start nothing.", rich_help_panel="Run")] = False,
+    resume: Annotated[Path | None, typer.Option(help="Resume the run in this folder, with its settings.", rich_help_panel="Run")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the run would do and cost, without starting it.", rich_help_panel="Run")] = False,
     *, overrides: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Fine-tune a ViT on a data set.
+    """Fine-tune a ViT on a dataset.
 
-    Settings come from the defaults, then the recipe, then the flags.
+    A recipe overrides the defaults, and flags override the recipe.
     """
     from vitft.cli import commands
 
@@ -115,21 +118,21 @@ def train(
 @options_from(_train_settings, "Reading")
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Run folder, one of its checkpoints, or a Transformers folder or hub id.")],
-    dataset: Annotated[str | None, typer.Option(help="The checkpoint's own data set by default.")] = None,
-    dataset_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub data set.")] = None,
-    split: Annotated[str | None, typer.Option(help="test by default, else validation; train has to be asked for.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Default: the dataset it was trained on.")] = None,
+    dataset_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub dataset.")] = None,
+    split: Annotated[str | None, typer.Option(help="Default: test, else validation.")] = None,
     max_eval_samples: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Evaluate at most this many images, stratified.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="<int>", help="Images of one forward pass.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="<int>", help="Images per forward pass.")] = 64,
     device: Device = "auto",
-    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="As it was trained by default.")] = None,
-    on_bad_image: Annotated[Literal["error", "skip"] | None, typer.Option(help="As it was trained by default.")] = None,
+    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Default: as in training.")] = None,
+    on_bad_image: Annotated[Literal["error", "skip"] | None, typer.Option(help="Default: as in training.")] = None,
     max_pixels: MaxPixels = None,
     value_range: ValueRange = None,
     plot: Annotated[Path | None, typer.Option(help="Write the confusion matrix as a PNG.")] = None,
     json: Json = False,
     *, overrides: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Score a checkpoint: accuracy with its interval, top-5, F1 by class, confusion matrix."""
+    """Evaluate a checkpoint: accuracy with a 95 % interval, top-5, F1 per class, confusion matrix."""
     from vitft.cli import commands
 
     options = {"dataset": dataset, "dataset_revision": dataset_revision, "split": split, "device": device,
@@ -141,16 +144,16 @@ def evaluate(
 @app.command()
 def verify_resume(
     recipe: Annotated[str, typer.Option(help="A recipe's name or file.", autocompletion=_fine_tuning_names)] = "smoke",
-    dataset: Annotated[str | None, typer.Option(help="In place of the recipe's.")] = None,
-    max_steps: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="In place of the recipe's.")] = None,
-    save_every: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="In place of the recipe's.")] = None,
-    kills: Annotated[int, typer.Option(min=1, metavar="<int>", help="How often it is killed.")] = 1,
-    seed: Annotated[int, typer.Option(metavar="<int>", help="Of the moments.")] = 0,
+    dataset: Annotated[str | None, typer.Option(help="Overrides the recipe's.")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Overrides the recipe's.")] = None,
+    save_every: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Overrides the recipe's.")] = None,
+    kills: Annotated[int, typer.Option(min=1, metavar="<int>", help="How often to kill the run.")] = 1,
+    seed: Annotated[int, typer.Option(metavar="<int>", help="Seed of the moments to kill it at.")] = 0,
     json: Json = False,
 ) -> None:  # fmt: skip
-    """Prove on this machine that nothing is lost: train, kill -9, resume, and compare every bit.
+    """Verify on this machine that nothing is lost: train, kill -9, resume, and compare every bit.
 
-    It takes a little over twice as long as the run; exit code 5 if anything differs, or the run is too short to be killed.
+    Takes a little over twice as long as the run. Exit code 5 if anything differs, or if the run is too short to be killed.
     """
     from vitft.cli import commands
 
@@ -163,14 +166,14 @@ def verify_resume(
 def predict(
     paths: Annotated[list[str], typer.Argument(metavar="PATH", help="Image files, folders and globs.")],
     checkpoint: Annotated[str, typer.Option(help="Run folder, one of its checkpoints, or a Transformers folder or hub id.")],
-    top_k: Annotated[int, typer.Option(min=1, metavar="<int>", help="Classes to show for each image.")] = 3,
+    top_k: Annotated[int, typer.Option(min=1, metavar="<int>", help="Classes per image.")] = 3,
     device: Device = "auto",
-    format: Annotated[Literal["table", "csv", "jsonl"], typer.Option(help="How the rows are printed.")] = "table",
+    format: Annotated[Literal["table", "csv", "jsonl"], typer.Option(help="Output format.")] = "table",
     max_pixels: MaxPixels = None,
     value_range: ValueRange = None,
     json: Json = False,
 ) -> None:  # fmt: skip
-    """Classify images. An unreadable one gets a row of its own, and exit code 3 at the end."""
+    """Classify images. An unreadable image gets a row with its error, and the exit code is 3."""
     from vitft.cli import commands
 
     limits = {"max_pixels": max_pixels, "value_range": value_range}
@@ -179,27 +182,27 @@ def predict(
 
 @app.command()
 def explain(
-    model: Annotated[str | None, typer.Option(help="Preset, local folder or hub id; ViT-B/16 at 224 by default.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Side of the image in pixels.")] = None,
-    patch_size: Annotated[int | None, typer.Option(help="Side of a patch in pixels.")] = None,
-    width: Annotated[int | None, typer.Option(help="Length of a token vector.")] = None,
+    model: Annotated[str | None, typer.Option(help="Preset, local folder or hub id; default: ViT-B/16 at 224 pixels.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Side of the image, in pixels.")] = None,
+    patch_size: Annotated[int | None, typer.Option(help="Side of a patch, in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width of a token.")] = None,
     layers: Annotated[int | None, typer.Option(help="Number of encoder blocks.")] = None,
-    heads: Annotated[int | None, typer.Option(help="Attention heads in a block.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads per block.")] = None,
     mlp: Annotated[int | None, typer.Option(help="Hidden width of a block's MLP.")] = None,
     classes: Annotated[int | None, typer.Option(help="Number of classes.")] = None,
     pre_logits: Annotated[int | None, typer.Option(help="Width of a tanh layer before the head.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="<int>", help="Images at a time.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="<int>", help="Images per batch.")] = 1,
     all_blocks: Annotated[bool, typer.Option("--all-blocks", help="List every encoder block.")] = False,
     image: Annotated[Path | None, typer.Option(help="Follow an image through a checkpoint: the numbers of every stage.", rich_help_panel="With an image")] = None,
-    checkpoint: Annotated[str | None, typer.Option(help="Run, model folder or hub id; the bundled ViT by default.", rich_help_panel="With an image")] = None,
-    stage: Annotated[str | None, typer.Option(help="Open a stage (attention, block.2.mlp, head): formula, code, a number worked out.", rich_help_panel="With an image")] = None,
-    attention: Annotated[Path | None, typer.Option(help="Folder for pictures of where each head looks.", rich_help_panel="With an image")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write one page to explore in a browser: where each token looks, every stage.", rich_help_panel="With an image")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Run, model folder or hub id; default: the bundled ViT.", rich_help_panel="With an image")] = None,
+    stage: Annotated[str | None, typer.Option(help="Explain a stage (attention, block.2.mlp, head): formula, code, a worked-out number.", rich_help_panel="With an image")] = None,
+    attention: Annotated[Path | None, typer.Option(help="Folder for pictures of each head's attention.", rich_help_panel="With an image")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page to explore in a browser: attention, and every stage.", rich_help_panel="With an image")] = None,
     json: Json = False,
 ) -> None:  # fmt: skip
-    """Show a ViT stage by stage: shapes, parameters, FLOPs and memory; with --image its numbers.
+    """Show a ViT stage by stage: shapes, parameters, FLOPs and memory, and with --image its numbers.
 
-    Without options it is a tour, from pixel to logit.
+    Without options: a tour, from pixel to logit.
     """
     from vitft.cli import commands
 
@@ -215,22 +218,22 @@ def explain(
 
 @app.command()
 def bench(
-    what: Annotated[Literal["data", "train", "eval"], typer.Argument(metavar="data|train|eval", help="Input to the model, optimizer steps, or forward passes.")],
-    model: Annotated[str, typer.Option(help="As for train; a preset's weights are random.")] = "vit-micro",
+    what: Annotated[Literal["data", "train", "eval"], typer.Argument(metavar="data|train|eval", help="The input pipeline, optimizer steps, or forward passes.")],
+    model: Annotated[str, typer.Option(help="As for train; a preset has random weights.")] = "vit-micro",
     dataset: Annotated[str, typer.Option(help="As for train.")] = "digits",
-    image_size: Annotated[int | None, typer.Option(metavar="<int>", help="Side of the model's input in pixels; the model's own by default.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Images of one step; as for train by default.")] = None,
-    augment: Annotated[Literal["none", "flip", "crop"], typer.Option(help="Of data and train.")] = "flip",
-    freeze: Annotated[Literal["none", "backbone"], typer.Option(help="Of train.")] = "none",
-    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="auto: what the hardware is fast at.")] = "auto",
+    image_size: Annotated[int | None, typer.Option(metavar="<int>", help="Side of the input, in pixels; default: the model's own.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Images per step; default: as for train.")] = None,
+    augment: Annotated[Literal["none", "flip", "crop"], typer.Option(help="For data and train.")] = "flip",
+    freeze: Annotated[Literal["none", "backbone"], typer.Option(help="For train.")] = "none",
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="auto: the fastest precision here.")] = "auto",
     attention: Annotated[Literal["auto", "eager", "sdpa"], typer.Option(help="As for train.")] = "auto",
-    compile: Annotated[Literal["auto", "on", "off"], typer.Option(help="auto: on where a trial of it is faster.")] = "off",
+    compile: Annotated[Literal["auto", "on", "off"], typer.Option(help="auto: on if a trial is faster.")] = "off",
     device: Device = "auto",
-    max_train_samples: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Decode no more images than this.")] = None,
-    steps: Annotated[int, typer.Option(min=1, metavar="<int>", help="Steps that are timed, after a warm-up.")] = 20,
+    max_train_samples: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Decode at most this many images.")] = None,
+    steps: Annotated[int, typer.Option(min=1, metavar="<int>", help="Steps to time, after a warm-up.")] = 20,
     json: Json = False,
 ) -> None:  # fmt: skip
-    """Measure the speed of this machine: images/s, where a step's time goes, and how far the limit is."""
+    """Measure the speed of this machine: images/s, where the time of a step goes, and how close it is to the peak."""
     from vitft.cli import commands
 
     settings = {"model": model, "dataset": dataset, "image_size": image_size, "batch_size": batch_size, "augment": augment,
@@ -261,7 +264,7 @@ def recipes_copy(
     name: RecipeName,
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="File or folder to copy to.")] = Path(),
 ) -> None:
-    """Copy a recipe, to change it."""
+    """Copy a recipe to edit it."""
     from vitft.config.recipe import command_for, copy_recipe, find_recipe, is_textbook
 
     copy, run = copy_recipe(name, target), command_for(is_textbook(find_recipe(name)))
@@ -271,7 +274,7 @@ def recipes_copy(
 @scratch_app.command("train")
 @options_from(_textbook_settings)
 def scratch_train(
-    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE|scalar", help="A textbook recipe's name or file; flags override it. scalar: a ViT of single numbers, with a task of its own.", autocompletion=_textbook_names)] = None,
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE|scalar", help="A textbook recipe's name or file; flags override it. scalar: a ViT of single numbers, with its own task.", autocompletion=_textbook_names)] = None,
     output: Annotated[Path | None, typer.Option(help="Run folder; by default the next free number in runs/.", rich_help_panel="Run")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.", rich_help_panel="Run")] = False,
     *, overrides: dict[str, Any],
@@ -299,7 +302,7 @@ def scratch_figures(
 @options_from(_train_settings, "Reading")
 def data_info(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="Alias, hub id, folder, CSV, JSONL or parquet.")],
-    dataset_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub data set.")] = None,
+    dataset_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub dataset.")] = None,
     preview: Annotated[Path | None, typer.Option(help="Write a grid of example images as a PNG.")] = None,
     json: Json = False,
     *, overrides: dict[str, Any],
@@ -315,7 +318,7 @@ def data_info(
 @options_from(_train_settings, "Reading")
 def data_check(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="Alias, hub id, folder, CSV, JSONL or parquet.")],
-    dataset_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub data set.")] = None,
+    dataset_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub dataset.")] = None,
     max_pixels: MaxPixels = None,
     value_range: ValueRange = None,
     quarantine: Annotated[Path | None, typer.Option(help="Write a list of the images to leave out, for vitft train --exclude.")] = None,

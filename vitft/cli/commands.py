@@ -1,4 +1,4 @@
-"""What the commands do once their options are read: call a room, show what it gives."""
+"""What commands do once their options are parsed: call the package, and show the result."""
 
 import csv
 import io
@@ -18,12 +18,10 @@ def train(
     recipe: str | None, output: Path | None, overwrite: bool, resume: Path | None, dry_run: bool,
     overrides: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Train, resume, or say what training would do."""
+    """Train, resume, or plan a run."""
     if resume is not None:
         if recipe is not None or output is not None or overwrite or dry_run:
-            raise UsageError(
-                "--resume goes on with a run as it is; leave --recipe, --output, --overwrite, --dry-run out."
-            )
+            raise UsageError("--resume continues a run as it is; leave out --recipe, --output, --overwrite, --dry-run.")
         with _loading():
             from vitft.training import trainer
 
@@ -33,7 +31,7 @@ def train(
     from vitft.config.train import require_dataset
 
     config = load_config(recipe, overrides)
-    require_dataset(config)  # said before torch is loaded
+    require_dataset(config)  # before torch is loaded
     if dry_run:
         with _loading():
             from vitft.training.dry_run import plan
@@ -47,7 +45,7 @@ def train(
 
 
 def evaluate(checkpoint: str, options: dict[str, Any], plot: Path | None, as_json: bool) -> None:
-    """Score a checkpoint and show the report."""
+    """Evaluate a checkpoint and show the report."""
     _writable(plot)
     with _loading():
         from vitft.evaluation.evaluation import evaluate as score
@@ -63,26 +61,26 @@ def evaluate(checkpoint: str, options: dict[str, Any], plot: Path | None, as_jso
 
 
 def verify_resume(recipe: str, overrides: dict[str, Any], kills: int, seed: int, as_json: bool) -> None:
-    """Train, kill, resume, compare. Raises TrainingError, last, if anything differs."""
+    """Train, kill, resume, compare, and show the verdict. Raises TrainingError if anything differs."""
     import tempfile
 
     from vitft.config.recipe import load_config
-    from vitft.training.verify_resume import prove_resume
+    from vitft.training.verify_resume import verify_resume
 
     config = load_config(recipe, overrides)
     with tempfile.TemporaryDirectory() as work:
-        proof = prove_resume(config, Path(work), kills=kills, seed=seed, say=console.note)
-    same = "the same bits" if proof.equal else "OTHER WEIGHTS OR LOSSES"
-    left = f"; left or missing: {', '.join(proof.left)}" if proof.left else ""
+        verdict = verify_resume(config, Path(work), kills=kills, seed=seed, say=console.note)
+    same = "the same bits" if verdict.equal else "DIFFERENT WEIGHTS OR LOSSES"
+    left = f"; left or missing: {', '.join(verdict.left)}" if verdict.left else ""
     if as_json:
-        console.say_json(asdict(proof) | {"repeated": proof.repeated})
+        console.say_json(asdict(verdict) | {"repeated": verdict.repeated})
     else:
         console.say_text(
-            f"kills: {len(proof.kills)} of {kills}, in a run of {proof.steps} steps; {same} as undisturbed; "
-            f"steps taken twice after a kill: at most {proof.repeated}{left}\n"
+            f"kills: {len(verdict.kills)} of {kills}, in a run of {verdict.steps} steps; {same} as without "
+            f"interruption; steps repeated after a kill: at most {verdict.repeated}{left}\n"
         )
-    if not proof.equal or proof.left:
-        raise TrainingError("the resumed run is not the undisturbed one; please report this with the recipe.")
+    if not verdict.equal or verdict.left:
+        raise TrainingError("the resumed run differs from the uninterrupted one; please report this with the recipe.")
 
 
 def bench(what: Any, settings: dict[str, Any], steps: int, as_json: bool) -> None:
@@ -119,7 +117,7 @@ def predict(
 
 
 def scratch_train(recipe: str | None, output: Path | None, as_json: bool, overrides: dict[str, Any]) -> None:
-    """Train a textbook network, or the scalar one, and show what it came to."""
+    """Train a textbook network, or the scalar one, and show the result."""
     from vitft.config.recipe import SCALAR
 
     if recipe == SCALAR:
@@ -156,7 +154,7 @@ def scratch_figures(folder: Path) -> None:
 def _scratch_train_scalar(output: Path | None, as_json: bool, overrides: dict[str, Any]) -> None:
     if output is not None or (others := [name for name in overrides if name != "seed"]):
         wrong = "--output" if output is not None else as_flag(others[0])
-        raise UsageError(f"scalar has its own task and sizes, and writes no files; leave {wrong} out.")
+        raise UsageError(f"scalar has its own task and sizes, and writes no files; leave out {wrong}.")
     from vitft.scratch_runner.report import scalar_document, scalar_tables, train_scalar
 
     report = train_scalar(**overrides)
@@ -164,7 +162,7 @@ def _scratch_train_scalar(output: Path | None, as_json: bool, overrides: dict[st
 
 
 def explain_sizes(given: dict[str, Any], batch_size: int, all_blocks: bool, as_json: bool) -> None:
-    """The table of a ViT's stages; where no model and no size is given, a tour around it."""
+    """Show a ViT's stages, or a tour if no model and no size is given."""
     from vitft.explain.table import document, resolve_spec, stage_table
     from vitft.explain.tour import next_steps, tour
 
@@ -182,13 +180,15 @@ def explain_image(
     image: Path | None, checkpoint: str | None, stage: str | None, folder: Path | None, page: Path | None,
     as_json: bool, others: list[str],
 ) -> None:  # fmt: skip
-    """Follow an image through a checkpoint; open a stage, draw its attention, make a page; without `others`."""
+    """Follow an image through a checkpoint: a table, a stage, pictures, a page. `others`: flags that do not fit."""
     if image is None:
         option = next(name for name, given in (("--stage", stage), ("--attention", folder), ("--html", page),
                                                ("--checkpoint", checkpoint)) if given is not None)  # fmt: skip
-        raise UsageError(f"{option} shows real numbers; add --image FILE.")
+        raise UsageError(f"{option} needs an image; add --image FILE.")
     if others:
-        raise UsageError(f"{as_flag(others[0])} shapes a table without numbers; with --image, use --checkpoint alone.")
+        raise UsageError(
+            f"{as_flag(others[0])} sets sizes of the table without --image; with an image, use --checkpoint."
+        )
     with _loading():
         from vitft.explain.attention import draw_attention
         from vitft.explain.page import write_page
@@ -215,7 +215,7 @@ def explain_image(
 
 
 def data_info(dataset: str, options: dict[str, Any], preview: Path | None, as_json: bool) -> None:
-    """Describe a data set."""
+    """Describe a dataset."""
     from vitft.data.info import describe
     from vitft.data.sources.source import open_dataset
 
@@ -234,7 +234,7 @@ def data_check(
     dataset: str, options: dict[str, Any], max_pixels: int | None, value_range: str | None,
     quarantine: Path | None, html: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Show what is wrong with a data set. Raises DataError, last, if it would stop a training."""
+    """Check a dataset and show the findings. Raises DataError in the end if one would stop training."""
     with _loading():
         from vitft.config.train import range_of
         from vitft.data.decoder import MAX_PIXELS
@@ -267,13 +267,11 @@ def data_check(
     images = sum(len(split) for split in source.splits.values())
     console.say_json(document(found)) if as_json else console.say(tables.check_report(found, KINDS, images))
     if broken := sum(one.severity == "error" for one in found):
-        raise DataError(
-            f"{broken:,} of {images:,} images would stop a training; mend or remove them, or leave them out."
-        )
+        raise DataError(f"{broken:,} of {images:,} images would stop training; fix, remove or exclude them.")
 
 
 def _loading() -> Any:
-    """Around imports that take seconds."""
+    """Shown during imports that take seconds."""
     return console.working("loading PyTorch and Transformers")
 
 
@@ -283,7 +281,7 @@ def _report_skipped(skipped: list[Any]) -> None:
 
 
 def _writable(picture: Path | None) -> None:
-    """A picture's path is checked before the work, not after. Raises UsageError."""
+    """Check a picture's path before the work. Raises UsageError."""
     if picture is not None and (picture.suffix.lower() != ".png" or not picture.parent.is_dir()):
         raise UsageError(f"{picture}: give a .png file in a folder that exists.")
 
@@ -300,9 +298,9 @@ def _csv(rows: list[Any], top_k: int) -> str:
 
 
 def _no_formula(cell: str) -> str:
-    """The cell with an apostrophe before what a spreadsheet would take for a formula (OWASP, CSV Injection).
+    """The cell, with an apostrophe before what a spreadsheet would run as a formula (OWASP, CSV Injection).
 
-    Numbers stay numbers; who reads the file by a program has --format jsonl, which changes nothing.
+    Numbers stay numbers. `--format jsonl` changes nothing.
     """
     if not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
         return cell
@@ -314,7 +312,7 @@ def _no_formula(cell: str) -> str:
 
 
 def cache_ls(as_json: bool) -> None:
-    """Show the decoded photos that are kept."""
+    """Show the cache of decoded photos."""
     from vitft.data import cache
 
     kept = cache.entries()
@@ -323,11 +321,11 @@ def cache_ls(as_json: bool) -> None:
     elif kept:
         console.say(tables.cache_table(kept, cache.root()))
     else:
-        console.say_text("nothing is kept: no run has decoded photos yet, or all was removed.\n")
+        console.say_text("the cache is empty.\n")
 
 
 def cache_clear() -> None:
-    """Remove them."""
+    """Empty the cache of decoded photos."""
     from vitft.data import cache
 
     console.say_text(f"removed {console.size(cache.clear())}.\n")

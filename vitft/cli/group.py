@@ -1,4 +1,4 @@
-"""Where an error becomes one line and an exit code: what every group of commands is made of."""
+"""Command groups, which turn an error into one line and an exit code."""
 
 from traceback import clear_frames
 from typing import Any
@@ -12,21 +12,21 @@ from vitft.io import console
 
 
 class Group(TyperGroup):
-    """Commands whose errors are one line, with the exit code of their kind."""
+    """Commands whose errors are one line, with an exit code by kind."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Typer's own; `--debug` may stand anywhere."""
+        """As in Typer, but `--debug` may be anywhere."""
         end = args.index("--") if "--" in args else len(args)
-        if "--debug" in args[:end]:  # it may stand anywhere
+        if "--debug" in args[:end]:
             args = ["--debug", *(word for word in args[:end] if word != "--debug"), *args[end:]]
         return super().parse_args(ctx, args)
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Typer's own, for help."""
+        """As in Typer; for help."""
         return _switches_shown_bare(super().get_params(ctx))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """Typer's own; the command gets its flags now."""
+        """As in Typer, but create the command's flags now."""
         name, command, rest = super().resolve_command(ctx, args)
         command = command and with_flags(command)
         if command is not None:
@@ -34,7 +34,7 @@ class Group(TyperGroup):
         return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command. Raises typer.Exit with the code of an error, which was said in one line."""
+        """Run the command. Raises typer.Exit with the exit code of an error, after printing its line."""
         try:
             with typed_flags():
                 return super().invoke(ctx)
@@ -43,7 +43,7 @@ class Group(TyperGroup):
             console.fail(str(error))
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
-            clear_frames(error.__traceback__)  # else Python waits at its end for all that was to be decoded
+            clear_frames(error.__traceback__)  # otherwise Python waits for queued decoding at exit
             console.fail("interrupted")
             raise typer.Exit(130) from error
         except (typer.Exit, typer.Abort, BrokenPipeError):
@@ -53,7 +53,7 @@ class Group(TyperGroup):
             console.fail(f"{error.filename or 'a file'}: {error.strerror or error}.")
             raise typer.Exit(1) from error
         except Exception as error:
-            if hasattr(error, "show"):  # wrong usage: Typer shows it, in a box of its own
+            if hasattr(error, "show"):  # wrong usage, which Typer shows in a box
                 name_what_was_meant(error)
                 raise
             self._debug(ctx)
@@ -67,7 +67,7 @@ class Group(TyperGroup):
 
 
 def _switches_shown_bare(options: list[Any]) -> list[Any]:
-    """Options that take no value, without the `<bool>` that Typer's help puts beside them."""
+    """Hide the `<bool>` that Typer's help shows for switches."""
     for option in options:
         if getattr(option, "is_flag", False):
             option.metavar = ""

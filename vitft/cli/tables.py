@@ -1,4 +1,4 @@
-"""What the commands show when they are done: text and tables, at most 80 columns wide."""
+"""The results that commands show: text and tables, at most 80 columns wide."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -10,15 +10,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vitft.io.console import interval, percent, safe, size
+from vitft.io.console import duration, interval, percent, safe, size
 from vitft.io.paths import shown
 
-LISTED_CLASSES = 30  # Up to so many classes, each has its row in the report.
-CROSSED_CLASSES = 12  # Up to so many, the whole confusion matrix fits 80 columns.
+LISTED_CLASSES = 30  # up to so many classes, the report has a row for each
+CROSSED_CLASSES = 12  # up to so many, the whole confusion matrix fits 80 columns
 
 
 def metrics_report(metrics: Any) -> RenderableType:
-    """A `vitft.evaluation.metrics.Metrics` as text and tables, at most 80 columns wide."""
+    """The report of `vitft eval`, for a `Metrics`."""
     low, high = (100 * bound for bound in metrics.accuracy_interval)
     headline = Text.assemble(
         "accuracy ",
@@ -26,7 +26,9 @@ def metrics_report(metrics: Any) -> RenderableType:
         f" (95 % interval {low:.1f}–{high:.1f}) on {metrics.count} images of {safe(metrics.split)}",
         (f" [{metrics.split_hash[:8]}]", "dim"),
     )
-    top5 = f"top-5 {percent(metrics.top5)}, " if len(metrics.per_class) > 5 else ""  # of five, always all
+    top5 = (
+        f"top-5 {percent(metrics.top5)}, " if len(metrics.per_class) > 5 else ""
+    )  # with five classes it is always 100 %
     rest = Text(
         f"{top5}loss {metrics.loss:.4f}, macro F1 {percent(metrics.macro_f1)}, {metrics.images_per_s:.0f} images/s"
     )
@@ -36,26 +38,26 @@ def metrics_report(metrics: Any) -> RenderableType:
 
 
 def _class_table(metrics: Any) -> list[RenderableType]:
-    """Precision, recall, F1 and count of every class; of many classes, of the ten with the lowest F1."""
+    """Precision, recall, F1 and count of every class, or of the ten classes with the lowest F1."""
     rows, title = metrics.per_class, []
     if len(rows) > LISTED_CLASSES:
-        title = [f"The 10 lowest F1 of {len(rows)} classes (--json has them all):"]
+        title = [f"The 10 lowest F1 of {len(rows)} classes (--json lists all):"]
         rows = sorted((row for row in rows if row.count), key=lambda row: row.f1)[:10]
     table = Table(box=None, pad_edge=False)
     table.add_column("class", no_wrap=True, overflow="ellipsis", max_width=36)
     for name in ("precision", "recall", "F1", "count"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:  # a class without an image has no scores
+    for row in rows:  # a class without images has no scores
         scores = (percent(score) if row.count else "–" for score in (row.precision, row.recall, row.f1))
         table.add_row(Text(safe(row.label)), *scores, str(row.count))
     return [*title, table]
 
 
 def _confusion_table(confusion: Mapping[str, Any]) -> list[RenderableType]:
-    """The confusion matrix; a column's head is the start of its class's name."""
+    """The confusion matrix; columns are headed by the first letters of the class name."""
     labels, matrix = confusion["labels"], confusion["matrix"]
     digits = len(str(max(map(max, matrix))))
-    room = max(digits, min(14, 62 // len(labels) - 1))  # 18 of 80 for the rows' names; 1 between columns.
+    room = max(digits, min(14, 62 // len(labels) - 1))  # 18 of 80 columns for row names, 1 between columns
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True, overflow="ellipsis", max_width=min(16, 79 - len(labels) * (room + 1)))
     for label in labels:
@@ -73,7 +75,7 @@ def _mistakes_table(metrics: Any) -> list[RenderableType]:
     cells = (cell for cell in metrics.cells.tolist() if cell[0] != cell[1])
     worst = sorted(cells, key=lambda cell: -cell[2])[:10]
     if not worst:
-        return ["No image was taken for another class."]
+        return ["No image was misclassified."]
     table = Table(box=None, pad_edge=False, show_header=False)
     for name in ("true", "predicted"):
         table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=34)
@@ -84,10 +86,10 @@ def _mistakes_table(metrics: Any) -> list[RenderableType]:
 
 
 def training_report(result: Any) -> str:
-    """The last lines of a run: score, checkpoint, next command."""
+    """The last lines of a run: scores, checkpoint, speed, next command."""
     lines = [
         interval(score.split, score.accuracy, score.accuracy_interval, score.count) for score in result.scores.values()
-    ] or ["no split to score it on: it was not evaluated"]
+    ] or ["not evaluated: there is no validation or test split"]
     lines.append(f"{result.checkpoint.name} checkpoint: {result.checkpoint} (step {result.step})")
     if (speed := result.speed) is not None:
         of_peak = f", {percent(speed.mfu, 0)} of this machine's {speed.precision} peak" if speed.mfu is not None else ""
@@ -99,14 +101,43 @@ def training_report(result: Any) -> str:
     )
 
 
-def plan_report(groups: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> RenderableType:
-    """What a run would do, before it does it: titled groups of names and values."""
+def plan_report(plan: Any) -> RenderableType:
+    """The table of `vitft train --dry-run`."""
+    prepared, run = plan.prepared, plan.size
+    config, loaded = prepared.config, prepared.loaded
+    revision = f" at {prepared.source.revision[:12]}" if prepared.source.revision else ""
+    start = "new weights" if config.from_scratch else "new head" if loaded.new_head else "its own head"
+    times = {"decoding": plan.decode_s, "training": run.train_s, "evaluation": run.evaluate_s}
+    lines = {name: "\n".join(f"{key}: {value}" for key, value in getattr(plan, name).items())
+             for name in ("given", "chosen")}  # fmt: skip
+    groups = {
+        "Data": {
+            "dataset": f"{config.dataset}{revision}",
+            "classes": f"{len(loaded.labels)}: {', '.join(loaded.labels[:8])}{', ...' * (len(loaded.labels) > 8)}",
+            **{role: f"{len(split.rows):,} images of {split.source}" for role, split in prepared.splits.items()},
+        },
+        "Model": {
+            "model": f"{config.model}, {loaded.preprocess.size_text} px, {start}",
+            "parameters": f"{plan.parameters:,}, of which {plan.trainable:,} are trained",
+        },
+        "Cost": {
+            "steps": f"{run.steps:,} of {config.batch_size} images, {run.steps_per_epoch:,} per epoch",
+            "device": f"{config.device}, {config.precision}",
+            "memory": f"about {size(plan.memory_bytes)}" if plan.memory_bytes else "unknown for this architecture",
+            "time": f"about {duration(plan.total_s)}: " + ", ".join(f"{k} {duration(s)}" for k, s in times.items()),
+        },
+        "Run": {"folder": f"{plan.folder}, in place of the run there" if plan.replaces else str(plan.folder)},
+        "Settings": {
+            **{name: text for name, text in lines.items() if text},
+            "others": "the defaults, which vitft train --help lists; config.yaml in the run folder will have them all",
+        },
+    }
     table = Table.grid(padding=(0, 2))
-    for number, (title, rows) in enumerate(groups):
+    for number, (title, rows) in enumerate(groups.items()):
         if number:
             table.add_row()
         table.add_row(Text(title, "bold"))
-        for name, value in rows:
+        for name, value in rows.items():
             table.add_row(Text(f"  {name}"), Text(safe(value)))
     return table
 
@@ -133,14 +164,14 @@ def data_report(described: Mapping[str, Any]) -> RenderableType:
         counts = (str(split["classes"].get(label, 0)) for split in described["splits"])
         classes.add_row(Text(safe(label)), *counts)
     more = len(described["labels"]) - len(shown)
-    rest = [f"... and {more} more classes (--json has all)"] if more else []
-    told = [Text(safe(sentence)) for sentence in described.get("decisions", ())]
-    told += [Text(safe(f"warning: {sentence}"), "yellow") for sentence in described.get("warnings", ())]
-    return Group(head, *told, "", splits, "", classes, *rest)
+    rest = [f"... and {more} more classes (--json lists all)"] if more else []
+    notes = [Text(safe(sentence)) for sentence in described.get("decisions", ())]
+    notes += [Text(safe(f"warning: {sentence}"), "yellow") for sentence in described.get("warnings", ())]
+    return Group(head, *notes, "", splits, "", classes, *rest)
 
 
 def bench_report(found: Mapping[str, Any]) -> RenderableType:
-    """What `vitft.training.bench.bench` measured: the rate, where a step's time goes, and the limit."""
+    """The report of `vitft bench`: speed, where the time of a step goes, and the machine's peak."""
     settings, rate = found["settings"], found["images_per_s"]
     head = Text.assemble(
         (f"{rate['median']:,.0f} images/s", "bold"),
@@ -149,14 +180,14 @@ def bench_report(found: Mapping[str, Any]) -> RenderableType:
         f"augment {settings['augment']}, {settings['device']}, {settings['precision']}\n",
     )
     table = Table(box=None, pad_edge=False)
-    for name in ("part", "ms a step", "least", "most", "share"):
+    for name in ("part", "ms per step", "min", "max", "fraction"):
         table.add_column(name, justify="left" if name == "part" else "right")
     whole = sum(part["median"] for part in found["ms_per_step"].values())
     for name, part in found["ms_per_step"].items():
         table.add_row(name, *(f"{part[key]:.2f}" for key in ("median", "min", "max")), percent(part["median"] / whole))
     lines = [f"decoding, once: {found['decode_images_per_s']:,.0f} images/s"]
     if "data_wait" in found:
-        lines.append(f"time before the model has its input: {percent(found['data_wait'])}")
+        lines.append(f"time spent waiting for input: {percent(found['data_wait'])}")
     if found.get("peak_flops_per_s"):
         peak = f"{found['peak_flops_per_s'] / 1e9:,.0f} GFLOP/s of a large {settings['precision']} product here"
         reached = ""
@@ -166,12 +197,12 @@ def bench_report(found: Mapping[str, Any]) -> RenderableType:
         lines.append(f"{reached}{peak}")
     memory = found["peak_memory_bytes"]
     on_device = f", {size(memory['device'])} on the device" if memory["device"] else ""
-    lines.append(f"peak memory: {size(memory['process'])} of the process{on_device}")
+    lines.append(f"peak memory: {size(memory['process'])} in the process{on_device}")
     return Group(head, table, Text("\n" + "\n".join(lines)))
 
 
 def predictions_report(predictions: Sequence[Any]) -> RenderableType:
-    """One row an image: its classes, best first, each with its probability."""
+    """A row per image: its classes, best first, with their probabilities."""
     table = Table(box=None, pad_edge=False)
     table.add_column("image", overflow="fold")
     table.add_column("prediction", overflow="fold")
@@ -185,7 +216,7 @@ def predictions_report(predictions: Sequence[Any]) -> RenderableType:
 
 
 def recipe_table(recipes: Sequence[Any]) -> RenderableType:
-    """The recipes that come with vitft; the textbook's are marked, for another command takes them."""
+    """The recipes that come with vitft; those for `vitft scratch train` are marked."""
     table = Table(box=None, pad_edge=False)
     table.add_column("recipe", no_wrap=True)
     table.add_column("what it does")
@@ -199,7 +230,7 @@ LISTED_FINDINGS = 5  # of a kind
 
 
 def check_report(findings: Sequence[Any], kinds: Mapping[str, tuple[str, str]], images: int) -> RenderableType:
-    """What the doctor found: a line a kind, its first few findings, and a verdict."""
+    """The report of `vitft data check`: findings by kind, the first few of each, and a verdict."""
     colors = {"error": "red", "warning": "yellow", "note": "cyan"}
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
@@ -218,12 +249,12 @@ def check_report(findings: Sequence[Any], kinds: Mapping[str, tuple[str, str]], 
             )
     counts = {severity: sum(one.severity == severity for one in findings) for severity in colors}
     told = ", ".join(f"{count:,} {name}{'' if count == 1 else 's'}" for name, count in counts.items() if count)
-    verdict = Text(f"{images:,} images: {told or 'nothing is wrong with them'}", "bold")
+    verdict = Text(f"{images:,} images: {told or 'no problems found'}", "bold")
     return Group(table, Text(), verdict) if findings else verdict
 
 
 def cache_table(entries: Sequence[Any], folder: Path) -> RenderableType:
-    """Decoded photos that are kept, and what they take together."""
+    """The cache of decoded photos, and its size."""
     table = Table(box=None, pad_edge=False)
     table.add_column("images of", style="bold")
     for name in ("images", "size", "last used"):

@@ -1,4 +1,4 @@
-"""Score a model on a split: during a run, or a finished checkpoint from its folder."""
+"""Score a model on a split, during a run or from a checkpoint."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -28,10 +28,10 @@ from vitft.io import console
 from vitft.io.paths import absolute, composed, expanded
 from vitft.models.load import read_config
 
-NO_CLASS = -1  # in the loss, of an image whose class the model does not have
-BATCH = 64  # images of a forward pass: it keeps no activations, so this fits wherever training does
+NO_CLASS = -1  # label, in the loss, of images whose class the model does not have
+BATCH = 64  # images per forward pass; without saved activations, this fits wherever training does
 Progress = Callable[[int, int], None]
-"""Called with the number done and the number in all."""
+"""Called with the number done and the total."""
 
 
 def measure(
@@ -39,9 +39,9 @@ def measure(
     *, others: Sequence[str] = (), gather: Callable[[list[Any]], list[Any]] = lambda parts: parts,
     progress: Progress = lambda done, count: None,
 ) -> Metrics:  # fmt: skip
-    """Score the model on this loader's images, joined over all processes by `gather`.
+    """Score the model on a loader's images, joined over all processes by `gather`.
 
-    `labels` are the model's; `others` those of images that it has no class for (see `matched`).
+    `labels` are the model's classes, and `others` the classes that only the images have (see `matched`).
     """
     model.eval()
     started = time.perf_counter()
@@ -71,26 +71,38 @@ def evaluate(
     progress: Progress = lambda done, count: None,
     report_skipped: Callable[[list[Skipped]], None] = lambda skipped: None,
 ) -> Metrics:  # fmt: skip
-    """Score a checkpoint: a run folder, one of its checkpoints, or a Transformers folder or hub id.
+    """Evaluate a checkpoint on a split.
 
-    vitft's own checkpoints know their data set and splits; for others name a `dataset`. Without
-    `split` it is test, else validation. Images keep the roles that the run's `splits.json` says they had, also
-    where the data set grew or moved. Raises VitftError; DataError where the checkpoint was trained on what would
-    be scored.
+    Args:
+        checkpoint: a run (its best checkpoint is taken), one of its checkpoints, or a Transformers folder or hub id.
+        dataset: a name, a path, or a `Dataset` or `DatasetDict` of `datasets`; by default the one it was trained on.
+        split: by default test, else validation. Images keep the roles that the run recorded in `splits.json`, even if
+            the dataset has grown or moved.
+        batch_size: images per forward pass.
+        progress: called with the number of images or batches done and the total.
+        report_skipped: called with the images that could not be read, if `on_bad_image` is skip.
+
+    The other arguments are those of `vitft eval`; by default they are as in training.
+
+    Returns:
+        Scores of the split, of each class, and the confusion matrix.
+
+    Raises:
+        VitftError: with one line that says what is wrong; DataError if the checkpoint was trained on these images.
     """
     where = find_model(expanded(checkpoint))
     card = read_card(where) if where.is_dir() else None
     if dataset is None and (card is None or card.config.dataset is None):
         if not where.exists():
             raise ModelError(f"{checkpoint}: no such folder here; if it is a hub id, add --dataset.")
-        read_config(where)  # what is no model at all is said to be none
-        raise UsageError(f"{checkpoint}: it does not say what data it was trained on; add --dataset.")
+        read_config(where)  # raises for what is not a model at all
+        raise UsageError(f"{checkpoint}: it does not say what dataset it was trained on; add --dataset.")
     config = card.config if card else TrainConfig()
     place = absolute(str(dataset), (*ALIASES, DIGITS)) if isinstance(dataset, str | Path) else None
     if dataset is not None and (place is None or place != config.dataset):
-        # What the checkpoint's own data set was read by says nothing of another one.
-        anew = {"dataset_revision", "exclude", *Reading.__dataclass_fields__}
-        config = config.model_copy(update=dict.fromkeys(anew) | {"dataset": place, "allow_outside": False})
+        # Settings for reading the checkpoint's own dataset do not apply to another one.
+        reset = {"dataset_revision", "exclude", *Reading.__dataclass_fields__}
+        config = config.model_copy(update=dict.fromkeys(reset) | {"dataset": place, "allow_outside": False})
     typed = {"dataset_revision": dataset_revision, "max_pixels": max_pixels, "on_bad_image": on_bad_image,
              "image_column": image_column, "label_column": label_column, "split_column": split_column,
              "fold_column": fold_column, "fold": fold, "image_folder": image_folder, "encoding": encoding,
@@ -100,8 +112,8 @@ def evaluate(
     loaded = load_model(checkpoint)
     if loaded.scoring != "softmax":
         raise ModelError(
-            f"{checkpoint}: scores each label by itself ({loaded.scoring}), and accuracy asks for one class an image; "
-            "predict shows its answers, train makes it a head for one class."
+            f"{checkpoint}: scores each label separately ({loaded.scoring}), and accuracy needs one class per image; "
+            "use predict, or fine-tune it for one class."
         )
     how = loaded.preprocess.with_value_range(config.value_range)
     source = source_of(config, None if place else dataset)
@@ -120,7 +132,7 @@ def evaluate(
     if unknown := int((truth >= len(loaded.labels)).sum()):
         console.warn(
             f"{unknown:,} of {len(truth):,} {chosen.name} images are of classes that the model does not have "
-            f"({listed(others, 5)}): they count as wrong, and are not in the loss"
+            f"({listed(others, 5)}): they count as wrong, and are left out of the loss"
         )
     device = find_device(device)
     recorded = config.precision if card and config.device == device else "fp32"
@@ -132,7 +144,7 @@ def evaluate(
 
 
 def autocast(device: str, precision: str) -> Any:
-    """The context in which matrix products have this precision."""
+    """A context in which matrix products have this precision."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device, torch.bfloat16 if precision == "bf16" else torch.float16)
@@ -141,14 +153,14 @@ def autocast(device: str, precision: str) -> Any:
 def matched(
     labels: NDArray[np.int64], given: Sequence[str], known: Sequence[str], *, name: str, own: bool = False
 ) -> tuple[NDArray[np.int64], tuple[str, ...]]:  # fmt: skip
-    """Class indices of a data set as the model numbers them, matched by name; and the names of classes beyond those.
+    """Match the classes of a dataset to the model's by name: the labels as the model numbers them, and further classes.
 
-    `labels` index the `given` names of the data set; `known` are the model's. Classes that occur and that the model
-    does not have are numbered after its own where the data set is its `own`: it was trained without images of them.
-    Raises DataError where another data set has such images, or none but such.
+    `labels` index the `given` names of the dataset; `known` are the model's. If the dataset is the model's `own`,
+    classes with images that the model lacks (it was trained without them) are numbered after its own. Raises DataError
+    if another dataset has images of such classes, or if no image has a class of the model.
     """
     if tuple(given) == tuple(known):
-        return labels, ()  # also where two classes share a name, as two of ImageNet's do
+        return labels, ()  # even if two classes share a name, as in ImageNet
     given, known = [composed(label) for label in given], [composed(label) for label in known]
     position = {label: index for index, label in enumerate(known)}
     occurs = np.bincount(labels, minlength=len(given)) > 0
@@ -164,16 +176,16 @@ def matched(
 
 
 def listed(names: Sequence[str], most: int = 12) -> str:
-    """The first names, and how many there are if there are more."""
+    """The first names, and the total if there are more."""
     return ", ".join(names[:most]) + (f", ... ({len(names):,} in all)" if len(names) > most else "")
 
 
 def without(split: Split, skipped: Sequence[Skipped], source: Source) -> Split:
-    """The split less the images that could not be read; its hash names what is left."""
+    """The split without the images that could not be read; its hash is of the remaining ones."""
     if not skipped:
         return split
     kept = np.ones(len(split.rows), bool)
     kept[[s.position for s in skipped]] = False
     if not kept.any():
-        raise DataError(f"{split.name} split: no readable image is left of {len(split.rows)}.")
+        raise DataError(f"{split.name} split: none of its {len(split.rows)} images can be read.")
     return split.select(kept, source.labels)

@@ -1,7 +1,4 @@
-"""Scores of a classifier: from (label, best classes, loss) of every image to a `Metrics`.
-
-On several processes the arrays are gathered first and scored on the main one.
-"""
+"""The scores of a classifier, from the label, best classes and loss of every image."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -15,7 +12,7 @@ from numpy.typing import NDArray
 
 from vitft.errors import DataError, ModelError
 
-CROSSED = 1000  # Up to so many classes the confusion matrix is written out; of more, the cells that are not zero.
+CROSSED = 1000  # up to so many classes, the confusion matrix is dense; for more, only non-zero cells are listed
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class Score:
     macro_f1: float
     count: int  # images
     split: str
-    split_hash: str  # of which images the split consists
+    split_hash: str  # identifies the images of the split
     images_per_s: float
 
     @classmethod
@@ -56,10 +53,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Metrics(Score):
-    """A score with what it is made of: each class, and which was taken for which."""
+    """A score with its details: each class, and the confusion matrix."""
 
     per_class: list[ClassScore]
-    # (k, 3), sorted: a true class, a predicted one, how many images
+    # (k, 3), sorted: true class, predicted class, number of images
     cells: NDArray[np.int64] = field(compare=False, repr=False)
     others: tuple[str, ...] = ()  # the last of per_class: true classes that the model does not have
 
@@ -92,14 +89,13 @@ def score(
     split_hash: str,
     elapsed_s: float,
 ) -> Metrics:
-    """Score a split of n images: truth is (n,), top (n, k) best class first, losses (n,) in nats.
+    """Score a split of n images: truth is (n,), top (n, k) with the best class first, losses (n,) in nats.
 
-    k is 5, or the number of classes where there are fewer. `labels` names the classes in the order of
-    their indices. `others` are true classes that the model does not have, numbered after its own: their images are
-    wrong, and are left out of the mean loss. `elapsed_s` is the time that reading and classifying the n images took.
+    k is 5, or the number of classes if there are fewer. `labels` are the classes by index. `others` are true classes
+    that the model does not have, numbered after its own: their images are wrong, and left out of the mean loss.
+    `elapsed_s` is the time to read and classify the images.
 
-    Raises DataError if n is 0, ModelError if the mean loss is not a finite number, and ValueError if
-    the arrays do not belong together.
+    Raises DataError if n is 0, ModelError if the mean loss is not finite, and ValueError if the arrays do not fit.
     """
     count, known, classes = len(truth), len(labels), len(labels) + len(others)
     if count == 0:
@@ -110,7 +106,7 @@ def score(
         raise ValueError(f"a class index lies outside 0..{classes - 1}, or a prediction outside 0..{known - 1}")
     from vitft.evaluation.counts import Classification
 
-    with TemporaryDirectory() as folder:  # evaluate makes a folder even when it keeps all in memory.
+    with TemporaryDirectory() as folder:  # evaluate creates a folder even if it keeps everything in memory
         metric = Classification(keep_in_memory=True, cache_dir=folder)
         found = (top == truth[:, None]).any(axis=1)
         got = metric.compute(
@@ -136,16 +132,16 @@ def score(
 
 
 def wilson_interval(correct: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The score interval of Wilson (1927) for a share of `correct` in `count`: 95 % for z = 1.96.
+    """The score interval of Wilson (1927) for `correct` of `count`: 95 % for z = 1.96.
 
-    Unlike share ± z·sqrt(p(1-p)/n) it stays within 0..1 and is honest near 0 and 1 and for few images.
-    Raises ValueError unless 0 <= correct <= count and count > 0.
+    Unlike p ± z·sqrt(p(1-p)/n), it stays within 0 to 1, and holds near 0 and 1 and for few images. Raises ValueError
+    unless 0 <= correct <= count and count > 0.
     """
     if not 0 <= correct <= count or count == 0:
-        raise ValueError(f"{correct} of {count} is no share")
-    share = correct / count
+        raise ValueError(f"{correct} of {count} is not a fraction")
+    p = correct / count
     scale = 1 + z**2 / count
-    centre = (share + z**2 / (2 * count)) / scale
-    half = z / scale * sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    # At the ends rounding would leave a crumb.
-    return (0.0 if correct == 0 else centre - half), (1.0 if correct == count else centre + half)
+    center = (p + z**2 / (2 * count)) / scale
+    half = z / scale * sqrt(p * (1 - p) / count + z**2 / (4 * count**2))
+    # Exact at the ends, where rounding would leave a small error.
+    return (0.0 if correct == 0 else center - half), (1.0 if correct == count else center + half)

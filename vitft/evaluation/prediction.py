@@ -1,4 +1,4 @@
-"""Files, folders and globs to rows of (path, label, score)."""
+"""Classify image files, folders, arrays and tensors."""
 
 import glob
 from collections.abc import Iterator, Sequence
@@ -23,14 +23,14 @@ from vitft.models.load import Scoring
 
 _BATCH = 64
 Given = str | Path | Image.Image | NDArray[Any] | torch.Tensor
-"""What may stand for an image: see `Predictor.__call__`."""
+"""What can be classified: see `Predictor.__call__`."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """An image's classes, best first, each with its probability; or why it could not be read.
+    """An image's classes, best first, with their probabilities; or the `error` why it could not be read.
 
-    Of a checkpoint for several labels an image, or for one, each probability stands by itself.
+    Probabilities sum to 1, unless the checkpoint scores each label separately.
     """
 
     path: str
@@ -38,7 +38,7 @@ class Prediction:
     error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in JSON."""
+        """The prediction as JSON values."""
         if self.error is not None:
             return {"path": self.path, "error": self.error}
         return {"path": self.path, "top": [{"label": label, "score": score} for label, score in self.top]}
@@ -48,10 +48,18 @@ def predict(
     paths: Sequence[str | Path] | str | Path, checkpoint: str | Path, *, top_k: int = 3, device: str = "auto",
     max_pixels: int = MAX_PIXELS, value_range: str | None = None,
 ) -> list[Prediction]:  # fmt: skip
-    """Classify images, in the order given; an unreadable one gets a row with its error.
+    """Classify image files, in the order given; an unreadable image gets a row with its error.
 
-    `paths` are files, folders (every image below them) and globs. Raises VitftError for a checkpoint
-    that cannot be used or whose scores are not finite, or when no image is found at all.
+    Args:
+        paths: files, folders (with every image below them) and globs.
+        checkpoint: a run (its best checkpoint is taken), one of its checkpoints, or a Transformers folder or hub id.
+        top_k: classes per image.
+        device: auto, cpu, cuda or mps.
+        max_pixels: images with more pixels get an error.
+        value_range: black and white of images with more than 8 bits, as `0:4095`; by default the checkpoint's.
+
+    Raises:
+        VitftError: the checkpoint cannot be used, its scores are not finite, or there is no image at all.
     """
     given = [paths] if isinstance(paths, str | Path) else paths
     found = list(find_images(given))
@@ -60,19 +68,19 @@ def predict(
 
 
 class Predictor:
-    """A checkpoint that is loaded once, to classify images as they come.
+    """A checkpoint that is loaded once, to classify images.
 
     >>> predictor = Predictor("runs/digits-vit-micro-1")
     >>> predictor("docs/digits", top_k=1)[0].top
 
-    `labels` are the names of its classes, in the order of its logits; `preprocess` is how an image becomes its input.
+    `labels` are its classes, in the order of the logits; `preprocess` is how an image becomes the model's input.
     """
 
     def __init__(
         self, checkpoint: str | Path, *, device: str = "auto", max_pixels: int = MAX_PIXELS,
         value_range: str | None = None,
     ) -> None:  # fmt: skip
-        """`checkpoint` is a run, one of its checkpoints, or a Transformers folder or hub id. Raises VitftError."""
+        """Load a checkpoint; the arguments are those of `predict`. Raises VitftError."""
         self.checkpoint, self.max_pixels = checkpoint, max_pixels
         loaded = load_model(checkpoint)
         self.labels, self.preprocess = loaded.labels, loaded.preprocess.with_value_range(value_range)
@@ -81,12 +89,12 @@ class Predictor:
         self._model = loaded.model.to(self._device)
 
     def __call__(self, images: Given | Sequence[Given], *, top_k: int = 3) -> list[Prediction]:
-        """Classify one image or several, in the order given: `top_k` classes each, best first.
+        """Classify one image or several, in the order given, with `top_k` classes each, best first.
 
-        An image is a path (or a folder, or a glob), a PIL image, a uint8 array (H, W) or (H, W, 3), or a tensor
-        (C, H, W) as torchvision has it, uint8 or floats from 0 to 1. An array (B, H, W, 3) or a tensor (B, C, H, W) is
-        a batch. What cannot be read gets a row with its error. Raises DataError for folders without an image, and
-        ModelError where scores are not finite.
+        An image is a path (also a folder or a glob), a PIL image, a uint8 array (H, W) or (H, W, 3), or a tensor
+        (C, H, W) as in torchvision, uint8 or float from 0 to 1. Arrays (B, H, W, 3) and tensors (B, C, H, W) are
+        batches. An unreadable image gets a row with its error. Raises DataError for folders without images, and
+        ModelError if scores are not finite.
         """
         single = isinstance(images, str | Path | Image.Image | np.ndarray | torch.Tensor)
         return self._rows(list(_each([images] if single else images)), top_k=top_k)  # type: ignore[list-item,arg-type]
@@ -101,7 +109,7 @@ class Predictor:
             scores = torch.empty(0, 1) if pixels is None else _scores(self._model, pixels, self._scoring)
             if not scores.isfinite().all():
                 raise ModelError(
-                    f"{self.checkpoint}: its scores are not finite, so its weights are broken; use another checkpoint."
+                    f"{self.checkpoint}: its scores are not finite, so its weights are corrupt; use another checkpoint."
                 )
             tops = _top(scores, top_k)
             for place, (given, result) in enumerate(zip(part, results, strict=True), start):
@@ -113,10 +121,10 @@ class Predictor:
         return rows
 
     def _read(self, given: "str | Image.Image | DataError") -> torch.Tensor | str:
-        """The model's input before it is normalized, (1, height, width, 3), or why there is none."""
+        """The resized image, (1, H, W, 3), or the reason why it cannot be read."""
         if isinstance(given, DataError):
             return str(given)
-        try:  # fitted at once, so that a batch of photos never lies in memory at full size
+        try:  # resized at once, so that a batch of photos is never in memory at full size
             source: Path | Image.Image = given if isinstance(given, Image.Image) else expanded(given)
             if isinstance(source, Path) and not source.exists() and glob.has_magic(str(given)):
                 return "matches no file"
@@ -129,7 +137,7 @@ class Predictor:
 
 
 def _each(images: Sequence[Given]) -> Iterator[str | Image.Image | DataError]:
-    """Every single image: files by name, all else as PIL images; of what is none, why."""
+    """Every image: files by name, others as PIL images, or a DataError for what is not an image."""
     for given in images:
         if isinstance(given, str | Path):
             yield from find_images([given])
@@ -168,10 +176,10 @@ def _top(scores: torch.Tensor, top_k: int) -> Iterator[list[tuple[int, float]]]:
 
 
 def find_images(given: Sequence[str | Path]) -> Iterator[str]:
-    """The image files behind files, folders and globs, in order, each as it was written; what is no image is told.
+    """The image files behind files, folders and globs, in order; files in folders that are not images are reported.
 
-    What is not there, or matches nothing, stays as it is, to get its own row. Raises DataError if
-    folders are all that was given and they hold no image.
+    A missing file, or a glob without matches, is kept, to get a row with its error. Raises DataError if only folders
+    were given, and there is no image in them.
     """
     count = 0
     for word in map(str, given):

@@ -1,4 +1,4 @@
-"""How fast this machine is at a run's parts: its input, its steps, its evaluation; and how far from its limit."""
+"""Benchmarks of a run's parts on this machine: input, training steps, evaluation, beside the machine's peak."""
 
 import resource
 import statistics
@@ -18,16 +18,16 @@ from vitft.hardware.device import deterministic, environment, make_accelerator, 
 from vitft.hardware.timers import Stopwatch, seconds_between, synchronize, timestamp
 from vitft.models.load import BUNDLED, shape_of
 from vitft.spec import PRESETS, total, training_flops
-from vitft.training.autotune import tuned
+from vitft.training.autotune import autotuned
 from vitft.training.setup import Prepared, Stores, prepare
 from vitft.training.step import Learner
 
 What = Literal["data", "train", "eval"]
-WARM_UP = 3  # steps that are not counted: they pay for threads, kernels and memory
+WARM_UP = 3  # steps not counted: they start threads, and allocate memory
 
 
 def bench(what: What, settings: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Measure, and say all of it, JSON-ready. Times are seconds unless the name says ms.
+    """Measure, and return figures for JSON. Times are in seconds unless the name says ms.
 
     data: images from the store to the model's input. train: whole optimizer steps, and then as many more
     with a clock around each part. eval: forward passes with their data. Raises VitftError.
@@ -36,12 +36,12 @@ def bench(what: What, settings: dict[str, Any], steps: int) -> dict[str, Any]:
     fixed = {"from_scratch": new, "val_fraction": 0.0, "epochs": 1e5, "schedule": "constant"}
     if new and settings.get("freeze") == "backbone":
         raise UsageError(f"--freeze backbone: {settings['model']} is a shape with random weights; use a trained model.")
-    default = {"dataset": "digits", "model": BUNDLED, "compile": "off"}  # with so many epochs auto would always try it
+    default = {"dataset": "digits", "model": BUNDLED, "compile": "off"}  # auto would always try it, with so many epochs
     config = TrainConfig.parse(default | settings | fixed, "flags")
     accelerator = make_accelerator(config)
     prepared = prepare(config)
     with memory_guard(prepared.config):
-        config = prepared.config = tuned(prepared)
+        config = prepared.config = autotuned(prepared)
     if len(prepared.splits["train"].rows) < config.batch_size:
         few = len(prepared.splits["train"].rows)
         raise UsageError(f"--batch-size {config.batch_size}: {config.dataset} has {few} training images; take fewer.")
@@ -58,7 +58,7 @@ def bench(what: What, settings: dict[str, Any], steps: int) -> dict[str, Any]:
     with memory_guard(config), threads(config.threads), deterministic(config):
         measured = _MEASURES[what](accelerator, prepared, stores, steps)
     device = torch.cuda.max_memory_allocated() if config.device == "cuda" else None
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    unit = 1 if sys.platform == "darwin" else 1024  # unit of ru_maxrss in bytes
     memory = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "device": device}
     return document | measured | {"peak_memory_bytes": memory, "environment": environment()}
 
@@ -133,14 +133,14 @@ _MEASURES: dict[What, Callable[..., dict[str, Any]]] = {"data": _data, "train": 
 
 
 def _whole_batches(loader: Any) -> Iterator[int]:
-    """Steps whose batch is a whole one, without end."""
+    """An endless sequence of steps with full batches."""
     return (step for step in count() if len(loader.samples(step)) == loader.batch_size)
 
 
 def _timed(
     step: Callable[[], Any], steps: int, device: str, clock: Stopwatch | None = None, warm_up: int = WARM_UP
 ) -> tuple[list[float], dict[str, dict[str, float]]]:
-    """Seconds of each step, and the spread of each part's milliseconds."""
+    """Seconds of each step, and statistics of each part in milliseconds."""
     times: list[float] = []
     parts: list[dict[str, float]] = []
     for number in range(warm_up + steps):
@@ -157,7 +157,7 @@ def _timed(
 
 
 def _in_a_row(step: Callable[[], Any], steps: int, device: str) -> list[float]:
-    """Seconds of each step, as they follow one another in training: a GPU is never waited for in between."""
+    """Seconds of each step in sequence, without waiting for a GPU in between."""
     synchronize(device)
     moments = [timestamp(device)]
     for _ in range(steps):
@@ -176,15 +176,15 @@ def _rates(times: list[float], images: int) -> dict[str, float]:
 
 
 def _flops(prepared: Prepared, count_flops: Callable[[Any, int], int]) -> int | None:
-    """FLOPs of one step, or None where the architecture has no stage table."""
+    """FLOPs of a step; None if the architecture has no stage table."""
     spec = shape_of(prepared.loaded.model)
     return None if spec is None else count_flops(spec, prepared.config.batch_size)
 
 
 def _share(config: TrainConfig, flops: int | None, times: list[float]) -> dict[str, Any]:
-    """FLOP/s, those of a large product in the same dtype, measured now, and their ratio (mfu), if it can be said."""
+    """FLOP/s, those of a large matrix product in the same dtype, measured now, and their ratio (mfu)."""
     peak = peak_flops(config.device, config.precision)
     rate = None if flops is None else flops / statistics.median(times)
-    # Above it, the peak was measured beside other work: it says nothing.
+    # A ratio above 1 means nothing: the peak was measured while other programs were running.
     mfu = rate / peak if rate is not None and rate <= peak else None
     return {"flops_per_s": rate, "peak_flops_per_s": peak, "mfu": mfu}

@@ -1,4 +1,4 @@
-"""What a person should know of a run that came to nothing, or became slow, in one line with the likely cause."""
+"""Warnings about a run that learned nothing or became slow, with the likely cause."""
 
 import os
 
@@ -8,14 +8,14 @@ from vitft.config.train import TrainConfig
 from vitft.evaluation.metrics import Metrics
 from vitft.hardware.device import cpus
 
-_SLOW = 1 / 3  # of the best pace so far
+_SLOW = 1 / 3  # of the best speed so far
 _FEW_IMAGES, _FEW_STEPS = 20, 200
 
 
-def nothing_learned(metrics: Metrics, config: TrainConfig, steps: int) -> str | None:
-    """Where a model does no better than naming one class for every image: that, and why it may be so; else None.
+def learned_nothing(metrics: Metrics, config: TrainConfig, steps: int) -> str | None:
+    """A warning with the likely cause if a model is no better than predicting one class for every image; else None.
 
-    `metrics` are of held-out images after `steps` optimizer steps of `config`.
+    `metrics` are of held-out images after `steps` optimizer steps.
     """
     true, predicted, count = metrics.cells.T
     images = np.bincount(true, weights=count)
@@ -23,35 +23,35 @@ def nothing_learned(metrics: Metrics, config: TrainConfig, steps: int) -> str | 
         return None
     commonest = int(images[: len(metrics.per_class) - len(metrics.others)].argmax())
     if len(set(predicted.tolist())) == 1:
-        what = f"every image of {metrics.split} was taken for {metrics.per_class[int(predicted[0])].label}"
+        what = f"every image of {metrics.split} was predicted as {metrics.per_class[int(predicted[0])].label}"
     elif metrics.accuracy <= images[commonest] / metrics.count:
         label = metrics.per_class[commonest].label
-        what = f"on {metrics.split} it does no better than calling every image {label}"
+        what = f"on {metrics.split} it is no better than predicting {label} for every image"
     else:
         return None
-    return f"{what}: the model has learned nothing of use. {_cause(config, steps)}"
+    return f"{what}: the model has learned nothing useful. {_cause(config, steps)}"
 
 
 def _cause(config: TrainConfig, steps: int) -> str:
     if config.freeze == "backbone" and config.lr < 1e-3:
-        return f"A head alone learns at a higher rate than --lr {config.lr:g}; try --lr 1e-2."
+        return f"A head alone needs a higher learning rate than --lr {config.lr:g}; try --lr 1e-2."
     if config.from_scratch and config.lr < 3e-4:
-        return f"New weights need a higher rate than --lr {config.lr:g}, and many epochs; try --lr 1e-3."
+        return f"New weights need a higher learning rate than --lr {config.lr:g}, and many epochs; try --lr 1e-3."
     if steps < _FEW_STEPS:
-        return f"It took {steps} steps, which is few: more --epochs, or a higher rate than --lr {config.lr:g}."
+        return f"{steps} steps are few: try more --epochs, or a higher learning rate than --lr {config.lr:g}."
     if config.lr > 3e-4 and not config.from_scratch:
         return f"--lr {config.lr:g} may be too high for pretrained weights; try --lr 5e-5."
     return "Look at the labels (vitft data check), or try another --lr."
 
 
 class PaceWatch:
-    """Tells once when training has become much slower than it was: `slowed` is asked after each stretch of steps."""
+    """Detects, once, that training has become much slower than it was."""
 
     def __init__(self) -> None:
         self._best, self._told = 0.0, False
 
     def slowed(self, images_per_s: float) -> str | None:
-        """One line where the pace has fallen to a third of the best so far, the first time; else None."""
+        """A warning the first time the speed falls to a third of the best so far; else None."""
         self._best = max(self._best, images_per_s)
         if self._told or images_per_s > _SLOW * self._best:
             return None

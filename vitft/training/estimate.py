@@ -1,4 +1,4 @@
-"""A run tried out for a moment: how long an image takes, and what it keeps in memory. It leaves no trace."""
+"""A short trial of a run: how long an image takes, and how much memory training needs. It leaves no trace."""
 
 import math
 import statistics
@@ -28,21 +28,21 @@ from vitft.training.setup import Prepared
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds: of an image in training and in evaluation, input included, and of an optimizer's step."""
+    """Seconds of an image in training and in evaluation, input included, and of an optimizer step."""
 
     image_s: float
     step_s: float
     evaluate_image_s: float
-    start_s: float = 0.0  # what the first step takes over the others: memory that is touched, kernels that are made
+    start_s: float = 0.0  # the extra time of the first step: memory is allocated, kernels are made
 
 
 def cost(prepared: Prepared) -> Cost:
-    """What an image and a step take, by doing so for about a second."""
+    """Measure, for about a second, what an image and a step take."""
     one, share = stored_image(prepared)[None], micro_batch(prepared.config)
     with untouched(prepared):
         count, took_s = 1, pass_s(prepared, one)  # the first call pays for threads and kernels
         while count < share and took_s < 0.5:
-            count = min(share, 4 * count)  # alone an image says little of a batch
+            count = min(share, 4 * count)  # one image says little about a batch
             took_s = pass_s(prepared, one.expand(count, -1, -1, -1))
         images = one.expand(count, -1, -1, -1)
         scored = stored_image(prepared, crops=False)[None].expand(count, -1, -1, -1)
@@ -50,16 +50,16 @@ def cost(prepared: Prepared) -> Cost:
         optimizer = make_optimizer(
             prepared.loaded.model.named_parameters(), prepared.config.model_copy(update={"lr": 0.0})
         )
-        # In turns, as in a run: the optimizer's step takes the weights out of the processor's caches.
+        # In turns, as in a run: an optimizer step evicts the weights from the processor's caches.
         turns = [(pass_s(prepared, images), optimizer_s(prepared, optimizer)) for _ in range(4)]
-        (_, first_step_s), *others = turns  # the first makes room for the moments
+        (_, first_step_s), *others = turns  # the first allocates the moments
         again_s, step_s = map(statistics.median, zip(*others, strict=True))
         start_s = max(took_s - again_s, 0.0) + first_step_s - step_s
         return Cost(again_s / count, step_s, evaluated_s / count, start_s)
 
 
 def decode_image_s(prepared: Prepared) -> float:
-    """Seconds that decoding takes for an image, as a run decodes them, by doing so with the first ones."""
+    """Measure the seconds to decode an image as a run does, on the first training images."""
     split, config = prepared.splits["train"], prepared.config
     rows = prepared.source.splits[split.source].select(split.rows[:_DECODED])
     started = time.perf_counter()
@@ -70,20 +70,20 @@ def decode_image_s(prepared: Prepared) -> float:
     return (time.perf_counter() - started) / len(rows)
 
 
-_DECODED = 64  # images: with more, photos of many pixels would take seconds
+_DECODED = 64  # images: more large photos would take seconds
 
 
 def first_image_s(prepared: Prepared) -> float:
-    """Seconds that training takes for one image, the first one: an upper bound, and a cheap one."""
+    """Measure the seconds that the first image takes in training: a cheap upper bound."""
     with untouched(prepared):
         return pass_s(prepared, stored_image(prepared)[None])
 
 
 def memory_bytes(prepared: Prepared, micro: int) -> int | None:
-    """The most that training with parts of `micro` images will take: on a GPU of its memory, else of this process's.
+    """Estimate the peak memory of training with micro-batches of `micro` images: of the GPU, or else of this process.
 
-    Weights, gradients, moments, what a forward pass keeps, its input, and the decoded images. None where
-    activations are checkpointed in an architecture without a stage table.
+    It covers weights, gradients, moments, saved activations, a batch of inputs, and the decoded images. None for
+    checkpointed activations in an architecture without a stage table.
     """
     config, model = prepared.config, prepared.loaded.model
     splits = {role: len(split.rows) for role, split in prepared.splits.items()}
@@ -94,11 +94,11 @@ def memory_bytes(prepared: Prepared, micro: int) -> int | None:
     sizes = [count * (trained_on if role == "train" else scored) for role, count in splits.items()]
     decoded = sum(min(size, IN_MEMORY) for size in sizes)
     batch = 4 * how.channels * how.height * how.width * min(config.batch_size, splits["train"])
-    if features_pay(config, model, steps, splits["train"]):  # nothing is kept but every image's features
+    if features_pay(config, model, steps, splits["train"]):  # the features of every image, instead of activations
         kept = 4 * getattr(classifier_of(model), "in_features", 0) * splits["train"] * passes(config)
     else:
         with untouched(prepared):
-            kept = _kept(prepared, micro)
+            kept = _saved_bytes(prepared, micro)
         if config.grad_checkpointing:
             if (spec := shape_of(model)) is None:
                 return None
@@ -114,10 +114,7 @@ def memory_bytes(prepared: Prepared, micro: int) -> int | None:
 
 @contextmanager
 def untouched(prepared: Prepared) -> Iterator[Any]:
-    """The model, to be trained for a moment: afterwards, also of a trial that failed, it is as it was.
-
-    So are torch's generators, which its dropout draws from.
-    """
+    """Lend the model for a trial. Afterwards, even if that failed, the model and torch's generators are as before."""
     model = prepared.loaded.model.to(prepared.config.device)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     modes = {module: module.training for module in model.modules()}
@@ -134,9 +131,9 @@ def untouched(prepared: Prepared) -> Iterator[Any]:
 
 
 def stored_image(prepared: Prepared, *, crops: bool | None = None) -> torch.Tensor:
-    """A training image as the store would hold it, for `crops` if the run makes any by default: uint8 (H, W, 3).
+    """A training image as the store holds it: uint8 (H, W, 3); a gray one if none is readable.
 
-    Gray of the model's size if none is readable.
+    `crops`: stored for random crops, at a larger size; by default if the run makes any.
     """
     how, config, split = prepared.loaded.preprocess, prepared.config, prepared.splits["train"]
     for row in prepared.source.splits[split.source].select(split.rows[:8]):
@@ -150,9 +147,9 @@ def stored_image(prepared: Prepared, *, crops: bool | None = None) -> torch.Tens
 
 
 def pass_s(prepared: Prepared, images: torch.Tensor, module: Any = None) -> float:
-    """Seconds of a forward and a backward pass of these images, (B, H, W, 3), their augmentation included.
+    """Measure the seconds to augment these images, (B, H, W, 3), and of a forward and a backward pass.
 
-    `module` is the model in another form, such as compiled.
+    `module` replaces the model, for example by its compiled form.
     """
     config, model = prepared.config, prepared.loaded.model
     set_training(model, frozen_backbone=config.freeze == "backbone")
@@ -167,11 +164,11 @@ def pass_s(prepared: Prepared, images: torch.Tensor, module: Any = None) -> floa
 
 
 def optimizer_s(prepared: Prepared, optimizer: torch.optim.Optimizer) -> float:
-    """Seconds of the step of an optimizer whose rate is 0: it changes nothing. The gradients are gone afterwards."""
+    """Measure the seconds of an optimizer step with learning rate 0, which changes nothing. Clears gradients."""
     config, model = prepared.config, prepared.loaded.model
     for parameter in model.parameters():
         if parameter.grad is not None:
-            parameter.grad.zero_()  # 0 times one that is not finite would be no 0
+            parameter.grad.zero_()  # 0 times a non-finite gradient is not 0
     synchronize(config.device)
     started = time.perf_counter()
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf)
@@ -182,7 +179,7 @@ def optimizer_s(prepared: Prepared, optimizer: torch.optim.Optimizer) -> float:
 
 
 def evaluate_s(prepared: Prepared, images: torch.Tensor) -> float:
-    """Seconds of a forward pass of these images, (B, H, W, 3), their resizing included."""
+    """Measure the seconds to resize these images, (B, H, W, 3), and of a forward pass."""
     config, model = prepared.config, prepared.loaded.model.eval()
     synchronize(config.device)
     started = time.perf_counter()
@@ -192,20 +189,17 @@ def evaluate_s(prepared: Prepared, images: torch.Tensor) -> float:
     return time.perf_counter() - started
 
 
-def _kept(prepared: Prepared, images: int) -> int:
-    """Bytes that the forward pass of so many images keeps for the backward pass, the weights themselves apart.
-
-    What one and two images keep is counted; a batch keeps as much more for each further image.
-    """
-    one, two = (_kept_counted(prepared, count) for count in (1, 2))
+def _saved_bytes(prepared: Prepared, images: int) -> int:
+    """Bytes of the activations saved by a forward pass of so many images, extrapolated from one and two images."""
+    one, two = (_count_saved_bytes(prepared, count) for count in (1, 2))
     return one + (two - one) * (images - 1)
 
 
-def _kept_counted(prepared: Prepared, images: int) -> int:
+def _count_saved_bytes(prepared: Prepared, images: int) -> int:
     model = prepared.loaded.model
     set_training(model, frozen_backbone=prepared.config.freeze == "backbone")
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    held: dict[int, torch.UntypedStorage] = {}  # the storages stay, so that no address is used twice
+    held: dict[int, torch.UntypedStorage] = {}  # keep storages alive, so that no address is reused
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()

@@ -1,7 +1,7 @@
-"""Linear probing: what a frozen backbone makes of each image, once, and the head trained on that.
+"""Linear probing: compute the features of a frozen backbone once, and train the head on them.
 
-A frozen backbone that sees no random crops gives an image the same features in every epoch: one kind, and
-another for the mirrored image where there are flips. So a hundred epochs cost little more than one.
+Without random crops, a frozen backbone gives an image the same features in every epoch (with flips, one set for the
+image and one for its mirror image). So a hundred epochs cost little more than one.
 """
 
 from collections.abc import Callable
@@ -20,31 +20,30 @@ from vitft.hardware.device import micro_batch, to_device
 from vitft.models.heads import head_of
 
 Features = Callable[[Tensor], Tensor]
-"""Pixels (B, 3, H, W) to what the head reads of them, (B, F)."""
+"""From pixels (B, 3, H, W) to the input of the head, (B, F)."""
 
 
 def passes(config: TrainConfig) -> int:
-    """Kinds of features an image has, each of which takes a pass over the training images."""
+    """Passes over the training images that the features take: with flips, a second one for mirrored images."""
     return 2 if config.augment == "flip" else 1
 
 
 def features_pay(config: TrainConfig, model: nn.Module, steps: int, images: int) -> bool:
-    """Whether a run of so many steps should read features, once, rather than `images` over and over.
+    """Whether to train on precomputed features: if they stay the same, there is one head, and it saves passes.
 
-    Random crops have no features that stay; a model with two heads reads two kinds at once; and a short
-    run sees fewer images than the passes would.
+    Random crops change the features in every epoch, and a short run sees fewer images than precomputing would.
     """
-    stay = config.freeze == "backbone" and config.augment != "crop" and len(head_of(model)) == 1
-    return stay and steps * config.batch_size > passes(config) * images
+    constant = config.freeze == "backbone" and config.augment != "crop" and len(head_of(model)) == 1
+    return constant and steps * config.batch_size > passes(config) * images
 
 
 def classifier_of(model: nn.Module) -> nn.Module:
-    """The layer that reads the features."""
+    """The classification layer."""
     return model.get_submodule(head_of(model)[0])
 
 
 class Head(nn.Module):
-    """The classifier of a model, called as the model is, with features in the place of pixels."""
+    """A model's classifier, with the interface of the model but features instead of pixels."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -56,7 +55,7 @@ class Head(nn.Module):
 
 
 def backbone(model: nn.Module, device: str, precision: str) -> Features:
-    """The model up to its classifier, whatever it pools by: float32 features, without gradients."""
+    """The model up to its classifier, with its own pooling: float32 features, without gradients."""
 
     def features(pixels: Tensor) -> Tensor:
         read: list[Tensor] = []
@@ -72,14 +71,14 @@ def backbone(model: nn.Module, device: str, precision: str) -> Features:
 
 
 class FeatureLoader:
-    """What a TrainLoader is, with the features of its images in the place of their pixels."""
+    """A TrainLoader with features instead of pixels."""
 
     def __init__(
         self, loader: TrainLoader, features: Features, config: TrainConfig,
         *, gather: Callable[[list[Tensor]], list[Tensor]],
         progress: Callable[[int, int], None] = lambda done, count: None,
     ) -> None:  # fmt: skip
-        """`gather` joins lists over all processes; each computes the features of its own part of the images."""
+        """`gather` joins lists over all processes, each of which computes the features of its shard of the images."""
         self.loader, self.clock = loader, loader.clock
         self.steps_per_epoch, self.samples, self.batch_size = loader.steps_per_epoch, loader.samples, loader.batch_size
         mine = np.array_split(np.arange(len(loader.store)), loader.world)[loader.rank]
@@ -95,7 +94,7 @@ class FeatureLoader:
             self._kinds.append(torch.cat(gather([torch.cat(parts)] if parts else [])))
 
     def batch(self, step: int) -> Batch:
-        """This process's share of a step."""
+        """This process's shard of a step's batch."""
         mine = self.loader.shard(step)
         rows = torch.from_numpy(mine)
         with self.clock.part("wait"):
@@ -109,7 +108,7 @@ class FeatureLoader:
 
 
 class Probe:
-    """A run that trains a head on features: what it trains, and where the features come from."""
+    """Linear probing in a run: the head to train, and the features of each split."""
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         self.head = Head(model)
@@ -119,11 +118,11 @@ class Probe:
     def training(
         self, loader: TrainLoader, gather: Callable[[list[Tensor]], list[Tensor]], progress: Callable[[int, int], None]
     ) -> FeatureLoader:
-        """The loader, with features in the place of pixels; takes a pass over the images, with flips two."""
+        """The loader with features instead of pixels. Takes a pass over the images, with flips two."""
         return FeatureLoader(loader, self._features(), self._config, gather=gather, progress=progress)
 
     def scoring(self, role: str, loader: EvalLoader, progress: Callable[[int, int], None]) -> list[Batch]:
-        """A split's batches, with features in the place of pixels; takes a pass over them the first time."""
+        """A split's batches with features instead of pixels. Takes a pass over the images the first time."""
         if role not in self._scored:
             features, read = self._features(), []
             for number, batch in enumerate(loader, 1):

@@ -13,22 +13,22 @@ if TYPE_CHECKING:
 _POSITIONS = ("position_embedding", "relative_position", "position_bias")
 
 
-MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1}  # numbers that an optimizer keeps of each weight
+MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1}  # values per weight that an optimizer keeps
 
 
 def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
-    """Optimizer steps of a whole run: the epochs', at least one, bounded by `max_steps`."""
+    """Optimizer steps of a run: those of its epochs, at least one, at most `max_steps`."""
     wanted = max(1, ceil(config.epochs * steps_per_epoch - 1e-9))
     return min(wanted, config.max_steps or wanted)
 
 
 def lr_at(step: int, config: TrainConfig, *, total_steps: int, steps_per_epoch: int) -> float:
-    """The rate of optimizer step `step` (from 0) of `total_steps`: warm-up, then the schedule.
+    """The learning rate of optimizer step `step`, from 0 to `total_steps` - 1: warm-up, then the schedule.
 
-    linear and cosine (Loshchilov & Hutter 2017, eq. 5) reach 0 just after the last step; step
-    multiplies by `decay_factor` every `decay_epochs`, counted from the end of the warm-up.
+    `linear` and `cosine` (Loshchilov & Hutter 2017, eq. 5) reach 0 just after the last step. `step` multiplies by
+    `decay_factor` every `decay_epochs` after the warm-up.
     """
-    warm = min(round(config.warmup * total_steps), total_steps - 1)  # the peak is reached in any run
+    warm = min(round(config.warmup * total_steps), total_steps - 1)  # every run reaches the peak
     if step < warm:
         return config.lr * (step + 1) / (warm + 1)
     done = (step - warm) / max(1, total_steps - warm)
@@ -40,23 +40,23 @@ def lr_at(step: int, config: TrainConfig, *, total_steps: int, steps_per_epoch: 
         case "cosine":
             return config.lr * (1 + cos(pi * done)) / 2
         case "step":
-            # Whole steps, so that a decay after each epoch falls on the epoch's first step exactly.
+            # Rounded to steps, so that a decay after each epoch falls exactly on the next epoch's first step.
             every = max(1, round(config.decay_epochs * steps_per_epoch))
             return config.lr * config.decay_factor ** ((step - warm) // every)
 
 
 def parameter_groups(named: Iterable[tuple[str, "Tensor"]], weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters by their weight decay: weight matrices have it, all else has none.
+    """Trainable parameters in groups by weight decay: only weight matrices have it.
 
-    Biases, norms, tokens, registers, scales, and what knows positions: tables, and Swin V2's network that makes one.
+    Biases, norms, tokens, registers, scales and position embeddings do not, nor does Swin V2's position bias network.
     """
     decayed: list[Tensor] = []
-    spared: list[Tensor] = []
+    others: list[Tensor] = []
     for name, parameter in named:
         if parameter.requires_grad:
             matrix = name.endswith("weight") and parameter.ndim > 1 and not any(word in name for word in _POSITIONS)
-            (decayed if matrix else spared).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+            (decayed if matrix else others).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 

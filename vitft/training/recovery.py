@@ -1,4 +1,4 @@
-"""What a run does about what goes wrong on its way: a loss that is no number, a disk that takes no more."""
+"""Recovery from faults during a run: a non-finite loss, a full disk."""
 
 import errno
 import gc
@@ -19,8 +19,8 @@ from vitft.errors import TrainingError
 from vitft.io import console
 
 T = TypeVar("T")
-_ROLLBACKS = 5  # halvings of the rate in one command: then something else is wrong
-_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room") | dict.fromkeys(
+_ROLLBACKS = 5  # of one command; if that many do not help, something else is wrong
+_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Free some space") | dict.fromkeys(
     (errno.EACCES, errno.EPERM, errno.EROFS), "Make it writable"
 )
 
@@ -28,19 +28,19 @@ _REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room"
 REMEDY = "Try a lower --lr or more --warmup."
 
 
-class Diverged(TrainingError):  # noqa: N818  (it reads as what it is)
-    """A loss, a gradient or weights that are no numbers, in a run that may go back to an earlier checkpoint."""
+class Diverged(TrainingError):  # noqa: N818
+    """A non-finite loss, gradient or weight, in a run that can roll back to an earlier checkpoint."""
 
     def __init__(self, what: str, step: int) -> None:
         super().__init__(f"{what} at step {step}. {REMEDY}")
         self.fault, self.step = f"{what} at step {step}", step
 
 
-def persisting(run: Path, attempt: Callable[[], T], again: Callable[[], T]) -> T:
-    """Train; where that diverges, `again` from an earlier checkpoint at half the rate, which is written down.
+def with_recovery(run: Path, attempt: Callable[[], T], again: Callable[[], T]) -> T:
+    """Call `attempt`; if training diverges, call `again` from an earlier checkpoint at half the learning rate.
 
-    That is the newest whole one with finite weights and losses. Where a run got no further than before, what it
-    began from was at fault, so the next one lies farther back. Raises TrainingError when there is none.
+    That is the newest intact checkpoint with finite weights and losses. If a run gets no further than before, it
+    goes further back the next time. Raises TrainingError if there is no such checkpoint.
     """
     failed, tried = 0, None
     with _writing(run):
@@ -50,7 +50,7 @@ def persisting(run: Path, attempt: Callable[[], T], again: Callable[[], T]) -> T
             except Diverged as fault:
                 tried = _roll_back(run, fault, tried, further=fault.step > failed)
                 failed = fault.step
-            gc.collect()  # the model and its optimizer hold one another
+            gc.collect()  # the model and its optimizer reference each other
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             attempt = again
@@ -58,7 +58,7 @@ def persisting(run: Path, attempt: Callable[[], T], again: Callable[[], T]) -> T
 
 
 def _roll_back(run: Path, fault: Diverged, tried: int | None, *, further: bool) -> int:
-    """Make the checkpoint to go back to the newest, and halve the rate; the checkpoint's step."""
+    """Remove checkpoints after the one to go back to, and halve the learning rate; return that checkpoint's step."""
     chosen: list[int | None] = [None]
     if os.environ.get("RANK", "0") == "0":
         for folder in ckpt.step_folders(run):
@@ -69,10 +69,10 @@ def _roll_back(run: Path, fault: Diverged, tried: int | None, *, further: bool) 
                 config = config.model_copy(update={"lr": config.lr / 2})
                 ckpt.write_config(run, config)
                 ckpt.remove_after(run, step)
-                console.warn(f"{fault.fault}; going back to {folder.name}, and on from there at --lr {config.lr:g}")
+                console.warn(f"{fault.fault}; going back to {folder.name}, and continuing with --lr {config.lr:g}")
                 chosen = [step]
                 break
-    found: int | None = broadcast_object_list(chosen)[0]  # no process goes on before that is written
+    found: int | None = broadcast_object_list(chosen)[0]  # processes wait until that is written
     if found is None:
         before = "no checkpoint was saved before it" if tried is None else f"there is none before step {tried}"
         raise TrainingError(f"{fault.fault}; {before} to go back to. {REMEDY}") from fault
@@ -81,16 +81,16 @@ def _roll_back(run: Path, fault: Diverged, tried: int | None, *, further: bool) 
 
 @contextmanager
 def _writing(run: Path) -> Iterator[None]:
-    """A disk that is full or may not be written to ends a run in one line. Raises TrainingError."""
+    """Turn a full or read-only disk into a TrainingError of one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        code = re.search(r"os error (\d+)", str(error))  # as safetensors says it
+        code = re.search(r"os error (\d+)", str(error))  # in errors of safetensors
         number = error.errno if isinstance(error, OSError) else int(code[1]) if code else None
         file = Path(str(getattr(error, "filename", None) or run))
         if number not in _REMEDIES or not file.is_relative_to(run):
-            raise  # it was no writing of ours
+            raise  # it was not a file of the run
         raise TrainingError(
-            f"{file} cannot be written: {os.strerror(number)}; what was saved before is whole. "
-            f"{_REMEDIES[number]}, then go on with: vitft train --resume {shlex.quote(str(run))}"
+            f"{file} cannot be written: {os.strerror(number)}; earlier checkpoints are intact. "
+            f"{_REMEDIES[number]}, then resume with: vitft train --resume {shlex.quote(str(run))}"
         ) from error

@@ -1,4 +1,4 @@
-"""Where a run is written, and what may differ when it is resumed."""
+"""The run folder: where it is, who may write to it, and which settings can change on resume."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from vitft.io.paths import composed, expanded
 from vitft.training.setup import Prepared, Stores, absolute, prepare
 
 GIVEN = "given-in-python"
-"""What stands before the name of a model that was an object, not a folder or a hub id, in a run's settings."""
+"""The prefix in a run's settings of the name of a model that was passed as an object."""
 
 
 def folder_of(config: TrainConfig, data: str, output: Path | None) -> Path:
@@ -30,7 +30,7 @@ def folder_of(config: TrainConfig, data: str, output: Path | None) -> Path:
 
 
 class Beginning:
-    """What a new run's folder says of it: of what was prepared, all but the model and the data."""
+    """What a new run records in its folder; it does not keep the model and the data in memory."""
 
     def __init__(self, prepared: Prepared, accelerator: Any) -> None:
         self.config, self.data = prepared.config, prepared.source.name
@@ -42,39 +42,39 @@ class Beginning:
         }
 
 
-def make_room(output: Path, *, overwrite: bool) -> None:
+def check_output(output: Path, *, overwrite: bool) -> None:
     """Raise UsageError unless a run may be written to `output`.
 
-    Where another was to be replaced there and its successor came to nothing, it is back in its place.
+    If an earlier `--overwrite` was interrupted before its first checkpoint, the run it would have replaced is restored.
     """
     if overwrite and output.is_dir():
-        with alone_in(output):
+        with locked(output):
             ckpt.restore_replaced(output)
     ckpt.check_free(output, overwrite=overwrite)
 
 
 @contextmanager
 def new_run(beginning: Beginning, output: Path | None, overwrite: bool) -> Iterator[Path]:
-    """Make the run folder, on the main process, which holds it from now on, and write what the run is."""
+    """Create and lock the run folder, on the main process, and write the settings and the environment."""
     with ExitStack() as claims:
         chosen: list[Any] = [None]
         if beginning.main:
             run = _made(beginning, output)
-            claims.enter_context(alone_in(run))
+            claims.enter_context(locked(run))
             ckpt.create_run(run, overwrite=overwrite)
             try:
                 write_json(run / "environment.json", environment() | beginning.facts)
-                ckpt.write_config(run, beginning.config)  # last: it makes the folder a run
+                ckpt.write_config(run, beginning.config)  # last: this file makes the folder a run
             except OSError as error:
                 raise UsageError(
-                    f"output {run}: cannot be written: {error.strerror or error}; make room, or choose another."
+                    f"output {run}: cannot be written: {error.strerror or error}; free some space, or choose another."
                 ) from error
             chosen = [run]
         yield Path(broadcast_object_list(chosen)[0])
 
 
 def _made(beginning: Beginning, output: Path | None) -> Path:
-    """The folder of a new run, which exists; of two runs that begin at once, each gets a number of its own."""
+    """Create the folder of a new run. Two runs that start at the same time get different numbers."""
     while True:
         run = folder_of(beginning.config, beginning.data, output)
         try:
@@ -83,29 +83,29 @@ def _made(beginning: Beginning, output: Path | None) -> Path:
             if output is not None:
                 raise UsageError(f"output {run}: a file; choose a folder.") from None
         except OSError as error:
-            raise UsageError(f"output {run}: cannot be made: {error.strerror or error}; choose another.") from error
+            raise UsageError(f"output {run}: cannot be created: {error.strerror or error}; choose another.") from error
         else:
             return run
 
 
 @contextmanager
-def alone_in(run: Path) -> Iterator[None]:
-    """While a run is trained, no other process may train in its folder. Raises UsageError where one does."""
-    if os.environ.get("RANK", "0") != "0":  # its processes are one run: the first holds the folder
+def locked(run: Path) -> Iterator[None]:
+    """Lock a run folder. Raises UsageError if another process trains there."""
+    if os.environ.get("RANK", "0") != "0":  # the first process of a run locks it for all
         yield
         return
     with lock_folder(run) as alone:
         if not alone:
             raise UsageError(f"{run}: another process is training there; wait for it, or choose another.")
-        with suppress(OSError):  # where nothing may be written, training will say so
+        with suppress(OSError):  # training will report a folder that is not writable
             for folder in (run, run / "checkpoints"):
                 clean_up(folder)
             ckpt.undo_unfinished_replacement(run)
         yield
 
 
-def introduction(prepared: Prepared, total_steps: int, run: Path) -> str:
-    """What a run says of itself when it begins."""
+def start_note(prepared: Prepared, total_steps: int, run: Path) -> str:
+    """The note at the start of a run."""
     config, how = prepared.config, prepared.loaded.preprocess
     images = ", ".join(f"{len(split.rows):,} {role}" for role, split in prepared.splits.items())
     return (
@@ -115,13 +115,13 @@ def introduction(prepared: Prepared, total_steps: int, run: Path) -> str:
     )
 
 
-def whereabouts(
+def resume_note(
     run: Path, config: TrainConfig, state: ckpt.State, total_steps: int, folder: Path | None, *, over: bool
 ) -> str:  # fmt: skip
-    """Where a resumed run stands, and how to train on from one that is finished."""
+    """The note at the start of a resumed run: its step, or how to continue if it is finished."""
     place = f"at step {state.step} of {total_steps}"
     if not over:
-        return f"resuming {run} {place}, {f'from {folder.name}' if folder else 'for nothing was saved'}"
+        return f"resuming {run} {place}, {f'from {folder.name}' if folder else 'as nothing was saved'}"
     early = ", stopped early" if state.stopped_early else ""
     more = ("--epochs", 2 * config.epochs) if config.max_steps is None else ("--max-steps", 2 * config.max_steps)
     longer = [
@@ -133,58 +133,60 @@ def whereabouts(
     ]
     anew = ["vitft", "train", "--dataset", str(config.dataset), "--model", str(run / "last")]
     return (
-        f"{run} is finished, {place}{early}; to train on: {shlex.join(longer)}; "
-        f"or anew from its weights: {shlex.join(anew)}"
+        f"{run} is finished, {place}{early}; to train longer: {shlex.join(longer)}; "
+        f"or start a new run from its weights: {shlex.join(anew)}"
     )
 
 
 def is_finished(state: ckpt.State) -> bool:
-    """Whether a run had no steps left to do when this was saved."""
+    """Whether the run had no steps left when this state was saved."""
     return state.total_steps is not None and (state.stopped_early or state.step >= state.total_steps)
 
 
-def prepared_again(run: Path, config: TrainConfig, checkpoint: Path | None, dataset: Any = None) -> Prepared:
-    """What a run goes on with: one of its checkpoints; or, where it has none yet, what it began from.
+def prepare_resume(run: Path, config: TrainConfig, checkpoint: Path | None, dataset: Any = None) -> Prepared:
+    """Prepare a run to continue from a checkpoint, or from its initial model if it has none yet.
 
-    Raises ModelError where that is gone, UsageError where a dataset was given in Python and is not given again.
+    Raises ModelError if the initial model is gone, and UsageError if the dataset was an object and is not passed again.
     """
     if config.dataset is None and dataset is None:
-        raise UsageError(f"{run} was trained on a dataset loaded in Python; give it again: resume(run, dataset=...).")
+        raise UsageError(f"{run} was trained on a dataset loaded in Python; pass it again: resume(run, dataset=...).")
     if config.model.startswith(f"{GIVEN}/") and checkpoint is None:
-        raise ModelError(f"{run} began from a model given in Python, and had saved nothing; start the run again.")
+        raise ModelError(f"{run} began from a model loaded in Python, and had saved nothing; start it again.")
     origin = expanded(config.model)
     if checkpoint is not None or not origin.is_absolute() or origin.exists():
         return prepare(config, checkpoint, run, dataset)
     kept = ckpt.path_after_replacement(run, origin)
     if not kept.exists():
-        raise ModelError(f"{config.model}, which {run} began from, is gone, and the run had saved nothing; start anew.")
+        raise ModelError(
+            f"{config.model}, which {run} began from, is gone, and the run had saved nothing; start a new run."
+        )
     prepared = prepare(config.model_copy(update={"model": str(kept)}), run=run, dataset=dataset)
     prepared.config = prepared.config.model_copy(update={"model": config.model})
     return prepared
 
 
 def threads_of(run: Path) -> int:
-    """Threads that a run whose settings do not say so began with: with another number, sums are rounded otherwise."""
+    """The thread count of a run whose settings lack it. Another count would round sums differently."""
     file = run / "environment.json"
     try:
         return int(json.loads(file.read_text(encoding="utf-8"))["threads"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{file}: not readable ({error}); start anew from the newest checkpoint of {run}.") from error
+        raise ModelError(f"{file}: not readable ({error}); start a new run from its newest checkpoint.") from error
 
 
 LONGER = ("epochs", "max_steps")
-"""The settings of which a finished run may get more."""
+"""The settings that can be increased for a finished run."""
 
 
 def changed(run: Path, before: TrainConfig, changes: dict[str, Any], *, finished: bool) -> TrainConfig:
-    """The run's settings with the changes that may be made to it.
+    """The run's settings with the allowed changes applied.
 
-    A data set may have moved: `check_splits` proves later that it is the same one. A finished run may be made
-    longer. Raises UsageError naming any other change, DataError where the data set is gone.
+    A dataset may have moved: `check_splits` verifies later that it is the same. A finished run may be longer. Raises
+    UsageError for any other change, and DataError if the dataset is gone.
     """
     after = absolute(TrainConfig.parse(before.model_dump() | changes, "flags"))
     if after.dataset != before.dataset and "dataset_revision" not in changes:
-        after = after.model_copy(update={"dataset_revision": None})  # it was the other place's
+        after = after.model_copy(update={"dataset_revision": None})  # that was of the old location
     for name in changes:
         extra = TrainConfig.model_fields[name].json_schema_extra
         assert isinstance(extra, dict)
@@ -194,23 +196,20 @@ def changed(run: Path, before: TrainConfig, changes: dict[str, Any], *, finished
             weights = ckpt.default_model(run) or before.model
             anew = ["vitft", "train", "--dataset", after.dataset, "--model", weights, as_flag(name), now]
             raise UsageError(
-                f"{run} began with {name} {was}, got {now}: it would no longer be the same run. "
-                f"Leave {as_flag(name)} out, or start anew from its weights: {shlex.join(map(str, anew))}"
+                f"{run} began with {name} {was}, got {now}: it would not be the same run any more. "
+                f"Leave out {as_flag(name)}, or start a new run from its weights: {shlex.join(map(str, anew))}"
             )
     place = expanded(after.dataset or "")
     if place.is_absolute() and not place.exists():
         raise DataError(
-            f"{after.dataset}, the data set of {run}, is not there; where it has moved, say where to: "
+            f"{after.dataset}, the dataset of {run}, does not exist; if it has moved: "
             f"vitft train --resume {shlex.quote(str(run))} --dataset NEW"
         )
     return after
 
 
 def check_splits(run: Path, prepared: Prepared, stores: Stores, *, begun: bool, write: bool) -> None:
-    """Write `splits.json`, or prove by it that a resumed run goes on with the very same images.
-
-    Raises DataError that names the difference.
-    """
+    """Write `splits.json`, or on resume verify that the images are the same. Raises DataError with the difference."""
     file = run / FILE
     if not file.exists() and not begun:
         if write:
@@ -224,19 +223,19 @@ def check_splits(run: Path, prepared: Prepared, stores: Stores, *, begun: bool, 
         now = {role: (split, stores[role][0].digest) for role, split in prepared.splits.items()}
         differences = {role: _difference(then.get(role), now.get(role)) for role in then | now}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{file}: not readable ({error}); start anew from the newest checkpoint of {run}.") from error
+        raise DataError(f"{file}: not readable ({error}); start a new run from its newest checkpoint.") from error
     for role, difference in differences.items():
         if difference:
             weights = ckpt.default_model(run) or prepared.config.model
             raise DataError(
-                f"the {role} split is not the one the run began with: {difference}; "
+                f"the {role} split differs from the one the run began with: {difference}; "
                 "start a new run from its weights: vitft train "
                 f"--dataset {shlex.quote(str(prepared.config.dataset))} --model {shlex.quote(str(weights))}"
             )
 
 
 def _difference(then: dict[str, Any] | None, now: tuple[Split, str] | None) -> str | None:
-    """What tells a split from what `splits.json` says of it; None if nothing does."""
+    """How a split differs from what `splits.json` recorded; None if it does not."""
     if then is None:
         return "there was none"
     wanted = [composed(one) if isinstance(one, str) else one for one in then["ids"]]
@@ -244,7 +243,7 @@ def _difference(then: dict[str, Any] | None, now: tuple[Split, str] | None) -> s
     left = set(here)
     if gone := [one for one in wanted if one not in left]:
         first = f"row {gone[0]}" if isinstance(gone[0], int) else gone[0]
-        return f"{len(gone):,} of its {len(wanted):,} images are gone, {first} first"
+        return f"{len(gone):,} of its {len(wanted):,} images are gone, the first is {first}"
     if now is None or here != wanted:
         return f"{len(here):,} images now, {len(wanted):,} then"
     if then["hash"] != now[0].hash:
@@ -252,11 +251,11 @@ def _difference(then: dict[str, Any] | None, now: tuple[Split, str] | None) -> s
     return _OTHER_PIXELS if then.get("pixels") != now[1] else None
 
 
-_OTHER_PIXELS = "the same names, but other pixels (the images were changed, or this version decodes them otherwise)"
+_OTHER_PIXELS = "the same names, but other pixels (the images changed, or this version decodes them differently)"
 
 
-def keep_changes(run: Path, config: TrainConfig) -> None:
-    """Write down what of a run changes for good: where its data set is, if it has moved, and how long it is."""
+def save_changes(run: Path, config: TrainConfig) -> None:
+    """Record permanent changes: a dataset that has moved, and a longer run."""
     before = ckpt.read_config(run)
     kept = ("dataset", *(["dataset_revision"] if before.dataset != config.dataset else []), *LONGER)
     after = before.model_copy(update={name: getattr(config, name) for name in kept})

@@ -1,4 +1,4 @@
-"""What a run starts from: settings resolved, splits made, model loaded. Nothing is decoded or written."""
+"""The setup of a run: resolve settings, open the dataset, make splits, load the model. Nothing is written."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,27 +29,24 @@ from vitft.models.load import Loaded, load_for_training, shape_of
 from vitft.spec import PRESETS
 
 Stores = dict[str, tuple[Store, NDArray[np.int64]]]
-"""Of each split its images, and their labels as the model numbers them."""
+"""By split, the decoded images and their labels, numbered as in the model."""
 
 
 @dataclass
 class Prepared:
-    """A run before its first step."""
+    """Everything a run needs before its first step."""
 
-    config: TrainConfig  # as resolve_auto: device, precision, revisions, absolute paths
+    config: TrainConfig  # resolved: device, precision, revisions, absolute paths
     source: Source
     splits: dict[str, Split]
     loaded: Loaded
 
     def decode(self) -> Stores:
-        """Decode every split: its images, and its labels as the model numbers them.
-
-        Images that are skipped leave the split. Raises DataError for one that cannot be read.
-        """
+        """Decode every split. Skipped images are removed from it. Raises DataError for an image that cannot be read."""
         return {role: self._decode(role) for role in self.splits}
 
     def check_headers(self) -> None:
-        """Open every image, as `decode` will, but decode no pixel. Raises DataError for one that cannot be read."""
+        """Read the header of every image, decoding no pixels. Raises DataError for an image that cannot be read."""
         for role, split in self.splits.items():
             with console.working(f"opening the {role} images") as progress:
                 skipped = check_headers(
@@ -85,7 +82,7 @@ class Prepared:
         return store, self.matched(role)[0]
 
     def matched(self, role: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-        """A split's labels as the model numbers them, and classes that it does not have: see `evaluation.matched`."""
+        """A split's labels, numbered as in the model, and the classes the model lacks: see `evaluation.matched`."""
         return matched(
             self.splits[role].labels, self.source.labels, self.loaded.labels, name=self.config.model,
             own=role != "train",
@@ -95,10 +92,10 @@ class Prepared:
 def prepare(
     config: TrainConfig, checkpoint: Path | None = None, run: Path | None = None, dataset: Any = None
 ) -> Prepared:  # fmt: skip
-    """Resolve the settings, open the data, split it and load the model. Raises VitftError.
+    """Resolve the settings, open the dataset, split it and load the model. Raises VitftError.
 
-    `dataset` is one that was loaded in Python, in place of the settings'. On resume, a `checkpoint` of the run takes
-    the place of what the run began from, and its splits are those that the `run` recorded.
+    `dataset` is a dataset object that replaces the one named in the settings. On resume, the model is a `checkpoint` of
+    the run, and the splits are those that the `run` recorded.
     """
     config = resolve_auto(config)
     with console.working("reading the data set"):
@@ -114,7 +111,7 @@ def prepare(
     if "train" not in splits or len(splits["train"].rows) == 0:
         raise DataError(f"{name}: no training images; its splits are {', '.join(source.splits)}.")
     if len(source.labels) < 2:
-        raise DataError(f"{name}: one class ({source.labels[0]}) leaves nothing to tell apart; add another.")
+        raise DataError(f"{name}: there is only one class ({source.labels[0]}); add another.")
     if config.early_stopping and "validation" not in splits:
         raise UsageError("early_stopping needs a validation split, and there is none; set --val-fraction above 0.")
     trained = _trained(source, splits["train"])
@@ -123,12 +120,12 @@ def prepare(
         if checkpoint is None:
             config = config.model_copy(update={"model": _weights_of(config.model)})
             loaded = load_for_training(config, labels, () if config.labels else source.labels)
-        else:  # a run that goes on needs nothing of what it began from
+        else:  # a resumed run does not need the model it began from
             loaded = _load_again(config, name, trained, checkpoint)
     if len(loaded.labels) < 2:
         raise DataError(
-            f"{name}: the training images are all of one class ({loaded.labels[0]}), which leaves nothing to "
-            "tell apart; add images of another."
+            f"{name}: the training images are all of one class ({loaded.labels[0]}), which is nothing "
+            "to classify; add images of another."
         )
     _tell_untrained(source, splits, loaded.labels)
     attention, how = _attend(loaded, config), loaded.preprocess
@@ -139,7 +136,7 @@ def prepare(
 
 
 def _weights_of(model: str) -> str:
-    """Of a run the checkpoint that eval and predict take too; anything else as it is, proved where it has sums."""
+    """For a run, its best checkpoint, as in eval and predict; anything else unchanged, with verified checksums."""
     folder = expanded(model)
     if is_run(folder):
         return str(find_model(folder))
@@ -148,7 +145,7 @@ def _weights_of(model: str) -> str:
 
 
 def _split(source: Source, config: TrainConfig) -> dict[str, Split]:
-    """The splits of a new run. What its model was trained on is not held out, and what was held out not trained on."""
+    """The splits of a new run. Images keep the roles they had when the model was trained, if it comes from a run."""
     began = expanded(config.model)
     sides = None if config.from_scratch else earlier_sides(began, source, absolute(config))
     splits = make_splits(
@@ -158,7 +155,7 @@ def _split(source: Source, config: TrainConfig) -> dict[str, Split]:
     if sides is not None:
         refuse_trained(began, source, splits)
         if config.val_fraction and "validation" not in splits:
-            console.warn(f"no validation split: {config.model} was trained on all that could be set aside")
+            console.warn(f"no validation split: {config.model} was trained on every image that could be set aside")
     return splits
 
 
@@ -170,7 +167,7 @@ def _recalled(source: Source, record: Record) -> dict[str, Split]:
 
 
 def _tell_faults(source: Source, config: TrainConfig) -> None:
-    """Say what the labels tell, or with `check: full` what all images do; missing training classes are told later."""
+    """Warn about odd labels, or with `check: full` about every image; missing classes are reported later."""
     for warning in source.warnings:
         console.warn(warning)
     if config.check == "full":
@@ -183,7 +180,7 @@ def _tell_faults(source: Source, config: TrainConfig) -> None:
             )
         if counts:
             listed = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
-            console.warn(f"{listed}; `vitft data check` with the same data set lists them")
+            console.warn(f"{listed}; `vitft data check` with the same dataset lists them")
     elif config.check == "fast":
         for one in check_labels(source):
             if one.kind in ("similar-labels", "imbalance"):
@@ -191,11 +188,11 @@ def _tell_faults(source: Source, config: TrainConfig) -> None:
 
 
 def _attend(loaded: Loaded, config: TrainConfig) -> str:
-    """Give the model its attention; which one. Raises UsageError where it has no such."""
+    """Set the model's attention implementation, and return it. Raises UsageError if the model does not have it."""
     spec, model = shape_of(loaded.model), loaded.model
     wanted = find_attention(config.attention, config.device, spec.tokens if spec else None)
     if wanted is not None:
-        with suppress(ValueError):  # some architectures refuse what they do not have, others stay as they are
+        with suppress(ValueError):  # some architectures refuse what they lack, others ignore it
             model.set_attn_implementation(wanted)
         if config.attention != "auto" and model.config._attn_implementation != wanted:
             raise UsageError(f"attention {wanted}: a {model.config.model_type} model has none; use auto.")
@@ -203,30 +200,30 @@ def _attend(loaded: Loaded, config: TrainConfig) -> str:
 
 
 def _trained(source: Source, train: Split) -> tuple[str, ...]:
-    """The classes with a training image."""
-    if len(set(source.labels)) < len(source.labels):  # of two classes with one name, nobody could say which is left out
+    """The classes that have a training image."""
+    if len(set(source.labels)) < len(source.labels):  # two with one name: which is left out is unclear
         return tuple(source.labels)
     seen = np.bincount(train.labels, minlength=len(source.labels)) > 0
     return tuple(label for label, has in zip(source.labels, seen.tolist(), strict=True) if has)
 
 
 def _read_labels(file: str, trained: Sequence[str], source: Source) -> tuple[str, ...]:
-    """The class names of a text file, one a line. Raises DataError unless each stands once, and the trained do."""
+    """Read class names, one per line. Raises DataError for duplicates, and if a class with images is missing."""
     try:
         lines = expanded(file).read_text(encoding="utf-8-sig").split("\n")  # splitlines() would split at U+2028 too
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise DataError(f"labels {file}: {reason}; give a text file of class names, one a line.") from error
+        raise DataError(f"labels {file}: {reason}; give a text file with one class name per line.") from error
     spelled = {composed(label): label for label in source.labels}
     names = [spelled.get(composed(line)) or spelled.get(composed(line.strip()), line.strip()) for line in lines]
     names = [name for name in names if name]
     if twice := next((name for name, count in Counter(names).items() if count > 1), None):
-        raise DataError(f"labels {file}: {twice} stands in it twice; remove one of its lines.")
+        raise DataError(f"labels {file}: {twice} is listed twice; remove one of the lines.")
     left = set(names)
     if missing := [label for label in trained if label not in left]:
         more = f" and {len(missing) - 1:,} more, which have" if len(missing) > 1 else ", which has"
         raise DataError(
-            f"labels {file}: lacks {missing[0]}{more} training images; add every class that is trained, one a line."
+            f"labels {file}: lacks {missing[0]}{more} training images; add every class that has, one per line."
         )
     known = set(source.labels)
     if others := [name for name in names if name not in known]:
@@ -235,9 +232,9 @@ def _read_labels(file: str, trained: Sequence[str], source: Source) -> tuple[str
 
 
 def _tell_untrained(source: Source, splits: Mapping[str, Split], head: Sequence[str]) -> None:
-    """Say which classes have no training image, and how many images the model can therefore never get right.
+    """Warn about classes without a training image, and count the images that can therefore never be right.
 
-    Raises DataError where these are all that a split has.
+    Raises DataError if a split has no other images.
     """
     known, names = {*map(composed, head)}, np.array(source.labels, object)
     lacks = np.array([composed(label) not in known for label in source.labels])
@@ -250,7 +247,7 @@ def _tell_untrained(source: Source, splits: Mapping[str, Split], head: Sequence[
     for role, count in never.items():
         if count == len(splits[role].rows):
             raise DataError(
-                f"{source.name}: no {role} image is of a class in the head, so there is nothing to score; "
+                f"{source.name}: no {role} image has a class of the head, so there is nothing to score; "
                 "add training images of those classes, or name the classes with --labels FILE."
             )
     counts = " and ".join(f"{count:,} {role}" for role, count in never.items() if count)
@@ -262,7 +259,7 @@ def _tell_untrained(source: Source, splits: Mapping[str, Split], head: Sequence[
 
 
 def _load_again(config: TrainConfig, dataset: str, trained: Sequence[str], checkpoint: Path) -> Loaded:
-    # A checkpoint of the run has its own size, which need not be square, and its own classes.
+    # The checkpoint determines the size, which need not be square, and the classes.
     sizes = dict.fromkeys((*SIZES, "image_size", "model_revision"))
     card = read_card(checkpoint)
     loaded = load_for_training(
@@ -270,12 +267,12 @@ def _load_again(config: TrainConfig, dataset: str, trained: Sequence[str], check
         trained, () if card is None else card.labels,
     )  # fmt: skip
     if loaded.new_head:
-        raise DataError(f"the classes of {dataset} are not those the run began with; start a new run.")
+        raise DataError(f"the classes of {dataset} are not those that the run began with; start a new run.")
     return loaded
 
 
 def absolute(config: TrainConfig) -> TrainConfig:
-    """The settings with local paths made absolute, so that they hold from any folder."""
+    """The settings with absolute local paths, which are valid from any folder."""
     dataset = config.dataset and paths.absolute(config.dataset, (*ALIASES, DIGITS))
     model = paths.absolute(config.model, PRESETS)
     others = {"exclude": config.exclude, "image_folder": config.image_folder, "labels": config.labels}

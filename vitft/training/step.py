@@ -1,4 +1,4 @@
-"""One optimizer step: its batch, its learning rate and its dropout are functions of (seed, step)."""
+"""One optimizer step. Its batch, learning rate and dropout are functions of (seed, step)."""
 
 import math
 from collections.abc import Callable
@@ -24,9 +24,9 @@ Watched = Callable[[Progress, Gather], tuple[Progress, Gather]]
 
 
 class Learner:
-    """A model with its training batches and its optimizer, on this process of a run.
+    """The model, its training batches and its optimizer, on one process.
 
-    `bare` is the whole model; `module` what reads a batch: the model, or of a probe its head.
+    `unwrapped` is the whole model without DDP; `module` is what reads a batch: the model, or a linear probe's head.
     """
 
     def __init__(self, accelerator: Any, prepared: Prepared, stores: Stores, clock: Clock | None = None) -> None:
@@ -40,26 +40,26 @@ class Learner:
         )  # fmt: skip
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = total_steps(config, self.steps_per_epoch)
-        self.bare = prepared.loaded.model.to(accelerator.device)
+        self.unwrapped = prepared.loaded.model.to(accelerator.device)
         if config.grad_checkpointing:
-            checkpoint_activations(self.bare)
-        reads = features_pay(config, self.bare, self.total_steps, len(images.store))
-        self.probe = Probe(self.bare, config) if reads else None
-        self.module: Any = self.bare if self.probe is None else self.probe.head
-        optimizer = make_optimizer(self.bare.named_parameters(), config)
+            checkpoint_activations(self.unwrapped)
+        reads = features_pay(config, self.unwrapped, self.total_steps, len(images.store))
+        self.probe = Probe(self.unwrapped, config) if reads else None
+        self.module: Any = self.unwrapped if self.probe is None else self.probe.head
+        optimizer = make_optimizer(self.unwrapped.named_parameters(), config)
         self.model, self.optimizer = accelerator.prepare(self.module, optimizer)
-        self._whole = micro_batch(config, accelerator.num_processes)
-        self._fast = compiled(self.model) if config.compile == "on" else self.model  # for parts of that size
+        self._micro_batch = micro_batch(config, accelerator.num_processes)
+        self._fast = compiled(self.model) if config.compile == "on" else self.model  # for full micro-batches alone
         self._wait = DataWait(config.device)
-        self.breakable: Callable[[], AbstractContextManager[None]] = nullcontext  # around what may be broken off
+        self.breakable: Callable[[], AbstractContextManager[None]] = nullcontext  # for work that a signal may interrupt
         if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
-            for parameter in self.bare.parameters():
+            for parameter in self.unwrapped.parameters():
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(_let_signals_in)
-        self.module.eval()  # the first step sets it to training
+        self.module.eval()  # the first step switches to training mode
 
     def get_ready(self, watched: Watched = lambda progress, gather: (progress, gather)) -> None:
-        """Of a probe, compute the features that its steps read; `watched`: see StopSignals."""
+        """For a linear probe, compute the features that its steps read. `watched`: see StopSignals."""
         if self.probe is not None and isinstance(self.loader, TrainLoader):
             guard = memory_guard(self.config, self.accelerator.num_processes)
             with self.breakable(), console.working("reading features") as shown, guard:
@@ -67,30 +67,30 @@ class Learner:
                 self.loader = self.probe.training(self.loader, gather, progress)
 
     def lr(self, step: int) -> float:
-        """The learning rate of a step (from 0)."""
+        """The learning rate of a step, counted from 0."""
         return lr_at(step, self.config, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch)
 
     def images(self, step: int) -> int:
-        """Images of a step, over all processes."""
+        """The number of images in a step's batch, over all processes."""
         return len(self.loader.samples(step))
 
     def halve(self) -> int:
-        """Read half as many images at a time from now on; how many."""
-        self._whole = -(-self._whole // 2)
-        return self._whole
+        """Halve the micro-batch from now on, and return its size."""
+        self._micro_batch = -(-self._micro_batch // 2)
+        return self._micro_batch
 
     @property
     def data_wait_s(self) -> float:
-        """Seconds that all steps so far have waited for their input."""
+        """Seconds that all steps so far spent waiting for their input."""
         return self._wait.seconds
 
     @property
-    def part(self) -> int:
-        """Images of a forward pass of a whole batch."""
-        return self._whole
+    def micro_batch(self) -> int:
+        """Images per forward pass, unless the batch is smaller."""
+        return self._micro_batch
 
     def step(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Take one; this process's share of loss and correct answers, and the gradient's norm."""
+        """Take a step; return this process's part of the mean loss and the correct answers, and the gradient norm."""
         with self.breakable():
             loss, correct = self._gradients(step)
         with self.clock.part("optimizer"):
@@ -102,43 +102,43 @@ class Learner:
         return loss, correct, norm
 
     def _gradients(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute those of a step's batch; this process's share of loss and correct answers."""
+        """Compute the gradients of a batch; return this process's part of the mean loss and the correct answers."""
         config, accelerator, clock = self.config, self.accelerator, self.clock
         with self._wait:
             batch = self.loader.batch(step)
-        if not self.module.training:  # an evaluation has changed it; to set every module takes a while
+        if not self.module.training:  # after an evaluation; setting every module takes a while
             self.module.train()
-            set_training(self.bare, frozen_backbone=config.freeze == "backbone")
-        self.optimizer.zero_grad()  # a step that was broken off has left some
+            set_training(self.unwrapped, frozen_backbone=config.freeze == "backbone")
+        self.optimizer.zero_grad()  # an interrupted step leaves some
         whole = self.images(step)
         world = accelerator.num_processes
-        # Every process takes as many micro-steps, even where its share of a tail is empty.
-        share = -(-whole // world)
-        micro = min(self._whole, share)
-        starts = range(0, share, micro)
+        # Every process takes the same number of micro-steps, even if its shard of the last batch is empty.
+        shard = -(-whole // world)
+        micro = min(self._micro_batch, shard)
+        starts = range(0, shard, micro)
         loss_sum = torch.zeros((), device=accelerator.device)
         correct = torch.zeros((), device=accelerator.device)
         for number, start in enumerate(starts):
             pixels, labels = batch.pixels[start : start + micro], batch.labels[start : start + micro]
             weight = 1.0
-            if len(labels) == 0:  # gradients are exchanged by all processes, so an idle one adds zeros
+            if len(labels) == 0:  # all processes join the all-reduce, so an idle one adds zeros
                 pixels = torch.zeros((1, *batch.pixels.shape[1:]), device=accelerator.device)
                 labels, weight = torch.zeros(1, dtype=torch.long, device=accelerator.device), 0.0
             torch.manual_seed(derive_seed(config.seed, "dropout", step, number, accelerator.process_index))
             exchange = number == len(starts) - 1
             with nullcontext() if exchange else accelerator.no_sync(self.model):
                 with clock.part("forward"):
-                    model = self._fast if len(labels) == self._whole else self.model
+                    model = self._fast if len(labels) == self._micro_batch else self.model
                     logits = model(pixel_values=pixels).logits.float()
-                    # Divided by the whole batch, not by this part: a tail or an uneven share weighs what it is.
+                    # Divided by the size of the whole batch, so that micro-batches and shards of any size weigh right.
                     summed = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=config.label_smoothing)
                     loss = weight * summed / whole
                 with clock.part("backward"):
-                    accelerator.backward(loss * world)  # the processes' gradients are averaged
+                    accelerator.backward(loss * world)  # DDP averages gradients over processes
             loss_sum += loss.detach()
             correct += weight * (logits.detach().argmax(dim=1) == labels).sum()
         return loss_sum, correct
 
 
 def _let_signals_in(parameter: torch.Tensor) -> None:
-    """Do nothing, in Python, which handles signals between its own instructions: else a backward pass has none."""
+    """Do nothing, but in Python, which handles signals between its own instructions: a backward pass has no other."""

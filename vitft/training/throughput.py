@@ -1,4 +1,4 @@
-"""How fast a run went, how far that is from this machine's limit, and what would help."""
+"""How fast a run is, how close that is to this machine's peak, and what would help."""
 
 import time
 from contextlib import suppress
@@ -17,7 +17,7 @@ _MUCH_WAIT, _SMALL_SHARE = 0.15, 0.25
 
 @dataclass
 class Pace:
-    """How fast a run went while it trained; evaluation and saving do not count."""
+    """The images and seconds of training, without evaluation and saving."""
 
     images: int = 0
     elapsed_s: float = 0.0
@@ -25,24 +25,24 @@ class Pace:
 
     @property
     def images_per_s(self) -> float:
-        """Images a second, over all processes."""
+        """Images per second, over all processes."""
         return self.images / self.elapsed_s
 
     @property
     def data_wait(self) -> float:
-        """Share of the time before the model had its input."""
+        """The fraction of the time spent waiting for input."""
         return self.waited_s / self.elapsed_s
 
 
 class Window:
-    """What happened since the last line of metrics; the device is asked for numbers once a window."""
+    """The steps since the last line of metrics. Their numbers are read from the device once per window."""
 
     def __init__(self, accelerator: Any) -> None:
         self.accelerator, self.pace = accelerator, Pace()
         self.restart()
 
     def restart(self, data_wait_s: float = 0.0) -> None:
-        """Begin anew, from now; `data_wait_s` is what the run has waited for data so far."""
+        """Start a new window now; `data_wait_s` is how long the run has waited for data so far."""
         self.started, self.waited_s = time.perf_counter(), data_wait_s
         self.steps: list[torch.Tensor] = []
         self.images = 0
@@ -51,17 +51,17 @@ class Window:
         return len(self.steps)
 
     def add(self, loss: torch.Tensor, correct: torch.Tensor, norm: torch.Tensor, *, count: int) -> None:
-        """Keep one step: this process's shares of loss and correct answers, and the gradient's norm."""
+        """Add a step: this process's part of the mean loss and the correct answers, and the gradient norm."""
         self.steps.append(torch.stack([loss, correct, norm.detach() / self.accelerator.num_processes]))
         self.images += count
 
     def close(self, data_wait_s: float) -> dict[str, float]:
-        """Means over the window, over all processes; then begin the next one.
+        """Return means over the window and all processes, and start the next window.
 
         Raises FloatingPointError(place in the window, value) for the first loss or norm that is not finite.
         """
         table = self.accelerator.reduce(torch.stack(self.steps), "sum").double().cpu()
-        # Under fp16 an overflowing gradient is ordinary: the scaler skips that step and halves its scale.
+        # In fp16, gradients may overflow: the scaler then skips the step and halves its scale.
         checked = table[:, :1] if self.accelerator.scaler else table[:, ::2]
         bad = (~checked.isfinite()).nonzero()
         if len(bad):
@@ -84,7 +84,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Speed:
-    """images_per_s and data_wait are a `Pace`'s; mfu is the share of the machine's matrix peak, if it can be said."""
+    """The speed of a run; `mfu` is the fraction of the machine's matrix peak, None if unknown."""
 
     images_per_s: float
     data_wait: float
@@ -93,10 +93,10 @@ class Speed:
     remedy: str | None
 
 
-def speed_of(
+def measure_speed(
     pace: Pace, model: Any, config: TrainConfig, processes: int = 1, *, probe: bool = False
 ) -> Speed | None:  # fmt: skip
-    """What a run's pace means; measures the peak for a third of a second.
+    """Compare a run's pace with the machine's peak, which takes a third of a second to measure.
 
     None where it did not train, and of a `probe`, whose pace is the head's alone.
     """
@@ -104,21 +104,21 @@ def speed_of(
         return None
     spec = shape_of(model)
     mfu = None
-    # With a frozen backbone a step is no multiple of the forward pass; processes may share one machine's peak.
+    # With a frozen backbone, a step is not a multiple of the forward pass; processes may share one machine's peak.
     if spec is not None and config.freeze == "none" and processes == 1 and _is_fast(config):
-        with suppress(RuntimeError):  # no room for the matrices beside the model: then it is not said
-            share = training_flops(spec) * pace.images_per_s / peak_flops(config.device, config.precision, 0.3)
-            mfu = share if share <= 1 else None  # above it, the peak was measured beside other work and says nothing
+        with suppress(RuntimeError):  # no memory for the matrices beside the model
+            fraction = training_flops(spec) * pace.images_per_s / peak_flops(config.device, config.precision, 0.3)
+            mfu = fraction if fraction <= 1 else None  # else the peak was measured while other programs were running
     return Speed(pace.images_per_s, pace.data_wait, mfu, config.precision, _remedy(pace, mfu, config))
 
 
 def _is_fast(config: TrainConfig) -> bool:
-    """Whether a large product takes no time to speak of: an emulated precision may be 300 times slower."""
+    """Whether a large matrix product is quick to measure: an emulated precision may be 300 times slower."""
     return config.precision in ("fp32", find_precision("auto", config.device))
 
 
 def _remedy(pace: Pace, mfu: float | None, config: TrainConfig) -> str | None:
-    """The setting that would help most; None where nothing stands out."""
+    """The setting that would help most; None if nothing stands out."""
     if pace.data_wait > _MUCH_WAIT and config.augment == "crop":
         return "random crops take much of the time: --augment flip is cheaper"
     best = find_precision("auto", config.device)
@@ -127,5 +127,5 @@ def _remedy(pace: Pace, mfu: float | None, config: TrainConfig) -> str | None:
     part = micro_batch(config)
     if config.device == "cuda" and mfu is not None and mfu < _SMALL_SHARE and part < 64:
         option = "--batch-size" if part == config.batch_size else "--micro-batch-size"
-        return f"parts of {part} images leave the GPU idle: a larger {option} fills it"
+        return f"micro-batches of {part} images leave the GPU idle: a larger {option} fills it"
     return None

@@ -1,7 +1,7 @@
-"""train(config): set-up, loop, save, in reading order.
+"""The training loop, in reading order: setup, steps, evaluations, checkpoints.
 
-A step is a function of its number: its batch, its learning rate and its dropout follow from (seed,
-step). So a run that is resumed from step N ends bit for bit where an undisturbed one does.
+A step is a function of (seed, step): its batch, learning rate and dropout. So a run that is resumed ends with the same
+bits as an uninterrupted one.
 """
 
 import copy
@@ -30,25 +30,29 @@ from vitft.io.paths import expanded
 from vitft.io.signals import Interrupted, StopSignals
 from vitft.models.load import load_trained, saved
 from vitft.training import run_folder
-from vitft.training.autotune import tuned
+from vitft.training.autotune import autotuned
 from vitft.training.callbacks import Callback, MetricsFile, Tracker, remove_after
-from vitft.training.diagnosis import PaceWatch, nothing_learned
+from vitft.training.diagnosis import PaceWatch, learned_nothing
 from vitft.training.dry_run import warn_if_long
-from vitft.training.recovery import REMEDY, Diverged, persisting
+from vitft.training.recovery import REMEDY, Diverged, with_recovery
 from vitft.training.setup import Prepared, Stores, prepare
 from vitft.training.step import Learner
-from vitft.training.throughput import Speed, Window, speed_of
+from vitft.training.throughput import Speed, Window, measure_speed
 
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: its folder, its best checkpoint, the score of that by split, and how fast it was trained."""
+    """A finished run.
+
+    `run` is its folder, `checkpoint` its best checkpoint, of step `step`, and `scores` has the scores of that by split.
+    `speed` is None if the run had already finished before this call.
+    """
 
     run: Path
     checkpoint: Path
     step: int
     scores: dict[str, Score] = field(default_factory=dict)
-    speed: Speed | None = None  # of a run that was finished before: none
+    speed: Speed | None = None
 
 
 def train(
@@ -65,22 +69,21 @@ def train(
 
     Args:
         config: the settings; by default those of `vitft train`.
-        dataset: in place of `config.dataset`: a name, a path, or a `Dataset` or `DatasetDict` of `datasets`. One that
-            was loaded in Python has to be given again to `resume` and `evaluate`, which recognize its images by their
-            content.
-        model: in place of `config.model`: a name, a path, or an image classification model of Transformers, of which
-            a copy is trained. It keeps its head where its labels are those of the dataset.
-        processor: how images become the input of a `model` that is an object; by default what
-            `model.name_or_path` says, else what its architecture usually takes.
-        callbacks: who follows the run, on the main process.
+        dataset: replaces `config.dataset`: a name, a path, or a `Dataset` or `DatasetDict` of `datasets`. Pass a
+            dataset object to `resume` and `evaluate` again; they recognize its images by their content.
+        model: replaces `config.model`: a name, a path, or an image classification model of Transformers, which is
+            copied. It keeps its head if its labels are those of the dataset.
+        processor: the image processor of a `model` object; by default the one stored at `model.name_or_path`, else the
+            usual one of its architecture.
+        callbacks: follow the run, on the main process.
         output: the run folder; by default the next free one in runs/.
-        overwrite: whether to replace a run in `output`.
+        overwrite: replace an earlier run in `output`.
 
     Returns:
         The run folder, its best checkpoint and the scores of that.
 
     Raises:
-        VitftError: what is wrong, in a line; `Stopped` after a signal, when everything is saved.
+        VitftError: with one line that says what is wrong; `Stopped` after a signal, once everything is saved.
     """
     config = config or TrainConfig()
     if dataset is not None and isinstance(dataset, str | Path):
@@ -100,28 +103,28 @@ def _begin(
     config: TrainConfig, dataset: Any, callbacks: Sequence[Callback], output: Path | str | None, overwrite: bool,
     model: str | None = None,
 ) -> Result:  # fmt: skip
-    """Train; `model` is what the run's settings call the model that lies at `config.model` for now."""
+    """Train; `model` is the name to record for a model that is at `config.model` only temporarily."""
     accelerator = make_accelerator(config)
     output = None if output is None else expanded(output)
     with accelerator.main_process_first():
         if output is not None and accelerator.is_main_process:
-            run_folder.make_room(output, overwrite=overwrite)
+            run_folder.check_output(output, overwrite=overwrite)
         prepared = prepare(config, dataset=dataset)
     if model is not None:
         prepared.config = prepared.config.model_copy(update={"model": model})
     with memory_guard(prepared.config, accelerator.num_processes):
         warn_if_long(prepared, accelerator.num_processes)
-        prepared.config = tuned(prepared, accelerator.num_processes)
+        prepared.config = autotuned(prepared, accelerator.num_processes)
     with ExitStack() as held:
         held.enter_context(threads(prepared.config.threads))
         held.enter_context(deterministic(prepared.config))
-        stores = prepared.decode()  # a bad image is found before anything is written, or overwritten
+        stores = prepared.decode()  # before anything is written or overwritten: an image may be bad
         run = held.enter_context(run_folder.new_run(run_folder.Beginning(prepared, accelerator), output, overwrite))
         parts = [(accelerator, prepared, stores)]
-        # What a rollback loads again must not stand in memory beside what it began with.
+        # A rollback loads the model and the images again: the first ones must be gone by then.
         del accelerator, prepared, stores
         first = lambda: _Run(*parts.pop(), run, callbacks).train(State())  # noqa: E731
-        return persisting(run, first, again=lambda: _resume(run, {}, dataset, callbacks, rolled_back=True))
+        return with_recovery(run, first, again=lambda: _resume(run, {}, dataset, callbacks, rolled_back=True))
 
 
 def resume(
@@ -132,16 +135,16 @@ def resume(
 
     Args:
         run: the run folder.
-        changes: settings that can change on resume, for they do not change the weights (save_every, keep, log_every,
-            tracker); more epochs or max_steps for a run that is finished.
-        dataset: where the dataset has moved to, or the one that was given to `train` in Python.
-        callbacks: who follows the run, on the main process.
+        changes: settings that can change on resume because they do not affect the weights (save_every, keep, log_every,
+            tracker), and more epochs or max_steps for a finished run.
+        dataset: the path the dataset has moved to, or the object that was passed to `train`.
+        callbacks: follow the run, on the main process.
 
     Raises:
-        VitftError: what is wrong, in a line; UsageError for any other change, DataError for other images.
+        VitftError: with one line that says what is wrong: UsageError for any other change, DataError for other images.
     """
     run = expanded(run)
-    with run_folder.alone_in(run):
+    with run_folder.locked(run):
         if not ckpt.is_run(run):
             raise ModelError(f"{run}: no run folder (no config.yaml and checkpoints/ in it); give the folder of a run.")
         changes = dict(changes or {})
@@ -151,7 +154,7 @@ def resume(
         def attempt(*, rolled_back: bool = False) -> Result:
             return _resume(run, changes, dataset, callbacks, rolled_back=rolled_back)
 
-        return persisting(run, attempt, again=lambda: attempt(rolled_back=True))
+        return with_recovery(run, attempt, again=lambda: attempt(rolled_back=True))
 
 
 def _resume(
@@ -166,26 +169,26 @@ def _resume(
     with threads(config.threads or run_folder.threads_of(run)), deterministic(resolve_auto(config)):
         accelerator = make_accelerator(config)
         with accelerator.main_process_first():
-            prepared = run_folder.prepared_again(run, config, folder, dataset)
+            prepared = run_folder.prepare_resume(run, config, folder, dataset)
         resumed = _Run(accelerator, prepared, prepared.decode(), run, callbacks, resumed_from=folder)
         if rolled_back:
-            resumed.keep_the_best_of_before(state)
+            resumed.keep_earlier_best(state)
         if (config.epochs, config.max_steps) != (before.epochs, before.max_steps) and state.step >= resumed.total_steps:
             raise UsageError(
-                f"{run} is finished, at step {state.step}, and would be after {resumed.total_steps} steps too; "
-                "give it more --epochs, or --max-steps."
+                f"{run} finished at step {state.step}, and {resumed.total_steps} steps are no more; "
+                "set more --epochs or --max-steps."
             )
         if state.total_steps is not None and resumed.total_steps > state.total_steps:
             state.stopped_early, state.evaluations_since_best = False, 0
         if accelerator.is_main_process:
-            run_folder.keep_changes(run, prepared.config)
+            run_folder.save_changes(run, prepared.config)
         over = resumed.is_over(state)
-        console.note(run_folder.whereabouts(run, resumed.config, state, resumed.total_steps, folder, over=over))
+        console.note(run_folder.resume_note(run, resumed.config, state, resumed.total_steps, folder, over=over))
         return resumed.train(state)
 
 
 class _Run:
-    """One run while it trains: what every part of the loop needs."""
+    """A run in progress, on one process."""
 
     def __init__(
         self, accelerator: Any, prepared: Prepared, stores: Stores, run: Path, callbacks: Sequence[Callback] = (),
@@ -195,24 +198,24 @@ class _Run:
         self.config, self.how = prepared.config, prepared.loaded.preprocess
         self.labels, self.resumed_from = prepared.loaded.labels, resumed_from
         self.stores, self.callbacks = stores, callbacks
-        self.followers: list[Callback] = []  # on the main process, while it trains
+        self.followers: list[Callback] = []  # empty except on the main process
         run_folder.check_splits(
             run, prepared, stores, begun=resumed_from is not None, write=accelerator.is_main_process
         )
         self.learner = Learner(accelerator, prepared, stores)
-        self.bare, self.probe = self.learner.bare, self.learner.probe
+        self.unwrapped, self.probe = self.learner.unwrapped, self.learner.probe
         self.steps_per_epoch, self.total_steps = self.learner.steps_per_epoch, self.learner.total_steps
-        self.pending: tuple[Card, dict[str, torch.Tensor]] | None = None  # a best/ that is not written yet
+        self.pending: tuple[Card, dict[str, torch.Tensor]] | None = None  # a best/ that is still to be written
         self.signals, self.window, self.pace = StopSignals(accelerator), Window(accelerator), PaceWatch()
-        self.measured: Metrics | None = None  # the last one
+        self.measured: Metrics | None = None  # the latest evaluation
         self.learner.breakable = self.signals.interruptible
-        self.begun = self.saved = self.written_last = -1  # steps: of the beginning, and of what this process last wrote
+        self.begun = self.saved = self.written_last = -1  # steps
         card = read_card(resumed_from) if resumed_from else None
         self.scores: dict[str, dict[str, Any]] = card.scores if card else {}
 
     @contextmanager
     def _followed(self) -> Iterator[None]:
-        """While the run trains, who follows it hears of it: on the main process."""
+        """Notify metrics.jsonl, the tracker and the user's callbacks while the run is in progress."""
         if self.accelerator.is_main_process:
             tracked = [Tracker(self.accelerator)] if self.config.tracker != "none" else []
             self.followers = [MetricsFile(), *tracked, *self.callbacks]
@@ -225,7 +228,7 @@ class _Run:
     # -- the loop ---------------------------------------------------------------------------------
 
     def train(self, state: State) -> Result:
-        """Run the steps that are left, then score the chosen checkpoint."""
+        """Take the remaining steps, then score the chosen checkpoint on the test split."""
         config = self.config
         self.begun, state.total_steps = state.step, self.total_steps
         if self.resumed_from is not None and not self.is_over(state):
@@ -241,7 +244,7 @@ class _Run:
         ):
             try:
                 if not self.is_over(state):
-                    console.note(run_folder.introduction(self.prepared, self.total_steps, self.run))
+                    console.note(run_folder.start_note(self.prepared, self.total_steps, self.run))
                     self.learner.get_ready(self.signals.watched)
                 window.restart(self.learner.data_wait_s)
                 while not self.is_over(state):
@@ -256,16 +259,16 @@ class _Run:
                 result = self._finish(state, bar)
             except Interrupted as stop:
                 raise self._stopped(state, stop.number, bar) from None
-        trained = window.pace.images > 0  # else it was finished, and has said so before
-        if trained and self.measured and (nothing := nothing_learned(self.measured, self.config, self.total_steps)):
+        trained = window.pace.images > 0  # else it had finished before, and has already said so
+        if trained and self.measured and (nothing := learned_nothing(self.measured, self.config, self.total_steps)):
             console.warn(nothing)
         world, probe = self.accelerator.num_processes, self.probe is not None
-        return replace(result, speed=speed_of(window.pace, self.bare, config, world, probe=probe))
+        return replace(result, speed=measure_speed(window.pace, self.unwrapped, config, world, probe=probe))
 
     def _advance(self, state: State, bar: "console.TrainingProgress") -> bool:
-        """Take a step, unless a validation is due from before; whether to save after it. Raises Interrupted."""
+        """Take a step, unless an interrupted validation is still due; return whether to save. Raises Interrupted."""
         if state.validation_due:
-            return True  # what is saved says that it is due
+            return True
         config, window = self.config, self.window
         window.add(*self._step(state.step), count=self.learner.images(state.step))
         state.step += 1
@@ -273,7 +276,7 @@ class _Run:
         for follower in self.followers:
             follower.on_step(state.step)
         last = state.step == self.total_steps
-        self.scores = {}  # they were the last step's
+        self.scores = {}  # those were of the previous step
         eval_every = config.eval_every or self.steps_per_epoch
         save_every = config.save_every or (self.steps_per_epoch if self.probe is None else self.total_steps)
         state.validation_due = "validation" in self.stores and (state.step % eval_every == 0 or last)
@@ -285,7 +288,7 @@ class _Run:
         return saves
 
     def _log(self, state: State, bar: "console.TrainingProgress") -> None:
-        """Write down what came of the steps since the last line. Raises TrainingError for a loss that is no number."""
+        """Report the steps since the last report. Raises TrainingError for a non-finite loss or gradient."""
         window = self.window
         try:
             means = window.close(self.learner.data_wait_s)
@@ -301,14 +304,14 @@ class _Run:
 
     def _load_optimizer(self, folder: Path, state: State) -> None:
         if not (folder / ckpt.OPTIMIZER).exists():
-            console.note(f"{folder} has weights alone; the optimizer's moments begin anew")
+            console.note(f"{folder} has weights only: the optimizer starts with new moments")
             return
-        ckpt.load_optimizer(folder, self.bare, self.learner.optimizer.optimizer)
+        ckpt.load_optimizer(folder, self.unwrapped, self.learner.optimizer.optimizer)
         if state.scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
 
-    def keep_the_best_of_before(self, state: State) -> None:
-        """After a rollback, best/ may be of a step that was given up: its weights are what others have to beat."""
+    def keep_earlier_best(self, state: State) -> None:
+        """Keep best/ after a rollback, even if its step was discarded: later checkpoints have to beat its score."""
         card = read_card(self.run / "best")
         if card is not None and card.step > state.step:
             score = _score(Score.from_summary(card.scores["validation"]), self.config)
@@ -316,27 +319,27 @@ class _Run:
             state.best_score = state.counted_score = score
 
     def _step(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Take a step; where memory runs out, again in smaller parts, from now on. The batch stays what it is."""
+        """Take a step; if memory runs out, halve the micro-batch for the rest of the run. The batch stays the same."""
         while True:
             try:
                 return self.learner.step(step)
             except RuntimeError as error:
-                # Several processes would have to agree on it, in the middle of an exchange.
+                # Several processes would have to agree on it in the middle of an all-reduce.
                 alone = self.accelerator.num_processes == 1
-                if not is_out_of_memory(error) or self.learner.part == 1 or not alone:
+                if not is_out_of_memory(error) or self.learner.micro_batch == 1 or not alone:
                     raise
-                before, now = self.learner.part, self.learner.halve()
+                before, now = self.learner.micro_batch, self.learner.halve()
             self.config = self.config.model_copy(update={"micro_batch_size": now})
             ckpt.write_config(self.run, self.config)
             console.warn(
-                f"out of memory at step {step + 1}: {before} images at a time do not fit; from here on {now}. "
+                f"out of memory at step {step + 1}: {before} images at a time do not fit; from now on {now}. "
                 f"The batch stays {self.config.batch_size}."
             )
             if self.config.device == "cuda":
                 torch.cuda.empty_cache()
 
     def is_over(self, state: State) -> bool:
-        """Whether there are no steps left to do."""
+        """Whether no steps and no validation are left."""
         return (state.step >= self.total_steps or state.stopped_early) and not state.validation_due
 
     def _validate(self, state: State, bar: "console.TrainingProgress") -> None:
@@ -362,7 +365,7 @@ class _Run:
             self._keep_best(state)
 
     def _tell_evaluation(self, step: int, metrics: Metrics) -> bool:
-        """Hand on a split's scores; whether a callback asks to stop, which all processes have to hear."""
+        """Notify callbacks of an evaluation; return, on all processes, whether one asks to stop."""
         asked = [follower.on_evaluation(step, self._epoch(step), metrics) is True for follower in self.followers]
         return bool(self.callbacks) and bool(broadcast_object_list([any(asked)])[0])
 
@@ -375,7 +378,7 @@ class _Run:
         with self.signals.interruptible(), bar.evaluating(role) as shown:
             progress, gather = self.signals.watched(shown, gather_object)
             batches = loader if self.probe is None else self.probe.scoring(role, loader, progress)
-            # The bare model: its own would wait for the other processes, which may have another number of batches.
+            # Not the DDP wrapper, which would wait for other processes that may have fewer batches.
             self.measured = evaluation.measure(
                 self.learner.module, batches, self.labels, self.prepared.splits[role],
                 others=self.prepared.matched(role)[1], gather=gather, progress=progress,
@@ -395,7 +398,7 @@ class _Run:
         return Card(self.config, self.labels, state.step, self._epoch(state.step), splits, self.scores)
 
     def _keep_best(self, state: State) -> None:
-        """Write best/; of a probe, whose epochs take less time than that, when something else is written."""
+        """Write best/. A linear probe's epoch is faster than that: its best weights are copied, and written later."""
         if self.probe is None:
             self._write_model("best", self._card(state))
         else:
@@ -411,14 +414,14 @@ class _Run:
         self.learner.module.load_state_dict(now)
 
     def _save(self, state: State) -> None:
-        if not all(parameter.isfinite().all() for parameter in self.bare.parameters()):
-            raise self._diverged("weights are no numbers", state.step)
+        if not all(parameter.isfinite().all() for parameter in self.unwrapped.parameters()):
+            raise self._diverged("weights are not finite", state.step)
         self._flush_best()
         scaler = self.accelerator.scaler
         state.scaler = scaler.state_dict() if scaler else None
         if self.accelerator.is_main_process:
             optimizer = self.learner.optimizer.optimizer
-            folder = ckpt.save_step(self.run, self.bare, optimizer, self.how, self._card(state), state)
+            folder = ckpt.save_step(self.run, self.unwrapped, optimizer, self.how, self._card(state), state)
             for follower in self.followers:
                 follower.on_save(state.step, folder)
         self.saved = state.step
@@ -426,7 +429,7 @@ class _Run:
 
     def _write_model(self, name: str, card: Card, state: State | None = None) -> None:
         if self.accelerator.is_main_process:
-            ckpt.save_model(self.run / name, self.bare, self.how, card, state)
+            ckpt.save_model(self.run / name, self.unwrapped, self.how, card, state)
         self.accelerator.wait_for_everyone()
 
     def _write_last(self, state: State) -> None:
@@ -436,13 +439,13 @@ class _Run:
     # -- the end ----------------------------------------------------------------------------------
 
     def _stopped(self, state: State, number: int, bar: "console.TrainingProgress") -> Stopped:
-        """Save what is not saved yet, and say how to go on."""
+        """Save what is not saved yet; the returned error says how to resume."""
         try:
             if len(self.window):
                 self._log(state, bar)
             if state.step > max(self.saved, self.begun):
                 self._save(state)
-        except Diverged as fault:  # who stops a run does not want it rolled back
+        except Diverged as fault:  # someone who stops a run does not want a rollback
             raise TrainingError(str(fault)) from fault
         if self.saved == state.step != self.written_last:
             self._write_last(state)
@@ -450,7 +453,7 @@ class _Run:
         kept = "everything is saved" if state.step else "there is nothing to save yet"
         return Stopped(
             f"stopped by {name} at step {state.step} of {self.total_steps}; {kept}. "
-            f"Go on with: vitft train --resume {shlex.quote(str(self.run))}",
+            f"Resume with: vitft train --resume {shlex.quote(str(self.run))}",
             number,
         )
 
@@ -462,14 +465,14 @@ class _Run:
         return TrainingError(f"{what} at step {step}; {kept}. {REMEDY}")
 
     def _finish(self, state: State, bar: "console.TrainingProgress") -> Result:
-        """Score the best checkpoint, or the last where there was nothing to choose by, on the test split."""
+        """Score the best checkpoint, or the last one if there is no validation split, on the test split."""
         if self.accelerator.is_main_process:
-            ckpt.prune(self.run, state.step, self.config.keep)  # a kill may have come before it
+            ckpt.prune(self.run, state.step, self.config.keep)  # a kill may have prevented it before
         chosen, scored = ("last" if state.best_step is None else "best"), state
         best = self._best() if chosen == "best" else None
         if best is not None and not (best.step == state.step and _alike(best.scores, self.scores)):
             self._write_last(state)
-            self.bare.load_state_dict(load_trained(self.run / "best").model.state_dict())
+            self.unwrapped.load_state_dict(load_trained(self.run / "best").model.state_dict())
             scored, self.scores = State(step=best.step), best.scores
         if "test" in self.stores:
             metrics = self._measure("test", bar)
@@ -485,7 +488,7 @@ class _Run:
         return Result(self.run, self.run / chosen, scored.step, scores)
 
     def _best(self) -> Card:
-        """What best/ knows of itself. Raises ModelError."""
+        """The metadata of best/. Raises ModelError."""
         card = read_card(ckpt.find_model(self.run / "best"))
         if card is None:
             raise ModelError(f"{self.run / 'best'}: is no longer what the run wrote, for vitft.json is gone.")
@@ -493,7 +496,7 @@ class _Run:
 
 
 def _alike(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> bool:
-    """Whether these are one validation's scores, whichever process took its time: all have to say the same here."""
+    """Whether these are the scores of the same evaluation; images_per_s differs from process to process."""
     summaries = [dict(scores.get("validation", {})) for scores in (one, other)]
     for summary in summaries:
         summary.pop("images_per_s", None)
@@ -501,5 +504,5 @@ def _alike(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> 
 
 
 def _score(score: Score, config: TrainConfig) -> float:
-    """What a checkpoint is chosen by, where more is better."""
+    """The number by which the best checkpoint is chosen; higher is better."""
     return {"accuracy": score.accuracy, "loss": -score.loss, "macro-f1": score.macro_f1}[config.best_by]

@@ -345,7 +345,7 @@ def test_the_command_lists_findings_and_exits_with_3(faulty: Path) -> None:
     assert result.exit_code == 3
     for word in ("not-an-image", "train/cat/bad.png", "duplicate", "leak", "1 error, 3 warnings"):
         assert word in result.stdout, word
-    assert "error: 1 of 27 images would stop a training" in result.stderr
+    assert "error: 1 of 27 images would stop training" in result.stderr
 
 
 def test_json_is_a_document(faulty: Path) -> None:
@@ -357,7 +357,7 @@ def test_json_is_a_document(faulty: Path) -> None:
 def test_a_clean_data_set_exits_with_0(folder: Path) -> None:
     result = vitft(str(folder))
     assert result.exit_code == 0
-    assert "24 images: nothing is wrong with them" in result.stdout
+    assert "24 images: no problems found" in result.stdout
 
 
 def test_the_files_of_a_parquet_folder_are_not_beside_it(tmp_path: Path, rng: Rng) -> None:
