@@ -222,6 +222,30 @@ def test_callbacks_hear_of_everything_in_order(tmp_path: Path) -> None:
     assert [(line["step"], line["split"]) for line in lines(run)][:2] == [(2, "train"), (2, "validation")]
 
 
+def test_the_time_of_evaluations_and_saves_is_not_that_of_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 0.001
+        return now[0]
+
+    class Slow(Callback):
+        def on_evaluation(self, step: int, epoch: float, metrics: Metrics) -> None:
+            now[0] += 1000
+
+        def on_save(self, step: int, checkpoint: Path) -> None:
+            now[0] += 1000
+
+    monkeypatch.setattr("vitft.training.throughput.time.perf_counter", clock)
+    every = settings(log_every=1, save_every=1, eval_every=2, max_steps=6)
+    run = train(every, dataset=given(), output=tmp_path / "run", callbacks=[Slow()]).run
+    rates = [line["images_per_s"] for line in lines(run) if line["split"] == "train"]
+    assert len(rates) == 6
+    assert all(float(str(rate)) > 1 for rate in rates)
+
+
 def test_a_callback_may_end_a_run_early(tmp_path: Path) -> None:
     class Enough(Callback):
         def on_evaluation(self, step: int, epoch: float, metrics: Metrics) -> bool:

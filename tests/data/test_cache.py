@@ -536,7 +536,13 @@ def test_the_cache_command_lists_and_clears(folder: Path) -> None:
     (entry,) = json.loads(run.invoke(app, ["data", "cache", "ls", "--json"]).stdout)
     assert (entry["name"], entry["images"]) == ("photos", 4)
     assert entry["bytes"] > 4 * 32 * 32 * 3
+    killed = cache.root() / f".{32 * 'a'}.12345678"  # an entry of a run that was killed while it wrote it
+    killed.mkdir()
+    (killed / "pixels").write_bytes(b"")
+    for path in (killed / "pixels", killed):
+        os.utime(path, (0, 0))
     assert run.invoke(app, ["data", "cache", "clear"]).stdout.startswith("removed ")
+    assert not killed.exists()
     assert cache.entries() == []
 
 

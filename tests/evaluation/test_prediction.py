@@ -25,7 +25,7 @@ from vitft.cli.app import app
 from vitft.data.augment import Preprocess, preprocess_images
 from vitft.data.decoder import decode
 from vitft.errors import DataError, ModelError, UsageError
-from vitft.evaluation.prediction import Prediction, Predictor, predict
+from vitft.evaluation.prediction import Prediction, Predictor, _channels_last, predict
 from vitft.models.load import load_for_training
 
 OPAQUE = ("RGB", "L", "P", "1", "CMYK")
@@ -415,11 +415,19 @@ def test_gray_images_in_memory(photographs: tuple[Path, list[Path]]) -> None:
 def test_what_is_no_image_gets_a_row_that_says_so(photographs: tuple[Path, list[Path]]) -> None:
     checkpoint, files = photographs
     channels_first = np.zeros((3, 40, 50), np.uint8)
-    rows = Predictor(checkpoint)([np.zeros((4, 4, 3)), channels_first, files[0], files[0].with_name("gone.png")])
+    rows = Predictor(checkpoint)(
+        [np.zeros((4, 4, 3)), channels_first, files[0], files[0].with_name("gone.png"), files[0].with_name("no*.png")]
+    )
     remedy = "give uint8 (height, width) or (height, width, 3)"
     assert [row.error for row in rows] == [
         f"is an array of float64, 4 x 4 x 3; {remedy}",
         f"is an array of uint8, 3 x 40 x 50; {remedy}",
         None,
         "does not exist",
+        "matches no file",
     ]
+
+
+def test_floats_are_the_uint8_pixels_that_they_stand_for() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
+    assert np.array_equal(_channels_last(pixels / 255), pixels.movedim(0, -1).numpy())

@@ -168,6 +168,34 @@ def test_what_fits_follows_the_free_memory(prepared: Prepared, monkeypatch: pyte
     assert not free(0)
 
 
+def test_memory_counts_images_as_they_are_stored(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those to be cropped are larger than those to be scored."""
+    before = estimate.memory_bytes(prepared, 4)
+    assert before is not None
+    sides = {None: 100, False: 10}
+    monkeypatch.setattr(
+        estimate, "stored_image", lambda prepared, crops=None: torch.zeros(sides[crops], 1, 1, dtype=torch.uint8)
+    )
+    monkeypatch.setattr(estimate, "_saved_bytes", lambda prepared, images: 0)
+    monkeypatch.setattr(estimate.psutil.Process, "memory_info", lambda self: type("", (), {"rss": 0}))
+    sizes = {}
+    for side in (100, 200):
+        sides[None] = side
+        sizes[side] = estimate.memory_bytes(prepared, 4)
+    assert sizes[200] - sizes[100] == 100 * len(prepared.splits["train"].rows)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("augment", ["flip", "crop"])
+def test_decoding_is_tried_as_the_run_decodes(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, augment: str
+) -> None:
+    prepared.config = prepared.config.model_copy(update={"augment": augment})
+    asked: list[bool] = []
+    monkeypatch.setattr(estimate, "decode_all", lambda *given, crops, **others: asked.append(crops))
+    estimate.decode_image_s(prepared)
+    assert asked == [augment == "crop"]
+
+
 def test_an_automatic_micro_batch_is_written_down_and_used_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ import transformers
 
 from tests.conftest import tiny_model
 from tests.training.test_trainer import PowerCut, assert_same_weights, config, lines, weights
-from vitft import TrainConfig, evaluate, train
+from vitft import Callback, TrainConfig, evaluate, train
 from vitft.data.loader import Batch
 from vitft.errors import Stopped
 from vitft.models.load import load_for_training
@@ -21,6 +21,10 @@ from vitft.training.linear_probe import FeatureLoader, Head, Probe, backbone, fe
 from vitft.training.trainer import resume
 
 BARE = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp"))
+
+
+def result_steps(run: Path) -> int:
+    return max(int(str(line["step"])) for line in lines(run))
 
 
 def probe(**changes: object) -> TrainConfig:
@@ -51,6 +55,7 @@ def test_the_head_is_that_of_a_backbone_in_the_loop(
     cached = train(settings, output=tmp_path / "cached")
     monkeypatch.setattr("vitft.training.step.features_pay", lambda *given: False)
     looped = train(settings, output=tmp_path / "looped")
+    assert (cached.speed, looped.speed is None) == (None, False)  # a head alone says nothing about the model's speed
     for folder in ("best", "last"):
         one, other = weights(cached.run / folder), weights(looped.run / folder)
         assert one.keys() == other.keys()
@@ -67,8 +72,14 @@ def test_the_head_is_that_of_a_backbone_in_the_loop(
 def test_many_epochs_see_each_image_once_in_each_kind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, augment: str, passes: int
 ) -> None:
-    seen = counted(monkeypatch)
-    result = train(probe(augment=augment, epochs=40), output=tmp_path / "run")
+    seen, saved = counted(monkeypatch), []
+
+    class Saved(Callback):
+        def on_save(self, step: int, checkpoint: Path) -> None:
+            saved.append(step)
+
+    result = train(probe(augment=augment, epochs=40), output=tmp_path / "run", callbacks=[Saved()])
+    assert saved == [result_steps(result.run)]  # an epoch takes less time than saving
     scored = sum({line["split"]: line["count"] for line in lines(result.run) if line["split"] != "train"}.values())
     assert seen["images"] == 64 * passes + scored
     assert max(line["step"] for line in lines(result.run)) == 40 * 3  # type: ignore[type-var]

@@ -657,6 +657,20 @@ def test_a_signal_before_anything_is_saved_says_so(tmp_path: Path, monkeypatch: 
     assert_same_weights(resume(tmp_path / "run").run / "last", train(settings, output=tmp_path / "whole").run / "last")
 
 
+def test_the_bar_moves_with_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr("vitft.io.console.TrainingProgress.advance", lambda self, step: seen.append(step))
+    train(config(max_steps=5, log_every=9), output=tmp_path / "run")
+    assert sorted({*seen}) == [1, 2, 3, 4, 5]
+
+
+def test_scores_are_alike_whichever_process_took_its_time() -> None:
+    """All processes have to decide alike whether the best weights are those at hand."""
+    slow, fast = ({"validation": {"accuracy": 0.5, "images_per_s": rate}} for rate in (1.0, 2.0))
+    assert trainer._alike(slow, fast)
+    assert not trainer._alike(slow, {"validation": {"accuracy": 0.6, "images_per_s": 1.0}})
+
+
 def test_tensorboard_gets_the_metrics(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     run = train(config(tracker="tensorboard"), output=tmp_path / "run").run

@@ -523,6 +523,20 @@ def test_broken_cifar_batches(tmp_path):
         refused(tmp_path, "batches.meta has no label_names; unpack the archive again")
 
 
+def test_classes_that_one_split_declares_are_not_doubted() -> None:
+    """Elsewhere a class of one image is doubtful, and numbers are regression targets."""
+    declared = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["0.5", "1.5", "2.5"])})
+    images = [Image.new("L", (2, 2), level) for level in (10, 20, 30)]
+    train = datasets.Dataset.from_dict({"image": images, "label": [0, 1, 2]}, declared)
+    test = datasets.Dataset.from_dict({"image": images, "label": ["0.5", "1.5", "2.5"]}).cast_column(
+        "image", datasets.Image()
+    )
+    source = open_dataset({"train": train, "test": test})
+    assert (source.labels, source.warnings) == (("0.5", "1.5", "2.5"), ())
+    with pytest.raises(DataError, match="the labels are real numbers"):
+        open_dataset({"test": test})
+
+
 def test_digits_are_bundled():
     from sklearn.datasets import load_digits
 
