@@ -477,3 +477,14 @@ def test_a_crop_does_not_depend_on_its_batch() -> None:
     whole = draw_crop_boxes(sizes, 1, 4, index)
     for some in (index[::-1], index[7:8], index[::7]):
         assert draw_crop_boxes(sizes[some], 1, 4, index[some]).tolist() == whole[some].tolist()
+
+
+def test_a_range_that_is_not_given_leaves_the_checkpoints_own() -> None:
+    own = Preprocess(8, 8).with_value_range("0:4095")
+    assert own.value_range == (0, 4095)
+    assert own.with_value_range(None) == own
+
+
+def test_a_stored_processor_is_of_the_class_that_does_the_same() -> None:
+    """Other tools take the class by this name, and its defaults for keys that a file lacks."""
+    assert Preprocess(8, 8).to_json()["image_processor_type"].startswith("ViTImageProcessor")

@@ -657,6 +657,12 @@ def test_a_signal_before_anything_is_saved_says_so(tmp_path: Path, monkeypatch: 
     assert_same_weights(resume(tmp_path / "run").run / "last", train(settings, output=tmp_path / "whole").run / "last")
 
 
+def test_a_folder_that_is_taken_is_refused_before_any_work(tmp_path: Path) -> None:
+    run = train(config(max_steps=1), output=tmp_path / "run").run
+    with pytest.raises(UsageError, match="run"):
+        train(config(dataset=str(tmp_path / "nowhere")), output=run)
+
+
 def test_the_bar_moves_with_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     monkeypatch.setattr("vitft.io.console.TrainingProgress.advance", lambda self, step: seen.append(step))
