@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 
 import vitft
 from tests.conftest import tiny_model
-from tests.training.test_trainer import TINY, assert_same_weights, config, lines
+from tests.training.test_trainer import TINY, assert_same_weights, lines
 from vitft import (
     Callback,
     DataError,
@@ -284,5 +285,14 @@ def test_errors_of_a_library_call_speak_of_arguments() -> None:
         train(TrainConfig())
     with typed_flags(), pytest.raises(UsageError, match="no dataset; add --dataset with a hub id"):
         train(TrainConfig())
-    with plainly(), pytest.raises(UsageError, match="cuda:0"):
-        train(config(device="cuda:0"))
+    with plainly():
+        for wrong, said in (
+            ({"device": "gpu"}, "TrainConfig: device should be 'auto', 'cpu', 'cuda' or 'mps', got 'gpu'"),
+            ({"learning_rate": 1}, "TrainConfig: unknown setting 'learning_rate'; did you mean lr?"),
+            ({"lr": -1}, "TrainConfig: lr should be greater than 0, got -1"),
+            ({"patch_size": 4}, "TrainConfig: patch_size applies only to a new model; add from_scratch"),
+        ):
+            with pytest.raises(UsageError, match=re.escape(said)):
+                TrainConfig(**wrong)  # type: ignore[arg-type]
+    assert TrainConfig(device="cuda:0").device == "cuda"  # type: ignore[arg-type]
+    assert TrainConfig().model_copy(update={"lr": 1e-3}) == TrainConfig(lr=1e-3)

@@ -79,7 +79,7 @@ def test_a_cpu_uses_bf16_if_it_is_measured_to_be_faster(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "cuda:0"}, "device cuda:0: use cuda, and choose the GPU with CUDA_VISIBLE_DEVICES"),
+        ({"device": "cuda:1"}, "device cuda:1: use cuda, and choose the GPU with CUDA_VISIBLE_DEVICES"),
         ({"device": "gpu"}, "device gpu: not one of auto, cpu, cuda, mps"),
         ({"precision": "float16"}, "precision float16: not one of auto, fp32, bf16, fp16; choose one of these"),
     ],

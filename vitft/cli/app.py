@@ -307,7 +307,7 @@ def data_info(
     json: Json = False,
     *, overrides: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Show a data set's splits, classes, counts and image sizes."""
+    """Show a dataset's splits, classes, counts and image sizes."""
     from vitft.cli import commands
 
     options = {"revision": dataset_revision} | overrides
@@ -322,13 +322,13 @@ def data_check(
     max_pixels: MaxPixels = None,
     value_range: ValueRange = None,
     quarantine: Annotated[Path | None, typer.Option(help="Write a list of the images to leave out, for vitft train --exclude.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page with the suspects' pictures.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a report with the pictures, for a browser.")] = None,
     json: Json = False,
     *, overrides: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Look for what is wrong with a data set: broken files, duplicates, leaks between splits, labels.
+    """Check a dataset: unreadable files, duplicates, leaks between splits, labels.
 
-    Exit code 3 if anything would stop a training.
+    Exit code 3 if anything would stop training.
     """
     from vitft.cli import commands
 
@@ -338,7 +338,7 @@ def data_check(
 
 @cache_app.command("ls")
 def cache_ls(json: Json = False) -> None:
-    """List what is kept: data, size, and when it was last used."""
+    """List the cached datasets, their size, and when they were last used."""
     from vitft.cli import commands
 
     commands.cache_ls(json)
@@ -346,7 +346,7 @@ def cache_ls(json: Json = False) -> None:
 
 @cache_app.command("clear")
 def cache_clear() -> None:
-    """Remove all of it; runs that use it go on undisturbed."""
+    """Empty the cache; runs that use it are not affected."""
     from vitft.cli import commands
 
     commands.cache_clear()

@@ -258,7 +258,7 @@ def data_check(
         from vitft.data.validation.page import write_report
 
         write_report(found, source, html)
-        console.note(f"suspects: {html}")
+        console.note(f"report: {html}")
     if quarantine is not None:
         lines = quarantine_lines(found)
         write_text(quarantine, "".join(f"{line}\n" for line in lines))

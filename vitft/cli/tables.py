@@ -143,7 +143,7 @@ def plan_report(plan: Any) -> RenderableType:
 
 
 def data_report(described: Mapping[str, Any]) -> RenderableType:
-    """A data set: splits, counts, sizes, and its classes."""
+    """The report of `vitft data info`: splits, counts, sizes, classes."""
     head = Text.assemble((safe(described["name"]), "bold"), f", {len(described['labels'])} classes")
     if described.get("revision"):
         head.append(f", commit {described['revision'][:12]}", "dim")

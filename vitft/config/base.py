@@ -2,7 +2,7 @@
 
 import re
 import reprlib
-from typing import Any, ClassVar, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -25,14 +25,27 @@ class Settings(BaseModel):
     command: ClassVar[str]
     """The command that has these settings as flags."""
 
+    if not TYPE_CHECKING:  # type checkers derive the signature from the fields
+
+        def __init__(self, **values: Any) -> None:
+            """Raise UsageError for an unknown name or an invalid value."""
+            self._validate(values, type(self).__name__)
+
     @classmethod
     def parse(cls, values: dict[str, Any], origin: str = "settings") -> Self:
         """Validate a dictionary of settings. `origin` names their source in errors; "flags" spells keys as flags.
 
         Raises UsageError for an unknown key (and names the closest known one) or an invalid value.
         """
-        try:
-            return cls.model_validate(values)
+        settings = cls.__new__(cls)
+        settings._validate(values, origin)
+        return settings
+
+    def _validate(self, values: dict[str, Any], origin: str) -> None:
+        cls = type(self)
+        try:  # as BaseModel.__init__ does
+            self.__pydantic_validator__.validate_python(values, self_instance=self)
+            return
         except ValidationError as error:
             first, *others = error.errors()
         key, value = str(first["loc"][0]) if first["loc"] else "", first["input"]

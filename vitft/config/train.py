@@ -92,6 +92,11 @@ class TrainConfig(Settings):
     tracker: Literal["none", "tensorboard", "wandb"] = setting("none", "Run", "Log metrics here too, besides metrics.jsonl.", changeable=True)
     # fmt: on
 
+    @field_validator("device", mode="before")
+    @classmethod
+    def _first_gpu_is_cuda(cls, name: Any) -> Any:
+        return "cuda" if name == "cuda:0" else name
+
     @field_validator("value_range")
     @classmethod
     def _check_value_range(cls, text: str | None) -> str | None:

@@ -30,6 +30,8 @@ def resolve_auto(config: TrainConfig) -> TrainConfig:
 
 def find_device(wanted: str) -> str:
     """cuda, mps or cpu; `auto` takes the first of these that is available. Raises UsageError."""
+    if wanted == "cuda:0":
+        wanted = "cuda"
     if wanted.startswith("cuda:"):
         raise UsageError(f"device {wanted}: use cuda, and choose the GPU with CUDA_VISIBLE_DEVICES.")
     _check_choice("device", wanted)

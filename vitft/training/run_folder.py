@@ -131,10 +131,10 @@ def resume_note(
         str(run),
         *(f"{word:g}" if isinstance(word, float) else str(word) for word in more),
     ]
-    anew = ["vitft", "train", "--dataset", str(config.dataset), "--model", str(run / "last")]
+    start = ["vitft", "train", "--dataset", str(config.dataset), "--model", str(run / "last")]
     return (
         f"{run} is finished, {place}{early}; to train longer: {shlex.join(longer)}; "
-        f"or start a new run from its weights: {shlex.join(anew)}"
+        f"or start a new run from its weights: {shlex.join(start)}"
     )
 
 
@@ -194,10 +194,10 @@ def changed(run: Path, before: TrainConfig, changes: dict[str, Any], *, finished
         longer = finished and name in LONGER and was is not None and now > was
         if was != now and not extra["changeable"] and name != "dataset" and not longer:
             weights = ckpt.default_model(run) or before.model
-            anew = ["vitft", "train", "--dataset", after.dataset, "--model", weights, as_flag(name), now]
+            start = ["vitft", "train", "--dataset", after.dataset, "--model", weights, as_flag(name), now]
             raise UsageError(
                 f"{run} began with {name} {was}, got {now}: it would not be the same run any more. "
-                f"Leave out {as_flag(name)}, or start a new run from its weights: {shlex.join(map(str, anew))}"
+                f"Leave out {as_flag(name)}, or start a new run from its weights: {shlex.join(map(str, start))}"
             )
     place = expanded(after.dataset or "")
     if place.is_absolute() and not place.exists():

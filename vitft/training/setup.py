@@ -98,7 +98,7 @@ def prepare(
     the run, and the splits are those that the `run` recorded.
     """
     config = resolve_auto(config)
-    with console.working("reading the data set"):
+    with console.working("reading the dataset"):
         source = source_of(config, dataset)
     name = config.dataset or source.name
     _tell_faults(source, config)

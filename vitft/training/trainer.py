@@ -69,8 +69,9 @@ def train(
 
     Args:
         config: the settings; by default those of `vitft train`.
-        dataset: replaces `config.dataset`: a name, a path, or a `Dataset` or `DatasetDict` of `datasets`. Pass a
-            dataset object to `resume` and `evaluate` again; they recognize its images by their content.
+        dataset: replaces `config.dataset`: a name, a path, a `Dataset` or `DatasetDict` of `datasets`, or what
+            `open_dataset` returned. Pass a dataset object to `resume` and `evaluate` again; they recognize its images
+            by their content.
         model: replaces `config.model`: a name, a path, or an image classification model of Transformers, which is
             copied. It keeps its head if its labels are those of the dataset.
         processor: the image processor of a `model` object; by default the one stored at `model.name_or_path`, else the
