@@ -1,4 +1,4 @@
-"""How the house is built: its arrows, which `pyproject.toml` draws, and what only one module may do."""
+"""The structure of the package: its import contracts in `pyproject.toml`, and what only one module may do."""
 
 import ast
 import re
