@@ -1,11 +1,13 @@
-"""Many classes and many files: listing, split, manifest and a validation's scoring, in seconds, and their memory.
+"""Many classes and many files: the seconds to list, split, record and score them, and the memory.
 
-python benchmarks/many_classes.py FOLDER [CLASSES] [FILES]: makes the files in the folder first, where it has none.
+    python benchmarks/many_classes.py FOLDER
+
+The folder is created, with 200,000 small files, unless it exists.
 """
 
+import argparse
 import json
 import resource
-import sys
 import time
 from pathlib import Path
 
@@ -17,8 +19,8 @@ from vitft.data.splits import make_splits, manifest
 from vitft.evaluation.metrics import score
 
 
-def made(root: Path, classes: int, files: int) -> None:
-    """Small files that are no images: none of what is measured decodes them."""
+def make_files(root: Path, classes: int, files: int) -> None:
+    """Write small files that are not images: nothing that is measured decodes them."""
     for number in range(files):
         folder = root / f"class {number % classes:05d}"
         if number < classes:
@@ -28,9 +30,14 @@ def made(root: Path, classes: int, files: int) -> None:
 
 def main() -> None:
     """Measure."""
-    root, classes, files = Path(sys.argv[1]), *map(int, [*sys.argv[2:], 20_000, 200_000][:2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--classes", type=int, default=20_000)
+    parser.add_argument("--files", type=int, default=200_000)
+    given = parser.parse_args()
+    root, classes = given.folder, given.classes
     if not root.exists():
-        made(root, classes, files)
+        make_files(root, classes, given.files)
     said = {}
 
     def timed(name: str, started: tuple[float, float]) -> tuple[float, float]:
