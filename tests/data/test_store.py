@@ -23,7 +23,7 @@ from vitft.data.augment import (
     random_crops,
 )
 from vitft.data.decoder import decode
-from vitft.data.loader import EvalLoader, Prefetcher, TrainLoader
+from vitft.data.loader import EvalLoader, ForkedPrefetcher, Prefetcher, TrainLoader
 from vitft.data.sources.source import open_dataset
 from vitft.data.store import Store, check_headers, decode_all, move_to_device
 from vitft.errors import DataError
@@ -345,12 +345,15 @@ def test_prefetched_batches_are_the_same(tmp_path: Path, kind: str) -> None:
     folder = photos(tmp_path, [(40, 30), (20, 16), (33, 70), (32, 32), (9, 50)] * 3)
     store, _ = stored(folder, crops=kind == "crop")
     options = {"kind": kind, "seed": 3, "batch_size": 4, "device": CPU}
-    plain, ahead = (TrainLoader(store, np.zeros(15, np.int64), PREPROCESS, **options) for _ in range(2))  # type: ignore[arg-type]
+    loaders = [TrainLoader(store, np.zeros(15, np.int64), PREPROCESS, **options) for _ in range(3)]  # type: ignore[arg-type]
+    plain, ahead, forked = loaders
     ahead._prefetch = Prefetcher(ahead._augment_on_host)
+    forked._prefetch = ForkedPrefetcher(forked._augment_on_host, 2, pin=False)
     for step in (0, 1, 2, 3, 4, 9, 8, 2):
-        expected, actual = plain.batch(step), ahead.batch(step)
-        assert torch.equal(expected.pixels, actual.pixels)
-        assert expected.index.tolist() == actual.index.tolist()
+        expected = plain.batch(step)
+        for actual in (ahead.batch(step), forked.batch(step)):
+            assert torch.equal(expected.pixels, actual.pixels)
+            assert expected.index.tolist() == actual.index.tolist()
 
 
 def test_two_results_are_prefetched_and_errors_are_raised() -> None:

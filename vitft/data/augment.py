@@ -5,11 +5,10 @@ share one `Preprocess`.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +21,9 @@ from vitft.config.train import LARGEST_SIDE, range_of
 from vitft.data.resample import RADIUS, crop_and_resize
 from vitft.errors import ModelError
 from vitft.hardware.device import cpus, to_device
+from vitft.hardware.pools import thread_pool
 from vitft.randomness import uniform
 
-A = TypeVar("A")
-B = TypeVar("B")
 Images = Tensor | Sequence[Tensor]
 """uint8 (B, H, W, 3), or B images (H, W, 3) of different sizes."""
 
@@ -126,34 +124,6 @@ def parse_value_range(value: Any) -> tuple[float, float] | None:
     if not (math.isfinite(black) and math.isfinite(white) and black < white):
         raise ModelError(f"value_range {value} is invalid; use two finite numbers, black below white.")
     return black, white
-
-
-@cache
-def thread_pool() -> ThreadPoolExecutor:
-    """The threads that decode and resize, which both release the GIL."""
-    return ThreadPoolExecutor(cpus(), thread_name_prefix="vitft-image")
-
-
-def map_in_groups(work: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
-    """`map` in the thread pool for work of microseconds: in groups, because submitting a task takes as long."""
-    groups = [items[start : start + _GROUP] for start in range(0, len(items), _GROUP)]
-    for results in thread_pool().map(lambda group: [work(item) for item in group], groups):
-        yield from results
-
-
-_GROUP = 64
-
-
-def choose_map(cells: Sequence[dict[str, Any]]) -> Callable[..., Iterator[Any]]:
-    """The `map` to use for work on encoded images, {"bytes", "path"} each: the thread pool's, or Python's.
-
-    Tiny images spend most of their time in Python code, which holds the GIL. Files are always read by the threads.
-    """
-    sizes = [len(cell["bytes"]) for cell in cells if cell["bytes"] is not None]
-    return map if len(sizes) == len(cells) and sum(sizes) < _TINY * len(cells) else thread_pool().map
-
-
-_TINY = 3000  # mean bytes at which threads begin to help, measured with JPEGs of 96 and PNGs of 48 pixels
 
 
 def resize(images: Tensor, height: int, width: int, resample: str) -> Tensor:

@@ -36,7 +36,7 @@ from PIL import features
 from torch import Tensor
 from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest, xxh3_128
 
-from vitft.data.augment import map_in_groups
+from vitft.hardware.pools import map_in_groups
 from vitft.io import console
 from vitft.io.atomic import json_text, lock_folder
 from vitft.io.paths import expanded

@@ -4,6 +4,7 @@ A batch is a function of (seed, step) alone, so a resumed run, or a run on more 
 the same augmentations.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor
 from vitft.data.augment import Images, Preprocess, augment, augment_pixels, flip_images, normalize, resize_and_crop
 from vitft.data.store import Store, move_to_device
 from vitft.hardware.device import to_device
+from vitft.hardware.pools import map_in_processes, processes
 from vitft.hardware.timers import Clock
 from vitft.randomness import permutation
 
@@ -53,7 +55,7 @@ class TrainLoader:
         self.batch_size, self.rank, self.world, self.device = batch_size, rank, world, device
         self._buffer = InputBuffer(preprocess, device)
         self._order = lru_cache(maxsize=2)(lambda epoch: permutation(seed, "order", epoch, len(store)))
-        self._prefetch = Prefetcher(self._augment_on_host) if store.pixels.device.type != device.type else None
+        self._prefetch = self._prefetcher() if store.pixels.device.type != device.type else None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -102,10 +104,18 @@ class TrainLoader:
         # Images that the host crops stay views; on a device, a batch is one tensor.
         return self.store.gather(index, stacked=self.kind != "crop" or self.store.pixels.device.type != "cpu")
 
+    def _prefetcher(self) -> Callable[[int], Tensor]:
+        how, pin = self.preprocess, self.device.type == "cuda"
+        # Cropping image by image is mostly Python code: threads would keep the GIL from the one that trains.
+        count = processes(self.batch_size // self.world * how.height * how.width * 3) if self.kind == "crop" else 0
+        if count:
+            return ForkedPrefetcher(self._augment_on_host, count, pin=pin)
+        work = self._augment_on_host
+        return Prefetcher((lambda step: work(step).pin_memory()) if pin else work)
+
     def _augment_on_host(self, step: int) -> Tensor:
         index, epoch = self.shard(step), step // self.steps_per_epoch
-        pixels = augment_pixels(self._gather(index), self.preprocess, self.kind, self.seed, epoch, index)
-        return pixels.pin_memory() if self.device.type == "cuda" else pixels
+        return augment_pixels(self._gather(index), self.preprocess, self.kind, self.seed, epoch, index)
 
 
 class Prefetcher:
@@ -124,6 +134,22 @@ class Prefetcher:
             if self._end is None or ahead < self._end
         }
         return self._pending[number].result()
+
+
+class ForkedPrefetcher:
+    """Like a `Prefetcher` with no end, in processes: starts them again if a number does not follow the last one."""
+
+    def __init__(self, work: Callable[[int], Tensor], count: int, *, pin: bool) -> None:
+        self._work, self._count, self._pin = work, count, pin
+        self._results: Iterator[Tensor] = iter(())
+        self._next = -1
+
+    def __call__(self, number: int) -> Tensor:
+        """`work(number)`; raises what that raises."""
+        if number != self._next:
+            self._results = map_in_processes(self._work, range(number, sys.maxsize), self._count, pin=self._pin)
+        self._next = number + 1
+        return next(self._results)
 
 
 class Batches(Protocol):

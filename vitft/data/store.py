@@ -23,15 +23,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitft.data import cache
-from vitft.data.augment import CROP_AREA, Images, Preprocess, apply_resize, choose_map, resize, thread_pool
-from vitft.data.decoder import BadImage, decode, encoded, header, image_info
+from vitft.data.augment import CROP_AREA, Images, Preprocess, apply_resize, resize
+from vitft.data.decoder import BadImage, are_tiny, choose_map, decode, encoded, header, image_info
 from vitft.data.sources.identity import sample_id
 from vitft.errors import DataError
 from vitft.hardware.device import to_device
+from vitft.hardware.pools import map_in_processes, processes, thread_pool
 
 IN_MEMORY = 2_000_000_000  # bytes; more goes to a file, which the system may page out
 T = TypeVar("T")
 _CHUNK = 64  # rows read and decoded at a time
+_MANY = 5000  # tiny images that take longer to decode than processes to start
 _SHARPER = 1.5  # JPEGs for crops are decoded to at least this multiple of the stored side; docs/benchmarks.md
 
 
@@ -203,9 +205,15 @@ def _map_rows(
         except BadImage as error:
             return error
 
-    for start in range(0, len(rows), _CHUNK):
+    def chunk(start: int) -> Iterator[T | BadImage]:
         cells = rows[start : start + _CHUNK]["image"]
-        for row, result in enumerate(choose_map(cells)(attempt, cells), start):
+        return choose_map(cells)(attempt, cells)
+
+    starts = range(0, len(rows), _CHUNK)
+    count = processes() if len(rows) >= _MANY and are_tiny(rows[:_CHUNK]["image"]) else 0
+    chunks = map_in_processes(lambda start: list(chunk(start)), starts, count) if count else map(chunk, starts)
+    for start, results in zip(starts, chunks, strict=True):
+        for row, result in enumerate(results, start):
             progress(row + 1, len(rows))
             if isinstance(result, BadImage):
                 skipped.append(Skipped(row, sample_id(rows, row), str(result)))

@@ -11,12 +11,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitft.data.augment import normalize, resize_and_crop, thread_pool
+from vitft.data.augment import normalize, resize_and_crop
 from vitft.data.decoder import MAX_PIXELS, BadImage, decode
 from vitft.data.sources.folders import describe_others, scan
 from vitft.errors import DataError, ModelError
 from vitft.evaluation.loading import load_model
 from vitft.hardware.device import find_device, threads
+from vitft.hardware.pools import thread_pool
 from vitft.io import console
 from vitft.io.paths import expanded
 from vitft.models.load import Scoring

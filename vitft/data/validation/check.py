@@ -18,9 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitft.data.augment import choose_map
 from vitft.data.color import Range
-from vitft.data.decoder import MAX_PIXELS, BadImage, decode, encoded, image_info, unused_range
+from vitft.data.decoder import MAX_PIXELS, BadImage, choose_map, decode, encoded, image_info, unused_range
 from vitft.data.sources.folders import relative, scan
 from vitft.data.sources.identity import sample_names
 from vitft.data.sources.source import Source, class_indices, exclusion_line

@@ -1,0 +1,100 @@
+"""Threads, for work on images that releases the GIL, and forked processes, for work that holds it."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from vitft.errors import TrainingError
+from vitft.hardware.device import cpus
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+@cache
+def thread_pool() -> ThreadPoolExecutor:
+    """The threads that decode and resize, which both release the GIL."""
+    return ThreadPoolExecutor(cpus(), thread_name_prefix="vitft-image")
+
+
+def map_in_groups(work: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
+    """`map` in the thread pool for work of microseconds: in groups, because submitting a task takes as long."""
+    groups = [items[start : start + _GROUP] for start in range(0, len(items), _GROUP)]
+    for results in thread_pool().map(lambda group: [work(item) for item in group], groups):
+        yield from results
+
+
+_GROUP = 64
+
+
+def processes(shared_bytes: int = 0) -> int:
+    """How many forked processes this one may start to work ahead; 0 if it has to do without.
+
+    `shared_bytes` is what a result takes in shared memory, of which containers may have little.
+    """
+    count = cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if sys.platform != "linux" or count < 2 or multiprocessing.current_process().daemon:
+        return 0
+    if shared_bytes:
+        count = min(count, shutil.disk_usage("/dev/shm").free // (2 * (_AHEAD + 1) * shared_bytes))
+    return count
+
+
+_AHEAD = 2  # results that each process prepares
+
+
+def map_in_processes(work: Callable[[A], B], items: Sequence[A], count: int, *, pin: bool = False) -> Iterator[B]:
+    """`map` in `count` forked processes, in order and ahead of the reader. Raises what `work` raises.
+
+    The processes see this process's memory as it is now, so `work` may be a closure over anything but a GPU. Tensors
+    in the results come back in shared memory, or with `pin` in page-locked memory, which a GPU copies faster.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _Work(work), batch_size=None, sampler=items, collate_fn=_unchanged, pin_memory=pin, prefetch_factor=_AHEAD,
+        num_workers=count, multiprocessing_context="fork", worker_init_fn=_begin_worker,
+        generator=torch.Generator(),  # else it draws from the global one
+    )  # fmt: skip
+    try:
+        for result, error in loader:
+            if error is not None:
+                raise error from None
+            yield result
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise TrainingError("a process that prepares images was killed; is there enough memory?") from error
+
+
+class _Work(Dataset[tuple[B | None, Exception | None]], Generic[A, B]):
+    """The work as a dataset. Errors are returned: DataLoader would add the worker's traceback to their message."""
+
+    def __init__(self, work: Callable[[A], B]) -> None:
+        self._work = work
+
+    def __getitem__(self, item: A) -> tuple[B | None, Exception | None]:
+        try:
+            return self._work(item), None
+        except Exception as error:
+            return None, error
+
+
+def _unchanged(result: Any) -> Any:
+    return result
+
+
+def _begin_worker(number: int) -> None:
+    """In a new process: no threads, and no handlers of signals, which are for the process that started it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ["LOKY_MAX_CPU_COUNT"] = "1"  # what `cpus` reads
+    cpus.cache_clear()
+    thread_pool.cache_clear()  # its threads were not forked
