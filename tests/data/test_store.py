@@ -27,6 +27,7 @@ from vitft.data.loader import EvalLoader, ForkedPrefetcher, Prefetcher, TrainLoa
 from vitft.data.sources.source import open_dataset
 from vitft.data.store import Store, check_headers, decode_all, move_to_device
 from vitft.errors import DataError
+from vitft.hardware.pools import map_in_processes
 from vitft.randomness import permutation, uniform
 
 PREPROCESS = Preprocess(32, 32)
@@ -377,5 +378,9 @@ def test_two_results_are_prefetched_and_errors_are_raised() -> None:
 
 def test_prefetched_evaluation_is_the_same() -> None:
     loader = EvalLoader(STORE, LABELS, PREPROCESS, batch_size=8, device=CPU)
-    ahead = Prefetcher(loader._load, len(loader))
-    assert all(torch.equal(normalize(ahead(number), PREPROCESS), batch.pixels) for number, batch in enumerate(loader))
+    expected = [batch.pixels.clone() for batch in loader]
+    for ahead in (map(Prefetcher(loader._load, len(loader)), range(len(loader))),
+                  map_in_processes(loader._load, range(len(loader)), 2)):  # fmt: skip
+        actual = [normalize(images, PREPROCESS) for images in ahead]
+        assert len(actual) == len(expected)
+        assert all(map(torch.equal, actual, expected))

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -68,6 +69,17 @@ def test_processes_end_with_the_reader() -> None:
     assert len(started) >= 2
     del results
     assert not psutil.wait_procs(started, timeout=60)[1]
+
+
+def test_processes_end_quietly_with_the_program() -> None:
+    """Even if something still refers to the iterator then."""
+    program = (
+        "from vitft.hardware.pools import map_in_processes\n"
+        "results = map_in_processes(abs, range(10**6), 2)\n"
+        "print(next(results))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")
 
 
 def test_threads_work_in_a_forked_process() -> None:

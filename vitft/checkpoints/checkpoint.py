@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -202,7 +203,12 @@ def save_step(
     with new_folder(folder) as temporary:
         _write_model(temporary, model, preprocess, card, state)
         save_file(optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
-        manifest = {f.name: {"size": f.stat().st_size, "sha256": sha256(f)} for f in sorted(temporary.iterdir())}
+        files = sorted(temporary.iterdir())
+        with ThreadPoolExecutor() as pool:  # two are large, and hashing releases the GIL
+            sums = pool.map(sha256, files)
+            manifest = {
+                f.name: {"size": f.stat().st_size, "sha256": checksum} for f, checksum in zip(files, sums, strict=True)
+            }
         write_json(temporary / "manifest.json", manifest)
     prune(run, state.step, card.config.keep)
     return folder

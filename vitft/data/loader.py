@@ -107,7 +107,7 @@ class TrainLoader:
     def _prefetcher(self) -> Callable[[int], Tensor]:
         how, pin = self.preprocess, self.device.type == "cuda"
         # Cropping image by image is mostly Python code: threads would keep the GIL from the one that trains.
-        count = processes(self.batch_size // self.world * how.height * how.width * 3) if self.kind == "crop" else 0
+        count = processes(_bytes(-(-self.batch_size // self.world), how)) if self.kind == "crop" else 0
         if count:
             return ForkedPrefetcher(self._augment_on_host, count, pin=pin)
         work = self._augment_on_host
@@ -177,15 +177,32 @@ class EvalLoader:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        # Prefetching on a CPU gains nothing: its threads would compete with the model's.
-        load = self._load if self.device.type == "cpu" else Prefetcher(self._load, len(self))
-        for number, index in enumerate(self._batches):
-            images = to_device(load(number), self.device)
-            pixels = normalize(images, self.preprocess, self._buffer.rows(len(index)))
+        numbers = range(len(self))
+        for index, images in zip(self._batches, self._ahead(numbers), strict=True):
+            pixels = normalize(to_device(images, self.device), self.preprocess, self._buffer.rows(len(index)))
             yield Batch(pixels, to_device(self.labels[index], self.device), index)
+
+    def _ahead(self, numbers: range) -> Iterator[Tensor]:
+        """The images of each batch, resized ahead of a GPU; on a CPU this would compete with the model's threads."""
+        if self.device.type == "cpu":
+            return map(self._load, numbers)
+        how, largest = self.preprocess, max(map(len, self._batches), default=0)
+        # Pillow's exact resize of a small image is mostly Python code, so many of them are worth processes.
+        many = (self.store.shapes != (how.height, how.width)).any(axis=1).sum() >= _MANY
+        if many and (count := processes(_bytes(largest, how))):
+            return map_in_processes(self._load, numbers, count, pin=self.device.type == "cuda")
+        return map(Prefetcher(self._load, len(self)), numbers)
 
     def _load(self, number: int) -> Tensor:
         return resize_and_crop(self.store.gather(self._batches[number]), self.preprocess)
+
+
+_MANY = 2000  # images whose resize takes longer than processes take to start
+
+
+def _bytes(images: int, preprocess: Preprocess) -> int:
+    """What so many resized images take."""
+    return images * preprocess.height * preprocess.width * 3
 
 
 class InputBuffer:

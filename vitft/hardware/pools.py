@@ -1,14 +1,16 @@
 """Threads, for work on images that releases the GIL, and forked processes, for work that holds it."""
 
+import atexit
 import multiprocessing
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -56,8 +58,25 @@ def map_in_processes(work: Callable[[A], B], items: Sequence[A], count: int, *, 
     """`map` in `count` forked processes, in order and ahead of the reader. Raises what `work` raises.
 
     The processes see this process's memory as it is now, so `work` may be a closure over anything but a GPU. Tensors
-    in the results come back in shared memory, or with `pin` in page-locked memory, which a GPU copies faster.
+    in the results come back in shared memory, or with `pin` in page-locked memory, which a GPU copies faster. The
+    processes end when the iterator is exhausted, closed or deleted.
     """
+    results = _results(work, items, count, pin)
+    _open.add(results)
+    return results
+
+
+_open: WeakSet[Generator[Any, None, None]] = WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """End the processes of iterators that are still referenced: multiprocessing would terminate them less quietly."""
+    for results in list(_open):
+        results.close()
+
+
+def _results(work: Callable[[A], B], items: Sequence[A], count: int, pin: bool) -> Generator[B, None, None]:
     loader: DataLoader[Any] = DataLoader(
         _Work(work), batch_size=None, sampler=items, collate_fn=_unchanged, pin_memory=pin, prefetch_factor=_AHEAD,
         num_workers=count, multiprocessing_context="fork", worker_init_fn=_begin_worker,
