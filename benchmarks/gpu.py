@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import vitft
 from vitft.config.train import TrainConfig
-from vitft.hardware.device import make_accelerator
+from vitft.hardware.device import make_accelerator, resolve_auto
 from vitft.hardware.timers import synchronize
 from vitft.training.bench import WARM_UP, bench
 from vitft.training.setup import prepare
@@ -87,10 +87,10 @@ def step_profile(settings: dict[str, Any], steps: int = 4) -> dict[str, Any]:
 
     On a CPU what is counted is torch's operations.
     """
-    config = TrainConfig.parse(settings | {"from_scratch": True, "val_fraction": 0.0}, "flags")
+    config = resolve_auto(TrainConfig.parse(settings | {"from_scratch": True, "val_fraction": 0.0}, "flags"))
     accelerator = make_accelerator(config)
     prepared = prepare(config)
-    learner = Learner(accelerator, prepared, prepared.decode())
+    learner = Learner(accelerator, prepared.decode())
     on_gpu = config.device == "cuda"
     for step in range(WARM_UP):
         learner.step(step)

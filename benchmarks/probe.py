@@ -10,7 +10,7 @@ import torch
 
 from vitft.config.train import TrainConfig
 from vitft.evaluation.evaluation import autocast
-from vitft.hardware.device import make_accelerator
+from vitft.hardware.device import make_accelerator, resolve_auto
 from vitft.training.setup import prepare
 from vitft.training.step import Learner
 
@@ -31,9 +31,10 @@ def main() -> None:
             "max_train_samples": given.images, "val_fraction": 0.0, "max_eval_samples": 10, "freeze": "backbone",
             "batch_size": given.batch_size, "epochs": given.epochs, "lr": 1e-3,
         }, "flags")  # fmt: skip
+        config = resolve_auto(config)
         accelerator = make_accelerator(config)
         prepared = prepare(config)
-        learner = Learner(accelerator, prepared, prepared.decode())
+        learner = Learner(accelerator, prepared.decode())
         pass_s = min(forward_s(learner) for _ in range(2))
         started = time.perf_counter()
         learner.get_ready()

@@ -443,7 +443,9 @@ def test_a_dry_run_names_the_folder_of_the_run_and_refuses_one_that_is_taken(run
 def prepared() -> Any:
     from vitft.training.setup import prepare
 
-    return prepare(TrainConfig(dataset="digits", model="vit-micro", from_scratch=True, image_size=28, device="cpu"))
+    return prepare(TrainConfig(
+        dataset="digits", model="vit-micro", from_scratch=True, image_size=28, device="cpu", precision="fp32"
+    ))  # fmt: skip
 
 
 def test_a_long_run_says_so_and_names_cheaper_ways(

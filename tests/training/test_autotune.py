@@ -69,7 +69,7 @@ def test_threads_of_a_small_model_are_chosen_by_a_trial(
     seconds: dict[int, float], chosen: int, prepared: Prepared, four_cpus: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(autotune, "pass_s", lambda prepared, images: seconds[torch.get_num_threads()])
-    assert autotune.autotuned(prepared).threads == chosen
+    assert autotune.autotuned(prepared).config.threads == chosen
     assert torch.get_num_threads() == 4
 
 
@@ -78,7 +78,7 @@ def test_a_large_model_gets_all_threads_untried(
 ) -> None:
     monkeypatch.setattr(autotune, "_LARGE_FLOPS", 1.0)
     monkeypatch.setattr(autotune, "pass_s", lambda *given: pytest.fail("tried"))
-    assert autotune.autotuned(prepared).threads == 4
+    assert autotune.autotuned(prepared).config.threads == 4
 
 
 def test_threads_that_the_environment_sets_stand(
@@ -87,7 +87,7 @@ def test_threads_that_the_environment_sets_stand(
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     torch.set_num_threads(3)
     monkeypatch.setattr(autotune, "pass_s", lambda *given: pytest.fail("tried"))
-    assert autotune.autotuned(prepared).threads == 3
+    assert autotune.autotuned(prepared).config.threads == 3
 
 
 def test_a_run_trains_scores_and_goes_on_with_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,13 +145,13 @@ def test_a_model_without_an_attention_says_so(tmp_path: Path, kind: str) -> None
 
 
 def test_the_micro_batch_is_the_largest_half_that_fits(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared.config = config(micro_batch_size="auto", batch_size=30)
+    prepared = prepared.with_settings(micro_batch_size="auto", batch_size=30)
     monkeypatch.setattr(autotune, "_fits_in_memory", lambda prepared, micro: micro <= 8)
-    assert autotune.autotuned(prepared).micro_batch_size == 8  # 30, 15, 8
-    assert autotune.autotuned(prepared, processes=2).micro_batch_size == 8  # 15, 8
-    assert autotune.autotuned(prepared, processes=4).micro_batch_size is None  # a share of 8 fits whole
+    assert autotune.autotuned(prepared).config.micro_batch_size == 8  # 30, 15, 8
+    assert autotune.autotuned(prepared, processes=2).config.micro_batch_size == 8  # 15, 8
+    assert autotune.autotuned(prepared, processes=4).config.micro_batch_size is None  # a share of 8 fits whole
     monkeypatch.setattr(autotune, "_fits_in_memory", lambda prepared, micro: False)
-    assert autotune.autotuned(prepared).micro_batch_size == 1
+    assert autotune.autotuned(prepared).config.micro_batch_size == 1
 
 
 def test_what_fits_follows_the_free_memory(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +189,7 @@ def test_memory_counts_images_as_they_are_stored(prepared: Prepared, monkeypatch
 def test_decoding_is_tried_as_the_run_decodes(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch, augment: str
 ) -> None:
-    prepared.config = prepared.config.model_copy(update={"augment": augment})
+    prepared = prepared.with_settings(augment=augment)
     asked: list[bool] = []
     monkeypatch.setattr(estimate, "decode_all", lambda *given, crops, **others: asked.append(crops))
     estimate.decode_image_s(prepared)
@@ -228,7 +228,7 @@ def test_a_micro_batch_is_a_number_or_auto(given: str, said: str) -> None:
 
 def test_a_short_run_is_not_compiled(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autotune, "compiled", lambda module: pytest.fail("tried"))
-    assert autotune.autotuned(prepared).compile == "off"
+    assert autotune.autotuned(prepared).config.compile == "off"
 
 
 @pytest.mark.parametrize(("slower", "chosen"), [(0.5, "on"), (0.99, "off"), (2.0, "off")])
@@ -239,8 +239,8 @@ def test_a_long_run_is_compiled_where_a_trial_is_faster(
     monkeypatch.setattr(autotune, "cost", lambda prepared: estimate.Cost(1e3, 0.0, 1.0))
     monkeypatch.setattr(autotune, "compiled", lambda module: "fast")
     monkeypatch.setattr(autotune, "pass_s", lambda prepared, images, module: slower if module == "fast" else 1.0)
-    assert autotune.autotuned(prepared).compile == chosen
-    assert autotune.autotuned(prepared, processes=2).compile == "off"
+    assert autotune.autotuned(prepared).config.compile == chosen
+    assert autotune.autotuned(prepared, processes=2).config.compile == "off"
 
 
 @pytest.mark.parametrize(("worth_s", "chosen"), [(40.0, "on"), (40.5, "off")])
@@ -253,7 +253,7 @@ def test_a_run_is_as_long_as_its_images_take(
     monkeypatch.setattr(autotune, "cost", lambda prepared: estimate.Cost(1.0, 0.0, 1.0))
     monkeypatch.setattr(autotune, "compiled", lambda module: "fast")
     monkeypatch.setattr(autotune, "pass_s", lambda prepared, images, module: 0.5 if module == "fast" else 1.0)
-    assert autotune.autotuned(prepared).compile == chosen
+    assert autotune.autotuned(prepared).config.compile == chosen
 
 
 def test_without_a_compiler_a_long_run_goes_on_in_one_line(
@@ -265,7 +265,7 @@ def test_without_a_compiler_a_long_run_goes_on_in_one_line(
     monkeypatch.setattr(autotune, "first_image_s", lambda prepared: 1e3)
     monkeypatch.setattr(autotune, "cost", lambda prepared: estimate.Cost(1e3, 0.0, 1.0))
     monkeypatch.setattr(autotune, "compiled", broken)
-    assert autotune.autotuned(prepared).compile == "off"
+    assert autotune.autotuned(prepared).config.compile == "off"
     said = capsys.readouterr().err.strip().splitlines()
     assert said[-1].endswith("continues without it: No working C++ compiler found")
 
@@ -437,7 +437,7 @@ def test_a_stored_photo_is_larger_for_random_crops(tmp_path: Path) -> None:
     for augment in ("none", "flip", "crop"):
         found = prepare(config(dataset=str(tmp_path / "pets"), max_train_samples=None, augment=augment, cache_gb=0))
         sides[augment] = [len(estimate.stored_image(found, crops=crops)) for crops in (None, False, True)]
-        stored = {role: len(store.gather(np.arange(1))[0]) for role, (store, _) in found.decode().items()}
+        stored = {role: len(store.gather(np.arange(1))[0]) for role, (store, _) in found.decode().stores.items()}
         assert stored == {"train": sides[augment][0], "test": 28}
     large = round(28 / CROP_AREA**0.5)  # the smallest crop of it has as many pixels as the model's input
     assert sides == {"none": [28, 28, large], "flip": [28, 28, large], "crop": [large, 28, large]}
@@ -471,7 +471,7 @@ def test_memory_is_weights_gradients_moments_activations_input_and_images(
     assert kept == moments * weights
     monkeypatch.setattr(estimate, "IN_MEMORY", 500)
     assert estimate.memory_bytes(found, 5) == RESIDENT + trained + 2 * 500  # more than that is read when it is needed
-    found.config = found.config.model_copy(update={"device": "cuda"})
+    found = found.with_settings(device="cuda")
     monkeypatch.setattr(estimate, "untouched", lambda prepared: nullcontext())
     assert estimate.memory_bytes(found, 5) == 4 * weights + trained  # the images stay in the process
 
@@ -509,6 +509,6 @@ def test_what_is_kept_is_counted_in_training_mode(prepared: Prepared) -> None:
         counted = estimate._count_saved_bytes(prepared, 2)
         prepared.loaded.model.train()
         assert counted == estimate._count_saved_bytes(prepared, 2)
-    prepared.config = prepared.config.model_copy(update={"freeze": "backbone"})  # in it nothing is dropped
+    prepared = prepared.with_settings(freeze="backbone")  # in it nothing is dropped
     with estimate.untouched(prepared):
         assert estimate._count_saved_bytes(prepared, 2) < counted

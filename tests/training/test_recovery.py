@@ -175,11 +175,11 @@ def test_after_a_rollback_nothing_of_before_stays_in_memory(tmp_path: Path, monk
     alive: list[int] = []
     real = trainer._Run.__init__
 
-    def begin(self: Any, accelerator: Any, prepared: Any, stores: Any, *given: Any, **named: Any) -> None:
+    def begin(self: Any, accelerator: Any, decoded: Any, *given: Any, **named: Any) -> None:
         alive.append(sum(one() is not None for one in held))
-        real(self, accelerator, prepared, stores, *given, **named)
-        pixels = [store.pixels for store, _ in stores.values()]
-        held.extend(map(weakref.ref, (self, prepared, prepared.loaded.model, self.learner.optimizer, *pixels)))
+        real(self, accelerator, decoded, *given, **named)
+        pixels = [store.pixels for store, _ in decoded.stores.values()]
+        held.extend(map(weakref.ref, (self, decoded, decoded.loaded.model, self.learner.optimizer, *pixels)))
 
     monkeypatch.setattr(trainer._Run, "__init__", begin)
     rate = config().lr

@@ -63,7 +63,7 @@ def plain_loop(settings: TrainConfig) -> tuple[dict[str, torch.Tensor], list[tup
     Its weights, and of each step the loss, the accuracy and the gradient's norm.
     """
     prepared = prepare(settings)
-    store, labels = prepared.decode()["train"]
+    store, labels = prepared.decode().stores["train"]
     loader = TrainLoader(
         store, labels, prepared.loaded.preprocess, kind=settings.augment, seed=settings.seed,
         batch_size=settings.batch_size, device=torch.device("cpu"),
@@ -606,7 +606,7 @@ def test_python_runs_after_each_gradient_so_that_a_signal_is_heard_within_a_back
     heard: list[torch.Tensor] = []
     monkeypatch.setattr(vitft.training.step, "_let_signals_in", heard.append)
     prepared = prepare(config())
-    made = Learner(make_accelerator(prepared.config), prepared, prepared.decode())
+    made = Learner(make_accelerator(prepared.config), prepared.decode())
     made.step(0)
     assert {id(one) for one in heard} == {id(one) for one in made.unwrapped.parameters()}
 
@@ -627,7 +627,7 @@ def test_a_signal_breaks_off_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     # Before it trains, a run is tried for a pass.
     with monkeypatch.context() as patch:
         patch.setattr("vitft.training.trainer.warn_if_long", lambda *given: None)
-        patch.setattr("vitft.training.trainer.autotuned", lambda prepared, processes: prepared.config)
+        patch.setattr("vitft.training.trainer.autotuned", lambda prepared, processes: prepared)
         patch.setattr(ViTForImageClassification, "forward", signalled)
         with pytest.raises(Stopped, match=r"Ctrl-C at step 2 of 6; everything is saved"):
             train(settings, output=run)

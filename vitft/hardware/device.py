@@ -124,13 +124,12 @@ _FEW_TOKENS = 128  # up to here, plain matrix products beat the fused kernel on 
 
 
 def make_accelerator(config: TrainConfig) -> Any:
-    """The Accelerator for the processes and the precision of a run. Raises UsageError."""
+    """The Accelerator for the processes and the precision of a run, from settings without `auto`. Raises UsageError."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
     if config.tracker != "none" and find_spec(config.tracker) is None:
         raise UsageError(f"tracker {config.tracker}: not installed; pip install 'vitft[{config.tracker}]'.")
-    config = resolve_auto(config)
     precision = "no" if config.precision == "fp32" else config.precision
     if "WORLD_SIZE" not in os.environ:  # an earlier run in this process may have used another precision
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -2,6 +2,7 @@
 
 import os
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -25,8 +26,8 @@ _LARGE_FLOPS = 2e10  # per pass, about half a second on one core: from there on,
 _THREADS_PAY = 0.9  # twice the threads have to take less than this fraction of the time
 
 
-def autotuned(prepared: Prepared, processes: int = 1) -> TrainConfig:
-    """The settings with threads, micro-batch and compilation chosen, by one process for all."""
+def autotuned(prepared: Prepared, processes: int = 1) -> Prepared:
+    """The same run with threads, micro-batch and compilation chosen, by one process for all."""
     chosen: list[Any] = [None]
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         config = prepared.config
@@ -39,8 +40,7 @@ def autotuned(prepared: Prepared, processes: int = 1) -> TrainConfig:
                 compiles = _compiling_pays(prepared, config, processes)
                 config = config.model_copy(update={"compile": "on" if compiles else "off"})
         chosen = [config]
-    found: TrainConfig = broadcast_object_list(chosen)[0]
-    return found
+    return replace(prepared, config=broadcast_object_list(chosen)[0])
 
 
 def _fitting(prepared: Prepared, processes: int) -> int | None:

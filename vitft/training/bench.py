@@ -5,6 +5,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count, pairwise
 from typing import Any, Literal
 
@@ -14,12 +15,20 @@ from vitft.config.train import TrainConfig
 from vitft.data.loader import EvalLoader, TrainLoader
 from vitft.errors import UsageError
 from vitft.evaluation.evaluation import autocast
-from vitft.hardware.device import deterministic, environment, make_accelerator, memory_guard, peak_flops, threads
+from vitft.hardware.device import (
+    deterministic,
+    environment,
+    make_accelerator,
+    memory_guard,
+    peak_flops,
+    resolve_auto,
+    threads,
+)
 from vitft.hardware.timers import Stopwatch, seconds_between, synchronize, timestamp
 from vitft.models.load import BUNDLED, shape_of
 from vitft.spec import PRESETS, total, training_flops
 from vitft.training.autotune import autotuned
-from vitft.training.setup import Prepared, Stores, prepare
+from vitft.training.setup import Decoded, Prepared, prepare
 from vitft.training.step import Learner
 
 What = Literal["data", "train", "eval"]
@@ -37,18 +46,18 @@ def bench(what: What, settings: dict[str, Any], steps: int) -> dict[str, Any]:
     if new and settings.get("freeze") == "backbone":
         raise UsageError(f"--freeze backbone: {settings['model']} is a shape with random weights; use a trained model.")
     default = {"dataset": "digits", "model": BUNDLED, "compile": "off"}  # auto would always try it, with so many epochs
-    config = TrainConfig.parse(default | settings | fixed, "flags")
+    config = resolve_auto(TrainConfig.parse(default | settings | fixed, "flags"))
     accelerator = make_accelerator(config)
     prepared = prepare(config)
-    with memory_guard(prepared.config):
-        config = prepared.config = autotuned(prepared)
+    with memory_guard(config):
+        prepared = autotuned(prepared)
+    config = prepared.config
     if len(prepared.splits["train"].rows) < config.batch_size:
         few = len(prepared.splits["train"].rows)
         raise UsageError(f"--batch-size {config.batch_size}: {config.dataset} has {few} training images; take fewer.")
     started = time.perf_counter()
-    prepared.splits = {"train": prepared.splits["train"]}
-    stores = prepared.decode()
-    images = len(stores["train"][0])
+    decoded = replace(prepared, splits={"train": prepared.splits["train"]}).decode()
+    images = len(decoded.splits["train"].rows)
     document: dict[str, Any] = {
         "what": what,
         "settings": {name: getattr(config, name) for name in _NAMED},
@@ -56,7 +65,7 @@ def bench(what: What, settings: dict[str, Any], steps: int) -> dict[str, Any]:
         "decode_images_per_s": images / (time.perf_counter() - started),
     }
     with memory_guard(config), threads(config.threads), deterministic(config):
-        measured = _MEASURES[what](accelerator, prepared, stores, steps)
+        measured = _MEASURES[what](accelerator, decoded, steps)
     device = torch.cuda.max_memory_allocated() if config.device == "cuda" else None
     unit = 1 if sys.platform == "darwin" else 1024  # unit of ru_maxrss in bytes
     memory = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "device": device}
@@ -69,11 +78,11 @@ _NAMED = (
 )  # fmt: skip
 
 
-def _data(accelerator: Any, prepared: Prepared, stores: Stores, steps: int) -> dict[str, Any]:
-    config = prepared.config
+def _data(accelerator: Any, decoded: Decoded, steps: int) -> dict[str, Any]:
+    config = decoded.config
     clock = Stopwatch(config.device)
     loader = TrainLoader(
-        *stores["train"], prepared.loaded.preprocess, kind=config.augment, seed=config.seed,
+        *decoded.stores["train"], decoded.loaded.preprocess, kind=config.augment, seed=config.seed,
         batch_size=config.batch_size, device=accelerator.device, clock=clock,
     )  # fmt: skip
     places = _whole_batches(loader)
@@ -81,9 +90,9 @@ def _data(accelerator: Any, prepared: Prepared, stores: Stores, steps: int) -> d
     return {"images_per_s": _rates(times, config.batch_size), "ms_per_step": parts}
 
 
-def _train(accelerator: Any, prepared: Prepared, stores: Stores, steps: int) -> dict[str, Any]:
-    config = prepared.config
-    learner = Learner(accelerator, prepared, stores)
+def _train(accelerator: Any, decoded: Decoded, steps: int) -> dict[str, Any]:
+    config = decoded.config
+    learner = Learner(accelerator, decoded)
     learner.get_ready()
     places = _whole_batches(learner.loader)
 
@@ -98,17 +107,17 @@ def _train(accelerator: Any, prepared: Prepared, stores: Stores, steps: int) -> 
     clock = Stopwatch(config.device)
     learner.clock = learner.loader.clock = clock
     _, parts = _timed(step, steps, config.device, clock, warm_up=0)
-    flops = _flops(prepared, training_flops)
+    flops = _flops(decoded, training_flops)
     return {
         "images_per_s": _rates(times, config.batch_size), "ms_per_step": parts, "data_wait": wait,
         **_share(config, flops if config.freeze == "none" else None, times),
     }  # fmt: skip
 
 
-def _eval(accelerator: Any, prepared: Prepared, stores: Stores, steps: int) -> dict[str, Any]:
-    config, model = prepared.config, prepared.loaded.model.to(accelerator.device).eval()
+def _eval(accelerator: Any, decoded: Decoded, steps: int) -> dict[str, Any]:
+    config, model = decoded.config, decoded.loaded.model.to(accelerator.device).eval()
     loader = EvalLoader(
-        *stores["train"], prepared.loaded.preprocess, batch_size=config.batch_size, device=accelerator.device
+        *decoded.stores["train"], decoded.loaded.preprocess, batch_size=config.batch_size, device=accelerator.device
     )
     batches = (batch for _ in count() for batch in loader if len(batch.labels) == config.batch_size)
     clock = Stopwatch(config.device)
@@ -121,7 +130,7 @@ def _eval(accelerator: Any, prepared: Prepared, stores: Stores, steps: int) -> d
 
     with torch.no_grad(), autocast(config.device, config.precision):
         times, parts = _timed(step, steps, config.device, clock)
-    flops = _flops(prepared, lambda spec, batch: total(spec, batch).flops)
+    flops = _flops(decoded, lambda spec, batch: total(spec, batch).flops)
     wait = parts["wait"]["median"] / sum(part["median"] for part in parts.values())
     return {
         "images_per_s": _rates(times, config.batch_size), "ms_per_step": parts, "data_wait": wait,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vitft.checkpoints import checkpoint as ckpt
 from vitft.config.train import TrainConfig
-from vitft.hardware.device import memory_guard, micro_batch, threads
+from vitft.hardware.device import memory_guard, micro_batch, resolve_auto, threads
 from vitft.io import console
 from vitft.io.console import duration
 from vitft.io.paths import expanded
@@ -59,10 +59,9 @@ def plan(config: TrainConfig, output: Path | None = None, overwrite: bool = Fals
     output = None if output is None else expanded(output)
     if output is not None:
         ckpt.check_free(output, overwrite=overwrite)
-    prepared = prepare(config)
-    prepared.check_headers()
-    with memory_guard(config):
-        prepared.config = autotuned(prepared)
+    prepared = prepare(resolve_auto(config)).check_headers()
+    with memory_guard(prepared.config):
+        prepared = autotuned(prepared)
         with threads(prepared.config.threads):
             memory = memory_bytes(prepared, micro_batch(prepared.config))  # before the trial, which uses memory, too
             images = sum(len(split.rows) for split in prepared.splits.values())

@@ -18,7 +18,7 @@ from vitft.errors import DataError, ModelError, UsageError, as_flag
 from vitft.hardware.device import environment
 from vitft.io.atomic import clean_up, lock_folder, write_json
 from vitft.io.paths import composed, expanded
-from vitft.training.setup import Prepared, Stores, absolute, prepare
+from vitft.training.setup import Decoded, Prepared, absolute, prepare
 
 GIVEN = "given-in-python"
 """The prefix in a run's settings of the name of a model that was passed as an object."""
@@ -161,8 +161,7 @@ def prepare_resume(run: Path, config: TrainConfig, checkpoint: Path | None, data
             f"{config.model}, which {run} began from, is gone, and the run had saved nothing; start a new run."
         )
     prepared = prepare(config.model_copy(update={"model": str(kept)}), run=run, dataset=dataset)
-    prepared.config = prepared.config.model_copy(update={"model": config.model})
-    return prepared
+    return prepared.with_settings(model=config.model)
 
 
 def threads_of(run: Path) -> int:
@@ -208,29 +207,29 @@ def changed(run: Path, before: TrainConfig, changes: dict[str, Any], *, finished
     return after
 
 
-def check_splits(run: Path, prepared: Prepared, stores: Stores, *, begun: bool, write: bool) -> None:
+def check_splits(run: Path, decoded: Decoded, *, begun: bool, write: bool) -> None:
     """Write `splits.json`, or on resume verify that the images are the same. Raises DataError with the difference."""
     file = run / FILE
     if not file.exists() and not begun:
         if write:
-            document = manifest(prepared.source, prepared.splits)
-            for role, (store, _) in stores.items():
+            document = manifest(decoded.source, decoded.splits)
+            for role, (store, _) in decoded.stores.items():
                 document["splits"][role]["pixels"] = store.digest
             write_json(file, document)
         return
     try:
         then = dict(json.loads(file.read_text(encoding="utf-8"))["splits"])
-        now = {role: (split, stores[role][0].digest) for role, split in prepared.splits.items()}
+        now = {role: (split, decoded.stores[role][0].digest) for role, split in decoded.splits.items()}
         differences = {role: _difference(then.get(role), now.get(role)) for role in then | now}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file}: not readable ({error}); start a new run from its newest checkpoint.") from error
     for role, difference in differences.items():
         if difference:
-            weights = ckpt.default_model(run) or prepared.config.model
+            weights = ckpt.default_model(run) or decoded.config.model
             raise DataError(
                 f"the {role} split differs from the one the run began with: {difference}; "
                 "start a new run from its weights: vitft train "
-                f"--dataset {shlex.quote(str(prepared.config.dataset))} --model {shlex.quote(str(weights))}"
+                f"--dataset {shlex.quote(str(decoded.config.dataset))} --model {shlex.quote(str(weights))}"
             )
 
 

@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from vitft.data.validation.check import check, check_labels, samples
 from vitft.errors import DataError, UsageError
 from vitft.evaluation.evaluation import listed, matched, without
 from vitft.evaluation.held_out import earlier_sides, refuse_trained
-from vitft.hardware.device import find_attention, resolve_auto
+from vitft.hardware.device import find_attention
 from vitft.io import console, paths
 from vitft.io.paths import composed, expanded
 from vitft.models.load import Loaded, load_for_training, shape_of
@@ -32,41 +32,52 @@ Stores = dict[str, tuple[Store, NDArray[np.int64]]]
 """By split, the decoded images and their labels, numbered as in the model."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Prepared:
-    """Everything a run needs before its first step."""
+    """What a run has before it decodes an image: resolved settings, the dataset, its splits and the model."""
 
     config: TrainConfig  # resolved: device, precision, revisions, absolute paths
     source: Source
     splits: dict[str, Split]
     loaded: Loaded
 
-    def decode(self) -> Stores:
-        """Decode every split. Skipped images are removed from it. Raises DataError for an image that cannot be read."""
-        return {role: self._decode(role) for role in self.splits}
+    def with_settings(self, **changes: Any) -> Self:
+        """A copy with other settings."""
+        return replace(self, config=self.config.model_copy(update=changes))
 
-    def check_headers(self) -> None:
-        """Read the header of every image, decoding no pixels. Raises DataError for an image that cannot be read."""
+    def decode(self) -> "Decoded":
+        """Decode every split, without unreadable images. Raises DataError for one that may not be skipped."""
+        splits, stores = {}, {}
+        for role in self.splits:
+            store, skipped = self._decode(role)
+            splits[role] = self._without(role, skipped)
+            stores[role] = store, self._match(splits[role], role)[0]
+        return Decoded(self.config, self.source, splits, self.loaded, stores)
+
+    def check_headers(self) -> Self:
+        """Read the header of every image, decoding no pixels; otherwise like `decode`."""
+        splits = {}
         for role, split in self.splits.items():
             with console.working(f"opening the {role} images") as progress:
                 skipped = check_headers(
                     self.source.splits[split.source].select(split.rows), max_pixels=self.config.max_pixels,
                     skip_bad=self.config.on_bad_image == "skip", progress=progress,
                 )  # fmt: skip
-            self._skip(role, skipped)
+            splits[role] = self._without(role, skipped)
+        return replace(self, splits=splits)
 
-    def _skip(self, role: str, skipped: list[Skipped]) -> None:
-        for one in skipped:
-            console.warn(f"skipped {one.name} ({role}): {one.reason}")
-        self.splits[role] = without(self.splits[role], skipped, self.source)
+    def _without(self, role: str, skipped: list[Skipped]) -> Split:
+        for image in skipped:
+            console.warn(f"skipped {image.name} ({role}): {image.reason}")
+        return without(self.splits[role], skipped, self.source)
 
-    def _decode(self, role: str) -> tuple[Store, NDArray[np.int64]]:
+    def _decode(self, role: str) -> tuple[Store, list[Skipped]]:
         split, config = self.splits[role], self.config
         rows = self.source.splits[split.source].select(split.rows)
         if role == "train" and self.loaded.preprocess.value_range is None and (said := unused_range(samples(rows))):
             console.warn(said)
         with console.working(f"decoding {role}") as progress:
-            store, skipped = decode_all(
+            return decode_all(
                 rows,
                 self.loaded.preprocess,
                 crops=role == "train" and config.augment == "crop",
@@ -78,26 +89,32 @@ class Prepared:
                 name=f"{self.source.name}, {role}",
                 progress=progress,
             )
-        self._skip(role, skipped)
-        return store, self.matched(role)[0]
 
-    def matched(self, role: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-        """A split's labels, numbered as in the model, and the classes the model lacks: see `evaluation.matched`."""
+    def _match(self, split: Split, role: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
         return matched(
-            self.splits[role].labels, self.source.labels, self.loaded.labels, name=self.config.model,
-            own=role != "train",
+            split.labels, self.source.labels, self.loaded.labels, name=self.config.model, own=role != "train"
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Decoded(Prepared):
+    """What a run has before its first step: its splits have readable images alone, decoded in `stores`."""
+
+    stores: Stores
+
+    def lacking(self, role: str) -> tuple[str, ...]:
+        """Classes of a split that the model does not have: see `evaluation.matched`."""
+        return self._match(self.splits[role], role)[1]
 
 
 def prepare(
     config: TrainConfig, checkpoint: Path | None = None, run: Path | None = None, dataset: Any = None
 ) -> Prepared:  # fmt: skip
-    """Resolve the settings, open the dataset, split it and load the model. Raises VitftError.
+    """Open the dataset, split it and load the model, by settings without `auto`. Raises VitftError.
 
     `dataset` is a dataset object that replaces the one named in the settings. On resume, the model is a `checkpoint` of
     the run, and the splits are those that the `run` recorded.
     """
-    config = resolve_auto(config)
     with console.working("reading the dataset"):
         source = source_of(config, dataset)
     name = config.dataset or source.name

@@ -18,7 +18,7 @@ from vitft.models.load import checkpoint_activations, compiled, set_training
 from vitft.randomness import derive_seed
 from vitft.training.linear_probe import FeatureLoader, Probe, features_pay
 from vitft.training.optim import lr_at, make_optimizer, total_steps
-from vitft.training.setup import Prepared, Stores
+from vitft.training.setup import Decoded
 
 Watched = Callable[[Progress, Gather], tuple[Progress, Gather]]
 
@@ -27,20 +27,21 @@ class Learner:
     """The model, its training batches and its optimizer, on one process.
 
     `unwrapped` is the whole model without DDP; `module` is what reads a batch: the model, or a linear probe's head.
+    `config` changes when the micro-batch is halved.
     """
 
-    def __init__(self, accelerator: Any, prepared: Prepared, stores: Stores, clock: Clock | None = None) -> None:
-        self.accelerator, self.config, self.clock = accelerator, prepared.config, clock or Clock()
+    def __init__(self, accelerator: Any, decoded: Decoded, clock: Clock | None = None) -> None:
+        self.accelerator, self.config, self.clock = accelerator, decoded.config, clock or Clock()
         config = self.config
         self.loader: TrainLoader | FeatureLoader
         self.loader = images = TrainLoader(
-            *stores["train"], prepared.loaded.preprocess, kind=config.augment, seed=config.seed,
+            *decoded.stores["train"], decoded.loaded.preprocess, kind=config.augment, seed=config.seed,
             batch_size=config.batch_size, device=accelerator.device,
             rank=accelerator.process_index, world=accelerator.num_processes, clock=self.clock,
         )  # fmt: skip
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = total_steps(config, self.steps_per_epoch)
-        self.unwrapped = prepared.loaded.model.to(accelerator.device)
+        self.unwrapped = decoded.loaded.model.to(accelerator.device)
         if config.grad_checkpointing:
             checkpoint_activations(self.unwrapped)
         reads = features_pay(config, self.unwrapped, self.total_steps, len(images.store))
@@ -48,7 +49,6 @@ class Learner:
         self.module: Any = self.unwrapped if self.probe is None else self.probe.head
         optimizer = make_optimizer(self.unwrapped.named_parameters(), config)
         self.model, self.optimizer = accelerator.prepare(self.module, optimizer)
-        self._micro_batch = micro_batch(config, accelerator.num_processes)
         self._fast = compiled(self.model) if config.compile == "on" else self.model  # for full micro-batches alone
         self._wait = DataWait(config.device)
         self.breakable: Callable[[], AbstractContextManager[None]] = nullcontext  # for work that a signal may interrupt
@@ -74,10 +74,9 @@ class Learner:
         """The number of images in a step's batch, over all processes."""
         return len(self.loader.samples(step))
 
-    def halve(self) -> int:
-        """Halve the micro-batch from now on, and return its size."""
-        self._micro_batch = -(-self._micro_batch // 2)
-        return self._micro_batch
+    def halve(self) -> None:
+        """Halve the micro-batch from now on."""
+        self.config = self.config.model_copy(update={"micro_batch_size": -(-self.micro_batch // 2)})
 
     @property
     def data_wait_s(self) -> float:
@@ -87,7 +86,7 @@ class Learner:
     @property
     def micro_batch(self) -> int:
         """Images per forward pass, unless the batch is smaller."""
-        return self._micro_batch
+        return micro_batch(self.config, self.accelerator.num_processes)
 
     def step(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Take a step; return this process's part of the mean loss and the correct answers, and the gradient norm."""
@@ -114,7 +113,7 @@ class Learner:
         world = accelerator.num_processes
         # Every process takes the same number of micro-steps, even if its shard of the last batch is empty.
         shard = -(-whole // world)
-        micro = min(self._micro_batch, shard)
+        micro = min(self.micro_batch, shard)
         starts = range(0, shard, micro)
         loss_sum = torch.zeros((), device=accelerator.device)
         correct = torch.zeros((), device=accelerator.device)
@@ -128,7 +127,7 @@ class Learner:
             exchange = number == len(starts) - 1
             with nullcontext() if exchange else accelerator.no_sync(self.model):
                 with clock.part("forward"):
-                    model = self._fast if len(labels) == self._micro_batch else self.model
+                    model = self._fast if len(labels) == self.micro_batch else self.model
                     logits = model(pixel_values=pixels).logits.float()
                     # Divided by the size of the whole batch, so that micro-batches and shards of any size weigh right.
                     summed = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=config.label_smoothing)

@@ -35,7 +35,7 @@ from vitft.training.callbacks import Callback, MetricsFile, Tracker, remove_afte
 from vitft.training.diagnosis import PaceWatch, learned_nothing
 from vitft.training.dry_run import warn_if_long
 from vitft.training.recovery import REMEDY, Diverged, with_recovery
-from vitft.training.setup import Prepared, Stores, prepare
+from vitft.training.setup import Decoded, prepare
 from vitft.training.step import Learner
 from vitft.training.throughput import Speed, Window, measure_speed
 
@@ -105,6 +105,7 @@ def _begin(
     model: str | None = None,
 ) -> Result:  # fmt: skip
     """Train; `model` is the name to record for a model that is at `config.model` only temporarily."""
+    config = resolve_auto(config)
     accelerator = make_accelerator(config)
     output = None if output is None else expanded(output)
     with accelerator.main_process_first():
@@ -112,18 +113,18 @@ def _begin(
             run_folder.check_output(output, overwrite=overwrite)
         prepared = prepare(config, dataset=dataset)
     if model is not None:
-        prepared.config = prepared.config.model_copy(update={"model": model})
-    with memory_guard(prepared.config, accelerator.num_processes):
+        prepared = prepared.with_settings(model=model)
+    with memory_guard(config, accelerator.num_processes):
         warn_if_long(prepared, accelerator.num_processes)
-        prepared.config = autotuned(prepared, accelerator.num_processes)
+        prepared = autotuned(prepared, accelerator.num_processes)
     with ExitStack() as held:
         held.enter_context(threads(prepared.config.threads))
-        held.enter_context(deterministic(prepared.config))
-        stores = prepared.decode()  # before anything is written or overwritten: an image may be bad
-        run = held.enter_context(run_folder.new_run(run_folder.Beginning(prepared, accelerator), output, overwrite))
-        parts = [(accelerator, prepared, stores)]
+        held.enter_context(deterministic(config))
+        decoded = prepared.decode()  # before anything is written or overwritten: an image may be bad
+        run = held.enter_context(run_folder.new_run(run_folder.Beginning(decoded, accelerator), output, overwrite))
+        parts = [(accelerator, decoded)]
         # A rollback loads the model and the images again: the first ones must be gone by then.
-        del accelerator, prepared, stores
+        del accelerator, prepared, decoded
         first = lambda: _Run(*parts.pop(), run, callbacks).train(State())  # noqa: E731
         return with_recovery(run, first, again=lambda: _resume(run, {}, dataset, callbacks, rolled_back=True))
 
@@ -166,12 +167,12 @@ def _resume(
         console.warn(f"passed over {fault}")
     state = ckpt.read_state(folder) if folder else State()
     before = ckpt.read_config(run)
-    config = run_folder.changed(run, before, changes, finished=run_folder.is_finished(state))
-    with threads(config.threads or run_folder.threads_of(run)), deterministic(resolve_auto(config)):
+    config = resolve_auto(run_folder.changed(run, before, changes, finished=run_folder.is_finished(state)))
+    with threads(config.threads or run_folder.threads_of(run)), deterministic(config):
         accelerator = make_accelerator(config)
         with accelerator.main_process_first():
             prepared = run_folder.prepare_resume(run, config, folder, dataset)
-        resumed = _Run(accelerator, prepared, prepared.decode(), run, callbacks, resumed_from=folder)
+        resumed = _Run(accelerator, prepared.decode(), run, callbacks, resumed_from=folder)
         if rolled_back:
             resumed.keep_earlier_best(state)
         if (config.epochs, config.max_steps) != (before.epochs, before.max_steps) and state.step >= resumed.total_steps:
@@ -192,18 +193,15 @@ class _Run:
     """A run in progress, on one process."""
 
     def __init__(
-        self, accelerator: Any, prepared: Prepared, stores: Stores, run: Path, callbacks: Sequence[Callback] = (),
+        self, accelerator: Any, decoded: Decoded, run: Path, callbacks: Sequence[Callback] = (),
         resumed_from: Path | None = None,
     ) -> None:  # fmt: skip
-        self.accelerator, self.prepared, self.run = accelerator, prepared, run
-        self.config, self.how = prepared.config, prepared.loaded.preprocess
-        self.labels, self.resumed_from = prepared.loaded.labels, resumed_from
-        self.stores, self.callbacks = stores, callbacks
+        self.accelerator, self.decoded, self.run = accelerator, decoded, run
+        self.labels, self.how = decoded.loaded.labels, decoded.loaded.preprocess
+        self.callbacks, self.resumed_from = callbacks, resumed_from
         self.followers: list[Callback] = []  # empty except on the main process
-        run_folder.check_splits(
-            run, prepared, stores, begun=resumed_from is not None, write=accelerator.is_main_process
-        )
-        self.learner = Learner(accelerator, prepared, stores)
+        run_folder.check_splits(run, decoded, begun=resumed_from is not None, write=accelerator.is_main_process)
+        self.learner = Learner(accelerator, decoded)
         self.unwrapped, self.probe = self.learner.unwrapped, self.learner.probe
         self.steps_per_epoch, self.total_steps = self.learner.steps_per_epoch, self.learner.total_steps
         self.pending: tuple[Card, dict[str, torch.Tensor]] | None = None  # a best/ that is still to be written
@@ -213,6 +211,11 @@ class _Run:
         self.begun = self.saved = self.written_last = -1  # steps
         card = read_card(resumed_from) if resumed_from else None
         self.scores: dict[str, dict[str, Any]] = card.scores if card else {}
+
+    @property
+    def config(self) -> TrainConfig:
+        """The settings; the micro-batch may have been halved since the start."""
+        return self.learner.config
 
     @contextmanager
     def _followed(self) -> Iterator[None]:
@@ -245,7 +248,7 @@ class _Run:
         ):
             try:
                 if not self.is_over(state):
-                    console.note(run_folder.start_note(self.prepared, self.total_steps, self.run))
+                    console.note(run_folder.start_note(self.decoded, self.total_steps, self.run))
                     self.learner.get_ready(self.signals.watched)
                 window.restart(self.learner.data_wait_s)
                 while not self.is_over(state):
@@ -264,7 +267,7 @@ class _Run:
         if trained and self.measured and (nothing := learned_nothing(self.measured, self.config, self.total_steps)):
             console.warn(nothing)
         world, probe = self.accelerator.num_processes, self.probe is not None
-        return replace(result, speed=measure_speed(window.pace, self.unwrapped, config, world, probe=probe))
+        return replace(result, speed=measure_speed(window.pace, self.unwrapped, self.config, world, probe=probe))
 
     def _advance(self, state: State, bar: "console.TrainingProgress") -> bool:
         """Take a step, unless an interrupted validation is still due; return whether to save. Raises Interrupted."""
@@ -280,7 +283,7 @@ class _Run:
         self.scores = {}  # those were of the previous step
         eval_every = config.eval_every or self.steps_per_epoch
         save_every = config.save_every or (self.steps_per_epoch if self.probe is None else self.total_steps)
-        state.validation_due = "validation" in self.stores and (state.step % eval_every == 0 or last)
+        state.validation_due = "validation" in self.decoded.stores and (state.step % eval_every == 0 or last)
         saves = state.step % save_every == 0 or last
         if number := self.signals.received():
             raise Interrupted(number)
@@ -329,12 +332,12 @@ class _Run:
                 alone = self.accelerator.num_processes == 1
                 if not is_out_of_memory(error) or self.learner.micro_batch == 1 or not alone:
                     raise
-                before, now = self.learner.micro_batch, self.learner.halve()
-            self.config = self.config.model_copy(update={"micro_batch_size": now})
+                before = self.learner.micro_batch
+                self.learner.halve()
             ckpt.write_config(self.run, self.config)
             console.warn(
-                f"out of memory at step {step + 1}: {before} images at a time do not fit; from now on {now}. "
-                f"The batch stays {self.config.batch_size}."
+                f"out of memory at step {step + 1}: {before} images at a time do not fit; from now on "
+                f"{self.learner.micro_batch}. The batch stays {self.config.batch_size}."
             )
             if self.config.device == "cuda":
                 torch.cuda.empty_cache()
@@ -373,7 +376,7 @@ class _Run:
     def _measure(self, role: str, bar: "console.TrainingProgress") -> Metrics:
         accelerator = self.accelerator
         loader = EvalLoader(
-            *self.stores[role], self.how, batch_size=evaluation.BATCH, device=accelerator.device,
+            *self.decoded.stores[role], self.how, batch_size=evaluation.BATCH, device=accelerator.device,
             rank=accelerator.process_index, world=accelerator.num_processes,
         )  # fmt: skip
         with self.signals.interruptible(), bar.evaluating(role) as shown:
@@ -381,8 +384,8 @@ class _Run:
             batches = loader if self.probe is None else self.probe.scoring(role, loader, progress)
             # Not the DDP wrapper, which would wait for other processes that may have fewer batches.
             self.measured = evaluation.measure(
-                self.learner.module, batches, self.labels, self.prepared.splits[role],
-                others=self.prepared.matched(role)[1], gather=gather, progress=progress,
+                self.learner.module, batches, self.labels, self.decoded.splits[role],
+                others=self.decoded.lacking(role), gather=gather, progress=progress,
             )  # fmt: skip
             return self.measured
 
@@ -394,7 +397,7 @@ class _Run:
     def _card(self, state: State) -> Card:
         splits = {
             role: {"source": split.source, "count": len(split.rows), "hash": split.hash}
-            for role, split in self.prepared.splits.items()
+            for role, split in self.decoded.splits.items()
         }
         return Card(self.config, self.labels, state.step, self._epoch(state.step), splits, self.scores)
 
@@ -475,7 +478,7 @@ class _Run:
             self._write_last(state)
             self.unwrapped.load_state_dict(load_trained(self.run / "best").model.state_dict())
             scored, self.scores = State(step=best.step), best.scores
-        if "test" in self.stores:
+        if "test" in self.decoded.stores:
             metrics = self._measure("test", bar)
             self.scores = self.scores | {"test": metrics.summary()}
             self._tell_evaluation(scored.step, metrics)
