@@ -5,7 +5,6 @@ import transformers.models.vit.modeling_vit  # noqa: F401
 
 import tests.training.test_trainer  # noqa: F401
 import vitft.cli.app
-import vitft.cli.commands
 import vitft.evaluation.counts
 import vitft.evaluation.evaluation
 import vitft.training.trainer  # noqa: F401

@@ -15,8 +15,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vitft import __version__
-from vitft.cli import commands
 from vitft.cli.app import app
+from vitft.config import recipe
 from vitft.config.recipe import load_config, recipes
 from vitft.config.train import TrainConfig
 from vitft.io import console
@@ -228,7 +228,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def fail(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr(commands, "train", fail)
+    monkeypatch.setattr(recipe, "load_config", fail)
 
 
 def test_an_unforeseen_error_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +280,7 @@ def test_what_is_queued_when_a_command_is_interrupted_is_not_waited_for(monkeypa
         for _ in thread_pool().map(decode, range(1000)):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "train", interrupted)
+    monkeypatch.setattr(recipe, "load_config", interrupted)
     result = CliRunner().invoke(app, ["train"])
     gate.set()
     assert result.exit_code == 130

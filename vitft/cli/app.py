@@ -1,4 +1,4 @@
-"""The command line. A command is a docstring, options, and a call into `commands`.
+"""The command line. A command parses its options, calls the package, and shows the result.
 
 Imports are inside the commands, so that `vitft --help` needs neither torch nor Transformers.
 """
@@ -6,14 +6,18 @@ Imports are inside the commands, so that `vitft --help` needs neither torch nor 
 
 import os
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from vitft.cli import tables
 from vitft.cli.group import Group
 from vitft.cli.options import options_from
+from vitft.errors import DataError, TrainingError, UsageError, as_flag
 from vitft.io import console
+from vitft.io.paths import expanded
 
 app = typer.Typer(cls=Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   context_settings={"help_option_names": ["-h", "--help"]})  # fmt: skip
@@ -42,38 +46,34 @@ ValueRange = Annotated[
 Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="auto: a GPU if available.")]
 
 
-def _recipe_names(incomplete: str) -> list[str]:
-    from vitft.config.recipe import recipes
+def _recipe_names(textbook: bool | None = None) -> list[str]:
+    from vitft.config.recipe import names
 
-    return [recipe.name for recipe in recipes() if recipe.name.startswith(incomplete)]
-
-
-def _fine_tuning_names(incomplete: str) -> list[str]:
-    from vitft.config.recipe import recipes
-
-    return [one.name for one in recipes() if not one.textbook and one.name.startswith(incomplete)]
+    return names(textbook)
 
 
-def _textbook_names(incomplete: str) -> list[str]:
-    from vitft.config.recipe import SCALAR, TEXTBOOK, recipes
-
-    names = [SCALAR, *(recipe.name.removeprefix(TEXTBOOK) for recipe in recipes() if recipe.textbook)]
-    return [name for name in names if name.startswith(incomplete)]
-
-
-def _train_settings() -> Any:
-    from vitft.config.train import TrainConfig
-
-    return TrainConfig
+RecipeName = Annotated[
+    str, typer.Argument(metavar="NAME", help="A recipe's name.", autocompletion=lambda: _recipe_names())
+]
+DatasetName = Annotated[str, typer.Argument(metavar="DATASET", help="Alias, hub id, folder, CSV, JSONL or parquet.")]
+Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub dataset.")]
+_TRAIN_SETTINGS = "vitft.config.train:TrainConfig"
 
 
-def _textbook_settings() -> Any:
-    from vitft.scratch_runner.config import TextbookConfig
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that have a value."""
+    return {name: value for name, value in options.items() if value is not None}
 
-    return TextbookConfig
+
+def _loading() -> Any:
+    """Shown during imports that take seconds."""
+    return console.working("loading PyTorch and Transformers")
 
 
-RecipeName = Annotated[str, typer.Argument(metavar="NAME", help="A recipe's name.", autocompletion=_recipe_names)]
+def _check_picture(picture: Path | None) -> None:
+    """Check a picture's path before the work. Raises UsageError."""
+    if picture is not None and (picture.suffix.lower() != ".png" or not picture.parent.is_dir()):
+        raise UsageError(f"{picture}: give a .png file in a folder that exists.")
 
 
 def _version(wanted: bool) -> None:
@@ -96,9 +96,9 @@ def root(
 
 
 @app.command()
-@options_from(_train_settings)
+@options_from(_TRAIN_SETTINGS)
 def train(
-    recipe: Annotated[str | None, typer.Option(help="A recipe's name or file; flags override it.", rich_help_panel="Run", autocompletion=_fine_tuning_names)] = None,
+    recipe: Annotated[str | None, typer.Option(help="A recipe's name or file; flags override it.", rich_help_panel="Run", autocompletion=lambda: _recipe_names(textbook=False))] = None,
     output: Annotated[Path | None, typer.Option(help="Run folder; by default the next free number in runs/.", rich_help_panel="Run")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run folder if it exists.", rich_help_panel="Run")] = False,
     resume: Annotated[Path | None, typer.Option(help="Resume the run in this folder, with its settings.", rich_help_panel="Run")] = None,
@@ -109,17 +109,35 @@ def train(
 
     A recipe overrides the defaults, and flags override the recipe.
     """
-    from vitft.cli import commands
+    if resume is not None:
+        if recipe is not None or output is not None or overwrite or dry_run:
+            raise UsageError("--resume continues a run as it is; leave out --recipe, --output, --overwrite, --dry-run.")
+        with _loading():
+            from vitft.training import trainer
 
-    commands.train(recipe, output, overwrite, resume, dry_run, overrides)
+        console.say_text(tables.training_report(trainer.resume(resume, overrides)))
+        return
+    from vitft.config.recipe import load_config
+    from vitft.config.train import require_dataset
+
+    config = load_config(recipe, overrides)
+    require_dataset(config)  # before torch is loaded
+    with _loading():
+        from vitft.training import dry_run as planning
+        from vitft.training import trainer
+
+    if dry_run:
+        console.say(tables.plan_report(planning.plan(config, output, overwrite)))
+    else:
+        console.say_text(tables.training_report(trainer.train(config, output=output, overwrite=overwrite)))
 
 
 @app.command("eval")
-@options_from(_train_settings, "Reading")
+@options_from(_TRAIN_SETTINGS, "Reading")
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Run folder, one of its checkpoints, or a Transformers folder or hub id.")],
     dataset: Annotated[str | None, typer.Option(help="Default: the dataset it was trained on.")] = None,
-    dataset_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub dataset.")] = None,
+    dataset_revision: Revision = None,
     split: Annotated[str | None, typer.Option(help="Default: test, else validation.")] = None,
     max_eval_samples: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Evaluate at most this many images, stratified.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, metavar="<int>", help="Images per forward pass.")] = 64,
@@ -133,17 +151,31 @@ def evaluate(
     *, overrides: dict[str, Any],
 ) -> None:  # fmt: skip
     """Evaluate a checkpoint: accuracy with a 95 % interval, top-5, F1 per class, confusion matrix."""
-    from vitft.cli import commands
+    _check_picture(plot)
+    with _loading():
+        from vitft.evaluation.evaluation import evaluate as score
 
-    options = {"dataset": dataset, "dataset_revision": dataset_revision, "split": split, "device": device,
-               "max_eval_samples": max_eval_samples, "batch_size": batch_size, "precision": precision,
-               "on_bad_image": on_bad_image, "max_pixels": max_pixels, "value_range": value_range} | overrides  # fmt: skip
-    commands.evaluate(checkpoint, options, plot, json)
+    def report_skipped(skipped: list[Any]) -> None:
+        for one in skipped:
+            console.warn(f"skipped {one.name}: {one.reason}")
+
+    with console.working("evaluating") as progress:
+        metrics = score(
+            checkpoint, dataset=dataset, dataset_revision=dataset_revision, split=split, batch_size=batch_size,
+            max_eval_samples=max_eval_samples, device=device, precision=precision, on_bad_image=on_bad_image,
+            max_pixels=max_pixels, value_range=value_range, **overrides, progress=progress, report_skipped=report_skipped,
+        )  # fmt: skip
+    if plot is not None:
+        from vitft.evaluation.plots import plot_confusion
+
+        plot_confusion(metrics, plot)
+        console.note(f"confusion matrix: {plot}")
+    console.say_json(metrics.to_dict()) if json else console.say(tables.metrics_report(metrics))
 
 
 @app.command()
 def verify_resume(
-    recipe: Annotated[str, typer.Option(help="A recipe's name or file.", autocompletion=_fine_tuning_names)] = "smoke",
+    recipe: Annotated[str, typer.Option(help="A recipe's name or file.", autocompletion=lambda: _recipe_names(textbook=False))] = "smoke",
     dataset: Annotated[str | None, typer.Option(help="Overrides the recipe's.")] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Overrides the recipe's.")] = None,
     save_every: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Overrides the recipe's.")] = None,
@@ -155,11 +187,20 @@ def verify_resume(
 
     Takes a little over twice as long as the run. Exit code 5 if anything differs, or if the run is too short to be killed.
     """
-    from vitft.cli import commands
+    from tempfile import TemporaryDirectory
 
-    settings = {"dataset": dataset, "max_steps": max_steps, "save_every": save_every}
-    overrides = {name: value for name, value in settings.items() if value is not None}
-    commands.verify_resume(recipe, overrides, kills, seed, json)
+    from vitft.config.recipe import load_config
+    from vitft.training.verify_resume import verify_resume
+
+    config = load_config(recipe, _given(dataset=dataset, max_steps=max_steps, save_every=save_every))
+    with TemporaryDirectory() as work:
+        verdict = verify_resume(config, Path(work), kills=kills, seed=seed, say=console.note)
+    if json:
+        console.say_json(asdict(verdict) | {"repeated": verdict.repeated})
+    else:
+        console.say_text(tables.verdict_report(verdict, kills))
+    if not verdict.equal or verdict.left:
+        raise TrainingError("the resumed run differs from the uninterrupted one; please report this with the recipe.")
 
 
 @app.command()
@@ -174,10 +215,22 @@ def predict(
     json: Json = False,
 ) -> None:  # fmt: skip
     """Classify images. An unreadable image gets a row with its error, and the exit code is 3."""
-    from vitft.cli import commands
+    with _loading():
+        from vitft.evaluation.prediction import predict as classify
 
-    limits = {"max_pixels": max_pixels, "value_range": value_range}
-    commands.predict(paths, checkpoint, top_k, device, limits, "json" if json else format)
+    limits = _given(max_pixels=max_pixels, value_range=value_range)
+    rows = classify(paths, checkpoint, top_k=top_k, device=device, **limits)
+    if json:
+        console.say_json({"predictions": [row.to_dict() for row in rows]})
+    elif format == "jsonl":
+        console.say_text("".join(console.json_text(row.to_dict()) + "\n" for row in rows))
+    elif format == "csv":
+        console.say_text(tables.predictions_csv(rows, top_k))
+    else:
+        console.say(tables.predictions_report(rows))
+    if bad := [row for row in rows if row.error is not None]:
+        first = f"the first is {bad[0].path}: {bad[0].error}"
+        raise DataError(f"{len(bad)} of {len(rows)} images could not be read; {first}")
 
 
 @app.command()
@@ -204,16 +257,51 @@ def explain(
 
     Without options: a tour, from pixel to logit.
     """
-    from vitft.cli import commands
+    sizes = _given(model=model, image_size=image_size, patch_size=patch_size, width=width, layers=layers, heads=heads,
+                   mlp=mlp, classes=classes, pre_logits=pre_logits)  # fmt: skip
+    outputs = _given(stage=stage, attention=attention, html=html, checkpoint=checkpoint)
+    if image is None and not outputs:
+        from vitft.explain import table, tour
 
-    sizes = {"model": model, "image_size": image_size, "patch_size": patch_size, "width": width, "layers": layers,
-             "heads": heads, "mlp": mlp, "classes": classes, "pre_logits": pre_logits}  # fmt: skip
-    given = {name: value for name, value in sizes.items() if value is not None}
-    if any(wanted is not None for wanted in (image, checkpoint, stage, attention, html)):
-        others = [*given, *(["batch_size"] if batch_size != 1 else []), *(["all_blocks"] if all_blocks else [])]
-        commands.explain_image(image, checkpoint, stage, attention, html, json, others)
-    else:
-        commands.explain_sizes(given, batch_size, all_blocks, json)
+        spec = table.resolve_spec(**sizes)
+        if json:
+            console.say_json(table.document(spec, batch_size))
+            return
+        if not sizes:
+            console.say(tour.tour(spec))
+        console.say(table.stage_table(spec, batch_size, all_blocks))
+        if not sizes:
+            console.say(tour.next_steps())
+        return
+    if image is None:
+        raise UsageError(f"{as_flag(next(iter(outputs)))} needs an image; add --image FILE.")
+    if others := [*sizes, *["batch_size"] * (batch_size != 1), *["all_blocks"] * all_blocks]:
+        raise UsageError(
+            f"{as_flag(others[0])} sets sizes of the table without --image; with an image, use --checkpoint."
+        )
+    with _loading():
+        from vitft.explain.attention import draw_attention
+        from vitft.explain.page import write_page
+        from vitft.explain.stage import find_lessons, lesson_text
+        from vitft.explain.trace import document, trace_image, trace_table
+
+    trace = trace_image(image, checkpoint or "vit-micro")
+    lessons = [] if stage is None else find_lessons(trace, stage)
+    if json:
+        result = document(trace, [lesson.stage for lesson in lessons] or None)
+        for row, lesson in zip(result["stages"], lessons, strict=False):
+            row["lesson"] = asdict(lesson)
+        console.say_json(result)
+    elif lessons:
+        console.say(lesson_text(lessons))
+    elif attention is None and html is None:
+        console.say(trace_table(trace))
+    if attention is not None:
+        written = draw_attention(trace, expanded(attention))
+        console.note(f"{len(written)} pictures in {attention}; {written[-1].name} has all of them")
+    if html is not None:
+        write_page(trace, expanded(html))
+        console.note(f"{html}: open it in a browser; it needs no network")
 
 
 @app.command()
@@ -234,21 +322,23 @@ def bench(
     json: Json = False,
 ) -> None:  # fmt: skip
     """Measure the speed of this machine: images/s, where the time of a step goes, and how close it is to the peak."""
-    from vitft.cli import commands
+    with _loading():
+        from vitft.training.bench import bench as measured
 
-    settings = {"model": model, "dataset": dataset, "image_size": image_size, "batch_size": batch_size, "augment": augment,
-                "freeze": freeze, "precision": precision, "device": device, "max_train_samples": max_train_samples,
-                "attention": attention, "compile": compile}  # fmt: skip
-    commands.bench(what, {name: value for name, value in settings.items() if value is not None}, steps, json)
+    settings = _given(
+        model=model, dataset=dataset, image_size=image_size, batch_size=batch_size, augment=augment, freeze=freeze,
+        precision=precision, attention=attention, compile=compile, device=device, max_train_samples=max_train_samples,
+    )  # fmt: skip
+    found = measured(what, settings, steps)
+    console.say_json(found) if json else console.say(tables.bench_report(found))
 
 
 @recipes_app.command("ls")
 def recipes_ls() -> None:
     """List the recipes that come with vitft."""
-    from vitft.cli.tables import recipe_table
     from vitft.config.recipe import recipes
 
-    console.say(recipe_table(recipes()))
+    console.say(tables.recipe_table(recipes()))
 
 
 @recipes_app.command("show")
@@ -272,9 +362,9 @@ def recipes_copy(
 
 
 @scratch_app.command("train")
-@options_from(_textbook_settings)
+@options_from("vitft.scratch_runner.config:TextbookConfig")
 def scratch_train(
-    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE|scalar", help="A textbook recipe's name or file; flags override it. scalar: a ViT of single numbers, with its own task.", autocompletion=_textbook_names)] = None,
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE|scalar", help="A textbook recipe's name or file; flags override it. scalar: a ViT of single numbers, with its own task.", autocompletion=lambda: _recipe_names(textbook=True))] = None,
     output: Annotated[Path | None, typer.Option(help="Run folder; by default the next free number in runs/.", rich_help_panel="Run")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.", rich_help_panel="Run")] = False,
     *, overrides: dict[str, Any],
@@ -283,9 +373,32 @@ def scratch_train(
 
     Try it with no network: [bold]vitft scratch train scalar[/], or [bold]vitft scratch train --dataset digits[/]
     """
-    from vitft.cli import commands
+    from vitft.config.recipe import SCALAR
 
-    commands.scratch_train(recipe, output, json, overrides)
+    if recipe == SCALAR:
+        if output is not None or (others := [name for name in overrides if name != "seed"]):
+            wrong = "--output" if output is not None else as_flag(others[0])
+            raise UsageError(f"scalar has its own task and sizes, and writes no files; leave out {wrong}.")
+        from vitft.scratch_runner.report import scalar_document, scalar_tables, train_scalar
+
+        report = train_scalar(**overrides)
+        console.say_json(scalar_document(report)) if json else console.say(scalar_tables(report))
+        return
+    from vitft.scratch_runner.config import load_config
+
+    name, config = load_config(recipe, overrides)
+    if config.engine == "numpy":
+        # Its two threads share the work; two more of BLAS in each wait for one another (on a busy machine a step of
+        # cifar10-patch4 then took 10 times as long). NumPy reads this when it is first imported: below.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from vitft.scratch_runner.report import run_report
+    from vitft.scratch_runner.training import train
+
+    result = train(config, output=output, name=name)
+    if json:
+        console.say_json({"run": str(result.run)} | result.summary)
+    else:
+        console.say_text(run_report(result.run, result.summary))
 
 
 @scratch_app.command("figures")
@@ -293,32 +406,44 @@ def scratch_figures(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write them.")],
 ) -> None:
     """Draw the figures of docs/textbook.md, one a chapter, from the chapters' own code."""
-    from vitft.cli import commands
+    from vitft.scratch_runner.figures import draw_figures
 
-    commands.scratch_figures(folder)
+    try:
+        written = draw_figures(expanded(folder))
+    except OSError as error:
+        raise UsageError(f"{folder}: {error.strerror or error}; choose another folder.") from error
+    console.note(f"{len(written)} figures in {folder}")
 
 
 @data_app.command("info")
-@options_from(_train_settings, "Reading")
+@options_from(_TRAIN_SETTINGS, "Reading")
 def data_info(
-    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="Alias, hub id, folder, CSV, JSONL or parquet.")],
-    dataset_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub dataset.")] = None,
+    dataset: DatasetName,
+    dataset_revision: Revision = None,
     preview: Annotated[Path | None, typer.Option(help="Write a grid of example images as a PNG.")] = None,
     json: Json = False,
     *, overrides: dict[str, Any],
 ) -> None:  # fmt: skip
     """Show a dataset's splits, classes, counts and image sizes."""
-    from vitft.cli import commands
+    from vitft.data.info import describe
+    from vitft.data.sources.source import open_dataset
 
-    options = {"revision": dataset_revision} | overrides
-    commands.data_info(dataset, options, preview, json)
+    _check_picture(preview)
+    source = open_dataset(dataset, revision=dataset_revision, **overrides)
+    if preview is not None:
+        from vitft.data.preview import preview as draw
+
+        draw(source, preview)
+        console.note(f"preview: {preview}")
+    described = describe(source)
+    console.say_json(described) if json else console.say(tables.data_report(described))
 
 
 @data_app.command("check")
-@options_from(_train_settings, "Reading")
+@options_from(_TRAIN_SETTINGS, "Reading")
 def data_check(
-    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="Alias, hub id, folder, CSV, JSONL or parquet.")],
-    dataset_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub dataset.")] = None,
+    dataset: DatasetName,
+    dataset_revision: Revision = None,
     max_pixels: MaxPixels = None,
     value_range: ValueRange = None,
     quarantine: Annotated[Path | None, typer.Option(help="Write a list of the images to leave out, for vitft train --exclude.")] = None,
@@ -330,26 +455,61 @@ def data_check(
 
     Exit code 3 if anything would stop training.
     """
-    from vitft.cli import commands
+    with _loading():
+        from vitft.config.train import range_of
+        from vitft.data.decoder import MAX_PIXELS
+        from vitft.data.sources.identity import has_names
+        from vitft.data.sources.source import open_dataset
+        from vitft.data.validation.check import KINDS, check, document, quarantine_lines
+    from vitft.io.atomic import write_text
 
-    options = {"revision": dataset_revision} | overrides
-    commands.data_check(dataset, options, max_pixels, value_range, quarantine, html, json)
+    for file in filter(None, (quarantine, html)):
+        if not file.parent.is_dir():
+            raise UsageError(f"{file}: no such folder; make it first, or choose another.")
+    source = open_dataset(dataset, revision=dataset_revision, **overrides)
+    folder = expanded(dataset)
+    of_files = folder.is_dir() and all(map(has_names, source.splits.values()))
+    with console.working("checking") as progress:
+        found = check(
+            source, folder if of_files else None, max_pixels=max_pixels or MAX_PIXELS,
+            value_range=range_of(value_range), progress=progress,
+        )  # fmt: skip
+    if html is not None:
+        from vitft.data.validation.page import write_report
+
+        write_report(found, source, html)
+        console.note(f"report: {html}")
+    if quarantine is not None:
+        lines = quarantine_lines(found)
+        write_text(quarantine, "".join(f"{line}\n" for line in lines))
+        again = f"--dataset {shlex.quote(dataset)} --exclude {shlex.quote(str(quarantine))}"
+        console.note(f"{len(lines):,} images to leave out: vitft train {again}")
+    images = sum(len(split) for split in source.splits.values())
+    console.say_json(document(found)) if json else console.say(tables.check_report(found, KINDS, images))
+    if broken := sum(one.severity == "error" for one in found):
+        raise DataError(f"{broken:,} of {images:,} images would stop training; fix, remove or exclude them.")
 
 
 @cache_app.command("ls")
 def cache_ls(json: Json = False) -> None:
     """List the cached datasets, their size, and when they were last used."""
-    from vitft.cli import commands
+    from vitft.data import cache
 
-    commands.cache_ls(json)
+    kept = cache.entries()
+    if json:
+        console.say_json([{"name": e.name, "images": e.images, "bytes": e.size, "used": e.used} for e in kept])
+    elif kept:
+        console.say(tables.cache_table(kept, cache.root()))
+    else:
+        console.say_text("the cache is empty.\n")
 
 
 @cache_app.command("clear")
 def cache_clear() -> None:
     """Empty the cache; runs that use it are not affected."""
-    from vitft.cli import commands
+    from vitft.data import cache
 
-    commands.cache_clear()
+    console.say_text(f"removed {console.size(cache.clear())}.\n")
 
 
 def main() -> None:

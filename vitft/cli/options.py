@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from pkgutil import resolve_name
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
@@ -14,23 +15,22 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from pydantic.fields import FieldInfo
 
-    Settings = Callable[[], type[BaseModel]]
-    Command = Callable[..., Any]
+Command = Callable[..., Any]
 
 
-def options_from(settings: "Settings", panel: str | None = None) -> "Callable[[Command], Command]":
+def options_from(settings: str, panel: str | None = None) -> Callable[[Command], Command]:
     """Give a command one flag for each field, or for those of a panel; it receives what was typed, as `overrides`.
 
-    `settings` gives the class of the fields when the command is asked for (see `with_flags`), so that
-    the help of the others needs no pydantic. A flag's default is None, so that what was not typed is
-    told from what was: help shows the field's own default. Bounds are checked by the field alone.
+    `settings`, such as "vitft.config.train:TrainConfig", is imported when the command is asked for (see `with_flags`),
+    so that the help of the others needs no pydantic. A flag's default is None, so that what was not typed is told
+    from what was: help shows the field's own default. Bounds are checked by the field alone.
     """
 
-    def decorate(command: "Command") -> "Command":
+    def decorate(command: Command) -> Command:
         signature = inspect.signature(command)
         own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.name != "overrides"]
         _sign(command, own)
-        command.make_flags = lambda: _flagged(command, own, settings(), panel)  # type: ignore[attr-defined]
+        command.make_flags = lambda: _flagged(command, own, resolve_name(settings), panel)  # type: ignore[attr-defined]
         return command
 
     return decorate
@@ -46,9 +46,7 @@ def with_flags(command: Any) -> Any:
     return typer.main.get_command(alone)
 
 
-def _flagged(
-    command: "Command", own: list[inspect.Parameter], config: "type[BaseModel]", panel: str | None
-) -> "Command":
+def _flagged(command: Command, own: list[inspect.Parameter], config: "type[BaseModel]", panel: str | None) -> Command:
     fields = {name: field for name, field in config.model_fields.items() if panel in (None, _panel(field))}
 
     def wrapper(**given: Any) -> Any:
@@ -87,7 +85,7 @@ def _number(field: "FieldInfo", kind: type) -> Callable[[str], Any]:
     return read
 
 
-def _sign(command: "Command", parameters: list[inspect.Parameter]) -> None:
+def _sign(command: Command, parameters: list[inspect.Parameter]) -> None:
     """Typer reads a command's options from its signature."""
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -107,7 +105,7 @@ def _parameters(name: str, field: "FieldInfo") -> list[inspect.Parameter]:
         show_default=False,  # the flag's own default is always None
         rich_help_panel=_panel(field),
         metavar="|".join(numbers + choices) or (f"<{kind.__name__}>" if united and kind in (int, float) else None),
-        autocompletion=completion(choices) if choices else None,
+        autocompletion=(lambda: choices) if choices else None,
         parser=_number(field, kind) if united and kind in (int, float) and not choices else None,
     )
     # A choice is a string to Typer: the field checks it, and names the nearest.
@@ -140,8 +138,3 @@ def name_what_was_meant(error: Any) -> None:
         found = from_synonym(error.option_name, [option.name for option in error.ctx.command.params])
         if found is not None:
             error.possibilities = [as_flag(found)]
-
-
-def completion(choices: list[str]) -> Callable[[str], list[str]]:
-    """What the shell offers for an option's value, or an argument."""
-    return lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)]

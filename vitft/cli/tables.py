@@ -1,5 +1,7 @@
 """The results that commands show: text and tables, at most 80 columns wide."""
 
+import csv
+import io
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -7,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from vitft.io.console import duration, interval, percent, safe, size
@@ -15,6 +17,20 @@ from vitft.io.paths import shown
 
 LISTED_CLASSES = 30  # up to so many classes, the report has a row for each
 CROSSED_CLASSES = 12  # up to so many, the whole confusion matrix fits 80 columns
+LISTED_FINDINGS = 5  # of a kind
+
+
+def _table(*columns: str | Column, **options: Any) -> Table:
+    return Table(*columns, box=None, pad_edge=False, **options)
+
+
+def _numbers(*headers: str | Text, no_wrap: bool = False) -> list[Column]:
+    return [Column(header, justify="right", no_wrap=no_wrap) for header in headers]
+
+
+def _names(header: str = "", max_width: int | None = None) -> Column:
+    """A column of names, which are cut where they are too long."""
+    return Column(header, no_wrap=True, overflow="ellipsis", max_width=max_width)
 
 
 def metrics_report(metrics: Any) -> RenderableType:
@@ -26,9 +42,8 @@ def metrics_report(metrics: Any) -> RenderableType:
         f" (95 % interval {low:.1f}–{high:.1f}) on {metrics.count} images of {safe(metrics.split)}",
         (f" [{metrics.split_hash[:8]}]", "dim"),
     )
-    top5 = (
-        f"top-5 {percent(metrics.top5)}, " if len(metrics.per_class) > 5 else ""
-    )  # with five classes it is always 100 %
+    # With five classes, top-5 is always 100 %.
+    top5 = f"top-5 {percent(metrics.top5)}, " if len(metrics.per_class) > 5 else ""
     rest = Text(
         f"{top5}loss {metrics.loss:.4f}, macro F1 {percent(metrics.macro_f1)}, {metrics.images_per_s:.0f} images/s"
     )
@@ -43,10 +58,7 @@ def _class_table(metrics: Any) -> list[RenderableType]:
     if len(rows) > LISTED_CLASSES:
         title = [f"The 10 lowest F1 of {len(rows)} classes (--json lists all):"]
         rows = sorted((row for row in rows if row.count), key=lambda row: row.f1)[:10]
-    table = Table(box=None, pad_edge=False)
-    table.add_column("class", no_wrap=True, overflow="ellipsis", max_width=36)
-    for name in ("precision", "recall", "F1", "count"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = _table(_names("class", 36), *_numbers("precision", "recall", "F1", "count", no_wrap=True))
     for row in rows:  # a class without images has no scores
         scores = (percent(score) if row.count else "–" for score in (row.precision, row.recall, row.f1))
         table.add_row(Text(safe(row.label)), *scores, str(row.count))
@@ -58,11 +70,9 @@ def _confusion_table(confusion: Mapping[str, Any]) -> list[RenderableType]:
     labels, matrix = confusion["labels"], confusion["matrix"]
     digits = len(str(max(map(max, matrix))))
     room = max(digits, min(14, 62 // len(labels) - 1))  # 18 of 80 columns for row names, 1 between columns
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True, overflow="ellipsis", max_width=min(16, 79 - len(labels) * (room + 1)))
-    for label in labels:
-        head = Text(safe(label), no_wrap=True, overflow="crop")
-        table.add_column(head, justify="right", no_wrap=True, max_width=room)
+    heads = (Text(safe(label), no_wrap=True, overflow="crop") for label in labels)
+    columns = (Column(head, justify="right", no_wrap=True, max_width=room) for head in heads)
+    table = _table(_names("", min(16, 79 - len(labels) * (room + 1))), *columns, padding=(0, 1, 0, 0))
     for i, (label, counts) in enumerate(zip(labels, matrix, strict=True)):
         cells = (Text(str(n) if n else "·", "bold" if i == j else "") for j, n in enumerate(counts))
         table.add_row(Text(safe(label)), *cells)
@@ -76,10 +86,7 @@ def _mistakes_table(metrics: Any) -> list[RenderableType]:
     worst = sorted(cells, key=lambda cell: -cell[2])[:10]
     if not worst:
         return ["No image was misclassified."]
-    table = Table(box=None, pad_edge=False, show_header=False)
-    for name in ("true", "predicted"):
-        table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=34)
-    table.add_column("images", justify="right", no_wrap=True)
+    table = _table(_names("", 34), _names("", 34), *_numbers("", no_wrap=True), show_header=False)
     for i, j, count in worst:
         table.add_row(Text(safe(labels[i])), Text(f"→ {safe(labels[j])}"), str(count))
     return ["Most frequent confusions (true → predicted, images):", table]
@@ -98,6 +105,16 @@ def training_report(result: Any) -> str:
         lines.append(f"{speed.images_per_s:,.0f} images/s, {waited}{of_peak}{help_}")
     return "\n".join(
         [*lines, f"next: vitft eval {shlex.quote(str(result.run))}{'' if result.scores else ' --split train'}", ""]
+    )
+
+
+def verdict_report(verdict: Any, kills: int) -> str:
+    """The line of `vitft verify-resume`."""
+    same = "the same bits" if verdict.equal else "DIFFERENT WEIGHTS OR LOSSES"
+    left = f"; left or missing: {', '.join(verdict.left)}" if verdict.left else ""
+    return (
+        f"kills: {len(verdict.kills)} of {kills}, in a run of {verdict.steps} steps; {same} as without "
+        f"interruption; steps repeated after a kill: at most {verdict.repeated}{left}\n"
     )
 
 
@@ -147,18 +164,13 @@ def data_report(described: Mapping[str, Any]) -> RenderableType:
     head = Text.assemble((safe(described["name"]), "bold"), f", {len(described['labels'])} classes")
     if described.get("revision"):
         head.append(f", commit {described['revision'][:12]}", "dim")
-    splits = Table(box=None, pad_edge=False)
-    for name in ("split", "images", "smallest", "median", "largest", "formats"):
-        splits.add_column(name, justify="right" if name == "images" else "left")
+    splits = _table("split", *_numbers("images"), "smallest", "median", "largest", "formats")
     for split in described["splits"]:
-        sizes = [f"{w}×{h}" if (wh := (split["sizes"] or {}).get(k)) and (w := wh[0]) and (h := wh[1]) else "-"
-                 for k in ("smallest", "median", "largest")]  # fmt: skip
+        found = split["sizes"] or {}
+        sizes = ("×".join(map(str, found.get(kind, "-"))) for kind in ("smallest", "median", "largest"))
         formats = ", ".join(split["formats"]) + (f" ({split['unreadable']} unreadable)" if split["unreadable"] else "")
         splits.add_row(Text(safe(split["name"])), f"{split['count']:,}", *sizes, formats)
-    classes = Table(box=None, pad_edge=False)
-    classes.add_column("class", no_wrap=True, overflow="ellipsis", max_width=40)
-    for split in described["splits"]:
-        classes.add_column(Text(safe(split["name"])), justify="right")
+    classes = _table(_names("class", 40), *_numbers(*(Text(safe(split["name"])) for split in described["splits"])))
     shown = described["labels"][:LISTED_CLASSES]
     for label in shown:
         counts = (str(split["classes"].get(label, 0)) for split in described["splits"])
@@ -179,9 +191,7 @@ def bench_report(found: Mapping[str, Any]) -> RenderableType:
         f"{found['what']}: {safe(settings['model'])} at {settings['image_size']} px, {safe(settings['dataset'])}, "
         f"augment {settings['augment']}, {settings['device']}, {settings['precision']}\n",
     )
-    table = Table(box=None, pad_edge=False)
-    for name in ("part", "ms per step", "min", "max", "fraction"):
-        table.add_column(name, justify="left" if name == "part" else "right")
+    table = _table("part", *_numbers("ms per step", "min", "max", "fraction"))
     whole = sum(part["median"] for part in found["ms_per_step"].values())
     for name, part in found["ms_per_step"].items():
         table.add_row(name, *(f"{part[key]:.2f}" for key in ("median", "min", "max")), percent(part["median"] / whole))
@@ -203,9 +213,7 @@ def bench_report(found: Mapping[str, Any]) -> RenderableType:
 
 def predictions_report(predictions: Sequence[Any]) -> RenderableType:
     """A row per image: its classes, best first, with their probabilities."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("image", overflow="fold")
-    table.add_column("prediction", overflow="fold")
+    table = _table(Column("image", overflow="fold"), Column("prediction", overflow="fold"))
     for one in predictions:
         best = Text("  ").join(
             Text(f"{safe(label)} {percent(score)}", "bold" if place == 0 else "")
@@ -215,27 +223,45 @@ def predictions_report(predictions: Sequence[Any]) -> RenderableType:
     return table
 
 
+def predictions_csv(rows: Sequence[Any], top_k: int) -> str:
+    """The rows of `--format csv`: each class with its probability, best first, and the error."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["path", *(f"{name}_{k}" for k in range(1, top_k + 1) for name in ("label", "score")), "error"])
+    for row in rows:
+        cells = [cell for label, score in row.top for cell in (label, f"{score:.6f}")]
+        texts = [row.path, *cells, *[""] * (2 * top_k - len(cells)), row.error or ""]
+        writer.writerow([_no_formula(cell) for cell in texts])
+    return text.getvalue()
+
+
+def _no_formula(cell: str) -> str:
+    """The cell, with an apostrophe before what a spreadsheet would run as a formula (OWASP, CSV Injection).
+
+    Numbers stay numbers. `--format jsonl` changes nothing.
+    """
+    if not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
+
+
 def recipe_table(recipes: Sequence[Any]) -> RenderableType:
     """The recipes that come with vitft; those for `vitft scratch train` are marked."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("recipe", no_wrap=True)
-    table.add_column("what it does")
+    table = _table(Column("recipe", no_wrap=True), "what it does")
     for one in recipes:
         mark = "Textbook (vitft scratch train): " if one.textbook else ""
         table.add_row(Text(one.name, "bold"), Text.assemble((mark, "cyan"), one.summary))
     return table
 
 
-LISTED_FINDINGS = 5  # of a kind
-
-
 def check_report(findings: Sequence[Any], kinds: Mapping[str, tuple[str, str]], images: int) -> RenderableType:
     """The report of `vitft data check`: findings by kind, the first few of each, and a verdict."""
     colors = {"error": "red", "warning": "yellow", "note": "cyan"}
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right")
-    table.add_column()
+    table = _table(Column(no_wrap=True), *_numbers(""), "", show_header=False)
     for kind, (severity, meaning) in kinds.items():
         alike = [one for one in findings if one.kind == kind]
         if not alike:
@@ -243,10 +269,8 @@ def check_report(findings: Sequence[Any], kinds: Mapping[str, tuple[str, str]], 
         table.add_row(Text(kind, colors[severity]), Text(f"{len(alike):,}", "bold"), Text(meaning, "dim"))
         for one in alike[:LISTED_FINDINGS]:
             table.add_row("", "", Text.assemble(safe(one.place), (f"  {safe(one.detail)}", "dim")))
-        if len(alike) > LISTED_FINDINGS:
-            table.add_row(
-                "", "", Text(f"... {len(alike) - LISTED_FINDINGS:,} more; --json or --html lists them", "dim")
-            )
+        if (more := len(alike) - LISTED_FINDINGS) > 0:
+            table.add_row("", "", Text(f"... {more:,} more; --json or --html lists them", "dim"))
     counts = {severity: sum(one.severity == severity for one in findings) for severity in colors}
     told = ", ".join(f"{count:,} {name}{'' if count == 1 else 's'}" for name, count in counts.items() if count)
     verdict = Text(f"{images:,} images: {told or 'no problems found'}", "bold")
@@ -255,14 +279,9 @@ def check_report(findings: Sequence[Any], kinds: Mapping[str, tuple[str, str]], 
 
 def cache_table(entries: Sequence[Any], folder: Path) -> RenderableType:
     """The cache of decoded photos, and its size."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("images of", style="bold")
-    for name in ("images", "size", "last used"):
-        table.add_column(name, justify="right")
+    table = _table(Column("images of", style="bold"), *_numbers("images", "size", "last used"))
     for one in entries:
         used = datetime.fromtimestamp(one.used).strftime("%Y-%m-%d %H:%M")
         table.add_row(safe(one.name), f"{one.images:,}", size(one.size), used)
-    rest = Text(
-        f"{size(sum(one.size for one in entries))} in {shown(folder)}; vitft data cache clear removes it", "dim"
-    )
-    return Group(table, rest)
+    total = size(sum(one.size for one in entries))
+    return Group(table, Text(f"{total} in {shown(folder)}; vitft data cache clear removes it", "dim"))

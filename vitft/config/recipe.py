@@ -54,6 +54,13 @@ def recipes() -> list[Recipe]:
     return [Recipe(name, path, _summary(path)) for name, path in sorted(named)]
 
 
+def names(textbook: bool | None = None) -> list[str]:
+    """The names of all recipes, or of those for `vitft train --recipe` (False) or `vitft scratch train` (True)."""
+    if textbook:
+        return [*(recipe.name.removeprefix(TEXTBOOK) for recipe in recipes() if recipe.textbook), SCALAR]
+    return [recipe.name for recipe in recipes() if textbook is None or not recipe.textbook]
+
+
 def find_recipe(name_or_file: str, *, textbook: bool | None = None) -> Path:
     """The file of a recipe, given its path or its name (`scratch/` may be omitted).
 
@@ -70,8 +77,7 @@ def find_recipe(name_or_file: str, *, textbook: bool | None = None) -> Path:
             kind = "a textbook" if recipe.textbook else "a fine-tuning"
             raise UsageError(f"recipe {name_or_file} is {kind} recipe; run it with: {recipe.command}")
         return recipe.path
-    names = [name.removeprefix(TEXTBOOK) for name in known if name.startswith(TEXTBOOK)] if textbook else list(known)
-    hint = nearest(name_or_file, [*names, SCALAR] if textbook else names) or "; `vitft recipes ls` lists them"
+    hint = nearest(name_or_file, names(textbook=True) if textbook else known) or "; `vitft recipes ls` lists them"
     raise UsageError(f"recipe {name_or_file}: neither a file nor a known recipe{hint}")
 
 
