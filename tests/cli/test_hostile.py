@@ -331,12 +331,10 @@ def test_the_bytes_of_a_file_are_bounded_by_its_format(kind: str, a_pixel: int) 
     """Of those that are read whole before a pixel is decoded there may be fewer."""
     stream = io.BytesIO()
     Image.new("RGB", (64, 64)).save(stream, kind)
-    stream.seek(0)
     allowed = a_pixel * 70_000 + 1_000_000
-    assert check_bytes(stream, allowed, 70_000) is None
+    assert check_bytes(io.BytesIO(stream.getvalue()), allowed, 70_000) is None
     said = f"has {allowed + 1:,} bytes, over the {allowed:,} that --max-pixels 70,000 allows for this format"
-    assert check_bytes(stream, allowed + 1, 70_000) == said
-    assert stream.tell() == 0
+    assert check_bytes(io.BytesIO(stream.getvalue()), allowed + 1, 70_000) == said
 
 
 def test_a_chunk_of_a_png_that_is_longer_than_any_profile_is_not_read(tmp_path: Path) -> None:

@@ -363,7 +363,6 @@ def test_the_size_of_a_jpeg_xl_is_read_from_its_header(size: tuple[int, int], co
     data = encoded(Image.new("RGB", size), "JXL", use_container=container, effort=1)
     stream = io.BytesIO(data)
     assert jxl_size(stream) == size
-    assert stream.tell() == 0
 
 
 def test_a_missing_plugin_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,9 @@ from vitft.randomness import uniform
 Images = Tensor | Sequence[Tensor]
 """uint8 (B, H, W, 3), or B images (H, W, 3) of different sizes."""
 
+Index = NDArray[np.int64]
+"""Sample numbers: (B,)."""
+
 CROP_AREA = 0.08  # smallest random crop, as a fraction of the image's area; the largest is the whole image
 CROP_RATIO = (3 / 4, 4 / 3)  # range of a random crop's width / height
 
@@ -256,9 +259,8 @@ def resize_and_crop(images: Images, preprocess: Preprocess, *, exact: bool = Tru
 
 
 def augment(
-    images: Images, preprocess: Preprocess, kind: str, seed: int, epoch: int, index: NDArray[np.int64],
-    out: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    images: Images, preprocess: Preprocess, kind: str, seed: int, epoch: int, index: Index, out: Tensor | None = None
+) -> Tensor:
     """Model input for training: uint8 images of any sizes -> float32 (B, C, height, width).
 
     `kind` is none, flip or crop. Flips and crops are functions of (seed, epoch, sample index), `index` being (B,).
@@ -269,9 +271,7 @@ def augment(
     return normalize(augment_pixels(images, preprocess, kind, seed, epoch, index), preprocess, out)
 
 
-def augment_pixels(
-    images: Images, preprocess: Preprocess, kind: str, seed: int, epoch: int, index: NDArray[np.int64]
-) -> Tensor:  # fmt: skip
+def augment_pixels(images: Images, preprocess: Preprocess, kind: str, seed: int, epoch: int, index: Index) -> Tensor:
     """`augment` without normalization: uint8 (B, height, width, 3), on the device of the images."""
     if kind == "crop":
         return random_crops(images, preprocess, seed, epoch, index)
@@ -280,9 +280,7 @@ def augment_pixels(
     return resize_and_crop(images, preprocess, exact=False)
 
 
-def augment_by_matmul(
-    images: Tensor, preprocess: Preprocess, kind: str, seed: int, epoch: int, index: NDArray[np.int64]
-) -> Tensor:  # fmt: skip
+def augment_by_matmul(images: Tensor, preprocess: Preprocess, kind: str, seed: int, epoch: int, index: Index) -> Tensor:
     """`augment` as matrix products: for same-size images on a GPU, with a fixed number of kernels per batch.
 
     Within 1.6/255 of the threaded version, which rounds to whole numbers after each of its two passes.
@@ -316,9 +314,7 @@ def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def random_crops(
-    images: Images, preprocess: Preprocess, seed: int, epoch: int, index: NDArray[np.int64]
-) -> Tensor:  # fmt: skip
+def random_crops(images: Images, preprocess: Preprocess, seed: int, epoch: int, index: Index) -> Tensor:
     """Random resized crops, half of them flipped: uint8 images of any sizes -> (B, height, width, 3)."""
     flip = draw_flips(seed, epoch, index)
     boxes = draw_crop_boxes(np.array([image.shape[:2] for image in images]), seed, epoch, index)
@@ -332,7 +328,7 @@ def random_crops(
     return _joined(range(len(images)), crop)
 
 
-def draw_flips(seed: int, epoch: int, index: NDArray[np.int64]) -> NDArray[np.bool_]:
+def draw_flips(seed: int, epoch: int, index: Index) -> NDArray[np.bool_]:
     """Which samples an epoch shows mirrored, with probability 1/2 each: (B,) -> (B,)."""
     flip: NDArray[np.bool_] = uniform(seed, "flip", epoch, index)[:, 0] < 0.5
     return flip
@@ -346,7 +342,7 @@ def flip_images(images: Images, flip: NDArray[np.bool_]) -> Images:
     return [image.flip(1) if flipped else image for image, flipped in zip(images, flip, strict=True)]
 
 
-def draw_crop_boxes(sizes: NDArray[np.int64], seed: int, epoch: int, index: NDArray[np.int64]) -> NDArray[np.int64]:
+def draw_crop_boxes(sizes: NDArray[np.int64], seed: int, epoch: int, index: Index) -> NDArray[np.int64]:
     """Boxes of random resized crops (Szegedy et al. 2015, section 6), as torchvision's `RandomResizedCrop` draws them.
 
     sizes is (B, 2): height, width; index is (B,); the result is (B, 4). Area and aspect ratio are drawn up to ten

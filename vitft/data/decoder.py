@@ -173,21 +173,27 @@ def _open_stream(stream: BinaryIO, size: int, max_pixels: int, file: Path | None
         raise BadImage("is empty (zero bytes)")
     if too_large := check_bytes(stream, size, max_pixels):
         raise BadImage(too_large)
+    stream.seek(0)
     head = stream.read(32)
     stream.seek(0)
     if is_jxl(head) and "JXL" in formats():
         width, height = jxl_size(stream) or (0, 0)
         _check_pixels(width, height, "JXL", _WEIGHT["JXL"], max_pixels)
+        stream.seek(0)
     try:
         return Image.open(file or stream, formats=formats())
     except UnidentifiedImageError:
-        name, plugin = ("JPEG XL", "JXL") if is_jxl(head) else ("HEIC", "HEIF")
-        if (is_jxl(head) or (head[4:8] == b"ftyp" and _HEIC.search(head))) and plugin not in formats():
+        name = format_of_plugin(head)
+        if name and {"HEIC": "HEIF", "JPEG XL": "JXL"}[name] not in formats():
             raise BadImage(f"is {name}; to read it: pip install 'vitft[heic]'") from None
         raise
 
 
-_HEIC = re.compile(b"hei[cxms]|hev[cmx]|mif1")
+def format_of_plugin(head: bytes) -> str:
+    """`HEIC` or `JPEG XL`, which Pillow reads with plugins, from a file's first 32 bytes; empty for all others."""
+    if is_jxl(head):
+        return "JPEG XL"
+    return "HEIC" if head[4:8] == b"ftyp" and re.search(b"hei[cxms]|hev[cmxs]|mif1|msf1", head[8:32]) else ""
 
 
 def _read(

@@ -17,17 +17,13 @@ _JXL_CODESTREAM, _JXL_CONTAINER = b"\xff\x0a", b"\x00\x00\x00\x0cJXL \r\n\x87\n"
 
 
 def check_bytes(stream: BinaryIO, size: int, max_pixels: int) -> str | None:
-    """Why an encoded image of `size` bytes is too large; None if it is not. The stream is left at its start."""
+    """Why an encoded image of `size` bytes is too large; None if it is not."""
     head = stream.read(16)
     whole = (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or head[4:8] == b"ftyp" or is_jxl(head)
     allowed = (_WHOLE_BYTES_PER_PIXEL if whole else _BYTES_PER_PIXEL) * max_pixels + 1_000_000
-    reason = None
     if size > allowed:
-        reason = f"has {size:,} bytes, over the {allowed:,} that --max-pixels {max_pixels:,} allows for this format"
-    elif head[:8] == b"\x89PNG\r\n\x1a\n" and size > _CHUNK:
-        reason = _long_chunk(stream)
-    stream.seek(0)
-    return reason
+        return f"has {size:,} bytes, over the {allowed:,} that --max-pixels {max_pixels:,} allows for this format"
+    return _long_chunk(stream) if head[:8] == b"\x89PNG\r\n\x1a\n" and size > _CHUNK else None
 
 
 def _long_chunk(stream: BinaryIO) -> str | None:
@@ -71,15 +67,8 @@ def is_jxl(head: bytes) -> bool:
 def jxl_size(stream: BinaryIO) -> tuple[int, int] | None:
     """Width and height from a JPEG XL header (ISO/IEC 18181-1, SizeHeader); None if there is no header.
 
-    The Pillow plugin decodes the whole image when it opens it. The stream is left at its start.
+    The Pillow plugin decodes the whole image when it opens it.
     """
-    try:
-        return _jxl_size(stream)
-    finally:
-        stream.seek(0)
-
-
-def _jxl_size(stream: BinaryIO) -> tuple[int, int] | None:
     head = stream.read(12)
     if head == _JXL_CONTAINER:
         while len(box := stream.read(8)) == 8:
@@ -96,30 +85,22 @@ def _jxl_size(stream: BinaryIO) -> tuple[int, int] | None:
             stream.seek(length - skipped, 1)
     if not head.startswith(_JXL_CODESTREAM):
         return None
-    bits = _Bits(head[2:])
-    small = bits.take(1)
-    height = _side(bits, small)
-    ratio = bits.take(3)
+    rest = int.from_bytes(head[2:], "little")  # bit fields, lowest bit first; past the end, bits are 0
+
+    def take(count: int) -> int:
+        nonlocal rest
+        value = rest & ((1 << count) - 1)
+        rest >>= count
+        return value
+
+    def side() -> int:
+        return 8 * (1 + take(5)) if small else 1 + take((9, 13, 18, 30)[take(2)])
+
+    small = take(1)
+    height = side()
+    ratio = take(3)
     over, under = _RATIOS[ratio]
-    width = _side(bits, small) if ratio == 0 else height * over // under
-    return width, height
-
-
-def _side(bits: "_Bits", small: int) -> int:
-    return 8 * (1 + bits.take(5)) if small else 1 + bits.take((9, 13, 18, 30)[bits.take(2)])
+    return side() if ratio == 0 else height * over // under, height
 
 
 _RATIOS = ((0, 1), (1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
-
-
-class _Bits:
-    """A reader of bit fields, lowest bit first; past the end, bits are 0."""
-
-    def __init__(self, data: bytes) -> None:
-        self._rest = int.from_bytes(data, "little")
-
-    def take(self, count: int) -> int:
-        """The next `count` bits."""
-        value = self._rest & ((1 << count) - 1)
-        self._rest >>= count
-        return value

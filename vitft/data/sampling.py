@@ -5,14 +5,14 @@ from numpy.typing import NDArray
 
 from vitft.randomness import random_words
 
+Labels = NDArray[np.int64]  # class indices
+Mask = NDArray[np.bool_]
+Sides = NDArray[np.int8]  # of each image: OPEN, TRAIN or HELD_OUT
 Keys = NDArray[np.uint64]  # a number that identifies an image: see `identity`
 OPEN, TRAIN, HELD_OUT = -1, 0, 1  # the side an image must be on: either, training, held out
 
 
-def hold_out(
-    labels: NDArray[np.int64], keys: Keys, fraction: float, seed: int, purpose: str,
-    sides: NDArray[np.int8] | None = None,
-) -> NDArray[np.bool_]:  # fmt: skip
+def hold_out(labels: Labels, keys: Keys, fraction: float, seed: int, purpose: str, sides: Sides | None = None) -> Mask:
     """Hold out about a fraction of n images: (n,) class indices, (n,) keys -> (n,) mask.
 
     An image is held out if the number drawn for it, in [0, 1), is below the fraction. This depends on nothing but the
@@ -46,9 +46,7 @@ def hold_out(
     return chosen
 
 
-def stratified_sample(
-    labels: NDArray[np.int64], keys: Keys, count: int, seed: int, purpose: str
-) -> NDArray[np.bool_]:  # fmt: skip
+def stratified_sample(labels: Labels, keys: Keys, count: int, seed: int, purpose: str) -> Mask:
     """Choose exactly `count` of n images, in proportion to class sizes: (n,) class indices, (n,) keys -> (n,) mask.
 
     Within a class, images are ordered by the numbers drawn for them. So a smaller sample is a subset of a larger one,

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vitft.data.sampling import HELD_OUT, OPEN, TRAIN
-from vitft.data.sources.identity import content_hashes, ids, row_numbers, sample_names
-from vitft.data.sources.schema import ROLES
+from vitft.data.sampling import HELD_OUT, OPEN, TRAIN, Sides
+from vitft.data.sources.identity import content_hashes, ids, sample_names
+from vitft.data.sources.schema import ROLES, ROW, whole_numbers
 from vitft.data.sources.source import Source, class_indices
 from vitft.data.splits import Rows, Split, split_hash
 from vitft.errors import DataError
 from vitft.io.paths import composed
 
 FILE = "splits.json"
+Ids = Sequence[str | int]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class RecordedSplit:
     """One split as a run recorded it. Runs of early versions have row numbers for ids, and no content hashes."""
 
     source: str
-    ids: tuple[str | int, ...]
+    ids: Ids
     hash: str
     contents: tuple[str, ...] | None  # content hash of each image
 
@@ -93,17 +93,15 @@ def _restore(source: Source, role: str, recorded: RecordedSplit, *, moved: bool)
     return best
 
 
-def _find_rows(
-    source: Source, name: str, wanted: Sequence[str | int], *, by_content: bool
-) -> tuple[list[int], Rows]:  # fmt: skip
+def _find_rows(source: Source, name: str, wanted: Ids, *, by_content: bool) -> tuple[list[int], Rows]:
     """Which of the wanted images are in this split, as positions in `wanted`, and their rows."""
     split = source.splits[name]
     rows = np.arange(len(split))
-    present: Sequence[str | int]
+    present: Ids
     if by_content:
-        present = _content_hashes(source, name, rows)
+        present = content_hashes(split, rows)
     else:
-        present = row_numbers(split).tolist() if wanted and isinstance(wanted[0], int) else ids(split, rows)
+        present = whole_numbers(split, ROW).tolist() if wanted and isinstance(wanted[0], int) else ids(split, rows)
     rows_of: dict[str | int, list[int]] = defaultdict(list)
     for row, image in enumerate(present):
         rows_of[image].append(row)
@@ -113,10 +111,6 @@ def _find_rows(
             places.append(place)
             found.append(same.pop(0) if len(same) > 1 else same[0])
     return places, np.array(found, np.int64)
-
-
-def _content_hashes(source: Source, name: str, rows: Rows) -> list[str]:
-    return [f"{key:016x}" for key in content_hashes(source.splits[name], rows).tolist()]
 
 
 def describe_changes(record: Record, source: Source, splits: Mapping[str, Split]) -> list[str]:
@@ -135,9 +129,7 @@ def describe_changes(record: Record, source: Source, splits: Mapping[str, Split]
     return sentences
 
 
-def recorded_sides(
-    records: Sequence[Record], moved: Sequence[bool], source: Source
-) -> dict[str, NDArray[np.int8]]:  # fmt: skip
+def recorded_sides(records: Sequence[Record], moved: Sequence[bool], source: Source) -> dict[str, Sides]:
     """The side that earlier runs had each image on, by source split; `moved` says, for each run, if its data moved.
 
     An image that any run trained on counts as trained on, even if others held it out.
@@ -164,7 +156,7 @@ def refuse_leak(records: Sequence[Record], source: Source, split: Split, remedy:
         if train is None or train.contents is None:
             continue
         trained = set(train.contents) - set((own and own.contents) or ())
-        hashes = _content_hashes(source, split.source, split.rows)
+        hashes = content_hashes(source.splits[split.source], split.rows)
         if leaked := [row for row, image in zip(split.rows.tolist(), hashes, strict=True) if image in trained]:
             first = sample_names(source.splits[split.source], np.array(leaked[:1]))[0]
             raise DataError(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vitft.data.sampling import HELD_OUT, OPEN, hold_out, stratified_sample
+from vitft.data.sampling import HELD_OUT, OPEN, Labels, Mask, Sides, hold_out, stratified_sample
 from vitft.data.sources.identity import content_hashes, has_names, ids, keys_of
 from vitft.data.sources.schema import ROLES, role_of
 from vitft.data.sources.source import Source, class_indices
@@ -25,11 +25,11 @@ class Split:
     name: str  # the role: train, validation or test
     source: str  # the source's split that the rows come from
     rows: Rows  # row numbers there: ascending, or in the order that a run recorded
-    labels: NDArray[np.int64]  # class indices
+    labels: Labels  # class indices
     ids: Sequence[str | int]  # see `identity.ids`; row numbers in runs of early versions
     hash: str  # of the source split's name, the ids and their class names
 
-    def select(self, mask: NDArray[np.bool_], class_names: Sequence[str]) -> "Split":
+    def select(self, mask: Mask, class_names: Sequence[str]) -> "Split":
         """The split restricted to the rows where the mask, (n,), is true."""
         if mask.all():
             return self
@@ -53,7 +53,7 @@ def make_splits(
     max_train_samples: int | None,
     max_eval_samples: int | None,
     seed: int,
-    sides: Mapping[str, NDArray[np.int8]] | None = None,
+    sides: Mapping[str, Sides] | None = None,
 ) -> dict[str, Split]:
     """Choose train, validation and test: a pure function of the source and these settings.
 
@@ -120,15 +120,12 @@ def manifest(source: Source, splits: Mapping[str, Split]) -> dict[str, Any]:
     for role, split in splits.items():
         rows = source.splits[split.source]
         entry = {"source": split.source, "count": len(split.rows), "hash": split.hash, "ids": list(split.ids)}
-        if has_names(rows):
-            entry |= {"by": "path", "contents": [f"{key:016x}" for key in content_hashes(rows, split.rows).tolist()]}
-        else:
-            entry |= {"by": "content"}
-        document["splits"][role] = entry
+        by = {"by": "path", "contents": content_hashes(rows, split.rows)} if has_names(rows) else {"by": "content"}
+        document["splits"][role] = entry | by
     return document
 
 
-def split_hash(name: str, ids: Sequence[str | int], labels: NDArray[np.int64], class_names: Sequence[str]) -> str:
+def split_hash(name: str, ids: Sequence[str | int], labels: Labels, class_names: Sequence[str]) -> str:
     """16 hex digits that identify these images, by the source split's name, the ids and their class names."""
     content = [name, list(ids), [class_names[label] for label in labels.tolist()]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

@@ -15,7 +15,7 @@ from vitft.checkpoints.checkpoint import find_model
 from vitft.checkpoints.metadata import read_card
 from vitft.config.train import TrainConfig
 from vitft.data.loader import Batches, EvalLoader
-from vitft.data.sources.schema import Reading
+from vitft.data.sources.schema import ReadOptions
 from vitft.data.sources.source import ALIASES, DIGITS, DatasetLike, Source, source_of
 from vitft.data.splits import Split
 from vitft.data.store import Skipped, decode_all
@@ -101,7 +101,7 @@ def evaluate(
     place = absolute(str(dataset), (*ALIASES, DIGITS)) if isinstance(dataset, str | Path) else None
     if dataset is not None and (place is None or place != config.dataset):
         # Settings for reading the checkpoint's own dataset do not apply to another one.
-        reset = {"dataset_revision", "exclude", *Reading.__dataclass_fields__}
+        reset = {"dataset_revision", "exclude", *ReadOptions.__dataclass_fields__}
         config = config.model_copy(update=dict.fromkeys(reset) | {"dataset": place, "allow_outside": False})
     typed = {"dataset_revision": dataset_revision, "max_pixels": max_pixels, "on_bad_image": on_bad_image,
              "image_column": image_column, "label_column": label_column, "split_column": split_column,

@@ -4,7 +4,6 @@ import io
 import os
 import resource
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -95,15 +94,12 @@ HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
 
 
 @pytest.fixture
-def no_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulate an installation without HEIC and JPEG XL."""
     known = tuple(name for name in decoder.formats() if name not in ("HEIF", "JXL"))
     names = frozenset(name for name in decoder.suffixes() if name not in (".heic", ".heif", ".hif", ".jxl"))
     monkeypatch.setattr(folders, "formats", lambda: known)
     monkeypatch.setattr(folders, "suffixes", lambda: names)
-    folders._readers.cache_clear()
-    yield
-    folders._readers.cache_clear()
 
 
 def write(file: Path, content: bytes) -> None:

@@ -15,7 +15,7 @@ from vitft.cli.app import app
 from vitft.data.sources import columns
 from vitft.data.sources.image_paths import ImagePaths
 from vitft.data.sources.rows import Table
-from vitft.data.sources.schema import Notes, Reading, is_missing
+from vitft.data.sources.schema import MISSING, Notes, ReadOptions
 from vitft.data.sources.source import open_dataset, source_of
 from vitft.data.validation.check import check
 from vitft.training.setup import absolute
@@ -49,7 +49,7 @@ def test_a_folder_is_listed_once_and_no_row_costs_a_look_at_the_disk(tmp_path, m
 
 def test_the_panel_of_reading_is_what_a_reader_is_asked() -> None:
     panel = [name for name, field in TrainConfig.model_fields.items() if field.json_schema_extra["panel"] == "Reading"]  # type: ignore[index,call-overload]
-    assert panel == list(Reading.__dataclass_fields__)
+    assert panel == list(ReadOptions.__dataclass_fields__)
 
 
 def test_every_command_that_reads_a_table_takes_a_fold(tmp_path) -> None:
@@ -105,8 +105,8 @@ def test_labels_that_are_written_in_two_ways_are_named(tmp_path) -> None:
 def test_what_pandas_takes_for_missing_is_no_label() -> None:
     from pandas._libs.parsers import STR_NA_VALUES
 
-    assert [text for text in STR_NA_VALUES if not is_missing(text)] == []
-    assert not any(map(is_missing, ("-1", "0", "none", "missing", "no")))
+    assert STR_NA_VALUES <= MISSING
+    assert not MISSING & {"-1", "0", "none", "missing", "no"}
 
 
 def test_a_cell_that_names_a_folder_leaves_its_images_to_be_found(tmp_path) -> None:
@@ -143,7 +143,7 @@ def test_the_usual_names_of_columns_are_known() -> None:
 def assigned(cells: dict[str, list[str]]) -> tuple[list[str] | None, list[str]]:
     """The split of each row, and the warnings."""
     notes = Notes()
-    return columns.read_splits(table(cells), set(), Reading(), notes)[0], notes.warnings
+    return columns.read_splits(table(cells), set(), ReadOptions(), notes)[0], notes.warnings
 
 
 def test_the_usual_names_of_columns_of_splits_and_folds_are_known() -> None:

@@ -20,7 +20,7 @@ from vitft.data.decoder import suffixes
 from vitft.data.sources.features import LABEL_NAMES
 from vitft.data.sources.folders import Folder, OtherFile, is_junk, relative
 from vitft.data.sources.layouts import splits_of
-from vitft.data.sources.schema import IMAGE_TYPE, Notes, image_structs, make_split
+from vitft.data.sources.schema import IMAGE_TYPE, Notes, Splits, image_structs, make_split
 from vitft.errors import DataError
 from vitft.io.console import size
 
@@ -35,7 +35,7 @@ def is_archive(name: str) -> bool:
     return name.lower().endswith(ARCHIVE_SUFFIXES)
 
 
-def read_archives(files: Mapping[str, list[Path]], notes: Notes) -> dict[str, datasets.Dataset]:
+def read_archives(files: Mapping[str, list[Path]], notes: Notes) -> Splits:
     """The splits of one archive of class folders, or of WebDataset shards, whose names give the split.
 
     Raises DataError for archives that do not fit in memory, and for members with unsafe paths.
@@ -132,26 +132,26 @@ class _Member(tarfile.TarInfo):
 # -- class folders ----------------------------------------------------------------------------------
 
 
-def _read_class_folders(file: Path, names: list[str], notes: Notes) -> dict[str, datasets.Dataset]:
-    metadata = [name for name in names if name.lower().rpartition("/")[2] in ("metadata.csv", "metadata.jsonl")]
+def _read_class_folders(file: Path, files: list[str], notes: Notes) -> Splits:
+    metadata = [name for name in files if name.lower().rpartition("/")[2] in ("metadata.csv", "metadata.jsonl")]
     if metadata:
         raise DataError(f"{file} has its labels in {metadata[0]}; unpack it, and give the folder.")
-    tree = _tree(file, names)
+    tree = _tree(file, files)
     classes = splits_of(tree, notes)
+    names = sorted({name for of_split in classes.values() for name in of_split})
     members = {
-        relative(path, tree.path): (split, label)
+        relative(path, tree.path): (split, number)
         for split, of_split in classes.items()
-        for label, paths in of_split.items()
-        for path in paths
+        for number, name in enumerate(names)
+        for path in of_split.get(name, ())
     }
-    images: dict[str, dict[str, tuple[str, bytes]]] = {name: {} for name in classes}
+    images: dict[str, dict[str, tuple[int, bytes]]] = {name: {} for name in classes}
     for name, _, data in _walk(file, members.__contains__):
         if name in members:
             split, label = members[name]
             images[split][name] = label, data  # a repeated name replaces the earlier one, as in unpacking
-    labels = sorted({label for of_split in classes.values() for label in of_split})
     notes.decide(f"{file.name} is read into memory, {sum(map(len, images.values())):,} images")
-    return {split: _dataset([(name, *rows[name]) for name in sorted(rows)], labels) for split, rows in images.items()}
+    return {split: _dataset([(name, *rows[name]) for name in sorted(rows)], names) for split, rows in images.items()}
 
 
 def _tree(file: Path, names: list[str]) -> Folder:
@@ -176,9 +176,6 @@ def _tree(file: Path, names: list[str]) -> Folder:
             folder_at(parent).images.append(last)
         else:
             folder_at(parent).others.append(OtherFile(last, ""))
-    for path in sorted(folders, key=lambda path: -path.count("/") if path else 1):  # the root last
-        folder = folders[path]
-        folder.count = len(folder.images) + sum(inner.count for inner in folder.folders)
     return root
 
 
@@ -237,7 +234,7 @@ def _label(file: Path, name: str, field: str, data: bytes) -> str | None:
 
 
 def _dataset(rows: list[tuple[str, Any, bytes]], names: list[str] | None) -> datasets.Dataset:
-    """A split from rows of name, class name and content. With `names`, labels are stored as indices into them."""
+    """A split from rows of name, label and content. With `names`, labels are indices into them."""
     chunks, start, length = [], 0, 0
     for end, (_, _, data) in enumerate(rows, 1):
         length += len(data)
@@ -245,6 +242,4 @@ def _dataset(rows: list[tuple[str, Any, bytes]], names: list[str] | None) -> dat
             part = rows[start:end]
             chunks.append(image_structs(pa.array([row[2] for row in part], pa.binary()), [row[0] for row in part]))
             start, length = end, 0
-    index = None if names is None else {name: number for number, name in enumerate(names)}
-    labels = [row[1] if index is None else index[row[1]] for row in rows]
-    return make_split(pa.chunked_array(chunks, IMAGE_TYPE), labels, names)
+    return make_split(pa.chunked_array(chunks, IMAGE_TYPE), [row[1] for row in rows], names)

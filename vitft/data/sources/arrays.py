@@ -6,20 +6,19 @@ import pickletools
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from PIL import Image
 
 from vitft.data.sampling import stratified_sample
-from vitft.data.sources.schema import image_structs, make_split
+from vitft.data.sources.features import to_png
+from vitft.data.sources.schema import Splits, image_structs, make_split
 from vitft.errors import DataError
 
 _SIDE = 32  # pixels, of every CIFAR image
 
 
-def read_digits() -> dict[str, datasets.Dataset]:
+def read_digits() -> Splits:
     """Read scikit-learn's 1,797 handwritten digits, 8x8 gray. A fixed stratified 20 % is the test split."""
     from sklearn.datasets import load_digits
 
@@ -29,7 +28,7 @@ def read_digits() -> dict[str, datasets.Dataset]:
     test = stratified_sample(labels, np.arange(len(labels), dtype=np.uint64), round(len(labels) / 5), 0, "digits test")
     names = [str(name) for name in digits.target_names]
     return {
-        split: make_split(image_structs(pa.array([_png(image) for image in images[mask]])), labels[mask], names)
+        split: make_split(image_structs(pa.array([to_png(image) for image in images[mask]])), labels[mask], names)
         for split, mask in (("train", ~test), ("test", test))
     }
 
@@ -42,7 +41,7 @@ def cifar_folder(root: Path) -> Path | None:
     return None
 
 
-def read_cifar(folder: Path, label_column: str | None = None) -> dict[str, datasets.Dataset]:
+def read_cifar(folder: Path, label_column: str | None = None) -> Splits:
     """Read the original Python batches. For CIFAR-100, `label_column` chooses `fine_label` or `coarse_label`.
 
     Raises DataError for a batch that holds anything but numbers, names and one array.
@@ -166,9 +165,3 @@ def _ppm(images: NDArray[np.uint8]) -> pa.Array:
     offsets = np.arange(len(files) + 1, dtype=np.int32) * files.shape[1]
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(files))]
     return pa.Array.from_buffers(pa.binary(), len(files), buffers)
-
-
-def _png(image: NDArray[np.uint8]) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "PNG")
-    return stream.getvalue()

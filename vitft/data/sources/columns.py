@@ -6,13 +6,15 @@ Ambiguous tables are refused with the flag that decides; every choice is noted.
 import ast
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from typing import Any
 
 from vitft.data.sources.image_paths import ImagePaths
 from vitft.data.sources.rows import Table, shorten, simplify
-from vitft.data.sources.schema import ROLES, Notes, Reading, is_missing
+from vitft.data.sources.schema import MISSING, ROLES, Notes, ReadOptions
 from vitft.errors import DataError, UsageError, nearest
 
 # Usual names, as `simplify` writes them, the most specific first.
@@ -27,10 +29,10 @@ LABEL = (
 SPLIT = ("split", "datasplit", "splits", "subset", "partition", "usage", "set", "dataset", "phase")
 _FOLD = ("fold", "folds", "kfold", "foldid", "cvfold", "cv")
 KNOWN = {*IMAGE, *LABEL, *SPLIT, *_FOLD}
-_FLAGS = {  # columns of yes and no, by the role that a yes gives
-    "train": ("train", "istrain", "training", "istraining", "istrainingimage", "istrainingimg"),
-    "validation": ("val", "isval", "valid", "isvalid", "validation", "isvalidation", "dev", "isdev"),
-    "test": ("test", "istest", "testing", "istesting"),
+_FLAGS = {  # columns of yes and no, and the role that a yes gives
+    **dict.fromkeys(("train", "istrain", "training", "istraining", "istrainingimage", "istrainingimg"), "train"),
+    **dict.fromkeys(("val", "isval", "valid", "isvalid", "validation", "isvalidation", "dev", "isdev"), "validation"),
+    **dict.fromkeys(("test", "istest", "testing", "istesting"), "test"),
 }
 _YES, _NO = {"1", "1.0", "true", "t", "yes", "y"}, {"0", "0.0", "false", "f", "no", "n"}
 _WORDS = {  # names of splits, as `simplify` writes them, in addition to schema.ROLES
@@ -46,6 +48,10 @@ _SAMPLE_ROWS = 200  # for detecting the image column
 def join_names(names: Sequence[str], count: int = 6) -> str:
     """The first of some names, and how many there are."""
     return ", ".join(names[:count]) + (f", ... ({len(names)})" if len(names) > count else "")
+
+
+def _ambiguous(table: Table, columns: Sequence[str], what: str, flag: str) -> DataError:
+    return DataError(f"{table.path}: columns {join_names(columns, 12)} {what}; choose one with {flag}.")
 
 
 def _requested(table: Table, wanted: str, flag: str) -> str:
@@ -67,13 +73,10 @@ def cell_path(cell: Any) -> Any:
     """The path in a cell, which may also be {"path": ...}, as `datasets` writes it, or a number."""
     cell = cell.strip() if isinstance(cell, str) else cell
     if isinstance(cell, str) and cell.startswith("{") and cell.endswith("}"):
-        try:
-            cell = json.loads(cell)
-        except (ValueError, RecursionError):
-            try:
-                cell = ast.literal_eval(cell)
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
-                return cell
+        for parse in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                cell = parse(cell)
+                break
     if isinstance(cell, dict):
         cell = cell.get("path") or cell.get("filename") or cell.get("file_name")
     return str(cell) if isinstance(cell, int) and not isinstance(cell, bool) else cell
@@ -103,21 +106,18 @@ def image_column(table: Table, image_paths: ImagePaths, wanted: str | None, note
     if len({tuple(str(file) for file, _ in guesses[name]) for name in likely}) > 1:
         usual = [name for name in likely if simplify(name) in IMAGE]
         if len(usual) != 1:
-            raise DataError(f"{table.path}: columns {join_names(likely)} name files; choose one with --image-column.")
+            raise _ambiguous(table, likely, "name files", "--image-column")
         likely = usual
-    if likely:
-        column = min(likely, key=lambda name: (_rank(name, IMAGE), table.names.index(name)))
-        notes.decide(f"images: column {column!r}, whose cells name files")
-        return column
-    usual = sorted((name for name in table.names if simplify(name) in IMAGE), key=lambda name: _rank(name, IMAGE))
-    if not usual:
+    candidates = likely or [name for name in table.names if simplify(name) in IMAGE]
+    if not candidates:
         raise DataError(
             f"{table.path}: no column names files in {image_paths.folders[0]}; the columns are "
             f"{join_names(table.names, 20)}; choose one with --image-column, or give the folder of the images with "
             "--image-folder."
         )
-    notes.decide(f"images: column {usual[0]!r}, by its name")
-    return usual[0]
+    column = min(candidates, key=lambda name: _rank(name, IMAGE))
+    notes.decide(f"images: column {column!r}, {'whose cells name files' if likely else 'by its name'}")
+    return column
 
 
 def _rank(name: str, known: Sequence[str]) -> int:
@@ -127,22 +127,22 @@ def _rank(name: str, known: Sequence[str]) -> int:
 # -- the split ------------------------------------------------------------------------------------
 
 
-def read_splits(table: Table, taken: set[str], reading: Reading, notes: Notes) -> tuple[list[str] | None, set[str]]:
+def read_splits(table: Table, taken: set[str], options: ReadOptions, notes: Notes) -> tuple[list[str] | None, set[str]]:
     """The split of every row, None if no column gives it; and the columns used.
 
     Raises DataError for contradictory columns, UsageError for a fold column without a fold.
     """
-    if reading.fold_column is not None and reading.fold is None:
-        raise UsageError(f"--fold-column {reading.fold_column} needs --fold, the fold used for validation.")
+    if options.fold_column is not None and options.fold is None:
+        raise UsageError(f"--fold-column {options.fold_column} needs --fold, the fold used for validation.")
     used: set[str] = set()
     splits: list[str] | None = None
-    if reading.split_column is not None:
-        column = _requested(table, reading.split_column, "--split-column")
+    if options.split_column is not None:
+        column = _requested(table, options.split_column, "--split-column")
         splits, used = _by_names(table, column, notes), {column}
     else:
         rest = [name for name in table.names if name not in taken]
         by_content = [name for name in rest if _holds_splits(table[name])]
-        flags = {name: role for name in rest if (role := _flag_role(name)) and _is_binary(table[name])}
+        flags = {name: role for name in rest if (role := _FLAGS.get(simplify(name))) and _is_binary(table[name])}
         if all(not simplify(name).startswith("is") for name in flags) and len(set(flags.values())) < 2:
             flags = {}  # in a one-hot table, a lone column `train` may be a class
         by_name = [name for name in rest if simplify(name) in SPLIT[:3] and name not in by_content]
@@ -151,14 +151,14 @@ def read_splits(table: Table, taken: set[str], reading: Reading, notes: Notes) -
             splits, used = _by_names(table, column, notes), {column}
         elif flags:
             splits, used = _by_flags(table, flags, notes), set(flags)
-        elif by_name and reading.fold is None and 1 < len(_values(table[by_name[0]])) <= _MAX_SPLITS:
+        elif by_name and options.fold is None and 1 < len(_values(table[by_name[0]])) <= _MAX_SPLITS:
             splits, used = _by_names(table, by_name[0], notes), {by_name[0]}
         else:
             _warn_of_unused_splits(table, rest, notes)
-    folds = _fold_columns(table, taken | used, reading)
-    if reading.fold is not None:
-        splits = _by_fold(table, folds[0], reading.fold, splits, notes)
-    for column in folds if reading.fold is None else ():
+    folds = _fold_columns(table, taken | used, options)
+    if options.fold is not None:
+        splits = _by_fold(table, folds[0], options.fold, splits, notes)
+    for column in folds if options.fold is None else ():
         values = join_names(sorted(_values(table[column]), key=_number_key))
         notes.warn(f"column {column!r} looks like folds ({values}) and is not used; --fold K validates on one of them")
     return splits, used.union(folds)
@@ -175,16 +175,12 @@ def _values(cells: Sequence[Any]) -> list[str]:
         if len(values) > _MAX_SPLITS:
             break
         values[_text(cell)] = None
-    return [value for value in values if not is_missing(value)]
+    return [value for value in values if value not in MISSING]
 
 
 def _holds_splits(cells: Sequence[Any]) -> bool:
     values = _values(cells)
     return bool(values) and all(simplify(value) in _ROLE_OF for value in values)
-
-
-def _flag_role(name: str) -> str | None:
-    return next((role for role, names in _FLAGS.items() if simplify(name) in names), None)
 
 
 def _is_binary(cells: Sequence[Any]) -> bool:
@@ -205,9 +201,7 @@ def _choose_split_column(table: Table, columns: list[str], notes: Notes) -> str:
 
     differing = [name for name in columns if name != chosen and roles(name) != roles(chosen)]
     if differing and simplify(chosen) != "split":
-        raise DataError(
-            f"{table.path}: columns {join_names(columns)} hold different splits; choose one with --split-column."
-        )
+        raise _ambiguous(table, columns, "hold different splits", "--split-column")
     if differing:
         notes.warn(f"column {join_names(differing)} differs from {chosen!r} and is not used (see --split-column)")
     return chosen
@@ -217,7 +211,7 @@ def _by_names(table: Table, column: str, notes: Notes) -> list[str]:
     """Splits from a column of their names; spellings of one role are merged."""
     cells = [_text(cell) for cell in table[column]]
     counts = Counter(cells)
-    values = [value for value in counts if not is_missing(value)]
+    values = [value for value in counts if value not in MISSING]
     if values and _are_numbers(values):
         raise DataError(
             f"{table.path}: column {column!r} holds numbers ({join_names(sorted(values, key=_number_key))}), not "
@@ -283,7 +277,7 @@ def _warn_of_unused_splits(table: Table, rest: list[str], notes: Notes) -> None:
                 f"column {name!r} looks like a split ({join_names(values)}) and is not used; "
                 f"--split-column {name} uses it"
             )
-        elif _flag_role(name) and _is_binary(table[name]):
+        elif simplify(name) in _FLAGS and _is_binary(table[name]):
             notes.warn(f"column {name!r} looks like a split and is not used; write train and {name} in a column split")
 
 
@@ -298,17 +292,17 @@ def _number_key(value: str) -> tuple[int, float, str]:
         return 1, 0.0, value
 
 
-def _fold_columns(table: Table, taken: set[str], reading: Reading) -> list[str]:
+def _fold_columns(table: Table, taken: set[str], options: ReadOptions) -> list[str]:
     """The columns that look like folds; exactly one if a fold is requested. Raises DataError."""
-    if reading.fold_column is not None:
-        return [_requested(table, reading.fold_column, "--fold-column")]
+    if options.fold_column is not None:
+        return [_requested(table, options.fold_column, "--fold-column")]
     columns = []
     for name in table.names:
         if name not in taken and simplify(name).rstrip("0123456789") in _FOLD:
             values = _values(table[name])
             if 1 < len(values) <= _MAX_SPLITS and _are_numbers(values):
                 columns.append(name)
-    if reading.fold is not None and len(columns) != 1:
+    if options.fold is not None and len(columns) != 1:
         what = f"columns {join_names(columns)} look like folds" if columns else "no column looks like folds"
         raise DataError(f"{table.path}: {what}, of {join_names(table.names, 20)}; choose one with --fold-column.")
     return columns
@@ -373,9 +367,7 @@ def read_labels(
         return _only_column(table, filled[0], notes), filled
     if not filled:
         return _folder_names(table, image, notes), []
-    raise DataError(
-        f"{table.path}: columns {join_names(filled, 12)} could be the label; choose one with --label-column."
-    )
+    raise _ambiguous(table, filled, "could be the label", "--label-column")
 
 
 def _choose_label_column(table: Table, usual: list[str], notes: Notes) -> str:
@@ -389,9 +381,7 @@ def _choose_label_column(table: Table, usual: list[str], notes: Notes) -> str:
             if _are_numbers(first) and not _are_numbers(second):
                 chosen = other
         elif simplify(chosen) not in ("label", "labels"):
-            raise DataError(
-                f"{table.path}: columns {join_names(usual)} could be the label; choose one with --label-column."
-            )
+            raise _ambiguous(table, usual, "could be the label", "--label-column")
     notes.decide(f"labels: column {chosen!r}, by its name")
     return chosen
 
@@ -426,7 +416,7 @@ def _as_labels(table: Table, column: str, notes: Notes) -> list[str | None]:
             f"{table.path}: the labels are of several types: {kind_a} on {table.unit} {table.lines[row_a]}, "
             f"{kind_b} on {table.unit} {table.lines[row_b]}; write all of them the same way."
         )
-    spelled = {cell for cell in set(table[column]) if isinstance(cell, str) and not is_missing(cell.strip())}
+    spelled = {cell for cell in set(table[column]) if isinstance(cell, str) and cell.strip() not in MISSING}
     if kinds.keys() == {"text"} and len(spelled) > len(stripped := {cell.strip() for cell in spelled}):
         odd = next(cell for cell in sorted(spelled) if cell != cell.strip() and cell.strip() in stripped & spelled)
         notes.warn(f"labels that differ only in surrounding spaces are one class: {odd!r} and {odd.strip()!r}")
@@ -447,9 +437,9 @@ def _label(cell: Any) -> tuple[str, str | None]:
                 return "", None
             return "a number", str(int(cell)) if cell.is_integer() and abs(cell) < 2**53 else repr(cell)
         case str():
-            if is_missing(cell := cell.strip()):
+            if (cell := cell.strip()) in MISSING:
                 return "", None
-            if not cell.isascii() and not _is_unicode(cell):
+            if _SURROGATE.search(cell):
                 return "half of a surrogate pair, not text", None
             return "text", cell
         case list():
@@ -458,12 +448,7 @@ def _label(cell: Any) -> tuple[str, str | None]:
             return "an object", None
 
 
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def _one_hot(table: Table, columns: list[str], splits: list[str]) -> list[str | None] | None:

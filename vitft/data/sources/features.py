@@ -8,7 +8,7 @@ import io
 import json
 import re
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.features.features import generate_from_arrow_type
+from numpy.typing import NDArray
 from PIL import Image
 
 from vitft.data.sources import columns
 from vitft.data.sources.rows import Table, shorten
 from vitft.data.sources.schema import (
     IMAGE_TYPE,
+    MISSING,
     Notes,
-    Reading,
-    check_label_type,
+    ReadOptions,
+    Splits,
+    group_rows,
     in_memory,
-    is_missing,
     role_of,
     to_int64,
 )
 from vitft.errors import DataError, UsageError, nearest
+
+Features = Mapping[str, Any]
 
 # Usual names, the most specific first; `jpg` and `cls` are fields of WebDataset.
 IMAGE_NAMES = ("image", "img", "images", "picture", "photo", "pixel_values", "pixels", "jpg", "jpeg", "png", "webp")
@@ -64,7 +68,7 @@ class Leaf:
         return inner
 
 
-def leaves(features: Mapping[str, Any], parents: tuple[str, ...] = ()) -> dict[str, Leaf]:
+def leaves(features: Features, parents: tuple[str, ...] = ()) -> dict[str, Leaf]:
     """All columns by name, and all fields of structs by dotted path."""
     by_name: dict[str, Leaf] = {}
     for name, feature in features.items():
@@ -92,9 +96,7 @@ def features_of(schema: pa.Schema) -> dict[str, Any]:
     return features
 
 
-def find_columns(
-    features: Mapping[str, Any], image: str | None, label: str | None, notes: Notes
-) -> tuple[Leaf, Leaf | None]:
+def find_columns(features: Features, image: str | None, label: str | None, notes: Notes) -> tuple[Leaf, Leaf | None]:
     """The image and label columns: the requested ones, else by type and name; the label may be None.
 
     Raises DataError if there is no image column, or if several columns are equally likely.
@@ -110,7 +112,7 @@ def find_columns(
     return known[image], None if label is None else known[label]
 
 
-def _image_column(known: Mapping[str, Leaf], features: Mapping[str, Any], notes: Notes) -> str:
+def _image_column(known: Mapping[str, Leaf], features: Features, notes: Notes) -> str:
     images = [name for name, leaf in known.items() if isinstance(leaf.item, datasets.Image)]
     images = images or [name for name, leaf in known.items() if _can_be_image(leaf.item)]
     if not images:  # pixels as numbers, or file names
@@ -124,7 +126,7 @@ def _image_column(known: Mapping[str, Leaf], features: Mapping[str, Any], notes:
     return column
 
 
-def _label_column(known: Mapping[str, Leaf], features: Mapping[str, Any], notes: Notes) -> str | None:
+def _label_column(known: Mapping[str, Leaf], features: Features, notes: Notes) -> str | None:
     classes = [name for name, leaf in known.items() if isinstance(leaf.item, datasets.ClassLabel)]
     named = [
         name for name, leaf in known.items()
@@ -143,7 +145,7 @@ def _label_column(known: Mapping[str, Leaf], features: Mapping[str, Any], notes:
 
 
 def _choose(
-    candidates: list[str], names: tuple[str, ...], known: Mapping[str, Leaf], features: Mapping[str, Any], role: str,
+    candidates: list[str], names: tuple[str, ...], known: Mapping[str, Leaf], features: Features, role: str,
     notes: Notes,
 ) -> str | None:  # fmt: skip
     """The candidate with the best name; None if there are none. Raises DataError for equally good ones."""
@@ -181,7 +183,7 @@ def _is_pixels(leaf: Leaf) -> bool:
     return isinstance(leaf.feature, datasets.Array2D | datasets.Array3D)
 
 
-def describe_columns(features: Mapping[str, Any]) -> str:
+def describe_columns(features: Features) -> str:
     """All columns with their types, for error messages."""
     columns = (f"{name} ({_kind(leaf)})" for name, leaf in leaves(features).items())
     return f"the columns are {', '.join(columns)}"
@@ -204,23 +206,20 @@ class Normalized:
 
     images: pa.ChunkedArray
     labels: pa.ChunkedArray | None
-    feature: Any  # a ClassLabel if the table declares its classes
+    classes: list[str] | None = None  # if the table declares them
 
 
 def normalize(table: pa.Table, image: Leaf, label: Leaf | None) -> Normalized:
     """The image and label columns with plain types. Raises DataError for several images or labels in a row."""
     images = pa.chunked_array(list(_images(_at(table, image), image)), IMAGE_TYPE)
     if label is None:
-        return Normalized(images, None, None)
-    labels = [_plain_type(chunk, label) for chunk in _unwrap_lists(_at(table, label), label, "labels")]
-    for chunk in labels:
-        check_label_type(chunk.type, _column(label))
-    feature = label.item
-    if isinstance(feature, datasets.ClassLabel):
-        feature = datasets.ClassLabel(names=[*map(str, feature.names)])
-        labels = [_codes(chunk, feature.names, label) for chunk in labels]
-    kind = labels[0].type if labels else pa.null()
-    return Normalized(images, pa.chunked_array(labels, kind), feature)
+        return Normalized(images, None)
+    labels = [_plain_labels(chunk, label) for chunk in _unwrap_lists(_at(table, label), label, "labels")]
+    classes = None
+    if isinstance(label.item, datasets.ClassLabel):
+        classes = [*map(str, label.item.names)]
+        labels = [_codes(chunk, classes, label) for chunk in labels]
+    return Normalized(images, pa.chunked_array(labels, labels[0].type if labels else pa.null()), classes)
 
 
 def _column(leaf: Leaf) -> str:
@@ -239,7 +238,7 @@ def _unwrap_lists(chunks: list[pa.Array], leaf: Leaf, what: str) -> Iterator[pa.
     """Replace lists of one element by the element. Raises DataError for other lists."""
     row = 0
     for chunk in chunks:
-        while pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type) or _is_fixed(chunk.type):
+        while _is_list(chunk.type):
             lengths = pc.fill_null(pc.list_value_length(chunk), 1)
             if (is_single := pc.equal(lengths, 1)).true_count != len(chunk):
                 first = pc.index(is_single, False).as_py()
@@ -255,30 +254,29 @@ def _unwrap_lists(chunks: list[pa.Array], leaf: Leaf, what: str) -> Iterator[pa.
         yield chunk
 
 
-def _is_fixed(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_fixed_size_list(kind))
+def _is_list(kind: pa.DataType) -> bool:
+    return any(is_kind(kind) for is_kind in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
 
 
-def _plain_type(chunk: pa.Array, leaf: Leaf) -> pa.Array:
+def _plain_labels(chunk: pa.Array, leaf: Leaf) -> pa.Array:
     """Labels of any text type as string, of any float or decimal type as float64; others unchanged.
 
-    Raises DataError for bytes that are not text.
+    Raises DataError for bytes that are not text, and for types that labels cannot have.
     """
-    if pa.types.is_dictionary(chunk.type):
-        chunk = chunk.cast(chunk.type.value_type)
-    if any(is_kind(chunk.type) for is_kind in _TEXT_KINDS):
+    kind = (chunk := _plain(chunk)).type
+    if pa.types.is_binary(kind):
         try:
             return chunk.cast(pa.string())
         except pa.ArrowInvalid as error:
             raise DataError(f"{_column(leaf)} holds bytes that are not UTF-8 text; a class must be a name.") from error
-    has_fractions = pa.types.is_decimal(chunk.type) or pa.types.is_floating(chunk.type)
-    return chunk.cast(pa.float64()) if has_fractions else chunk
+    if pa.types.is_decimal(kind) or pa.types.is_floating(kind):  # some hold whole numbers
+        return chunk.cast(pa.float64())
+    if not any(is_kind(kind) for is_kind in _LABEL_KINDS):
+        raise DataError(f"{_column(leaf)} holds {kind}; a class must be a name or a whole number.")
+    return chunk
 
 
-_TEXT_KINDS = (
-    pa.types.is_large_string, pa.types.is_string_view, pa.types.is_binary, pa.types.is_large_binary,
-    pa.types.is_binary_view,
-)  # fmt: skip
+_LABEL_KINDS = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_null)
 
 
 def _codes(labels: pa.Array, names: list[str], leaf: Leaf) -> pa.Array:
@@ -298,7 +296,7 @@ def _code(word: str, code_of: Mapping[str, int], leaf: Leaf) -> int | None:
     for text in (word, word.strip()):
         if text in code_of:
             return code_of[text]
-    if is_missing(word.strip()):
+    if word.strip() in MISSING:
         return None
     number = int(word) if re.fullmatch(r"\s*(-1|[0-9]{1,9})\s*", word) else len(code_of)
     if number >= len(code_of):
@@ -312,7 +310,7 @@ def _code(word: str, code_of: Mapping[str, int], leaf: Leaf) -> int | None:
 def _images(chunks: list[pa.Array], leaf: Leaf) -> Iterator[pa.Array]:
     for chunk in chunks:
         kind, depth = chunk.type, 0
-        while pa.types.is_list(kind) or pa.types.is_large_list(kind) or _is_fixed(kind):
+        while _is_list(kind):
             kind, depth = kind.value_type, depth + 1
         if depth == 1 and pa.types.is_integer(kind):  # a file as a list of its bytes
             files = [None if values is None else bytes(values) for values in chunk.to_pylist()]
@@ -334,12 +332,17 @@ def _encode(pixels: list[Any] | None, leaf: Leaf) -> bytes | None:
             array = array.transpose(1, 2, 0)
         if array.min() < 0 or array.max() > 255 or (array % 1).any():
             raise ValueError(f"values from {array.min()} to {array.max()}")
-        stream = io.BytesIO()
-        Image.fromarray((array.squeeze(2) if array.shape[2:] == (1,) else array).astype(np.uint8)).save(stream, "PNG")
+        return to_png((array.squeeze(2) if array.shape[2:] == (1,) else array).astype(np.uint8))
     except (ValueError, TypeError) as error:
         raise DataError(
             f"{_column(leaf)} holds lists that are not pixels from 0 to 255: {str(error)[:100]}; store encoded images."
         ) from error
+
+
+def to_png(image: NDArray[np.uint8]) -> bytes:
+    """An image as a PNG file."""
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "PNG")
     return stream.getvalue()
 
 
@@ -349,7 +352,7 @@ def _structs(chunk: pa.Array) -> Iterator[pa.Array]:
         yield chunk
         return
     try:
-        yield datasets.Image(decode=False).cast_storage(_narrow(chunk))
+        yield datasets.Image(decode=False).cast_storage(_plain(chunk))
     except pa.ArrowInvalid:  # over 2 GB
         if len(chunk) < 2:
             raise
@@ -358,12 +361,13 @@ def _structs(chunk: pa.Array) -> Iterator[pa.Array]:
         yield from _structs(chunk[half:])
 
 
-def _narrow(chunk: pa.Array) -> pa.Array:
+def _plain(chunk: pa.Array) -> pa.Array:
+    """An array, or a struct of arrays, with text and bytes of any type as string and binary."""
     if pa.types.is_dictionary(chunk.type):
         chunk = chunk.cast(chunk.type.value_type)
     if pa.types.is_struct(chunk.type):
         names = [field.name for field in chunk.type]
-        return pa.StructArray.from_arrays([_narrow(pc.struct_field(chunk, [name])) for name in names], names)
+        return pa.StructArray.from_arrays([_plain(pc.struct_field(chunk, [name])) for name in names], names)
     if pa.types.is_large_string(chunk.type) or pa.types.is_string_view(chunk.type):
         return chunk.cast(pa.string())
     if pa.types.is_large_binary(chunk.type) or pa.types.is_binary_view(chunk.type):
@@ -374,22 +378,23 @@ def _narrow(chunk: pa.Array) -> pa.Array:
 def concatenate(parts: Sequence[tuple[str, Normalized]], name: str) -> datasets.Dataset:
     """One split from several tables, each with its origin. Raises DataError for labels that do not fit together."""
     images = pa.chunked_array([chunk for _, part in parts for chunk in part.images.chunks], IMAGE_TYPE)
-    columns: dict[str, Any] = {"image": images}
-    features: dict[str, Any] = {"image": datasets.Image(decode=False)}
+    columns = {"image": images}
     without = [where for where, part in parts if part.labels is None]
     if without and len(without) < len(parts):
         raise DataError(f"split {name}: {without[0]} has no labels, but others do; label or remove it.")
+    classes = None
     if not without:
-        columns["label"], features["label"] = _concatenate_labels(parts, name)
-    return in_memory(pa.table(columns), datasets.DatasetInfo(features=datasets.Features(features)), name)
+        columns["label"], classes = _concatenate_labels(parts, name)
+    return in_memory(columns, classes, name)
 
 
-def _concatenate_labels(parts: Sequence[tuple[str, Normalized]], name: str) -> tuple[pa.ChunkedArray, Any]:
-    declared = [part.feature.names if isinstance(part.feature, datasets.ClassLabel) else None for _, part in parts]
+def _concatenate_labels(parts: Sequence[tuple[str, Normalized]], name: str) -> tuple[pa.ChunkedArray, list[str] | None]:
+    """The labels, and their classes if all parts declare the same ones."""
+    declared = [part.classes for _, part in parts]
     columns = [part.labels for _, part in parts if part.labels is not None]
     if declared[0] is not None and all(names == declared[0] for names in declared):
         chunks = [chunk for column in columns for chunk in column.chunks]
-        return pa.chunked_array(chunks, columns[0].type), parts[0][1].feature
+        return pa.chunked_array(chunks, columns[0].type), declared[0]
     for number, names in enumerate(declared):
         if names is not None:  # files may number the classes differently; the names agree
             columns[number] = _names_of_codes(columns[number], names, parts[number][0])
@@ -400,7 +405,7 @@ def _concatenate_labels(parts: Sequence[tuple[str, Normalized]], name: str) -> t
         raise DataError(f"split {name}: its files have different label types ({', '.join(sorted(map(str, kinds)))}).")
     kind = next(iter(kinds), pa.null())
     chunks = [chunk.cast(kind) for column in columns for chunk in column.chunks]
-    return pa.chunked_array(chunks, kind), datasets.Value(str(kind))
+    return pa.chunked_array(chunks, kind), None
 
 
 def _names_of_codes(codes: pa.ChunkedArray, names: list[str], where: str) -> pa.ChunkedArray:
@@ -413,33 +418,26 @@ def _names_of_codes(codes: pa.ChunkedArray, names: list[str], where: str) -> pa.
 # -- splits -----------------------------------------------------------------------------------------
 
 
-def find_split_columns(
-    name: str, features: Mapping[str, Any], reading: Reading, notes: Notes
-) -> tuple[Leaf, Leaf | None]:  # fmt: skip
+def find_split_columns(name: str, features: Features, options: ReadOptions, notes: Notes) -> tuple[Leaf, Leaf | None]:
     """`find_columns` for a split. A test split may lack the requested label column. Raises DataError."""
-    is_absent = reading.label_column not in (None, *leaves(features)) and role_of(name) == "test"
-    image, label = find_columns(features, reading.image_column, None if is_absent else reading.label_column, notes)
+    is_absent = options.label_column not in (None, *leaves(features)) and role_of(name) == "test"
+    image, label = find_columns(features, options.image_column, None if is_absent else options.label_column, notes)
     label = None if is_absent else label
     labels = "no label" if label is None else f"the label {'.'.join(label.path)!r}"
     notes.decide(f"split {name}: the image is column {'.'.join(image.path)!r}, {labels}")
     return image, label
 
 
-def normalize_splits(
-    raw: Mapping[str, datasets.Dataset], where: Path, reading: Reading, notes: Notes
-) -> dict[str, datasets.Dataset]:
+def normalize_splits(raw: Splits, where: Path, options: ReadOptions, notes: Notes) -> Splits:
     """Splits with any features as splits with only the columns `image` and `label`. Raises DataError."""
     splits = {}
     for name, split in raw.items():
-        image, label = find_split_columns(name, split.features, reading, notes)
+        image, label = find_split_columns(name, split.features, options, notes)
         table = _table(split, [leaf.path[0] for leaf in (image, label) if leaf])
         splits[name] = concatenate([(f"split {name}", normalize(table, image, label))], name)
-    check_labels(splits, next(iter(raw.values())).features if raw else {})
-    if (only := undivided(splits, reading)) is not None:
-        used = find_split_columns(only, raw[only].features, reading, Notes())
-        names = scalar_columns(raw[only].features, used)
-        return divide(splits[only], _table(raw[only], names), names, where, reading, notes)
-    return splits
+    first = next(iter(raw.values()), None)
+    features = first.features if first is not None else {}
+    return divide(splits, features, lambda names: _table(first, names), where, options, notes)
 
 
 def _table(split: datasets.Dataset, names: Sequence[str]) -> pa.Table:
@@ -448,42 +446,35 @@ def _table(split: datasets.Dataset, names: Sequence[str]) -> pa.Table:
     return split.select_columns(list(dict.fromkeys(names))).with_format("arrow")[:]
 
 
-def check_labels(splits: Mapping[str, datasets.Dataset], features: Mapping[str, Any]) -> None:
-    """Raises DataError if no split has a label column."""
+def divide(
+    splits: Splits, features: Features, read: Callable[[list[str]], pa.Table],
+    where: Path, options: ReadOptions, notes: Notes,
+) -> Splits:  # fmt: skip
+    """Divide an only split by a split or fold column, found as in tables (see `columns`).
+
+    `features` are those of the first split, and `read` reads some of its columns. Raises VitftError, also if no split
+    has labels.
+    """
     if splits and not any("label" in split.features for split in splits.values()):
         raise DataError(f"no labels; {describe_columns(features)}; name the label column with --label-column.")
-
-
-def undivided(splits: Mapping[str, datasets.Dataset], reading: Reading) -> str | None:
-    """The only split, if a column may divide it further. Raises UsageError for a split column that cannot."""
-    if len(splits) == 1 and role_of(next(iter(splits))) in (None, "train"):
-        return next(iter(splits))
-    if reading.split_column or reading.fold_column or reading.fold is not None:
-        raise UsageError(f"the dataset has its own splits ({', '.join(splits)}); leave --split-column and --fold out.")
-    return None
-
-
-def scalar_columns(features: Mapping[str, Any], taken: tuple[Leaf, Leaf | None]) -> list[str]:
-    """The columns of text and whole numbers except the image and the label."""
-    used = {leaf.path[0] for leaf in taken if leaf is not None}
-    kinds = ("string", "large_string", "bool")
-    return [
-        name for name, feature in features.items()
-        if name not in used and (_is_integer(feature) or isinstance(feature, datasets.ClassLabel)
-                                 or getattr(feature, "dtype", "") in kinds)
-    ]  # fmt: skip
-
-
-def divide(
-    split: datasets.Dataset, table: pa.Table, names: list[str], where: Path, reading: Reading, notes: Notes
-) -> dict[str, datasets.Dataset]:
-    """Divide a split by a split or fold column, found as in tables (see `columns`). Raises VitftError."""
+    if len(splits) != 1 or role_of(next(iter(splits))) not in (None, "train"):
+        if options.split_column or options.fold_column or options.fold is not None:
+            own = ", ".join(splits)
+            raise UsageError(f"the dataset has its own splits ({own}); leave --split-column and --fold out.")
+        return splits
+    ((only, split),) = splits.items()
+    used = {leaf.path[0] for leaf in find_split_columns(only, features, options, Notes()) if leaf is not None}
+    names = [name for name, feature in features.items() if name not in used and _may_divide(feature)]
+    table = read(names)
     cells = [table.column(name).to_pylist() for name in names]
     rows = Table(where, names, cells, array("q", range(len(split))), "row")
-    row_splits, _ = columns.read_splits(rows, set(), reading, notes)
+    row_splits, _ = columns.read_splits(rows, set(), options, notes)
     if row_splits is None:
         return {"train": split}
-    numbers: dict[str, list[int]] = {}
-    for row, name in enumerate(row_splits):
-        numbers.setdefault(name, []).append(row)
-    return {name: split.select(selected) for name, selected in numbers.items()}
+    return {name: split.select(selected) for name, selected in group_rows(row_splits).items()}
+
+
+def _may_divide(feature: Any) -> bool:
+    """Whether a column holds text, whole numbers, or yes and no."""
+    is_class = isinstance(feature, datasets.ClassLabel)
+    return is_class or _is_integer(feature) or getattr(feature, "dtype", "") in ("string", "large_string", "bool")

@@ -7,15 +7,16 @@ import os
 import stat
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
-from vitft.data.decoder import BadImage, formats, header, suffixes
+from vitft.data.decoder import BadImage, format_of_plugin, formats, header, suffixes
 from vitft.errors import DataError
 
 _JUNK = {"thumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "@eadir", "lost+found", "system volume information"}
@@ -29,8 +30,6 @@ _NO_IMAGES = {
 }  # fmt: skip
 # A TIFF reader accepts these, but shows only the thumbnail.
 _RAW = {".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".srw"}
-_HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
-_JXL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
 # Formats whose first bytes are proof enough, even of a truncated file. Files of other formats are opened to be sure.
 _SURE = {"JPEG", "PNG", "GIF", "WEBP", "TIFF", "JPEG2000", "AVIF", "HEIF", "JXL"}
 _REMEDY = {"HEIC": "pip install 'vitft[heic]'", "JPEG XL": "pip install 'vitft[heic]'"}
@@ -43,7 +42,7 @@ class OtherFile(NamedTuple):
     kind: str
 
 
-@dataclass(slots=True)
+@dataclass
 class Folder:
     """A folder and everything below it, without hidden files and those that operating systems leave behind."""
 
@@ -53,7 +52,11 @@ class Folder:
     by_content: list[str] = field(default_factory=list)  # those recognized by content, not by their suffix
     others: list[OtherFile] = field(default_factory=list)  # its other files, sorted by name
     folders: "list[Folder]" = field(default_factory=list)  # sorted by name
-    count: int = 0  # images at any depth
+
+    @cached_property
+    def count(self) -> int:
+        """Images at any depth."""
+        return len(self.images) + sum(inner.count for inner in self.folders)
 
     def walk(self) -> "Iterator[Folder]":
         """This folder and all below it, parents first."""
@@ -121,7 +124,6 @@ class _Scanner:
                 folder.by_content.append(entry.name)
             else:
                 folder.others.append(OtherFile(entry.name, kind))
-        folder.count = len(folder.images) + sum(inner.count for inner in folder.folders)
         return folder
 
     def _note_duplicate(self, link: "os.DirEntry[str]") -> None:
@@ -170,35 +172,28 @@ def _kind(entry: "os.DirEntry[str]") -> str:
             head = file.read(64)
     except OSError:
         return ""
-    accepted = [name for name, accept in _readers() if _accepts(accept, head[:16])]
-    if _SURE.intersection(accepted) or (accepted and _opens(entry.path)):
+    accepted = _accepting(head)
+    if accepted & _SURE or (accepted and _opens(entry.path)):
         return _IMAGE
-    if head[4:8] == b"ftyp" and head[8:12] in _HEIC:
-        return "HEIC"
-    if head.startswith(_JXL):
-        return "JPEG XL"
     if head[4:12] in (b"ftypavif", b"ftypavis"):
         return "AVIF"
+    if kind := format_of_plugin(head):
+        return kind
     if suffix == ".svg":
         return "SVG"
     by_suffix = Image.registered_extensions().get(suffix, "")
     return by_suffix if by_suffix in Image.OPEN and by_suffix not in formats() else ""
 
 
-_Accept = Callable[[bytes], bool | str]
-
-
-@cache
-def _readers() -> list[tuple[str, _Accept]]:
-    """Pillow's test of the first 16 bytes, for each readable format that has one."""
-    return [(name, accept) for name in formats() if (accept := Image.OPEN[name][1]) is not None]
-
-
-def _accepts(accept: _Accept, head: bytes) -> bool:
-    try:
-        return accept(head) is True
-    except (SyntaxError, IndexError, TypeError, struct.error):  # like Pillow does for files that are too short
-        return False
+def _accepting(head: bytes) -> set[str]:
+    """The readable formats whose own test accepts the first 16 bytes."""
+    accepting = set()
+    for name in formats():
+        accept = Image.OPEN[name][1]
+        with suppress(SyntaxError, IndexError, TypeError, struct.error):  # as Pillow does for files that are too short
+            if accept is not None and accept(head[:16]) is True:
+                accepting.add(name)
+    return accepting
 
 
 def _opens(path: str) -> bool:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+from vitft.data.sources.schema import Splits
 from vitft.errors import DataError
 from vitft.io.hub_errors import answers, ask, reason, without_secrets
 from vitft.io.paths import shown
@@ -19,7 +20,7 @@ from vitft.io.paths import shown
 _SHA = re.compile(r"[0-9a-f]{40}")
 
 
-def read(repo: str, config: str | None, revision: str | None) -> tuple[dict[str, datasets.Dataset], str | None]:
+def read(repo: str, config: str | None, revision: str | None) -> tuple[Splits, str | None]:
     """Load a dataset from the hub: its raw splits and their commit (None if unknown).
 
     Without a network, the cache is used if it holds the requested revision. Raises DataError.
@@ -100,18 +101,15 @@ def _offline_unless(reachable: bool) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the progress bars and logs of datasets and huggingface_hub, and restore them."""
-    verbosity = datasets_logging.get_verbosity(), hub_logging.get_verbosity()
-    bars = datasets.utils.are_progress_bars_disabled(), are_progress_bars_disabled()
-    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
-    hub_logging.set_verbosity(datasets_logging.CRITICAL)
-    datasets.disable_progress_bars()
-    disable_progress_bars()
-    try:
+    with ExitStack() as before:
+        before.callback(datasets_logging.set_verbosity, datasets_logging.get_verbosity())
+        before.callback(hub_logging.set_verbosity, hub_logging.get_verbosity())
+        if not datasets.utils.are_progress_bars_disabled():
+            before.callback(datasets.enable_progress_bars)
+        if not are_progress_bars_disabled():
+            before.callback(enable_progress_bars)
+        datasets_logging.set_verbosity(datasets_logging.CRITICAL)
+        hub_logging.set_verbosity(datasets_logging.CRITICAL)
+        datasets.disable_progress_bars()
+        disable_progress_bars()
         yield
-    finally:
-        datasets_logging.set_verbosity(verbosity[0])
-        hub_logging.set_verbosity(verbosity[1])
-        if not bars[0]:
-            datasets.enable_progress_bars()
-        if not bars[1]:
-            enable_progress_bars()

@@ -13,32 +13,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from vitft.data.sources.schema import NAME, in_memory
+from vitft.data.sources.schema import NAME, ROW, whole_numbers
 from vitft.io.paths import composed
 
 Rows = NDArray[np.int64]
 Keys = NDArray[np.uint64]
 
-ROW = "row"  # the column with the number of each row, which selections keep
 _READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 _HASHED_WHOLE, _PIECE = 1 << 16, 1 << 14  # bytes; of larger images, a piece at the start, middle and end is hashed
-
-
-def with_row_numbers(split: datasets.Dataset) -> datasets.Dataset:
-    """A split with the number of each row as another column."""
-    if ROW in split.column_names:
-        return split
-    columns = {name: split.data.column(name) for name in split.column_names} | {ROW: pa.array(np.arange(len(split)))}
-    features = datasets.Features({**split.features, ROW: datasets.Value("int64")})
-    return in_memory(pa.table(columns), datasets.DatasetInfo(features=features), str(split.split or "") or None)
-
-
-def row_numbers(split: datasets.Dataset) -> Rows:
-    """The number of each row in the dataset as it was opened: (n,)."""
-    if ROW not in split.column_names:
-        return np.arange(len(split))
-    numbers = np.asarray(split.data.column(ROW).combine_chunks(), np.int64)
-    return numbers if split._indices is None else numbers[split._indices.column(0).to_numpy()]
 
 
 def has_names(split: datasets.Dataset) -> bool:
@@ -55,14 +37,14 @@ def sample_names(split: datasets.Dataset, rows: Rows) -> list[str]:
     """The `sample_id` of each of these rows. Row numbers are those of the whole split, even in a selection."""
     if has_names(split):
         return list(split.data.column(NAME).take(pa.array(_table_rows(split, rows))).to_pylist())
-    return [f"row {number}" for number in row_numbers(split)[rows]]
+    return [f"row {number}" for number in whole_numbers(split, ROW)[rows]]
 
 
 def ids(split: datasets.Dataset, rows: Rows) -> list[str]:
     """The ids of these rows in `splits.json`: paths (with /, in Unicode form NFC), or 16 hex digits of the content."""
     if has_names(split):
         return [composed(path) for path in sample_names(split, rows)]
-    return [f"{key:016x}" for key in content_hashes(split, rows).tolist()]
+    return content_hashes(split, rows)
 
 
 def keys_of(names: list[str]) -> Keys:
@@ -71,12 +53,12 @@ def keys_of(names: list[str]) -> Keys:
     return np.frombuffer(digests, "<u8").astype(np.uint64)
 
 
-def content_hashes(split: datasets.Dataset, rows: Rows) -> Keys:
-    """A 64-bit hash of each image's encoded bytes, the same for a file and for a table's cell: (n,).
+def content_hashes(split: datasets.Dataset, rows: Rows) -> list[str]:
+    """16 hex digits, a hash of each image's encoded bytes, the same for a file and for a table's cell.
 
     Above 64 KB it covers the size and 16 KB each at the start, the middle and the end.
     """
-    hashes = np.empty(len(rows), np.uint64)
+    hashes = [""] * len(rows)
     table_rows = _table_rows(split, rows)
     order = np.argsort(table_rows, kind="stable")
     first = 0  # the number of a chunk's first row
@@ -93,30 +75,28 @@ def content_hashes(split: datasets.Dataset, rows: Rows) -> Keys:
     return hashes
 
 
-def _hash_bytes(cell: pa.BinaryScalar) -> int:
+def _hash_bytes(cell: pa.BinaryScalar) -> str:
     view = memoryview(cell.as_buffer())
     return _hash(len(view), lambda start, count: view[start : start + count])
 
 
-def _hash_file(path: str) -> int:
+def _hash_file(path: str) -> str:
     try:
         file = os.open(path, _READ)
-    except OSError:
-        return _hash(-1, lambda start, count: path.encode())  # decoding it reports the error
-    try:
-        return _hash(os.fstat(file).st_size, lambda start, count: os.pread(file, count, start))
-    except OSError:
+        try:
+            return _hash(os.fstat(file).st_size, lambda start, count: os.pread(file, count, start))
+        finally:
+            os.close(file)
+    except OSError:  # decoding it reports the error
         return _hash(-1, lambda start, count: path.encode())
-    finally:
-        os.close(file)
 
 
-def _hash(size: int, read: Callable[[int, int], bytes | memoryview]) -> int:
+def _hash(size: int, read: Callable[[int, int], bytes | memoryview]) -> str:
     digest = blake2b(size.to_bytes(8, "little", signed=True), digest_size=8)
     ends = [(0, _PIECE), (size // 2, _PIECE), (size - _PIECE, _PIECE)]
     for start, count in [(0, size)] if size <= _HASHED_WHOLE else ends:
         digest.update(read(start, count))
-    return int.from_bytes(digest.digest(), "little")
+    return digest.digest()[::-1].hex()
 
 
 def _table_rows(split: datasets.Dataset, rows: Rows) -> Rows:

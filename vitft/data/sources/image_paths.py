@@ -58,7 +58,7 @@ class ImagePaths:
         self.folders = absolute(folders)
         self.role = role_within(table.stem)
         self.allow_outside = allow_outside
-        self._listings: dict[str, _Listing] = {}
+        self._listing = cache(_Listing)
         self._parents: dict[str, tuple[str, _Listing]] = {}
         self._variants: Counter[tuple[str, str]] = Counter()
 
@@ -164,11 +164,6 @@ class ImagePaths:
             for key in {*inner.files, *inner.folders, *inner.stems, *inner.composed}:
                 holders[key] = (*holders.get(key, ()), child)
         return holders
-
-    def _listing(self, folder: str) -> "_Listing":
-        if (listing := self._listings.get(folder)) is None:
-            listing = self._listings[folder] = _Listing(folder)
-        return listing
 
 
 class _Listing:

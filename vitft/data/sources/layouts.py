@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 
 from vitft.data.sources.folders import Folder, Listing, describe_others, relative
-from vitft.data.sources.schema import Notes, Reading, role_of, split_of_files
+from vitft.data.sources.schema import Notes, ReadOptions, Splits, group_rows, role_of, split_of_files
 from vitft.data.sources.tables import read_table
 from vitft.errors import DataError, UsageError, as_flag
 from vitft.io.paths import composed
@@ -23,7 +23,7 @@ Classes = dict[str, list[str]]
 _ONE_FOLDER_EACH = "put each class into a folder of its own"
 
 
-def read_folder(root: Path, listing: Listing, reading: Reading, notes: Notes) -> dict[str, datasets.Dataset]:
+def read_folder(root: Path, listing: Listing, options: ReadOptions, notes: Notes) -> Splits:
     """Read root/class/**/image, or root/split/class/**/image where folders are named like splits.
 
     A class is a folder directly under the root or split with at least one image at any depth. For other layouts see
@@ -32,10 +32,10 @@ def read_folder(root: Path, listing: Listing, reading: Reading, notes: Notes) ->
     """
     for remark in listing.remarks:
         notes.decide(remark)
-    if (by_metadata := _read_metadata(_Layout(listing.tree, notes), reading, notes)) is not None:
+    if (by_metadata := _read_metadata(_Layout(listing.tree, notes), options, notes)) is not None:
         return by_metadata
     for name in ("image_column", "label_column", "split_column", "fold_column", "fold"):
-        if (value := getattr(reading, name)) is not None:
+        if (value := getattr(options, name)) is not None:
             raise UsageError(f"{as_flag(name)} {value}: {root} is a folder of images, without columns; leave it out.")
     splits = splits_of(listing.tree, notes)
     if listing.duplicates:
@@ -66,9 +66,8 @@ def _note_files(tree: Folder, notes: Notes, used: Collection[Path] = ()) -> None
 
 
 def _dataset(root: Path, classes: Classes, names: list[str]) -> datasets.Dataset:
-    index = {name: number for number, name in enumerate(names)}
-    paths = [path for name in sorted(classes) for path in classes[name]]
-    labels = np.repeat([index[name] for name in sorted(classes)], [len(classes[name]) for name in sorted(classes)])
+    paths = [path for name in names for path in classes.get(name, ())]
+    labels = np.repeat(np.arange(len(names)), [len(classes.get(name, ())) for name in names])
     return split_of_files(paths, labels, names, root)
 
 
@@ -307,18 +306,18 @@ def _read_annotations(part: Folder, images: Folder, known: set[str]) -> Classes 
 # -- metadata.csv -----------------------------------------------------------------------------------
 
 
-def _read_metadata(layout: _Layout, reading: Reading, notes: Notes) -> dict[str, datasets.Dataset] | None:
+def _read_metadata(layout: _Layout, options: ReadOptions, notes: Notes) -> Splits | None:
     """The splits from metadata.csv or .jsonl files; None if there are none, or none with labels."""
     tree, top = layout.tree, layout.top
     files = {name: file for name, folder in (("", top), *layout.folders.items()) if (file := _metadata_file(folder))}
     if not files:
         return None
-    splits: dict[str, datasets.Dataset] = {}
-    reading = replace(reading, image_column=reading.image_column or "file_name")
+    splits: Splits = {}
+    options = replace(options, image_column=options.image_column or "file_name")
     for name, file in files.items():
         where, own_notes = relative(str(file), tree.path), Notes()
         try:
-            in_file = read_table(file, reading, own_notes, Path(tree.path))
+            in_file = read_table(file, options, own_notes, Path(tree.path))
         except DataError as error:
             if any(_with_images(part) for part in (layout.parts.values() or [top])):
                 notes.decide(f"{where} has no labels, so the class folders are used: {error}")
@@ -352,16 +351,13 @@ def _metadata_file(folder: Folder) -> Path | None:
     return None
 
 
-def _by_first_folder(rows: datasets.Dataset, folder: Path) -> dict[str, datasets.Dataset]:
+def _by_first_folder(rows: datasets.Dataset, folder: Path) -> Splits:
     """A table's rows by the first folder in their paths, if all of these are named like splits."""
     paths = rows.data.column("image").combine_chunks().field("path").to_pylist()
     first = [relative(path, str(folder)).partition("/")[0] for path in paths]
     if not all(map(role_of, set(first))):
         return {"train": rows}
-    numbers: dict[str, list[int]] = {}
-    for row, name in enumerate(first):
-        numbers.setdefault(name, []).append(row)
-    return {name: rows.select(selected).flatten_indices() for name, selected in numbers.items()}
+    return {name: rows.select(selected) for name, selected in group_rows(first).items()}
 
 
 # -- messages ---------------------------------------------------------------------------------------

@@ -13,32 +13,19 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitft.data.sources import arrays
+from vitft.data.sources import arrays, features
 from vitft.data.sources.archives import is_archive, read_archives
 from vitft.data.sources.arrow_memory import check_memory
-from vitft.data.sources.features import (
-    check_labels,
-    concatenate,
-    divide,
-    features_of,
-    find_split_columns,
-    normalize,
-    normalize_splits,
-    scalar_columns,
-    undivided,
-)
 from vitft.data.sources.folders import Folder, scan
 from vitft.data.sources.layouts import read_folder
-from vitft.data.sources.schema import Notes, Reading, role_of
+from vitft.data.sources.schema import Notes, ReadOptions, Splits, role_of
 from vitft.data.sources.tables import TABLE_SUFFIXES, read_table
 from vitft.errors import DataError
 
 IN_MEMORY_BYTES = 4_000_000_000
 
-Splits = dict[str, datasets.Dataset]
 
-
-def read(path: Path, reading: Reading, notes: Notes) -> Splits:
+def read(path: Path, options: ReadOptions, notes: Notes) -> Splits:
     """Read any file or folder into splits with columns `image` and `label`, and add to `notes` how.
 
     Raises VitftError.
@@ -46,24 +33,24 @@ def read(path: Path, reading: Reading, notes: Notes) -> Splits:
     try:
         if path.is_file():
             if path.suffix.lower() == ".parquet":
-                return read_parquet(_by_split([path]), reading, notes)
+                return read_parquet(_by_split([path]), options, notes)
             if path.suffix.lower() in TABLE_SUFFIXES:
-                return read_table(path, reading, notes)
+                return read_table(path, options, notes)
             if is_archive(path.name):
                 return read_archives(_by_split([path]), notes)
             raise DataError(f"{path} is not a dataset; give a folder, or a .csv, .jsonl, .parquet, .zip or .tar file.")
         if (batches := arrays.cifar_folder(path)) is not None:
-            return arrays.read_cifar(batches, reading.label_column)
+            return arrays.read_cifar(batches, options.label_column)
         if any((path / name).is_file() for name in _SAVED):
-            return _read_saved(path, reading, notes)
+            return _read_saved(path, options, notes)
         listing = scan(path.absolute())
         if files := find_files(listing.tree, lambda name: name.endswith(".parquet")):
             if listing.tree.count:
                 notes.warn(f"only the parquet files are read, not the {listing.tree.count:,} images beside them")
-            return read_parquet(files, reading, notes)
+            return read_parquet(files, options, notes)
         if not listing.tree.count and (files := find_files(listing.tree, is_archive)):
             return read_archives(files, notes)
-        return read_folder(path, listing, reading, notes)
+        return read_folder(path, listing, options, notes)
     except OSError as error:
         raise DataError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
 
@@ -71,7 +58,7 @@ def read(path: Path, reading: Reading, notes: Notes) -> Splits:
 _SAVED = ("dataset_dict.json", "dataset_info.json")  # written by save_to_disk
 
 
-def _read_saved(path: Path, reading: Reading, notes: Notes) -> Splits:
+def _read_saved(path: Path, options: ReadOptions, notes: Notes) -> Splits:
     """Read what `Dataset.save_to_disk` wrote. Raises VitftError."""
     for state in path.rglob("state.json"):
         files = [file["filename"] for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
@@ -82,7 +69,7 @@ def _read_saved(path: Path, reading: Reading, notes: Notes) -> Splits:
     except Exception as error:  # datasets, pyarrow and json each raise their own
         raise DataError(f"{path} cannot be loaded by datasets: {' '.join(str(error).split())[:300]}") from error
     raw = dict(saved) if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
-    return normalize_splits(raw, path, reading, notes)
+    return features.normalize_splits(raw, path, options, notes)
 
 
 def find_files(tree: Folder, wanted: Callable[[str], bool]) -> dict[str, list[Path]]:
@@ -107,40 +94,40 @@ def find_files(tree: Folder, wanted: Callable[[str], bool]) -> dict[str, list[Pa
     return find_files(data[0], wanted) if data else {}
 
 
-def read_parquet(files: dict[str, list[Path]], reading: Reading, notes: Notes) -> Splits:
+def read_parquet(files: dict[str, list[Path]], options: ReadOptions, notes: Notes) -> Splits:
     """Read the image and label columns of parquet files, with the features that `datasets` wrote into them."""
     all_files = [file for of_split in files.values() for file in of_split]
     if sum(file.stat().st_size for file in all_files) > IN_MEMORY_BYTES:
         raw = {name: datasets.Dataset.from_parquet(list(map(str, of_split))) for name, of_split in files.items()}
-        return normalize_splits(raw, all_files[0].parent, reading, notes)
-    splits = {name: _parquet_split(name, of_split, reading, notes) for name, of_split in files.items()}
-    features = features_of(pq.read_schema(all_files[0]))
-    check_labels(splits, features)
-    if (only := undivided(splits, reading)) is None:
-        return splits
-    names = scalar_columns(features, find_split_columns(only, features, reading, Notes()))
-    for file in all_files:
-        check_memory(file, names)
-    tables = [pq.read_table(file, columns=names, partitioning=None) for file in all_files]
-    table = pa.concat_tables(tables, promote_options="permissive")
-    return divide(splits[only], table, names, all_files[0], reading, notes)
+        return features.normalize_splits(raw, all_files[0].parent, options, notes)
+    splits = {name: _parquet_split(name, of_split, options, notes) for name, of_split in files.items()}
+    first = features.features_of(pq.read_schema(all_files[0]))
+
+    def read_all(names: list[str]) -> pa.Table:
+        tables = [_read_columns(file, names) for file in all_files]
+        return pa.concat_tables(tables, promote_options="permissive")
+
+    return features.divide(splits, first, read_all, all_files[0], options, notes)
 
 
-def _parquet_split(name: str, files: list[Path], reading: Reading, notes: Notes) -> datasets.Dataset:
+def _read_columns(file: Path, names: list[str]) -> pa.Table:
+    check_memory(file, names)
+    return pq.read_table(file, columns=names, memory_map=True, partitioning=None)
+
+
+def _parquet_split(name: str, files: list[Path], options: ReadOptions, notes: Notes) -> datasets.Dataset:
     parts = []
     for file in files:
         try:
-            image, label = find_split_columns(name, features_of(pq.read_schema(file)), reading, notes)
+            image, label = features.find_split_columns(name, features.features_of(pq.read_schema(file)), options, notes)
             wanted = list(dict.fromkeys(leaf.path[0] for leaf in (image, label) if leaf is not None))
-            check_memory(file, wanted)
-            table = pq.read_table(file, columns=wanted, memory_map=True, partitioning=None)
-            parts.append((str(file), normalize(table, image, label)))
+            parts.append((str(file), features.normalize(_read_columns(file, wanted), image, label)))
         except DataError as error:
             raise error if str(file.parent) in str(error) else DataError(f"{file}: {error}") from error
         except Exception as error:  # corrupt files fail in pyarrow, in datasets, or when text is decoded
             reason = " ".join(str(error).split())[:300]
             raise DataError(f"{file} is not a readable parquet file: {reason}") from error
-    return concatenate(parts, name)
+    return features.concatenate(parts, name)
 
 
 def _by_split(files: list[Path]) -> dict[str, list[Path]]:

@@ -12,8 +12,9 @@ import json
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -103,46 +104,41 @@ def _detect_encoding(path: Path, notes: Notes) -> str:
     """The encoding of the byte order mark; else UTF-8, UTF-16 (by its zero bytes), or Windows-1252 with a warning."""
     with path.open("rb") as stream:
         head = stream.read(4096)
-        for mark, name in _BOMS.items():
-            if head.startswith(mark):
-                if name != "utf-8-sig":
-                    notes.decide(f"the text is {name.upper()}, by its byte order mark")
-                return name
-        if b"\0" in head:
-            even, odd = head[::2].count(0), head[1::2].count(0)
-            if min(even, odd) == 0 and 4 * max(even, odd) > len(head):
-                notes.decide(f"the text is UTF-16 without a byte order mark: every other byte of {path.name} is zero")
-                return "utf-16-le" if odd else "utf-16-be"
-            raise DataError(f"{path} is not text: it has zero bytes; export it as CSV.")
-        stream.seek(0)
-        utf8, cp1252 = codecs.getincrementaldecoder("utf-8")(), codecs.getincrementaldecoder("cp1252")()
-        example = ""
-        is_utf8 = True
-        while chunk := stream.read(1 << 20):
-            try:
-                if is_utf8:
-                    utf8.decode(chunk)
-                    continue
-            except UnicodeDecodeError as error:
-                is_utf8 = False
-                start = max(chunk.rfind(b"\n", 0, error.start) + 1, error.start - 20)
-                example = chunk[start : error.end + 20].split(b"\n")[0].decode("cp1252", "replace").strip()
-            try:
-                cp1252.decode(chunk)
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path} is neither UTF-8 nor Windows-1252 text; save it as UTF-8, or give its --encoding."
-                ) from error
-    if is_utf8:
+    for mark, name in _BOMS.items():
+        if head.startswith(mark):
+            if name != "utf-8-sig":
+                notes.decide(f"the text is {name.upper()}, by its byte order mark")
+            return name
+    if b"\0" in head:
+        even, odd = head[::2].count(0), head[1::2].count(0)
+        if min(even, odd) == 0 and 4 * max(even, odd) > len(head):
+            notes.decide(f"the text is UTF-16 without a byte order mark: every other byte of {path.name} is zero")
+            return "utf-16-le" if odd else "utf-16-be"
+        raise DataError(f"{path} is not text: it has zero bytes; export it as CSV.")
+    if (error := _decoding_error(path, "utf-8")) is None:
         return "utf-8-sig"
+    if _decoding_error(path, "cp1252"):
+        raise DataError(f"{path} is neither UTF-8 nor Windows-1252 text; save it as UTF-8, or give its --encoding.")
+    start = max(error.object.rfind(b"\n", 0, error.start) + 1, error.start - 20)
+    example = error.object[start : error.end + 20].split(b"\n")[0].decode("cp1252", "replace").strip()
     notes.warn(f"{path.name} is not UTF-8 and is read as Windows-1252 ({example!r}); if that is wrong, give --encoding")
     return "cp1252"
 
 
+def _decoding_error(path: Path, encoding: str) -> UnicodeDecodeError | None:
+    """Why a file is not text of an encoding; None if it is."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    with path.open("rb") as stream:
+        try:
+            while chunk := stream.read(1 << 20):
+                decoder.decode(chunk)
+        except UnicodeDecodeError as error:
+            return error
+    return None
+
+
 def _lines(path: Path, stream: TextIO) -> Iterator[str]:
-    number = 0
-    while line := stream.readline(_MAX_LINE):
-        number += 1
+    for number, line in enumerate(iter(lambda: stream.readline(_MAX_LINE), ""), 1):
         if len(line) == _MAX_LINE:
             raise DataError(f"{path} line {number} is over {_MAX_LINE:,} characters long; is it a table?")
         yield line
@@ -232,35 +228,31 @@ class _Delimited:
         candidates = _DELIMITERS.get(self.path.suffix.lower(), _DELIMITERS[""])
         if texts and all(self._is_path(text) for text in texts[:20]):
             return candidates[0]
-        consistent, scores = [], []
-        for delimiter in candidates:
-            counts = self._cell_counts(head, delimiter)
-            if counts and counts[0] > 1:
-                scores.append((counts.count(counts[0]), -candidates.index(delimiter), delimiter))
-                if len(set(counts)) == 1:
-                    consistent.append(delimiter)
+        samples = {delimiter: self._sample(head, delimiter) for delimiter in candidates}
+
+        def like_the_first(delimiter: str) -> int:
+            """The number of rows with as many cells as the first one, if it has several."""
+            counts = [len(cells) for cells in samples[delimiter]]
+            return counts.count(counts[0]) if counts and counts[0] > 1 else 0
+
+        consistent = [delimiter for delimiter in candidates if 0 < len(samples[delimiter]) == like_the_first(delimiter)]
         if len(consistent) > 1:
-            with_file = [d for d in consistent if any(self.names_file(c.strip()) for c in self._second_row(head, d))]
+            with_file = [d for d in consistent if any(self.names_file(c.strip()) for r in samples[d][1:2] for c in r)]
             consistent = with_file or consistent
-        return (consistent or [max(scores)[2] if scores else candidates[0]])[0]
+        return (consistent or [max(candidates, key=like_the_first)])[0]
 
     def _is_path(self, text: str) -> bool:
         return os.path.splitext(text)[1].lower() in suffixes() or self.names_file(text)  # noqa: PTH122
 
-    def _cell_counts(self, head: list[str], delimiter: str) -> list[int]:
-        """The number of cells in each row of the sample, without empty cells beyond the length of the first row."""
-        counts: list[int] = []
-        try:
+    def _sample(self, head: list[str], delimiter: str) -> list[list[str]]:
+        """The rows of the sample, without empty cells beyond the length of the first one."""
+        sample: list[list[str]] = []
+        with suppress(DataError):  # the sample may end inside quotes
             for _, cells in self._rows(head, delimiter):
-                while counts and len(cells) > counts[0] and not cells[-1].strip():
+                while sample and len(cells) > len(sample[0]) and not cells[-1].strip():
                     cells.pop()
-                counts.append(len(cells))
-        except DataError:  # the sample may end inside quotes
-            pass
-        return counts
-
-    def _second_row(self, head: list[str], delimiter: str) -> list[str]:
-        return next(islice(self._rows(head, delimiter), 1, 2), (0, []))[1]
+                sample.append(cells)
+        return sample
 
     def _header(self, first: list[str], delimiter: str, comment: str) -> tuple[list[str], str]:
         """The column names, and a remark if they are not from the first row."""

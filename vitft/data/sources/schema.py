@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from vitft.errors import DataError
 from vitft.io.paths import composed
@@ -21,15 +22,23 @@ ROLES = {  # usual names of the splits; the first one present is used
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
+Splits = dict[str, datasets.Dataset]
 IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 """The arrow type of an image. Usually one of its fields is null."""
 NAME = "name"
 """The column with each image's path relative to the dataset's folder. Only splits whose files we named have it."""
+ROW = "row"
+"""The column with the number of each row in the dataset as it was opened, which selections keep."""
+MISSING = {
+    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
+    "NULL", "NaN", "None", "n/a", "nan", "null",
+}  # fmt: skip
+"""Texts that stand for a missing label: those of pandas.read_csv."""
 _MANY_CLASSES = 10  # from here on, single-image classes are suspicious
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """Options for reading a dataset that is ambiguous by itself."""
 
     image_column: str | None = None
@@ -60,24 +69,28 @@ class Notes:
             self.warnings.append(sentence)
 
 
+def group_rows(names: Iterable[str]) -> dict[str, list[int]]:
+    """The numbers of the rows that have each name."""
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        rows.setdefault(name, []).append(row)
+    return rows
+
+
 def role_of(name: str) -> str | None:
     """`train`, `validation` or `test`, from the name of a split; None for any other name."""
     return next((role for role, names in ROLES.items() if name.lower() in names), None)
 
 
-def standardize(
-    raw: Mapping[str, datasets.Dataset], notes: Notes | None = None
-) -> tuple[datasets.DatasetDict, tuple[str, ...]]:
-    """Convert splits to columns Image(decode=False) and a ClassLabel that all splits share; also return the classes.
+def standardize(raw: Splits, notes: Notes | None = None) -> tuple[datasets.DatasetDict, tuple[str, ...]]:
+    """Convert splits to columns Image(decode=False), a ClassLabel that all have in common, and ROW; also the classes.
 
     Splits without labels (no column, or all missing or -1, like test splits on the hub) are left out with a note.
     Image data is not copied. Raises DataError.
     """
     notes = notes or Notes()
     labels = {
-        name: _read_labels(split, "label", name)
-        for name, split in raw.items()
-        if "label" in split.features and len(split)
+        name: _read_labels(split, name) for name, split in raw.items() if "label" in split.features and len(split)
     }
     for name in raw.keys() - labels.keys():
         notes.decide(f"split {name} is left out: it has no {'label column' if len(raw[name]) else 'images'}")
@@ -102,14 +115,10 @@ def make_split(
 
     With `root`, the dataset's folder, the split also gets the column NAME: each file's path relative to it.
     """
-    table = pa.table({"image": images, "label": pa.array(labels)})
-    kind = str(table.schema.field("label").type)
-    label = datasets.Value(kind) if names is None else datasets.ClassLabel(names=list(names))
-    features = datasets.Features({"image": datasets.Image(decode=False), "label": label})
+    columns = {"image": images, "label": pa.array(labels)}
     if root is not None:  # files outside of it keep their absolute path
-        relative = pc.replace_substring_regex(images.field("path"), f"^{re.escape(str(root.absolute()))}/", "")
-        table, features[NAME] = table.append_column(NAME, relative), datasets.Value("string")
-    return in_memory(table, datasets.DatasetInfo(features=features))
+        columns[NAME] = pc.replace_substring_regex(images.field("path"), f"^{re.escape(str(root.absolute()))}/", "")
+    return in_memory(columns, names)
 
 
 def split_of_files(files: list[str], labels: Any, names: Iterable[str] | None, root: Path) -> datasets.Dataset:
@@ -128,23 +137,27 @@ def image_structs(data: pa.Array | None, paths: list[str] | None = None) -> pa.A
     return pa.StructArray.from_arrays([data, files], ["bytes", "path"])
 
 
-def in_memory(table: pa.Table, info: datasets.DatasetInfo, split: str | None = None) -> datasets.Dataset:
-    """Wrap an arrow table as a Dataset. The random fingerprint keeps `datasets` from hashing all images."""
+def in_memory(
+    columns: Mapping[str, Any], classes: Iterable[str] | None = None, split: str | None = None
+) -> datasets.Dataset:
+    """Wrap arrow columns as a Dataset, with labels of these classes, if given, or else of any type.
+
+    The random fingerprint keeps `datasets` from hashing all images.
+    """
+    table = pa.table(dict(columns))
+    features = datasets.Features.from_arrow_schema(table.schema)
+    features["image"] = datasets.Image(decode=False)
+    if classes is not None:
+        features["label"] = datasets.ClassLabel(names=list(classes))
     fingerprint = datasets.fingerprint.generate_random_fingerprint()
     named = datasets.NamedSplit(re.sub(r"\W", "_", split)) if split else None  # only word characters are allowed
-    return datasets.Dataset(table, info=info, split=named, fingerprint=fingerprint)
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features), split=named, fingerprint=fingerprint)
 
 
-def is_missing(text: str) -> bool:
-    """Whether a label's text stands for a missing value."""
-    return text in _MISSING
-
-
-# The missing values of pandas.read_csv.
-_MISSING = {
-    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
-    "NULL", "NaN", "None", "n/a", "nan", "null",
-}  # fmt: skip
+def whole_numbers(split: datasets.Dataset, column: str) -> NDArray[np.int64]:
+    """A column of whole numbers, in the order of the split: (n,)."""
+    numbers = np.asarray(split.data.column(column).combine_chunks(), np.int64)
+    return numbers if split._indices is None else numbers[split._indices.column(0).to_numpy()]
 
 
 @dataclass(frozen=True)
@@ -156,10 +169,10 @@ class _Labels:
     declared: bool = False  # whether the dataset itself lists its classes
 
 
-def _read_labels(split: datasets.Dataset, column: str, name: str) -> _Labels:
+def _read_labels(split: datasets.Dataset, name: str) -> _Labels:
     """The labels of a split. Raises DataError for a column that cannot hold classes."""
-    feature = split.features[column]
-    values = split.select_columns([column]).with_format("arrow")[:].column(column).combine_chunks()
+    feature = split.features["label"]
+    values = split.select_columns(["label"]).with_format("arrow")[:].column("label").combine_chunks()
     if isinstance(feature, datasets.ClassLabel):
         names = [composed(word) for word in feature.names]
         names = names if len(set(names)) == len(names) else list(feature.names)
@@ -167,23 +180,15 @@ def _read_labels(split: datasets.Dataset, column: str, name: str) -> _Labels:
         if len(codes) and codes.max() >= len(names):
             raise DataError(f"split {name}: label {codes.max()} but only {len(names)} class names.")
         return _Labels(codes, names, declared=True)
-    where = f"column {column!r} of split {name}"
-    check_label_type(values.type, where)
     if pa.types.is_floating(values.type):
         values = pc.if_else(pc.is_nan(values), None, values)
         if pc.all(pc.equal(values, pc.floor(values))).as_py():
-            values = to_int64(values, where)
+            values = to_int64(values, f"column 'label' of split {name}")
     coded = values.cast(pa.string()).dictionary_encode()
     words = [composed(word) for word in coded.dictionary.to_pylist()]
-    index = {word: i for i, word in enumerate(dict.fromkeys(word for word in words if not is_missing(word)))}
+    index = {word: i for i, word in enumerate(dict.fromkeys(word for word in words if word not in MISSING))}
     remap = np.array([index.get(word, -1) for word in words] + [-1], np.int64)  # the last one is for nulls
     return _Labels(remap[np.asarray(pc.fill_null(coded.indices.cast(pa.int64()), -1))], list(index))
-
-
-def check_label_type(kind: pa.DataType, where: str) -> None:
-    """Raises DataError for a type that labels cannot have. Floats pass, since some hold whole numbers."""
-    if not any(is_kind(kind) for is_kind in _LABEL_KINDS):
-        raise DataError(f"{where} holds {kind}; a class must be a name or a whole number.")
 
 
 def to_int64(numbers: pa.Array, where: str) -> pa.Array:
@@ -195,15 +200,7 @@ def to_int64(numbers: pa.Array, where: str) -> pa.Array:
         raise DataError(f"{where} holds {wrong:g}; a class must be a name or a whole number.") from error
 
 
-_LABEL_KINDS = (
-    pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string,
-    pa.types.is_null,
-)  # fmt: skip
-
-
-def _drop_unlabeled(
-    splits: Mapping[str, _Labels], raw: Mapping[str, datasets.Dataset], notes: Notes
-) -> dict[str, _Labels]:
+def _drop_unlabeled(splits: Mapping[str, _Labels], raw: Splits, notes: Notes) -> dict[str, _Labels]:
     """The splits in which every image has a label. Raises DataError where only some images have one.
 
     -1 is a missing label, unless the only classes are -1 and 1.
@@ -287,18 +284,15 @@ def _standard_split(
     name: str, split: datasets.Dataset, labels: np.ndarray, classes: tuple[str, ...]
 ) -> datasets.Dataset:
     table = split.data if split._indices is None else split.with_format("arrow")[:]
-    structs = pa.chunked_array([_as_structs(chunk) for chunk in table.column("image").chunks], type=IMAGE_TYPE)
-    columns = {"image": structs, "label": pa.array(labels)}
-    features = {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=list(classes))}
+    structs = pa.chunked_array([_fill_missing(chunk) for chunk in table.column("image").chunks], type=IMAGE_TYPE)
+    columns = {"image": structs, "label": pa.array(labels), ROW: pa.array(np.arange(len(labels)))}
     if NAME in split.features:
-        columns[NAME], features[NAME] = table.column(NAME), split.features[NAME]
-    return in_memory(pa.table(columns), datasets.DatasetInfo(features=datasets.Features(features)), name)
+        columns[NAME] = table.column(NAME)
+    return in_memory(columns, classes, name)
 
 
-def _as_structs(chunk: pa.Array) -> pa.Array:
-    """Images in any arrow form as structs of bytes and path; a missing image becomes zero bytes."""
-    if chunk.type != IMAGE_TYPE:
-        chunk = datasets.Image(decode=False).cast_storage(chunk)
+def _fill_missing(chunk: pa.Array) -> pa.Array:
+    """Images with zero bytes instead of missing ones."""
     data, path = chunk.flatten()
     missing = pc.and_(pc.is_null(data), pc.is_null(path))
     if not pc.any(missing).as_py():

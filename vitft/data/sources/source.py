@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from vitft.config.train import TrainConfig, require_dataset
 from vitft.data.sources import arrays, hub, local
 from vitft.data.sources.features import normalize_splits
-from vitft.data.sources.identity import has_names, sample_names, with_row_numbers
-from vitft.data.sources.schema import Notes, Reading, standardize
+from vitft.data.sources.identity import has_names, sample_names
+from vitft.data.sources.schema import Notes, ReadOptions, Splits, standardize, whole_numbers
 from vitft.data.sources.tables import resolve_paths
 from vitft.errors import DataError, UsageError, nearest
 from vitft.io.hub_errors import without_secrets
@@ -88,62 +88,57 @@ def open_dataset(
     folder. The other arguments are those of `vitft train`, for datasets that are ambiguous by themselves. Raises
     DataError if nothing usable is found, UsageError for a revision of a dataset that is not on the hub.
     """
-    reading = Reading(
+    options = ReadOptions(
         image_column, label_column, split_column, fold_column, fold, image_folder, encoding, allow_outside
     )
+    notes, commit = Notes(), None
     if not isinstance(dataset, str | Path):
-        return _open_loaded(dataset, reading)
+        name, raw = _loaded(dataset)
+        return _source("dataset", name, raw, commit, options, notes, folders=None)
     dataset = str(dataset)
     path = expanded(dataset) if dataset else Path()
-    hub_id = _HUB_ID.fullmatch(dataset)
-    alias = ALIASES.get(dataset)
-    is_local = bool(dataset.strip()) and os.path.exists(path)  # noqa: PTH110  (False, too, for impossible names)
-    if revision is not None and alias is None and (is_local or dataset == DIGITS):
+    hub_id = ALIASES.get(dataset) or (Alias(*match.groups()) if (match := _HUB_ID.fullmatch(dataset)) else None)
+    is_here = bool(dataset.strip()) and os.path.exists(path)  # noqa: PTH110  (False, too, for impossible names)
+    if revision is not None and dataset not in ALIASES and (is_here or dataset == DIGITS):
         raise UsageError(f"revision {revision}: {dataset} is not on the hub; leave the revision out.")
-    commit, notes, folders = None, Notes(), hub.caches()
-    if alias is not None:
-        name = dataset
-        raw, commit = hub.read(alias.repo, alias.config, revision)
-    elif dataset == DIGITS:
+    if dataset == DIGITS:
         name, raw = DIGITS, arrays.read_digits()
-    elif is_local:
+    elif is_here and dataset not in ALIASES:
         name = path.resolve().stem if path.is_file() else path.resolve().name
-        raw = local.read(path, reading, notes)
-        folders = (path if path.is_dir() else path.parent,)
+        raw = local.read(path, options, notes)
+        folder = path if path.is_dir() else path.parent
+        return _source(dataset, name, raw, commit, options, notes, folders=[folder], is_normalized=True)
     elif hub_id is not None:
-        name = hub_id[1].split("/")[1]
-        raw, commit = hub.read(hub_id[1], hub_id[2], revision)
+        name = dataset if dataset in ALIASES else hub_id.repo.split("/")[1]
+        raw, commit = hub.read(hub_id.repo, hub_id.config, revision)
     else:
         raise DataError(_unknown(dataset))
-    is_normalized = is_local and alias is None and dataset != DIGITS
-    return _source(dataset, name, raw, commit, reading, notes, is_normalized=is_normalized, folders=folders)
+    return _source(dataset, name, raw, commit, options, notes, folders=hub.caches())
 
 
-def _open_loaded(dataset: Any, reading: Reading) -> Source:
-    """Open a dataset that was loaded in Python. Raises DataError, and UsageError for any other object."""
+def _loaded(dataset: Any) -> tuple[str, Splits]:
+    """The name and the splits of a dataset that was loaded in Python. Raises UsageError for any other object."""
     if isinstance(dataset, datasets.Dataset):
         dataset = {str(dataset.split or "train"): dataset}
     if not isinstance(dataset, Mapping) or not all(isinstance(split, datasets.Dataset) for split in dataset.values()):
         kind = type(next(iter(dataset.values()), dataset) if isinstance(dataset, Mapping) else dataset).__name__
         raise UsageError(f"dataset: got {kind}; give a name, a path, or a Dataset or DatasetDict of datasets.")
-    raw = {str(name): split for name, split in dataset.items()}
-    names = {split.info.dataset_name for split in raw.values()} - {None}
-    return _source("dataset", names.pop() if names else "", raw, None, reading, Notes())
+    names = {split.info.dataset_name for split in dataset.values()} - {None}
+    return names.pop() if names else "", {str(name): split for name, split in dataset.items()}
 
 
 def _source(
-    dataset: str, name: str, raw: Mapping[str, datasets.Dataset], commit: str | None, reading: Reading, notes: Notes,
-    *, is_normalized: bool = False, folders: Sequence[Path] | None = None,
+    dataset: str, name: str, raw: Splits, commit: str | None, options: ReadOptions,
+    notes: Notes, *, folders: Sequence[Path] | None, is_normalized: bool = False,
 ) -> Source:  # fmt: skip
     """Standardize raw splits. Paths that the dataset's author wrote down must be in `folders`, if given."""
     try:
         if not is_normalized:
-            raw = normalize_splits(raw, Path(dataset), reading, notes)
+            raw = normalize_splits(raw, Path(dataset), options, notes)
         splits, labels = standardize(raw, notes)
         for split_name, split in splits.items():
             if folders is not None and not has_names(split):
-                split = resolve_paths(str(split_name), split, folders, allow_outside=reading.allow_outside)
-            splits[split_name] = with_row_numbers(split)
+                splits[split_name] = resolve_paths(str(split_name), split, folders, allow_outside=options.allow_outside)
     except DataError:
         raise
     except Exception as error:  # columns whose content contradicts their type fail anywhere
@@ -157,11 +152,10 @@ def source_of(config: TrainConfig, dataset: DatasetLike | Source | None = None) 
 
     Raises VitftError.
     """
-    reading = {name: getattr(config, name) for name in Reading.__dataclass_fields__}
-    dataset = require_dataset(config) if dataset is None else dataset
-    source = dataset if isinstance(dataset, Source) else open_dataset(
-        dataset, revision=config.dataset_revision, **reading
-    )  # fmt: skip
+    source = require_dataset(config) if dataset is None else dataset
+    if not isinstance(source, Source):
+        options = {name: getattr(config, name) for name in ReadOptions.__dataclass_fields__}
+        source = open_dataset(source, revision=config.dataset_revision, **options)
     return source if config.exclude is None else excluding(source, Path(config.exclude))
 
 
@@ -207,8 +201,7 @@ def excluding(source: Source, file: Path) -> Source:
 
 def class_indices(split: datasets.Dataset) -> NDArray[np.int64]:
     """The class index of every row of a split: (n,)."""
-    labels = np.asarray(split.data.column("label").combine_chunks(), np.int64)
-    return labels if split._indices is None else labels[split._indices.column(0).to_numpy()]
+    return whole_numbers(split, "label")
 
 
 def _unknown(dataset: str) -> str:

@@ -11,42 +11,46 @@ import pyarrow.compute as pc
 from vitft.data.sources import columns
 from vitft.data.sources.image_paths import ImagePaths, PathError, absolute, resolve, role_within
 from vitft.data.sources.rows import Table, read_rows, shorten
-from vitft.data.sources.schema import Notes, Reading, in_memory, role_of, split_of_files
+from vitft.data.sources.schema import (
+    Notes,
+    ReadOptions,
+    Splits,
+    group_rows,
+    image_structs,
+    in_memory,
+    role_of,
+    split_of_files,
+)
 from vitft.errors import DataError
 from vitft.io.paths import expanded
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt")
 
 
-def read_table(
-    path: Path, reading: Reading, notes: Notes, root: Path | None = None
-) -> dict[str, datasets.Dataset]:  # fmt: skip
+def read_table(path: Path, options: ReadOptions, notes: Notes, root: Path | None = None) -> Splits:
     """Read a file of paths, labels and optionally splits. Raises VitftError.
 
     Images are named relative to `root`, by default the folder where the table's paths start.
     """
-    folder = None if reading.image_folder is None else expanded(reading.image_folder)
-    image_paths = ImagePaths(path, folder, allow_outside=reading.allow_outside)
+    folder = None if options.image_folder is None else expanded(options.image_folder)
+    image_paths = ImagePaths(path, folder, allow_outside=options.allow_outside)
     table = read_rows(
-        path, reading.encoding, columns.KNOWN, lambda cell: image_paths.guess(cell)[0] is not None, notes
+        path, options.encoding, columns.KNOWN, lambda cell: image_paths.guess(cell)[0] is not None, notes
     )  # fmt: skip
     _note_sibling_tables(path, notes)
-    image = columns.image_column(table, image_paths, reading.image_column, notes)
-    taken = {image, *columns.label_columns(table, reading.label_column)}
-    row_splits, used = columns.read_splits(table, taken, reading, notes)
+    image = columns.image_column(table, image_paths, options.image_column, notes)
+    taken = {image, *columns.label_columns(table, options.label_column)}
+    row_splits, used = columns.read_splits(table, taken, options, notes)
     used = {image, *used}
-    labels, label_columns = columns.read_labels(table, used, image, reading.label_column, row_splits or [], notes)
+    labels, label_columns = columns.read_labels(table, used, image, options.label_column, row_splits or [], notes)
     if unused := [name for name in table.names if name not in used.union(label_columns)]:
         notes.decide(f"not used: column {columns.join_names(unused)}")
     files = _find_files(table, image, image_paths, row_splits, notes)
     _warn_of_repeated(files, labels, row_splits, notes)
-    rows_of: dict[str, list[int]] = {}
-    for row, name in enumerate(row_splits or ["train"] * len(files)):
-        rows_of.setdefault(name, []).append(row)
     root = Path(image_paths.folders[0] if root is None else absolute([root])[0])
     return {
         name: split_of_files([files[row] for row in rows], [labels[row] for row in rows], None, root)
-        for name, rows in rows_of.items()
+        for name, rows in group_rows(row_splits or ["train"] * len(files)).items()
     }
 
 
@@ -59,38 +63,34 @@ def _note_sibling_tables(path: Path, notes: Notes) -> None:
         notes.decide(f"not read: {', '.join(others[:5])}; to use several tables, merge them and add a column split")
 
 
-def _find_files(
-    table: Table, image: str, image_paths: ImagePaths, row_splits: Sequence[str] | None, notes: Notes
-) -> list[str]:
+def _find_files(table: Table, image: str, paths: ImagePaths, splits: list[str] | None, notes: Notes) -> list[str]:
     """The file of every row. Raises DataError for a cell that is not a path, and if no file exists."""
-    roles = {name: role_of(name) for name in set(row_splits or ())}
+    roles = {name: role_of(name) for name in set(splits or ())}
     files, missing = [], []
     for row, cell in enumerate(table[image]):
         try:
             path = columns.cell_path(cell)
             if not isinstance(path, str):
                 raise PathError(f"{shorten(repr(cell))} is not an image path.")
-            file, exists = image_paths.find(path, roles[row_splits[row]] if row_splits else None)
+            file, exists = paths.find(path, roles[splits[row]] if splits else None)
         except PathError as error:
             raise DataError(f"{table.where(row)}: {error}") from error
         files.append(file)
         if not exists:
             missing.append(row)
-    image_paths.report(notes)
+    paths.report(notes)
     if missing:
         first = f"first: {columns.cell_path(table[image][missing[0]])}, {table.unit} {table.lines[missing[0]]}"
         if len(missing) == len(files):
             raise DataError(
                 f"{table.path}: none of the {len(files):,} images in column {image!r} exist in "
-                f"{image_paths.folders[0]} ({first}); give the folder of the images with --image-folder."
+                f"{paths.folders[0]} ({first}); give the folder of the images with --image-folder."
             )
         notes.warn(f"{len(missing):,} of {len(files):,} images do not exist ({first})")
     return files
 
 
-def _warn_of_repeated(
-    files: list[str], labels: Sequence[Any], row_splits: Sequence[str] | None, notes: Notes
-) -> None:  # fmt: skip
+def _warn_of_repeated(files: list[str], labels: Sequence[Any], splits: list[str] | None, notes: Notes) -> None:
     """Warn of images in several rows: in two splits, with two labels, or just twice."""
     if len(set(files)) == len(files):
         return
@@ -100,7 +100,7 @@ def _warn_of_repeated(
         earlier = first.setdefault(file, row)
         if earlier == row:
             continue
-        if row_splits is not None and row_splits[row] != row_splits[earlier]:
+        if splits is not None and splits[row] != splits[earlier]:
             repeated["in two splits"].append(file)
         else:
             repeated["with two labels" if labels[row] != labels[earlier] else "twice"].append(file)
@@ -117,22 +117,19 @@ def resolve_paths(
     Raises DataError for a path outside of the folders: a dataset must not be able to name any file on this machine.
     """
     roots = absolute(folders)
-    chunks = [
-        _resolve_chunk(chunk, roots, f"split {name}", allow_outside=allow_outside)
-        for chunk in split.data.column("image").chunks
-    ]
+    chunks = []
+    for chunk in split.data.column("image").chunks:
+        data, path = chunk.flatten()
+        is_path = pc.and_(pc.is_null(data), pc.is_valid(path))
+        if not pc.any(is_path).as_py():
+            chunks.append(chunk)
+            continue
+        pairs = zip(is_path.to_pylist(), path.to_pylist(), strict=True)
+        try:
+            files = [resolve(roots, file, allow_outside=allow_outside) if by_path else file for by_path, file in pairs]
+        except PathError as error:
+            raise DataError(f"split {name}: {error}") from error
+        chunks.append(image_structs(data, files))
     images = pa.chunked_array(chunks, split.data.schema.field("image").type)
-    return in_memory(pa.table({"image": images, "label": split.data.column("label")}), split.info, name)
-
-
-def _resolve_chunk(chunk: pa.Array, folders: Sequence[str], where: str, *, allow_outside: bool) -> pa.Array:
-    data, path = chunk.flatten()
-    is_path = pc.and_(pc.is_null(data), pc.is_valid(path))
-    if not pc.any(is_path).as_py():
-        return chunk
-    pairs = zip(is_path.to_pylist(), path.to_pylist(), strict=True)
-    try:
-        files = [resolve(folders, name, allow_outside=allow_outside) if by_path else name for by_path, name in pairs]
-    except PathError as error:
-        raise DataError(f"{where}: {error}") from error
-    return pa.StructArray.from_arrays([data, pa.array(files, pa.string())], ["bytes", "path"])
+    columns = {column: split.data.column(column) for column in split.features} | {"image": images}
+    return in_memory(columns, split.features["label"].names, name)
