@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from vitft.errors import ModelError, UsageError, as_flag
-from vitft.io.console import size
-from vitft.io.paths import expanded
+from vitft.io.console import size, without_secrets
+from vitft.io.paths import expanded, shown
 from vitft.models.custom_sizes import with_sizes
 from vitft.spec import PRESETS, Stage, ViTSpec, preset, spec_from_config, stages, total, training_flops
 
@@ -54,8 +54,7 @@ def _hub_config(model: str) -> Path:
     """The cached or downloaded config.json of a hub model. Raises ModelError if there is neither."""
     import huggingface_hub as hub
 
-    from vitft.io.hub_errors import ask, without_secrets
-    from vitft.io.paths import shown
+    from vitft.io.hub_errors import ask
 
     try:
         cached = hub.try_to_load_from_cache(model, "config.json")

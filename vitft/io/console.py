@@ -19,6 +19,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Self
 
 from rich.console import Console, RenderableType
+from rich.filesize import pick_unit_and_suffix
 from rich.markup import escape
 
 _main_process = os.environ.get("RANK", "0") == "0"
@@ -60,12 +61,12 @@ def _put(text: str) -> None:
 
 def note(message: str) -> None:
     """Log one line of information; plain text, not markup."""
-    log.info("%s", safe(masked(message)))
+    log.info("%s", safe(without_secrets(message)))
 
 
 def warn(message: str) -> None:
     """Log one line that the user should act on; plain text, not markup."""
-    log.warning("%s", safe(masked(message)))
+    log.warning("%s", safe(without_secrets(message)))
 
 
 class _Terminal(logging.Handler):
@@ -90,8 +91,8 @@ def _shows_progress() -> bool:
 
 def fail(message: str) -> None:
     """Print an error as one line; plain text, not markup. Every process can print errors."""
-    line = " ".join(message.split())
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/] {escape(safe(masked(line)))}")
+    line = safe(without_secrets(" ".join(message.split())))
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/] {escape(line)}")
 
 
 def traceback() -> None:
@@ -99,13 +100,12 @@ def traceback() -> None:
     err.print_exception(width=110)
 
 
-def masked(text: str) -> str:
-    """Mask passwords and tokens in URLs, because messages end up in logs and reports."""
-    return _TOKEN.sub(r"\1***", _PASSWORD.sub(r"\1***@", text))
-
-
-_PASSWORD = re.compile(r"(\w:/{1,2})[^/\s@]+@")  # a path has one slash
-_TOKEN = re.compile(r"([?&][\w-]*(?:token|key|secret|password|signature|sig)=)[^&\s'\"]+", re.IGNORECASE)
+def without_secrets(text: str) -> str:
+    """Mask passwords, tokens and signatures in URLs, and the hub's tokens: messages end up in logs and reports."""
+    text = re.sub(r"(//|\w:/)[^/@\s]+@", r"\1***@", text)  # a URL that was made a path has one slash
+    text = re.sub(r"(https?://[^\s?]+)\?[^\s'\")]+", r"\1?***", text)
+    text = re.sub(r"(?i)([?&][\w-]*(?:token|key|secret|password|signature|sig)=)[^&\s'\"]+", r"\1***", text)
+    return re.sub(r"\b(hf|api_org)_[A-Za-z0-9]{8,}", r"\1_***", text)
 
 
 def safe(text: str) -> str:
@@ -130,11 +130,8 @@ def duration(seconds: float) -> str:
 
 def size(count: float) -> str:
     """2_500_000 bytes -> 2.5 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+    unit, name = pick_unit_and_suffix(int(count), ["B", "kB", "MB", "GB", "TB"], 1000)
+    return f"{count / unit:.{0 if unit == 1 else 1}f} {name}"
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Explain in one clause why something could not be loaded from the hub."""
 
-import re
 from pathlib import Path
 
 import huggingface_hub as hub
@@ -13,6 +12,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from vitft.io.console import without_secrets
 from vitft.io.paths import shown
 
 
@@ -61,13 +61,6 @@ def reason(error: BaseException, cache: Path | None = None) -> str:
     # ValueErrors, such as for an unknown configuration, need two lines.
     message = " ".join(lines[:2] if isinstance(error, ValueError) else lines[:1]).rstrip(".")[:300]
     return without_secrets(f"the hub's copy cannot be used: {type(error).__name__}{': ' if message else ''}{message}")
-
-
-def without_secrets(text: str) -> str:
-    """Mask tokens, passwords and signatures in URLs and messages."""
-    text = re.sub(r"//[^/@\s]+@", "//***@", text)
-    text = re.sub(r"(https?://[^\s?]+)\?[^\s'\")]+", r"\1?***", text)
-    return re.sub(r"\b(hf|api_org)_[A-Za-z0-9]{8,}", r"\1_***", text)
 
 
 # By name, because each HTTP client has its own errors.

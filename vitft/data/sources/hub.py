@@ -14,7 +14,8 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 
 from vitft.data.sources.schema import Splits
 from vitft.errors import DataError
-from vitft.io.hub_errors import answers, ask, reason, without_secrets
+from vitft.io.console import without_secrets
+from vitft.io.hub_errors import answers, ask, reason
 from vitft.io.paths import shown
 
 _SHA = re.compile(r"[0-9a-f]{40}")

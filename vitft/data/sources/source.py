@@ -20,7 +20,7 @@ from vitft.data.sources.identity import has_names, sample_names
 from vitft.data.sources.schema import Notes, ReadOptions, Splits, standardize, whole_numbers
 from vitft.data.sources.tables import resolve_paths
 from vitft.errors import DataError, UsageError, nearest
-from vitft.io.hub_errors import without_secrets
+from vitft.io.console import without_secrets
 from vitft.io.paths import expanded
 
 
