@@ -145,21 +145,6 @@ def test_the_order_of_the_patches_matters_only_with_positions() -> None:
     assert relative(vit(pixels, w, spec)[0], vit(halves, w, spec)[0]) <= 1e-11
 
 
-@pytest.mark.parametrize(("layer", "head"), [(0, 1), (3, 1), (1, 0), (1, 3)])
-def test_attention_output_refuses_numbers_out_of_range(layer: int, head: int) -> None:
-    with pytest.raises(IndexError, match="is not in 1 to 2"):
-        TorchViT(SMALL).double().attention_output(torch.from_numpy(batch(SMALL)[0]), layer, head)
-
-
-def test_attention_output_equals_the_stage_of_that_head() -> None:
-    w, (pixels, *_) = random_weights(SMALL), batch(SMALL)
-    stages: dict[str, Array] = {}
-    vit(pixels, w, SMALL, watch=lambda name, array: stages.update({name: array.copy()}))
-    output = TorchViT(SMALL).load(w).attention_output(torch.from_numpy(pixels), layer=2, head=1)
-    assert output.shape == (2, 5, 4)
-    assert relative(output.detach().numpy(), stages["block.2.attention.mix"][..., :4]) <= 1e-12
-
-
 @pytest.mark.parametrize("name", ["vit-micro", "vit-tiny", "vit-small-patch14-224"])
 def test_parameter_counts_of_presets(name: str) -> None:
     spec = PRESETS[name]

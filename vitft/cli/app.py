@@ -355,9 +355,9 @@ def recipes_copy(
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="File or folder to copy to.")] = Path(),
 ) -> None:
     """Copy a recipe to edit it."""
-    from vitft.config.recipe import command_for, copy_recipe, find_recipe, is_textbook
+    from vitft.config.recipe import command_for, copy_recipe, find_recipe
 
-    copy, run = copy_recipe(name, target), command_for(is_textbook(find_recipe(name)))
+    copy, run = copy_recipe(name, target), command_for(find_recipe(name))
     console.say_text(f"copied to {copy}; run it with: {run} {shlex.quote(str(copy))}\n")
 
 

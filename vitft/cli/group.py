@@ -38,32 +38,25 @@ class Group(TyperGroup):
         try:
             with typed_flags():
                 return super().invoke(ctx)
-        except VitftError as error:
-            self._debug(ctx)
-            console.fail(str(error))
-            raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
             clear_frames(error.__traceback__)  # otherwise Python waits for queued decoding at exit
             console.fail("interrupted")
             raise typer.Exit(130) from error
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
-        except OSError as error:
-            self._debug(ctx)
-            console.fail(f"{error.filename or 'a file'}: {error.strerror or error}.")
-            raise typer.Exit(1) from error
         except Exception as error:
             if hasattr(error, "show"):  # wrong usage, which Typer shows in a box
                 name_what_was_meant(error)
                 raise
-            self._debug(ctx)
-            console.fail(f"{type(error).__name__}: {error} (unexpected; `vitft --debug ...` shows where)")
-            raise typer.Exit(1) from error
-
-    @staticmethod
-    def _debug(ctx: Any) -> None:
-        if ctx.find_root().params.get("debug"):
-            console.traceback()
+            if ctx.find_root().params.get("debug"):
+                console.traceback()
+            if isinstance(error, VitftError):
+                console.fail(str(error))
+            elif isinstance(error, OSError):
+                console.fail(f"{error.filename or 'a file'}: {error.strerror or error}.")
+            else:
+                console.fail(f"{type(error).__name__}: {error} (unexpected; `vitft --debug ...` shows where)")
+            raise typer.Exit(error.exit_code if isinstance(error, VitftError) else 1) from error
 
 
 def _switches_shown_bare(options: list[Any]) -> list[Any]:

@@ -35,14 +35,10 @@ class Recipe:
         """Whether `vitft scratch train` runs it."""
         return self.name.startswith(TEXTBOOK)
 
-    @property
-    def command(self) -> str:
-        """The shell command that runs it."""
-        return f"{command_for(self.textbook)} {self.name.removeprefix(TEXTBOOK)}"
 
-
-def command_for(textbook: bool) -> str:
-    """The command that takes a recipe's name or file as its argument."""
+def command_for(path: Path) -> str:
+    """The command that takes a recipe, or a copy of it, as its argument."""
+    textbook = any(recipe.path == path and recipe.textbook for recipe in recipes())
     return "vitft scratch train" if textbook else "vitft train --recipe"
 
 
@@ -75,15 +71,11 @@ def find_recipe(name_or_file: str, *, textbook: bool | None = None) -> Path:
     if recipe is not None:
         if textbook is not None and textbook != recipe.textbook:
             kind = "a textbook" if recipe.textbook else "a fine-tuning"
-            raise UsageError(f"recipe {name_or_file} is {kind} recipe; run it with: {recipe.command}")
+            run = f"{command_for(recipe.path)} {recipe.name.removeprefix(TEXTBOOK)}"
+            raise UsageError(f"recipe {name_or_file} is {kind} recipe; run it with: {run}")
         return recipe.path
     hint = nearest(name_or_file, names(textbook=True) if textbook else known) or "; `vitft recipes ls` lists them"
     raise UsageError(f"recipe {name_or_file}: neither a file nor a known recipe{hint}")
-
-
-def is_textbook(path: Path) -> bool:
-    """Whether a file is a textbook recipe that ships with vitft."""
-    return any(recipe.path == path and recipe.textbook for recipe in recipes())
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

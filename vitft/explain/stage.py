@@ -2,8 +2,9 @@
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import erf, pi, sqrt, tanh
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from vitft.errors import UsageError, nearest
 from vitft.explain.trace import Trace
 from vitft.scratch import attention, embedding, encoder, heads, mlp, patchify, tensors
 from vitft.scratch.tensors import Array, Linear
-from vitft.spec import ViTSpec
 
 _SHOWN = 4  # terms of a long sum that are written out
 
@@ -49,15 +49,23 @@ class Lesson:
 
 def lesson(trace: Trace, stage: str) -> Lesson:
     """The lesson of a stage, by its full name."""
-    words, formula, function, work_out = _LESSONS[_kind(trace.spec, stage.split(".")[-1])]
+    step = stage.split(".")[-1]
+    kind = {"activation": trace.spec.activation, "pool": f"pool_{trace.spec.pooling}"}.get(step, step)
+    words, formula, function, work_out = _LESSONS[kind]
     array = trace.by_numpy[stage]
     file = Path(inspect.getsourcefile(function) or "")
-    text, result = work_out(trace, stage)
+    text, result = work_out(trace, stage, _input(trace, stage))
     text = re.sub(r"(?<![e\d])-(?=\d)", "−", text)
     return Lesson(
         stage, array.shape, words, formula, f"vitft/scratch/{file.name}", inspect.getsourcelines(function)[1],
         function.__name__, text, result, float(array.flat[0]),
     )  # fmt: skip
+
+
+def _input(trace: Trace, stage: str) -> Array:
+    """The input of a stage, which is the output of the stage before it; of the image, the image."""
+    names = list(trace.by_numpy)
+    return trace.by_numpy[names[max(0, names.index(stage) - 1)]].astype(np.float64)
 
 
 def find_lessons(trace: Trace, name: str) -> list[Lesson]:
@@ -89,144 +97,128 @@ def lesson_text(lessons: Sequence[Lesson]) -> Text:
     return text
 
 
-def _kind(spec: ViTSpec, step: str) -> str:
-    """The key in _LESSONS of the last part of a stage's name."""
-    return {"activation": spec.activation, "pool": f"pool_{spec.pooling}"}.get(step, step)
-
-
-# -- working out the first number of a stage --------------------------------------------------------
-
-
-def _input(trace: Trace, stage: str) -> Array:
-    """The input of a stage, which is the output of the stage before it."""
-    names = list(trace.by_numpy)
-    return trace.by_numpy[names[names.index(stage) - 1]].astype(np.float64)
-
-
-def _first_input(trace: Trace, stage: str) -> float:
-    return float(_input(trace, stage).flat[0])
+# -- working out the first number of a stage: x is its input, in float64 ----------------------------
 
 
 def _sum(x: float, y: float) -> Worked:
     return f"{x:.4g} + {y:.4g}", x + y
 
 
-def _dot(xs: Array, ys: Array, bias: float | None = None) -> Worked:
-    """Σ x·y + bias: the first products, how many more there are, and the bias."""
-    terms = [f"{x:.3g}·{y:.3g}" for x, y in zip(xs[:_SHOWN], ys[:_SHOWN], strict=True)]
-    terms += [f"({len(xs) - _SHOWN} more)"] * (len(xs) > _SHOWN)
-    terms += [] if bias is None else [f"bias {bias:.3g}"]
-    return " + ".join(terms), float(xs.astype(np.float64) @ ys.astype(np.float64)) + (bias or 0.0)
+def _terms(written: Iterable[str], count: int) -> str:
+    """The first terms of a long sum, and how many more there are."""
+    more = [f"({count - _SHOWN} more)"] if count > _SHOWN else []
+    return " + ".join([*islice(written, _SHOWN), *more])
+
+
+def _dot(xs: Array, ys: Array) -> Worked:
+    written = (f"{x:.3g}·{y:.3g}" for x, y in zip(xs, ys, strict=True))
+    return _terms(written, len(xs)), float(xs.astype(np.float64) @ ys.astype(np.float64))
 
 
 def _linear(x: Array, w: Linear) -> Worked:
-    return _dot(x, w.weight.reshape(len(w.weight), -1)[0], None if w.bias is None else float(w.bias[0]))
+    text, value = _dot(x, w.weight.reshape(len(w.weight), -1)[0])
+    return (text, value) if w.bias is None else (f"{text} + bias {w.bias[0]:.3g}", value + float(w.bias[0]))
 
 
-def _image(trace: Trace, stage: str) -> Worked:
+def _image(trace: Trace, stage: str, x: Array) -> Worked:
     mean, std = trace.mean, trace.std
     pixel = round(255 * (float(trace.by_numpy[stage].flat[0]) * std + mean))
     return f"({pixel} / 255 − {mean:.4g}) / {std:.4g}", (pixel / 255 - mean) / std
 
 
-def _projection(trace: Trace, stage: str) -> Worked:
-    return _linear(patchify.windows(_input(trace, stage), trace.spec)[0, 0], trace.weights.embedding.projection)
+def _projection(trace: Trace, stage: str, x: Array) -> Worked:
+    return _linear(patchify.windows(x, trace.spec)[0, 0], trace.weights.embedding.projection)
 
 
-def _unchanged(trace: Trace, stage: str) -> Worked:
+def _unchanged(trace: Trace, stage: str, x: Array) -> Worked:
     """For a stage that only moves numbers."""
-    value = _first_input(trace, stage)
-    return f"{value:.4g}, unchanged", value
+    return f"{x.flat[0]:.4g}, unchanged", float(x.flat[0])
 
 
-def _class_token(trace: Trace, stage: str) -> Worked:
+def _class_token(trace: Trace, stage: str, x: Array) -> Worked:
     token = trace.weights.embedding.class_token
     assert token is not None, "without the token there is no such stage"
     return f"{token.flat[0]:.4g}, from the class token", float(token.flat[0])
 
 
-def _positions(trace: Trace, stage: str) -> Worked:
-    positions = trace.weights.embedding.positions
-    if positions is None:
-        positions = embedding.fixed_positions(trace.spec)
-    return _sum(_first_input(trace, stage), float(positions.flat[0]))
+def _positions(trace: Trace, stage: str, x: Array) -> Worked:
+    learned = trace.weights.embedding.positions
+    positions = embedding.fixed_positions(trace.spec) if learned is None else learned
+    return _sum(float(x.flat[0]), float(positions.flat[0]))
 
 
-def _norm(trace: Trace, stage: str) -> Worked:
+def _norm(trace: Trace, stage: str, x: Array) -> Worked:
     w = trace.weights.norm
     if stage.startswith("block."):
         _, number, sublayer, _ = stage.split(".")
         w = getattr(trace.weights.blocks[int(number) - 1], f"{sublayer}_norm")
     assert w is not None, "without the norm there is no such stage"
-    x = _input(trace, stage)[0, 0]
-    mean, std, scale, shift = (
-        float(n) for n in (x.mean(), np.sqrt(x.var() + trace.spec.norm_eps), w.scale[0], w.shift[0])
-    )
-    text = f"({x[0]:.3g} − {mean:.3g}) / {std:.3g} · {scale:.3g} + {shift:.3g}"
-    return text, (float(x[0]) - mean) / std * scale + shift
+    token = x[0, 0]
+    mean, std = float(token.mean()), float(np.sqrt(token.var() + trace.spec.norm_eps))
+    scale, shift = float(w.scale[0]), float(w.shift[0])
+    text = f"({token[0]:.3g} − {mean:.3g}) / {std:.3g} · {scale:.3g} + {shift:.3g}"
+    return text, (float(token[0]) - mean) / std * scale + shift
 
 
-def _block_linear(trace: Trace, stage: str) -> Worked:
+def _block_linear(trace: Trace, stage: str, x: Array) -> Worked:
     _, number, sublayer, step = stage.split(".")
     weights = getattr(trace.weights.blocks[int(number) - 1], sublayer)
-    return _linear(_input(trace, stage)[0, 0], getattr(weights, {"in": "inner", "out": "outer"}.get(step, step)))
+    return _linear(x[0, 0], getattr(weights, {"in": "inner", "out": "outer"}.get(step, step)))
 
 
-def _scores(trace: Trace, stage: str) -> Worked:
-    qkv, width = _input(trace, stage), trace.spec.head_width
-    text, value = _dot(qkv[0, 0, 0, 0], qkv[0, 1, 0, 0])
+def _scores(trace: Trace, stage: str, x: Array) -> Worked:
+    width = trace.spec.head_width
+    text, value = _dot(x[0, 0, 0, 0], x[0, 1, 0, 0])
     return f"({text}) / √{width}", value / width**0.5
 
 
-def _softmax(trace: Trace, stage: str) -> Worked:
-    row = _input(trace, stage)[0, 0, 0]
+def _softmax(trace: Trace, stage: str, x: Array) -> Worked:
+    row = x[0, 0, 0]
     powers = np.exp(row - row.max())
     text = f"exp({row[0]:.3g} − {row.max():.3g}) / {powers.sum():.4g}, the sum over {len(row)} tokens"
     return text, float(powers[0] / powers.sum())
 
 
-def _mix(trace: Trace, stage: str) -> Worked:
-    values = trace.by_numpy[stage.replace(".mix", ".qkv")][0, 2, 0, :, 0]
-    return _dot(_input(trace, stage)[0, 0, 0], values)
+def _mix(trace: Trace, stage: str, x: Array) -> Worked:
+    return _dot(x[0, 0, 0], trace.by_numpy[stage.replace(".mix", ".qkv")][0, 2, 0, :, 0])
 
 
-def _residual(trace: Trace, stage: str) -> Worked:
-    names = list(trace.by_numpy)
-    first = next(i for i, name in enumerate(names) if name.startswith(stage.removesuffix("residual")))
-    return _sum(float(trace.by_numpy[names[first - 1]].flat[0]), _first_input(trace, stage))
+def _residual(trace: Trace, stage: str, x: Array) -> Worked:
+    first = next(name for name in trace.by_numpy if name.startswith(stage.removesuffix("residual")))
+    return _sum(float(_input(trace, first).flat[0]), float(x.flat[0]))
 
 
-def _activation(trace: Trace, stage: str) -> Worked:
-    x = _first_input(trace, stage)
+def _activation(trace: Trace, stage: str, x: Array) -> Worked:
+    n = float(x.flat[0])
     if trace.spec.activation == "relu":
-        return f"max({x:.4g}, 0)", max(x, 0.0)
+        return f"max({n:.4g}, 0)", max(n, 0.0)
     exact = trace.spec.activation == "gelu"
-    factor = (1 + (erf(x / sqrt(2)) if exact else tanh(sqrt(2 / pi) * (x + 0.044715 * x**3)))) / 2
-    return f"{x:.4g} · {factor:.4g}", x * factor
+    factor = (1 + (erf(n / sqrt(2)) if exact else tanh(sqrt(2 / pi) * (n + 0.044715 * n**3)))) / 2
+    return f"{n:.4g} · {factor:.4g}", n * factor
 
 
-def _mean(trace: Trace, stage: str) -> Worked:
-    values = _input(trace, stage)[0, trace.spec.prefix_tokens :, 0]
-    terms = [f"{value:.3g}" for value in values[:_SHOWN]] + [f"({len(values) - _SHOWN} more)"] * (len(values) > _SHOWN)
-    return f"({' + '.join(terms)}) / {len(values)}", float(values.mean())
+def _mean(trace: Trace, stage: str, x: Array) -> Worked:
+    values = x[0, trace.spec.prefix_tokens :, 0]
+    written = _terms((f"{value:.3g}" for value in values), len(values))
+    return f"({written}) / {len(values)}", float(values.mean())
 
 
-def _pre_logits(trace: Trace, stage: str) -> Worked:
+def _pre_logits(trace: Trace, stage: str, x: Array) -> Worked:
     layer = trace.weights.head.pre_logits
     assert layer is not None, "without the layer there is no such stage"
-    text, value = _linear(_input(trace, stage)[0], layer)
+    text, value = _linear(x[0], layer)
     return f"tanh({text})", tanh(value)
 
 
-def _head(trace: Trace, stage: str) -> Worked:
-    return _linear(_input(trace, stage)[0], trace.weights.head.logits)
+def _head(trace: Trace, stage: str, x: Array) -> Worked:
+    return _linear(x[0], trace.weights.head.logits)
 
 
 _NON_LINEAR = "A non-linear function of each number: {}. Without it, the two linear layers would be one."
 _GELU = _NON_LINEAR.format("high ones pass, low ones are held back")
 
 # For each kind of stage: explanation, formula, the chapter's function, and the function that works out a number.
-_LESSONS: dict[str, tuple[str, str, Callable[..., object], Callable[[Trace, str], Worked]]] = {
+_LESSONS: dict[str, tuple[str, str, Callable[..., object], Callable[[Trace, str, Array], Worked]]] = {
     "image": (
         "The image as numbers around 0, one for each pixel and color channel.",
         "x = (pixel / 255 − mean) / std", embedding.embedding, _image),

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -92,17 +92,13 @@ def document(spec: ViTSpec, batch_size: int = 1) -> dict[str, Any]:
     Shapes are lists; FLOPs and activation bytes are those of one forward pass of the batch (see `spec.stages`).
     Raises UsageError for a batch_size below 1.
     """
-    parts = [_as_json(stage) for stage in stages(spec, batch_size)]
-    sums = _as_json(total(spec, batch_size))
-    return {"spec": asdict(spec), "stages": parts, "total": {name: sums[name] for name in _COSTS}}
+    parts = [asdict(stage) | {"input": list(stage.input), "output": list(stage.output)}
+             for stage in stages(spec, batch_size)]  # fmt: skip
+    sums = total(spec, batch_size)
+    return {"spec": asdict(spec), "stages": parts, "total": {name: getattr(sums, name) for name in _COSTS}}
 
 
 _COSTS = ("parameters", "flops", "activation_bytes")
-
-
-def _as_json(stage: Stage) -> dict[str, Any]:
-    return {**asdict(stage), "input": list(stage.input), "output": list(stage.output)}
-
 
 # The columns of the table, and the order in which a narrow terminal drops them, least informative first.
 _COLUMNS = ("stage", "shape in", "shape out", "params", "FLOPs", "saved")
@@ -143,8 +139,7 @@ class StageTable:
                 style = "dim" if name == "shape in" else ""
                 table.add_column(name, self.total[index], style=style, overflow="fold")
             else:
-                side: Literal["left", "right"] = "left" if name == "stage" else "right"
-                table.add_column(name, self.total[index], justify=side, no_wrap=True)
+                table.add_column(name, self.total[index], justify="left" if name == "stage" else "right", no_wrap=True)
         for row in self.rows:
             table.add_section() if row is None else table.add_row(*(row[index] for index in indices))
         return table
@@ -183,7 +178,7 @@ def _block(stage: Stage) -> int:
 
 
 def _shape(shape: tuple[int, ...]) -> str:
-    return "×".join(str(side) for side in shape)
+    return "×".join(map(str, shape))
 
 
 def _costs(parts: list[Stage]) -> list[str]:

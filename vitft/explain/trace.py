@@ -198,9 +198,9 @@ def statistics(trace: Trace, name: str) -> dict[str, Any]:
     """
     array = trace.by_numpy[name].astype(np.float64)
     largest = float(np.abs(array).max()) or 1.0
-    others = {"numpy_torch": trace.by_torch.get(name), "numpy_transformers": trace.by_transformers.get(name)}
+    others = {"numpy_torch": trace.by_torch, "numpy_transformers": trace.by_transformers}
     differences = {
-        pair: None if other is None else float(np.abs(array - other).max()) for pair, other in others.items()
+        pair: float(np.abs(array - other[name]).max()) if name in other else None for pair, other in others.items()
     }
     return {
         "name": name, "shape": list(array.shape), "mean": float(array.mean()), "std": float(array.std()),

@@ -60,14 +60,12 @@ def lock_folder(folder: Path) -> Iterator[bool]:
         yield True
         return
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        except OSError:
-            yield True
-        else:
-            yield True
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = True
+    except OSError as error:
+        locked = not isinstance(error, BlockingIOError)
+    try:
+        yield locked
     finally:
         os.close(handle)
 

@@ -71,7 +71,6 @@ class Attention(Watched):
         q, k, v = self.show("qkv", qkv).unbind(dim=1)
         scores = self.show("scores", q @ k.mT / sqrt(d // self.heads))
         mixed = self.show("softmax", scores.softmax(dim=-1)) @ v
-        self.head_outputs = mixed.detach()  # (B, A, N, K), for `TorchViT.attention_output`
         return self.show("output", self.output(self.show("mix", mixed.transpose(1, 2).reshape(b, n, d))))
 
 
@@ -155,19 +154,6 @@ class TorchViT(Watched):
                 if path[0] == "blocks" and len(path) > 2:
                     module.stage = f"block.{int(path[1]) + 1}.{path[2]}."
         return self
-
-    def attention_output(self, x: Tensor, layer: int, head: int) -> Tensor:
-        """The output of one attention head for images x, before the heads are concatenated: (B, N, K).
-
-        `layer` and `head` count from 1. Raises IndexError for numbers out of range.
-        """
-        for name, number, count in (("layer", layer, self.spec.layers), ("head", head, self.spec.heads)):
-            if not 1 <= number <= count:
-                raise IndexError(f"{name} {number} is not in 1 to {count}")
-        self(x)
-        attention = self.get_submodule(f"blocks.{layer - 1}.attention.sublayer")
-        assert isinstance(attention, Attention)
-        return attention.head_outputs[:, head - 1]
 
     def load(self, w: ViT) -> "TorchViT":
         """Copy the weights of the NumPy model, in their dtype; returns self."""

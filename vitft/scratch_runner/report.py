@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from vitft.io import console
@@ -65,30 +65,21 @@ def scalar_tables(report: Report) -> RenderableType:
     correct = [sample for sample in report.predictions if sample.label == sample.predicted]
     firsts = [next(s for s in correct if s.label == name) for name in PATTERNS if report.class_accuracy[name]]
     mistakes = [sample for sample in report.predictions if sample.label != sample.predicted][: len(PATTERNS)]
-    parts: list[RenderableType] = [
+    return Group(
         head,
-        "",
-        "Confusion matrix of the test images (rows: true, columns: predicted):",
+        "\nConfusion matrix of the test images (rows: true, columns: predicted):",
         _confusion(report),
-        "",
-        "The first correct prediction of each class, with its probability:",
+        "\nThe first correct prediction of each class, with its probability:",
         _samples(firsts),
-    ]
-    if mistakes:
-        parts += ["", "The first mistakes (true → predicted):", _samples(mistakes)]
-    parts += [
-        "",
-        "Attention of the class token to itself and to each patch (mean over a class):",
+        *(("\nThe first mistakes (true → predicted):", _samples(mistakes)) if mistakes else ()),
+        "\nAttention of the class token to itself and to each patch (mean over a class):",
         _attention(report),
-    ]
-    return Group(*parts)
+    )
 
 
 def _confusion(report: Report) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("class")
-    for name in (*PATTERNS, "accuracy"):
-        table.add_column(name, justify="right")
+    numbers = (Column(name, justify="right") for name in (*PATTERNS, "accuracy"))
+    table = Table("class", *numbers, box=None, pad_edge=False)
     for i, (name, counts) in enumerate(zip(PATTERNS, report.confusion, strict=True)):
         cells = (Text(str(n) if n else "·", "bold" if i == j else "") for j, n in enumerate(counts))
         table.add_row(name, *cells, console.percent(report.class_accuracy[name]))
@@ -111,11 +102,8 @@ def _as_characters(image: Image) -> Text:
 
 
 def _attention(report: Report) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("class")
-    table.add_column("head")
-    for name in _TOKENS:
-        table.add_column(name, justify="right")
+    numbers = (Column(name, justify="right") for name in _TOKENS)
+    table = Table("class", "head", *numbers, box=None, pad_edge=False)
     for pattern in PATTERNS:
         for number, weights in enumerate(report.attention(pattern), 1):
             mean = number > TINY.heads

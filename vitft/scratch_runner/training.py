@@ -10,7 +10,7 @@ runs/textbook-mnist-patch7-1/
 import json
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import count
 from math import isfinite, sqrt
 from pathlib import Path
@@ -65,8 +65,7 @@ def train(config: TextbookConfig, *, output: Path | None = None, name: str | Non
     if output is not None and output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UsageError(f"output {output}: exists and is not empty; choose another.")
     data = load_data(config)
-    spec = make_spec(config, data)
-    plan = make_plan(config, data)
+    spec, plan = make_spec(config, data), make_plan(config, data)
     run = output if output is not None else _next_free_run(name or data.source.name)
     engine = make_engine(config, spec, plan)
     console.note(
@@ -126,13 +125,7 @@ def _summary(config: TextbookConfig, data: Data, spec: ViTSpec, plan: Plan, last
     """Everything needed to use the weights, and the score with its split."""
     test_split = next(split for role, split in data.splits.items() if role != "train")
     images = len(data.test.labels)
-    score = {
-        "split": test_split.name,
-        "split_hash": test_split.hash,
-        "count": images,
-        "accuracy": last.test_accuracy,
-        "accuracy_interval": list(wilson_interval(round(last.test_accuracy * images), images)),
-    }
+    interval = wilson_interval(round(last.test_accuracy * images), images)
     return {
         "vitft": __version__,
         "dataset": data.source.name,
@@ -145,7 +138,13 @@ def _summary(config: TextbookConfig, data: Data, spec: ViTSpec, plan: Plan, last
         "mean": list(plan.mean),
         "std": list(plan.std),
         "train": {"epochs": last.epoch, "loss": last.loss, "accuracy": last.accuracy},
-        "score": score,
+        "score": {
+            "split": test_split.name,
+            "split_hash": test_split.hash,
+            "count": images,
+            "accuracy": last.test_accuracy,
+            "accuracy_interval": list(interval),
+        },
     }
 
 
@@ -162,26 +161,23 @@ def make_spec(config: TextbookConfig, data: Data) -> ViTSpec:
             f"patch_size {patch} does not divide the {height}x{width} images of {data.source.name}; "
             f"try {', '.join(sizes[:-1])}{' or ' if sizes[:-1] else ''}{sizes[-1]}."
         )
-    fields = ("width", "heads", "layers", "mlp", "pre_logits", "pooling", "positions", "norm", "final_norm")
     return ViTSpec(
         image_height=height, image_width=width, patch_height=patch, patch_width=patch, stride_height=patch,
-        stride_width=patch, channels=channels, classes=len(data.source.labels), activation=config.activation,
-        **{name: getattr(config, name) for name in fields},
+        stride_width=patch, channels=channels, classes=len(data.source.labels), **_settings_of(ViTSpec, config),
     )  # fmt: skip
 
 
 def make_plan(config: TextbookConfig, data: Data) -> Plan:
     """The training plan, from the settings and the mean and standard deviation of the training images."""
     mean, std = mean_and_std(data.train.pixels)
-    fields = (
-        "epochs", "batch_size", "lr", "optimizer", "weight_decay", "momentum", "schedule", "warmup_steps",
-        "decay_epoch", "decay_factor", "label_smoothing", "dropout", "dtype", "seed",
-    )  # fmt: skip
-    return Plan(
-        **{name: getattr(config, name) for name in fields}, mean=mean, std=std,
-        flip=config.augment in ("flip", "both"),
-        crop_border=max(1, min(data.train.pixels.shape[2:]) // 8) if config.augment in ("crop", "both") else 0,
-    )  # fmt: skip
+    border = max(1, min(data.train.pixels.shape[2:]) // 8) if config.augment in ("crop", "both") else 0
+    flip = config.augment in ("flip", "both")
+    return Plan(**_settings_of(Plan, config), mean=mean, std=std, flip=flip, crop_border=border)
+
+
+def _settings_of(kind: type[ViTSpec | Plan], config: TextbookConfig) -> dict[str, Any]:
+    """The settings that are fields of a dataclass, under the same names."""
+    return config.model_dump(include={field.name for field in fields(kind)})
 
 
 def make_engine(config: TextbookConfig, spec: ViTSpec, plan: Plan) -> Engine:
