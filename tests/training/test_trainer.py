@@ -747,7 +747,7 @@ def test_checkpointed_activations_are_computed_again(monkeypatch: pytest.MonkeyP
 def test_a_run_begun_by_an_earlier_version_ends_as_it_would_have(tmp_path: Path) -> None:
     """It was killed after step 5 of 9; `end.safetensors` has the weights of an uninterrupted run of that version.
 
-    On the machine that made it, they are the same bits. Elsewhere kernels round differently, which moves a weight by far
+    On the machine that made it, they are the same bits. Elsewhere kernels round differently, which moves a weight much
     less than other samples, crops or learning rates do: the step of a weight is up to 0.003.
     """
     run = tmp_path / "run"
