@@ -1,6 +1,7 @@
 """Loading models from folders and names: kept and new weights, preprocessing, and one-line errors."""
 
 import json
+import logging
 import os
 import pickle
 import subprocess
@@ -17,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
+import vitft.models.load
 from tests.conftest import ARCHITECTURES, tiny_model
 from tests.families import tiny_classifier
 from vitft import TrainConfig, evaluate, predict, train
@@ -717,3 +719,26 @@ def test_only_the_repeated_blocks_are_compiled(architecture: str, monkeypatch: p
     assert _Compiled.calls == 2  # the model itself is unchanged, even after an error
     assert [*model.modules()] == before
     assert [*model.state_dict()] == names
+
+
+def test_loading_is_quiet_and_leaves_the_logs_of_transformers_as_they_were(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logs = transformers.utils.logging
+    before = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    seen: list[int] = []
+    real = vitft.models.load.check_memory
+
+    def watched(*given: Any) -> None:
+        seen.append(logs.get_verbosity())
+        real(*given)
+
+    logs.set_verbosity_info()
+    logs.enable_progress_bar()
+    try:
+        monkeypatch.setattr("vitft.models.load.check_memory", watched)
+        load_trained(saved())
+        assert set(seen) == {logging.ERROR}
+        assert (logs.get_verbosity(), logs.is_progress_bar_enabled()) == (logging.INFO, True)
+    finally:
+        logs.set_verbosity(before[0])

@@ -517,4 +517,5 @@ def main() -> None:
     # Threads that wait for one another sleep. By default they spin for milliseconds, and where another program holds one
     # of their CPUs a step of a small model was seen to take 20 times as long. Read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     app()

@@ -4,12 +4,10 @@ Weights are always loaded as float32; the setting `precision` applies only to ma
 """
 
 import json
-import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from shutil import copyfile
@@ -53,6 +51,22 @@ class Loaded:
     scoring: Scoring = "softmax"  # turns logits into scores
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence Transformers while it loads: its messages are about nothing that users of vitft can change."""
+    logs = transformers.utils.logging
+    verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logs.set_verbosity(verbosity)
+        if bars:
+            logs.enable_progress_bar()
+
+
+@_quiet()
 def load_for_training(config: TrainConfig, labels: Sequence[str], untrained: Sequence[str] = ()) -> Loaded:
     """Load or create the model of a run, with a head for `labels`, at the run's input size.
 
@@ -60,7 +74,6 @@ def load_for_training(config: TrainConfig, labels: Sequence[str], untrained: Seq
     `untrained`, the classes of the dataset without training images. Otherwise the head is new, initialized from the
     seed. Raises ModelError.
     """
-    _quiet()
     torch.manual_seed(derive_seed(config.seed, "weights"))
     if config.from_scratch:
         loaded = _from_scratch(config, labels)
@@ -99,6 +112,7 @@ def _freeze_mask_token(model: Any) -> None:
             parameter.requires_grad_(False)
 
 
+@_quiet()
 def load_trained(name_or_path: str | Path, revision: str | None = None, *, headless: bool = False) -> Loaded:
     """Load a trained image classifier from a folder or hub id, in evaluation mode. Raises ModelError.
 
@@ -140,6 +154,7 @@ def _scoring(hf_config: Any) -> Scoring:
     )
 
 
+@_quiet()
 def read_config(name_or_path: str | Path) -> Any:
     """The Transformers configuration of a folder or hub id. Raises ModelError."""
     return _read_hf_config(_origin(locate(str(name_or_path)), None))
@@ -184,6 +199,7 @@ def vit_config(spec: ViTSpec) -> Any:
     )
 
 
+@_quiet()
 def spec_of(config: TrainConfig) -> ViTSpec:
     """The sizes of a new model: a preset, modified by the sizes in the settings. Raises UsageError."""
     sizes = {name: getattr(config, name) for name in ("image_size", *SIZES)}
@@ -229,7 +245,6 @@ class _Origin:
 
 
 def _origin(name_or_path: str, revision: str | None) -> _Origin:
-    _quiet()
     folder = Path(name_or_path)
     if not folder.is_dir():
         origin = _Origin(name_or_path, revision, not answers(name_or_path, revision))
@@ -437,11 +452,3 @@ def _unreadable(origin: _Origin, error: Exception) -> ModelError:
         return ModelError(f"{origin.name_or_path}: not a readable Transformers model: {first_line(error)}.")
     at = f" at revision {origin.revision}" if origin.revision else ""
     return ModelError(f"model {origin.name_or_path}{at}: no such local folder, and {reason(error)}; {_OFFLINE_HINT}.")
-
-
-@cache
-def _quiet() -> None:
-    """Silence Transformers: its messages are not about anything that users of vitft can change."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
