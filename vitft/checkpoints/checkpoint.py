@@ -26,6 +26,7 @@ from vitft.config.train import TrainConfig
 from vitft.data.augment import Preprocess
 from vitft.errors import ModelError, UsageError
 from vitft.io.atomic import lock_folder, new_folder, remove_folder, write_json, write_text
+from vitft.io.library_logs import quiet_transformers
 from vitft.spec import PRESETS
 
 
@@ -188,7 +189,8 @@ def save_model(folder: Path, model: Any, preprocess: Preprocess, card: Card, sta
 
 
 def _write_model(folder: Path, model: Any, preprocess: Preprocess, card: Card, state: State | None) -> None:
-    model.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
     write_json(folder / "preprocessor_config.json", preprocess.to_json())
     if state is not None:
         write_json(folder / "state.json", asdict(state))

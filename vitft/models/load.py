@@ -23,6 +23,7 @@ from vitft.data.augment import Preprocess
 from vitft.errors import ModelError, UsageError, VitftError, first_line, nearest
 from vitft.io import console
 from vitft.io.hub_errors import answers, reason
+from vitft.io.library_logs import quiet_transformers
 from vitft.io.paths import composed, expanded
 from vitft.models.custom_sizes import with_sizes
 from vitft.models.heads import head_modules, in_head, label_tensors
@@ -51,22 +52,7 @@ class Loaded:
     scoring: Scoring = "softmax"  # turns logits into scores
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence Transformers while it loads: its messages are about nothing that users of vitft can change."""
-    logs = transformers.utils.logging
-    verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
-    logs.set_verbosity_error()
-    logs.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logs.set_verbosity(verbosity)
-        if bars:
-            logs.enable_progress_bar()
-
-
-@_quiet()
+@quiet_transformers()
 def load_for_training(config: TrainConfig, labels: Sequence[str], untrained: Sequence[str] = ()) -> Loaded:
     """Load or create the model of a run, with a head for `labels`, at the run's input size.
 
@@ -112,7 +98,7 @@ def _freeze_mask_token(model: Any) -> None:
             parameter.requires_grad_(False)
 
 
-@_quiet()
+@quiet_transformers()
 def load_trained(name_or_path: str | Path, revision: str | None = None, *, headless: bool = False) -> Loaded:
     """Load a trained image classifier from a folder or hub id, in evaluation mode. Raises ModelError.
 
@@ -137,10 +123,15 @@ def saved(model: Any, processor: Any = None) -> Iterator[str]:
         raise UsageError(f"model: got {type(model).__name__}; pass a name, a path or a Transformers model.")
     with TemporaryDirectory(prefix="vitft-") as temporary:
         folder = Path(temporary) / (Path(model.name_or_path).name or type(model).__name__)
-        model.save_pretrained(folder)
-        if processor is not None:
-            processor.save_pretrained(folder)
-        elif model.name_or_path and (file := find_processor_file(model.name_or_path, local_files_only=True)):
+        with quiet_transformers():
+            model.save_pretrained(folder)
+            if processor is not None:
+                processor.save_pretrained(folder)
+        if (
+            processor is None
+            and (origin := model.name_or_path)
+            and (file := find_processor_file(origin, local_files_only=True))
+        ):
             copyfile(file, folder / file.name)
         yield str(folder)
 
@@ -154,7 +145,7 @@ def _scoring(hf_config: Any) -> Scoring:
     )
 
 
-@_quiet()
+@quiet_transformers()
 def read_config(name_or_path: str | Path) -> Any:
     """The Transformers configuration of a folder or hub id. Raises ModelError."""
     return _read_hf_config(_origin(locate(str(name_or_path)), None))
@@ -199,7 +190,7 @@ def vit_config(spec: ViTSpec) -> Any:
     )
 
 
-@_quiet()
+@quiet_transformers()
 def spec_of(config: TrainConfig) -> ViTSpec:
     """The sizes of a new model: a preset, modified by the sizes in the settings. Raises UsageError."""
     sizes = {name: getattr(config, name) for name in ("image_size", *SIZES)}
