@@ -97,19 +97,17 @@ class ViTSpec:
         patches = f"{patch_name} {patch}, stride_{axis} {stride} and padding {self.padding}"
         raise UsageError(f"{image_name} {image} does not fit {patches}; try {options}.")
 
-    # fmt: off
     @classmethod
     def square(
         cls, image_size: int, patch_size: int, width: int, layers: int, heads: int, mlp: int, classes: int,
         pre_logits: int | None = None, channels: int = 3,
-    ) -> "ViTSpec":
+    ) -> "ViTSpec":  # fmt: skip
         """A ViT of square images and square patches that do not overlap."""
         return cls(
             image_height=image_size, image_width=image_size, patch_height=patch_size, patch_width=patch_size,
             stride_height=patch_size, stride_width=patch_size, channels=channels, width=width, heads=heads,
             layers=layers, mlp=mlp, classes=classes, pre_logits=pre_logits,
-        )
-    # fmt: on
+        )  # fmt: skip
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -229,10 +227,8 @@ def stages(spec: ViTSpec, batch_size: int = 1) -> list[Stage]:
 def total(spec: ViTSpec, batch_size: int = 1) -> Stage:
     """The whole forward pass as one stage named "total": images in, logits out, and the sums of `stages`."""
     parts = stages(spec, batch_size)
-    parameters, flops, activation_bytes = (
-        sum(getattr(stage, cost) for stage in parts) for cost in ("parameters", "flops", "activation_bytes")
-    )
-    return Stage("total", parts[0].input, parts[-1].output, parameters, flops, activation_bytes)
+    sums = (sum(getattr(stage, cost) for stage in parts) for cost in ("parameters", "flops", "activation_bytes"))
+    return Stage("total", parts[0].input, parts[-1].output, *sums)
 
 
 def peak_activation_bytes(spec: ViTSpec, batch_size: int = 1, *, checkpointed: bool = False) -> int:

@@ -44,9 +44,8 @@ def metrics_report(metrics: Any) -> RenderableType:
     )
     # With five classes, top-5 is always 100 %.
     top5 = f"top-5 {percent(metrics.top5)}, " if len(metrics.per_class) > 5 else ""
-    rest = Text(
-        f"{top5}loss {metrics.loss:.4f}, macro F1 {percent(metrics.macro_f1)}, {metrics.images_per_s:.0f} images/s"
-    )
+    scores = f"{top5}loss {metrics.loss:.4f}, macro F1 {percent(metrics.macro_f1)}"
+    rest = Text(f"{scores}, {metrics.images_per_s:.0f} images/s")
     few = len(metrics.per_class) <= CROSSED_CLASSES
     confusion = _confusion_table(metrics.confusion) if few else _mistakes_table(metrics)
     return Group(headline, rest, "", *_class_table(metrics), "", *confusion)
@@ -94,18 +93,16 @@ def _mistakes_table(metrics: Any) -> list[RenderableType]:
 
 def training_report(result: Any) -> str:
     """The last lines of a run: scores, checkpoint, speed, next command."""
-    lines = [
-        interval(score.split, score.accuracy, score.accuracy_interval, score.count) for score in result.scores.values()
-    ] or ["not evaluated: there is no validation or test split"]
+    lines = [interval(one.split, one.accuracy, one.accuracy_interval, one.count) for one in result.scores.values()]
+    lines = lines or ["not evaluated: there is no validation or test split"]
     lines.append(f"{result.checkpoint.name} checkpoint: {result.checkpoint} (step {result.step})")
     if (speed := result.speed) is not None:
         of_peak = f", {percent(speed.mfu, 0)} of this machine's {speed.precision} peak" if speed.mfu is not None else ""
         help_ = f"; {speed.remedy}" if speed.remedy else ""
         waited = f"{percent(speed.data_wait, 0)} of the time waiting for data"
         lines.append(f"{speed.images_per_s:,.0f} images/s, {waited}{of_peak}{help_}")
-    return "\n".join(
-        [*lines, f"next: vitft eval {shlex.quote(str(result.run))}{'' if result.scores else ' --split train'}", ""]
-    )
+    lines.append(f"next: vitft eval {shlex.quote(str(result.run))}{'' if result.scores else ' --split train'}")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def verdict_report(verdict: Any, kills: int) -> str:
@@ -215,11 +212,9 @@ def predictions_report(predictions: Sequence[Any]) -> RenderableType:
     """A row per image: its classes, best first, with their probabilities."""
     table = _table(Column("image", overflow="fold"), Column("prediction", overflow="fold"))
     for one in predictions:
-        best = Text("  ").join(
-            Text(f"{safe(label)} {percent(score)}", "bold" if place == 0 else "")
-            for place, (label, score) in enumerate(one.top)
-        )
-        table.add_row(Text(safe(one.path)), Text(f"error: {safe(one.error)}", "red") if one.error else best)
+        best = (f"{safe(label)} {percent(score)}" for label, score in one.top)
+        row = Text.assemble((next(best, ""), "bold"), *(f"  {other}" for other in best))
+        table.add_row(Text(safe(one.path)), Text(f"error: {safe(one.error)}", "red") if one.error else row)
     return table
 
 

@@ -36,20 +36,17 @@ def _describe_split(name: str, split: datasets.Dataset, labels: tuple[str, ...])
     for row in rows.tolist():
         with suppress(BadImage):
             headers.append(header(encoded(split[row]["image"])))
-    sizes = np.array([(width, height) for width, height, _ in headers], np.int64).reshape(-1, 2)
-    area = sizes.prod(axis=1)
+    sizes: dict[str, Any] = {}
+    if headers:
+        sides = np.array([(width, height) for width, height, _ in headers], np.int64)
+        area = sides.prod(axis=1)
+        sizes = {"smallest": sides[area.argmin()], "largest": sides[area.argmax()], "median": np.median(sides, axis=0)}
     return {
         "name": name,
         "count": len(split),
         "classes": {label: int(count) for label, count in zip(labels, counts, strict=True)},
         "looked_at": len(rows),
         "unreadable": len(rows) - len(headers),
-        "sizes": {
-            "smallest": sizes[area.argmin()].tolist(),
-            "largest": sizes[area.argmax()].tolist(),
-            "median": np.median(sizes, axis=0).astype(np.int64).tolist(),
-        }
-        if headers
-        else None,
+        "sizes": {name: size.astype(int).tolist() for name, size in sizes.items()} or None,
         "formats": dict(Counter(kind for *_, kind in headers).most_common()),
     }

@@ -66,14 +66,18 @@ def train(config: TextbookConfig, *, output: Path | None = None, name: str | Non
         raise UsageError(f"output {output}: exists and is not empty; choose another.")
     data = load_data(config)
     spec, plan = make_spec(config, data), make_plan(config, data)
-    run = output if output is not None else _next_free_run(name or data.source.name)
+    numbered = (Path("runs") / f"textbook-{name or data.source.name}-{number}" for number in count(1))
+    run = output if output is not None else next(path for path in numbered if not path.exists())
     engine = make_engine(config, spec, plan)
     console.note(
         f"{len(data.train.labels):,} training images of {spec.image_height}x{spec.image_width} in {spec.channels} "
         f"channel{'s' if spec.channels > 1 else ''}, {total(spec).parameters:,} parameters, {config.engine} engine"
     )
     existed = run.exists()
-    _create(run)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"output {run}: cannot be created: {error.strerror or error}; choose another.") from error
     dataset = paths.absolute(config.dataset, (*ALIASES, DIGITS))
     settings = config.model_copy(update={"dataset": dataset}).model_dump(exclude_none=True)
     write_text(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
@@ -216,12 +220,9 @@ def load_data(config: TextbookConfig) -> Data:
     assert config.dataset is not None
     source = open_dataset(config.dataset)
     splits = make_splits(
-        source,
-        val_fraction=_VAL_FRACTION if find_split_name(source, "test") is None else 0.0,
-        max_train_samples=config.max_train_samples,
-        max_eval_samples=config.max_test_samples,
-        seed=config.seed,
-    )
+        source, val_fraction=_VAL_FRACTION if find_split_name(source, "test") is None else 0.0, seed=config.seed,
+        max_train_samples=config.max_train_samples, max_eval_samples=config.max_test_samples,
+    )  # fmt: skip
     test_role = "test" if "test" in splits else "validation"
     for role in ("train", test_role):
         if role not in splits or len(splits[role].rows) == 0:
@@ -260,19 +261,3 @@ def decode_split(source: Source, split: Split) -> NDArray[np.uint8]:
             pixels[number] = image
             progress(number + 1, len(rows))
     return pixels
-
-
-# -- the run folder -------------------------------------------------------------------------------------
-
-
-def _next_free_run(name: str) -> Path:
-    """runs/textbook-<name>-<number>, with the first unused number."""
-    names = (Path("runs") / f"textbook-{name}-{number}" for number in count(1))
-    return next(path for path in names if not path.exists())
-
-
-def _create(run: Path) -> None:
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"output {run}: cannot be created: {error.strerror or error}; choose another.") from error

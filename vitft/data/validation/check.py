@@ -166,10 +166,9 @@ def _inspect(
     problems = []
     suffix = Path(path).suffix.lower()
     expected = Image.registered_extensions().get(suffix)
-    if expected is None and isinstance(source, Path):
+    named = expected is not None or isinstance(source, Path)
+    if named and expected != info.format and {expected, info.format} != {"JPEG", "MPO"}:
         problems.append(("wrong-extension", f"{suffix or 'no suffix'}, but it is a {info.format}"))
-    elif expected not in (None, info.format) and {expected, info.format} != {"JPEG", "MPO"}:
-        problems.append(("wrong-extension", f"{suffix}, but it is a {info.format}"))
     if info.orientation != 1:
         problems.append(("rotated", f"EXIF orientation {info.orientation}"))
     if info.mode not in ("RGB", "L"):
