@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich import box
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from vitft.checkpoints.checkpoint import find_model
@@ -213,11 +213,9 @@ def statistics(trace: Trace, name: str) -> dict[str, Any]:
 def trace_table(trace: Trace) -> Group:
     """The stages of a trace as a table with a legend; it fits in 80 columns."""
     pairs = {"numpy_torch": "Δ torch"} | ({"numpy_transformers": "Δ HF"} if trace.by_transformers else {})
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("stage", no_wrap=True)
-    table.add_column("shape", overflow="fold")
-    for name in ("mean", "std", "min", "max", *pairs.values()):
-        table.add_column(name, justify="right", no_wrap=True)
+    numbers = (Column(name, justify="right", no_wrap=True) for name in ("mean", "std", "min", "max", *pairs.values()))
+    columns = Column("stage", no_wrap=True), Column("shape", overflow="fold"), *numbers
+    table = Table(*columns, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     largest = 0.0
     for name in trace.by_numpy:
         row = statistics(trace, name)
