@@ -36,7 +36,7 @@ from vitft.config.recipe import load_config
 from vitft.data.decoder import BadImage, decode, formats
 from vitft.data.limits import check_bytes, check_scans
 from vitft.data.sources.arrow_memory import _length
-from vitft.data.sources.folders import scan
+from vitft.data.sources.folders import Listing
 from vitft.data.sources.source import open_dataset
 from vitft.errors import ModelError
 from vitft.evaluation.prediction import predict
@@ -200,7 +200,7 @@ def test_pipes_archives_and_loops_in_a_folder_are_no_images(tmp_path: Path) -> N
     (tmp_path / "pets" / "train" / "self").symlink_to("self")
     with zipfile.ZipFile(tmp_path / "pets" / "train" / "cat" / "more.zip", "w") as archive:
         archive.writestr("2.png", b"x")
-    assert scan(tmp_path / "pets").tree.count == 5  # the link to itself, too, is named as one
+    assert Listing(tmp_path / "pets").tree.count == 5  # the link to itself, too, is named as one
     code, said = vitft(tmp_path, "data", "check", str(tmp_path / "pets"))
     assert code == 3
     assert "dog/self.png" in said

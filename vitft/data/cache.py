@@ -119,19 +119,28 @@ _CODE = ("augment", "color", "decoder", "store")
 
 
 class OpenEntry:
-    """An entry that a run reads: heights and widths (N, 2), checksums (N,), and the digest of all pixels."""
+    """An entry that a run reads: heights and widths (N, 2), checksums (N,), and the digest of all pixels.
 
-    def __init__(self, pixels: Path, shapes: NDArray[np.int64], sums: NDArray[np.uint64], digest: str) -> None:
-        self.shapes, self.sums, self.digest = shapes, sums, digest
-        self._ends = np.cumsum(3 * shapes.prod(axis=1))
+    The index and the description are verified at once. Raises ValueError if they are corrupt, and OSError.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        description = _read_description(folder)
+        raw = (folder / "index").read_bytes()
+        if xxh3_64_hexdigest(raw) != description["index"]:
+            raise ValueError("the index does not match its checksum")
+        index = np.frombuffer(raw, "<u8").reshape(-1, 3)
+        self.shapes, self.sums = index[:, :2].astype(np.int64), index[:, 2].astype(np.uint64)
+        self.digest: str = description["digest"]
+        self._ends = np.cumsum(3 * self.shapes.prod(axis=1))
         # The file stays open, because the entry may be removed meanwhile. It is read, not mapped: if a mapped file is
         # truncated by someone, or its disk fails, the system kills the process without a message.
-        self._file = pixels.open("rb")
+        self._file = (folder / "pixels").open("rb")
 
     @property
     def size(self) -> int:
         """Bytes of all pixels."""
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(3 * self.shapes.prod(axis=1).sum())
 
     def verify(self, progress: Callable[[int, int], None], out: Tensor | None) -> bool:
         """Whether every image matches its checksum. Reads all of them, into `out`, uint8 (size,), if it is given."""
@@ -183,13 +192,11 @@ def read(
     """
     folder = root() / key
     try:
-        entry = _open(folder)
+        entry = OpenEntry(folder)
         fits = entry.size <= in_memory
         pixels = torch.empty(entry.size if fits else 0, dtype=torch.uint8)
         corrupt = len(entry.shapes) != count or not entry.verify(progress, pixels if fits else None)
-    except ValueError:
-        corrupt = True
-    except FileNotFoundError:  # the entry, or one of its files
+    except (ValueError, FileNotFoundError):
         if not folder.is_dir():
             return None
         corrupt = True
@@ -204,19 +211,8 @@ def read(
     return entry, pixels
 
 
-def _open(folder: Path) -> OpenEntry:
-    """Open an entry and verify its index and description. Raises ValueError if they are corrupt, and OSError."""
-    description = _read_description(folder)
-    raw = (folder / "index").read_bytes()
-    if xxh3_64_hexdigest(raw) != description["index"]:
-        raise ValueError("the index does not match its checksum")
-    index = np.frombuffer(raw, "<u8").reshape(-1, 3)
-    shapes, sums = index[:, :2].astype(np.int64), index[:, 2].astype(np.uint64)
-    return OpenEntry(folder / "pixels", shapes, sums, description["digest"])
-
-
 def _read_description(folder: Path) -> dict[str, Any]:
-    """An entry's description, verified. Raises as `_open`."""
+    """An entry's description, verified. Raises as `OpenEntry`."""
     text = (folder / "entry.json").read_text(encoding="utf-8")
     document = json.loads(text)
     exact = isinstance(document, dict) and text == json_text(document)  # whitespace could differ otherwise

@@ -76,7 +76,10 @@ def converter(image: Image.Image, value_range: Range | None) -> Convert:
         if to_srgb is not None:
             strip = to_srgb.apply(strip if strip.mode == base else strip.convert(base))
         colors = np.array(strip if strip.mode == "RGB" else strip.convert("RGB"))
-        return colors if alpha is None else _over_white(colors, alpha)
+        if alpha is None:
+            return colors
+        opacity = alpha[..., None].astype(np.uint16)  # over white; the sum is at most 65,152
+        return ((colors * opacity + 255 * (255 - opacity) + 127) // 255).astype(np.uint8)
 
     return convert
 
@@ -173,8 +176,3 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 _SAME = 2  # of 255: the difference between sRGB profiles
-
-
-def _over_white(colors: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    opacity = alpha[..., None].astype(np.uint16)
-    return ((colors * opacity + 255 * (255 - opacity) + 127) // 255).astype(np.uint8)  # at most 65,152

@@ -258,22 +258,17 @@ def _apply_orientation(pixels: NDArray[np.uint8], orientation: int) -> NDArray[n
     return np.ascontiguousarray(pixels)
 
 
-def _silence_pillow() -> None:
-    """Ignore Pillow's warnings: failures become a BadImage, and the rest helps nobody.
-
-    `warnings.catch_warnings` would not be safe here, because several threads decode.
-    """
-    if not any(getattr(entry[3], "pattern", None) == _PILLOW for entry in warnings.filters):
-        warnings.filterwarnings("ignore", module=_PILLOW)
-
-
 _PILLOW = r"PIL(\.|$)"
 
 
 @contextmanager
 def _as_bad_image(max_pixels: int) -> Iterator[None]:
-    """Turn any exception into a BadImage, and silence Pillow."""
-    _silence_pillow()
+    """Turn any exception into a BadImage, and ignore Pillow's warnings: those that matter come with an exception.
+
+    `warnings.catch_warnings` would not be safe here, because several threads decode.
+    """
+    if not any(getattr(entry[3], "pattern", None) == _PILLOW for entry in warnings.filters):
+        warnings.filterwarnings("ignore", module=_PILLOW)
     try:
         yield
     except BadImage:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from vitft.data.augment import normalize, resize_and_crop
 from vitft.data.decoder import MAX_PIXELS, BadImage, decode
-from vitft.data.sources.folders import describe_others, scan
+from vitft.data.sources.folders import Listing, describe_others
 from vitft.errors import DataError, ModelError
 from vitft.evaluation.loading import load_model
 from vitft.hardware.device import find_device, threads
@@ -187,7 +187,7 @@ def find_images(given: Sequence[str | Path]) -> Iterator[str]:
         path = expanded(word)
         found = [word]
         if path.is_dir():
-            tree = scan(path).tree
+            tree = Listing(path).tree
             found = [str(Path(file)) for file in tree.files()]
             plain, pictures = describe_others(tree.other_files(), tree.path)
             for sentence in plain:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vitft.data import decoder
 from vitft.data.sources import folders
-from vitft.data.sources.folders import scan
+from vitft.data.sources.folders import Listing
 from vitft.data.sources.identity import sample_names
 from vitft.data.sources.source import Source, class_indices, open_dataset
 from vitft.data.splits import make_splits, manifest
@@ -69,7 +69,7 @@ def test_links_that_multiply_end(tmp_path: Path) -> None:
         draw(tmp_path / f"{number:02}" / "1.png")
         for link in ("a", "b") if number < 29 else ():
             (tmp_path / f"{number:02}" / link).symlink_to(tmp_path / f"{number + 1:02}")
-    assert 30 < scan(tmp_path / "00").tree.count < 5000
+    assert 30 < Listing(tmp_path / "00").tree.count < 5000
 
 
 def test_of_many_links_to_one_folder_some_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +77,7 @@ def test_of_many_links_to_one_folder_some_are_followed(tmp_path: Path, monkeypat
     draw(tmp_path / "pool" / "1.png")
     for name in "qrstu":
         (tmp_path / name).symlink_to(tmp_path / "pool")
-    found = scan(tmp_path)
+    found = Listing(tmp_path)
     assert found.tree.count == 3  # pool, q and r
     assert found.remarks == [f"the link {name} is not followed: it was followed 3 times already" for name in "stu"]
 
@@ -138,7 +138,7 @@ def test_what_pillow_can_read_is_listed(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", "DDS", "QOI"])
 def test_every_format_is_known_without_its_name(tmp_path: Path, kind: str) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "x", kind)
-    assert scan(tmp_path).tree.by_content == ["x"]
+    assert Listing(tmp_path).tree.by_content == ["x"]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "JPEG2000", "AVIF", "HEIF", "JXL"])
@@ -147,7 +147,7 @@ def test_an_image_that_is_cut_short_is_still_one(tmp_path: Path, kind: str) -> N
     stream = io.BytesIO()
     Image.new("RGB", (80, 80), "red").save(stream, kind)
     write(tmp_path / "x", stream.getvalue()[:20])
-    assert scan(tmp_path).tree.by_content == ["x"]
+    assert Listing(tmp_path).tree.by_content == ["x"]
 
 
 @pytest.mark.parametrize(
@@ -155,12 +155,12 @@ def test_an_image_that_is_cut_short_is_still_one(tmp_path: Path, kind: str) -> N
 )
 def test_what_merely_begins_like_an_image_is_none(tmp_path: Path, head: bytes) -> None:
     write(tmp_path / "x", head)
-    assert scan(tmp_path).tree.count == (head == b"II*\0")  # a TIFF that is cut short; decoding it says so
+    assert Listing(tmp_path).tree.count == (head == b"II*\0")  # a TIFF that is cut short; decoding it says so
 
 
 def test_a_pipe_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    assert scan(tmp_path).tree.others == [("pipe", "")]
+    assert Listing(tmp_path).tree.others == [("pipe", "")]
 
 
 def test_files_known_by_name_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +170,7 @@ def test_files_known_by_name_are_not_opened(tmp_path: Path, monkeypatch: pytest.
     for ending in f"{others} {raw}".split():
         write(tmp_path / f"1.{ending}", b"x")
     monkeypatch.setattr("builtins.open", lambda *a, **k: pytest.fail(f"opened {a[0]}"))
-    tree = scan(tmp_path).tree
+    tree = Listing(tmp_path).tree
     assert tree.images == ["1.png"]
     assert {name for name, kind in tree.others if not kind} == {f"1.{ending}" for ending in others.split()}
     assert {name for name, kind in tree.others if kind == "camera raw"} == {f"1.{ending}" for ending in raw.split()}
@@ -179,7 +179,13 @@ def test_files_known_by_name_are_not_opened(tmp_path: Path, monkeypatch: pytest.
 def test_pictures_that_no_reader_opens_are_told_from_other_files(tmp_path: Path) -> None:
     for name in ("a", "a.bak", "a.eps", "a.pdf", "a.svg"):
         write(tmp_path / name, b"no image")
-    assert scan(tmp_path).tree.others == [("a", ""), ("a.bak", ""), ("a.eps", "EPS"), ("a.pdf", ""), ("a.svg", "SVG")]
+    assert Listing(tmp_path).tree.others == [
+        ("a", ""),
+        ("a.bak", ""),
+        ("a.eps", "EPS"),
+        ("a.pdf", ""),
+        ("a.svg", "SVG"),
+    ]
 
 
 def test_of_many_kinds_of_other_files_the_most_frequent_are_told(tmp_path: Path) -> None:

@@ -82,13 +82,9 @@ def _walk(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, int,
     """Name, size and, if wanted, content of every regular file in an archive. Raises DataError."""
     try:
         yield from (_walk_zip if file.name.lower().endswith(".zip") else _walk_tar)(file, wanted)
-    except DataError:
-        raise
-    except OSError as error:
-        if error.strerror:
-            raise
-        raise DataError(f"{file} is not a readable archive: {error}") from error
     except Exception as error:  # zipfile, tarfile, zlib, lzma and struct each raise their own
+        if isinstance(error, DataError) or getattr(error, "strerror", None):
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{file} is not a readable archive: {reason}") from error
 

@@ -1,6 +1,6 @@
 """Measure how much memory a parquet file needs, before decoding its values."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -50,20 +50,16 @@ def _needed(file: Path, metadata: pq.FileMetaData, columns: Sequence[str], allow
     repeated = [chunk for chunk in chunks if chunk.physical_type == "BYTE_ARRAY" and chunk.has_dictionary_page]
     if needed <= allowed < needed + sum(chunk.num_values * chunk.total_uncompressed_size for chunk in repeated):
         leaves = sorted({chunk.path_in_schema for chunk in repeated})
-        for length in _lengths(file, leaves):
-            if (needed := needed + length) > allowed:
-                break
+        with pq.ParquetFile(file, read_dictionary=leaves, memory_map=True) as opened:
+            for batch in opened.iter_batches(_BATCH_ROWS, columns=leaves, use_threads=False):
+                needed += sum(map(_length, batch.columns))
+                if needed > allowed:
+                    break
     return needed
 
 
-def _lengths(file: Path, leaves: Sequence[str]) -> Iterator[int]:
-    """Bytes of these columns' values, batch by batch. Dictionary-encoded values are counted, not decoded."""
-    with pq.ParquetFile(file, read_dictionary=list(leaves), memory_map=True) as opened:
-        for batch in opened.iter_batches(_BATCH_ROWS, columns=list(leaves), use_threads=False):
-            yield sum(_length(column) for column in batch.columns)
-
-
 def _length(array: pa.Array) -> int:
+    """Bytes of an array's values. Dictionary-encoded values are counted, not decoded."""
     if pa.types.is_struct(array.type):
         return sum(map(_length, array.flatten()))
     if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):

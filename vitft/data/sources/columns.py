@@ -98,11 +98,9 @@ def image_column(table: Table, image_paths: ImagePaths, wanted: str | None, note
     hits = {name: sum(file is not None for file, _ in files) for name, files in guesses.items()}
     exact = {name for name, files in guesses.items() if any(is_exact for _, is_exact in files)}
     likely = [name for name in table.names if hits[name] and (not exact or name in exact)]
-    if len(likely) > 1:
-        likely = [name for name in likely if simplify(name) not in (*LABEL, *SPLIT)] or likely
-    if len(likely) > 1:
-        most = max(hits[name] for name in likely)
-        likely = [name for name in likely if 2 * hits[name] > most]
+    likely = [name for name in likely if simplify(name) not in (*LABEL, *SPLIT)] or likely
+    most = max((hits[name] for name in likely), default=0)
+    likely = [name for name in likely if 2 * hits[name] > most]
     if len({tuple(str(file) for file, _ in guesses[name]) for name in likely}) > 1:
         usual = [name for name in likely if simplify(name) in IMAGE]
         if len(usual) != 1:
@@ -141,7 +139,8 @@ def read_splits(table: Table, taken: set[str], options: ReadOptions, notes: Note
         splits, used = _by_names(table, column, notes), {column}
     else:
         rest = [name for name in table.names if name not in taken]
-        by_content = [name for name in rest if _holds_splits(table[name])]
+        words = {name: {*map(simplify, _values(table[name]))} for name in rest}
+        by_content = [name for name in rest if words[name] and words[name] <= _ROLE_OF.keys()]
         flags = {name: role for name in rest if (role := _FLAGS.get(simplify(name))) and _is_binary(table[name])}
         if all(not simplify(name).startswith("is") for name in flags) and len(set(flags.values())) < 2:
             flags = {}  # in a one-hot table, a lone column `train` may be a class
@@ -176,11 +175,6 @@ def _values(cells: Sequence[Any]) -> list[str]:
             break
         values[_text(cell)] = None
     return [value for value in values if value not in MISSING]
-
-
-def _holds_splits(cells: Sequence[Any]) -> bool:
-    values = _values(cells)
-    return bool(values) and all(simplify(value) in _ROLE_OF for value in values)
 
 
 def _is_binary(cells: Sequence[Any]) -> bool:

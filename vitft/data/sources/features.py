@@ -10,6 +10,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from vitft.data.sources.schema import (
 from vitft.errors import DataError, UsageError, nearest
 
 Features = Mapping[str, Any]
+Read = Callable[[list[str]], pa.Table]
 
 # Usual names, the most specific first; `jpg` and `cls` are fields of WebDataset.
 IMAGE_NAMES = ("image", "img", "images", "picture", "photo", "pixel_values", "pixels", "jpg", "jpeg", "png", "webp")
@@ -53,6 +55,14 @@ class Leaf:
 
     path: tuple[str, ...]
     feature: Any
+
+    @property
+    def name(self) -> str:
+        """Its dotted path."""
+        return ".".join(self.path)
+
+    def __str__(self) -> str:
+        return f"column {self.name!r}"
 
     @property
     def last(self) -> str:
@@ -104,62 +114,53 @@ def find_columns(features: Features, image: str | None, label: str | None, notes
     known = leaves(features)
     for wanted in filter(None, (image, label)):
         if wanted not in known:
-            raise DataError(f"no column {wanted!r}{nearest(wanted, known)}; {describe_columns(features)}.")
-    if image is None:
-        image = _image_column(known, features, notes)
-    if label is None:
-        label = _label_column({name: leaf for name, leaf in known.items() if name != image}, features, notes)
-    return known[image], None if label is None else known[label]
+            raise DataError(f"no column {wanted!r}{nearest(wanted, known)}; {_describe(known)}.")
+    image_leaf = _image_column(known, notes) if image is None else known[image]
+    return image_leaf, _label_column(known, image_leaf, notes) if label is None else known[label]
 
 
-def _image_column(known: Mapping[str, Leaf], features: Features, notes: Notes) -> str:
-    images = [name for name, leaf in known.items() if isinstance(leaf.item, datasets.Image)]
-    images = images or [name for name, leaf in known.items() if _can_be_image(leaf.item)]
+def _image_column(known: Mapping[str, Leaf], notes: Notes) -> Leaf:
+    columns = list(known.values())
+    images = [leaf for leaf in columns if isinstance(leaf.item, datasets.Image)]
+    images = images or [leaf for leaf in columns if _can_be_image(leaf.item)]
     if not images:  # pixels as numbers, or file names
-        named = [name for name, leaf in known.items() if leaf.last in IMAGE_NAMES]
-        images = [name for name in named if known[name].feature is not known[name].item or _is_pixels(known[name])]
-        files = [name for name in known if known[name].last in (*FILE_NAMES, *IMAGE_NAMES)]
-        images = images or [name for name in files if _is_text(known[name].feature)]
-    column = _choose(images, (*IMAGE_NAMES, *FILE_NAMES), known, features, "image", notes)
-    if column is None:
-        raise DataError(f"no image column; {describe_columns(features)}; choose one with --image-column.")
-    return column
+        named = [leaf for leaf in columns if leaf.last in IMAGE_NAMES]
+        pixels = datasets.Array2D | datasets.Array3D
+        images = [leaf for leaf in named if leaf.feature is not leaf.item or isinstance(leaf.feature, pixels)]
+        named = [leaf for leaf in columns if leaf.last in (*FILE_NAMES, *IMAGE_NAMES)]
+        images = images or [leaf for leaf in named if _is_text(leaf.feature)]
+    if not images:
+        raise DataError(f"no image column; {_describe(known)}; choose one with --image-column.")
+    return _choose(images, (*IMAGE_NAMES, *FILE_NAMES), known, "image", notes)
 
 
-def _label_column(known: Mapping[str, Leaf], features: Features, notes: Notes) -> str | None:
-    classes = [name for name, leaf in known.items() if isinstance(leaf.item, datasets.ClassLabel)]
-    named = [
-        name for name, leaf in known.items()
-        if leaf.last in LABEL_NAMES and not isinstance(leaf.item, dict | datasets.Image)
-    ]  # fmt: skip
+def _label_column(known: Mapping[str, Leaf], image: Leaf, notes: Notes) -> Leaf | None:
+    columns = [leaf for leaf in known.values() if leaf is not image]
+    classes = [leaf for leaf in columns if isinstance(leaf.item, datasets.ClassLabel)]
+    named = [leaf for leaf in columns if leaf.last in LABEL_NAMES and not isinstance(leaf.item, dict | datasets.Image)]
     if classes or named:
-        return _choose([*dict.fromkeys([*classes, *named])], LABEL_NAMES, known, features, "label", notes)
-    rest = [
-        name for name, leaf in known.items()
-        if leaf.last not in (*FILE_NAMES, *_NO_LABELS) and (_is_text(leaf.feature) or _is_integer(leaf.feature))
-    ]  # fmt: skip
-    if len(rest) == 1:
-        notes.decide(f"the label is column {rest[0]!r}, the only other one with names or whole numbers")
-        return rest[0]
-    return None
+        return _choose([*classes, *(leaf for leaf in named if leaf not in classes)], LABEL_NAMES, known, "label", notes)
+    rest = [leaf for leaf in columns if leaf.last not in (*FILE_NAMES, *_NO_LABELS)]
+    rest = [leaf for leaf in rest if _is_text(leaf.feature) or _is_integer(leaf.feature)]
+    if len(rest) != 1:
+        return None
+    notes.decide(f"the label is {rest[0]}, the only other one with names or whole numbers")
+    return rest[0]
 
 
-def _choose(
-    candidates: list[str], names: tuple[str, ...], known: Mapping[str, Leaf], features: Features, role: str,
-    notes: Notes,
-) -> str | None:  # fmt: skip
-    """The candidate with the best name; None if there are none. Raises DataError for equally good ones."""
-    ranked = [name for wanted in names for name in candidates if known[name].last == wanted]
-    best = ranked[0] if ranked and sum(known[name].last == known[ranked[0]].last for name in ranked) == 1 else None
-    if best is None and len(candidates) > 1:
+def _choose(candidates: list[Leaf], names: tuple[str, ...], known: Mapping[str, Leaf], role: str, notes: Notes) -> Leaf:
+    """The candidate with the best name. Raises DataError for equally good ones."""
+    if len(candidates) == 1:
+        return candidates[0]
+    ranked = [leaf for wanted in names for leaf in candidates if leaf.last == wanted]
+    if not ranked or [leaf.last for leaf in ranked].count(ranked[0].last) > 1:
         raise DataError(
-            f"{len(candidates)} columns could hold the {role}: {', '.join(candidates)}; "
-            f"choose one with --{role}-column ({describe_columns(features)})."
+            f"{len(candidates)} columns could hold the {role}: {', '.join(leaf.name for leaf in candidates)}; "
+            f"choose one with --{role}-column ({_describe(known)})."
         )
-    if len(candidates) > 1:
-        others = ", ".join(name for name in candidates if name != best)
-        notes.decide(f"the {role} is column {best!r}, by its name; not read: {others}")
-    return best or next(iter(candidates), None)
+    others = ", ".join(leaf.name for leaf in candidates if leaf is not ranked[0])
+    notes.decide(f"the {role} is {ranked[0]}, by its name; not read: {others}")
+    return ranked[0]
 
 
 def _can_be_image(feature: Any) -> bool:
@@ -179,14 +180,9 @@ def _is_integer(feature: Any) -> bool:
     return str(getattr(feature, "dtype", "")).removeprefix("u").startswith("int")
 
 
-def _is_pixels(leaf: Leaf) -> bool:
-    return isinstance(leaf.feature, datasets.Array2D | datasets.Array3D)
-
-
-def describe_columns(features: Features) -> str:
+def _describe(known: Mapping[str, Leaf]) -> str:
     """All columns with their types, for error messages."""
-    columns = (f"{name} ({_kind(leaf)})" for name, leaf in leaves(features).items())
-    return f"the columns are {', '.join(columns)}"
+    return f"the columns are {', '.join(f'{name} ({_kind(leaf)})' for name, leaf in known.items())}"
 
 
 def _kind(leaf: Leaf) -> str:
@@ -209,8 +205,13 @@ class Normalized:
     classes: list[str] | None = None  # if the table declares them
 
 
-def normalize(table: pa.Table, image: Leaf, label: Leaf | None) -> Normalized:
-    """The image and label columns with plain types. Raises DataError for several images or labels in a row."""
+def normalize(name: str, features: Features, read: Read, options: ReadOptions, notes: Notes) -> Normalized:
+    """The images and labels of a split, or of one of its files; `read` reads some columns.
+
+    Raises DataError for several images or labels in a row.
+    """
+    image, label = _find_split_columns(name, features, options, notes)
+    table = read(list(dict.fromkeys(leaf.path[0] for leaf in (image, label) if leaf is not None)))
     images = pa.chunked_array(list(_images(_at(table, image), image)), IMAGE_TYPE)
     if label is None:
         return Normalized(images, None)
@@ -220,11 +221,6 @@ def normalize(table: pa.Table, image: Leaf, label: Leaf | None) -> Normalized:
         classes = [*map(str, label.item.names)]
         labels = [_codes(chunk, classes, label) for chunk in labels]
     return Normalized(images, pa.chunked_array(labels, labels[0].type if labels else pa.null()), classes)
-
-
-def _column(leaf: Leaf) -> str:
-    """A column or field, for error messages."""
-    return f"column {'.'.join(leaf.path)!r}"
 
 
 def _at(table: pa.Table, leaf: Leaf) -> list[pa.Array]:
@@ -243,7 +239,7 @@ def _unwrap_lists(chunks: list[pa.Array], leaf: Leaf, what: str) -> Iterator[pa.
             if (is_single := pc.equal(lengths, 1)).true_count != len(chunk):
                 first = pc.index(is_single, False).as_py()
                 raise DataError(
-                    f"{_column(leaf)} holds {lengths[first].as_py()} {what} in row {row + first}; "
+                    f"{leaf} holds {lengths[first].as_py()} {what} in row {row + first}; "
                     "vitft needs one image and one class in each row: choose another column, or keep one of them."
                 )
             is_null = chunk.is_null()
@@ -268,11 +264,11 @@ def _plain_labels(chunk: pa.Array, leaf: Leaf) -> pa.Array:
         try:
             return chunk.cast(pa.string())
         except pa.ArrowInvalid as error:
-            raise DataError(f"{_column(leaf)} holds bytes that are not UTF-8 text; a class must be a name.") from error
+            raise DataError(f"{leaf} holds bytes that are not UTF-8 text; a class must be a name.") from error
     if pa.types.is_decimal(kind) or pa.types.is_floating(kind):  # some hold whole numbers
         return chunk.cast(pa.float64())
     if not any(is_kind(kind) for is_kind in _LABEL_KINDS):
-        raise DataError(f"{_column(leaf)} holds {kind}; a class must be a name or a whole number.")
+        raise DataError(f"{leaf} holds {kind}; a class must be a name or a whole number.")
     return chunk
 
 
@@ -288,7 +284,7 @@ def _codes(labels: pa.Array, names: list[str], leaf: Leaf) -> pa.Array:
         return pa.array(codes, pa.int64()).take(coded.indices)
     if pa.types.is_floating(labels.type):
         labels = pc.if_else(pc.is_nan(labels), None, labels)
-    return to_int64(labels, _column(leaf))
+    return to_int64(labels, str(leaf))
 
 
 def _code(word: str, code_of: Mapping[str, int], leaf: Leaf) -> int | None:
@@ -301,31 +297,32 @@ def _code(word: str, code_of: Mapping[str, int], leaf: Leaf) -> int | None:
     number = int(word) if re.fullmatch(r"\s*(-1|[0-9]{1,9})\s*", word) else len(code_of)
     if number >= len(code_of):
         raise DataError(
-            f"{_column(leaf)} holds {shorten(word)!r}, which is not one of the {len(code_of)} class names that the "
+            f"{leaf} holds {shorten(word)!r}, which is not one of the {len(code_of)} class names that the "
             f"dataset declares ({shorten(', '.join(code_of))})."
         )
     return number
 
 
 def _images(chunks: list[pa.Array], leaf: Leaf) -> Iterator[pa.Array]:
+    kind, depth = chunks[0].type if chunks else pa.null(), 0
+    while _is_list(kind):
+        kind, depth = kind.value_type, depth + 1
+    encode: Callable[[Any], bytes]
+    if depth == 1 and pa.types.is_integer(kind):
+        encode = bytes  # of a file, as a list
+    elif depth > 1 and (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        encode = partial(_encode, leaf)
+    else:
+        for chunk in _unwrap_lists(chunks, leaf, "images"):
+            yield from _structs(chunk)
+        return
     for chunk in chunks:
-        kind, depth = chunk.type, 0
-        while _is_list(kind):
-            kind, depth = kind.value_type, depth + 1
-        if depth == 1 and pa.types.is_integer(kind):  # a file as a list of its bytes
-            files = [None if values is None else bytes(values) for values in chunk.to_pylist()]
-            yield from _structs(pa.array(files, pa.large_binary()))
-        elif depth > 1 and not pa.types.is_nested(kind) and (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-            yield from _structs(pa.array([_encode(pixels, leaf) for pixels in chunk.to_pylist()], pa.large_binary()))
-        else:
-            for inner in _unwrap_lists([chunk], leaf, "images"):
-                yield from _structs(inner)
+        files = [None if values is None else encode(values) for values in chunk.to_pylist()]
+        yield from _structs(pa.array(files, pa.large_binary()))
 
 
-def _encode(pixels: list[Any] | None, leaf: Leaf) -> bytes | None:
+def _encode(leaf: Leaf, pixels: list[Any]) -> bytes:
     """An image stored as nested lists of pixels, as PNG. Raises DataError."""
-    if pixels is None:
-        return None
     try:
         array = np.asarray(pixels)
         if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
@@ -335,7 +332,7 @@ def _encode(pixels: list[Any] | None, leaf: Leaf) -> bytes | None:
         return to_png((array.squeeze(2) if array.shape[2:] == (1,) else array).astype(np.uint8))
     except (ValueError, TypeError) as error:
         raise DataError(
-            f"{_column(leaf)} holds lists that are not pixels from 0 to 255: {str(error)[:100]}; store encoded images."
+            f"{leaf} holds lists that are not pixels from 0 to 255: {str(error)[:100]}; store encoded images."
         ) from error
 
 
@@ -390,14 +387,13 @@ def concatenate(parts: Sequence[tuple[str, Normalized]], name: str) -> datasets.
 
 def _concatenate_labels(parts: Sequence[tuple[str, Normalized]], name: str) -> tuple[pa.ChunkedArray, list[str] | None]:
     """The labels, and their classes if all parts declare the same ones."""
-    declared = [part.classes for _, part in parts]
     columns = [part.labels for _, part in parts if part.labels is not None]
-    if declared[0] is not None and all(names == declared[0] for names in declared):
-        chunks = [chunk for column in columns for chunk in column.chunks]
-        return pa.chunked_array(chunks, columns[0].type), declared[0]
-    for number, names in enumerate(declared):
-        if names is not None:  # files may number the classes differently; the names agree
-            columns[number] = _names_of_codes(columns[number], names, parts[number][0])
+    classes = parts[0][1].classes
+    if any(part.classes != classes for _, part in parts):  # files may number the classes differently; the names agree
+        classes = None
+        for number, (where, part) in enumerate(parts):
+            if part.classes is not None:
+                columns[number] = _names_of_codes(columns[number], part.classes, where)
     kinds = {column.type for column in columns if not pa.types.is_null(column.type)}
     if len(kinds) > 1 and all(map(pa.types.is_integer, kinds)):
         kinds = {pa.int64()}
@@ -405,7 +401,7 @@ def _concatenate_labels(parts: Sequence[tuple[str, Normalized]], name: str) -> t
         raise DataError(f"split {name}: its files have different label types ({', '.join(sorted(map(str, kinds)))}).")
     kind = next(iter(kinds), pa.null())
     chunks = [chunk.cast(kind) for column in columns for chunk in column.chunks]
-    return pa.chunked_array(chunks, kind), None
+    return pa.chunked_array(chunks, kind), classes
 
 
 def _names_of_codes(codes: pa.ChunkedArray, names: list[str], where: str) -> pa.ChunkedArray:
@@ -418,13 +414,13 @@ def _names_of_codes(codes: pa.ChunkedArray, names: list[str], where: str) -> pa.
 # -- splits -----------------------------------------------------------------------------------------
 
 
-def find_split_columns(name: str, features: Features, options: ReadOptions, notes: Notes) -> tuple[Leaf, Leaf | None]:
+def _find_split_columns(name: str, features: Features, options: ReadOptions, notes: Notes) -> tuple[Leaf, Leaf | None]:
     """`find_columns` for a split. A test split may lack the requested label column. Raises DataError."""
     is_absent = options.label_column not in (None, *leaves(features)) and role_of(name) == "test"
     image, label = find_columns(features, options.image_column, None if is_absent else options.label_column, notes)
     label = None if is_absent else label
-    labels = "no label" if label is None else f"the label {'.'.join(label.path)!r}"
-    notes.decide(f"split {name}: the image is column {'.'.join(image.path)!r}, {labels}")
+    labels = "no label" if label is None else f"the label {label.name!r}"
+    notes.decide(f"split {name}: the image is {image}, {labels}")
     return image, label
 
 
@@ -432,38 +428,34 @@ def normalize_splits(raw: Splits, where: Path, options: ReadOptions, notes: Note
     """Splits with any features as splits with only the columns `image` and `label`. Raises DataError."""
     splits = {}
     for name, split in raw.items():
-        image, label = find_split_columns(name, split.features, options, notes)
-        table = _table(split, [leaf.path[0] for leaf in (image, label) if leaf])
-        splits[name] = concatenate([(f"split {name}", normalize(table, image, label))], name)
+        part = normalize(name, split.features, partial(_table, split), options, notes)
+        splits[name] = concatenate([(f"split {name}", part)], name)
     first = next(iter(raw.values()), None)
     features = first.features if first is not None else {}
-    return divide(splits, features, lambda names: _table(first, names), where, options, notes)
+    return divide(splits, features, partial(_table, first), where, options, notes)
 
 
-def _table(split: datasets.Dataset, names: Sequence[str]) -> pa.Table:
+def _table(split: datasets.Dataset, names: list[str]) -> pa.Table:
     if split._indices is None or not names:
         return split.data
-    return split.select_columns(list(dict.fromkeys(names))).with_format("arrow")[:]
+    return split.select_columns(names).with_format("arrow")[:]
 
 
-def divide(
-    splits: Splits, features: Features, read: Callable[[list[str]], pa.Table],
-    where: Path, options: ReadOptions, notes: Notes,
-) -> Splits:  # fmt: skip
+def divide(splits: Splits, features: Features, read: Read, where: Path, options: ReadOptions, notes: Notes) -> Splits:
     """Divide an only split by a split or fold column, found as in tables (see `columns`).
 
     `features` are those of the first split, and `read` reads some of its columns. Raises VitftError, also if no split
     has labels.
     """
     if splits and not any("label" in split.features for split in splits.values()):
-        raise DataError(f"no labels; {describe_columns(features)}; name the label column with --label-column.")
+        raise DataError(f"no labels; {_describe(leaves(features))}; name the label column with --label-column.")
     if len(splits) != 1 or role_of(next(iter(splits))) not in (None, "train"):
         if options.split_column or options.fold_column or options.fold is not None:
             own = ", ".join(splits)
             raise UsageError(f"the dataset has its own splits ({own}); leave --split-column and --fold out.")
         return splits
     ((only, split),) = splits.items()
-    used = {leaf.path[0] for leaf in find_split_columns(only, features, options, Notes()) if leaf is not None}
+    used = {leaf.path[0] for leaf in _find_split_columns(only, features, options, Notes()) if leaf is not None}
     names = [name for name, feature in features.items() if name not in used and _may_divide(feature)]
     table = read(names)
     cells = [table.column(name).to_pylist() for name in names]

@@ -73,33 +73,21 @@ class Folder:
         return ((f"{folder.path}{os.sep}{file.name}", file.kind) for folder in self.walk() for file in folder.others)
 
 
-class Listing(NamedTuple):
-    """A folder's tree, and what was noticed while listing it."""
-
-    tree: Folder
-    remarks: list[str]  # about links that were not followed
-    duplicates: list[tuple[str, str]]  # pairs of paths that links make the same image
-
-
-def scan(root: Path) -> Listing:
-    """List a folder and everything below it. Links are followed unless they lead back to a parent folder.
+class Listing:
+    """A folder and everything below it, listed once. Links are followed unless they lead back to a parent folder.
 
     Raises OSError for an unreadable folder, DataError for one that is nested too deeply.
     """
-    scanner = _Scanner(str(root))
-    return Listing(scanner.scan(str(root), root.name, ()), scanner.remarks, scanner.duplicates)
 
-
-class _Scanner:
-    def __init__(self, root: str) -> None:
-        self.root = root
-        self.remarks: list[str] = []
-        self.duplicates: list[tuple[str, str]] = []
+    def __init__(self, root: Path) -> None:
+        self.remarks: list[str] = []  # about links that were not followed
+        self.duplicates: list[tuple[str, str]] = []  # pairs of paths that links make the same image
+        self._root = str(root)
         self._visits: Counter[tuple[int, int]] = Counter()
         self._linked: dict[tuple[int, int], str] = {}
-        self._suffixes = suffixes()
+        self.tree = self._scan(self._root, root.name, ())
 
-    def scan(self, path: str, name: str, parents: tuple[tuple[int, int], ...]) -> Folder:
+    def _scan(self, path: str, name: str, parents: tuple[tuple[int, int], ...]) -> Folder:
         folder = Folder(path, name)
         if len(parents) > _MAX_DEPTH:
             raise DataError(f"{path} is over {_MAX_DEPTH} folders deep; give the folder that holds the images.")
@@ -108,14 +96,14 @@ class _Scanner:
         self._visits[inode] += 1
         if inode in parents or self._visits[inode] > _MAX_VISITS:
             why = "leads back to a parent folder" if inode in parents else f"was followed {_MAX_VISITS} times already"
-            self.remarks.append(f"the link {relative(path, self.root)} is not followed: it {why}")
+            self.remarks.append(f"the link {relative(path, self._root)} is not followed: it {why}")
             return folder
         with os.scandir(path) as entries:
             visible = sorted((entry for entry in entries if not is_junk(entry.name)), key=lambda entry: entry.name)
         for entry in visible:
             if _is_folder(entry):
-                folder.folders.append(self.scan(entry.path, entry.name, (*parents, inode)))
-            elif os.path.splitext(entry.name)[1].lower() in self._suffixes:  # noqa: PTH122  (hot loop)
+                folder.folders.append(self._scan(entry.path, entry.name, (*parents, inode)))
+            elif os.path.splitext(entry.name)[1].lower() in suffixes():  # noqa: PTH122  (hot loop)
                 folder.images.append(entry.name)
                 if entry.is_symlink():
                     self._note_duplicate(entry)
@@ -172,9 +160,12 @@ def _kind(entry: "os.DirEntry[str]") -> str:
             head = file.read(64)
     except OSError:
         return ""
-    accepted = _accepting(head)
-    if accepted & _SURE or (accepted and _opens(entry.path)):
+    if (accepted := _accepting(head)) & _SURE:
         return _IMAGE
+    if accepted:
+        with suppress(BadImage):
+            header(Path(entry.path))
+            return _IMAGE
     if head[4:12] in (b"ftypavif", b"ftypavis"):
         return "AVIF"
     if kind := format_of_plugin(head):
@@ -194,14 +185,6 @@ def _accepting(head: bytes) -> set[str]:
             if accept is not None and accept(head[:16]) is True:
                 accepting.add(name)
     return accepting
-
-
-def _opens(path: str) -> bool:
-    try:
-        header(Path(path))
-    except BadImage:
-        return False
-    return True
 
 
 # -- describing the other files ---------------------------------------------------------------------

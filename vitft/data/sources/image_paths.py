@@ -10,9 +10,10 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vitft.data.decoder import suffixes
 from vitft.data.sources.schema import Notes, role_of
@@ -50,6 +51,13 @@ def role_within(name: str) -> str | None:
     return roles.pop() if len(roles) == 1 else None
 
 
+class Found(NamedTuple):
+    """A file, and the variant of its path that exists: folder below and change. None for the path as written."""
+
+    file: str
+    variant: tuple[str, str] | None = None
+
+
 class ImagePaths:
     """Finds the files that a table's cells name. Counts what was needed to find them, for one note about it."""
 
@@ -67,20 +75,19 @@ class ImagePaths:
 
         `role` is that of the row's split, if known. It decides between two files in folders named like splits.
         """
-        file, variant = self._lookup(name, role)
-        if file is None:
+        found = self._lookup(name, role)
+        if found is None:
             return resolve(self.folders, name, allow_outside=self.allow_outside), False
-        if variant is not None:
-            self._variants[variant] += 1
-        return file, True
+        if found.variant is not None:
+            self._variants[found.variant] += 1
+        return found.file, True
 
     def guess(self, name: str) -> tuple[str | None, bool]:
         """The file that a cell of an unknown column may name, and whether it exists exactly as written."""
-        try:
-            file, variant = self._lookup(name, None)
-        except PathError:
-            return None, False
-        return file, file is not None and variant is None
+        with suppress(PathError):
+            if (found := self._lookup(name, None)) is not None:
+                return found.file, found.variant is None
+        return None, False
 
     def report(self, notes: Notes) -> None:
         """Note how many files were found by which variants of their paths."""
@@ -90,8 +97,7 @@ class ImagePaths:
             where = f" in {first}" + (f" and {len(others):,} more folders" if others else "") if first else ""
             notes.decide(f"found {sum(counts.values()):,} of the images{where}{f' {how}' if how else ''}")
 
-    def _lookup(self, name: str, role: str | None) -> tuple[str | None, tuple[str, str] | None]:
-        """The file, and the variant that found it: folder below and change. None for the path as written."""
+    def _lookup(self, name: str, role: str | None) -> Found | None:
         head, _, tail = name.rpartition("/")
         parent = self._parents.get(head)
         if parent is None or tail in ("", ".", ".."):
@@ -102,22 +108,20 @@ class ImagePaths:
                 self._parents[head] = parent
         folder, listing = parent
         if tail in listing.files:
-            return f"{folder}{os.sep}{tail}", None
-        match, how = self._match(folder, tail)
-        if match is not None:
-            return match, ("", how)
-        if "\\" in name:
+            return Found(f"{folder}{os.sep}{tail}")
+        found = self._match(folder, tail)
+        if found is None and "\\" in name:
             return self._lookup(name.replace("\\", "/"), role)
-        return self._lookup_below(name, role)
+        return found or self._lookup_below(name, role)
 
-    def _match(self, folder: str, tail: str) -> tuple[str | None, str]:
-        """The file in a folder that a name may mean, and how the name was changed. Raises PathError for two files."""
+    def _match(self, folder: str, tail: str, below: str = "") -> Found | None:
+        """The file in a folder that a name may mean. Raises PathError for two files."""
         if not self._listing(folder).exists:
             folder = self._other_unicode_form(folder) or folder
         matches, how = self._listing(folder).match(tail)
         if len(matches) > 1:
             raise PathError(f"{tail} may be {matches[0]} or {matches[1]}; write the extension.")
-        return (f"{folder}{os.sep}{matches[0]}", how) if matches else (None, "")
+        return Found(f"{folder}{os.sep}{matches[0]}", (below, how)) if matches else None
 
     def _other_unicode_form(self, folder: str) -> str | None:
         """The folder that exists under this name in another Unicode form."""
@@ -129,31 +133,28 @@ class ImagePaths:
         same = [other for other in self._listing(parent).folders if composed(other) == composed(name)]
         return os.path.join(parent, same[0]) if same else None  # noqa: PTH118
 
-    def _lookup_below(self, name: str, role: str | None) -> tuple[str | None, tuple[str, str] | None]:
+    def _lookup_below(self, name: str, role: str | None) -> Found | None:
         """Like `_lookup`, in the folders one level below."""
         first = name.removeprefix("./").partition("/")[0]
         stem = os.path.splitext(first)[0]  # noqa: PTH122
         children = dict.fromkeys(child for key in (first, composed(first), stem) for child in self._below.get(key, ()))
-        matches: dict[str, tuple[str, str]] = {}
+        matches: dict[str, Found] = {}
         for child in children:
             child_role = role_within(child)
             if child_role and self.role and "test" in (self.role, child_role) and child_role not in (self.role, role):
                 continue
             file = resolve(self.folders, f"{child}/{name}", allow_outside=self.allow_outside)
-            match, how = self._match(*os.path.split(file))
-            if match is not None:
-                matches[child] = match, how
+            if (match := self._match(*os.path.split(file), child)) is not None:
+                matches[child] = match
         if len(matches) > 1:
-            own: dict[str, tuple[str, str]] = {}
+            own: dict[str, Found] = {}
             for wanted in filter(None, (role, self.role)):
                 own = own or {child: match for child, match in matches.items() if role_within(child) == wanted}
             if len(own) != 1:
                 a, b, *_ = matches
                 raise PathError(f"{name} is in both {a} and {b}; give the folder of the images with --image-folder.")
             matches = own
-        for child, (match, how) in matches.items():
-            return match, (child, how)
-        return None, None
+        return next(iter(matches.values()), None)
 
     @cached_property
     def _below(self) -> dict[str, tuple[str, ...]]:

@@ -165,30 +165,28 @@ class _Layout:
         splits = {}
         for name, part in self.parts.items():
             inner = _with_images(part)
-            if train is not None and part is not train and len(known) > 1 and len(inner) == 1:
-                only = composed(inner[0].name)
-                if only not in known:  # images/, test/ or unknown/
-                    if (classes := _read_annotations(part, inner[0], known)) is not None:
-                        self.notes.decide(f"the classes of {name} are read from its annotations")
-                        splits[name] = classes
-                    else:
-                        self._leave_out(name, part, f"its only folder, {only}, is not a class of the training split")
-                    continue
-            if name not in parts:
-                self._leave_out(name, part, "it has no class folders")
-                continue
-            splits[name] = self._classes(part, inner)
-            if known and not known & splits[name].keys():
-                self.notes.warn(f"none of the {len(inner)} classes of {name} is in the training split: {_names(inner)}")
+            names, why = {composed(folder.name) for folder in inner}, ""
+            if len(known) > 1 and len(inner) == 1 and not names & known:  # images/, test/ or unknown/
+                if (classes := _read_annotations(part, inner[0], known)) is not None:
+                    self.notes.decide(f"the classes of {name} are read from its annotations")
+                    splits[name] = classes
+                else:
+                    why = f"its only folder, {names.pop()}, is not a class of the training split"
+            elif name in parts:
+                splits[name] = self._classes(part, inner)
+                if known and not known & names:
+                    which = f"none of the {len(inner)} classes of {name} is in the training split"
+                    self.notes.warn(f"{which}: {_names(inner)}")
+            else:
+                why = "it has no class folders"
+            if why:
+                self.notes.warn(f"{name} is left out, with {_images(part.count)}: {why}")
         if self.others and not others_are_train:
             count = sum(folder.count for folder in self.others)
             self.notes.warn(f"{_images(count)} in {_names(self.others)} left out: not named like a split")
         if self.top.images:
             self.notes.warn(f"{_images(len(self.top.images))} directly in {self.top.path} left out: not in a split")
         return {name if role_of(name) else self.roles[name]: classes for name, classes in splits.items()}
-
-    def _leave_out(self, name: str, part: Folder, why: str) -> None:
-        self.notes.warn(f"{name} is left out, with {_images(part.count)}: {why}")
 
     def _classes(self, folder: Folder, class_folders: list[Folder]) -> Classes:
         """The images of each class. Two folders with one name in two Unicode forms are one class. Raises DataError."""

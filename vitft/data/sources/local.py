@@ -7,6 +7,7 @@ arrow cache of `datasets` instead, which is memory-mapped from disk.
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 from vitft.data.sources import arrays, features
 from vitft.data.sources.archives import is_archive, read_archives
 from vitft.data.sources.arrow_memory import check_memory
-from vitft.data.sources.folders import Folder, scan
+from vitft.data.sources.folders import Folder, Listing
 from vitft.data.sources.layouts import read_folder
 from vitft.data.sources.schema import Notes, ReadOptions, Splits, role_of
 from vitft.data.sources.tables import TABLE_SUFFIXES, read_table
@@ -43,7 +44,7 @@ def read(path: Path, options: ReadOptions, notes: Notes) -> Splits:
             return arrays.read_cifar(batches, options.label_column)
         if any((path / name).is_file() for name in _SAVED):
             return _read_saved(path, options, notes)
-        listing = scan(path.absolute())
+        listing = Listing(path.absolute())
         if files := find_files(listing.tree, lambda name: name.endswith(".parquet")):
             if listing.tree.count:
                 notes.warn(f"only the parquet files are read, not the {listing.tree.count:,} images beside them")
@@ -104,8 +105,7 @@ def read_parquet(files: dict[str, list[Path]], options: ReadOptions, notes: Note
     first = features.features_of(pq.read_schema(all_files[0]))
 
     def read_all(names: list[str]) -> pa.Table:
-        tables = [_read_columns(file, names) for file in all_files]
-        return pa.concat_tables(tables, promote_options="permissive")
+        return pa.concat_tables([_read_columns(file, names) for file in all_files], promote_options="permissive")
 
     return features.divide(splits, first, read_all, all_files[0], options, notes)
 
@@ -119,9 +119,8 @@ def _parquet_split(name: str, files: list[Path], options: ReadOptions, notes: No
     parts = []
     for file in files:
         try:
-            image, label = features.find_split_columns(name, features.features_of(pq.read_schema(file)), options, notes)
-            wanted = list(dict.fromkeys(leaf.path[0] for leaf in (image, label) if leaf is not None))
-            parts.append((str(file), features.normalize(_read_columns(file, wanted), image, label)))
+            columns, read = features.features_of(pq.read_schema(file)), partial(_read_columns, file)
+            parts.append((str(file), features.normalize(name, columns, read, options, notes)))
         except DataError as error:
             raise error if str(file.parent) in str(error) else DataError(f"{file}: {error}") from error
         except Exception as error:  # corrupt files fail in pyarrow, in datasets, or when text is decoded

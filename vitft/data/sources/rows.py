@@ -84,9 +84,9 @@ def simplify(name: str) -> str:
     return "".join(filter(str.isalnum, name.casefold()))
 
 
-def shorten(text: str, length: int = 60) -> str:
+def shorten(text: str) -> str:
     """The start of a text, for error messages."""
-    return text if len(text) <= length else f"{text[: length - 4]} ..."
+    return text if len(text) <= 60 else f"{text[:56]} ..."
 
 
 # -- encoding -------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ class _Delimited:
         comment = declared = ""
         for line in self.lines:
             text = line.strip()
-            if not head and self._is_comment(text):
+            if not head and text.startswith("#") and not any(suffix in text.lower() for suffix in suffixes()):
                 comment, self.comments, self.skipped = text.lstrip("# "), self.comments + 1, self.skipped + 1
             elif not head and text.lower().startswith("sep=") and len(text) == 5:
                 declared, self.skipped = text[4], self.skipped + 1
@@ -200,24 +200,19 @@ class _Delimited:
                     break
         return head, comment, declared
 
-    def _is_comment(self, text: str) -> bool:
-        return text.startswith("#") and not any(suffix in text.lower() for suffix in suffixes())
-
     def _rows(self, lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
         """The rows that are not blank, and the line where each ends."""
         reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
-        while True:
-            try:
-                for cells in reader:
-                    if any(map(str.strip, cells)):
-                        yield self.skipped + reader.line_num, cells
-                return
-            except csv.Error as error:
-                line = self.skipped + reader.line_num
-                reason = f"{error}; write a quote inside a cell twice"
-                if "field limit" in str(error):
-                    reason = f"a cell has over {csv.field_size_limit():,} characters; close the open quote"
-                raise DataError(f"{self.path} line {line}: {reason}.") from error
+        try:
+            for cells in reader:
+                if any(map(str.strip, cells)):
+                    yield self.skipped + reader.line_num, cells
+        except csv.Error as error:
+            line = self.skipped + reader.line_num
+            reason = f"{error}; write a quote inside a cell twice"
+            if "field limit" in str(error):
+                reason = f"a cell has over {csv.field_size_limit():,} characters; close the open quote"
+            raise DataError(f"{self.path} line {line}: {reason}.") from error
 
     def _delimiter(self, head: list[str]) -> str:
         """The delimiter that gives all rows the same number of cells, more than one; else the best for the first row.

@@ -205,13 +205,9 @@ def _drop_unlabeled(splits: Mapping[str, _Labels], raw: Splits, notes: Notes) ->
 
     -1 is a missing label, unless the only classes are -1 and 1.
     """
-    only_minus_one = {name for name, labels in splits.items() if labels.names == ["-1"] and not labels.declared}
-    classes = {
-        word
-        for name, labels in splits.items()
-        if name not in only_minus_one and not labels.declared
-        for word in labels.names
-    }
+    found = {name: labels.names for name, labels in splits.items() if not labels.declared}
+    only_minus_one = {name for name, names in found.items() if names == ["-1"]}
+    classes = {word for name, names in found.items() if name not in only_minus_one for word in names}
     kept = {}
     for name, labels in splits.items():
         codes = np.full_like(labels.codes, -1) if name in only_minus_one else labels.codes

@@ -20,7 +20,7 @@ from PIL import Image
 
 from vitft.data.color import Range
 from vitft.data.decoder import MAX_PIXELS, BadImage, choose_map, decode, encoded, image_info, unused_range
-from vitft.data.sources.folders import relative, scan
+from vitft.data.sources.folders import Listing, relative
 from vitft.data.sources.identity import sample_names
 from vitft.data.sources.source import Source, class_indices, exclusion_line
 
@@ -313,7 +313,7 @@ def _normalized(label: str) -> str:
 
 def _unused_files(folder: Path, source: Source) -> Iterator[Finding]:
     """Files in a folder that are not read, and images that are in no split."""
-    tree = scan(folder).tree
+    tree = Listing(folder).tree
     for path, kind in tree.other_files():
         detail = f"{kind}, which cannot be read" if kind else "not an image"
         yield _finding("", relative(path, tree.path), "passed-over", detail)
