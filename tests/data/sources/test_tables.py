@@ -122,7 +122,7 @@ def test_a_cell_that_names_a_folder_leaves_its_images_to_be_found(tmp_path) -> N
 def table(cells: dict[str, list[str]]) -> Table:
     """A table of these columns, from a file that does not exist."""
     count = len(next(iter(cells.values())))
-    return Table(Path("nowhere/t.csv"), [*cells], [*cells.values()], array("q", range(2, count + 2)))
+    return Table(Path("nowhere/t.csv"), cells, array("q", range(2, count + 2)))
 
 
 def test_the_usual_names_of_columns_are_known() -> None:

@@ -48,8 +48,7 @@ def read_archives(files: Mapping[str, list[Path]], notes: Notes) -> Splits:
             f"{all_files[0]}: its images need {size(needed)}, more than half of this machine's memory "
             f"({size(limit)}); unpack it, and give the folder."
         )
-    shards = [file for file in all_files if _is_shard([name for name, _ in members[file]])]
-    if shards and len(shards) == len(all_files):
+    if all(_is_shard([name for name, _ in of_file]) for of_file in members.values()):
         notes.decide(f"{len(all_files):,} WebDataset shards: labels are in the .cls or .json beside each image")
         return {name: _read_shards(of_split) for name, of_split in files.items()}
     if len(all_files) > 1:

@@ -58,10 +58,7 @@ def read_cifar(folder: Path, label_column: str | None = None) -> Splits:
     for split, files in parts.items():
         batches = [_batch(file, key) for file in files if file.is_file()]
         if batches:
-            images = np.concatenate([images for images, _ in batches])
-            labels = np.concatenate([labels for _, labels in batches])
-            if names is not None and labels.max(initial=0) >= len(names):
-                raise DataError(f"{folder}: label {labels.max()} but only {len(names)} class names in {meta.name}.")
+            images, labels = map(np.concatenate, zip(*batches, strict=True))
             splits[split] = make_split(image_structs(_ppm(images)), labels, names)
     return splits
 

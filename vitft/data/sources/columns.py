@@ -92,7 +92,7 @@ def image_column(table: Table, image_paths: ImagePaths, wanted: str | None, note
     count = len(table.lines)
     rows = range(0, count, max(1, count // _SAMPLE_ROWS))
     guesses: dict[str, list[tuple[str | None, bool]]] = {}
-    for name, cells in zip(table.names, table.columns, strict=True):
+    for name, cells in table.columns.items():
         paths = [cell_path(cells[row]) for row in rows]
         guesses[name] = [image_paths.guess(path) if isinstance(path, str) else (None, False) for path in paths]
     hits = {name: sum(file is not None for file, _ in files) for name, files in guesses.items()}

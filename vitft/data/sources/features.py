@@ -458,8 +458,8 @@ def divide(splits: Splits, features: Features, read: Read, where: Path, options:
     used = {leaf.path[0] for leaf in _find_split_columns(only, features, options, Notes()) if leaf is not None}
     names = [name for name, feature in features.items() if name not in used and _may_divide(feature)]
     table = read(names)
-    cells = [table.column(name).to_pylist() for name in names]
-    rows = Table(where, names, cells, array("q", range(len(split))), "row")
+    cells = {name: table.column(name).to_pylist() for name in names}
+    rows = Table(where, cells, array("q", range(len(split))), "row")
     row_splits, _ = columns.read_splits(rows, set(), options, notes)
     if row_splits is None:
         return {"train": split}

@@ -58,6 +58,11 @@ class Folder:
         """Images at any depth."""
         return len(self.images) + sum(inner.count for inner in self.folders)
 
+    @property
+    def with_images(self) -> "list[Folder]":
+        """The folders directly in it that hold images at any depth."""
+        return [folder for folder in self.folders if folder.count]
+
     def walk(self) -> "Iterator[Folder]":
         """This folder and all below it, parents first."""
         yield self

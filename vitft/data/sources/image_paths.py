@@ -15,8 +15,13 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from vitft.data.decoder import suffixes
-from vitft.data.sources.schema import Notes, role_of
+from vitft.data.sources.schema import Notes, image_structs, in_memory, role_of
+from vitft.errors import DataError
 from vitft.io.paths import composed
 
 
@@ -42,6 +47,32 @@ def resolve(folders: Sequence[str], name: Any, *, allow_outside: bool) -> str:
     if not allow_outside and not any(file.startswith(f"{folder}{os.sep}") for folder in folders):
         raise PathError(f"{name} is outside of {folders[0]}; if that is intended, add --allow-outside.")
     return file
+
+
+def resolve_paths(
+    name: str, split: datasets.Dataset, folders: Sequence[Path], *, allow_outside: bool
+) -> datasets.Dataset:
+    """Make the paths that a dataset's author wrote into a split absolute; they are relative to the first folder.
+
+    Raises DataError for a path outside of the folders: a dataset must not be able to name any file on this machine.
+    """
+    roots = absolute(folders)
+    chunks = []
+    for chunk in split.data.column("image").chunks:
+        data, path = chunk.flatten()
+        is_path = pc.and_(pc.is_null(data), pc.is_valid(path))
+        if not pc.any(is_path).as_py():
+            chunks.append(chunk)
+            continue
+        pairs = zip(is_path.to_pylist(), path.to_pylist(), strict=True)
+        try:
+            files = [resolve(roots, file, allow_outside=allow_outside) if by_path else file for by_path, file in pairs]
+        except PathError as error:
+            raise DataError(f"split {name}: {error}") from error
+        chunks.append(image_structs(data, files))
+    images = pa.chunked_array(chunks, split.data.schema.field("image").type)
+    columns = {column: split.data.column(column) for column in split.features} | {"image": images}
+    return in_memory(columns, split.features["label"].names, name)
 
 
 @cache

@@ -30,8 +30,7 @@ def read_folder(root: Path, listing: Listing, options: ReadOptions, notes: Notes
     `_Layout`. Files `metadata.csv` or `.jsonl` with a column file_name give the labels instead, as in the imagefolder
     of `datasets`. Raises DataError.
     """
-    for remark in listing.remarks:
-        notes.decide(remark)
+    notes.decide(*listing.remarks)
     if (by_metadata := _read_metadata(_Layout(listing.tree, notes), options, notes)) is not None:
         return by_metadata
     for name in ("image_column", "label_column", "split_column", "fold_column", "fold"):
@@ -56,10 +55,8 @@ def _note_files(tree: Folder, notes: Notes, used: Collection[Path] = ()) -> None
     """Notes about files that are not read, and about images that were recognized by content."""
     others = ((path, kind) for path, kind in tree.other_files() if Path(path) not in used)
     decisions, warnings = describe_others(others, tree.path)
-    for sentence in decisions:
-        notes.decide(sentence)
-    for sentence in warnings:
-        notes.warn(sentence)
+    notes.decide(*decisions)
+    notes.warn(*warnings)
     if by_content := [f"{folder.path}{os.sep}{name}" for folder in tree.walk() for name in folder.by_content]:
         are = "1 file is an image" if len(by_content) == 1 else f"{len(by_content):,} files are images"
         notes.decide(f"{are} by content, not by name (first: {relative(by_content[0], tree.path)})")
@@ -69,11 +66,6 @@ def _dataset(root: Path, classes: Classes, names: list[str]) -> datasets.Dataset
     paths = [path for name in names for path in classes.get(name, ())]
     labels = np.repeat(np.arange(len(names)), [len(classes.get(name, ())) for name in names])
     return split_of_files(paths, labels, names, root)
-
-
-def _with_images(folder: Folder) -> list[Folder]:
-    """The folders directly in it that hold images at any depth."""
-    return [inner for inner in folder.folders if inner.count]
 
 
 def _names(folders: Iterable[Folder] | Iterable[str]) -> str:
@@ -89,14 +81,14 @@ class _Layout:
         self.top = _unwrap(tree)
         if self.top is not tree:
             notes.decide(f"the dataset is read from {self._relative(self.top)}, the only folder with images")
-        inner = _with_images(self.top)
+        inner = self.top.with_images
         self.roles = _split_roles(inner, self.top.path)  # of each split's folder, by name
         self.folders = {folder.name: folder for folder in inner if folder.name in self.roles}
         self.parts = {name: _unwrap(folder) for name, folder in self.folders.items()}  # the folders of the classes
         training = [part for name, part in self.parts.items() if self.roles[name] == "train"]
-        classes = {folder.name for part in training for folder in _with_images(part)}
+        classes = {folder.name for part in training for folder in part.with_images}
         for name, folder in self.folders.items():
-            if classes & {inner.name for inner in _with_images(folder)}:  # it has a single class, with folders in it
+            if classes & {inner.name for inner in folder.with_images}:  # it has a single class, with folders in it
                 self.parts[name] = folder
         self.others = [folder for folder in inner if folder.name not in self.roles]
 
@@ -107,23 +99,20 @@ class _Layout:
         """The classes of each split. Raises DataError."""
         if not self.tree.count:
             raise DataError(_no_class_folders(self.tree))
-        inner = _with_images(self.top)
+        inner = self.top.with_images
         if not self.parts:
             if (by_class := self._splits_in_classes(inner)) is not None:
                 return by_class
             self.notes.decide("no folder is named like a split: every folder is a class, all images are for training")
             return {"train": self._classes(self.top, inner)}
-        with_classes = {name: part for name, part in self.parts.items() if _with_images(part)}
-        if any(self.roles[name] == "train" for name in with_classes):
+        with_classes = {name: part for name, part in self.parts.items() if part.with_images}
+        if with_classes and (not self.others or any(self.roles[name] == "train" for name in with_classes)):
             return self._by_folders(with_classes)
-        classes = {composed(folder.name) for part in with_classes.values() for folder in _with_images(part)}
+        classes = {composed(folder.name) for part in with_classes.values() for folder in part.with_images}
         if self.others and classes & {composed(folder.name) for folder in self.others}:  # root/cat and root/test/cat
             self.notes.decide(f"folders beside {_names(with_classes)} are the training split: {_names(self.others)}")
-            rest = replace(self.top, folders=[folder for folder in self.top.folders if folder.name not in self.parts])
             parts = self._by_folders(with_classes, others_are_train=True)
-            return {"train": self._classes(rest, self.others), **parts}
-        if with_classes and not self.others:
-            return self._by_folders(with_classes)
+            return {"train": self._classes(self.top, self.others), **parts}
         flat = [name for name in self.parts if name not in with_classes]
         if with_classes or not self.others or (len(flat) > 1 and "train" in map(self.roles.get, flat)):
             raise DataError(self._why_no_splits(flat, with_classes))
@@ -161,10 +150,10 @@ class _Layout:
                 self.notes.decide(f"{name} is read from {self._relative(part)}")
         self.notes.decide(f"the folders {_names(self.parts)} are splits, the folders in them classes")
         train = next((part for name, part in parts.items() if self.roles[name] == "train"), None)
-        known = {composed(folder.name) for folder in _with_images(train)} if train else set()
+        known = {composed(folder.name) for folder in train.with_images} if train else set()
         splits = {}
         for name, part in self.parts.items():
-            inner = _with_images(part)
+            inner = part.with_images
             names, why = {composed(folder.name) for folder in inner}, ""
             if len(known) > 1 and len(inner) == 1 and not names & known:  # images/, test/ or unknown/
                 if (classes := _read_annotations(part, inner[0], known)) is not None:
@@ -192,8 +181,8 @@ class _Layout:
         """The images of each class. Two folders with one name in two Unicode forms are one class. Raises DataError."""
         if not class_folders:
             raise DataError(_no_class_folders(folder))
+        where = self._relative(folder)
         if folder.images:
-            where = self._relative(folder)
             self.notes.warn(f"{_images(len(folder.images))} directly in {where} left out: not in a class folder")
         for empty in (inner for inner in folder.folders if not inner.count):
             self._note_empty(empty)
@@ -201,7 +190,6 @@ class _Layout:
         for inner in class_folders:
             name = composed(inner.name)
             if name in classes:
-                where = self._relative(folder)
                 self.notes.decide(f"two folders {name} in {where} differ only in Unicode form and are one class")
             classes.setdefault(name, []).extend(inner.files())
         return classes
@@ -220,17 +208,13 @@ class _Layout:
 
     def _splits_in_classes(self, classes: list[Folder]) -> dict[str, Classes] | None:
         """root/class/split/image, if every class is divided; None if none is. Raises DataError if some are."""
-        divided = [
-            folder for folder in classes if not folder.images and all(role_of(f.name) for f in _with_images(folder))
-        ]
-        datasets_inside = [
-            folder for folder in divided if any(len(_with_images(f)) > 1 and not f.images for f in _with_images(folder))
-        ]
-        if datasets_inside:
-            are = "are datasets" if len(datasets_inside) > 1 else "is a dataset"
+        divided = [f for f in classes if not f.images and all(role_of(part.name) for part in f.with_images)]
+        inside = [f for f in divided if any(len(part.with_images) > 1 and not part.images for part in f.with_images)]
+        if inside:
+            are = "are datasets" if len(inside) > 1 else "is a dataset"
             raise DataError(
-                f"{self.top.path} holds {_names(classes)}, of which {_names(datasets_inside)} {are} with splits; "
-                f"give one dataset: {datasets_inside[0].path}"
+                f"{self.top.path} holds {_names(classes)}, of which {_names(inside)} {are} with splits; "
+                f"give one dataset: {inside[0].path}"
             )
         if not divided:
             return None
@@ -242,7 +226,7 @@ class _Layout:
             )
         splits: dict[str, Classes] = {}
         for folder in divided:
-            for part in _with_images(folder):
+            for part in folder.with_images:
                 splits.setdefault(part.name, {}).setdefault(composed(folder.name), []).extend(part.files())
         self.notes.decide(f"the splits are the folders {_names(splits)} in each class folder")
         return splits
@@ -251,11 +235,11 @@ class _Layout:
 def _unwrap(folder: Folder) -> Folder:
     """Descend while a folder holds one folder and nothing else: seg_train/seg_train/, archive/dataset/."""
     here = folder
-    while not here.images and len(inner := _with_images(here)) == 1:
+    while not here.images and len(inner := here.with_images) == 1:
         if role_of(inner[0].name) not in (None, role_of(here.name)):
             break
         here = inner[0]
-    return folder if here.images or not _with_images(here) else here  # a class, or only images
+    return folder if here.images or not here.with_images else here  # a class, or only images
 
 
 def _split_roles(folders: list[Folder], where: str) -> dict[str, str]:
@@ -317,14 +301,12 @@ def _read_metadata(layout: _Layout, options: ReadOptions, notes: Notes) -> Split
         try:
             in_file = read_table(file, options, own_notes, Path(tree.path))
         except DataError as error:
-            if any(_with_images(part) for part in (layout.parts.values() or [top])):
+            if any(part.with_images for part in (layout.parts.values() or [top])):
                 notes.decide(f"{where} has no labels, so the class folders are used: {error}")
                 return None
             raise
-        for sentence in own_notes.decisions:
-            notes.decide(f"{where}: {sentence}")
-        for sentence in own_notes.warnings:
-            notes.warn(f"{where}: {sentence}")
+        notes.decide(*(f"{where}: {sentence}" for sentence in own_notes.decisions))
+        notes.warn(*(f"{where}: {sentence}" for sentence in own_notes.warnings))
         if list(in_file) == ["train"]:
             in_file = {name: in_file["train"]} if name else _by_first_folder(in_file["train"], file.parent)
         for split, rows in in_file.items():

@@ -42,8 +42,7 @@ class Table:
     """Columns of equal length. Cells of text files are text, cells of JSON any value, None where there is none."""
 
     path: Path
-    names: list[str]
-    columns: list[Cells]
+    columns: dict[str, Cells]
     lines: "array[int]" = field(default_factory=lambda: array("q"))  # each row's position in the file
     unit: str = "line"
 
@@ -51,9 +50,14 @@ class Table:
         """A row's position, for error messages."""
         return f"{self.path} {self.unit} {self.lines[row]}"
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the columns."""
+        return list(self.columns)
+
     def __getitem__(self, name: str) -> Cells:
         """A column by name."""
-        return self.columns[self.names.index(name)]
+        return self.columns[name]
 
 
 def read_rows(path: Path, encoding: str | None, known: Iterable[str], names_file: NamesFile, notes: Notes) -> Table:
@@ -165,14 +169,14 @@ class _Delimited:
         names, remark = self._header(first, delimiter, comment)
         if remark:  # the first row is not the header
             rows = chain([(line, first)], rows)
-        self.names = names
-        table = Table(self.path, names, [[] for _ in names])
+        columns: list[Cells] = [[] for _ in names]
+        table = Table(self.path, dict(zip(names, columns, strict=True)))
         interned: dict[str, str] = {}
         for line, cells in rows:
-            if len(cells) != len(names) and not self._fits(line, cells):
+            if len(cells) != len(names) and not self._fits(line, cells, names):
                 continue
             table.lines.append(line)
-            for column, cell in zip(table.columns, cells, strict=False):
+            for column, cell in zip(columns, cells, strict=False):
                 column.append(interned.setdefault(cell, cell) if len(interned) < _MAX_INTERNED else cell)
         separators = _DELIMITER_NAMES.get(delimiter, f"{delimiter!r}")
         remarks = [f"{separators} between columns"] if len(names) > 1 and delimiter != "," else []
@@ -266,18 +270,18 @@ class _Delimited:
             return _unique([name.strip() for name in names]), "the header is a comment"
         return [f"column {number}" for number in range(1, len(first) + 1)], "no header, the first row names a file"
 
-    def _fits(self, line: int, cells: list[str]) -> bool:
+    def _fits(self, line: int, cells: list[str], names: list[str]) -> bool:
         """Whether a row of another length has only extra empty cells; False for a comment. Raises DataError."""
-        is_longer = len(cells) > len(self.names)
-        if is_longer and not any(map(str.strip, cells[len(self.names) :])):
+        is_longer = len(cells) > len(names)
+        if is_longer and not any(map(str.strip, cells[len(names) :])):
             return True
         if cells[0].startswith("#"):
             self.comments += 1
             return False
         remedy = "put cells that contain the delimiter in quotes" if is_longer else "fill in the missing ones"
         raise DataError(
-            f"{self.path} line {line} has {len(cells)} cells, the header {len(self.names)} "
-            f"({', '.join(self.names[:5])}): {shorten(' | '.join(cells))!r}; {remedy}."
+            f"{self.path} line {line} has {len(cells)} cells, the header {len(names)} "
+            f"({', '.join(names[:5])}): {shorten(' | '.join(cells))!r}; {remedy}."
         )
 
 
@@ -292,16 +296,15 @@ _EXPECTED = '{"path": ..., "label": ...}'
 
 
 def _from_objects(path: Path, rows: Iterable[tuple[int, dict[str, Any]]], unit: str = "line") -> Table:
-    table = Table(path, [], [], unit=unit)
-    columns: dict[str, Cells] = {}
+    table = Table(path, {}, unit=unit)
     for line, row in rows:
         for name in row:
-            if name not in columns:
-                columns[name] = [None] * len(table.lines)
-        for name, cells in columns.items():
+            if name not in table.columns:
+                table.columns[name] = [None] * len(table.lines)
+        for name, cells in table.columns.items():
             cells.append(row.get(name))
         table.lines.append(line)
-    table.names, table.columns = [name.strip() for name in columns], list(columns.values())
+    table.columns = {name.strip(): cells for name, cells in table.columns.items()}
     return table
 
 

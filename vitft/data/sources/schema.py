@@ -58,15 +58,13 @@ class Notes:
     decisions: list[str] = field(default_factory=list)  # what was chosen, and why
     warnings: list[str] = field(default_factory=list)  # what is probably wrong, and the remedy
 
-    def decide(self, sentence: str) -> None:
-        """Record a decision, once."""
-        if sentence not in self.decisions:
-            self.decisions.append(sentence)
+    def decide(self, *sentences: str) -> None:
+        """Record decisions, each once."""
+        self.decisions += [sentence for sentence in dict.fromkeys(sentences) if sentence not in self.decisions]
 
-    def warn(self, sentence: str) -> None:
-        """Record a warning, once. It is shown before training and by `vitft data info`."""
-        if sentence not in self.warnings:
-            self.warnings.append(sentence)
+    def warn(self, *sentences: str) -> None:
+        """Record warnings, each once. They are shown before training and by `vitft data info`."""
+        self.warnings += [sentence for sentence in dict.fromkeys(sentences) if sentence not in self.warnings]
 
 
 def group_rows(names: Iterable[str]) -> dict[str, list[int]]:

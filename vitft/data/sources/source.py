@@ -17,8 +17,8 @@ from vitft.config.train import TrainConfig, require_dataset
 from vitft.data.sources import arrays, hub, local
 from vitft.data.sources.features import normalize_splits
 from vitft.data.sources.identity import has_names, sample_names
+from vitft.data.sources.image_paths import resolve_paths
 from vitft.data.sources.schema import Notes, ReadOptions, Splits, standardize, whole_numbers
-from vitft.data.sources.tables import resolve_paths
 from vitft.errors import DataError, UsageError, nearest
 from vitft.io.console import without_secrets
 from vitft.io.paths import expanded
@@ -178,21 +178,19 @@ def excluding(source: Source, file: Path) -> Source:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
         raise DataError(f"exclude {file}: {reason}; give a list from vitft data check --quarantine.") from error
-    lines_of: dict[str, dict[str, str]] = {}  # by split and image
+    line_of: dict[tuple[str, str], str] = {}  # by split and image
     for line in lines:
         split, _, name = line.partition("\t")
         with suppress(ValueError):  # invalid JSON matches no image
             split, name = (str(json.loads(text)) if text.startswith('"') else text for text in (split, name))
-        lines_of.setdefault(split, {})[name] = line
-    splits = dict(source.splits)
+        line_of[split, name] = line
+    splits, found = dict(source.splits), set()
     for split_name, rows in source.splits.items():
-        excluded = lines_of.get(str(split_name), {})
-        if excluded:
-            names = sample_names(rows, np.arange(len(rows)))
-            splits[split_name] = rows.select([row for row, name in enumerate(names) if name not in excluded])
-            for name in names:
-                excluded.pop(name, None)
-    if unknown := [line for of_split in lines_of.values() for line in of_split.values()]:
+        if any(split == split_name for split, _ in line_of):
+            images = [(str(split_name), name) for name in sample_names(rows, np.arange(len(rows)))]
+            splits[split_name] = rows.select([row for row, image in enumerate(images) if image not in line_of])
+            found.update(images)
+    if unknown := [line for image, line in line_of.items() if image not in found]:
         raise UsageError(
             f"exclude {file}: {unknown[0]!r} names no image of {source.name}; write a line as SPLIT, a tab, IMAGE."
         )

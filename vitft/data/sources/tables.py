@@ -4,23 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from vitft.data.sources import columns
-from vitft.data.sources.image_paths import ImagePaths, PathError, absolute, resolve, role_within
+from vitft.data.sources.image_paths import ImagePaths, PathError, absolute, role_within
 from vitft.data.sources.rows import Table, read_rows, shorten
-from vitft.data.sources.schema import (
-    Notes,
-    ReadOptions,
-    Splits,
-    group_rows,
-    image_structs,
-    in_memory,
-    role_of,
-    split_of_files,
-)
+from vitft.data.sources.schema import Notes, ReadOptions, Splits, group_rows, role_of, split_of_files
 from vitft.errors import DataError
 from vitft.io.paths import expanded
 
@@ -107,29 +94,3 @@ def _warn_of_repeated(files: list[str], labels: Sequence[Any], splits: list[str]
     for how, again in repeated.items():
         if again:
             notes.warn(f"{len(again):,} rows name an image {how} (first: {again[0]})")
-
-
-def resolve_paths(
-    name: str, split: datasets.Dataset, folders: Sequence[Path], *, allow_outside: bool
-) -> datasets.Dataset:
-    """Make the paths that a dataset's author wrote into a split absolute; they are relative to the first folder.
-
-    Raises DataError for a path outside of the folders: a dataset must not be able to name any file on this machine.
-    """
-    roots = absolute(folders)
-    chunks = []
-    for chunk in split.data.column("image").chunks:
-        data, path = chunk.flatten()
-        is_path = pc.and_(pc.is_null(data), pc.is_valid(path))
-        if not pc.any(is_path).as_py():
-            chunks.append(chunk)
-            continue
-        pairs = zip(is_path.to_pylist(), path.to_pylist(), strict=True)
-        try:
-            files = [resolve(roots, file, allow_outside=allow_outside) if by_path else file for by_path, file in pairs]
-        except PathError as error:
-            raise DataError(f"split {name}: {error}") from error
-        chunks.append(image_structs(data, files))
-    images = pa.chunked_array(chunks, split.data.schema.field("image").type)
-    columns = {column: split.data.column(column) for column in split.features} | {"image": images}
-    return in_memory(columns, split.features["label"].names, name)
