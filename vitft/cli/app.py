@@ -275,10 +275,9 @@ def explain(
         return
     if image is None:
         raise UsageError(f"{as_flag(next(iter(outputs)))} needs an image; add --image FILE.")
-    if others := [*sizes, *["batch_size"] * (batch_size != 1), *["all_blocks"] * all_blocks]:
-        raise UsageError(
-            f"{as_flag(others[0])} sets sizes of the table without --image; with an image, use --checkpoint."
-        )
+    of_the_table = _given(**sizes, batch_size=None if batch_size == 1 else batch_size, all_blocks=all_blocks or None)
+    if wrong := next(iter(of_the_table), None):
+        raise UsageError(f"{as_flag(wrong)} sets sizes of the table without --image; with an image, use --checkpoint.")
     with _loading():
         from vitft.explain.attention import draw_attention
         from vitft.explain.page import write_page
