@@ -151,6 +151,13 @@ def test_several_labels_an_image_are_refused_with_the_row(tmp_path: Path, labels
         open_dataset(str(file))
 
 
+def test_several_images_are_refused_with_the_row_of_the_file(tmp_path: Path) -> None:
+    table = pa.table({"image": [FILES[:1], FILES[:1], FILES[:1], FILES], "label": LABELS * 2})
+    pq.write_table(table, tmp_path / "train.parquet", row_group_size=2)  # each group becomes an array
+    with pytest.raises(DataError, match="column 'image' holds 2 images in row 3; "):
+        open_dataset(str(tmp_path))
+
+
 def test_numbers_of_classes_that_differ_from_file_to_file_go_by_name(tmp_path: Path) -> None:
     for number, names in enumerate((["a", "b"], ["b", "a"])):
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})

@@ -13,22 +13,10 @@ from contextlib import suppress
 from typing import Any
 
 from vitft.data.sources.image_paths import ImagePaths
-from vitft.data.sources.rows import Table, shorten, simplify
+from vitft.data.sources.rows import FOLD, IMAGE, LABEL, SPLIT, Table, shorten, simplify
 from vitft.data.sources.schema import MISSING, ROLES, Notes, ReadOptions
 from vitft.errors import DataError, UsageError, nearest
 
-# Usual names, as `simplify` writes them, the most specific first.
-IMAGE = (
-    "path", "file", "filename", "filepath", "filepaths", "imagepath", "imagefile", "imagefilename", "imagename",
-    "image", "images", "img", "imgpath", "imgname", "photo", "picture", "imageid", "imgid", "id", "name",
-)  # fmt: skip
-LABEL = (
-    "label", "labels", "finelabel", "labelname", "class", "classes", "classname", "classlabel", "category",
-    "categoryname", "target", "classid", "labelid", "categoryid",
-)  # fmt: skip
-SPLIT = ("split", "datasplit", "splits", "subset", "partition", "usage", "set", "dataset", "phase")
-_FOLD = ("fold", "folds", "kfold", "foldid", "cvfold", "cv")
-KNOWN = {*IMAGE, *LABEL, *SPLIT, *_FOLD}
 _FLAGS = {  # columns of yes and no, and the role that a yes gives
     **dict.fromkeys(("train", "istrain", "training", "istraining", "istrainingimage", "istrainingimg"), "train"),
     **dict.fromkeys(("val", "isval", "valid", "isvalid", "validation", "isvalidation", "dev", "isdev"), "validation"),
@@ -262,11 +250,11 @@ def _warn_of_unused_splits(table: Table, rest: list[str], notes: Notes) -> None:
     """Warn of columns that look like splits but are not used."""
     for name in rest:
         values = _values(table[name])
-        is_fold = simplify(name) in _FOLD and _are_numbers(values)
+        is_fold = simplify(name) in FOLD and _are_numbers(values)
         if not 1 < len(values) <= _MAX_SPLITS or is_fold:
             continue
         roles = {_ROLE_OF.get(simplify(value)) for value in values} - {None}
-        if len(roles) > 1 or simplify(name) in (*SPLIT, *_FOLD):
+        if len(roles) > 1 or simplify(name) in (*SPLIT, *FOLD):
             notes.warn(
                 f"column {name!r} looks like a split ({join_names(values)}) and is not used; "
                 f"--split-column {name} uses it"
@@ -292,7 +280,7 @@ def _fold_columns(table: Table, taken: set[str], options: ReadOptions) -> list[s
         return [_requested(table, options.fold_column, "--fold-column")]
     columns = []
     for name in table.names:
-        if name not in taken and simplify(name).rstrip("0123456789") in _FOLD:
+        if name not in taken and simplify(name).rstrip("0123456789") in FOLD:
             values = _values(table[name])
             if 1 < len(values) <= _MAX_SPLITS and _are_numbers(values):
                 columns.append(name)

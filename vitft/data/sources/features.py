@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vitft.data.sources import columns
-from vitft.data.sources.rows import Table, shorten
+from vitft.data.sources.rows import SPLIT, Table, shorten
 from vitft.data.sources.schema import (
     IMAGE_TYPE,
     MISSING,
@@ -45,7 +45,7 @@ IMAGE_NAMES = ("image", "img", "images", "picture", "photo", "pixel_values", "pi
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "class_name", "category", "target", "cls")
 FILE_NAMES = ("file_name", "filename", "file", "path", "filepath", "file_path", "image_path", "image_file")
 _NO_LABELS = (
-    "id", "idx", "index", "image_id", "key", "__key__", "__url__", "url", "width", "height", *columns.SPLIT, "fold",
+    "id", "idx", "index", "image_id", "key", "__key__", "__url__", "url", "width", "height", *SPLIT, "fold",
 )  # fmt: skip
 
 

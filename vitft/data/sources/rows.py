@@ -29,6 +29,18 @@ Cells = list[Any]
 NamesFile = Callable[[str], bool]
 """Whether a cell names an existing file."""
 
+# Usual names of columns, as `simplify` writes them, the most specific first.
+IMAGE = (
+    "path", "file", "filename", "filepath", "filepaths", "imagepath", "imagefile", "imagefilename", "imagename",
+    "image", "images", "img", "imgpath", "imgname", "photo", "picture", "imageid", "imgid", "id", "name",
+)  # fmt: skip
+LABEL = (
+    "label", "labels", "finelabel", "labelname", "class", "classes", "classname", "classlabel", "category",
+    "categoryname", "target", "classid", "labelid", "categoryid",
+)  # fmt: skip
+SPLIT = ("split", "datasplit", "splits", "subset", "partition", "usage", "set", "dataset", "phase")
+FOLD = ("fold", "folds", "kfold", "foldid", "cvfold", "cv")
+_KNOWN = {*IMAGE, *LABEL, *SPLIT, *FOLD}
 _SAMPLE_LINES = 500  # for detecting the format
 _MAX_LINE = 1_000_000  # characters
 _DELIMITERS = {".tsv": "\t,;|", ".txt": "\t,;| ", "": ",;\t|"}
@@ -60,8 +72,8 @@ class Table:
         return self.columns[name]
 
 
-def read_rows(path: Path, encoding: str | None, known: Iterable[str], names_file: NamesFile, notes: Notes) -> Table:
-    """Read a table. `known` are usual column names, as `simplify` writes them. Raises DataError, OSError."""
+def read_rows(path: Path, encoding: str | None, names_file: NamesFile, notes: Notes) -> Table:
+    """Read a table. Raises DataError, OSError."""
     suffix = path.suffix.lower()
     encoding = encoding or _detect_encoding(path, notes)
     encoding = "utf-8-sig" if simplify(encoding) == "utf8" else encoding
@@ -72,7 +84,7 @@ def read_rows(path: Path, encoding: str | None, known: Iterable[str], names_file
             elif suffix == ".json":
                 table = _from_objects(path, _json_entries(path, stream), "entry")
             else:
-                table = _Delimited(path, stream, known, names_file, notes).table()
+                table = _Delimited(path, stream, names_file, notes).table()
     except LookupError as error:
         raise DataError(f"unknown encoding {encoding!r}; use for example utf-8, utf-16, cp1252 or gbk.") from error
     except UnicodeError as error:
@@ -154,8 +166,8 @@ def _lines(path: Path, stream: TextIO) -> Iterator[str]:
 class _Delimited:
     """Reads rows of cells separated by a delimiter."""
 
-    def __init__(self, path: Path, stream: TextIO, known: Iterable[str], names_file: NamesFile, notes: Notes) -> None:
-        self.path, self.known, self.names_file, self.notes = path, set(known), names_file, notes
+    def __init__(self, path: Path, stream: TextIO, names_file: NamesFile, notes: Notes) -> None:
+        self.path, self.names_file, self.notes = path, names_file, notes
         self.lines = _lines(path, stream)
         self.comments = 0  # lines
         self.skipped = 0  # lines before the first row
@@ -256,7 +268,7 @@ class _Delimited:
     def _header(self, first: list[str], delimiter: str, comment: str) -> tuple[list[str], str]:
         """The column names, and a remark if they are not from the first row."""
         first = [cell.strip() for cell in first]
-        is_usual = any(simplify(cell) in self.known for cell in first)
+        is_usual = any(simplify(cell) in _KNOWN for cell in first)
         has_paths = any(os.path.splitext(cell)[1].lower() in suffixes() for cell in first)  # noqa: PTH122
         if not has_paths and (is_usual or not any(map(self.names_file, first))):
             while first and not first[-1]:

@@ -21,9 +21,7 @@ def read_table(path: Path, options: ReadOptions, notes: Notes, root: Path | None
     """
     folder = None if options.image_folder is None else expanded(options.image_folder)
     image_paths = ImagePaths(path, folder, allow_outside=options.allow_outside)
-    table = read_rows(
-        path, options.encoding, columns.KNOWN, lambda cell: image_paths.guess(cell)[0] is not None, notes
-    )  # fmt: skip
+    table = read_rows(path, options.encoding, lambda cell: image_paths.guess(cell)[0] is not None, notes)
     _note_sibling_tables(path, notes)
     image = columns.image_column(table, image_paths, options.image_column, notes)
     taken = {image, *columns.label_columns(table, options.label_column)}
