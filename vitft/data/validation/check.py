@@ -199,8 +199,7 @@ def _fingerprint(pixels: NDArray[np.uint8]) -> tuple[int | None, NDArray[np.floa
     thumb -= thumb.mean()
     if (length := float(np.linalg.norm(thumb))) < 16:
         return None, None
-    bits = phash(small).hash.ravel()
-    return int.from_bytes(np.packbits(bits).tobytes(), "big"), thumb / length
+    return int(str(phash(small)), 16), thumb / length
 
 
 # -- duplicates -----------------------------------------------------------------------------------
@@ -208,22 +207,20 @@ def _fingerprint(pixels: NDArray[np.uint8]) -> tuple[int | None, NDArray[np.floa
 
 def _exact_duplicates(images: Sequence[_Image], labels: Sequence[str]) -> Iterator[Finding]:
     """Images with identical pixels. A finding names the image in the earlier split, or the later one in a split."""
-    first: dict[bytes, list[_Image]] = {}  # the first image with these pixels in each split
+    first: dict[bytes, dict[str, _Image]] = {}  # the first image with these pixels in each split
     for image in images:
         if image.digest is None:
             continue
-        others = first.setdefault(image.digest, [])
-        same = next((other for other in others if other.split == image.split), None)
-        if same is not None:
-            yield _finding(image.split, image.path, "duplicate", f"as {same.path}")
-        for other in others:
-            if other.split != image.split:
-                yield _finding(other.split, other.path, "leak", f"as {image.path} of {image.split}")
+        others = first.setdefault(image.digest, {})
+        for split, other in others.items():
+            if split == image.split:
+                yield _finding(split, image.path, "duplicate", f"as {other.path}")
+            else:
+                yield _finding(split, other.path, "leak", f"as {image.path} of {image.split}")
             if other.label != image.label:
-                detail = f"{labels[image.label]} here, {labels[other.label]} for {other.path} of {other.split}"
+                detail = f"{labels[image.label]} here, {labels[other.label]} for {other.path} of {split}"
                 yield _finding(image.split, image.path, "other-label", detail)
-        if same is None:
-            others.append(image)
+        others.setdefault(image.split, image)
 
 
 def _near_duplicates(images: Sequence[_Image]) -> Iterator[Finding]:
