@@ -81,7 +81,7 @@ def role_of(name: str) -> str | None:
 
 
 def standardize(raw: Splits, notes: Notes | None = None) -> tuple[datasets.DatasetDict, tuple[str, ...]]:
-    """Convert splits to columns Image(decode=False), a ClassLabel that all have in common, and ROW; also the classes.
+    """Convert splits to columns `image`, `label` (a ClassLabel that all share) and ROW; also return the classes.
 
     Splits without labels (no column, or all missing or -1, like test splits on the hub) are left out with a note.
     Image data is not copied. Raises DataError.
