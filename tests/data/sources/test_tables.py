@@ -102,6 +102,14 @@ def test_labels_that_are_written_in_two_ways_are_named(tmp_path) -> None:
     assert len(source.labels) == 9  # the two forms of café are one class: there is nothing to tell
 
 
+@pytest.mark.parametrize("labels", [["cat ", "cat"], ["cat ", "cat  "]])  # in the second one, none is without spaces
+def test_labels_that_differ_only_in_spaces_are_one_class_and_named(tmp_path, labels: list[str]) -> None:
+    rows = [f"{i}.png,{label}" for i, label in enumerate([*labels, "dog"])]
+    source = open_dataset(write(tmp_path, "\n".join(["path,label", *rows]), "0.png", "1.png", "2.png"))
+    assert source.labels == ("cat", "dog")
+    assert any(all(repr(label) in sentence for label in labels) for sentence in source.warnings)
+
+
 def test_what_pandas_takes_for_missing_is_no_label() -> None:
     from pandas._libs.parsers import STR_NA_VALUES
 

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any
 
 from vitft.data.sources.image_paths import ImagePaths
@@ -132,7 +133,7 @@ def read_splits(table: Table, taken: set[str], options: ReadOptions, notes: Note
         flags = {name: role for name in rest if (role := _FLAGS.get(simplify(name))) and _is_binary(table[name])}
         if all(not simplify(name).startswith("is") for name in flags) and len(set(flags.values())) < 2:
             flags = {}  # in a one-hot table, a lone column `train` may be a class
-        by_name = [name for name in rest if simplify(name) in SPLIT[:3] and name not in by_content]
+        by_name = [name for name in rest if simplify(name) in SPLIT[:3]]
         if by_content:
             column = _choose_split_column(table, by_content, notes)
             splits, used = _by_names(table, column, notes), {column}
@@ -146,7 +147,7 @@ def read_splits(table: Table, taken: set[str], options: ReadOptions, notes: Note
     if options.fold is not None:
         splits = _by_fold(table, folds[0], options.fold, splits, notes)
     for column in folds if options.fold is None else ():
-        values = join_names(sorted(_values(table[column]), key=_number_key))
+        values = join_names(sorted(_values(table[column]), key=float))
         notes.warn(f"column {column!r} looks like folds ({values}) and is not used; --fold K validates on one of them")
     return splits, used.union(folds)
 
@@ -171,7 +172,7 @@ def _is_binary(cells: Sequence[Any]) -> bool:
 
 
 def _are_numbers(values: Collection[str]) -> bool:
-    return all(_number_key(value)[0] == 0 for value in values)
+    return all(_number(value) is not None for value in values)
 
 
 def _choose_split_column(table: Table, columns: list[str], notes: Notes) -> str:
@@ -196,7 +197,7 @@ def _by_names(table: Table, column: str, notes: Notes) -> list[str]:
     values = [value for value in counts if value not in MISSING]
     if values and _are_numbers(values):
         raise DataError(
-            f"{table.path}: column {column!r} holds numbers ({join_names(sorted(values, key=_number_key))}), not "
+            f"{table.path}: column {column!r} holds numbers ({join_names(sorted(values, key=float))}), not "
             f"train, validation, test; write these, or use it for folds: --fold-column {column} --fold K."
         )
     roles = {value: _ROLE_OF.get(simplify(value)) for value in values}
@@ -266,12 +267,11 @@ def _warn_of_unused_splits(table: Table, rest: list[str], notes: Notes) -> None:
 # -- folds ----------------------------------------------------------------------------------------
 
 
-def _number_key(value: str) -> tuple[int, float, str]:
-    """A sort key: numbers by value, then (with a first element of 1) other texts."""
+def _number(text: str) -> float | None:
     try:
-        return 0, float(value), ""
+        return float(text)
     except ValueError:
-        return 1, 0.0, value
+        return None
 
 
 def _fold_columns(table: Table, taken: set[str], options: ReadOptions) -> list[str]:
@@ -292,24 +292,26 @@ def _fold_columns(table: Table, taken: set[str], options: ReadOptions) -> list[s
 
 def _by_fold(table: Table, column: str, fold: int, splits: list[str] | None, notes: Notes) -> list[str]:
     """Turn one fold of the training and validation rows into the validation split."""
-    values = [_number_key(_text(cell)) for cell in table[column]]
-    known = sorted({value for value in values if value[0] == 0})
-    if (0, float(fold), "") not in known:
-        folds = join_names([f"{value[1]:g}" for value in known])
+    numbers = [_number(_text(cell)) for cell in table[column]]
+    known = sorted({number for number in numbers if number is not None})
+    if fold not in known:
+        folds = join_names([f"{number:g}" for number in known])
         raise DataError(f"--fold {fold}: column {column!r} of {table.path} has the folds {folds or 'none'}.")
-    splits = list(splits) if splits is not None else ["train"] * len(values)
+    splits = list(splits) if splits is not None else ["train"] * len(numbers)
     if any(_ROLE_OF.get(simplify(name)) == "validation" for name in splits):
         notes.warn(f"--fold {fold} replaces the validation split; its rows of other folds are used for training")
-    counts: Counter[str] = Counter()
-    for row, (is_text, number, text) in enumerate(values):
+    counts: Counter[float] = Counter()
+    for row, number in enumerate(numbers):
         if _ROLE_OF.get(simplify(splits[row])) not in ("train", "validation"):
             continue
-        if is_text:
-            raise DataError(f"{table.where(row)} has {text!r} in column {column!r}, not the number of a fold.")
+        if number is None:
+            raise DataError(
+                f"{table.where(row)} has {_text(table[column][row])!r} in column {column!r}, not the number of a fold."
+            )
         splits[row] = "validation" if number == fold else "train"
-        counts[f"{number:g}"] += 1
-    validated = counts.pop(f"{fold:g}", 0)
-    trained = join_names([f"{name} ({count:,})" for name, count in sorted(counts.items(), key=lambda c: float(c[0]))])
+        counts[number] += 1
+    validated = counts.pop(fold, 0)
+    trained = join_names([f"{number:g} ({count:,})" for number, count in sorted(counts.items())])
     notes.decide(f"folds: column {column!r}: {fold} ({validated:,}) is validation, {trained} are train")
     return splits
 
@@ -398,10 +400,11 @@ def _as_labels(table: Table, column: str, notes: Notes) -> list[str | None]:
             f"{table.path}: the labels are of several types: {kind_a} on {table.unit} {table.lines[row_a]}, "
             f"{kind_b} on {table.unit} {table.lines[row_b]}; write all of them the same way."
         )
-    spelled = {cell for cell in set(table[column]) if isinstance(cell, str) and cell.strip() not in MISSING}
-    if kinds.keys() == {"text"} and len(spelled) > len(stripped := {cell.strip() for cell in spelled}):
-        odd = next(cell for cell in sorted(spelled) if cell != cell.strip() and cell.strip() in stripped & spelled)
-        notes.warn(f"labels that differ only in surrounding spaces are one class: {odd!r} and {odd.strip()!r}")
+    spelled = {cell for cell in table[column] if isinstance(cell, str) and cell.strip() not in MISSING}
+    for one, other in pairwise(sorted(spelled, key=lambda cell: (cell.strip(), -len(cell)))):
+        if one.strip() == other.strip():
+            notes.warn(f"labels that differ only in surrounding spaces are one class: {one!r} and {other!r}")
+            break
     return labels
 
 
