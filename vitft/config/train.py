@@ -55,6 +55,7 @@ class TrainConfig(Settings):
     layers: int | None = setting(None, "Model", "With --from-scratch: number of encoder blocks.", ge=1, le=256)
     heads: int | None = setting(None, "Model", "With --from-scratch: attention heads per block.", ge=1, le=256)
     mlp: int | None = setting(None, "Model", "With --from-scratch: hidden size of the MLP in each block.", ge=1, le=65_536)
+    head_init: Literal["auto", "features", "random"] = setting("auto", "Model", "Start of a new head. features: logistic regression on the features of the pretrained backbone, fitted before the first step. auto: that, if possible.")
     freeze: Literal["none", "backbone"] = setting("none", "Model", "backbone: train only the head (linear probe).")
 
     epochs: float = setting(3.0, "Optimization", "Passes over the training images; may be fractional.", gt=0, le=100_000)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
@@ -70,6 +71,24 @@ def backbone(model: nn.Module, device: str, precision: str) -> Features:
     return features
 
 
+def read_features(
+    loader: TrainLoader, features: Features, config: TrainConfig, positions: NDArray[np.int64], *, mirror: bool,
+    gather: Callable[[list[Tensor]], list[Tensor]], progress: Callable[[int, int], None],
+) -> Tensor:  # fmt: skip
+    """The features of training images without augmentation, or of their mirror images: (N, F), on the CPU.
+
+    Each process computes a shard of them; `gather` joins lists over all processes.
+    """
+    mine = np.array_split(positions, loader.world)[loader.rank]
+    size = min(BATCH, micro_batch(config, loader.world))
+    chunks = [mine[start : start + size] for start in range(0, len(mine), size)]
+    parts = []
+    for number, chunk in enumerate(chunks, 1):
+        parts.append(features(loader.unaugmented(chunk, mirror=mirror)).cpu())
+        progress(number, len(chunks))
+    return torch.cat(gather([torch.cat(parts)] if parts else []))
+
+
 class FeatureLoader:
     """A TrainLoader with features instead of pixels."""
 
@@ -80,18 +99,24 @@ class FeatureLoader:
     ) -> None:  # fmt: skip
         """`gather` joins lists over all processes, each of which computes the features of its shard of the images."""
         self.loader, self.clock = loader, loader.clock
+        self.labels = loader.labels
         self.steps_per_epoch, self.samples, self.batch_size = loader.steps_per_epoch, loader.samples, loader.batch_size
-        mine = np.array_split(np.arange(len(loader.store)), loader.world)[loader.rank]
-        size = min(BATCH, micro_batch(config, loader.world))
-        chunks = [mine[start : start + size] for start in range(0, len(mine), size)]
         kinds = (False, True)[: passes(config)]
         self._kinds = []
         for kind in kinds:
-            parts = []
-            for number, chunk in enumerate(chunks, 1):
-                parts.append(features(loader.unaugmented(chunk, mirror=kind)).cpu())
-                progress(number + len(chunks) * kind, len(chunks) * len(kinds))
-            self._kinds.append(torch.cat(gather([torch.cat(parts)] if parts else [])))
+
+            def shown(done: int, count: int, kind: int = kind) -> None:
+                progress(done + count * kind, count * len(kinds))
+
+            everything = np.arange(len(loader.store))
+            self._kinds.append(
+                read_features(loader, features, config, everything, mirror=kind, gather=gather, progress=shown)
+            )
+
+    @property
+    def unmirrored(self) -> Tensor:
+        """The features of every image as it is: (N, F)."""
+        return self._kinds[0]
 
     def batch(self, step: int) -> Batch:
         """This process's shard of a step's batch."""

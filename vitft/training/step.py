@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, gather_object
 
 from vitft.data.loader import TrainLoader
 from vitft.hardware.device import memory_guard, micro_batch
@@ -15,8 +15,9 @@ from vitft.hardware.timers import Clock, DataWait
 from vitft.io import console
 from vitft.io.signals import Gather, Progress
 from vitft.models.load import checkpoint_activations, compiled, set_training
-from vitft.randomness import derive_seed
-from vitft.training.linear_probe import FeatureLoader, Probe, features_pay
+from vitft.randomness import derive_seed, permutation
+from vitft.training.head_init import fit_head, images_for_head, starts_from_features, write_head
+from vitft.training.linear_probe import FeatureLoader, Probe, backbone, features_pay, read_features
 from vitft.training.optim import lr_at, make_optimizer, total_steps
 from vitft.training.setup import Decoded
 
@@ -41,6 +42,7 @@ class Learner:
         )  # fmt: skip
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = total_steps(config, self.steps_per_epoch)
+        self._new_head = decoded.loaded.new_head
         self.unwrapped = decoded.loaded.model.to(accelerator.device)
         if config.grad_checkpointing:
             checkpoint_activations(self.unwrapped)
@@ -58,13 +60,42 @@ class Learner:
                     parameter.register_post_accumulate_grad_hook(_let_signals_in)
         self.module.eval()  # the first step switches to training mode
 
-    def get_ready(self, watched: Watched = lambda progress, gather: (progress, gather)) -> None:
-        """For a linear probe, compute the features that its steps read. `watched`: see StopSignals."""
-        if self.probe is not None and isinstance(self.loader, TrainLoader):
-            guard = memory_guard(self.config, self.accelerator.num_processes)
-            with self.breakable(), console.working("reading features") as shown, guard:
+    def get_ready(
+        self, watched: Watched = lambda progress, gather: (progress, gather), *, start_head: bool = False
+    ) -> None:
+        """Before the first step, compute the features that a linear probe reads; with `start_head`, fit the new head.
+
+        `watched`: see StopSignals.
+        """
+        with self.breakable(), memory_guard(self.config, self.accelerator.num_processes):
+            if self.probe is not None and isinstance(self.loader, TrainLoader):
+                with console.working("reading features") as shown:
+                    progress, gather = watched(shown, gather_object)
+                    self.loader = self.probe.training(self.loader, gather, progress)
+            if start_head and starts_from_features(self.config, self.unwrapped, new_head=self._new_head):
+                self._start_head(watched)
+
+    def _start_head(self, watched: Watched) -> None:
+        """Fit the head to features of training images, and write it into the model."""
+        config, loader = self.config, self.loader
+        classes, seen = self.unwrapped.config.num_labels, self.total_steps * config.batch_size
+        everything = permutation(config.seed, "head", 0, len(loader.labels))
+        chosen = everything[: images_for_head(len(everything), classes, seen)]
+        if isinstance(loader, FeatureLoader):
+            features = loader.unmirrored[torch.from_numpy(chosen)]
+        else:
+            self.unwrapped.eval()
+            read = backbone(self.unwrapped, config.device, config.precision)
+            with console.working("reading features for the new head") as shown:
                 progress, gather = watched(shown, gather_object)
-                self.loader = self.probe.training(self.loader, gather, progress)
+                features = read_features(
+                    loader, read, config, chosen, mirror=False, gather=gather, progress=progress
+                )  # fmt: skip
+        device = self.accelerator.device
+        fit = fit_head(features.to(device), loader.labels[torch.from_numpy(chosen)].to(device), classes)
+        write_head(self.unwrapped, fit, broadcast)
+        score = "" if fit.accuracy is None else f", {100 * fit.accuracy:.1f} % right of {fit.held_out:,} held out"
+        console.note(f"new head fitted to the features of {len(chosen):,} training images{score}")
 
     def lr(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

@@ -249,7 +249,7 @@ class _Run:
             try:
                 if not self.is_over(state):
                     console.note(run_folder.start_note(self.decoded, self.total_steps, self.run))
-                    self.learner.get_ready(self.signals.watched)
+                    self.learner.get_ready(self.signals.watched, start_head=state.step == 0)
                 window.restart(self.learner.data_wait_s)
                 while not self.is_over(state):
                     saves = self._advance(state, bar)

@@ -1,0 +1,104 @@
+"""The start of a new head: logistic regression on the features of the pretrained backbone.
+
+Fine-tuning from a random head first distorts the features, because it adapts them to a head that means nothing (Kumar
+et al. 2022, "Fine-Tuning can Distort Pretrained Features"). It also makes short runs depend on the seed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitft.config.train import TrainConfig
+from vitft.models.heads import head_of
+
+STRENGTHS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4)
+"""L2 penalties that are tried, strongest first; on standardized features and the mean cross-entropy."""
+
+_MOST_IMAGES, _PER_CLASS = 10_000, 20  # the larger of the first and so many for each class
+_FOLDS = 5  # one of them chooses the strength
+_FEW = 50  # images from which a held-out fifth says nothing
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A linear classifier: weight (C, F), bias (C,); and how its strength was chosen."""
+
+    weight: Tensor
+    bias: Tensor
+    strength: float
+    accuracy: float | None  # on the held-out images; None if there were too few to hold out any
+    held_out: int
+
+
+def starts_from_features(config: TrainConfig, model: nn.Module, *, new_head: bool) -> bool:
+    """Whether a run fits its head to features first. `auto` does for a new linear head on a pretrained backbone."""
+    if config.head_init == "random" or config.from_scratch or not new_head:
+        return False
+    head = head_of(model)
+    return len(head) == 1 and isinstance(model.get_submodule(head[0]), nn.Linear)
+
+
+def images_for_head(images: int, classes: int, seen: int) -> int:
+    """How many of the training images the head is fitted to, in a run whose steps see `seen` images in all.
+
+    A pass over them without gradients takes about a third of a training pass over as many.
+    """
+    return min(images, max(_MOST_IMAGES, _PER_CLASS * classes), seen)
+
+
+def fit_head(features: Tensor, labels: Tensor, classes: int) -> Fit:
+    """Fit multinomial logistic regression with an L2 penalty, chosen by the loss of a held-out fifth of the images.
+
+    `features` is (N, F), in random order, `labels` (N,) in 0..C-1. The penalty is on weights and biases, so a class
+    without images gets finite ones.
+    """
+    mean, std = features.mean(dim=0), features.std(dim=0, correction=0)
+    std = torch.where(std > 1e-6 * std.max(), std, torch.ones_like(std))  # a constant feature says nothing
+    standardized = (features - mean) / std
+    strength, accuracy = STRENGTHS[0], None
+    held_out = 0 if len(labels) < _FEW else len(labels) // _FOLDS
+    if held_out:
+        tried = []
+        start = None
+        for candidate in STRENGTHS:  # each fit starts from the last, which is close
+            start = _regress(standardized[held_out:], labels[held_out:], classes, candidate, start)
+            logits = standardized[:held_out] @ start[:, :-1].T + start[:, -1]
+            right = (logits.argmax(dim=1) == labels[:held_out]).float().mean().item()
+            tried.append((F.cross_entropy(logits, labels[:held_out]).item(), candidate, right))
+        _, strength, accuracy = min(tried)
+    parameters = _regress(standardized, labels, classes, strength)
+    weight = parameters[:, :-1] / std
+    return Fit(weight, parameters[:, -1] - weight @ mean, strength, accuracy, held_out)
+
+
+def _regress(features: Tensor, labels: Tensor, classes: int, strength: float, start: Tensor | None = None) -> Tensor:
+    """Weights and, in the last column, biases: (C, F + 1)."""
+    inputs = F.pad(features, (0, 1), value=1.0)
+    parameters = features.new_zeros(classes, inputs.shape[1]) if start is None else start.clone()
+    parameters.requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [parameters], max_iter=100, tolerance_grad=1e-5, tolerance_change=1e-7, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(inputs @ parameters.T, labels) + strength / 2 * parameters.square().sum()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
+    return parameters.detach()
+
+
+def write_head(model: nn.Module, fit: Fit, broadcast: Callable[[Tensor], Tensor]) -> None:
+    """Write a fit into the model's head; `broadcast` makes all processes have the first one's."""
+    head = model.get_submodule(head_of(model)[0])
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():
+        head.weight.copy_(broadcast(fit.weight.to(head.weight.device)))
+        if head.bias is not None:
+            head.bias.copy_(broadcast(fit.bias.to(head.bias.device)))
