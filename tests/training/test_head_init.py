@@ -13,9 +13,11 @@ from torch import nn
 from tests.conftest import tiny_model
 from tests.families import tiny_classifier
 from vitft import TrainConfig, resume, train
+from vitft.errors import UsageError
 from vitft.hardware.device import make_accelerator
 from vitft.models.load import BUNDLED, load_trained
-from vitft.training import head_init
+from vitft.training import dry_run, head_init
+from vitft.training.estimate import Cost
 from vitft.training.head_init import STRENGTHS, _regress, fit_head, images_for_head, starts_from_features, write_head
 from vitft.training.setup import prepare
 from vitft.training.step import Learner
@@ -98,6 +100,19 @@ def test_which_runs_start_from_features() -> None:
     assert not starts_from_features(config(), model, new_head=False)
     assert not starts_from_features(config(from_scratch=True), model, new_head=True)
     assert not starts_from_features(config(), tiny_classifier("levit"), new_head=True)  # two layers
+    with pytest.raises(UsageError, match="not one linear layer"):
+        starts_from_features(config(head_init="features"), tiny_classifier("levit"), new_head=True)
+    with pytest.raises(UsageError, match="pretrained backbone"):
+        config(head_init="features", from_scratch=True)
+
+
+def test_the_estimate_counts_the_pass_for_the_head() -> None:
+    each = Cost(image_s=3.0, step_s=0.0, evaluate_image_s=1.0)
+    fitted, random = (
+        dry_run._size(prepare(config(head_init=how, epochs=2, val_fraction=0.0)), each).train_s
+        for how in ("auto", "random")
+    )
+    assert fitted - random == 200
 
 
 def test_a_head_without_biases_is_written() -> None:

@@ -129,6 +129,8 @@ class TrainConfig(Settings):
             raise ValueError(
                 "`freeze` backbone with `from_scratch` would train a head on random features; remove one of them"
             )
+        if self.from_scratch and self.head_init == "features":
+            raise ValueError("`head_init` features needs a pretrained backbone; remove it or `from_scratch`")
         if self.min_delta and self.early_stopping is None:
             raise ValueError("`min_delta` applies only to early stopping; add `early_stopping` or remove `min_delta`")
         return self

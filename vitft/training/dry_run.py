@@ -11,6 +11,7 @@ from vitft.io.console import duration
 from vitft.io.paths import expanded
 from vitft.training.autotune import autotuned
 from vitft.training.estimate import Cost, cost, decode_image_s, first_image_s, memory_bytes
+from vitft.training.head_init import images_for_head, starts_from_features
 from vitft.training.linear_probe import features_pay, passes
 from vitft.training.optim import total_steps
 from vitft.training.run_folder import folder_of
@@ -110,6 +111,9 @@ def _size(prepared: Prepared, each: Cost) -> Size:
     if features_pay(config, model, steps, splits["train"]):  # the head itself costs almost nothing
         evaluated = splits.get("validation", 0) + splits.get("test", 0)
         train_s = each.evaluate_image_s * splits["train"] * passes(config)
+    elif starts_from_features(config, model, new_head=prepared.loaded.new_head):
+        seen = steps * config.batch_size
+        train_s += each.evaluate_image_s * images_for_head(splits["train"], len(prepared.loaded.labels), seen)
     return Size(steps, steps_per_epoch, train_s, each.evaluate_image_s * evaluated)
 
 

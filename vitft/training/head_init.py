@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitft.config.train import TrainConfig
+from vitft.errors import UsageError
 from vitft.models.heads import head_of
 
 STRENGTHS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4)
@@ -34,11 +35,17 @@ class Fit:
 
 
 def starts_from_features(config: TrainConfig, model: nn.Module, *, new_head: bool) -> bool:
-    """Whether a run fits its head to features first. `auto` does for a new linear head on a pretrained backbone."""
+    """Whether a run fits its head to features first: `auto` does for a new linear head on a pretrained backbone.
+
+    Raises UsageError if `features` is asked for, and the head is not one linear layer.
+    """
     if config.head_init == "random" or config.from_scratch or not new_head:
         return False
     head = head_of(model)
-    return len(head) == 1 and isinstance(model.get_submodule(head[0]), nn.Linear)
+    linear = len(head) == 1 and isinstance(model.get_submodule(head[0]), nn.Linear)
+    if config.head_init == "features" and not linear:
+        raise UsageError("head_init features: the head of this model is not one linear layer; use random.")
+    return linear
 
 
 def images_for_head(images: int, classes: int, seen: int) -> int:
