@@ -394,11 +394,10 @@ def test_a_step_begins_without_the_gradients_that_were_there(tmp_path: Path, mon
     clean = train(config(max_steps=1), output=tmp_path / "clean").run
     made = vitft.training.step.make_optimizer
 
-    def with_gradients(named: Any, settings: TrainConfig) -> Any:
-        parameters = list(named)
-        for _, parameter in parameters:
+    def with_gradients(model: Any, settings: TrainConfig) -> Any:
+        for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
-        return made(parameters, settings)
+        return made(model, settings)
 
     monkeypatch.setattr(vitft.training.step, "make_optimizer", with_gradients)
     left = train(config(max_steps=1), output=tmp_path / "left").run
@@ -464,7 +463,7 @@ def test_memory_is_weights_gradients_moments_activations_input_and_images(
     weights = sum(parameter.numel() for parameter in found.loaded.model.parameters())
     trained = 4 * weights * (1 + moments) + 5 * KEPT + 4 * min(batch_size, 40) * PIXELS
     assert estimate.memory_bytes(found, 5) == RESIDENT + trained + 60 * IMAGE
-    made = make_optimizer(found.loaded.model.named_parameters(), found.config)
+    made = make_optimizer(found.loaded.model, found.config)
     estimate.pass_s(found, estimate.stored_image(found)[None])
     made.step()
     kept = sum(one.numel() for state in made.state.values() for one in state.values() if one.ndim)

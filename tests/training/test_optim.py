@@ -10,7 +10,11 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from tests.families import tiny_classifier
 from vitft.config.train import TrainConfig
+from vitft.hardware.device import make_accelerator
+from vitft.models.blocks import block_stacks, parameter_depths
 from vitft.training.optim import lr_at, make_optimizer, parameter_groups, total_steps
+from vitft.training.setup import prepare
+from vitft.training.step import Learner
 
 SCHEDULES = ["constant", "linear", "cosine", "step"]
 
@@ -129,7 +133,7 @@ def names(model: torch.nn.Module, group: dict[str, object]) -> set[str]:
 
 
 def test_biases_norms_tokens_and_positions_do_not_decay(vit: ViTForImageClassification) -> None:
-    decayed, spared = parameter_groups(vit.named_parameters(), 0.05)
+    decayed, spared = parameter_groups(vit, 0.05)
 
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
     matrices = {
@@ -171,7 +175,7 @@ DECAYED = {
 def test_weight_matrices_decay_and_nothing_else_in_each_family(family: str) -> None:
     """Tokens, registers, tables of positions, scales and biases, by their names, have none."""
     model = tiny_classifier(family, head=1 if family in ("deit", "levit") else 0)
-    groups = parameter_groups(model.named_parameters(), 0.05)
+    groups = parameter_groups(model, 0.05)
     decayed, spared = (
         {re.sub(r"\.\d+", ".N", name) for name in names(model, group)} for group in groups
     )  # fmt: skip
@@ -205,7 +209,7 @@ def test_weight_matrices_decay_and_nothing_else_in_each_family(family: str) -> N
 
 def test_every_trainable_parameter_is_in_exactly_one_group(vit: ViTForImageClassification) -> None:
     vit.vit.embeddings.requires_grad_(False)
-    grouped = [id(p) for group in parameter_groups(vit.named_parameters(), 0.05) for p in group["params"]]
+    grouped = [id(p) for group in parameter_groups(vit, 0.05) for p in group["params"]]
 
     assert len(grouped) == len(set(grouped))
     assert set(grouped) == {id(p) for p in vit.parameters() if p.requires_grad}
@@ -213,7 +217,7 @@ def test_every_trainable_parameter_is_in_exactly_one_group(vit: ViTForImageClass
 
 def test_a_head_alone_has_its_two_parameters(vit: ViTForImageClassification) -> None:
     vit.vit.requires_grad_(False)
-    groups = parameter_groups(vit.named_parameters(), 0.05)
+    groups = parameter_groups(vit, 0.05)
 
     assert [names(vit, group) for group in groups] == [{"classifier.weight"}, {"classifier.bias"}]
 
@@ -225,8 +229,79 @@ def test_a_head_alone_has_its_two_parameters(vit: ViTForImageClassification) -> 
 def test_the_optimizer_is_the_one_asked_for(
     vit: ViTForImageClassification, optimizer: str, kind: type, decay: float
 ) -> None:
-    made = make_optimizer(vit.named_parameters(), TrainConfig.parse({"optimizer": optimizer, "weight_decay": 0.3}))
+    made = make_optimizer(vit, TrainConfig.parse({"optimizer": optimizer, "weight_decay": 0.3}))
 
     assert type(made) is kind
     assert max(group["weight_decay"] for group in made.param_groups) == decay
     assert optimizer != "sgd" or made.param_groups[0]["momentum"] == 0.9
+
+
+# -- layer decay ------------------------------------------------------------------------------------
+
+
+def factors(model: torch.nn.Module, layer_decay: float) -> dict[str, float]:
+    return {
+        name: group["lr_factor"]
+        for group in parameter_groups(model, 0.05, layer_decay)
+        for name in names(model, group)
+    }  # fmt: skip
+
+
+def test_layer_decay_is_beits(vit: ViTForImageClassification) -> None:
+    """`get_num_layer_for_vit` of BEiT's code: 0 for embeddings, i + 1 in block i, n + 1 for the norm and the head."""
+
+    def expected(name: str) -> float:
+        block = re.search(r"layers?\.(\d+)\.", name)
+        number = 0 if "embeddings" in name else int(block[1]) + 1 if block else 3
+        return 0.5 ** (3 - number)
+
+    found = factors(vit, 0.5)
+    assert found == {name: expected(name) for name, _ in vit.named_parameters()}
+    assert set(found.values()) == {1.0, 0.5, 0.25, 0.125}
+
+
+def test_without_layer_decay_all_rates_are_the_same(vit: ViTForImageClassification) -> None:
+    assert set(factors(vit, 1.0).values()) == {1.0}
+
+
+@pytest.mark.parametrize("family", [*DECAYED, "dinov2_with_registers", "swinv2", "levit", "convnextv2", "mobilevit"])
+def test_depth_rises_from_the_input_to_the_head_in_each_family(family: str) -> None:
+    model = tiny_classifier(family)
+    depths = parameter_depths(model)
+    assert depths.keys() == {name for name, _ in model.named_parameters()}
+    last = max(depths.values())
+    heads = [name for name in depths if name.startswith("classifier")]
+    assert all(depths[name] == last for name in heads)
+    inputs = [name for name in depths if re.search(r"patch_embed|embeddings\.|conv_stem|pre_layrnorm", name)]
+    assert inputs or family == "mobilevit"
+    assert all(depths[name] == 0 for name in inputs)
+    blocks = [block for stack in block_stacks(model) for block in stack]
+    assert last == len(blocks) + 1
+    for number, block in enumerate(blocks, 1):
+        own = {id(p) for p in block.parameters()}
+        assert {depths[name] for name, p in model.named_parameters() if id(p) in own} <= {number}
+    between = [depth for name, depth in depths.items() if "downsample" in name and "stages.0" not in name]
+    assert all(0 < depth < last for depth in between) or family == "levit"
+
+
+def test_a_step_applies_the_factor() -> None:
+    """With SGD and no momentum yet, the first step of a weight is its rate times its gradient."""
+    start = prepare(TINY)
+    moved = []
+    for decay in (1.0, 0.5):
+        prepared = prepare(TINY.model_copy(update={"layer_decay": decay}))
+        learner = Learner(make_accelerator(prepared.config), prepared.decode())
+        learner.step(0)
+        moved.append(learner.unwrapped.state_dict())
+    before, depths = start.loaded.model.state_dict(), parameter_depths(start.loaded.model)
+    last = max(depths.values())
+    for name, depth in depths.items():
+        plain, decayed = (after[name] - before[name] for after in moved)
+        torch.testing.assert_close(decayed, plain * 0.5 ** (last - depth), rtol=1e-3, atol=1e-7)
+
+
+TINY = TrainConfig(
+    dataset="digits", model="vit-micro", from_scratch=True, image_size=28, patch_size=14, width=16, heads=2, mlp=32,
+    layers=2, max_train_samples=40, val_fraction=0, max_eval_samples=20, batch_size=16, device="cpu", precision="fp32",
+    optimizer="sgd", lr=1.0, weight_decay=0, clip_norm=0,
+)  # fmt: skip

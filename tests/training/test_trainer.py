@@ -69,7 +69,7 @@ def plain_loop(settings: TrainConfig) -> tuple[dict[str, torch.Tensor], list[tup
         batch_size=settings.batch_size, device=torch.device("cpu"),
     )  # fmt: skip
     model = prepared.loaded.model.train()
-    optimizer = make_optimizer(model.named_parameters(), settings)
+    optimizer = make_optimizer(model, settings)
     total = int(settings.epochs * loader.steps_per_epoch)
     steps = []
     for step in range(total):

@@ -64,6 +64,7 @@ class TrainConfig(Settings):
     micro_batch_size: PositiveInt | Literal["auto"] | None = setting(None, "Optimization", "Images per forward pass of one process. Default: the entire batch of that process. auto: as many as fit in memory.")
     lr: float = setting(5e-5, "Optimization", "Peak learning rate.", gt=0, le=100)
     schedule: Literal["constant", "linear", "cosine", "step"] = setting("linear", "Optimization", "Learning rate decay after warmup; linear and cosine end at 0.")
+    layer_decay: float = setting(1.0, "Optimization", "Multiply the learning rate by this for each layer below the head, so that early layers change less. Often 0.65 to 0.9.", gt=0, le=1)
     warmup: float = setting(0.0, "Optimization", "Fraction of all optimizer steps used for linear warmup.", ge=0, lt=1)
     decay_epochs: float = setting(1.0, "Optimization", "With --schedule step: epochs between decays, counted from the end of warmup.", gt=0)
     decay_factor: float = setting(0.1, "Optimization", "With --schedule step: factor applied to the learning rate at each decay.", gt=0, le=1)

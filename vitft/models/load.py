@@ -25,6 +25,7 @@ from vitft.io import console
 from vitft.io.hub_errors import answers, reason
 from vitft.io.library_logs import quiet_transformers
 from vitft.io.paths import composed, expanded
+from vitft.models.blocks import block_stacks
 from vitft.models.custom_sizes import with_sizes
 from vitft.models.heads import head_modules, in_head, label_tensors
 from vitft.models.image_processor import find_processor_file, read_processor
@@ -374,8 +375,7 @@ def compiled(module: nn.Module) -> Callable[..., Any]:
     All blocks of a model share their code, so torch.compile compiles it once: for ViT-B/16 this took 8 s on an H200,
     and a step took a fifth less time (docs/benchmarks.md). A module without repeated blocks is compiled as a whole.
     """
-    stacks = [part for part in module.modules() if isinstance(part, nn.ModuleList) and len({*map(type, part)}) == 1]
-    innermost = [stack for stack in stacks if not any(part in stacks for part in stack.modules() if part is not stack)]
+    innermost = block_stacks(module)
     if not innermost:
         return torch.compile(module, dynamic=False)
     original = [list(blocks) for blocks in innermost]

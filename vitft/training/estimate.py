@@ -47,9 +47,7 @@ def cost(prepared: Prepared) -> Cost:
         images = one.expand(count, -1, -1, -1)
         scored = stored_image(prepared, crops=False)[None].expand(count, -1, -1, -1)
         evaluated_s = min(evaluate_s(prepared, scored) for _ in range(2))
-        optimizer = make_optimizer(
-            prepared.loaded.model.named_parameters(), prepared.config.model_copy(update={"lr": 0.0})
-        )
+        optimizer = make_optimizer(prepared.loaded.model, prepared.config.model_copy(update={"lr": 0.0}))
         # In turns, as in a run: an optimizer step evicts the weights from the processor's caches.
         turns = [(pass_s(prepared, images), optimizer_s(prepared, optimizer)) for _ in range(4)]
         (_, first_step_s), *others = turns  # the first allocates the moments

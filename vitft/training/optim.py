@@ -1,13 +1,13 @@
 """Parameter groups, the optimizer, and the learning rate as a function of the step."""
 
-from collections.abc import Iterable
 from math import ceil, cos, pi
 from typing import TYPE_CHECKING, Any
 
 from vitft.config.train import TrainConfig
+from vitft.models.blocks import parameter_depths
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch.nn import Module
     from torch.optim import Optimizer
 
 _POSITIONS = ("position_embedding", "relative_position", "position_bias")
@@ -45,27 +45,31 @@ def lr_at(step: int, config: TrainConfig, *, total_steps: int, steps_per_epoch: 
             return config.lr * config.decay_factor ** ((step - warm) // every)
 
 
-def parameter_groups(named: Iterable[tuple[str, "Tensor"]], weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in groups by weight decay: only weight matrices have it.
+def parameter_groups(model: "Module", weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Trainable parameters in groups by weight decay, which only weight matrices have, and by learning rate factor.
 
-    Biases, norms, tokens, registers, scales and position embeddings do not, nor does Swin V2's position bias network.
+    Biases, norms, tokens, registers, scales and position embeddings have no weight decay, nor has Swin V2's position
+    bias network. The factor, `lr_factor`, is `layer_decay` to the power of the layers that follow (Bao et al. 2022,
+    "BEiT", appendix): 1 for the head and the last norm.
     """
-    decayed: list[Tensor] = []
-    others: list[Tensor] = []
-    for name, parameter in named:
+    depths = parameter_depths(model) if layer_decay != 1 else {}
+    last = max(depths.values(), default=0)
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             matrix = name.endswith("weight") and parameter.ndim > 1 and not any(word in name for word in _POSITIONS)
-            (decayed if matrix else others).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            decay, factor = weight_decay if matrix else 0.0, layer_decay ** (last - depths.get(name, last))
+            group = groups.setdefault((-factor, -decay), {"params": [], "weight_decay": decay, "lr_factor": factor})
+            group["params"].append(parameter)
+    return [group for _, group in sorted(groups.items(), key=lambda item: item[0])]
 
 
-def make_optimizer(named: Iterable[tuple[str, "Tensor"]], config: TrainConfig) -> "Optimizer":
+def make_optimizer(model: "Module", config: TrainConfig) -> "Optimizer":
     """AdamW (Loshchilov & Hutter 2019), Adam (Kingma & Ba 2015) or SGD with momentum, fused."""
     import torch
 
     decay = 0.0 if config.optimizer == "adam" else config.weight_decay
-    groups = parameter_groups(named, decay)
+    groups = parameter_groups(model, decay, config.layer_decay)
     match config.optimizer:
         case "adamw":
             return torch.optim.AdamW(groups, lr=config.lr, fused=True)

@@ -49,7 +49,7 @@ class Learner:
         reads = features_pay(config, self.unwrapped, self.total_steps, len(images.store))
         self.probe = Probe(self.unwrapped, config) if reads else None
         self.module: Any = self.unwrapped if self.probe is None else self.probe.head
-        optimizer = make_optimizer(self.unwrapped.named_parameters(), config)
+        optimizer = make_optimizer(self.unwrapped, config)
         self.model, self.optimizer = accelerator.prepare(self.module, optimizer)
         self._fast = compiled(self.model) if config.compile == "on" else self.model  # for full micro-batches alone
         self._wait = DataWait(config.device)
@@ -126,7 +126,7 @@ class Learner:
         with self.clock.part("optimizer"):
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm or math.inf)
             for group in self.optimizer.param_groups:
-                group["lr"] = self.lr(step)
+                group["lr"] = self.lr(step) * group["lr_factor"]
             self.optimizer.step()
             self.optimizer.zero_grad()
         return loss, correct, norm
