@@ -164,12 +164,14 @@ def test_transformers_loads_a_checkpoint_without_a_word(checkpoint: Path, capfd:
     logger, verbosity = transformers.utils.logging.get_logger(), transformers.utils.logging.get_verbosity()
     logger.addHandler(handler)
     transformers.utils.logging.set_verbosity_warning()
+    transformers.utils.logging.disable_progress_bar()
     try:
         transformers.AutoModelForImageClassification.from_pretrained(checkpoint)
         transformers.pipeline("image-classification", model=str(checkpoint))
     finally:
         logger.removeHandler(handler)
         transformers.utils.logging.set_verbosity(verbosity)
+        transformers.utils.logging.enable_progress_bar()
 
     said = "\n".join([*lines, *capfd.readouterr()])
     assert not any(word in said for word in ("weights", "initialized", "MISSING", "UNEXPECTED", "mismatch")), said

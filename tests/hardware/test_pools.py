@@ -115,7 +115,7 @@ def test_many_tiny_images_are_decoded_in_processes_to_the_same_store(
         if number == 140:
             file.write_bytes(file.read_bytes()[:-30])
         cells.append({"path": str(file), "bytes": None if as_files else file.read_bytes()})
-    rows = datasets.Dataset.from_dict({"image": cells, "label": [0] * 150})
+    rows = datasets.Dataset.from_dict({"image": cells, "label": [0] * 150, "row": list(range(150))})
     rows = rows.cast_column("image", datasets.Image(decode=False))
     started: list[int] = []
 

@@ -55,7 +55,6 @@ class TrainConfig(Settings):
     layers: int | None = setting(None, "Model", "With --from-scratch: number of encoder blocks.", ge=1, le=256)
     heads: int | None = setting(None, "Model", "With --from-scratch: attention heads per block.", ge=1, le=256)
     mlp: int | None = setting(None, "Model", "With --from-scratch: hidden size of the MLP in each block.", ge=1, le=65_536)
-    head_init: Literal["auto", "features", "random"] = setting("auto", "Model", "Start of a new head. features: logistic regression on the features of the pretrained backbone, fitted before the first step. auto: that, if possible.")
     freeze: Literal["none", "backbone"] = setting("none", "Model", "backbone: train only the head (linear probe).")
 
     epochs: float = setting(3.0, "Optimization", "Passes over the training images; may be fractional.", gt=0, le=100_000)
@@ -64,6 +63,7 @@ class TrainConfig(Settings):
     micro_batch_size: PositiveInt | Literal["auto"] | None = setting(None, "Optimization", "Images per forward pass of one process. Default: the entire batch of that process. auto: as many as fit in memory.")
     lr: float = setting(5e-5, "Optimization", "Peak learning rate.", gt=0, le=100)
     schedule: Literal["constant", "linear", "cosine", "step"] = setting("linear", "Optimization", "Learning rate decay after warmup; linear and cosine end at 0.")
+    head_init: Literal["auto", "features", "random"] = setting("auto", "Optimization", "Start of a new head. features: logistic regression on the features of the pretrained backbone, fitted before the first step. auto: that, if possible.")
     layer_decay: float = setting(1.0, "Optimization", "Multiply the learning rate by this for each layer below the head, so that early layers change less. Often 0.65 to 0.9.", gt=0, le=1)
     warmup: float = setting(0.0, "Optimization", "Fraction of all optimizer steps used for linear warmup.", ge=0, lt=1)
     decay_epochs: float = setting(1.0, "Optimization", "With --schedule step: epochs between decays, counted from the end of warmup.", gt=0)

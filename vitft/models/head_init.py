@@ -17,7 +17,7 @@ from vitft.errors import UsageError
 from vitft.models.heads import head_of
 
 STRENGTHS = (3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3)
-"""L2 penalties that are tried, strongest first; on standardized features and the mean cross-entropy."""
+"""L2 penalties that are tried, strongest first; on features of variance 1 and the mean cross-entropy."""
 
 _MOST_IMAGES, _PER_CLASS = 10_000, 20  # the larger of the first and so many for each class
 _FOLDS = 5  # one of them chooses the strength
@@ -63,23 +63,25 @@ def fit_head(features: Tensor, labels: Tensor, classes: int) -> Fit:
     `features` is (N, F), in random order, `labels` (N,) in 0..C-1. The penalty is on weights and biases, so a class
     without images gets finite ones.
     """
-    mean, std = features.mean(dim=0), features.std(dim=0, correction=0)
-    std = torch.where(std > 1e-6 * std.max(), std, torch.ones_like(std))  # a constant feature says nothing
-    standardized = (features - mean) / std
+    mean = features.mean(dim=0)
+    # One scale for all features: scaling each by its own changes the accuracy little, and gives those that hardly vary
+    # large weights, which multiply every change that fine-tuning makes to them.
+    scale = (features - mean).square().mean().sqrt().clamp(min=1e-12)
+    scaled = (features - mean) / scale
     strength, accuracy = STRENGTHS[0], None
     held_out = 0 if len(labels) < _FEW else len(labels) // _FOLDS
     if held_out:
         lowest, start = math.inf, None
         for candidate in STRENGTHS:  # each fit starts from the last, which is close
-            start = _regress(standardized[held_out:], labels[held_out:], classes, candidate, start)
-            logits = standardized[:held_out] @ start[:, :-1].T + start[:, -1]
+            start = _regress(scaled[held_out:], labels[held_out:], classes, candidate, start)
+            logits = scaled[:held_out] @ start[:, :-1].T + start[:, -1]
             loss = F.cross_entropy(logits, labels[:held_out]).item()
             if loss >= lowest:
                 break  # weaker penalties would only fit the other images better
             lowest, strength = loss, candidate
             accuracy = (logits.argmax(dim=1) == labels[:held_out]).float().mean().item()
-    parameters = _regress(standardized, labels, classes, strength)
-    weight = parameters[:, :-1] / std
+    parameters = _regress(scaled, labels, classes, strength)
+    weight = parameters[:, :-1] / scale
     return Fit(weight, parameters[:, -1] - weight @ mean, strength, accuracy, held_out)
 
 

@@ -15,10 +15,11 @@ from tests.families import tiny_classifier
 from vitft import TrainConfig, resume, train
 from vitft.errors import UsageError
 from vitft.hardware.device import make_accelerator
+from vitft.models import head_init
+from vitft.models.head_init import STRENGTHS, _regress, fit_head, images_for_head, starts_from_features, write_head
 from vitft.models.load import BUNDLED, load_trained
-from vitft.training import dry_run, head_init
+from vitft.training import dry_run
 from vitft.training.estimate import Cost
-from vitft.training.head_init import STRENGTHS, _regress, fit_head, images_for_head, starts_from_features, write_head
 from vitft.training.setup import prepare
 from vitft.training.step import Learner
 
