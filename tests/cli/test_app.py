@@ -338,7 +338,7 @@ def test_the_settings_a_run_wrote_are_a_recipe(run: Path, monkeypatch: pytest.Mo
 def test_resume_refuses_a_changed_setting_and_says_how_to_start_anew(run: Path) -> None:
     message = error_of("train", "--resume", str(run), "--lr", "0.5", code=2)
 
-    assert "lr 5e-05, got 0.5" in message
+    assert "lr 2e-05, got 0.5" in message
     assert "--lr" in message
     assert f"vitft train --dataset digits --model {run / 'best'} --lr 0.5" in message
 

@@ -22,7 +22,7 @@ def test_one_class_for_every_image_is_told_by_name() -> None:
     told = learned_nothing(scored([0, 1, 2] * 10, [1] * 30), TrainConfig(freeze="backbone"), 1000)
     assert told is not None
     assert "every image of test was predicted as bee" in told
-    assert "--lr 5e-05" in told
+    assert "--lr 2e-05" in told
 
 
 def test_no_better_than_the_commonest_class_is_told() -> None:
@@ -50,7 +50,7 @@ def test_otherwise_nothing_is_told(truth: list[int], taken: list[int]) -> None:
         ({"freeze": "backbone", "lr": 1e-2}, 50, "more --epochs"),
         ({"from_scratch": True}, 5000, "--lr 1e-3"),
         ({}, 50, "more --epochs"),
-        ({"lr": 1e-2}, 5000, "--lr 5e-5"),
+        ({"lr": 1e-2}, 5000, "--lr 2e-5"),
         ({}, 5000, "vitft data check"),
     ],
 )

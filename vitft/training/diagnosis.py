@@ -40,7 +40,7 @@ def _cause(config: TrainConfig, steps: int) -> str:
     if steps < _FEW_STEPS:
         return f"{steps} steps are few: try more --epochs, or a higher learning rate than --lr {config.lr:g}."
     if config.lr > 3e-4 and not config.from_scratch:
-        return f"--lr {config.lr:g} may be too high for pretrained weights; try --lr 5e-5."
+        return f"--lr {config.lr:g} may be too high for pretrained weights; try --lr 2e-5."
     return "Look at the labels (vitft data check), or try another --lr."
 
 
