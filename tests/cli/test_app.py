@@ -266,7 +266,7 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_queued_when_a_command_is_interrupted_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in decoding: the threads would work on until the queue is empty, and Python waits for them."""
-    from vitft.data.augment import thread_pool
+    from vitft.hardware.pools import thread_pool
 
     begun, gate = [], threading.Event()
 

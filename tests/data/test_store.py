@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -348,6 +349,7 @@ def test_prefetched_batches_are_the_same(tmp_path: Path, kind: str) -> None:
     options = {"kind": kind, "seed": 3, "batch_size": 4, "device": CPU}
     loaders = [TrainLoader(store, np.zeros(15, np.int64), PREPROCESS, **options) for _ in range(3)]  # type: ignore[arg-type]
     plain, ahead, forked = loaders
+    before = set(psutil.Process().children())
     ahead._prefetch = Prefetcher(ahead._augment_on_host)
     forked._prefetch = ForkedPrefetcher(forked._augment_on_host, 2, pin=False)
     for step in (0, 1, 2, 3, 4, 9, 8, 2):
@@ -355,6 +357,10 @@ def test_prefetched_batches_are_the_same(tmp_path: Path, kind: str) -> None:
         for actual in (ahead.batch(step), forked.batch(step)):
             assert torch.equal(expected.pixels, actual.pixels)
             assert expected.index.tolist() == actual.index.tolist()
+    processes = set(psutil.Process().children()) - before
+    assert processes
+    forked.close()
+    assert not any(process.is_running() and process.status() != "zombie" for process in processes)
 
 
 def test_two_results_are_prefetched_and_errors_are_raised() -> None:

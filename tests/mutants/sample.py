@@ -339,7 +339,7 @@ def _try(copy: Path, mutant: Mutant, tests: list[str], limit_s: float) -> str:
 
 def _put_in(mutant: Mutant, module: CodeType) -> None:
     """Give the function its new code, wherever it is already in use; or have everything imported anew."""
-    from vitft.data.augment import thread_pool
+    from vitft.hardware.pools import thread_pool
 
     thread_pool.cache_clear()  # threads do not survive a fork
     codes = [code for code in _functions(module) if code.co_qualname == mutant.function]

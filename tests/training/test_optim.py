@@ -68,7 +68,7 @@ def test_a_warm_up_of_the_whole_run_meets_the_peak_at_its_last_step() -> None:
 
 
 def test_cosine_is_half_way_down_in_the_middle() -> None:
-    config = TrainConfig.parse({"schedule": "cosine", "lr": 1.0})
+    config = TrainConfig.parse({"schedule": "cosine", "lr": 1.0, "warmup": 0.0})
 
     assert lr_at(50, config, total_steps=100, steps_per_epoch=10) == pytest.approx(0.5)
     assert lr_at(25, config, total_steps=100, steps_per_epoch=10) == pytest.approx((1 + 2**-0.5) / 2)
@@ -77,7 +77,7 @@ def test_cosine_is_half_way_down_in_the_middle() -> None:
 @pytest.mark.parametrize("per_epoch", [1563, 1407, 7])
 def test_step_is_a_tenth_after_each_epoch_on_its_first_step(per_epoch: int) -> None:
     """The classic CIFAR-10 run: 2e-5 in the first epoch, 2e-6 in the second."""
-    config = TrainConfig.parse({"schedule": "step", "lr": 2e-5, "epochs": 3})
+    config = TrainConfig.parse({"schedule": "step", "lr": 2e-5, "epochs": 3, "warmup": 0.0})
     found = rates(config, 3 * per_epoch, per_epoch)
 
     assert set(found[:per_epoch]) == {2e-5}
@@ -95,7 +95,7 @@ def test_step_reaches_its_peak_after_any_warm_up_and_decays_from_there(warmup: f
 
 
 def test_step_decays_as_often_and_as_much_as_it_is_told() -> None:
-    config = TrainConfig.parse({"schedule": "step", "lr": 1.0, "decay_epochs": 0.5, "decay_factor": 0.5})
+    config = TrainConfig.parse({"schedule": "step", "lr": 1.0, "warmup": 0.0, "decay_epochs": 0.5, "decay_factor": 0.5})
 
     assert rates(config, 8, 4) == [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]
     for often in (0.25, 0.01):  # at every step, which is as often as can be

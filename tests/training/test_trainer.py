@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -757,3 +758,14 @@ def test_a_run_begun_by_an_earlier_version_ends_as_it_would_have(tmp_path: Path)
     actual = weights(run / "last")
     assert actual.keys() == expected.keys()
     assert max(float((actual[name] - expected[name]).abs().max()) for name in expected) < 3e-4
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_ends_the_processes_of_its_loader(fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[TrainLoader] = []
+    monkeypatch.setattr(TrainLoader, "close", lambda self: closed.append(self))
+    if fails:
+        monkeypatch.setattr(vitft.training.step.Learner, "step", lambda self, step: 1 / 0)
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        train(config(max_steps=1), output=tmp_path / "run")
+    assert len(closed) == 1

@@ -21,7 +21,7 @@ from vitft.config.train import LARGEST_SIDE, range_of
 from vitft.data.resample import RADIUS, crop_and_resize
 from vitft.errors import ModelError
 from vitft.hardware.device import cpus, to_device
-from vitft.hardware.pools import thread_pool
+from vitft.hardware.pools import map_in_threads
 from vitft.randomness import uniform
 
 Images = Tensor | Sequence[Tensor]
@@ -379,6 +379,6 @@ def _joined(pieces: Sequence[Any], work: Callable[[Any], Tensor]) -> Tensor:
     if len(pieces) == 1:
         return work(pieces[0])
     if len(pieces) <= cpus():
-        return torch.cat(list(thread_pool().map(work, pieces)))
+        return torch.cat(list(map_in_threads(work, pieces)))
     groups = np.array_split(np.arange(len(pieces)), cpus())  # one task per thread, not per image
-    return torch.cat(list(thread_pool().map(lambda group: torch.cat([work(pieces[i]) for i in group]), groups)))
+    return torch.cat(list(map_in_threads(lambda group: torch.cat([work(pieces[i]) for i in group]), groups)))

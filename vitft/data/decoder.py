@@ -22,7 +22,7 @@ from vitft.data.color import STRIP as _STRIP
 from vitft.data.color import Range, RangeError, converter, loses_low_bits, samples, strips
 from vitft.data.limits import check_bytes, check_scans, is_jxl, jxl_size
 from vitft.errors import DataError
-from vitft.hardware.pools import thread_pool
+from vitft.hardware.pools import map_in_threads
 
 MAX_PIXELS: int = TrainConfig.model_fields["max_pixels"].default
 
@@ -57,7 +57,7 @@ def are_tiny(cells: Sequence[dict[str, Any]]) -> bool:
 
 def choose_map(cells: Sequence[dict[str, Any]]) -> Callable[..., Iterator[Any]]:
     """The `map` to use for work on encoded images: the thread pool's, or Python's for tiny images in memory."""
-    return map if are_tiny(cells) and all(cell["bytes"] is not None for cell in cells) else thread_pool().map
+    return map if are_tiny(cells) and all(cell["bytes"] is not None for cell in cells) else map_in_threads
 
 
 _TINY = 3000  # mean bytes at which threads begin to help, measured with JPEGs of 96 and PNGs of 48 pixels

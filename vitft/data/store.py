@@ -28,7 +28,7 @@ from vitft.data.decoder import BadImage, are_tiny, choose_map, decode, encoded, 
 from vitft.data.sources.identity import sample_id
 from vitft.errors import DataError
 from vitft.hardware.device import to_device
-from vitft.hardware.pools import map_in_processes, processes, thread_pool
+from vitft.hardware.pools import map_in_processes, map_in_threads, processes
 
 IN_MEMORY = 2_000_000_000  # bytes; more goes to a file, which the system may page out
 T = TypeVar("T")
@@ -68,7 +68,7 @@ class Store:
         if self.uniform and self.load is None and stacked:
             images = self.pixels.view(len(self), *self.shapes[0].tolist(), 3)
             return images[to_device(torch.from_numpy(index), self.pixels.device)]
-        views = list((map if self.load is None else thread_pool().map)(self._image, index.tolist()))
+        views = list((map if self.load is None else map_in_threads)(self._image, index.tolist()))
         return torch.stack(views) if self.uniform and stacked else views
 
     def _image(self, position: int) -> Tensor:

@@ -17,7 +17,7 @@ from vitft.data.sources.folders import Listing, describe_others
 from vitft.errors import DataError, ModelError
 from vitft.evaluation.loading import load_model
 from vitft.hardware.device import find_device, threads
-from vitft.hardware.pools import thread_pool
+from vitft.hardware.pools import map_in_threads
 from vitft.io import console
 from vitft.io.paths import expanded
 from vitft.models.load import Scoring
@@ -104,7 +104,7 @@ class Predictor:
         rows: list[Prediction] = []
         for start in range(0, len(images), _BATCH):
             part = images[start : start + _BATCH]
-            results = list(thread_pool().map(self._read, part))
+            results = list(map_in_threads(self._read, part))
             read = [image for image in results if isinstance(image, torch.Tensor)]
             pixels = normalize(torch.cat(read).to(self._device), self.preprocess) if read else None
             scores = torch.empty(0, 1) if pixels is None else _scores(self._model, pixels, self._scoring)

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, Generic, TypeVar
@@ -28,10 +28,18 @@ def thread_pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(cpus(), thread_name_prefix="vitft-image")
 
 
+def map_in_threads(work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
+    """`map` in the thread pool; in a forked process, which has one CPU, without threads."""
+    return map(work, items) if _in_fork else thread_pool().map(work, items)
+
+
+_in_fork = False
+
+
 def map_in_groups(work: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
     """`map` in the thread pool for work of microseconds: in groups, because submitting a task takes as long."""
     groups = [items[start : start + _GROUP] for start in range(0, len(items), _GROUP)]
-    for results in thread_pool().map(lambda group: [work(item) for item in group], groups):
+    for results in map_in_threads(lambda group: [work(item) for item in group], groups):
         yield from results
 
 
@@ -54,12 +62,14 @@ def processes(shared_bytes: int = 0) -> int:
 _AHEAD = 2  # results that each process prepares
 
 
-def map_in_processes(work: Callable[[A], B], items: Sequence[A], count: int, *, pin: bool = False) -> Iterator[B]:
+def map_in_processes(
+    work: Callable[[A], B], items: Sequence[A], count: int, *, pin: bool = False
+) -> Generator[B, None, None]:  # fmt: skip
     """`map` in `count` forked processes, in order and ahead of the reader. Raises what `work` raises.
 
     The processes see this process's memory as it is now, so `work` may be a closure over anything but a GPU. Tensors
     in the results come back in shared memory, or with `pin` in page-locked memory, which a GPU copies faster. The
-    processes end when the iterator is exhausted, closed or deleted.
+    processes end when the generator is exhausted or closed.
     """
     results = _results(work, items, count, pin)
     _open.add(results)
@@ -112,8 +122,9 @@ def _unchanged(result: Any) -> Any:
 
 def _begin_worker(number: int) -> None:
     """In a new process: no threads, and no handlers of signals, which are for the process that started it."""
+    global _in_fork
+    _in_fork = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["LOKY_MAX_CPU_COUNT"] = "1"  # what `cpus` reads
     cpus.cache_clear()
-    thread_pool.cache_clear()  # its threads were not forked

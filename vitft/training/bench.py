@@ -5,6 +5,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import count, pairwise
 from typing import Any, Literal
@@ -64,8 +65,8 @@ def bench(what: What, settings: dict[str, Any], steps: int) -> dict[str, Any]:
         "steps": steps,
         "decode_images_per_s": images / (time.perf_counter() - started),
     }
-    with memory_guard(config), threads(config.threads), deterministic(config):
-        measured = _MEASURES[what](accelerator, decoded, steps)
+    with memory_guard(config), threads(config.threads), deterministic(config), ExitStack() as ending:
+        measured = _MEASURES[what](accelerator, decoded, steps, ending)
     device = torch.cuda.max_memory_allocated() if config.device == "cuda" else None
     unit = 1 if sys.platform == "darwin" else 1024  # unit of ru_maxrss in bytes
     memory = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "device": device}
@@ -78,21 +79,23 @@ _NAMED = (
 )  # fmt: skip
 
 
-def _data(accelerator: Any, decoded: Decoded, steps: int) -> dict[str, Any]:
+def _data(accelerator: Any, decoded: Decoded, steps: int, ending: ExitStack) -> dict[str, Any]:
     config = decoded.config
     clock = Stopwatch(config.device)
     loader = TrainLoader(
         *decoded.stores["train"], decoded.loaded.preprocess, kind=config.augment, seed=config.seed,
         batch_size=config.batch_size, device=accelerator.device, clock=clock,
     )  # fmt: skip
+    ending.callback(loader.close)
     places = _whole_batches(loader)
     times, parts = _timed(lambda: loader.batch(next(places)), steps, config.device, clock)
     return {"images_per_s": _rates(times, config.batch_size), "ms_per_step": parts}
 
 
-def _train(accelerator: Any, decoded: Decoded, steps: int) -> dict[str, Any]:
+def _train(accelerator: Any, decoded: Decoded, steps: int, ending: ExitStack) -> dict[str, Any]:
     config = decoded.config
     learner = Learner(accelerator, decoded)
+    ending.callback(learner.close)
     learner.get_ready()
     places = _whole_batches(learner.loader)
 
@@ -114,7 +117,7 @@ def _train(accelerator: Any, decoded: Decoded, steps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _eval(accelerator: Any, decoded: Decoded, steps: int) -> dict[str, Any]:
+def _eval(accelerator: Any, decoded: Decoded, steps: int, ending: ExitStack) -> dict[str, Any]:
     config, model = decoded.config, decoded.loaded.model.to(accelerator.device).eval()
     loader = EvalLoader(
         *decoded.stores["train"], decoded.loaded.preprocess, batch_size=config.batch_size, device=accelerator.device

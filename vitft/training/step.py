@@ -35,7 +35,7 @@ class Learner:
         self.accelerator, self.config, self.clock = accelerator, decoded.config, clock or Clock()
         config = self.config
         self.loader: TrainLoader | FeatureLoader
-        self.loader = images = TrainLoader(
+        self.loader = self._images = TrainLoader(
             *decoded.stores["train"], decoded.loaded.preprocess, kind=config.augment, seed=config.seed,
             batch_size=config.batch_size, device=accelerator.device,
             rank=accelerator.process_index, world=accelerator.num_processes, clock=self.clock,
@@ -46,7 +46,7 @@ class Learner:
         self.unwrapped = decoded.loaded.model.to(accelerator.device)
         if config.grad_checkpointing:
             checkpoint_activations(self.unwrapped)
-        reads = features_pay(config, self.unwrapped, self.total_steps, len(images.store))
+        reads = features_pay(config, self.unwrapped, self.total_steps, len(self._images.store))
         self.probe = Probe(self.unwrapped, config) if reads else None
         self.module: Any = self.unwrapped if self.probe is None else self.probe.head
         optimizer = make_optimizer(self.unwrapped, config)
@@ -96,6 +96,10 @@ class Learner:
         write_head(self.unwrapped, fit, broadcast)
         score = "" if fit.accuracy is None else f", {100 * fit.accuracy:.1f} % right of {fit.held_out:,} held out"
         console.note(f"new head fitted to the features of {len(chosen):,} training images{score}")
+
+    def close(self) -> None:
+        """End the processes that prepare batches."""
+        self._images.close()
 
     def lr(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

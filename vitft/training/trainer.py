@@ -7,7 +7,7 @@ bits as an uninterrupted one.
 import copy
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -242,6 +242,7 @@ class _Run:
         window = self.window
         with (
             self.signals,
+            closing(self.learner),
             self._followed(),
             console.TrainingProgress(state.step, self.total_steps, self.steps_per_epoch) as bar,
             memory_guard(config, self.accelerator.num_processes),
