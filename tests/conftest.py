@@ -29,11 +29,8 @@ settings.load_profile("any machine")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Of `-n auto`: a CPU for each thread, and one more, because some tests wait for other processes.
-
-    A worker imports torch and takes up to 2 GB, so four are enough.
-    """
-    return max(1, min(4, joblib.cpu_count() // int(TINY_THREADS) + 1))
+    """Of `-n auto`: a CPU for each thread. A worker imports torch and takes up to 2 GB, so four are enough."""
+    return max(1, min(4, joblib.cpu_count() // int(TINY_THREADS)))
 
 
 def pytest_collection_finish() -> None:
