@@ -98,6 +98,9 @@ def test_which_runs_start_from_features() -> None:
     assert starts_from_features(config(), model, new_head=True)
     assert starts_from_features(config(head_init="features"), model, new_head=True)
     assert not starts_from_features(config(head_init="random"), model, new_head=True)
+    many = tiny_model("vit", num_labels=1001)
+    assert not starts_from_features(config(), many, new_head=True)
+    assert starts_from_features(config(head_init="features"), many, new_head=True)
     assert not starts_from_features(config(), model, new_head=False)
     assert not starts_from_features(config(from_scratch=True), model, new_head=True)
     assert not starts_from_features(config(), tiny_classifier("levit"), new_head=True)  # two layers

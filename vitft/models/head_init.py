@@ -20,6 +20,7 @@ STRENGTHS = (3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3)
 """L2 penalties that are tried, strongest first; on features of variance 1 and the mean cross-entropy."""
 
 _MOST_IMAGES, _PER_CLASS = 10_000, 20  # the larger of the first and so many for each class
+_MOST_CLASSES = 1000
 _FOLDS = 5  # one of them chooses the strength
 _FEW = 50  # images from which a held-out fifth says nothing
 
@@ -38,15 +39,19 @@ class Fit:
 def starts_from_features(config: TrainConfig, model: nn.Module, *, new_head: bool) -> bool:
     """Whether a run fits its head to features first: `auto` does for a new linear head on a pretrained backbone.
 
+    For more than 1,000 classes, whose fit could take longer than the run, only `features` does.
+
     Raises UsageError if `features` is asked for, and the head is not one linear layer.
     """
     if config.head_init == "random" or config.from_scratch or not new_head:
         return False
-    head = head_of(model)
-    linear = len(head) == 1 and isinstance(model.get_submodule(head[0]), nn.Linear)
-    if config.head_init == "features" and not linear:
+    head = [model.get_submodule(name) for name in head_of(model)]
+    linear = [layer for layer in head if isinstance(layer, nn.Linear)]
+    if len(head) == len(linear) == 1:
+        return config.head_init == "features" or linear[0].out_features <= _MOST_CLASSES
+    if config.head_init == "features":
         raise UsageError("head_init features: the head of this model is not one linear layer; use random.")
-    return linear
+    return False
 
 
 def images_for_head(images: int, classes: int, seen: int) -> int:
