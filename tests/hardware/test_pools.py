@@ -82,6 +82,27 @@ def test_processes_end_quietly_with_the_program() -> None:
     assert (done.stdout, done.stderr) == ("0\n", "")
 
 
+def test_processes_end_with_a_program_that_is_killed() -> None:
+    """Even while they wait for it to read a result."""
+    program = (
+        "import psutil, time\n"
+        "from vitft.hardware.pools import map_in_processes\n"
+        "results = map_in_processes(lambda n: bytes(10**6), range(10**6), 2)\n"
+        "next(results)\n"
+        "print(*(child.pid for child in psutil.Process().children()), flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        started = [psutil.Process(int(pid)) for pid in running.stdout.readline().split()]
+        running.kill()
+        assert len(started) >= 2
+        _, alive = psutil.wait_procs(started, timeout=60)
+        for process in alive:
+            process.kill()
+    assert not alive
+
+
 def test_threads_work_in_a_forked_process() -> None:
     """Its parent's threads do not exist there."""
     assert list(pools.thread_pool().map(abs, [-1])) == [1]

@@ -1,6 +1,7 @@
 """Threads, for work on images that releases the GIL, and forked processes, for work that holds it."""
 
 import atexit
+import ctypes
 import multiprocessing
 import os
 import shutil
@@ -120,10 +121,17 @@ def _unchanged(result: Any) -> Any:
     return result
 
 
+_PR_SET_PDEATHSIG = 1  # of Linux: which signal to get when the parent ends
+
+
 def _begin_worker(number: int) -> None:
-    """In a new process: no threads, and no handlers of signals, which are for the process that started it."""
+    """In a new process: no threads, no handlers of signals, which are for the one that started it, and an end with it.
+
+    DataLoader ends its processes if that one is killed, but not those that wait for it to read a result.
+    """
     global _in_fork
     _in_fork = True
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["LOKY_MAX_CPU_COUNT"] = "1"  # what `cpus` reads
