@@ -44,9 +44,16 @@ FROZEN = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp")) | {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("other", [{"augment": "crop"}, FROZEN], ids=["crops", "probe"])
+FITTED = FROZEN | {"freeze": "none"}  # all is trained, from a head that is fitted to features
+
+
+@pytest.mark.parametrize("other", [{"augment": "crop"}, FROZEN, FITTED], ids=["crops", "probe", "fitted head"])
 def test_two_processes_train_as_one_does(tmp_path: Path, other: dict[str, object]) -> None:
-    """The same samples and augmentations in every step; losses equal up to the order of sums."""
+    """The same samples and augmentations in every step; losses equal up to the order of sums.
+
+    L-BFGS ends where its steps become small, which makes more of such a difference; other samples make 100 times more.
+    """
+    close = 1e-3 if other is FITTED else 1e-5
     # A batch of 9 is shared unevenly, 70 images leave a tail of 7, and 50 evaluated ones two shards.
     changes = {"batch_size": 9, "max_train_samples": 70, "save_every": None, "max_eval_samples": 49} | other
     one = train(config(**changes), output=tmp_path / "one").run
@@ -58,10 +65,10 @@ def test_two_processes_train_as_one_does(tmp_path: Path, other: dict[str, object
     assert silent == ""  # one process speaks
     for a, b in zip(lines(one), lines(two), strict=True):
         assert a["step"] == b["step"]
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["loss"] == pytest.approx(b["loss"], abs=close)
         assert a.get("count") == b.get("count")
     mine, theirs = (load_file(run / "last" / "model.safetensors") for run in (one, two))
-    assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 1e-4
+    assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 10 * close
     assert evaluate(two).count == 49
 
 
