@@ -27,7 +27,7 @@ from vitft.data.store import decode_all
 from vitft.hardware.timers import synchronize
 from vitft.models.load import load_for_training, shape_of
 from vitft.spec import PRESETS
-from vitft.training.bench import WARM_UP, bench
+from vitft.training.cost.bench import WARM_UP, bench
 
 MEAN = STD = (0.5, 0.5, 0.5)
 Pass = Callable[[], Iterable[torch.Tensor]]

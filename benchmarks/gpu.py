@@ -28,7 +28,7 @@ import vitft
 from vitft.config.train import TrainConfig
 from vitft.hardware.device import make_accelerator, resolve_auto
 from vitft.hardware.timers import synchronize
-from vitft.training.bench import WARM_UP, bench
+from vitft.training.cost.bench import WARM_UP, bench
 from vitft.training.setup import prepare
 from vitft.training.step import Learner
 

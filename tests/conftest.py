@@ -40,7 +40,7 @@ def pytest_collection_finish() -> None:
     """
     if "vitft.training.trainer" in sys.modules:
         from vitft.data.sources import arrays
-        from vitft.training import throughput
+        from vitft.training.cost import throughput
 
         digits = cache(arrays.read_digits)
         arrays.read_digits = lambda: dict(digits())

@@ -9,7 +9,7 @@ import vitft.evaluation.counts
 import vitft.evaluation.evaluation
 import vitft.training.trainer  # noqa: F401
 from vitft.data.decoder import formats
-from vitft.training import throughput
+from vitft.training.cost import throughput
 
 formats()  # Pillow looks for its plugins
 throughput.peak_flops = lambda device, precision, seconds: 1e12  # as in tests.conftest

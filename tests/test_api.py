@@ -239,7 +239,7 @@ def test_the_time_of_evaluations_and_saves_is_not_that_of_steps(
         def on_save(self, step: int, checkpoint: Path) -> None:
             now[0] += 1000
 
-    monkeypatch.setattr("vitft.training.throughput.time.perf_counter", clock)
+    monkeypatch.setattr("vitft.training.cost.throughput.time.perf_counter", clock)
     every = settings(log_every=1, save_every=3, eval_every=2, max_steps=6)
     run = train(every, dataset=given(), output=tmp_path / "run", callbacks=[Slow()]).run
     rates = [line["images_per_s"] for line in lines(run) if line["split"] == "train"]

@@ -20,8 +20,8 @@ from vitft.config import recipe
 from vitft.config.recipe import load_config, recipes
 from vitft.config.train import TrainConfig
 from vitft.io import console
-from vitft.training import dry_run
-from vitft.training.estimate import Cost
+from vitft.training.cost import dry_run
+from vitft.training.cost.estimate import Cost
 
 TINY = ["--dataset", "digits", "--model", "vit-micro", "--from-scratch", "--max-train-samples", "40",
         "--max-eval-samples", "20", "--batch-size", "8", "--max-steps", "2", "--device", "cpu"]  # fmt: skip
@@ -380,7 +380,7 @@ def test_a_run_whose_data_set_is_gone_is_told_to_name_the_new_place(tmp_path: Pa
 
 
 def test_a_dry_run_says_what_it_would_do_and_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitft.training.dry_run.decode_image_s", lambda prepared: 0.5)
+    monkeypatch.setattr("vitft.training.cost.dry_run.decode_image_s", lambda prepared: 0.5)
     result = vitft("train", *TINY, "--dry-run")
     rows = dict(re.findall(r"^  (\w[\w ]*?)  +(.*?) *$", result.stdout, re.MULTILINE))
 

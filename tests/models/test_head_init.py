@@ -18,8 +18,8 @@ from vitft.hardware.device import make_accelerator
 from vitft.models import head_init
 from vitft.models.head_init import STRENGTHS, _regress, fit_head, images_for_head, starts_from_features, write_head
 from vitft.models.load import BUNDLED, load_trained
-from vitft.training import dry_run
-from vitft.training.estimate import Cost
+from vitft.training.cost import dry_run
+from vitft.training.cost.estimate import Cost
 from vitft.training.setup import prepare
 from vitft.training.step import Learner
 

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vitft.training import callbacks, throughput
+from vitft.training import callbacks
 from vitft.training.callbacks import record, recorded, remove_after
-from vitft.training.throughput import Window
+from vitft.training.cost import throughput
+from vitft.training.cost.throughput import Window
 
 NAN, INF = float("nan"), float("inf")
 

@@ -15,8 +15,8 @@ from vitft import Callback, TrainConfig, evaluate, train
 from vitft.data.loader import Batch
 from vitft.errors import Stopped
 from vitft.models.load import load_for_training
-from vitft.training.dry_run import plan
-from vitft.training.estimate import Cost
+from vitft.training.cost.dry_run import plan
+from vitft.training.cost.estimate import Cost
 from vitft.training.linear_probe import FeatureLoader, Head, Probe, backbone, features_pay
 from vitft.training.trainer import resume
 
@@ -201,7 +201,7 @@ def test_features_are_those_of_evaluation_whatever_the_model_did_before() -> Non
 
 
 def test_the_plan_of_a_probe_does_not_grow_with_its_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitft.training.dry_run.cost", lambda prepared: Cost(0.5, 0.0, 0.25))
+    monkeypatch.setattr("vitft.training.cost.dry_run.cost", lambda prepared: Cost(0.5, 0.0, 0.25))
 
     def train_s(**changes: object) -> float:
         return plan(probe(**changes)).size.train_s

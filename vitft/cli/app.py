@@ -123,8 +123,8 @@ def train(
     config = load_config(recipe, overrides)
     require_dataset(config)  # before torch is loaded
     with _loading():
-        from vitft.training import dry_run as planning
         from vitft.training import trainer
+        from vitft.training.cost import dry_run as planning
 
     if dry_run:
         console.say(tables.plan_report(planning.plan(config, output, overwrite)))
@@ -322,7 +322,7 @@ def bench(
 ) -> None:  # fmt: skip
     """Measure the speed of this machine: images/s, where the time of a step goes, and how close it is to the peak."""
     with _loading():
-        from vitft.training.bench import bench as measured
+        from vitft.training.cost.bench import bench as measured
 
     settings = _given(
         model=model, dataset=dataset, image_size=image_size, batch_size=batch_size, augment=augment, freeze=freeze,

@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import broadcast, gather_object
 
 from vitft.data.loader import TrainLoader
@@ -18,6 +17,7 @@ from vitft.models.head_init import fit_head, images_for_head, starts_from_featur
 from vitft.models.load import checkpoint_activations, compiled, set_training
 from vitft.randomness import derive_seed, permutation
 from vitft.training.linear_probe import FeatureLoader, Probe, backbone, features_pay, read_features
+from vitft.training.loss import summed_loss
 from vitft.training.optim import lr_at, make_optimizer, total_steps
 from vitft.training.setup import Decoded
 
@@ -165,8 +165,7 @@ class Learner:
                     model = self._fast if len(labels) == self.micro_batch else self.model
                     logits = model(pixel_values=pixels).logits.float()
                     # Divided by the size of the whole batch, so that micro-batches and shards of any size weigh right.
-                    summed = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=config.label_smoothing)
-                    loss = weight * summed / whole
+                    loss = weight * summed_loss(logits, labels, config) / whole
                 with clock.part("backward"):
                     accelerator.backward(loss * world)  # DDP averages gradients over processes
             loss_sum += loss.detach()

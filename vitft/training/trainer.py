@@ -30,14 +30,14 @@ from vitft.io.paths import expanded
 from vitft.io.signals import Interrupted, StopSignals
 from vitft.models.load import load_trained, saved
 from vitft.training import run_folder
-from vitft.training.autotune import autotuned
 from vitft.training.callbacks import Callback, MetricsFile, Tracker, remove_after
+from vitft.training.cost.autotune import autotuned
+from vitft.training.cost.dry_run import warn_if_long
+from vitft.training.cost.throughput import Speed, Window, measure_speed
 from vitft.training.diagnosis import PaceWatch, learned_nothing
-from vitft.training.dry_run import warn_if_long
 from vitft.training.recovery import REMEDY, Diverged, with_recovery
 from vitft.training.setup import Decoded, prepare
 from vitft.training.step import Learner
-from vitft.training.throughput import Speed, Window, measure_speed
 
 
 @dataclass(frozen=True)

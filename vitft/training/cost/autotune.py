@@ -14,7 +14,7 @@ from vitft.hardware.device import cpus, micro_batch, threads
 from vitft.io import console
 from vitft.models.load import compiled, shape_of
 from vitft.spec import training_flops
-from vitft.training.estimate import cost, first_image_s, memory_bytes, pass_s, stored_image, untouched
+from vitft.training.cost.estimate import cost, first_image_s, memory_bytes, pass_s, stored_image, untouched
 from vitft.training.optim import total_steps
 from vitft.training.setup import Prepared
 

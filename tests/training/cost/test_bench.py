@@ -21,7 +21,7 @@ MICRO = PRESETS["vit-micro"]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "vitft.training.bench.peak_flops", lambda device, precision: peak_flops(device, precision, 0.05)
+        "vitft.training.cost.bench.peak_flops", lambda device, precision: peak_flops(device, precision, 0.05)
     )
 
 

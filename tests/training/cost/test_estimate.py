@@ -27,7 +27,7 @@ CONFIGURATIONS = {
 
 ESTIMATE = """
 import dataclasses, json, sys
-from vitft.training import dry_run
+from vitft.training.cost import dry_run
 from vitft.config.train import TrainConfig
 from vitft.hardware.device import micro_batch
 plan = dry_run.plan(TrainConfig.parse(json.loads(sys.argv[1]), "flags"))

@@ -11,7 +11,7 @@ from vitft import train
 from vitft.cli.tables import training_report
 from vitft.models.load import load_for_training
 from vitft.spec import ViTSpec, training_flops
-from vitft.training.throughput import Pace, measure_speed
+from vitft.training.cost.throughput import Pace, measure_speed
 from vitft.training.trainer import resume
 
 PACE = Pace(images=600, elapsed_s=3.0, waited_s=0.06)
@@ -21,8 +21,8 @@ PROBE = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp")) | {"fre
 @pytest.fixture(autouse=True)
 def a_slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """That reaches a GFLOP/s, and is best at fp32."""
-    monkeypatch.setattr("vitft.training.throughput.peak_flops", lambda device, precision, seconds: 1e9)
-    monkeypatch.setattr("vitft.training.throughput.find_precision", lambda wanted, device: "fp32")
+    monkeypatch.setattr("vitft.training.cost.throughput.peak_flops", lambda device, precision, seconds: 1e9)
+    monkeypatch.setattr("vitft.training.cost.throughput.find_precision", lambda wanted, device: "fp32")
 
 
 def test_the_share_of_the_peak_is_the_specs_flops_at_the_runs_pace() -> None:
@@ -48,7 +48,7 @@ def test_what_holds_a_run_back_is_named_with_the_setting_that_helps(monkeypatch:
     waiting = replace(PACE, waited_s=1.0)
     assert remedy(waiting, augment="crop") == "random crops take much of the time: --augment flip is cheaper"
     assert remedy(waiting, augment="flip") is None
-    monkeypatch.setattr("vitft.training.throughput.find_precision", lambda wanted, device: "bf16")
+    monkeypatch.setattr("vitft.training.cost.throughput.find_precision", lambda wanted, device: "bf16")
     assert remedy() == "this hardware is faster at bf16: --precision auto"
     assert remedy(precision="bf16") is None
     parts = config(precision="bf16", batch_size=512, micro_batch_size=16).model_copy(update={"device": "cuda"})

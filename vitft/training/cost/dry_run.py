@@ -10,8 +10,8 @@ from vitft.io import console
 from vitft.io.console import duration
 from vitft.io.paths import expanded
 from vitft.models.head_init import images_for_head, starts_from_features
-from vitft.training.autotune import autotuned
-from vitft.training.estimate import Cost, cost, decode_image_s, first_image_s, memory_bytes
+from vitft.training.cost.autotune import autotuned
+from vitft.training.cost.estimate import Cost, cost, decode_image_s, first_image_s, memory_bytes
 from vitft.training.linear_probe import features_pay, passes
 from vitft.training.optim import total_steps
 from vitft.training.run_folder import folder_of

@@ -24,7 +24,8 @@ from vitft.errors import UsageError
 from vitft.hardware.device import micro_batch
 from vitft.models.load import compiled, shape_of
 from vitft.spec import peak_activation_bytes
-from vitft.training import autotune, estimate, trainer
+from vitft.training import trainer
+from vitft.training.cost import autotune, estimate
 from vitft.training.optim import make_optimizer
 from vitft.training.setup import Prepared, prepare
 from vitft.training.step import Learner

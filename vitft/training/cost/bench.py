@@ -28,7 +28,7 @@ from vitft.hardware.device import (
 from vitft.hardware.timers import Stopwatch, seconds_between, synchronize, timestamp
 from vitft.models.load import BUNDLED, shape_of
 from vitft.spec import PRESETS, total, training_flops
-from vitft.training.autotune import autotuned
+from vitft.training.cost.autotune import autotuned
 from vitft.training.setup import Decoded, Prepared, prepare
 from vitft.training.step import Learner
 
