@@ -9,8 +9,7 @@ import time
 import torch
 
 from vitft.config.train import TrainConfig
-from vitft.evaluation.evaluation import autocast
-from vitft.hardware.device import make_accelerator, resolve_auto
+from vitft.hardware.device import autocast, make_accelerator, resolve_auto
 from vitft.training.setup import prepare
 from vitft.training.step import Learner
 

@@ -16,8 +16,9 @@ from vitft import TrainConfig, resume, train
 from vitft.errors import UsageError
 from vitft.hardware.device import make_accelerator
 from vitft.models import head_init
-from vitft.models.head_init import STRENGTHS, _regress, fit_head, images_for_head, starts_from_features, write_head
+from vitft.models.head_init import fit_head, images_for_head, starts_from_features, write_head
 from vitft.models.load import BUNDLED, load_trained
+from vitft.models.logistic import STRENGTHS, regress
 from vitft.training.cost import dry_run
 from vitft.training.cost.estimate import Cost
 from vitft.training.setup import prepare
@@ -45,7 +46,7 @@ def clusters(count: int, classes: int = 3, width: int = 6, spread: float = 1.0) 
 def test_the_regression_is_that_of_scikit_learn(strength: float) -> None:
     features, labels = clusters(300)
     features = ((features - features.mean(0)) / features.std(0, correction=0)).double()
-    ours = _regress(features, labels, 3, strength)
+    ours = regress(features, labels, 3, strength)
     constant = np.pad(features.numpy(), ((0, 0), (0, 1)), constant_values=1.0)
     theirs = LogisticRegression(C=1 / (len(labels) * strength), fit_intercept=False, tol=1e-8, max_iter=1000)
     theirs.fit(constant, labels.numpy())
@@ -113,7 +114,7 @@ def test_which_runs_start_from_features() -> None:
 def test_the_estimate_counts_the_pass_for_the_head() -> None:
     each = Cost(image_s=3.0, step_s=0.0, evaluate_image_s=1.0)
     fitted, random = (
-        dry_run._size(prepare(config(head_init=how, epochs=2, val_fraction=0.0)), each).train_s
+        dry_run.size_of(prepare(config(head_init=how, epochs=2, val_fraction=0.0)), each).train_s
         for how in ("auto", "random")
     )
     assert fitted - random == 200

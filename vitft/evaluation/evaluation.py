@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from vitft.errors import DataError, ModelError, UsageError
 from vitft.evaluation.held_out import choose_split
 from vitft.evaluation.loading import load_model
 from vitft.evaluation.metrics import Metrics, score
-from vitft.hardware.device import find_device, find_precision, threads
+from vitft.hardware.device import autocast, find_device, find_precision, threads
 from vitft.io import console
 from vitft.io.paths import absolute, composed, expanded
 from vitft.models.load import read_config
@@ -141,13 +140,6 @@ def evaluate(
     loader = EvalLoader(store, truth, how, batch_size=batch_size, device=torch.device(device))
     with autocast(device, precision), threads(card.config.threads if card and card.config.device == device else None):
         return measure(model, loader, loaded.labels, chosen, others=others, progress=progress)
-
-
-def autocast(device: str, precision: str) -> Any:
-    """A context in which matrix products have this precision."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
 def matched(

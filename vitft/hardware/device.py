@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -96,6 +96,13 @@ def find_precision(wanted: str, device: str) -> str:
     if wanted == "fp16" and device != "cuda":
         raise UsageError(f"precision fp16 needs a CUDA device, got {device}; use fp32 or auto.")
     return wanted
+
+
+def autocast(device: str, precision: str) -> Any:
+    """A context in which matrix products have this precision."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
 def _check_choice(name: str, wanted: str) -> None:

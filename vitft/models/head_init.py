@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from vitft.config.train import TrainConfig
 from vitft.errors import UsageError
 from vitft.models.heads import head_of
-
-STRENGTHS = (3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3)
-"""L2 penalties that are tried, strongest first; on features of variance 1 and the mean cross-entropy."""
+from vitft.models.logistic import STRENGTHS, location_and_scale, regress
 
 _MOST_IMAGES, _PER_CLASS = 10_000, 20  # the larger of the first and so many for each class
 _MOST_CLASSES = 1000
@@ -68,46 +66,23 @@ def fit_head(features: Tensor, labels: Tensor, classes: int) -> Fit:
     `features` is (N, F), in random order, `labels` (N,) in 0..C-1. The penalty is on weights and biases, so a class
     without images gets finite ones.
     """
-    mean = features.mean(dim=0)
-    # One scale for all features: scaling each by its own changes the accuracy little, and gives those that hardly vary
-    # large weights, which multiply every change that fine-tuning makes to them.
-    scale = (features - mean).square().mean().sqrt().clamp(min=1e-12)
+    mean, scale = location_and_scale(features)
     scaled = (features - mean) / scale
     strength, accuracy = STRENGTHS[0], None
     held_out = 0 if len(labels) < _FEW else len(labels) // _FOLDS
     if held_out:
         lowest, start = math.inf, None
         for candidate in STRENGTHS:  # each fit starts from the last, which is close
-            start = _regress(scaled[held_out:], labels[held_out:], classes, candidate, start)
+            start = regress(scaled[held_out:], labels[held_out:], classes, candidate, start)
             logits = scaled[:held_out] @ start[:, :-1].T + start[:, -1]
             loss = F.cross_entropy(logits, labels[:held_out]).item()
             if loss >= lowest:
                 break  # weaker penalties would only fit the other images better
             lowest, strength = loss, candidate
             accuracy = (logits.argmax(dim=1) == labels[:held_out]).float().mean().item()
-    parameters = _regress(scaled, labels, classes, strength)
+    parameters = regress(scaled, labels, classes, strength)
     weight = parameters[:, :-1] / scale
     return Fit(weight, parameters[:, -1] - weight @ mean, strength, accuracy, held_out)
-
-
-def _regress(features: Tensor, labels: Tensor, classes: int, strength: float, start: Tensor | None = None) -> Tensor:
-    """Weights and, in the last column, biases: (C, F + 1)."""
-    inputs = F.pad(features, (0, 1), value=1.0)
-    parameters = features.new_zeros(classes, inputs.shape[1]) if start is None else start.clone()
-    parameters.requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [parameters], max_iter=100, tolerance_grad=1e-5, tolerance_change=1e-7, line_search_fn="strong_wolfe"
-    )
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = F.cross_entropy(inputs @ parameters.T, labels) + strength / 2 * parameters.square().sum()
-        value.backward()  # type: ignore[no-untyped-call]
-        return value
-
-    with torch.enable_grad():
-        optimizer.step(loss)  # type: ignore[no-untyped-call]
-    return parameters.detach()
 
 
 def write_head(model: nn.Module, fit: Fit, broadcast: Callable[[Tensor], Tensor]) -> None:

@@ -39,6 +39,11 @@ def head_modules(model: Any) -> Iterator[nn.Module]:
     return map(model.get_submodule, head_of(model))
 
 
+def classifier_of(model: Any) -> nn.Module:
+    """The classification layer: of several, the first."""
+    return model.get_submodule(head_of(model)[0])  # type: ignore[no-any-return]
+
+
 def _largest(model: nn.Module, tensor: str) -> str:
     """The outermost submodule around a tensor that contains no ModuleList."""
     parts = tensor.split(".")[:-1]

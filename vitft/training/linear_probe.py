@@ -16,12 +16,10 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from vitft.config.train import TrainConfig
 from vitft.data.augment import draw_flips
 from vitft.data.loader import Batch, EvalLoader, TrainLoader
-from vitft.evaluation.evaluation import BATCH, autocast
+from vitft.evaluation.evaluation import BATCH
 from vitft.hardware.device import micro_batch, to_device
-from vitft.models.heads import head_of
-
-Features = Callable[[Tensor], Tensor]
-"""From pixels (B, 3, H, W) to the input of the head, (B, F)."""
+from vitft.models.features import Features, backbone
+from vitft.models.heads import classifier_of, head_of
 
 
 def passes(config: TrainConfig) -> int:
@@ -38,11 +36,6 @@ def features_pay(config: TrainConfig, model: nn.Module, steps: int, images: int)
     return constant and steps * config.batch_size > passes(config) * images
 
 
-def classifier_of(model: nn.Module) -> nn.Module:
-    """The classification layer."""
-    return model.get_submodule(head_of(model)[0])
-
-
 class Head(nn.Module):
     """A model's classifier, with the interface of the model but features instead of pixels."""
 
@@ -53,22 +46,6 @@ class Head(nn.Module):
     def forward(self, pixel_values: Tensor) -> Any:
         """Features (B, F) to logits (B, classes)."""
         return ImageClassifierOutput(logits=self.classifier(pixel_values))
-
-
-def backbone(model: nn.Module, device: str, precision: str) -> Features:
-    """The model up to its classifier, with its own pooling: float32 features, without gradients."""
-
-    def features(pixels: Tensor) -> Tensor:
-        read: list[Tensor] = []
-        handle = classifier_of(model).register_forward_pre_hook(lambda _module, given: read.append(given[0]))
-        try:
-            with torch.no_grad(), autocast(device, precision):
-                model(pixel_values=pixels)
-        finally:
-            handle.remove()
-        return read[0].float()
-
-    return features
 
 
 def read_features(

@@ -13,10 +13,11 @@ from vitft.hardware.device import memory_guard, micro_batch
 from vitft.hardware.timers import Clock, DataWait
 from vitft.io import console
 from vitft.io.signals import Gather, Progress
+from vitft.models.features import backbone
 from vitft.models.head_init import fit_head, images_for_head, starts_from_features, write_head
 from vitft.models.load import checkpoint_activations, compiled, set_training
 from vitft.randomness import derive_seed, permutation
-from vitft.training.linear_probe import FeatureLoader, Probe, backbone, features_pay, read_features
+from vitft.training.linear_probe import FeatureLoader, Probe, features_pay, read_features
 from vitft.training.loss import summed_loss
 from vitft.training.optim import lr_at, make_optimizer, total_steps
 from vitft.training.setup import Decoded

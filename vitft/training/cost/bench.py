@@ -15,8 +15,8 @@ import torch
 from vitft.config.train import TrainConfig
 from vitft.data.loader import EvalLoader, TrainLoader
 from vitft.errors import UsageError
-from vitft.evaluation.evaluation import autocast
 from vitft.hardware.device import (
+    autocast,
     deterministic,
     environment,
     make_accelerator,

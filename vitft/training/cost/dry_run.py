@@ -67,7 +67,7 @@ def plan(config: TrainConfig, output: Path | None = None, overwrite: bool = Fals
             memory = memory_bytes(prepared, micro_batch(prepared.config))  # before the trial, which uses memory, too
             images = sum(len(split.rows) for split in prepared.splits.values())
             decode_s = decode_image_s(prepared) * images  # an upper bound: cached pixels are read faster
-            size = _size(prepared, cost(prepared))
+            size = size_of(prepared, cost(prepared))
     folder = folder_of(prepared.config, prepared.source.name, output)
     weights = [(parameter.numel(), parameter.requires_grad) for parameter in prepared.loaded.model.parameters()]
     changed = {
@@ -88,10 +88,10 @@ def warn_if_long(prepared: Prepared, processes: int = 1) -> None:
     """Warn if a run will take hours, and name cheaper ways."""
     image_s = first_image_s(prepared)
     # An image takes longer alone than in a batch, and the first one longest: this clears most runs.
-    quick = _size(prepared, Cost(image_s, 0.0, image_s))
+    quick = size_of(prepared, Cost(image_s, 0.0, image_s))
     if (quick.train_s + quick.evaluate_s) / processes <= LONG_S:
         return
-    size = _size(prepared, cost(prepared))
+    size = size_of(prepared, cost(prepared))
     took_s = (size.train_s + size.evaluate_s) / processes
     if took_s > LONG_S:
         console.warn(
@@ -100,7 +100,8 @@ def warn_if_long(prepared: Prepared, processes: int = 1) -> None:
         )
 
 
-def _size(prepared: Prepared, each: Cost) -> Size:
+def size_of(prepared: Prepared, each: Cost) -> Size:
+    """The steps and seconds of a run, by what an image and a step take."""
     config, model = prepared.config, prepared.loaded.model
     splits = {role: len(split.rows) for role, split in prepared.splits.items()}
     steps_per_epoch = -(-splits["train"] // config.batch_size)

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from vitft.data.augment import augment, preprocess_images
 from vitft.data.decoder import BadImage, decode, encoded
 from vitft.data.store import IN_MEMORY, decode_all, shrink
-from vitft.evaluation.evaluation import autocast
-from vitft.hardware.device import micro_batch
+from vitft.hardware.device import autocast, micro_batch
 from vitft.hardware.timers import synchronize
+from vitft.models.heads import classifier_of
 from vitft.models.load import set_training, shape_of
 from vitft.spec import peak_activation_bytes
-from vitft.training.linear_probe import classifier_of, features_pay, passes
+from vitft.training.linear_probe import features_pay, passes
 from vitft.training.optim import MOMENTS, make_optimizer, total_steps
 from vitft.training.setup import Prepared
 

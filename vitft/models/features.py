@@ -1,0 +1,28 @@
+"""The features of images: what the backbone of a model gives its head."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from vitft.hardware.device import autocast
+from vitft.models.heads import classifier_of
+
+Features = Callable[[Tensor], Tensor]
+"""From pixels (B, 3, H, W) to the input of the head, (B, F)."""
+
+
+def backbone(model: nn.Module, device: str, precision: str) -> Features:
+    """The model up to its classifier, with its own pooling: float32 features, without gradients."""
+
+    def features(pixels: Tensor) -> Tensor:
+        read: list[Tensor] = []
+        handle = classifier_of(model).register_forward_pre_hook(lambda _module, given: read.append(given[0]))
+        try:
+            with torch.no_grad(), autocast(device, precision):
+                model(pixel_values=pixels)
+        finally:
+            handle.remove()
+        return read[0].float()
+
+    return features
