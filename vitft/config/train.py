@@ -72,6 +72,8 @@ class TrainConfig(Settings):
     weight_decay: float = setting(0.01, "Optimization", "Weight decay of weight matrices. Biases, norms, tokens and position embeddings have none; adam ignores it.", ge=0, le=10)
     clip_norm: float = setting(1.0, "Optimization", "Maximum gradient norm. 0: no clipping.", ge=0)
     on_nan: Literal["stop", "rollback"] = setting("stop", "Optimization", "If the loss or gradient is non-finite: stop, or roll back to the newest checkpoint with finite weights and continue at half the learning rate. Each further rollback goes to an older checkpoint.", changeable=True)
+    drop_path: float | None = setting(None, "Optimization", "Stochastic depth: probability of skipping a residual branch of the last block; smaller in earlier blocks. Default: the model's own (0.1 of Swin, 0 of ViT).", ge=0, lt=1)
+    ema: float = setting(0.0, "Optimization", "Decay of an exponential moving average of the weights, such as 0.99, which is evaluated and saved as the model. 0: none.", ge=0, lt=1)
     label_smoothing: float = setting(0.0, "Optimization", "Fraction of each target spread evenly over all classes.", ge=0, lt=1)
     seed: int = setting(0, "Optimization", "Random seed of splits, data order, augmentation, dropout and new weights.", ge=0, lt=2**32)
 
@@ -132,6 +134,8 @@ class TrainConfig(Settings):
             )
         if self.from_scratch and self.head_init == "features":
             raise ValueError("`head_init` features needs a pretrained backbone; remove it or `from_scratch`")
+        if self.drop_path and self.freeze == "backbone":
+            raise ValueError("`drop_path` does nothing in a frozen backbone; remove it or `freeze`")
         if self.min_delta and self.early_stopping is None:
             raise ValueError("`min_delta` applies only to early stopping; add `early_stopping` or remove `min_delta`")
         return self

@@ -27,6 +27,7 @@ from vitft.io.library_logs import quiet_transformers
 from vitft.io.paths import composed, expanded
 from vitft.models.blocks import block_stacks
 from vitft.models.custom_sizes import with_sizes
+from vitft.models.drop_path import drop_paths, set_drop_path_rate
 from vitft.models.heads import head_modules, in_head, label_tensors
 from vitft.models.image_processor import find_processor_file, read_processor
 from vitft.models.memory_guard import check_lengths, check_memory, check_pickled
@@ -79,11 +80,13 @@ def load_for_training(config: TrainConfig, labels: Sequence[str], untrained: Seq
         )
     names = known if keeps_head else tuple(labels)
     _set_labels(hf_config, names)
+    set_drop_path_rate(hf_config, config.drop_path)
     model = _load_weights(origin, hf_config, new_head=not keeps_head)
     preprocess = _read_preprocess(origin, hf_config)
     if config.image_size is not None and (preprocess.height, preprocess.width) != (config.image_size,) * 2:
         model = resize_model(model, config.image_size)
         preprocess = preprocess.with_size(config.image_size)
+    drop_paths(model, config.drop_path)
     if config.freeze == "backbone":
         model.requires_grad_(False)
         for head in head_modules(model):
@@ -215,9 +218,11 @@ def _from_scratch(config: TrainConfig, labels: Sequence[str]) -> Loaded:
             hf_config = with_image_size(hf_config, config.image_size)
             preprocess = preprocess.with_size(config.image_size)
     _set_labels(hf_config, labels)
+    set_drop_path_rate(hf_config, config.drop_path)
     check_memory(_classifier_class(hf_config), hf_config, config.model)
     check_size(hf_config, preprocess.height, preprocess.width)
     model = _classifier_class(hf_config)(hf_config)
+    drop_paths(model, config.drop_path)
     _freeze_mask_token(model)
     return Loaded(model, preprocess, tuple(labels), commit, True)
 

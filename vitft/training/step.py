@@ -17,6 +17,7 @@ from vitft.models.features import backbone
 from vitft.models.head_init import fit_head, images_for_head, starts_from_features, write_head
 from vitft.models.load import checkpoint_activations, compiled, set_training
 from vitft.randomness import derive_seed, permutation
+from vitft.training import ema
 from vitft.training.linear_probe import FeatureLoader, Probe, features_pay, read_features
 from vitft.training.loss import summed_loss
 from vitft.training.optim import lr_at, make_optimizer, total_steps
@@ -98,6 +99,10 @@ class Learner:
         score = "" if fit.accuracy is None else f", {100 * fit.accuracy:.1f} % right of {fit.held_out:,} held out"
         console.note(f"new head fitted to the features of {len(chosen):,} training images{score}")
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """With the moving average as the weights, if there is one: what is evaluated and saved."""
+        return ema.averaged(self.optimizer)
+
     def close(self) -> None:
         """End the processes that prepare batches."""
         self._images.close()
@@ -133,6 +138,8 @@ class Learner:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr(step) * group["lr_factor"]
             self.optimizer.step()
+            if self.config.ema:
+                ema.update(self.optimizer, self.config.ema, step)
             self.optimizer.zero_grad()
         return loss, correct, norm
 

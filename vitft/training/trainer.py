@@ -235,7 +235,7 @@ class _Run:
         """Take the remaining steps, then score the chosen checkpoint on the test split."""
         config = self.config
         self.begun, state.total_steps = state.step, self.total_steps
-        if self.resumed_from is not None and not self.is_over(state):
+        if self.resumed_from is not None:
             self._load_optimizer(self.resumed_from, state)
         if self.accelerator.is_main_process:
             remove_after(self.run, state.step)
@@ -255,13 +255,15 @@ class _Run:
                 while not self.is_over(state):
                     saves = self._advance(state, bar)
                     if state.validation_due:
-                        self._validate(state, bar)
+                        with self.learner.averaged():
+                            self._validate(state, bar)
                         saves = saves or state.stopped_early
                         window.restart(self.learner.data_wait_s)
                     if saves:
                         self._save(state)
                         window.restart(self.learner.data_wait_s)
-                result = self._finish(state, bar)
+                with self.learner.averaged():
+                    result = self._finish(state, bar)
             except Interrupted as stop:
                 raise self._stopped(state, stop.number, bar) from None
         trained = window.pace.images > 0  # else it had finished before, and has already said so
@@ -309,7 +311,8 @@ class _Run:
 
     def _load_optimizer(self, folder: Path, state: State) -> None:
         if not (folder / ckpt.OPTIMIZER).exists():
-            console.note(f"{folder} has weights only: the optimizer starts with new moments")
+            if not self.is_over(state):
+                console.note(f"{folder} has weights only: the optimizer starts with new moments")
             return
         ckpt.load_optimizer(folder, self.unwrapped, self.learner.optimizer.optimizer)
         if state.scaler and self.accelerator.scaler:
@@ -453,7 +456,8 @@ class _Run:
         except Diverged as fault:  # someone who stops a run does not want a rollback
             raise TrainingError(str(fault)) from fault
         if self.saved == state.step != self.written_last:
-            self._write_last(state)
+            with self.learner.averaged():
+                self._write_last(state)
         name = "Ctrl-C" if number == 2 else "SIGTERM"
         kept = "everything is saved" if state.step else "there is nothing to save yet"
         return Stopped(

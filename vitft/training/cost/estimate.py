@@ -102,7 +102,7 @@ def memory_bytes(prepared: Prepared, micro: int) -> int | None:
                 return None
             checkpointed = peak_activation_bytes(spec, micro, checkpointed=True)
             kept = kept * checkpointed // peak_activation_bytes(spec, micro)
-    state: int = 4 * trainable * (1 + MOMENTS[config.optimizer])
+    state: int = 4 * trainable * (1 + MOMENTS[config.optimizer] + (config.ema > 0))
     weights: int = 4 * sum(p.numel() for p in model.parameters())
     if config.device == "cuda":
         return weights + state + kept + batch

@@ -1,0 +1,84 @@
+"""The moving average of the weights: its values, and that it is what a run evaluates, saves and resumes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.training.test_trainer import PowerCut, assert_same_weights, config, interrupted, weights
+from vitft import evaluate, train
+from vitft.hardware.device import make_accelerator
+from vitft.training import trainer
+from vitft.training.setup import prepare
+from vitft.training.step import Learner
+from vitft.training.trainer import resume
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_averages_follow_the_formula(optimizer: str) -> None:
+    settings = config(ema=0.4, optimizer=optimizer)
+    learner = Learner(make_accelerator(settings), prepare(settings).decode())
+    expected: dict[str, np.ndarray] = {}
+    for step in range(5):
+        learner.step(step)
+        decay = min(0.4, (1 + step) / (10 + step))
+        for name, parameter in learner.unwrapped.named_parameters():
+            weight = parameter.detach().double().numpy()
+            expected[name] = decay * expected.get(name, weight) + (1 - decay) * weight
+    raw = {name: parameter.detach().clone() for name, parameter in learner.unwrapped.named_parameters()}
+    with learner.averaged():
+        for name, parameter in learner.unwrapped.named_parameters():
+            np.testing.assert_allclose(parameter.detach().numpy(), expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+            assert not torch.equal(parameter, raw[name]), name
+    for name, parameter in learner.unwrapped.named_parameters():
+        assert torch.equal(parameter, raw[name]), name
+
+
+def test_a_run_saves_and_scores_its_averages(tmp_path: Path) -> None:
+    plain, averaged = (train(config(ema=ema), output=tmp_path / str(ema)) for ema in (0.0, 0.9))
+    last = "checkpoints/step-000006"
+    keeping = train(config(ema=0.9, keep_finished=1), output=tmp_path / "keeping").run
+    assert_same_weights(keeping / last, plain.run / "last")  # a step checkpoint has the weights themselves
+    for name, value in weights(averaged.run / "last").items():
+        assert not torch.equal(value, weights(plain.run / "last")[name]), name
+    assert evaluate(averaged.checkpoint, device="cpu").accuracy == averaged.scores["test"].accuracy
+    assert averaged.scores["test"].loss != plain.scores["test"].loss
+
+
+def test_a_resumed_run_continues_its_averages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(ema=0.9, epochs=3, save_every=2)
+    whole = train(settings, output=tmp_path / "whole")
+    interrupted(settings, tmp_path / "cut", 5, monkeypatch)
+    resumed = resume(tmp_path / "cut")
+    assert_same_weights(whole.run / "last", resumed.run / "last")
+    assert_same_weights(whole.run / "best", resumed.run / "best")
+    assert resumed.scores["test"].loss == whole.scores["test"].loss
+
+
+def test_a_run_that_only_lacks_its_final_score_saves_its_averages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(ema=0.9, val_fraction=0)
+    whole = train(settings, output=tmp_path / "whole")
+
+    def cut(*_given: object) -> None:
+        raise PowerCut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._Run, "_measure", cut)
+        with pytest.raises(PowerCut):
+            train(settings, output=tmp_path / "cut")
+    resumed = resume(tmp_path / "cut")
+    assert_same_weights(whole.run / "last", resumed.run / "last")
+    assert resumed.scores["test"].loss == whole.scores["test"].loss
+
+
+def test_a_linear_probe_averages_its_head(tmp_path: Path) -> None:
+    probe = {"model": "vit-micro", "from_scratch": False, "freeze": "backbone", "head_init": "random"}
+    sizes = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp"))
+    plain, averaged = (
+        train(config(**probe, **sizes, ema=ema, epochs=4), output=tmp_path / str(ema)) for ema in (0.0, 0.9)
+    )
+    assert not torch.equal(*(weights(run.run / "last")["classifier.weight"] for run in (plain, averaged)))
+    assert evaluate(averaged.checkpoint, device="cpu").accuracy == averaged.scores["test"].accuracy
