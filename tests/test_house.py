@@ -114,7 +114,11 @@ def test_scratch_stands_on_numpy_and_the_spec_alone() -> None:
 def test_every_import_is_declared() -> None:
     """A package that is only there because another one needs it may leave with that one."""
     said = tomllib.loads(PROJECT.read_text())["project"]
-    packages = [re.split("[<>=]", line)[0] for line in (*said["dependencies"], *said["optional-dependencies"]["heic"])]
+    lines = (
+        *said["dependencies"],
+        *(line for extra in ("heic", "lora") for line in said["optional-dependencies"][extra]),
+    )
+    packages = [re.split("[<>=]", line)[0] for line in lines]
     modules = {"pillow": "PIL", "pillow_jxl_plugin": "pillow_jxl", "pyyaml": "yaml", "scikit_learn": "sklearn"}
     declared = {modules.get(name, name) for name in (package.replace("-", "_") for package in packages)}
     imported = {full.split(".")[0] for name in MODULES for full in imports(name)} - stdlib_module_names - {"vitft"}

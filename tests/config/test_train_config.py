@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from vitft.config.train import TrainConfig
+from vitft.config.train import LORA_LR, TrainConfig
 from vitft.errors import UsageError
 
 PANELS = ["Data", "Reading", "Model", "Optimization", "Hardware", "Run"]
@@ -198,3 +198,23 @@ def test_library_errors_name_arguments_and_command_errors_name_flags(monkeypatch
     assert "no dataset; add --dataset with a hub id" in CliRunner().invoke(app, ["train"]).output
     with pytest.raises(UsageError, match=r"^batch_size should be greater"):
         TrainConfig.parse({"batch_size": 0}, "flags")
+
+
+def test_the_rate_of_an_adapter_is_its_own() -> None:
+    assert TrainConfig(lora_rank=8).lr == LORA_LR > TrainConfig().lr
+    assert TrainConfig(lora_rank=8, lr=1e-4).lr == 1e-4
+    assert TrainConfig(**TrainConfig(lora_rank=8).model_dump()).lr == LORA_LR
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"dora": True}, "dora applies only to an adapter; add lora_rank or remove dora"),
+        ({"lora_alpha": 4}, "lora_alpha applies only to an adapter"),
+        ({"lora_targets": "all"}, "lora_targets applies only to an adapter"),
+        ({"lora_rank": 8, "from_scratch": True}, "lora_rank needs pretrained weights to adapt"),
+        ({"lora_rank": 8, "freeze": "backbone"}, "and freeze backbone the head alone; remove one of them"),
+    ],
+)
+def test_adapter_settings_that_make_no_sense_are_refused(values: dict[str, Any], said: str) -> None:
+    assert said in refusal(**values)

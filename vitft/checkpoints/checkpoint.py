@@ -3,6 +3,10 @@
 config.yaml  environment.json  splits.json  metrics.jsonl
 checkpoints/step-000400/   a model folder, state.json, optimizer.safetensors; manifest.json is written last
 last/ best/                plain Transformers model folders; last/ also has a state.json
+base/                      of a run with an adapter: the model that it was added to
+
+With an adapter, every model folder has it merged, and unmerged in its adapter/: merging rounds, so a run resumes from
+base/ and the latter.
 """
 
 import json
@@ -20,13 +24,14 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from vitft.checkpoints.metadata import READ_ERRORS, Card, sha256, sha256_of, verify, write_card
+from vitft.checkpoints.metadata import READ_ERRORS, Card, name_of, sha256, sha256_of, verify, write_card
 from vitft.config.recipe import read_recipe
 from vitft.config.train import TrainConfig
 from vitft.data.augment import Preprocess
 from vitft.errors import ModelError, UsageError
 from vitft.io.atomic import lock_folder, new_folder, remove_folder, write_json, write_text
 from vitft.io.library_logs import quiet_transformers
+from vitft.models.lora import has_adapter, write_base, write_weights
 from vitft.spec import PRESETS
 
 
@@ -190,11 +195,29 @@ def save_model(folder: Path, model: Any, preprocess: Preprocess, card: Card, sta
 
 def _write_model(folder: Path, model: Any, preprocess: Preprocess, card: Card, state: State | None) -> None:
     with quiet_transformers():
-        model.save_pretrained(folder)
+        write_weights(model, folder, name_of(card.config.model))
     write_json(folder / "preprocessor_config.json", preprocess.to_json())
     if state is not None:
         write_json(folder / "state.json", asdict(state))
     write_card(folder, card)
+
+
+def save_base(run: Path, model: Any, preprocess: Preprocess, card: Card) -> None:
+    """Atomically write the model that an adapter was added to; nothing if there is none."""
+    if not has_adapter(model):
+        return
+    with new_folder(run / BASE) as temporary, quiet_transformers():
+        write_base(model, temporary)
+        write_json(temporary / "preprocessor_config.json", preprocess.to_json())
+        write_card(temporary, card)
+
+
+def base_of(checkpoint: Path) -> Path:
+    """The verified model that the adapter of a run's checkpoint was added to. Raises ModelError if it is gone."""
+    run = run_of(checkpoint)
+    if run is None or not (run / BASE / "vitft.json").is_file():
+        raise ModelError(f"{run or checkpoint}: {BASE}/ is gone, without which an adapter cannot be trained further.")
+    return verify(run / BASE)
 
 
 def save_step(
@@ -205,11 +228,12 @@ def save_step(
     with new_folder(folder) as temporary:
         _write_model(temporary, model, preprocess, card, state)
         save_file(optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
-        files = sorted(temporary.iterdir())
+        files = sorted(file for file in temporary.rglob("*") if file.is_file())
         with ThreadPoolExecutor() as pool:  # two are large, and hashing releases the GIL
             sums = pool.map(sha256, files)
             manifest = {
-                f.name: {"size": f.stat().st_size, "sha256": checksum} for f, checksum in zip(files, sums, strict=True)
+                f.relative_to(temporary).as_posix(): {"size": f.stat().st_size, "sha256": checksum}
+                for f, checksum in zip(files, sums, strict=True)
             }
         write_json(temporary / "manifest.json", manifest)
     prune(run, state.step, card.config.keep)
@@ -260,6 +284,7 @@ def newest_intact(run: Path) -> tuple[Path | None, list[str]]:
     return verify(last) if (last / "state.json").is_file() else None, skipped
 
 
+BASE = "base"
 OPTIMIZER = "optimizer.safetensors"
 _NEEDED = {"config.json", "model.safetensors", OPTIMIZER, "preprocessor_config.json", "state.json", "vitft.json"}
 

@@ -6,7 +6,7 @@ import json
 import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -39,14 +39,15 @@ class Card:
         """The document to store. It omits unset settings and reduces the paths listed in `local` to their names."""
         settings = self.config.model_dump(exclude_none=True)
         local = [name for name in _PATH_SETTINGS if _is_path(settings.get(name))]
-        settings |= {name: _name(settings[name]) for name in local}
+        settings |= {name: name_of(settings[name]) for name in local}
         return {"vitft": __version__} | asdict(self) | {"config": settings, "local": local}
 
 
 def write_card(folder: Path, card: Card) -> None:
     """Write `vitft.json` and `README.md` into a folder that already has all other files."""
     document = card.to_json()
-    checksums = {file.name: sha256(file) for file in sorted(folder.iterdir())}
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    checksums = {file.relative_to(folder).as_posix(): sha256(file) for file in files}
     write_json(folder / "vitft.json", document | {"sha256": checksums | {"vitft.json": sha256_of(json_text(document))}})
     write_text(folder / "README.md", _readme(card))
 
@@ -78,7 +79,8 @@ def _is_path(value: str | None) -> bool:
     return value is not None and (value.startswith("~") or Path(value).is_absolute())
 
 
-def _name(value: str) -> str:
+def name_of(value: str) -> str:
+    """The last component of a local path; anything else unchanged."""
     return Path(value).name if _is_path(value) else value
 
 
@@ -111,7 +113,7 @@ def verify(folder: Path) -> Path:
     if not intact:
         raise ModelError(f"{card}: does not match its SHA-256 checksum; use another checkpoint.")
     for name, checksum in checksums.items():
-        file = folder / Path(name).name
+        file = folder.joinpath(*(part for part in PurePosixPath(name).parts if part not in ("..", "/")))
         if not file.is_file():
             raise ModelError(f"{file}: is missing; use another checkpoint.")
         if sha256(file) != checksum:
@@ -144,7 +146,7 @@ def _readme(card: Card) -> str:
         for split, score in card.scores.items()
     )
     config = card.config
-    start = f"{_name(config.model)}, new weights" if config.from_scratch else _name(config.model)
+    start = f"{name_of(config.model)}, new weights" if config.from_scratch else name_of(config.model)
     header = yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "image-classification"})
     return f"""---
 {header}---
@@ -153,7 +155,7 @@ def _readme(card: Card) -> str:
 
 Classes: {", ".join(map(_plain, card.labels[:50]))}{", ..." if len(card.labels) > 50 else ""}
 
-Started from {_plain(start)}; trained on {_plain(_name(str(config.dataset)))} for {card.step} steps
+Started from {_plain(start)}; trained on {_plain(name_of(str(config.dataset)))} for {card.step} steps
 ({card.epoch:.2f} epochs) with vitft {__version__}.
 
 {scores or "Not scored at this step."}

@@ -15,6 +15,7 @@ from vitft.errors import UsageError
 
 SIZES = ("patch_size", "width", "layers", "heads", "mlp")
 LARGEST_SIDE = 4096  # pixels, of the model input
+LORA_LR = 5e-4  # default peak learning rate of an adapter
 
 
 class TrainConfig(Settings):
@@ -56,12 +57,16 @@ class TrainConfig(Settings):
     heads: int | None = setting(None, "Model", "With --from-scratch: attention heads per block.", ge=1, le=256)
     mlp: int | None = setting(None, "Model", "With --from-scratch: hidden size of the MLP in each block.", ge=1, le=65_536)
     freeze: Literal["none", "backbone"] = setting("none", "Model", "backbone: train only the head (linear probe).")
+    lora_rank: int | None = setting(None, "Model", "Train a low-rank adapter (LoRA) of this rank, such as 8, and the head; all other weights stay. Needs vitft[lora].", ge=1, le=1024)
+    lora_alpha: float | None = setting(None, "Model", "Scale of the adapter, divided by its rank. Default: the rank.", gt=0, le=100_000)
+    lora_targets: Literal["attention", "all"] = setting("attention", "Model", "Linear layers that the adapter changes: those of attention, or all in the blocks.")
+    dora: bool = setting(False, "Model", "With --lora-rank: train the length of each row of the weights apart from its direction (DoRA). Slower.")
 
     epochs: float = setting(3.0, "Optimization", "Passes over the training images; may be fractional.", gt=0, le=100_000)
     max_steps: int | None = setting(None, "Optimization", "Stop after this many optimizer steps, regardless of --epochs.", ge=1)
     batch_size: int = setting(32, "Optimization", "Images per optimizer step, over all processes and gradient accumulation.", ge=1, le=1_048_576)
     micro_batch_size: PositiveInt | Literal["auto"] | None = setting(None, "Optimization", "Images per forward pass of one process. Default: the entire batch of that process. auto: as many as fit in memory.")
-    lr: float = setting(2e-5, "Optimization", "Peak learning rate.", gt=0, le=100)
+    lr: float = setting(2e-5, "Optimization", "Peak learning rate. With --lora-rank, the default is 5e-4.", gt=0, le=100)
     schedule: Literal["constant", "linear", "cosine", "step"] = setting("linear", "Optimization", "Learning rate decay after warmup; linear and cosine end at 0.")
     head_init: Literal["auto", "features", "random"] = setting("auto", "Optimization", "Start of a new head. features: logistic regression on the features of the pretrained backbone, fitted before the first step. auto: that, if possible.")
     layer_decay: float = setting(1.0, "Optimization", "Multiply the learning rate by this for each layer below the head, so that early layers change less. Often 0.65 to 0.9.", gt=0, le=1)
@@ -120,6 +125,14 @@ class TrainConfig(Settings):
             return values | {"model": "vit-micro"}
         return values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_rate(cls, values: Any) -> Any:
+        """The rate depends on what is trained, and `config.yaml` should say it."""
+        if isinstance(values, dict) and values.get("lora_rank") is not None and values.get("lr") is None:
+            return values | {"lr": LORA_LR}
+        return values
+
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
         sizes = [name for name in SIZES if getattr(self, name)]
@@ -136,6 +149,15 @@ class TrainConfig(Settings):
             raise ValueError("`head_init` features needs a pretrained backbone; remove it or `from_scratch`")
         if self.drop_path and self.freeze == "backbone":
             raise ValueError("`drop_path` does nothing in a frozen backbone; remove it or `freeze`")
+        if self.lora_rank is None and (self.lora_alpha is not None or self.dora or self.lora_targets != "attention"):
+            name = "dora" if self.dora else "lora_alpha" if self.lora_alpha is not None else "lora_targets"
+            raise ValueError(f"`{name}` applies only to an adapter; add `lora_rank` or remove `{name}`")
+        if self.lora_rank is not None and self.from_scratch:
+            raise ValueError("`lora_rank` needs pretrained weights to adapt; remove it or `from_scratch`")
+        if self.lora_rank is not None and self.freeze == "backbone":
+            raise ValueError(
+                "`lora_rank` trains an adapter of the backbone, and `freeze` backbone the head alone; remove one of them"
+            )
         if self.min_delta and self.early_stopping is None:
             raise ValueError("`min_delta` applies only to early stopping; add `early_stopping` or remove `min_delta`")
         return self

@@ -17,7 +17,9 @@ def label_tensors(model: Any) -> frozenset[str]:
         config.num_labels = model.config.num_labels + 1
         with torch.device("meta"):  # only shapes
             other = dict(type(model)(config).named_parameters())
-        _cache[model] = frozenset(name for name, p in model.named_parameters() if p.shape != other[name].shape)
+        # An adapter adds parameters, and renames those of the layers that it changes.
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters() if name in other}
+        _cache[model] = frozenset(name for name, shape in shapes.items() if shape != other[name].shape)
     return _cache[model]
 
 

@@ -30,6 +30,7 @@ from vitft.models.custom_sizes import with_sizes
 from vitft.models.drop_path import drop_paths, set_drop_path_rate
 from vitft.models.heads import head_modules, in_head, label_tensors
 from vitft.models.image_processor import find_processor_file, read_processor
+from vitft.models.lora import add_adapter, has_adapter, read_adapter
 from vitft.models.memory_guard import check_lengths, check_memory, check_pickled
 from vitft.models.resize import check_size, has_fixed_size, input_size, resize_model, with_image_size
 from vitft.randomness import derive_seed
@@ -91,6 +92,8 @@ def load_for_training(config: TrainConfig, labels: Sequence[str], untrained: Seq
         model.requires_grad_(False)
         for head in head_modules(model):
             head.requires_grad_(True)
+    if config.lora_rank is not None:
+        add_adapter(model, config)
     _freeze_mask_token(model)
     return Loaded(model, preprocess.with_value_range(config.value_range), names, origin.commit, not keeps_head)
 
@@ -360,11 +363,22 @@ def _beside_blocks(name: str, tensor: torch.Tensor) -> bool:
     return tensor.ndim <= 1 and not any(part.isdecimal() for part in name.split("."))
 
 
+def restore_weights(model: Any, folder: Path) -> None:
+    """Give a model that is being trained the weights of one of its checkpoints. Raises ModelError."""
+    if has_adapter(model):
+        read_adapter(model, folder)
+    else:
+        model.load_state_dict(load_trained(folder).model.state_dict())
+
+
 def set_training(model: Any, *, frozen_backbone: bool) -> None:
-    """Set training mode. A frozen backbone stays in evaluation mode, without dropout."""
+    """Set training mode. A frozen backbone stays in evaluation mode, without dropout; so do frozen batch norms."""
     model.train(not frozen_backbone)
     for head in head_modules(model) if frozen_backbone else ():
         head.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None:
+            module.train(module.training and module.weight.requires_grad)
 
 
 def checkpoint_activations(model: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from vitft.checkpoints.checkpoint import find_model, is_run
+from vitft.checkpoints.checkpoint import base_of, find_model, is_run
 from vitft.checkpoints.metadata import read_card, verify
 from vitft.config.train import SIZES, TrainConfig, range_of
 from vitft.data.decoder import unused_range
@@ -26,6 +26,7 @@ from vitft.hardware.device import find_attention
 from vitft.io import console, paths
 from vitft.io.paths import composed, expanded
 from vitft.models.load import Loaded, load_for_training, shape_of
+from vitft.models.lora import has_adapter, read_adapter, require_peft
 from vitft.spec import PRESETS
 
 Stores = dict[str, tuple[Store, NDArray[np.int64]]]
@@ -115,6 +116,7 @@ def prepare(
     `dataset` is a dataset object that replaces the one named in the settings. On resume, the model is a `checkpoint` of
     the run, and the splits are those that the `run` recorded.
     """
+    require_peft(config)
     with console.working("reading the dataset"):
         source = source_of(config, dataset)
     name = config.dataset or source.name
@@ -279,10 +281,13 @@ def _load_again(config: TrainConfig, dataset: str, trained: Sequence[str], check
     # The checkpoint determines the size, which need not be square, and the classes.
     sizes = dict.fromkeys((*SIZES, "image_size", "model_revision"))
     card = read_card(checkpoint)
+    model = checkpoint if config.lora_rank is None else base_of(checkpoint)
     loaded = load_for_training(
-        config.model_copy(update={"model": str(checkpoint), "from_scratch": False} | sizes),
+        config.model_copy(update={"model": str(model), "from_scratch": False} | sizes),
         trained, () if card is None else card.labels,
     )  # fmt: skip
+    if has_adapter(loaded.model):
+        read_adapter(loaded.model, checkpoint)
     if loaded.new_head:
         raise DataError(f"the classes of {dataset} are not those that the run began with; start a new run.")
     return loaded

@@ -28,7 +28,7 @@ from vitft.hardware.device import deterministic, is_out_of_memory, make_accelera
 from vitft.io import console
 from vitft.io.paths import expanded
 from vitft.io.signals import Interrupted, StopSignals
-from vitft.models.load import load_trained, saved
+from vitft.models.load import restore_weights, saved
 from vitft.training import run_folder
 from vitft.training.callbacks import Callback, MetricsFile, Tracker, remove_after
 from vitft.training.cost.autotune import autotuned
@@ -211,6 +211,8 @@ class _Run:
         self.begun = self.saved = self.written_last = -1  # steps
         card = read_card(resumed_from) if resumed_from else None
         self.scores: dict[str, dict[str, Any]] = card.scores if card else {}
+        if resumed_from is None and accelerator.is_main_process:
+            ckpt.save_base(run, self.unwrapped, self.how, self._card(State()))
 
     @property
     def config(self) -> TrainConfig:
@@ -481,7 +483,7 @@ class _Run:
         best = self._best() if chosen == "best" else None
         if best is not None and not (best.step == state.step and _alike(best.scores, self.scores)):
             self._write_last(state)
-            self.unwrapped.load_state_dict(load_trained(self.run / "best").model.state_dict())
+            restore_weights(self.unwrapped, self.run / "best")
             scored, self.scores = State(step=best.step), best.scores
         if "test" in self.decoded.stores:
             metrics = self._measure("test", bar)

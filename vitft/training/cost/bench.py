@@ -113,7 +113,7 @@ def _train(accelerator: Any, decoded: Decoded, steps: int, ending: ExitStack) ->
     flops = _flops(decoded, training_flops)
     return {
         "images_per_s": _rates(times, config.batch_size), "ms_per_step": parts, "data_wait": wait,
-        **_share(config, flops if config.freeze == "none" else None, times),
+        **_share(config, flops if config.freeze == "none" and config.lora_rank is None else None, times),
     }  # fmt: skip
 
 

@@ -104,8 +104,9 @@ def measure_speed(
         return None
     spec = shape_of(model)
     mfu = None
-    # With a frozen backbone, a step is not a multiple of the forward pass; processes may share one machine's peak.
-    if spec is not None and config.freeze == "none" and processes == 1 and _is_fast(config):
+    # With frozen weights, a step is not a multiple of the forward pass; processes may share one machine's peak.
+    full = config.freeze == "none" and config.lora_rank is None
+    if spec is not None and full and processes == 1 and _is_fast(config):
         with suppress(RuntimeError):  # no memory for the matrices beside the model
             fraction = training_flops(spec) * pace.images_per_s / peak_flops(config.device, config.precision, 0.3)
             mfu = fraction if fraction <= 1 else None  # else the peak was measured while other programs were running
