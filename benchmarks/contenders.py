@@ -21,6 +21,7 @@ from torch import nn
 import vitft
 from vitft.config.train import TrainConfig
 from vitft.data.augment import Preprocess
+from vitft.data.augmentation.settings import Augmentation
 from vitft.data.loader import TrainLoader
 from vitft.data.sources.source import class_indices, open_dataset
 from vitft.data.store import decode_all
@@ -111,8 +112,8 @@ def vitft_input(folder: Path, size: int, kind: str, batch: int) -> Pass:
     rows = open_dataset(str(folder)).splits["train"]
     how = Preprocess(size, size, mean=MEAN, std=STD)
     store, _ = decode_all(rows, how, crops=kind == "crop", max_pixels=10**8, skip_bad=False, training=True)
-    loader = TrainLoader(store, class_indices(rows), how, kind=kind, seed=0, batch_size=batch,
-                         device=torch.device("cpu"))  # fmt: skip
+    loader = TrainLoader(store, class_indices(rows), how, augmentation=Augmentation(kind),
+                         classes=1, batch_size=batch, device=torch.device("cpu"))  # fmt: skip
     epoch = -1
 
     def read() -> Iterable[torch.Tensor]:

@@ -106,7 +106,9 @@ def test_every_setting_is_a_flag_in_its_panel_with_its_default() -> None:
     text = vitft("train", "--help", columns=200).stdout
     panels = re.findall(r"╭─ (\w+) ─+╮\n(.*?)╰", text, re.DOTALL)
 
-    assert [name for name, _ in panels] == ["Options", "Data", "Reading", "Model", "Optimization", "Hardware", "Run"]
+    assert [name for name, _ in panels] == [
+        "Options", "Data", "Reading", "Augmentation", "Model", "Optimization", "Hardware", "Run"
+    ]  # fmt: skip
     body = dict(panels)
     for name, field in TrainConfig.model_fields.items():
         row = re.search(rf"--{name.replace('_', '-')} (.*)", body[field.json_schema_extra["panel"]])  # type: ignore[index]
@@ -163,7 +165,10 @@ def test_a_typo_names_the_nearest(typed: str, meant: str) -> None:
 @pytest.mark.parametrize(
     ("typed", "says"),
     [
-        ("--augment flop", "--augment should be 'none', 'flip' or 'crop', got 'flop'; did you mean flip?"),
+        (
+            "--augment flop",
+            "--augment should be 'none', 'flip', 'crop', 'trivial' or 'rand', got 'flop'; did you mean flip?",
+        ),
         ("--lr nan", "--lr should be a finite number, got nan"),
         ("--lr=-1", "--lr should be greater than 0, got -1.0"),
         ("--val-fraction 1", "--val-fraction should be less than 1, got 1.0"),
@@ -556,7 +561,7 @@ def test_explain_is_one_json_document() -> None:
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("vitft train --augment ", {"none", "flip", "crop"}),
+        ("vitft train --augment ", {"none", "flip", "crop", "trivial", "rand"}),
         ("vitft train --augment f", {"flip"}),
         ("vitft train --max-tr", {"--max-train-samples"}),
         ("vitft train --recipe ", {recipe.name for recipe in recipes() if not recipe.textbook}),

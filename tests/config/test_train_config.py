@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from vitft.config.train import LORA_LR, TrainConfig
 from vitft.errors import UsageError
 
-PANELS = ["Data", "Reading", "Model", "Optimization", "Hardware", "Run"]
+PANELS = ["Data", "Reading", "Augmentation", "Model", "Optimization", "Hardware", "Run"]
 
 
 def refusal(**values: Any) -> str:

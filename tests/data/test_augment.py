@@ -25,6 +25,7 @@ from vitft.data.augment import (
     resize,
     resize_and_crop,
 )
+from vitft.data.augmentation.settings import Augmentation
 from vitft.errors import ModelError
 from vitft.models.image_processor import to_preprocess
 from vitft.randomness import uniform
@@ -348,7 +349,7 @@ PREPROCESS = Preprocess(16, 16)
 IMAGES = torch.stack([torch.from_numpy(pixels(20, 20, seed)) for seed in range(12)])
 
 
-@pytest.mark.parametrize("kind", ["none", "flip", "crop"])
+@pytest.mark.parametrize("kind", ["none", "flip", "crop", "trivial", "rand"])
 @settings(deadline=None, max_examples=20)
 @given(seed=seeds, epoch=st.integers(0, 50), order=st.permutations(range(12)), count=st.integers(1, 12))
 def test_augmented_pixels_depend_only_on_seed_epoch_and_index(
@@ -356,28 +357,30 @@ def test_augmented_pixels_depend_only_on_seed_epoch_and_index(
 ) -> None:
     """Not on the batch, the position in it, or on whether images are in a tensor or a list."""
     index = 1000 + np.arange(12)
-    whole = augment(IMAGES, PREPROCESS, kind, seed, epoch, index)
+    how = Augmentation(kind, seed, color_jitter=0.4 if kind == "rand" else 0.0)
+    whole = augment(IMAGES, PREPROCESS, how, epoch, index)
     some = np.array(order[:count])
 
-    in_tensor = augment(IMAGES[some], PREPROCESS, kind, seed, epoch, index[some])
-    in_list = augment([IMAGES[i] for i in some], PREPROCESS, kind, seed, epoch, index[some])
+    in_tensor = augment(IMAGES[some], PREPROCESS, how, epoch, index[some])
+    in_list = augment([IMAGES[i] for i in some], PREPROCESS, how, epoch, index[some])
 
     assert torch.equal(in_tensor, whole[some])
     assert torch.equal(in_list, whole[some])
 
 
-@pytest.mark.parametrize("kind", ["flip", "crop"])
+@pytest.mark.parametrize("kind", ["flip", "crop", "trivial", "rand"])
 def test_seed_epoch_and_index_change_the_draw(kind: str) -> None:
     index = np.arange(12)
-    first = augment(IMAGES, PREPROCESS, kind, 0, 0, index)
-    others = [augment(IMAGES, PREPROCESS, kind, 1, 0, index), augment(IMAGES, PREPROCESS, kind, 0, 1, index),
-              augment(IMAGES, PREPROCESS, kind, 0, 0, index + 12)]  # fmt: skip
+    first = augment(IMAGES, PREPROCESS, Augmentation(kind, 0), 0, index)
+    others = [augment(IMAGES, PREPROCESS, Augmentation(kind, 1), 0, index),
+              augment(IMAGES, PREPROCESS, Augmentation(kind, 0), 1, index),
+              augment(IMAGES, PREPROCESS, Augmentation(kind, 0), 0, index + 12)]  # fmt: skip
     assert not any(torch.equal(first, other) for other in others)
 
 
 def test_about_half_of_the_images_are_flipped_left_to_right() -> None:
     image = torch.from_numpy(pixels(16, 16))
-    actual = augment(image.expand(400, 16, 16, 3), PREPROCESS, "flip", 0, 0, np.arange(400))
+    actual = augment(image.expand(400, 16, 16, 3), PREPROCESS, Augmentation("flip", 0), 0, np.arange(400))
 
     plain = normalize(image[None], PREPROCESS)[0]
     flipped = [torch.equal(pixels_, plain.flip(2)) for pixels_ in actual]
@@ -388,7 +391,7 @@ def test_about_half_of_the_images_are_flipped_left_to_right() -> None:
 def test_no_augmentation_matches_evaluation_preprocessing() -> None:
     """Within the step between two pixel values: training resizes by torch, evaluation by Pillow."""
     training, evaluation = (
-        augment(IMAGES, PREPROCESS, "none", 0, 0, np.arange(12)),
+        augment(IMAGES, PREPROCESS, Augmentation("none", 0), 0, np.arange(12)),
         preprocess_images(IMAGES, PREPROCESS),
     )
     assert (training - evaluation).abs().max() < 1.01 * PREPROCESS.rescale / PREPROCESS.std[0]

@@ -20,6 +20,7 @@ from tests.data.test_store import photos
 from vitft.cli.app import app
 from vitft.data import cache
 from vitft.data.augment import Preprocess
+from vitft.data.augmentation.settings import Augmentation
 from vitft.data.decoder import decode
 from vitft.data.loader import TrainLoader
 from vitft.data.sources.source import open_dataset
@@ -561,8 +562,8 @@ def test_thirty_epochs_take_no_more_memory_than_three(
             cache_gb=0 if storage == "on demand" else 1,
         )  # fmt: skip
     assert len(store.pixels) == (store.size if storage == "in memory" else 0)
-    loader = TrainLoader(store, np.zeros(60, np.int64), preprocess, kind="crop", seed=0, batch_size=16,
-                         device=torch.device("cpu"))  # fmt: skip
+    loader = TrainLoader(store, np.zeros(60, np.int64), preprocess, augmentation=Augmentation("crop"), classes=10,
+                         batch_size=16, device=torch.device("cpu"))  # fmt: skip
     resident = []
     for epoch in range(30):
         for step in range(epoch * loader.steps_per_epoch, (epoch + 1) * loader.steps_per_epoch):

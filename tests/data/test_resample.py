@@ -12,6 +12,7 @@ from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 from vitft.data.augment import Preprocess, augment, augment_by_matmul
+from vitft.data.augmentation.settings import Augmentation
 from vitft.data.resample import RADIUS, crop_and_resize, filter_weights
 
 sides = st.tuples(st.integers(1, 60), st.integers(1, 60))
@@ -53,7 +54,7 @@ def test_weights_sum_to_one_and_stay_inside_the_box(resample: str) -> None:
     assert weights[1].any(dim=0).all()
 
 
-@pytest.mark.parametrize("kind", ["none", "flip", "crop"])
+@pytest.mark.parametrize("kind", ["none", "flip", "crop", "trivial"])
 @pytest.mark.parametrize(
     "preprocess",
     [
@@ -65,7 +66,7 @@ def test_weights_sum_to_one_and_stay_inside_the_box(resample: str) -> None:
 def test_matmul_augmentation_matches_the_threaded_version(kind: str, preprocess: Preprocess) -> None:
     images, index = noise(16, 16, 19), np.arange(16) * 7
     by_matmul, by_threads = (
-        make(images, preprocess, kind, 3, 2, index).float() for make in (augment_by_matmul, augment)
+        make(images, preprocess, Augmentation(kind, 3), 2, index).float() for make in (augment_by_matmul, augment)
     )
     assert by_matmul.shape == by_threads.shape
     step = preprocess.rescale / min(preprocess.std)  # model input per 1/255
@@ -77,6 +78,6 @@ def test_the_number_of_operations_does_not_depend_on_the_batch_size() -> None:
     for count in (4, 32):
         images, index = noise(count, 16, 16), np.arange(count)
         with profile(activities=[ProfilerActivity.CPU]) as trace:
-            augment_by_matmul(images, Preprocess(24, 24), "crop", 0, 0, index)
+            augment_by_matmul(images, Preprocess(24, 24), Augmentation("crop", 0), 0, index)
         counts.append(Counter(event.name for event in trace.events()))
     assert counts[0] == counts[1]

@@ -23,6 +23,7 @@ from vitft.data.augment import (
     preprocess_images,
     random_crops,
 )
+from vitft.data.augmentation.settings import Augmentation
 from vitft.data.decoder import decode
 from vitft.data.loader import EvalLoader, ForkedPrefetcher, Prefetcher, TrainLoader
 from vitft.data.sources.source import open_dataset
@@ -128,7 +129,8 @@ LABELS = np.arange(53) % 10
 
 
 def digits_loader(rank: int = 0, world: int = 1) -> TrainLoader:
-    return TrainLoader(STORE, LABELS, PREPROCESS, kind="crop", seed=3, batch_size=8, device=CPU, rank=rank, world=world)
+    return TrainLoader(STORE, LABELS, PREPROCESS, augmentation=Augmentation("crop", 3), classes=10,
+                       batch_size=8, device=CPU, rank=rank, world=world)  # fmt: skip
 
 
 LOADER = digits_loader()
@@ -341,12 +343,17 @@ def test_only_training_decodes_at_smaller_sizes(monkeypatch: pytest.MonkeyPatch)
 # -- prefetching on the host for a GPU ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["none", "flip", "crop"])
+@pytest.mark.parametrize("kind", ["none", "flip", "crop", "trivial"])
 def test_prefetched_batches_are_the_same(tmp_path: Path, kind: str) -> None:
     """As if a GPU trained and images of several sizes stayed in host memory."""
     folder = photos(tmp_path, [(40, 30), (20, 16), (33, 70), (32, 32), (9, 50)] * 3)
     store, _ = stored(folder, crops=kind == "crop")
-    options = {"kind": kind, "seed": 3, "batch_size": 4, "device": CPU}
+    options = {
+        "augmentation": Augmentation(kind, 3, mixup=0.4 * (kind == "trivial")),
+        "classes": 10,
+        "batch_size": 4,
+        "device": CPU,
+    }
     loaders = [TrainLoader(store, np.zeros(15, np.int64), PREPROCESS, **options) for _ in range(3)]  # type: ignore[arg-type]
     plain, ahead, forked = loaders
     before = set(psutil.Process().children())

@@ -93,6 +93,8 @@ def test_features_are_read_where_that_pays() -> None:
 
     assert pay()
     assert not pay(augment="crop")  # no crop comes twice
+    for changing in ({"augment": "trivial"}, {"mixup": 0.2}, {"cutmix": 1.0}, {"erase": 0.1}, {"color_jitter": 0.4}):
+        assert not pay(**changing)
     assert not pay(freeze="none")
     # Steps of 24 images: two passes over 64 are more than five of them, one is more than two.
     assert [pay(steps) for steps in (5, 6)] == [False, True]

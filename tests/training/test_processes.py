@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.forked import HANGS_S, LONGER, ended, finish_two, flags, start, steps_done, wait_for_step
-from tests.training.test_trainer import assert_same_weights, config, lines
+from tests.training.test_trainer import AUGMENTED, assert_same_weights, config, lines
 from vitft import evaluate, train
 from vitft.checkpoints.checkpoint import is_run, newest_intact, read_state
 from vitft.data.loader import EvalLoader
@@ -47,7 +47,7 @@ FROZEN = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp")) | {
 FITTED = FROZEN | {"freeze": "none"}  # all is trained, from a head that is fitted to features
 
 
-@pytest.mark.parametrize("other", [{"augment": "crop"}, FROZEN, FITTED], ids=["crops", "probe", "fitted head"])
+@pytest.mark.parametrize("other", [AUGMENTED, FROZEN, FITTED], ids=["mixed", "probe", "fitted head"])
 def test_two_processes_train_as_one_does(tmp_path: Path, other: dict[str, object]) -> None:
     """The same samples and augmentations in every step; losses equal up to the order of sums.
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.forked import ended, finish, flags, start, steps_done, wait_for_step, wait_until
+from tests.training.test_trainer import AUGMENTED
 from vitft.checkpoints.checkpoint import find_damage, is_run, newest_intact, read_config, read_state, step_folders
 from vitft.training.callbacks import recorded
 
@@ -43,18 +44,21 @@ def begin_or_resume(run: Path, words: list[str]) -> list[str]:
     return ["train", "--resume", str(run)] if is_run(run) else ["train", *words, "--output", str(run)]
 
 
+WORDS = flags(**AUGMENTED)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed run of 80 steps."""
     folder = tmp_path_factory.mktemp("whole")
-    code, said = finish("train", *flags(), "--output", str(folder / "run"), log=folder / "log")
+    code, said = finish("train", *WORDS, "--output", str(folder / "run"), log=folder / "log")
     assert code == 0, said
     return folder / "run"
 
 
 def killed_at(step: int, run: Path) -> None:
     """Begin a run, and kill it at about that step."""
-    process = start("train", *flags(), "--output", str(run), log=run.with_suffix(".log"))
+    process = start("train", *WORDS, "--output", str(run), log=run.with_suffix(".log"))
     wait_for_step(process.is_alive, run, step)
     process.kill()
     process.join()
@@ -110,13 +114,13 @@ def train_in(run: Path, words: list[str]) -> Path:
 def test_killed_at_random_moments(tmp_path: Path, whole: Path, runs: int) -> None:
     """kill -9 three times a run at any moment, with `--save-every 10`; at most ten steps are done again."""
     started = time.monotonic()
-    assert finish("train", *flags(), "--output", str(tmp_path / "timed"), log=tmp_path / "log")[0] == 0
+    assert finish("train", *WORDS, "--output", str(tmp_path / "timed"), log=tmp_path / "log")[0] == 0
     took_s = time.monotonic() - started
     kills, most = 0, 0
     for number in range(runs):
         run, moments = tmp_path / f"run-{number}", random.Random(number)
         for _ in range(3):
-            process = start(*begin_or_resume(run, flags()), log=tmp_path / "log")
+            process = start(*begin_or_resume(run, WORDS), log=tmp_path / "log")
             process.join(moments.uniform(0, took_s))
             if process.exitcode is not None:
                 assert process.exitcode == 0, (tmp_path / "log").read_text()
@@ -128,7 +132,7 @@ def test_killed_at_random_moments(tmp_path: Path, whole: Path, runs: int) -> Non
                 folder, passed = newest_intact(run)
                 assert passed == []  # none is torn
                 most = max(most, steps_done(run) - (read_state(folder).step if folder else 0))
-        code, said = finish(*begin_or_resume(run, flags()), log=tmp_path / "log")
+        code, said = finish(*begin_or_resume(run, WORDS), log=tmp_path / "log")
         assert code == 0, said
         assert_as_undisturbed(run, whole)
         shutil.rmtree(run)

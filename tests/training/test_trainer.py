@@ -22,6 +22,7 @@ import vitft.training.step
 from vitft import TrainConfig, evaluate, train
 from vitft.checkpoints import checkpoint as ckpt
 from vitft.checkpoints.metadata import read_card, sha256, sha256_of
+from vitft.data.augmentation.settings import Augmentation
 from vitft.data.loader import Batch, EvalLoader, TrainLoader
 from vitft.errors import DataError, ModelError, Stopped, TrainingError, UsageError
 from vitft.hardware.device import make_accelerator
@@ -37,6 +38,9 @@ TINY = {
     "heads": 2, "mlp": 32, "max_train_samples": 64, "max_eval_samples": 50, "batch_size": 24, "epochs": 2,
     "lr": 3e-3, "device": "cpu", "precision": "fp32", "log_every": 1,
 }  # fmt: skip
+
+
+AUGMENTED = {"augment": "trivial", "color_jitter": 0.3, "erase": 0.5, "mixup": 0.8, "cutmix": 1.0}
 
 
 def config(**changes: object) -> TrainConfig:
@@ -66,7 +70,7 @@ def plain_loop(settings: TrainConfig) -> tuple[dict[str, torch.Tensor], list[tup
     prepared = prepare(settings)
     store, labels = prepared.decode().stores["train"]
     loader = TrainLoader(
-        store, labels, prepared.loaded.preprocess, kind=settings.augment, seed=settings.seed,
+        store, labels, prepared.loaded.preprocess, augmentation=Augmentation.of(settings), classes=10,
         batch_size=settings.batch_size, device=torch.device("cpu"),
     )  # fmt: skip
     model = prepared.loaded.model.train()
@@ -303,11 +307,13 @@ def interrupted(settings: TrainConfig, run: Path, step: int, monkeypatch: pytest
             train(settings, output=run)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(
+    "changes", [{"augment": "crop"}, AUGMENTED | {"optimizer": "sgd"}], ids=["adamw, crops", "sgd, all augmentations"]
+)
 def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
 ) -> None:
-    settings = config(save_every=2, epochs=3, augment="crop", optimizer=optimizer)
+    settings = config(save_every=2, epochs=3, **changes)
     whole = train(settings, output=tmp_path / "whole")
     interrupted(settings, tmp_path / "cut", 5, monkeypatch)
     resumed = resume(tmp_path / "cut")

@@ -304,13 +304,13 @@ def explain(
 
 
 @app.command()
+@options_from(_TRAIN_SETTINGS, "Augmentation")
 def bench(
     what: Annotated[Literal["data", "train", "eval"], typer.Argument(metavar="data|train|eval", help="The input pipeline, optimizer steps, or forward passes.")],
     model: Annotated[str, typer.Option(help="As for train; a preset has random weights.")] = "vit-micro",
     dataset: Annotated[str, typer.Option(help="As for train.")] = "digits",
     image_size: Annotated[int | None, typer.Option(metavar="<int>", help="Side of the input, in pixels; default: the model's own.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Images per step; default: as for train.")] = None,
-    augment: Annotated[Literal["none", "flip", "crop"], typer.Option(help="For data and train.")] = "flip",
     freeze: Annotated[Literal["none", "backbone"], typer.Option(help="For train.")] = "none",
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="auto: the fastest precision here.")] = "auto",
     attention: Annotated[Literal["auto", "eager", "sdpa"], typer.Option(help="As for train.")] = "auto",
@@ -319,16 +319,17 @@ def bench(
     max_train_samples: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Decode at most this many images.")] = None,
     steps: Annotated[int, typer.Option(min=1, metavar="<int>", help="Steps to time, after a warm-up.")] = 20,
     json: Json = False,
+    *, overrides: dict[str, Any],
 ) -> None:  # fmt: skip
     """Measure the speed of this machine: images/s, where the time of a step goes, and how close it is to the peak."""
     with _loading():
         from vitft.training.cost.bench import bench as measured
 
     settings = _given(
-        model=model, dataset=dataset, image_size=image_size, batch_size=batch_size, augment=augment, freeze=freeze,
+        model=model, dataset=dataset, image_size=image_size, batch_size=batch_size, freeze=freeze,
         precision=precision, attention=attention, compile=compile, device=device, max_train_samples=max_train_samples,
     )  # fmt: skip
-    found = measured(what, settings, steps)
+    found = measured(what, settings | overrides, steps)
     console.say_json(found) if json else console.say(tables.bench_report(found))
 
 

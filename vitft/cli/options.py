@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 Command = Callable[..., Any]
 
 
-def options_from(settings: str, panel: str | None = None) -> Callable[[Command], Command]:
-    """Give a command one flag for each field, or for those of a panel; it receives what was typed, as `overrides`.
+def options_from(settings: str, *panels: str) -> Callable[[Command], Command]:
+    """Give a command one flag for each field, or for those of some panels; it receives what was typed, as `overrides`.
 
     `settings`, such as "vitft.config.train:TrainConfig", is imported when the command is asked for (see `with_flags`),
     so that the help of the others needs no pydantic. A flag's default is None, so that what was not typed is told
@@ -30,7 +30,7 @@ def options_from(settings: str, panel: str | None = None) -> Callable[[Command],
         signature = inspect.signature(command)
         own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.name != "overrides"]
         _sign(command, own)
-        command.make_flags = lambda: _flagged(command, own, resolve_name(settings), panel)  # type: ignore[attr-defined]
+        command.make_flags = lambda: _flagged(command, own, resolve_name(settings), panels)  # type: ignore[attr-defined]
         return command
 
     return decorate
@@ -46,8 +46,10 @@ def with_flags(command: Any) -> Any:
     return typer.main.get_command(alone)
 
 
-def _flagged(command: Command, own: list[inspect.Parameter], config: "type[BaseModel]", panel: str | None) -> Command:
-    fields = {name: field for name, field in config.model_fields.items() if panel in (None, _panel(field))}
+def _flagged(
+    command: Command, own: list[inspect.Parameter], config: "type[BaseModel]", panels: tuple[str, ...]
+) -> Command:
+    fields = {name: field for name, field in config.model_fields.items() if not panels or _panel(field) in panels}
 
     def wrapper(**given: Any) -> Any:
         values = {name: given.pop(name) for name in fields}

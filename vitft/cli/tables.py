@@ -182,11 +182,14 @@ def data_report(described: Mapping[str, Any]) -> RenderableType:
 def bench_report(found: Mapping[str, Any]) -> RenderableType:
     """The report of `vitft bench`: speed, where the time of a step goes, and the machine's peak."""
     settings, rate = found["settings"], found["images_per_s"]
+    also = "".join(
+        f" {name} {settings[name]:g}," for name in ("color_jitter", "erase", "mixup", "cutmix") if settings[name]
+    )
     head = Text.assemble(
         (f"{rate['median']:,.0f} images/s", "bold"),
         f" ({rate['min']:,.0f} to {rate['max']:,.0f} in {found['steps']} steps of {settings['batch_size']})\n"
         f"{found['what']}: {safe(settings['model'])} at {settings['image_size']} px, {safe(settings['dataset'])}, "
-        f"augment {settings['augment']}, {settings['device']}, {settings['precision']}\n",
+        f"augment {settings['augment']},{also} {settings['device']}, {settings['precision']}\n",
     )
     table = _table("part", *_numbers("ms per step", "min", "max", "fraction"))
     whole = sum(part["median"] for part in found["ms_per_step"].values())

@@ -36,7 +36,6 @@ class TrainConfig(Settings):
     max_pixels: int = setting(50_000_000, "Data", "Refuse images with more pixels than this. Decoding the default takes about 0.5 GB.", ge=1)
     value_range: str | None = setting(None, "Data", "Pixel values of black and white in images of more than 8 bits, as BLACK:WHITE, such as 0:4095. Default: the full range of the format.")
     cache_gb: float = setting(20.0, "Data", "Disk space for decoded images, which the next run reuses, in GB (see vitft data cache). 0: no cache.", changeable=True, ge=0, le=1e6)
-    augment: Literal["none", "flip", "crop"] = setting("flip", "Data", "flip: random horizontal flip. crop: random resized crop and flip.")
 
     image_column: str | None = setting(None, "Reading", "Name or number of the image column. Default: detected.")
     label_column: str | None = setting(None, "Reading", "Name or number of the label column. Default: detected.")
@@ -46,6 +45,12 @@ class TrainConfig(Settings):
     image_folder: str | None = setting(None, "Reading", "Folder that the image paths in a table are relative to. Default: the folder of the table.")
     encoding: str | None = setting(None, "Reading", "Text encoding of a table: utf-8, utf-16, cp1252, gbk, ... Default: detected.")
     allow_outside: bool = setting(False, "Reading", "Also read images outside of the table's folder.", changeable=True)
+
+    augment: Literal["none", "flip", "crop", "trivial", "rand"] = setting("flip", "Augmentation", "flip: random horizontal flip. crop: random resized crop and flip. trivial: flip, and one random operation (TrivialAugment). rand: flip, and two (RandAugment).")
+    color_jitter: float = setting(0.0, "Augmentation", "Multiply brightness, contrast and color by random factors between 1 - this and 1 + this. Often 0.4.", ge=0, le=1)
+    erase: float = setting(0.0, "Augmentation", "Random erasing: probability that a box of the image becomes noise. Often 0.25.", ge=0, le=1)
+    mixup: float = setting(0.0, "Augmentation", "Mixup: blend each image and its label with another, in shares from Beta(this, this). Often 0.2 to 0.8.", ge=0, le=100)
+    cutmix: float = setting(0.0, "Augmentation", "CutMix: replace a box of each image by another, labels in proportion, shares from Beta(this, this). Often 1. With --mixup: one of them, at random.", ge=0, le=100)
 
     model: str = setting("google/vit-base-patch16-224-in21k", "Model", "Hub id, local folder, vit-micro (bundled) or, with --from-scratch, a preset.")
     model_revision: str | None = setting(None, "Model", "Commit, tag or branch of a hub model.")

@@ -18,6 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from vitft.config.train import LARGEST_SIDE, range_of
+from vitft.data.augmentation.boxes import draw_boxes
+from vitft.data.augmentation.operations import LUMINANCE, luminance
+from vitft.data.augmentation.policies import operate
+from vitft.data.augmentation.settings import Augmentation
 from vitft.data.resample import RADIUS, crop_and_resize
 from vitft.errors import ModelError
 from vitft.hardware.device import cpus, to_device
@@ -214,7 +218,7 @@ def normalize(images: Tensor, preprocess: Preprocess, out: Tensor | None = None)
     takes, because the system clears each new page.
     """
     if preprocess.channels == 1:
-        images = _luminance(images)
+        images = luminance(images)
     elif preprocess.flips_channels:
         images = images.flip(3)
     batch, height, width, channels = images.shape
@@ -224,15 +228,6 @@ def normalize(images: Tensor, preprocess: Preprocess, out: Tensor | None = None)
     rows.copy_(images.reshape(batch * height, width * channels))
     torch.addcmul(shift, rows, scale, out=rows)
     return floats.permute(0, 3, 1, 2)
-
-
-_LUMINANCE = (19595, 38470, 7471)  # weights of red, green and blue, in 65,536ths
-
-
-def _luminance(images: Tensor) -> Tensor:
-    """uint8 (B, H, W, 3) -> (B, H, W, 1) by ITU-R 601, rounded as in Pillow: gray pixels keep their value."""
-    weights = torch.tensor(_LUMINANCE, dtype=torch.int32, device=images.device)
-    return ((images.int() * weights).sum(dim=3, keepdim=True) + 0x8000 >> 16).to(torch.uint8)
 
 
 @cache
@@ -259,43 +254,63 @@ def resize_and_crop(images: Images, preprocess: Preprocess, *, exact: bool = Tru
 
 
 def augment(
-    images: Images, preprocess: Preprocess, kind: str, seed: int, epoch: int, index: Index, out: Tensor | None = None
+    images: Images, preprocess: Preprocess, how: Augmentation, epoch: int, index: Index, out: Tensor | None = None
 ) -> Tensor:
     """Model input for training: uint8 images of any sizes -> float32 (B, C, height, width).
 
-    `kind` is none, flip or crop. Flips and crops are functions of (seed, epoch, sample index), `index` being (B,).
-    `out` is a buffer: see `normalize`.
+    Every change is a function of (seed, epoch, sample index), `index` being (B,). Erasing and mixing, which change the
+    model input, come later. `out` is a buffer: see `normalize`.
     """
-    if isinstance(images, Tensor) and images.device.type != "cpu" and _can_use_matmul(images, preprocess, kind):
-        return augment_by_matmul(images, preprocess, kind, seed, epoch, index)
-    return normalize(augment_pixels(images, preprocess, kind, seed, epoch, index), preprocess, out)
+    if isinstance(images, Tensor) and images.device.type != "cpu" and _can_use_matmul(images, preprocess, how.kind):
+        return augment_by_matmul(images, preprocess, how, epoch, index)
+    return normalize(augment_pixels(images, preprocess, how, epoch, index), preprocess, out)
 
 
-def augment_pixels(images: Images, preprocess: Preprocess, kind: str, seed: int, epoch: int, index: Index) -> Tensor:
+def augment_pixels(images: Images, preprocess: Preprocess, how: Augmentation, epoch: int, index: Index) -> Tensor:
     """`augment` without normalization: uint8 (B, height, width, 3), on the device of the images."""
-    if kind == "crop":
-        return random_crops(images, preprocess, seed, epoch, index)
-    if kind == "flip":
-        images = flip_images(images, draw_flips(seed, epoch, index))
+    images = _operated(images, preprocess, how, epoch, index)
+    if how.kind == "crop":
+        return random_crops(images, preprocess, how.seed, epoch, index)
+    if how.kind != "none":
+        images = flip_images(images, draw_flips(how.seed, epoch, index))
     return resize_and_crop(images, preprocess, exact=False)
 
 
-def augment_by_matmul(images: Tensor, preprocess: Preprocess, kind: str, seed: int, epoch: int, index: Index) -> Tensor:
+def _operated(images: Images, preprocess: Preprocess, how: Augmentation, epoch: int, index: Index) -> Images:
+    """The images after the operations of a policy: before the resize, for small images have fewer pixels."""
+    if not how.operates:
+        return images
+    if isinstance(images, Tensor):
+        return operate(images, how, _mean_color(preprocess, images.device), epoch, index)
+    fill = _mean_color(preprocess, images[0].device)
+    places = range(len(images))
+    return list(map_in_threads(lambda i: operate(images[i][None], how, fill, epoch, index[i : i + 1])[0], places))
+
+
+@cache
+def _mean_color(preprocess: Preprocess, device: torch.device) -> Tensor:
+    """The color that normalization makes 0: uint8 (3,)."""
+    mean = torch.tensor(preprocess.mean, device=device) / preprocess.rescale
+    return mean.round().clamp(0, 255).to(torch.uint8).expand(3)
+
+
+def augment_by_matmul(images: Tensor, preprocess: Preprocess, how: Augmentation, epoch: int, index: Index) -> Tensor:
     """`augment` as matrix products: for same-size images on a GPU, with a fixed number of kernels per batch.
 
     Within 1.6/255 of the threaded version, which rounds to whole numbers after each of its two passes.
     """
-    count, (height, width) = len(images), images.shape[1:3]
-    if kind == "crop":
-        boxes = draw_crop_boxes(np.tile([height, width], (count, 1)), seed, epoch, index)
+    count, (height, width), device = len(images), images.shape[1:3], images.device
+    if how.operates:
+        images = operate(images, how, _mean_color(preprocess, device), epoch, index)
+    if how.kind == "crop":
+        boxes = draw_crop_boxes(np.tile([height, width], (count, 1)), how.seed, epoch, index)
     else:
         boxes = np.tile([0, 0, height, width], (count, 1))
-    flip = np.zeros(count, bool) if kind == "none" else draw_flips(seed, epoch, index)
-    device = images.device
+    flip = np.zeros(count, bool) if how.kind == "none" else draw_flips(how.seed, epoch, index)
     box, mirror = (to_device(torch.from_numpy(array), device) for array in (boxes, flip))
     planes = crop_and_resize(images, box, mirror, preprocess.height, preprocess.width, preprocess.resample)
     if preprocess.channels == 1:
-        planes = (planes * _constant(_LUMINANCE, device)[:, None, None]).sum(dim=1, keepdim=True) / 2**16
+        planes = (planes * _constant(LUMINANCE, device)[:, None, None]).sum(dim=1, keepdim=True) / 2**16
     elif preprocess.flips_channels:
         planes = planes.flip(1)
     mean, std = (_constant(values, device)[:, None, None] for values in (preprocess.mean, preprocess.std))
@@ -345,25 +360,12 @@ def flip_images(images: Images, flip: NDArray[np.bool_]) -> Images:
 def draw_crop_boxes(sizes: NDArray[np.int64], seed: int, epoch: int, index: Index) -> NDArray[np.int64]:
     """Boxes of random resized crops (Szegedy et al. 2015, section 6), as torchvision's `RandomResizedCrop` draws them.
 
-    sizes is (B, 2): height, width; index is (B,); the result is (B, 4). Area and aspect ratio are drawn up to ten
-    times until the box lies within the image. If none does, the box is the largest centered one with an allowed
-    aspect ratio. So every box has an allowed aspect ratio, up to rounding, whatever the image's.
+    sizes is (B, 2): height, width; index is (B,); the result is (B, 4). See `draw_boxes`. If no box fits, it is the
+    largest centered one with an allowed aspect ratio. So every box has an allowed aspect ratio, up to rounding,
+    whatever the image's.
     """
-    low, high = np.log(CROP_RATIO)
-    boxes = _center_boxes(sizes)
-    remaining = np.arange(len(sizes))  # samples without a box
-    for draw in range(10):
-        drawn = uniform(seed, "crop", epoch, index[remaining], draw)
-        area = sizes[remaining].prod(axis=1) * (CROP_AREA + (1 - CROP_AREA) * drawn[:, 0])
-        aspect = np.exp(low + (high - low) * drawn[:, 1])
-        box = np.rint(np.sqrt(np.stack([area / aspect, area * aspect], axis=1))).astype(np.int64)
-        fits = ((box > 0) & (box <= sizes[remaining])).all(axis=1)
-        corner = np.floor(drawn[:, 2:] * (sizes[remaining] - box + 1)).astype(np.int64)
-        boxes[remaining[fits]] = np.concatenate([corner, box], axis=1)[fits]
-        remaining = remaining[~fits]
-        if not len(remaining):
-            break
-    return boxes
+    boxes, found = draw_boxes(sizes, (CROP_AREA, 1.0), CROP_RATIO, seed, "crop", epoch, index)
+    return np.where(found[:, None], boxes, _center_boxes(sizes))
 
 
 def _center_boxes(sizes: NDArray[np.int64]) -> NDArray[np.int64]:

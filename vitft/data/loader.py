@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitft.data.augment import Images, Preprocess, augment, augment_pixels, flip_images, normalize, resize_and_crop
+from vitft.data.augmentation.erasing import erase
+from vitft.data.augmentation.mixing import draw_mixes, mix, mix_labels
+from vitft.data.augmentation.settings import Augmentation
 from vitft.data.store import Store, move_to_device
 from vitft.hardware.device import to_device
 from vitft.hardware.pools import map_in_processes, processes
@@ -28,12 +31,19 @@ from vitft.randomness import permutation
 class Batch:
     """Model input (B, C, H, W), labels (B,) and positions in the split (B,).
 
-    The next batch of the same loader overwrites the pixels.
+    The next batch of the same loader overwrites the pixels. Of a mixed image, `labels` has the class with the larger
+    share, and `probabilities` (B, classes) all.
     """
 
     pixels: Tensor
     labels: Tensor
     index: NDArray[np.int64]
+    probabilities: Tensor | None = None
+
+    @property
+    def targets(self) -> Tensor:
+        """What the loss compares with: class indices (B,), or the probabilities of mixed images."""
+        return self.labels if self.probabilities is None else self.probabilities
 
 
 class TrainLoader:
@@ -44,16 +54,19 @@ class TrainLoader:
     """
 
     def __init__(
-        self, store: Store, labels: NDArray[np.int64], preprocess: Preprocess, *, kind: str, seed: int,
-        batch_size: int, device: torch.device, rank: int = 0, world: int = 1, clock: Clock | None = None,
+        self, store: Store, labels: NDArray[np.int64], preprocess: Preprocess, *, augmentation: Augmentation,
+        classes: int, batch_size: int, device: torch.device, rank: int = 0, world: int = 1, clock: Clock | None = None,
     ) -> None:  # fmt: skip
+        """`classes`: of the model."""
         self.clock = clock or Clock()
         if device.type == "cuda":
             store = move_to_device(store, device, torch.cuda.mem_get_info(device)[0])
-        self.store, self.preprocess, self.kind, self.seed = store, preprocess, kind, seed
+        self.store, self.preprocess, self.augmentation, self.classes = store, preprocess, augmentation, classes
+        self.seed = seed = augmentation.seed
         self.labels = torch.from_numpy(labels.copy())
         self.batch_size, self.rank, self.world, self.device = batch_size, rank, world, device
         self._buffer = InputBuffer(preprocess, device)
+        self._mixed = InputBuffer(preprocess, device)
         self._order = lru_cache(maxsize=2)(lambda epoch: permutation(seed, "order", epoch, len(store)))
         self._prefetch = self._prefetcher() if store.pixels.device.type != device.type else None
 
@@ -80,25 +93,41 @@ class TrainLoader:
 
     def batch(self, step: int) -> Batch:
         """This process's shard of a step."""
-        index, preprocess = self.shard(step), self.preprocess
+        index, shown, preprocess = self.shard(step), self._shown(step), self.preprocess
         if not len(index):
             pixels = torch.empty((0, preprocess.channels, preprocess.height, preprocess.width), device=self.device)
             return Batch(pixels, torch.empty(0, dtype=torch.long, device=self.device), index)
         with self.clock.part("wait"):
-            images = self._gather(index) if self._prefetch is None else self._prefetch(step)
+            images = self._gather(shown) if self._prefetch is None else self._prefetch(step)
         with self.clock.part("transfer"):
-            labels = to_device(self.labels[index], self.device)
+            labels = to_device(self.labels[shown], self.device)
             if isinstance(images, Tensor):
                 images = to_device(images, self.device)
         with self.clock.part("augment"):
-            buffer = self._buffer.rows(len(index))
+            how, epoch = self.augmentation, step // self.steps_per_epoch
+            buffer = self._buffer.rows(len(shown))
             if self._prefetch is None:
-                epoch = step // self.steps_per_epoch
-                pixels = augment(images, preprocess, self.kind, self.seed, epoch, index, buffer)
+                pixels = augment(images, preprocess, how, epoch, shown, buffer)
             else:
                 assert isinstance(images, Tensor)
                 pixels = normalize(images, preprocess, buffer)
-        return Batch(pixels, labels, index)
+            if how.erase:
+                erase(pixels, how.erase, how.seed, epoch, shown)
+            if not how.mixes:
+                return Batch(pixels, labels, index)
+            mixes = draw_mixes(how, preprocess.height, preprocess.width, epoch, index)
+            labels, probabilities = mix_labels(labels, mixes, self.classes)
+            out = self._mixed.rows(len(index))[: len(index)].permute(0, 3, 1, 2)
+            return Batch(mix(pixels, mixes, out), labels, index, probabilities)
+
+    def _shown(self, step: int) -> NDArray[np.int64]:
+        """The images that a shard shows: its own and, where images are mixed with the next, the one that follows."""
+        mine = self.shard(step)
+        if not len(mine) or not self.augmentation.mixes:
+            return mine
+        whole = self.samples(step)
+        end = 1 + np.array_split(np.arange(len(whole)), self.world)[self.rank][-1]
+        return np.append(mine, whole[end % len(whole)])
 
     def close(self) -> None:
         """End the processes that prepare batches, if there are any.
@@ -110,20 +139,22 @@ class TrainLoader:
 
     def _gather(self, index: NDArray[np.int64]) -> Images:
         # Images that the host crops stay views; on a device, a batch is one tensor.
-        return self.store.gather(index, stacked=self.kind != "crop" or self.store.pixels.device.type != "cpu")
+        crops = self.augmentation.kind == "crop"
+        return self.store.gather(index, stacked=not crops or self.store.pixels.device.type != "cpu")
 
     def _prefetcher(self) -> Callable[[int], Tensor]:
         how, pin = self.preprocess, self.device.type == "cuda"
-        # Cropping image by image is mostly Python code: threads would keep the GIL from the one that trains.
-        count = processes(_bytes(-(-self.batch_size // self.world), how)) if self.kind == "crop" else 0
+        # Many small operations are mostly Python code: threads would keep the GIL from the one that trains.
+        many = self.augmentation.kind == "crop" or self.augmentation.operates
+        count = processes(_bytes(-(-self.batch_size // self.world) + 1, how)) if many else 0
         if count:
             return ForkedPrefetcher(self._augment_on_host, count, pin=pin)
         work = self._augment_on_host
         return Prefetcher((lambda step: work(step).pin_memory()) if pin else work)
 
     def _augment_on_host(self, step: int) -> Tensor:
-        index, epoch = self.shard(step), step // self.steps_per_epoch
-        return augment_pixels(self._gather(index), self.preprocess, self.kind, self.seed, epoch, index)
+        shown, epoch = self._shown(step), step // self.steps_per_epoch
+        return augment_pixels(self._gather(shown), self.preprocess, self.augmentation, epoch, shown)
 
 
 class Prefetcher:

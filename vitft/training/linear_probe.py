@@ -1,7 +1,7 @@
 """Linear probing: compute the features of a frozen backbone once, and train the head on them.
 
-Without random crops, a frozen backbone gives an image the same features in every epoch (with flips, one set for the
-image and one for its mirror image). So a hundred epochs cost little more than one.
+If images are at most mirrored, a frozen backbone gives an image the same features in every epoch (with flips, one set
+for the image and one for its mirror image). So a hundred epochs cost little more than one.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from vitft.config.train import TrainConfig
 from vitft.data.augment import draw_flips
+from vitft.data.augmentation.settings import Augmentation
 from vitft.data.loader import Batch, EvalLoader, TrainLoader
 from vitft.evaluation.evaluation import BATCH
 from vitft.hardware.device import micro_batch, to_device
@@ -30,9 +31,9 @@ def passes(config: TrainConfig) -> int:
 def features_pay(config: TrainConfig, model: nn.Module, steps: int, images: int) -> bool:
     """Whether to train on precomputed features: if they stay the same, there is one head, and it saves passes.
 
-    Random crops change the features in every epoch, and a short run sees fewer images than precomputing would.
+    Most augmentations change the features in every epoch, and a short run sees fewer images than precomputing would.
     """
-    constant = config.freeze == "backbone" and config.augment != "crop" and len(head_of(model)) == 1
+    constant = config.freeze == "backbone" and Augmentation.of(config).only_flips and len(head_of(model)) == 1
     return constant and steps * config.batch_size > passes(config) * images
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast, gather_object
 
+from vitft.data.augmentation.settings import Augmentation
 from vitft.data.loader import TrainLoader
 from vitft.hardware.device import memory_guard, micro_batch
 from vitft.hardware.timers import Clock, DataWait
@@ -38,8 +39,8 @@ class Learner:
         config = self.config
         self.loader: TrainLoader | FeatureLoader
         self.loader = self._images = TrainLoader(
-            *decoded.stores["train"], decoded.loaded.preprocess, kind=config.augment, seed=config.seed,
-            batch_size=config.batch_size, device=accelerator.device,
+            *decoded.stores["train"], decoded.loaded.preprocess, augmentation=Augmentation.of(config),
+            classes=len(decoded.loaded.labels), batch_size=config.batch_size, device=accelerator.device,
             rank=accelerator.process_index, world=accelerator.num_processes, clock=self.clock,
         )  # fmt: skip
         self.steps_per_epoch = self.loader.steps_per_epoch
@@ -161,11 +162,13 @@ class Learner:
         loss_sum = torch.zeros((), device=accelerator.device)
         correct = torch.zeros((), device=accelerator.device)
         for number, start in enumerate(starts):
-            pixels, labels = batch.pixels[start : start + micro], batch.labels[start : start + micro]
+            part = slice(start, start + micro)
+            pixels, labels, targets = batch.pixels[part], batch.labels[part], batch.targets[part]
             weight = 1.0
             if len(labels) == 0:  # all processes join the all-reduce, so an idle one adds zeros
                 pixels = torch.zeros((1, *batch.pixels.shape[1:]), device=accelerator.device)
                 labels, weight = torch.zeros(1, dtype=torch.long, device=accelerator.device), 0.0
+                targets = labels
             torch.manual_seed(derive_seed(config.seed, "dropout", step, number, accelerator.process_index))
             exchange = number == len(starts) - 1
             with nullcontext() if exchange else accelerator.no_sync(self.model):
@@ -173,7 +176,7 @@ class Learner:
                     model = self._fast if len(labels) == self.micro_batch else self.model
                     logits = model(pixel_values=pixels).logits.float()
                     # Divided by the size of the whole batch, so that micro-batches and shards of any size weigh right.
-                    loss = weight * summed_loss(logits, labels, config) / whole
+                    loss = weight * summed_loss(logits, targets, config) / whole
                 with clock.part("backward"):
                     accelerator.backward(loss * world)  # DDP averages gradients over processes
             loss_sum += loss.detach()

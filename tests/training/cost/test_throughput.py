@@ -46,7 +46,7 @@ def test_what_holds_a_run_back_is_named_with_the_setting_that_helps(monkeypatch:
         return measure_speed(pace, model, config(**changes)).remedy  # type: ignore[union-attr]
 
     waiting = replace(PACE, waited_s=1.0)
-    assert remedy(waiting, augment="crop") == "random crops take much of the time: --augment flip is cheaper"
+    assert remedy(waiting, augment="crop") == "--augment crop takes much of the time: flip is cheaper"
     assert remedy(waiting, augment="flip") is None
     monkeypatch.setattr("vitft.training.cost.throughput.find_precision", lambda wanted, device: "bf16")
     assert remedy() == "this hardware is faster at bf16: --precision auto"

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from vitft.config.train import TrainConfig
+from vitft.data.augmentation.settings import Augmentation
 from vitft.data.loader import EvalLoader, TrainLoader
 from vitft.errors import UsageError
 from vitft.hardware.device import (
@@ -74,8 +75,8 @@ def bench(what: What, settings: dict[str, Any], steps: int) -> dict[str, Any]:
 
 
 _NAMED = (
-    "dataset", "model", "image_size", "batch_size", "augment", "freeze", "device", "precision", "attention", "compile",
-    "deterministic", "micro_batch_size", "threads",
+    "dataset", "model", "image_size", "batch_size", "augment", "color_jitter", "erase", "mixup", "cutmix", "freeze",
+    "device", "precision", "attention", "compile", "deterministic", "micro_batch_size", "threads",
 )  # fmt: skip
 
 
@@ -83,8 +84,8 @@ def _data(accelerator: Any, decoded: Decoded, steps: int, ending: ExitStack) -> 
     config = decoded.config
     clock = Stopwatch(config.device)
     loader = TrainLoader(
-        *decoded.stores["train"], decoded.loaded.preprocess, kind=config.augment, seed=config.seed,
-        batch_size=config.batch_size, device=accelerator.device, clock=clock,
+        *decoded.stores["train"], decoded.loaded.preprocess, augmentation=Augmentation.of(config),
+        classes=len(decoded.loaded.labels), batch_size=config.batch_size, device=accelerator.device, clock=clock,
     )  # fmt: skip
     ending.callback(loader.close)
     places = _whole_batches(loader)

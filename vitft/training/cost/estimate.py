@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from vitft.data.augment import augment, preprocess_images
+from vitft.data.augmentation.settings import Augmentation
 from vitft.data.decoder import BadImage, decode, encoded
 from vitft.data.store import IN_MEMORY, decode_all, shrink
 from vitft.hardware.device import autocast, micro_batch
@@ -154,8 +155,10 @@ def pass_s(prepared: Prepared, images: torch.Tensor, module: Any = None) -> floa
     synchronize(config.device)
     started = time.perf_counter()
     index = np.arange(len(images))
-    images = images if config.augment == "crop" else images.to(config.device)  # as the loader does
-    pixels = augment(images, prepared.loaded.preprocess, config.augment, config.seed, 0, index).to(config.device)
+    how = Augmentation.of(config)
+    on_host = how.kind == "crop" or (how.operates and config.device != "cuda")
+    images = images if on_host else images.to(config.device)  # as the loader does
+    pixels = augment(images, prepared.loaded.preprocess, how, 0, index).to(config.device)
     torch.autograd.backward(_loss(prepared, model if module is None else module, pixels))
     synchronize(config.device)
     return time.perf_counter() - started

@@ -120,8 +120,8 @@ def _is_fast(config: TrainConfig) -> bool:
 
 def _remedy(pace: Pace, mfu: float | None, config: TrainConfig) -> str | None:
     """The setting that would help most; None if nothing stands out."""
-    if pace.data_wait > _MUCH_WAIT and config.augment == "crop":
-        return "random crops take much of the time: --augment flip is cheaper"
+    if pace.data_wait > _MUCH_WAIT and config.augment not in ("none", "flip"):
+        return f"--augment {config.augment} takes much of the time: flip is cheaper"
     best = find_precision("auto", config.device)
     if config.precision == "fp32" and best != "fp32":
         return f"this hardware is faster at {best}: --precision auto"

@@ -1,0 +1,76 @@
+"""Random erasing draws the boxes of its paper, and fills them with noise."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import kstest, uniform
+
+from vitft.data.augmentation.erasing import draw_erased, erase
+
+SOME = np.arange(6000)
+
+
+@pytest.mark.parametrize("probability", [0.25, 1.0])
+def test_so_many_are_erased(probability: float) -> None:
+    places, boxes = draw_erased(probability, 200, 200, 3, 1, SOME)
+    # A box longer than the image is drawn again, ten times at most, which almost always finds one.
+    assert abs(len(places) / len(SOME) - probability) < 4 * (0.25 / len(SOME)) ** 0.5
+    assert len(places) == len(boxes) == len(set(places.tolist()))
+
+
+def test_areas_ratios_and_places_are_uniform_as_in_the_paper() -> None:
+    """Zhong et al. 2020, algorithm 1, by the accepted boxes of a plain loop over random numbers of another kind."""
+    height, width = 300, 400
+    _, boxes = draw_erased(1.0, height, width, 3, 1, SOME)
+    top, left, tall, wide = boxes.T
+    assert (top + tall <= height).all()
+    assert (left + wide <= width).all()
+    rng, areas, ratios = np.random.default_rng(0), [], []
+    while len(areas) < 6000:
+        area = rng.uniform(0.02, 1 / 3) * height * width
+        ratio = np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3)))
+        if np.sqrt(area / ratio) <= height and np.sqrt(area * ratio) <= width:
+            areas.append(area / (height * width))
+            ratios.append(np.log(ratio))
+    assert kstest(tall * wide / (height * width), areas).pvalue > 1e-4
+    assert kstest(np.log(wide / tall), ratios).pvalue > 1e-4
+    # Whole places among those that are possible, spread evenly over their range.
+    part = (top + np.random.default_rng(1).random(len(top))) / (height - tall + 1)
+    assert kstest(part, uniform.cdf).pvalue > 1e-4
+
+
+def test_a_box_becomes_noise_of_its_own_and_the_rest_stays() -> None:
+    index = np.arange(100, 140)
+    pixels = torch.full((40, 3, 32, 24), 7.0)
+    erase(pixels, 0.5, 3, 1, index)
+    places, boxes = draw_erased(0.5, 32, 24, 3, 1, index)
+    noise = []
+    for place, (top, left, height, width) in zip(places.tolist(), boxes.tolist(), strict=True):
+        inside = pixels[place, :, top : top + height, left : left + width].clone()
+        noise.append(inside.flatten())
+        assert (inside != 7).all()
+        pixels[place, :, top : top + height, left : left + width] = 7
+    assert 10 < len(noise) < 30
+    assert (pixels == 7).all()
+    values = torch.cat(noise).double().numpy()
+    assert kstest(values, "norm").pvalue > 1e-4
+    assert len(np.unique(values.round(5))) > 0.9 * len(values)  # no two images share it
+
+
+def test_a_samples_noise_does_not_depend_on_the_batch() -> None:
+    whole = torch.zeros(12, 3, 16, 16)
+    erase(whole, 0.7, 3, 1, np.arange(12))
+    assert whole.any()
+    some = torch.zeros(3, 3, 16, 16)
+    erase(some, 0.7, 3, 1, np.array([11, 0, 5]))
+    assert torch.equal(some, whole[[11, 0, 5]])
+    for other in ((4, 1), (3, 2)):
+        again = torch.zeros(12, 3, 16, 16)
+        erase(again, 0.7, *other, np.arange(12))
+        assert not torch.equal(again, whole)
+
+
+def test_an_image_too_small_to_erase_stays() -> None:
+    pixels = torch.ones(50, 1, 1, 1)
+    erase(pixels, 0.0, 0, 0, np.arange(50))
+    assert (pixels == 1).all()
