@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -535,6 +536,15 @@ def test_data_info_as_a_table() -> None:
     assert text.startswith("digits, 10 classes\n")
     assert re.search(r"^train +1,438  8×8 +8×8 +8×8 +PNG", text, re.MULTILINE)
     assert re.search(r"^9 +144 +36$", text, re.MULTILINE)
+
+
+def test_data_info_shows_augmentations_in_a_preview_alone() -> None:
+    words = ("data", "info", "digits", "--augment", "trivial", "--mixup", "0.4")
+    assert "--preview FILE.png" in error_of(*words, code=2)
+    assert vitft(*words, "--preview", "seen.png").exit_code == 0
+    assert vitft(*words[:3], "--preview", "plain.png").exit_code == 0
+    seen, plain = (np.asarray(Image.open(name)) for name in ("seen.png", "plain.png"))
+    assert seen.shape != plain.shape  # room for what is mixed in
 
 
 @pytest.mark.parametrize("picture", ["grid.jpg", "nowhere/grid.png"])

@@ -8,6 +8,7 @@ from PIL import Image
 from rich.console import Console
 
 from vitft.cli.tables import data_report
+from vitft.data.augmentation.settings import Augmentation
 from vitft.data.info import describe
 from vitft.data.preview import CLASSES, _fit_text, preview
 from vitft.data.sources.source import open_dataset
@@ -143,3 +144,49 @@ def test_preview_numbers_a_class_whose_name_no_font_can_draw(tmp_path, fonts_her
     fonts_here("猫…")
     preview(open_dataset(str(tmp_path / "a" / "pets")), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes() != pictures[0]
+
+
+def sheet_of(source, file, **how):
+    preview(source, file, augmentation=Augmentation(**how))
+    return np.asarray(Image.open(file).convert("RGB")).astype(int)
+
+
+def cells(sheet, rows, left, top=96, tall=102):
+    """The pictures: by row, the image and 7 epochs."""
+    return [
+        [sheet[top + tall * r : top + tall * r + 96, left + 102 * c :][:, :96] for c in range(8)] for r in range(rows)
+    ]
+
+
+def test_preview_shows_what_the_model_sees(tmp_path):
+    """A picture with a bright left half: mirrored in some epochs, and the other class blended in where it is mixed."""
+    half = np.zeros((64, 96, 3), np.uint8)
+    half[:, :48] = (250, 40, 40)
+    for name, picture in (("cat", half), ("dog", np.full((64, 96, 3), (40, 40, 250), np.uint8))):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        Image.fromarray(picture).save(tmp_path / "pets" / name / "0.png")
+    source = open_dataset(str(tmp_path / "pets"))
+    flipped = sheet_of(source, tmp_path / "flip.png", kind="flip")
+    left = int(np.nonzero(((flipped[..., 0] > 200) & (flipped[..., 1] < 90)).any(0))[0].min())
+    (original, *epochs), (_, *blue) = cells(flipped, 2, left)
+    assert original[2, 48].tolist() == [0xF1, 0xF1, 0xF3]  # the image keeps its aspect ratio, the model's input fills
+    red = [(cell[2:94, 4:44, 0].mean() > 200, cell[2:94, 52:92, 0].mean() > 200) for cell in epochs]
+    assert set(red) == {(True, False), (False, True)}
+    assert all(abs(cell - [40, 40, 250]).max() < 3 for cell in blue)
+    mixed = sheet_of(source, tmp_path / "mixup.png", kind="none", mixup=1.0)
+    (_, *epochs), (_, *blue) = cells(mixed, 2, left, tall=117)
+    assert all(cell[48, 80, 2] > 3 for cell in epochs)  # the dark half is bluish
+    assert len({int(cell[48, 80, 2]) for cell in epochs}) > 4
+    ink = (mixed[96 + 96 : 96 + 111, left:] < 200).any(axis=(0, 2)).nonzero()[0]  # captions: what is mixed in
+    assert len(ink) > 100
+    assert ink.min() > 100  # but of the image as it is
+
+
+def test_preview_with_augmentation_crosses_out_what_cannot_be_read(tmp_path):
+    root = photos(tmp_path / "pets", ["cat", "dog"], sizes=[(60, 40)])
+    (root / "dog" / "0.jpg").write_bytes(b"bad")
+    sheet = sheet_of(open_dataset(str(root)), tmp_path / "sheet.png", kind="trivial")
+    rows = (sheet[..., 0] - sheet[..., 1] > 100).any(1).nonzero()[0]
+    assert rows.max() < 96 + 96  # the first class's row alone
+    (root / "cat" / "0.jpg").write_bytes(b"bad")
+    preview(open_dataset(str(root)), tmp_path / "none.png", augmentation=Augmentation("rand"))

@@ -416,24 +416,30 @@ def scratch_figures(
 
 
 @data_app.command("info")
-@options_from(_TRAIN_SETTINGS, "Reading")
+@options_from(_TRAIN_SETTINGS, "Reading", "Augmentation")
 def data_info(
     dataset: DatasetName,
     dataset_revision: Revision = None,
-    preview: Annotated[Path | None, typer.Option(help="Write a grid of example images as a PNG.")] = None,
+    preview: Annotated[Path | None, typer.Option(help="Write a grid of example images as a PNG; with --augment, --mixup, ..., of what the model sees.")] = None,
     json: Json = False,
     *, overrides: dict[str, Any],
 ) -> None:  # fmt: skip
     """Show a dataset's splits, classes, counts and image sizes."""
+    from vitft.config.train import TrainConfig
+    from vitft.data.augmentation.settings import SETTINGS, Augmentation
     from vitft.data.info import describe
     from vitft.data.sources.source import open_dataset
 
     _check_picture(preview)
+    changes = {name: overrides.pop(name) for name in SETTINGS if name in overrides}
+    augmentation = Augmentation.of(TrainConfig.parse(changes, "flags")) if changes else None
+    if augmentation and preview is None:
+        raise UsageError(f"{as_flag(next(iter(changes)))} changes what --preview shows; add --preview FILE.png.")
     source = open_dataset(dataset, revision=dataset_revision, **overrides)
     if preview is not None:
         from vitft.data.preview import preview as draw
 
-        draw(source, preview)
+        draw(source, preview, augmentation=augmentation)
         console.note(f"preview: {preview}")
     described = describe(source)
     console.say_json(described) if json else console.say(tables.data_report(described))

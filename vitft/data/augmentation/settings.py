@@ -5,6 +5,9 @@ from typing import Self
 
 from vitft.config.train import TrainConfig
 
+SETTINGS = ("augment", "color_jitter", "erase", "mixup", "cutmix")
+"""The settings of TrainConfig that say which."""
+
 
 @dataclass(frozen=True)
 class Augmentation:
