@@ -54,7 +54,7 @@ def vision_transforms(size: int, kind: str) -> Any:
 
 
 def example_rows(folder: Path, size: int, kind: str) -> Any:
-    """The Transformers example's data set: decoded and transformed when it is read."""
+    """The Transformers example's dataset: decoded and transformed when it is read."""
     change = vision_transforms(size, kind)
 
     def rows(batch: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def collated(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def example_input(folder: Path, size: int, kind: str, batch: int, workers: int) -> Pass:
-    """As `Trainer` reads the example's data set."""
+    """As `Trainer` reads the example's dataset."""
     rows = example_rows(folder, size, kind)
     loader = torch.utils.data.DataLoader(rows, batch, shuffle=True, collate_fn=collated, num_workers=workers)
     return lambda: (one["pixel_values"] for one in loader)

@@ -5,7 +5,7 @@
 
 Prints JSON: training steps of a ViT with random weights, by `vitft bench` with flips and with crops, plain, compiled
 and with kernels that repeat themselves to the bit; where a step's time goes; the same steps by Transformers' Trainer at
-its defaults and with bf16; then two epochs and an evaluation of the whole data set by `vitft train`.
+its defaults and with bf16; then two epochs and an evaluation of the whole dataset by `vitft train`.
 """
 
 import argparse

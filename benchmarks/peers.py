@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("data", "train", "accuracy"))
     parser.add_argument("--dataset", default="digits", help="as for `vitft train`")
-    parser.add_argument("--photos", type=int, help="in place of a data set: this many photos, made now")
+    parser.add_argument("--photos", type=int, help="in place of a dataset: this many photos, made now")
     parser.add_argument("--photo-size", type=int, nargs=2, default=(500, 375), help="their width and height")
     parser.add_argument("--images", type=int, default=4000, help="of the training split, from its beginning")
     parser.add_argument("--test-images", type=int, default=2000, help="accuracy: of the test split")

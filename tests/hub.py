@@ -1,7 +1,7 @@
-"""A stand-in for the Hugging Face hub on loopback, and a tiny model and data set to serve from it.
+"""A stand-in for the Hugging Face hub on loopback, and a tiny model and dataset to serve from it.
 
 It answers the REST paths that huggingface_hub, datasets and transformers ask for when they load a model
-or a data set, so that a test runs the real loading code with no network:
+or a dataset, so that a test runs the real loading code with no network:
 
     GET       /api/{models,datasets}/ID[/revision/REV]         commit, files
     GET       /api/{models,datasets}/ID/tree/REV[/FOLDER]      entries of a folder, ?recursive

@@ -20,15 +20,15 @@ import psutil
 
 from tests.conftest import TINY_THREADS
 from tests.forked import HANGS_S, LONGER, finish, flags, start
-from tests.training.test_survival import assert_as_undisturbed, begin_or_resume, left_in
+from tests.training.test_survival import assert_like_uninterrupted, begin_or_resume, left_in
 from tests.training.test_trainer import config
 from vitft.checkpoints.checkpoint import is_run, newest_intact, step_folders
 
-FAULTS = ("kill", "kill", "terminate", "interrupt", "interrupt twice", "disk full", "flipped bit", "torn file")
+FAULTS = ("kill", "kill", "terminate", "interrupt", "interrupt twice", "disk full", "flipped bit", "truncated file")
 
 
 def main() -> int:
-    """Exit code 1 if a run did not end as the undisturbed one, or anything grew."""
+    """Exit code 1 if a run did not end as the uninterrupted one, or anything grew."""
     assert os.environ["OMP_NUM_THREADS"] == TINY_THREADS
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60)
@@ -60,7 +60,7 @@ def main() -> int:
             code, said = finish(*begin_or_resume(run, flags()), log=work / "log")
             assert code == 0, said
             try:
-                assert_as_undisturbed(run, whole)
+                assert_like_uninterrupted(run, whole)
             except AssertionError as error:
                 raise AssertionError(f"after {tried}: {sorted(left_in(run) ^ left_in(whole))}") from error
             code, said = finish("eval", str(run), "--json", log=work / "log")
@@ -70,7 +70,7 @@ def main() -> int:
             measured.append(figures(Path(folder)))
     grown = {name: growth([one[name] for one in measured]) for name in measured[0]}
     tempfile.tempdir = None
-    print(json.dumps({"minutes": given.minutes, "cycles": len(measured), "faults": faults, "all_as_undisturbed": True,
+    print(json.dumps({"minutes": given.minutes, "cycles": len(measured), "faults": faults, "all_same_bits": True,
                       "first_cycles_and_last": grown}, indent=2))  # fmt: skip
     return int(any(last > 1.05 * first + 1 for first, last in grown.values()))
 
@@ -89,10 +89,10 @@ def disturb(run: Path, fault: str, rng: random.Random, took_s: float, log: Path)
     done = process.exitcode == 0
     process.close()
     folders = step_folders(run) if is_run(run) and not done else []
-    if fault in ("flipped bit", "torn file") and len(folders) > 1:
+    if fault in ("flipped bit", "truncated file") and len(folders) > 1:
         file = rng.choice(sorted(folders[0].iterdir()))
         content = bytearray(file.read_bytes())
-        if fault == "torn file":
+        if fault == "truncated file":
             del content[len(content) // 2 :]
         else:
             content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)

@@ -131,7 +131,7 @@ def test_splits_of_a_dataset_dict_keep_their_roles(tmp_path: Path) -> None:
         (datasets.Dataset.from_dict({"a": [1.5]}), "no image column"),
     ],
 )
-def test_what_is_no_dataset_is_refused_in_a_line(wrong: Any, said: str) -> None:
+def test_what_is_not_a_dataset_is_refused_in_one_line(wrong: Any, said: str) -> None:
     with pytest.raises((UsageError, DataError), match=said):
         open_dataset(wrong)
 
@@ -176,7 +176,7 @@ def test_a_model_object_keeps_its_processor(tmp_path: Path) -> None:
         train(plain, model=torch.nn.Linear(2, 2), dataset=given())
 
 
-def test_a_run_that_saved_nothing_of_a_model_object_cannot_go_on(tmp_path: Path) -> None:
+def test_a_run_of_a_model_object_that_saved_nothing_cannot_be_resumed(tmp_path: Path) -> None:
     class Stopper(Callback):
         def on_step(self, step: int) -> None:
             raise KeyError
@@ -188,7 +188,7 @@ def test_a_run_that_saved_nothing_of_a_model_object_cannot_go_on(tmp_path: Path)
         resume(tmp_path / "run", dataset=given())
 
 
-def test_callbacks_hear_of_everything_in_order(tmp_path: Path) -> None:
+def test_callbacks_are_called_for_everything_in_order(tmp_path: Path) -> None:
     heard: list[Any] = []
 
     class Ear(Callback):

@@ -55,7 +55,7 @@ def test_the_tree_stays_small() -> None:
     assert not {"utils", "util", "helpers", "misc", "common"} & {name.split(".")[-1] for name in MODULES}
 
 
-def test_a_module_says_what_it_is_and_leaves_nothing_open() -> None:
+def test_modules_have_docstrings_and_no_open_tasks() -> None:
     marks = ("TO" + "DO", "FIX" + "ME", "XXX")
     assert [name for name, body in BODIES.items() if not ast.get_docstring(body)] == []
     assert [name for name, file in MODULES.items() if any(mark in file.read_text("utf-8") for mark in marks)] == []
@@ -103,7 +103,7 @@ def test_a_home_folder_is_found_in_one_place() -> None:
     assert found == {"io.paths"}
 
 
-def test_scratch_stands_on_numpy_and_the_spec_alone() -> None:
+def test_scratch_imports_only_numpy_and_the_spec() -> None:
     for name in (name for name in MODULES if name.startswith("scratch.")):
         allowed = {"numpy", "scipy", "safetensors", "vitft"} | ({"torch"} if name == "scratch.torch_vit" else set())
         assert {full.split(".")[0] for full in imports(name)} <= allowed | stdlib_module_names, name

@@ -131,7 +131,7 @@ def test_help_lists_the_choices_of_a_setting() -> None:
 # -- wrong usage ----------------------------------------------------------------------------------
 
 
-def test_train_alone_says_what_is_missing() -> None:
+def test_train_without_a_dataset_says_what_is_missing() -> None:
     assert error_of("train", code=2).startswith("no dataset; add --dataset with a hub id")
 
 
@@ -341,7 +341,7 @@ def test_the_settings_a_run_wrote_are_a_recipe(run: Path, monkeypatch: pytest.Mo
 # -- resume ---------------------------------------------------------------------------------------
 
 
-def test_resume_refuses_a_changed_setting_and_says_how_to_start_anew(run: Path) -> None:
+def test_resume_refuses_a_changed_setting_and_says_how_to_start_a_new_run(run: Path) -> None:
     message = error_of("train", "--resume", str(run), "--lr", "0.5", code=2)
 
     assert "lr 2e-05, got 0.5" in message
@@ -350,13 +350,13 @@ def test_resume_refuses_a_changed_setting_and_says_how_to_start_anew(run: Path) 
 
 
 @pytest.mark.parametrize("extra", [["--recipe", "x"], ["--output", "y"], ["--overwrite"], ["--dry-run"]])
-def test_resume_goes_on_with_a_run_as_it_is(run: Path, extra: list[str]) -> None:
+def test_resume_continues_a_run_with_its_settings(run: Path, extra: list[str]) -> None:
     assert "leave out --recipe, --output, --overwrite, --dry-run" in error_of(
         "train", "--resume", str(run), *extra, code=2
     )
 
 
-def test_a_finished_run_says_so_and_what_to_type_next(run: Path) -> None:
+def test_a_finished_run_suggests_the_next_commands(run: Path) -> None:
     done = vitft("train", "--resume", str(run))
 
     assert (done.exit_code, done.stderr.count("\n")) == (0, 1), done.output
@@ -365,7 +365,7 @@ def test_a_finished_run_says_so_and_what_to_type_next(run: Path) -> None:
     assert "test accuracy" in done.stdout
 
 
-def test_a_run_whose_data_set_is_gone_is_told_to_name_the_new_place(tmp_path: Path) -> None:
+def test_resume_without_its_dataset_asks_for_the_new_path(tmp_path: Path) -> None:
     data = tmp_path / "a place"
     for label in ("cat", "dog"):
         (data / label).mkdir(parents=True)

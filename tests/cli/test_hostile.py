@@ -74,7 +74,7 @@ def named(tmp_path: Path) -> Path:
     return folder / "t.jsonl"
 
 
-def test_names_of_classes_steer_neither_the_terminal_nor_a_page_nor_a_path(named: Path, tmp_path: Path) -> None:
+def test_class_names_inject_nothing_into_terminal_page_or_path(named: Path, tmp_path: Path) -> None:
     run, before = tmp_path / "run", set(tmp_path.rglob("*"))
     small = flags(dataset=str(named), max_train_samples=None, max_steps=2, val_fraction=0)
     page = tmp_path / "page.html"
@@ -189,7 +189,7 @@ def test_code_in_a_model_folder_is_never_run(saved: Saved, tmp_path: Path) -> No
 # -- folders ----------------------------------------------------------------------------------------
 
 
-def test_pipes_archives_and_loops_in_a_folder_are_no_images(tmp_path: Path) -> None:
+def test_pipes_archives_and_link_loops_in_a_folder_are_not_images(tmp_path: Path) -> None:
     for split in ("train", "test"):
         for name in ("cat", "dog"):
             folder = tmp_path / "pets" / split / name
@@ -547,7 +547,7 @@ def test_a_recipe_of_lists_of_lists_by_name_is_a_line(use: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("form", [[], ["--json"], ["--format", "csv"]])
-def test_weights_that_are_no_numbers_predict_nothing(saved: Saved, form: list[str]) -> None:
+def test_non_finite_weights_predict_nothing(saved: Saved, form: list[str]) -> None:
     folder = saved()
     state = load_file(folder / "model.safetensors")
     state["classifier.bias"][:] = float("nan")
@@ -557,9 +557,7 @@ def test_weights_that_are_no_numbers_predict_nothing(saved: Saved, form: list[st
     assert result.stdout == ""
 
 
-def test_scores_that_are_no_numbers_are_no_prediction(
-    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_non_finite_scores_are_not_a_prediction(saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     scores = torch.tensor([[0.2, 0.3, float("nan")]])  # as where each label is scored by itself
     monkeypatch.setattr("vitft.evaluation.prediction._scores", lambda model, pixels, scoring: scores)
@@ -568,7 +566,7 @@ def test_scores_that_are_no_numbers_are_no_prediction(
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl", "table"])
-def test_names_that_are_no_utf_8_and_formulas_lose_no_row(saved: Saved, tmp_path: Path, form: str) -> None:
+def test_names_that_are_not_utf_8_and_formulas_lose_no_row(saved: Saved, tmp_path: Path, form: str) -> None:
     folder = saved(labels=("-5", "+b", "=c"))
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -624,7 +622,7 @@ def secretive(home: str) -> None:
     os.environ.update(SECRETS | {"HOME": home})
 
 
-def test_no_token_and_no_home_folder_stand_in_a_run(named: Path, tmp_path: Path) -> None:
+def test_a_run_folder_contains_no_token_and_no_home_folder(named: Path, tmp_path: Path) -> None:
     run = tmp_path / "home" / "run"
     (tmp_path / "home").mkdir()
     data = tmp_path / "home" / "data"

@@ -120,7 +120,7 @@ def test_a_path_may_be_text(digits_run: Any) -> None:
     assert numbers(evaluate(str(digits_run.run))) == numbers(evaluate(digits_run.run))
 
 
-def test_train_too_is_scored_if_asked_for(digits_run: Any) -> None:
+def test_the_train_split_is_scored_if_asked_for(digits_run: Any) -> None:
     got = evaluate(digits_run.run, split="train", max_eval_samples=20)
     assert got.split == "train"
     assert got.count > 0
@@ -166,7 +166,7 @@ def test_a_plain_folder_is_scored_on_all_of_the_data_named(saved: Callable[..., 
     assert [row.label for row in got.per_class] == ["ant", "bee", "cat"]
 
 
-def test_a_plain_folder_needs_a_data_set(saved: Callable[..., Path]) -> None:
+def test_a_plain_folder_needs_a_dataset(saved: Callable[..., Path]) -> None:
     with pytest.raises(UsageError, match="add --dataset"):
         evaluate(saved("vit"))
 
@@ -211,7 +211,7 @@ def test_other_labels_are_an_error_that_lists_both_sides(saved: Callable[..., Pa
     assert "\n" not in str(caught.value)
 
 
-def test_classes_that_share_a_name_are_told_apart_by_their_place() -> None:
+def test_classes_of_the_same_name_are_distinguished_by_index() -> None:
     """As ImageNet's two cranes."""
     truth, names = np.array([0, 1, 2]), ("crane", "kite", "crane")
     assert matched(truth, names, names, name="model")[0].tolist() == [0, 1, 2]
@@ -282,7 +282,7 @@ def test_an_image_of_more_pixels_than_asked_for_is_refused(saved: Callable[..., 
         evaluate(saved("vit"), dataset=data, split="train", max_pixels=20 * 24 - 1)
 
 
-def test_naming_the_checkpoints_own_data_set_changes_nothing(digits_run: Any) -> None:
+def test_naming_the_checkpoints_own_dataset_changes_nothing(digits_run: Any) -> None:
     assert numbers(evaluate(digits_run.run, dataset="digits")) == numbers(evaluate(digits_run.run))
 
 
@@ -351,7 +351,7 @@ def test_the_public_names_are_the_rooms_own() -> None:
     assert vitft.TrainConfig is TrainConfig
 
 
-def test_what_one_data_set_was_allowed_another_is_not(tmp_path: Path) -> None:
+def test_what_one_dataset_was_allowed_another_is_not(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "lists").mkdir()
     rows = ["path,label"]
@@ -423,7 +423,7 @@ def test_photos_that_were_added_change_nothing_of_what_is_scored(
     assert evaluate(run, split="train").count == 60 - before.count
 
 
-def test_a_data_set_that_moved_is_split_as_it_was(noisy: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_dataset_that_moved_is_split_as_it_was(noisy: tuple[Path, Path], tmp_path: Path) -> None:
     data, run = noisy
     before = evaluate(run, split="validation")
     renamed = tmp_path / "elsewhere"
@@ -448,7 +448,7 @@ def test_images_that_were_trained_on_are_not_scored_as_a_test(noisy: tuple[Path,
         evaluate(run, dataset=str(other))
     done = CliRunner().invoke(app, ["eval", str(run), "--dataset", str(other)])
     assert (done.exit_code, len(done.stderr.splitlines())) == (3, 1)
-    # The same numbers as names, but other pictures: another data set, with nothing held out.
+    # The same numbers as names, but other pictures: another dataset, with nothing held out.
     third = noise(tmp_path / "third", range(60), seed=1)
     with pytest.raises(UsageError, match="third has no test or validation split"):
         evaluate(run, dataset=str(third))
@@ -515,7 +515,7 @@ def test_where_all_was_trained_on_nothing_is_held_out(tmp_path: Path, capsys: py
     assert "no validation split: " in capsys.readouterr().err
 
 
-def test_a_checkpoint_without_its_run_says_what_it_cannot_know(
+def test_a_checkpoint_without_its_run_warns_of_what_is_unknown(
     noisy: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, run = noisy

@@ -115,7 +115,7 @@ def test_wilson_interval_is_the_published_one(correct: int, count: int, expected
 
 
 @given(st.integers(1, 10**6), st.data())
-def test_wilson_interval_holds_the_share_within_0_and_1(count: int, data: st.DataObject) -> None:
+def test_the_wilson_interval_contains_the_fraction_and_stays_within_0_and_1(count: int, data: st.DataObject) -> None:
     correct = data.draw(st.integers(0, count))
     low, high = wilson_interval(correct, count)
     assert 0 <= low <= correct / count + 1e-12
@@ -125,7 +125,7 @@ def test_wilson_interval_holds_the_share_within_0_and_1(count: int, data: st.Dat
 
 
 @pytest.mark.parametrize(("correct", "count"), [(0, 0), (3, 2), (-1, 2)])
-def test_wilson_interval_refuses_what_is_no_share(correct: int, count: int) -> None:
+def test_the_wilson_interval_refuses_counts_out_of_range(correct: int, count: int) -> None:
     with pytest.raises(ValueError, match="is not a fraction"):
         wilson_interval(correct, count)
 
@@ -136,7 +136,7 @@ def test_an_empty_split_is_a_data_error() -> None:
 
 
 @pytest.mark.parametrize("loss", [np.nan, np.inf])
-def test_a_loss_that_is_no_number_is_a_model_error(loss: float) -> None:
+def test_a_non_finite_evaluation_loss_is_a_model_error(loss: float) -> None:
     top, losses = np.array([[0, 1], [1, 0]]), np.array([0.1, loss])
     with pytest.raises(ModelError, match="loss on test is"):
         score(np.array([0, 1]), top, losses, ["a", "b"], split="test", split_hash="0", elapsed_s=1)

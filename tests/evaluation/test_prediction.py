@@ -306,7 +306,7 @@ def test_a_bad_file_makes_it_exit_code_3_after_all_are_predicted(command: Callab
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_the_table_names_image_class_and_share(command: Callable[..., Any], checkpoint: Path) -> None:
+def test_the_table_has_image_class_and_probability(command: Callable[..., Any], checkpoint: Path) -> None:
     done = command("b.png", "bad.png")
 
     assert done.exit_code == 3
@@ -349,7 +349,7 @@ def test_an_unknown_format_names_the_nearest(command: Callable[..., Any]) -> Non
     assert done.exit_code == 2
 
 
-def test_a_range_is_kept_with_the_model_and_asked_for_by_a_flag(tmp_path: Path) -> None:
+def test_value_range_is_stored_with_the_model_and_set_by_a_flag(tmp_path: Path) -> None:
     """12 bits in 16 are what their 8 upper bits are, where the checkpoint was trained with that range."""
     deep = (np.random.default_rng(0).integers(0, 256, (64, 64)) * 4095 / 255).round().astype(np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
@@ -414,7 +414,7 @@ def test_gray_images_in_memory(photographs: tuple[Path, list[Path]]) -> None:
         assert_same_top(*predictor(given), wanted)
 
 
-def test_what_is_no_image_gets_a_row_that_says_so(photographs: tuple[Path, list[Path]]) -> None:
+def test_files_that_are_not_images_get_a_row_with_the_error(photographs: tuple[Path, list[Path]]) -> None:
     checkpoint, files = photographs
     channels_first = np.zeros((3, 40, 50), np.uint8)
     rows = Predictor(checkpoint)(
@@ -430,6 +430,6 @@ def test_what_is_no_image_gets_a_row_that_says_so(photographs: tuple[Path, list[
     ]
 
 
-def test_floats_are_the_uint8_pixels_that_they_stand_for() -> None:
+def test_float_images_become_the_uint8_pixels_they_encode() -> None:
     pixels = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
     assert np.array_equal(_channels_last(pixels / 255), pixels.movedim(0, -1).numpy())

@@ -70,7 +70,7 @@ def head(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_weights_are_float32_whatever_was_stored(saved: Saved, architecture: str, dtype: torch.dtype) -> None:
+def test_weights_are_float32_for_any_stored_dtype(saved: Saved, architecture: str, dtype: torch.dtype) -> None:
     folder = saved(architecture, dtype=dtype)
 
     model = load(folder).model

@@ -217,7 +217,7 @@ def test_a_border_of_one_and_a_flip_make_eighteen_images() -> None:
     assert len(np.unique(flip(crop(symmetric, 1, rng), rng), axis=0)) == 9
 
 
-def test_adams_first_step_is_lr_whatever_the_gradient() -> None:
+def test_adams_first_step_is_lr_for_any_gradient() -> None:
     for gradient in (1e-3, -1.0, 1e3):
         w: dict[str, Array] = {"x": np.array([5.0])}
         adam = Adam()

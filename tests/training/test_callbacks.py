@@ -61,7 +61,7 @@ def test_a_line_has_the_means_of_its_window(monkeypatch: pytest.MonkeyPatch, pro
     ("steps", "place", "value"),
     [([(1.0, 1.0), (INF, 1.0), (NAN, 1.0)], 1, INF), ([(1.0, 1.0), (2.0, -INF), (NAN, 1.0)], 1, -INF)],
 )
-def test_the_first_number_that_is_none_is_named(steps: list[tuple[float, float]], place: int, value: float) -> None:
+def test_the_first_non_finite_value_is_named(steps: list[tuple[float, float]], place: int, value: float) -> None:
     window = Window(accelerator())
     for loss, norm in steps:
         add(window, loss, 0.0, norm, 1)
@@ -94,7 +94,7 @@ def test_on_resume_the_lines_up_to_the_checkpoint_stay(tmp_path: Path) -> None:
     for line in (*kept, *gone):
         record(tmp_path, line)
     with (tmp_path / callbacks.FILE).open("a") as file:
-        file.write('{"step": 5}\n[1]\n{"step": 5, "spl')  # no line of ours, nor that; and a torn one
+        file.write('{"step": 5}\n[1]\n{"step": 5, "spl')  # no line of ours, nor that; and a truncated one
     assert recorded(tmp_path) == kept + gone
     remove_after(tmp_path, 3)
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == kept

@@ -18,14 +18,14 @@ def scored(truth: list[int], taken: list[int]) -> Metrics:
     return score(np.array(truth), top, losses, labels, split="test", split_hash="0", elapsed_s=1.0)
 
 
-def test_one_class_for_every_image_is_told_by_name() -> None:
+def test_predicting_a_single_class_is_reported_with_its_name() -> None:
     told = learned_nothing(scored([0, 1, 2] * 10, [1] * 30), TrainConfig(freeze="backbone"), 1000)
     assert told is not None
     assert "every image of test was predicted as bee" in told
     assert "--lr 2e-05" in told
 
 
-def test_no_better_than_the_commonest_class_is_told() -> None:
+def test_no_better_than_the_most_frequent_class_is_reported() -> None:
     told = learned_nothing(scored([0] * 20 + [1] * 5 + [2] * 5, [0] * 15 + [1] * 15), TrainConfig(), 1000)
     assert told is not None
     assert "no better than predicting ant for every image" in told
@@ -60,12 +60,12 @@ def test_the_likely_cause_follows_from_the_settings(settings: dict[str, object],
     assert remedy in told
 
 
-def test_a_run_that_learned_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_learned_nothing_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(config(lr=1e-9, max_eval_samples=60), output=tmp_path / "run")
     assert capsys.readouterr().err.count("the model has learned nothing useful") == 1
 
 
-def test_a_pace_of_a_third_is_told_once() -> None:
+def test_a_slowdown_to_a_third_is_reported_once() -> None:
     watch = PaceWatch()
     assert [watch.slowed(pace) is not None for pace in (300.0, 120.0, 330.0, 109.0, 20.0, 300.0)] == [
         False, False, False, True, False, False,

@@ -69,7 +69,7 @@ def test_the_head_is_that_of_a_backbone_in_the_loop(
 
 
 @pytest.mark.parametrize(("augment", "passes"), [("none", 1), ("flip", 2)])
-def test_many_epochs_see_each_image_once_in_each_kind(
+def test_many_epochs_read_each_image_once_as_is_and_once_mirrored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, augment: str, passes: int
 ) -> None:
     seen, saved = counted(monkeypatch), []
@@ -113,7 +113,7 @@ def test_a_model_with_two_heads_trains_them_with_its_backbone_in_the_loop(tmp_pa
     assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("deit."))
 
 
-def test_a_probe_that_is_cut_short_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_probe_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = probe(save_every=2)
     whole = train(settings, output=tmp_path / "whole")
     batch = FeatureLoader.batch

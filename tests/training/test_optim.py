@@ -94,7 +94,7 @@ def test_step_reaches_its_peak_after_any_warm_up_and_decays_from_there(warmup: f
     assert max(found[:warm]) < 1.0
 
 
-def test_step_decays_as_often_and_as_much_as_it_is_told() -> None:
+def test_the_step_schedule_decays_as_set() -> None:
     config = TrainConfig.parse({"schedule": "step", "lr": 1.0, "warmup": 0.0, "decay_epochs": 0.5, "decay_factor": 0.5})
 
     assert rates(config, 8, 4) == [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]

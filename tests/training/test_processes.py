@@ -23,7 +23,7 @@ from vitft.training.trainer import resume
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_a_signal_saves_and_says_how_to_resume(tmp_path: Path, number: signal.Signals, code: int) -> None:
     run = tmp_path / "run"
     process = start("train", *flags(save_every=1000), "--output", str(run), log=tmp_path / "log")
     wait_for_step(process.is_alive, run, 12)
@@ -72,7 +72,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path, other: dict[str, object
     assert evaluate(two).count == 49
 
 
-def test_a_run_of_two_processes_that_loses_one_goes_on_as_one(tmp_path: Path) -> None:
+def test_a_run_of_two_processes_resumes_on_one(tmp_path: Path) -> None:
     """Batches depend on the step alone, so the number of processes may change. Here torchrun itself starts them."""
     run = tmp_path / "run"
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
@@ -91,7 +91,7 @@ def test_a_run_of_two_processes_that_loses_one_goes_on_as_one(tmp_path: Path) ->
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-3)
 
 
-def test_a_run_of_one_process_goes_on_as_two(tmp_path: Path) -> None:
+def test_a_run_of_one_process_resumes_on_two(tmp_path: Path) -> None:
     """The reverse; every step has the same samples, so the losses agree up to the order of sums."""
     run = tmp_path / "run"
     process = start("train", *flags(), "--output", str(run), log=tmp_path / "log")
@@ -133,7 +133,7 @@ def killed_in_a_save() -> None:
     os.fsync = fsync
 
 
-def test_two_processes_break_a_validation_off_together(tmp_path: Path) -> None:
+def test_two_processes_interrupt_a_validation_together(tmp_path: Path) -> None:
     """One is told to stop after its first batch; of 49 images the other has one batch more than it."""
     changes = {"max_eval_samples": 49, "max_train_samples": 64, "save_every": 100}
     words = ["train", *flags(**changes), "--output", str(tmp_path / "run")]

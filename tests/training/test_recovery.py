@@ -35,7 +35,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, when: Callable[[Any, int], bool]) ->
     monkeypatch.setattr(Learner, "step", step)
 
 
-def test_a_loss_that_is_no_number_takes_the_run_back_at_half_the_rate(
+def test_a_non_finite_loss_rolls_back_and_halves_the_learning_rate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken(monkeypatch, lambda settings, step: settings.lr > 1e-3 and step == 4)
@@ -62,7 +62,7 @@ def test_a_rollback_that_does_not_help_ends(tmp_path: Path, monkeypatch: pytest.
     assert ckpt.newest_intact(tmp_path / "run")[0] is not None  # what it went back to last is still there
 
 
-def test_a_run_that_gets_further_each_time_goes_back_to_the_newest(
+def test_a_run_that_gets_further_each_time_rolls_back_to_the_newest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rate = config().lr
@@ -73,7 +73,7 @@ def test_a_run_that_gets_further_each_time_goes_back_to_the_newest(
     assert "nan at step 5; going back to step-000004" in said
 
 
-def test_a_validation_that_is_no_number_takes_the_run_back(
+def test_a_non_finite_validation_loss_rolls_the_run_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real = trainer.evaluation.measure
@@ -97,7 +97,7 @@ def test_a_validation_that_is_no_number_takes_the_run_back(
     assert yaml.safe_load((result.run / "config.yaml").read_text())["lr"] == config().lr / 2
 
 
-def test_without_rollback_a_validation_that_is_no_number_ends_the_run(
+def test_without_rollback_a_non_finite_validation_loss_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def measured(*given: Any, **named: Any) -> Any:
@@ -110,7 +110,7 @@ def test_without_rollback_a_validation_that_is_no_number_ends_the_run(
         train(config(save_every=2), output=tmp_path / "run")
 
 
-def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_finite_weights_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Learner.step
 
     def step(self: Any, number: int) -> Any:
@@ -129,7 +129,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", ckpt.OPTIMIZER])
-def test_a_checkpoint_with_what_is_no_number_is_not_gone_back_to(
+def test_rollback_skips_a_checkpoint_with_non_finite_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As an earlier version may have saved it."""
@@ -149,7 +149,7 @@ def test_a_checkpoint_with_what_is_no_number_is_not_gone_back_to(
     assert "going back to step-000002" in capsys.readouterr().err
 
 
-def test_after_a_rollback_the_best_of_before_has_to_be_beaten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_rollback_the_earlier_best_has_to_be_beaten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """best/ was written at step 3; the run goes back to step 2, and is never as good again."""
     real, scored = trainer.evaluation.measure, []
 
@@ -170,7 +170,7 @@ def test_after_a_rollback_the_best_of_before_has_to_be_beaten(tmp_path: Path, mo
     assert result.scores["validation"].accuracy == 0.9
 
 
-def test_after_a_rollback_nothing_of_before_stays_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rollback_frees_the_memory_of_the_first_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[weakref.ref[Any]] = []
     alive: list[int] = []
     real = trainer._Run.__init__
@@ -193,9 +193,7 @@ def test_after_a_rollback_nothing_of_before_stays_in_memory(tmp_path: Path, monk
     assert alive == [0, 0, 0]
 
 
-def test_a_run_that_is_stopped_where_it_diverged_is_not_taken_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_stopped_where_it_diverged_is_not_rolled_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(settings: Any, step: int) -> bool:
         if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -208,13 +206,13 @@ def test_a_run_that_is_stopped_where_it_diverged_is_not_taken_back(
     assert ckpt.read_config(tmp_path / "run").lr == config().lr
 
 
-def test_with_nothing_to_go_back_to_a_run_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_checkpoint_to_roll_back_to_a_run_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken(monkeypatch, lambda settings, step: step == 1)
     with pytest.raises(TrainingError, match="no checkpoint was saved before it"):
         train(config(on_nan="rollback", log_every=1), output=tmp_path / "run")
 
 
-def test_out_of_memory_halves_the_parts_and_not_the_batch(
+def test_out_of_memory_halves_the_micro_batch_and_not_the_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real = transformers.ViTForImageClassification.forward

@@ -1,4 +1,4 @@
-"""Runs that are killed, interrupted and starved, in real processes: nothing is torn, and each ends as undisturbed."""
+"""Runs that are killed, interrupted and starved, in real processes: each ends like an uninterrupted one."""
 
 import os
 import random
@@ -29,7 +29,7 @@ def left_in(run: Path) -> set[str]:
     return {"/".join(names.get(part, part) for part in parts) for parts in files}
 
 
-def assert_as_undisturbed(run: Path, whole: Path) -> None:
+def assert_like_uninterrupted(run: Path, whole: Path) -> None:
     """The same files, weights bit for bit, and losses."""
     assert left_in(run) ^ left_in(whole) == set()
     for model in ("best", "last"):
@@ -49,7 +49,7 @@ WORDS = flags(**AUGMENTED)
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run of 80 steps."""
+    """An uninterrupted run of 80 steps."""
     folder = tmp_path_factory.mktemp("whole")
     code, said = finish("train", *WORDS, "--output", str(folder / "run"), log=folder / "log")
     assert code == 0, said
@@ -86,7 +86,7 @@ def dies_at(number: int, run: str) -> None:
 @pytest.mark.parametrize("every", [29, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_between_any_two_changes_of_its_files(tmp_path: Path, every: int) -> None:
     words = flags(max_steps=4, save_every=2, keep=1, eval_every=2)
-    undisturbed = train_in(tmp_path / "whole", words)
+    uninterrupted = train_in(tmp_path / "whole", words)
     number = 1
     while True:
         run = tmp_path / "run"
@@ -97,7 +97,7 @@ def test_killed_between_any_two_changes_of_its_files(tmp_path: Path, every: int)
         assert code == KILLED, said
         code, said = finish(*begin_or_resume(run, words), log=tmp_path / "log")
         assert code == 0, said
-        assert_as_undisturbed(run, undisturbed)
+        assert_like_uninterrupted(run, uninterrupted)
         shutil.rmtree(run)
         number += every
     print(f"a run of 4 steps and two saves changes its files {number} times or a little less")  # noqa: T201
@@ -130,11 +130,11 @@ def test_killed_at_random_moments(tmp_path: Path, whole: Path, runs: int) -> Non
             kills += 1
             if is_run(run):
                 folder, passed = newest_intact(run)
-                assert passed == []  # none is torn
+                assert passed == []  # none is damaged
                 most = max(most, steps_done(run) - (read_state(folder).step if folder else 0))
         code, said = finish(*begin_or_resume(run, WORDS), log=tmp_path / "log")
         assert code == 0, said
-        assert_as_undisturbed(run, whole)
+        assert_like_uninterrupted(run, whole)
         shutil.rmtree(run)
     print(f"{runs} runs, {kills} kills, at most {most} steps done again")  # noqa: T201
     assert most <= 10
@@ -153,7 +153,7 @@ def slow_to_sync(marker: str) -> None:
     os.fsync = fsync
 
 
-def test_a_second_ctrl_c_ends_it_at_once_and_tears_nothing(tmp_path: Path, whole: Path) -> None:
+def test_a_second_ctrl_c_ends_it_at_once_and_damages_nothing(tmp_path: Path, whole: Path) -> None:
     run, saving = tmp_path / "run", tmp_path / "saving"
     killed_at(5, run)
     process = start("train", "--resume", str(run), log=tmp_path / "log", before=partial(slow_to_sync, str(saving)))
@@ -169,10 +169,10 @@ def test_a_second_ctrl_c_ends_it_at_once_and_tears_nothing(tmp_path: Path, whole
     assert newest_intact(run)[1] == []
     code, said = finish("train", "--resume", str(run), log=tmp_path / "log")
     assert code == 0, said
-    assert_as_undisturbed(run, whole)
+    assert_like_uninterrupted(run, whole)
 
 
-def test_a_save_that_nobody_planned_is_cleared_away_too(tmp_path: Path, whole: Path) -> None:
+def test_an_unplanned_save_is_cleaned_up_too(tmp_path: Path, whole: Path) -> None:
     """The first Ctrl-C saves at whatever step it came; the second kills that save, and no later one has its place."""
     run = tmp_path / "run"
     killed_at(25, run)
@@ -183,7 +183,7 @@ def test_a_save_that_nobody_planned_is_cleared_away_too(tmp_path: Path, whole: P
     (run / ".splits.json.vitft-new").write_text("{")
     code, said = finish("train", "--resume", str(run), log=tmp_path / "log")
     assert code == 0, said
-    assert_as_undisturbed(run, whole)
+    assert_like_uninterrupted(run, whole)
 
 
 # -- the disk ---------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_a_disk_that_is_full_costs_nothing_that_was_saved(tmp_path: Path, whole:
         assert newest_intact(run)[1] == []
     code, said = finish("train", "--resume", str(run), log=tmp_path / "log")
     assert code == 0, said
-    assert_as_undisturbed(run, whole)
+    assert_like_uninterrupted(run, whole)
 
 
 def test_a_new_run_on_a_full_disk_is_one_line(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_a_clock_that_was_set_back_changes_nothing(tmp_path: Path, whole: Path) 
         os.utime(folder, (2e9 - age, 2e9 - age))  # from the future, and the newest looks oldest
     code, said = finish("train", "--resume", str(run), log=tmp_path / "log", before=clock_is_back)
     assert code == 0, said
-    assert_as_undisturbed(run, whole)
+    assert_like_uninterrupted(run, whole)
 
 
 # -- two at once ------------------------------------------------------------------------------------

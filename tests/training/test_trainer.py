@@ -96,7 +96,7 @@ def plain_loop(settings: TrainConfig) -> tuple[dict[str, torch.Tensor], list[tup
     "changes",
     [{}, {"label_smoothing": 0.2, "optimizer": "sgd", "clip_norm": 0, "schedule": "step", "warmup": 0.3, "lr": 0.1}],
 )
-def test_it_trains_as_a_plain_loop_does_whatever_the_micro_batch(
+def test_training_matches_a_plain_loop_for_any_micro_batch(
     tmp_path: Path, micro_batch_size: int | None, changes: dict[str, object]
 ) -> None:
     settings = config(micro_batch_size=micro_batch_size, val_fraction=0, **changes)
@@ -119,7 +119,7 @@ def test_the_loss_of_a_tail_is_its_own_mean(tmp_path: Path) -> None:
     assert losses[2] == pytest.approx(np.log(10), abs=0.1)
 
 
-def test_the_run_folder_holds_what_it_should(tmp_path: Path) -> None:
+def test_the_run_folder_has_the_documented_files(tmp_path: Path) -> None:
     run = train(config(save_every=2, keep=1, keep_finished=1), output=tmp_path / "run").run
     names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     folder = {"config.json", "model.safetensors", "preprocessor_config.json", "vitft.json", "README.md"}
@@ -185,7 +185,7 @@ SCORES = [(0.5, 2.0, 0.4), (0.5, 1.9, 0.4), (0.5, 1.8, 0.6), (0.6, 1.85, 0.5)]
         ({"best_by": "loss", "min_delta": 0.3}, 9, 9),  # what does not count is kept if it is better
     ],
 )
-def test_one_score_chooses_the_best_and_stops_the_run(
+def test_one_metric_chooses_the_best_and_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object], best: int, stopped: int
 ) -> None:
     real = trainer.evaluation.measure
@@ -204,12 +204,14 @@ def test_one_score_chooses_the_best_and_stops_the_run(
     assert (state.step, result.step, state.best_step) == (stopped, best, best)
 
 
-def test_a_smallest_gain_without_early_stopping_is_refused() -> None:
+def test_min_delta_without_early_stopping_is_refused() -> None:
     with pytest.raises(UsageError, match=r"--min-delta applies only to early stopping; add --early-stopping or remove"):
         TrainConfig.parse({"min_delta": 0.1}, "flags")
 
 
-def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_an_earlier_version_did_not_have_get_defaults_on_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its state had the best accuracy and loss; its settings none of what came later."""
     settings = config(save_every=2, epochs=3)
     whole, run = train(settings, output=tmp_path / "whole").run, tmp_path / "cut"
@@ -267,7 +269,7 @@ def test_dropout_drops_and_is_the_same_on_every_run(tmp_path: Path, monkeypatch:
     assert_same_weights(dropped, resume(tmp_path / "cut").run / "last")
 
 
-def test_a_fine_tuned_run_can_be_gone_on_from_with_its_head(tmp_path: Path) -> None:
+def test_a_fine_tuned_run_can_be_trained_further_with_its_head(tmp_path: Path) -> None:
     first = train(config(epochs=6), output=tmp_path / "first")
     sizes = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp"))
     again = config(model=str(first.run / "last"), from_scratch=False, **sizes, lr=1e-9)
@@ -310,7 +312,7 @@ def interrupted(settings: TrainConfig, run: Path, step: int, monkeypatch: pytest
 @pytest.mark.parametrize(
     "changes", [{"augment": "crop"}, AUGMENTED | {"optimizer": "sgd"}], ids=["adamw, crops", "sgd, all augmentations"]
 )
-def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_does(
+def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
 ) -> None:
     settings = config(save_every=2, epochs=3, **changes)
@@ -327,7 +329,7 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_undisturbed_one_does(
     assert story(resumed.run) == story(whole.run)
 
 
-def test_resume_refuses_a_changed_setting_and_names_the_way_to_start_anew(
+def test_resume_refuses_a_changed_setting_and_names_the_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
@@ -361,9 +363,7 @@ def test_resume_refuses_data_that_changed(tmp_path: Path, monkeypatch: pytest.Mo
         resume(run)
 
 
-def test_resume_goes_on_with_the_same_images_where_they_are_now(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_finds_the_same_images_in_a_new_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, moved = draw(tmp_path / "data"), tmp_path / "moved"
     settings = config(dataset=str(data), save_every=2)
     whole = train(settings, output=tmp_path / "whole")
@@ -390,7 +390,7 @@ def test_resume_goes_on_with_the_same_images_where_they_are_now(
         ("painted", "the train split .*: the same names, but other pixels"),
     ],
 )
-def test_resume_names_what_tells_other_data_apart(
+def test_resume_says_how_other_data_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str, difference: str
 ) -> None:
     run, data, given = tmp_path / "run", tmp_path / "data", tmp_path / "given"
@@ -410,7 +410,9 @@ def test_resume_names_what_tells_other_data_apart(
     assert ((run / "config.yaml").read_text(), (run / "splits.json").read_text()) == before
 
 
-def test_resume_refuses_other_classes_and_what_is_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_refuses_other_classes_and_folders_that_are_not_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, table = tmp_path / "run", tmp_path / "table.csv"
     draw(tmp_path)
     rows = [f"{label}/{i}.png,{label}" for label in ("cat", "dog") for i in range(40)]
@@ -423,7 +425,7 @@ def test_resume_refuses_other_classes_and_what_is_no_run(tmp_path: Path, monkeyp
         resume(tmp_path / "cat")
 
 
-def test_resume_goes_on_with_its_own_images_where_others_were_added(
+def test_resume_uses_its_own_images_after_others_were_added(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from PIL import Image
@@ -442,7 +444,7 @@ def test_resume_goes_on_with_its_own_images_where_others_were_added(
     assert "80 images of test are new" in said
 
 
-def test_resume_passes_over_a_torn_checkpoint(
+def test_resume_skips_a_damaged_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = config(save_every=2, epochs=3)
@@ -460,7 +462,7 @@ def test_resume_passes_over_a_torn_checkpoint(
     assert_same_weights(whole.run / "last", run / "last")
 
 
-def test_a_run_that_had_saved_nothing_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_without_a_checkpoint_starts_over_on_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config(save_every=100)
     whole = train(settings, output=tmp_path / "whole")
     interrupted(settings, tmp_path / "cut", 2, monkeypatch)
@@ -490,7 +492,7 @@ def test_before_its_first_save_a_run_needs_what_it_began_from(tmp_path: Path, mo
         resume(tmp_path / "cut")
 
 
-def test_a_finished_run_can_be_resumed_says_so_and_stays_as_it_is(
+def test_resuming_a_finished_run_reports_it_and_changes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = train(config(), output=tmp_path / "run")
@@ -504,7 +506,7 @@ def test_a_finished_run_can_be_resumed_says_so_and_stays_as_it_is(
     )
 
 
-def test_a_finished_run_keeps_no_steps_unless_it_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_keeps_step_checkpoints_only_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save, there = ckpt.save_step, list[int]()
 
     def save_step(run: Path, *given: Any) -> Path:
@@ -571,7 +573,7 @@ def test_a_run_that_was_stopped_early_can_be_made_longer(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("settings", [{}, {"lr": 1e-12}], ids=["the last may be best", "the first is best"])
 @pytest.mark.parametrize("which", [1, 2, 3])
-def test_a_signal_breaks_off_a_validation_and_the_final_scoring(
+def test_a_signal_interrupts_validation_and_the_final_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: int, settings: dict[str, object]
 ) -> None:
     """A run scores at steps 3 and 6, and at its end; the signal comes after the first of five batches."""
@@ -607,7 +609,7 @@ def test_a_signal_breaks_off_a_validation_and_the_final_scoring(
     )
 
 
-def test_python_runs_after_each_gradient_so_that_a_signal_is_heard_within_a_backward_pass(
+def test_signals_are_handled_within_a_backward_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     heard: list[torch.Tensor] = []
@@ -618,7 +620,7 @@ def test_python_runs_after_each_gradient_so_that_a_signal_is_heard_within_a_back
     assert {id(one) for one in heard} == {id(one) for one in made.unwrapped.parameters()}
 
 
-def test_a_signal_breaks_off_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_interrupts_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config(save_every=50, micro_batch_size=12)  # two passes a step
     whole = train(settings, output=tmp_path / "whole").run
     real, passes = ViTForImageClassification.forward, []
@@ -677,7 +679,7 @@ def test_the_bar_moves_with_each_step(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sorted({*seen}) == [1, 2, 3, 4, 5]
 
 
-def test_scores_are_alike_whichever_process_took_its_time() -> None:
+def test_scores_compare_equal_apart_from_their_speed() -> None:
     """All processes have to decide alike whether the best weights are those at hand."""
     slow, fast = ({"validation": {"accuracy": 0.5, "images_per_s": rate}} for rate in (1.0, 2.0))
     assert trainer._alike(slow, fast)
@@ -690,14 +692,14 @@ def test_tensorboard_gets_the_metrics(tmp_path: Path) -> None:
     assert list(run.rglob("events.out.tfevents.*"))
 
 
-def test_a_score_is_of_the_weights_it_stands_with(tmp_path: Path) -> None:
+def test_a_score_belongs_to_the_weights_beside_it(tmp_path: Path) -> None:
     """A checkpoint between two evaluations has not been scored."""
     run = train(config(save_every=2, keep=9, keep_finished=9, epochs=2), output=tmp_path / "run").run
     scored = {folder.name: bool(read_card(folder).scores) for folder in (run / "checkpoints").iterdir()}  # type: ignore[union-attr]
     assert scored == {"step-000002": False, "step-000004": False, "step-000006": True}
 
 
-def test_the_scores_of_weights_that_are_both_best_and_last_stand_with_both(tmp_path: Path) -> None:
+def test_weights_that_are_best_and_last_have_their_scores_in_both(tmp_path: Path) -> None:
     run = train(config(max_steps=1), output=tmp_path / "run").run
     best, last = (read_card(run / name) for name in ("best", "last"))
     assert best is not None
@@ -727,14 +729,14 @@ def test_the_bundled_digits_are_not_a_folder_of_that_name(tmp_path: Path, monkey
     assert yaml.safe_load((run / "config.yaml").read_text())["dataset"] == "digits"
 
 
-def test_checkpointed_activations_change_memory_and_nothing_else(tmp_path: Path) -> None:
+def test_gradient_checkpointing_changes_only_the_memory(tmp_path: Path) -> None:
     kept, again = (
         train(config(layers=2, grad_checkpointing=on), output=tmp_path / str(on)).run for on in (False, True)
     )  # fmt: skip
     assert_same_weights(kept / "last", again / "last")
 
 
-def test_checkpointed_activations_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpointed_activations_are_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers
 
     from vitft.models.load import checkpoint_activations, load_for_training
@@ -751,7 +753,7 @@ def test_checkpointed_activations_are_computed_again(monkeypatch: pytest.MonkeyP
     assert len(seen) == 6
 
 
-def test_a_run_begun_by_an_earlier_version_ends_as_it_would_have(tmp_path: Path) -> None:
+def test_a_run_of_an_earlier_version_resumes_to_the_same_result(tmp_path: Path) -> None:
     """It was killed after step 5 of 9; `end.safetensors` has the weights of an uninterrupted run of that version.
 
     On the machine that made it, they are the same bits. Elsewhere kernels round differently, which moves a weight much

@@ -37,7 +37,7 @@ class Forked:
         return None, self._log.read_text()
 
 
-def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_resume, "_start", lambda words: Forked(words, tmp_path / "log"))
     settings = load_config("smoke", {"save_every": 1, "device": "cpu", "precision": "fp32", "epochs": 8.0})
     found = verify_resume.verify_resume(settings, tmp_path, kills=1, seed=1)
@@ -86,7 +86,7 @@ class Over:
 
 
 @pytest.mark.parametrize(("steps", "kills"), [(4, 1), (2, 2)])
-def test_where_no_kill_comes_in_time_nothing_is_proved(
+def test_without_a_kill_in_time_nothing_is_verified(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, kills: int
 ) -> None:
     begun: list[list[str]] = []
@@ -103,7 +103,7 @@ def test_where_no_kill_comes_in_time_nothing_is_proved(
     assert len(begun) == (1 + 2 if steps > kills else 1)  # it was begun anew, as often as it may be
 
 
-def test_a_run_that_fails_by_itself_says_how(tmp_path: Path) -> None:
+def test_a_run_that_fails_on_its_own_is_reported(tmp_path: Path) -> None:
     settings = TrainConfig(dataset=str(tmp_path / "nowhere"), model="vit-micro")
     with pytest.raises(TrainingError, match=r"vitft train ended with 3: error: no file or folder"):
         verify_resume.verify_resume(settings, tmp_path, kills=1, seed=0)

@@ -108,8 +108,8 @@ class TrainConfig(Settings):
 
     @field_validator("device", mode="before")
     @classmethod
-    def _first_gpu_is_cuda(cls, name: Any) -> Any:
-        return "cuda" if name == "cuda:0" else name
+    def _name_device(cls, name: Any) -> Any:
+        return device_name(name)
 
     @field_validator("value_range")
     @classmethod
@@ -166,6 +166,11 @@ class TrainConfig(Settings):
         if self.min_delta and self.early_stopping is None:
             raise ValueError("`min_delta` applies only to early stopping; add `early_stopping` or remove `min_delta`")
         return self
+
+
+def device_name(name: Any) -> Any:
+    """The device's name among the choices: `cuda:0`, as torch calls the first GPU, is cuda."""
+    return "cuda" if name == "cuda:0" else name
 
 
 def range_of(text: str | None) -> tuple[float, float] | None:

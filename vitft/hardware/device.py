@@ -16,7 +16,7 @@ from typing import Any, get_args
 import torch
 
 from vitft import __version__
-from vitft.config.train import TrainConfig
+from vitft.config.train import TrainConfig, device_name
 from vitft.errors import TrainingError, UsageError, nearest
 from vitft.hardware.timers import synchronize
 from vitft.io.paths import shown
@@ -30,8 +30,7 @@ def resolve_auto(config: TrainConfig) -> TrainConfig:
 
 def find_device(wanted: str) -> str:
     """cuda, mps or cpu; `auto` takes the first of these that is available. Raises UsageError."""
-    if wanted == "cuda:0":
-        wanted = "cuda"
+    wanted = device_name(wanted)
     if wanted.startswith("cuda:"):
         raise UsageError(f"device {wanted}: use cuda, and choose the GPU with CUDA_VISIBLE_DEVICES.")
     _check_choice("device", wanted)

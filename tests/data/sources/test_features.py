@@ -293,7 +293,7 @@ def test_declared_classes_are_read_however_their_labels_are_stored(tmp_path: Pat
     ("labels", "names", "expected"),
     [(["nan", "9"], ("9", "nan"), [(10, "nan"), (20, "9")]), ([1, 0], (7, 8), [(10, "8"), (20, "7")])],
 )
-def test_a_declared_name_is_a_name_whatever_it_looks_like(
+def test_a_declared_class_name_is_never_read_as_a_number(
     tmp_path: Path, labels: list[Any], names: tuple[Any, ...], expected: list[tuple[int, str]]
 ) -> None:
     file = write(tmp_path / "train.parquet", {"image": FILES, "label": labels}, declared(*names))

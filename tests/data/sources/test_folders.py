@@ -176,7 +176,7 @@ def test_files_known_by_name_are_not_opened(tmp_path: Path, monkeypatch: pytest.
     assert {name for name, kind in tree.others if kind == "camera raw"} == {f"1.{ending}" for ending in raw.split()}
 
 
-def test_pictures_that_no_reader_opens_are_told_from_other_files(tmp_path: Path) -> None:
+def test_images_in_unsupported_formats_are_reported_apart_from_other_files(tmp_path: Path) -> None:
     for name in ("a", "a.bak", "a.eps", "a.pdf", "a.svg"):
         write(tmp_path / name, b"no image")
     assert Listing(tmp_path).tree.others == [
@@ -199,9 +199,7 @@ def test_of_many_kinds_of_other_files_the_most_frequent_are_told(tmp_path: Path)
     assert f"{said.replace('34', '35')}, ... (first: 0.csv)" in open_dataset(str(tmp_path)).decisions
 
 
-def test_a_folder_that_is_predicted_tells_what_is_passed_over(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_predict_lists_the_files_of_a_folder_that_it_skips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw(tmp_path / "1.png", tmp_path / "no suffix")
     write(tmp_path / "a.NEF", b"II*\0")
     write(tmp_path / "notes.txt", b"x")

@@ -370,7 +370,7 @@ def test_an_absolute_path_may_stay_inside(tmp_path):
 
 
 @pytest.mark.parametrize("column", [pa.struct({"bytes": pa.binary(), "path": pa.string()}), pa.string()])
-def test_a_parquet_file_names_images_of_its_own_folder_alone(tmp_path, column):
+def test_a_parquet_file_reads_images_only_of_its_own_folder(tmp_path, column):
     draw(tmp_path / "data" / "inside.png", "blue")
     draw(tmp_path / "secret.png")
 
@@ -622,7 +622,7 @@ def test_progress_bars_and_log_lines_of_the_hub_are_put_back():
         one.enable_progress_bars()
 
 
-def test_the_commit_of_a_builder_is_its_hash_or_stands_in_its_addresses():
+def test_the_commit_of_a_builder_is_its_hash_or_in_its_addresses():
     def commit(name, base=None, **checksums):
         return hub._commit(
             SimpleNamespace(hash=name, base_path=base, info=SimpleNamespace(download_checksums=checksums or None))

@@ -238,7 +238,7 @@ def test_of_the_frames_of_a_film_not_every_pair_is_visited(rng: Rng) -> None:
     assert max(visits.values()) < 10 * len(seen)  # of pairs there are two million
 
 
-def test_more_photos_than_are_compared_are_told(rng: Rng, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_says_when_not_all_photos_were_compared(rng: Rng, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_room, "MAX_PHOTOS", 20)
     kinds = Counter(one.kind for one in check_room._near_duplicates(frames(30, rng)))
     assert kinds["not-compared"] == 1
@@ -285,7 +285,7 @@ def test_labels_are_looked_at(tmp_path: Path, rng: Rng) -> None:
 
 
 @pytest.mark.parametrize(("largest", "found"), [(20, []), (21, ["imbalance"])])
-def test_over_ten_times_as_many_images_of_a_class_are_told(largest: int, found: list[str]) -> None:
+def test_a_class_with_over_ten_times_as_many_images_is_reported(largest: int, found: list[str]) -> None:
     labels = [0] * largest + [1] * 2
     rows = make_split(image_structs(None, [f"{i}.png" for i in range(len(labels))]), labels, ["cat", "dog"])
     source = Source("pets", datasets.DatasetDict({"train": rows}), ("cat", "dog"), None)
@@ -354,7 +354,7 @@ def test_json_is_a_document(faulty: Path) -> None:
     assert set(document["findings"][0]) == {"split", "path", "kind", "severity", "detail"}
 
 
-def test_a_clean_data_set_exits_with_0(folder: Path) -> None:
+def test_a_clean_dataset_exits_with_0(folder: Path) -> None:
     result = vitft(str(folder))
     assert result.exit_code == 0
     assert "24 images: no problems found" in result.stdout

@@ -91,7 +91,7 @@ def test_threads_that_the_environment_sets_stand(
     assert autotune.autotuned(prepared).config.threads == 3
 
 
-def test_a_run_trains_scores_and_goes_on_with_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_trains_evaluates_and_resumes_with_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     step = Learner.step
     monkeypatch.setattr(
@@ -257,7 +257,7 @@ def test_a_run_is_as_long_as_its_images_take(
     assert autotune.autotuned(prepared).config.compile == chosen
 
 
-def test_without_a_compiler_a_long_run_goes_on_in_one_line(
+def test_without_a_compiler_a_long_run_continues_with_one_warning(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(module: Any) -> Any:
@@ -279,7 +279,7 @@ def test_what_is_compiled_is_what_is_tried(prepared: Prepared) -> None:
     assert calls
 
 
-def test_what_is_compiled_reads_whole_parts_and_the_tail_is_not(
+def test_only_full_micro_batches_are_compiled_and_the_tail_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """40 images in parts of 8, and of 16 for a step: 8, 8, 8, 8 and 8; with 36 images the last has 4."""
@@ -486,7 +486,7 @@ def test_memory_of_a_probe_is_that_of_its_features(
     assert estimate.memory_bytes(found, 5) == RESIDENT + 4 * floats + 60 * IMAGE
 
 
-def test_memory_with_checkpointed_activations_is_their_share_by_the_stage_table(
+def test_memory_with_gradient_checkpointing_follows_the_stage_table(
     sizes_known: None, saved: Callable[..., Path]
 ) -> None:
     plain, checkpointed = (prepare(config(layers=8, grad_checkpointing=on)) for on in (False, True))
@@ -502,7 +502,7 @@ def test_memory_with_checkpointed_activations_is_their_share_by_the_stage_table(
     )
 
 
-def test_what_is_kept_is_counted_in_training_mode(prepared: Prepared) -> None:
+def test_saved_activations_are_counted_in_training_mode(prepared: Prepared) -> None:
     prepared.loaded.model.vit.embeddings.dropout.p = 0.5  # what is dropped is kept for the backward pass
     prepared.loaded.model.eval()
     with estimate.untouched(prepared):

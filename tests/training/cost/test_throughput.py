@@ -25,7 +25,7 @@ def a_slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitft.training.cost.throughput.find_precision", lambda wanted, device: "fp32")
 
 
-def test_the_share_of_the_peak_is_the_specs_flops_at_the_runs_pace() -> None:
+def test_the_fraction_of_peak_follows_from_flops_and_throughput() -> None:
     settings = config()
     model = load_for_training(settings, [str(i) for i in range(10)]).model
     speed = measure_speed(PACE, model, settings)
@@ -39,7 +39,7 @@ def test_the_share_of_the_peak_is_the_specs_flops_at_the_runs_pace() -> None:
     assert measure_speed(Pace(), model, settings) is None
 
 
-def test_what_holds_a_run_back_is_named_with_the_setting_that_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bottleneck_is_named_with_a_setting_that_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_for_training(config(), [str(i) for i in range(10)]).model
 
     def remedy(pace: Pace = PACE, **changes: object) -> str | None:
@@ -59,7 +59,7 @@ def test_what_holds_a_run_back_is_named_with_the_setting_that_helps(monkeypatch:
     assert small.remedy == "micro-batches of 24 images leave the GPU idle: a larger --batch-size fills it"
 
 
-def test_a_run_says_it_and_a_finished_one_has_nothing_to_say(tmp_path: Path) -> None:
+def test_a_run_reports_it_and_a_finished_run_does_not(tmp_path: Path) -> None:
     result = train(config(), output=tmp_path / "run")
     said = training_report(result).splitlines()[-2]
     form = r"[\d,]+ images/s, \d+ % of the time waiting for data, \d+ % of this machine's fp32 peak"
