@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from vitft.evaluation.metrics import ClassScore, Metrics, Score
     from vitft.evaluation.prediction import Prediction, Predictor, predict
     from vitft.models.load import Loaded
+    from vitft.probing.probe import ProbeResult, probe
     from vitft.training.callbacks import Callback
     from vitft.training.trainer import Result, resume, train
 
@@ -24,6 +25,7 @@ __all__ = [
     "ModelError",
     "Prediction",
     "Predictor",
+    "ProbeResult",
     "Result",
     "Score",
     "Source",
@@ -37,6 +39,7 @@ __all__ = [
     "load_model",
     "open_dataset",
     "predict",
+    "probe",
     "resume",
     "train",
 ]
@@ -50,6 +53,7 @@ _ROOMS = {
     "evaluation.metrics": ("ClassScore", "Metrics", "Score"),
     "evaluation.prediction": ("Prediction", "Predictor", "predict"),
     "models.load": ("Loaded",),
+    "probing.probe": ("ProbeResult", "probe"),
     "training.callbacks": ("Callback",),
     "training.trainer": ("Result", "resume", "train"),
 }

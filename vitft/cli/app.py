@@ -12,7 +12,19 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from vitft.cli import tables
+from vitft.cli import probing, tables
+from vitft.cli.arguments import (
+    TRAIN_SETTINGS,
+    DatasetName,
+    Device,
+    Json,
+    MaxPixels,
+    Revision,
+    ValueRange,
+    check_picture,
+    given,
+    loading,
+)
 from vitft.cli.group import Group
 from vitft.cli.options import options_from
 from vitft.errors import DataError, TrainingError, UsageError, as_flag
@@ -32,19 +44,6 @@ app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
 app.add_typer(scratch_app, name="scratch")
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-MaxPixels = Annotated[
-    int | None, typer.Option(min=1, metavar="<int>", help="Refuse images with more pixels than this.")
-]
-ValueRange = Annotated[
-    str | None,
-    typer.Option(
-        metavar="<black:white>",
-        help="Range of images with more than 8 bits; default: the checkpoint's, else the format's.",
-    ),
-]
-Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="auto: a GPU if available.")]
-
 
 def _recipe_names(textbook: bool | None = None) -> list[str]:
     from vitft.config.recipe import names
@@ -55,25 +54,6 @@ def _recipe_names(textbook: bool | None = None) -> list[str]:
 RecipeName = Annotated[
     str, typer.Argument(metavar="NAME", help="A recipe's name.", autocompletion=lambda: _recipe_names())
 ]
-DatasetName = Annotated[str, typer.Argument(metavar="DATASET", help="Alias, hub id, folder, CSV, JSONL or parquet.")]
-Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub dataset.")]
-_TRAIN_SETTINGS = "vitft.config.train:TrainConfig"
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    """The options that have a value."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _loading() -> Any:
-    """Shown during imports that take seconds."""
-    return console.working("loading PyTorch and Transformers")
-
-
-def _check_picture(picture: Path | None) -> None:
-    """Check a picture's path before the work. Raises UsageError."""
-    if picture is not None and (picture.suffix.lower() != ".png" or not picture.parent.is_dir()):
-        raise UsageError(f"{picture}: give a .png file in a folder that exists.")
 
 
 def _version(wanted: bool) -> None:
@@ -96,7 +76,7 @@ def root(
 
 
 @app.command()
-@options_from(_TRAIN_SETTINGS)
+@options_from(TRAIN_SETTINGS)
 def train(
     recipe: Annotated[str | None, typer.Option(help="A recipe's name or file; flags override it.", rich_help_panel="Run", autocompletion=lambda: _recipe_names(textbook=False))] = None,
     output: Annotated[Path | None, typer.Option(help="Run folder; by default the next free number in runs/.", rich_help_panel="Run")] = None,
@@ -112,7 +92,7 @@ def train(
     if resume is not None:
         if recipe is not None or output is not None or overwrite or dry_run:
             raise UsageError("--resume continues a run as it is; leave out --recipe, --output, --overwrite, --dry-run.")
-        with _loading():
+        with loading():
             from vitft.training import trainer
 
         console.say_text(tables.training_report(trainer.resume(resume, overrides)))
@@ -122,7 +102,7 @@ def train(
 
     config = load_config(recipe, overrides)
     require_dataset(config)  # before torch is loaded
-    with _loading():
+    with loading():
         from vitft.training import trainer
         from vitft.training.cost import dry_run as planning
 
@@ -132,8 +112,11 @@ def train(
         console.say_text(tables.training_report(trainer.train(config, output=output, overwrite=overwrite)))
 
 
+app.command()(probing.probe)
+
+
 @app.command("eval")
-@options_from(_TRAIN_SETTINGS, "Reading")
+@options_from(TRAIN_SETTINGS, "Reading")
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Run folder, one of its checkpoints, or a Transformers folder or hub id.")],
     dataset: Annotated[str | None, typer.Option(help="Default: the dataset it was trained on.")] = None,
@@ -151,8 +134,8 @@ def evaluate(
     *, overrides: dict[str, Any],
 ) -> None:  # fmt: skip
     """Evaluate a checkpoint: accuracy with a 95 % interval, top-5, F1 per class, confusion matrix."""
-    _check_picture(plot)
-    with _loading():
+    check_picture(plot)
+    with loading():
         from vitft.evaluation.evaluation import evaluate as score
 
     def report_skipped(skipped: list[Any]) -> None:
@@ -192,7 +175,7 @@ def verify_resume(
     from vitft.config.recipe import load_config
     from vitft.training.verify_resume import verify_resume
 
-    config = load_config(recipe, _given(dataset=dataset, max_steps=max_steps, save_every=save_every))
+    config = load_config(recipe, given(dataset=dataset, max_steps=max_steps, save_every=save_every))
     with TemporaryDirectory() as work:
         verdict = verify_resume(config, Path(work), kills=kills, seed=seed, say=console.note)
     if json:
@@ -215,10 +198,10 @@ def predict(
     json: Json = False,
 ) -> None:  # fmt: skip
     """Classify images. An unreadable image gets a row with its error, and the exit code is 3."""
-    with _loading():
+    with loading():
         from vitft.evaluation.prediction import predict as classify
 
-    limits = _given(max_pixels=max_pixels, value_range=value_range)
+    limits = given(max_pixels=max_pixels, value_range=value_range)
     rows = classify(paths, checkpoint, top_k=top_k, device=device, **limits)
     if json:
         console.say_json({"predictions": [row.to_dict() for row in rows]})
@@ -257,9 +240,9 @@ def explain(
 
     Without options: a tour, from pixel to logit.
     """
-    sizes = _given(model=model, image_size=image_size, patch_size=patch_size, width=width, layers=layers, heads=heads,
+    sizes = given(model=model, image_size=image_size, patch_size=patch_size, width=width, layers=layers, heads=heads,
                    mlp=mlp, classes=classes, pre_logits=pre_logits)  # fmt: skip
-    outputs = _given(stage=stage, attention=attention, html=html, checkpoint=checkpoint)
+    outputs = given(stage=stage, attention=attention, html=html, checkpoint=checkpoint)
     if image is None and not outputs:
         from vitft.explain import table, tour
 
@@ -275,10 +258,10 @@ def explain(
         return
     if image is None:
         raise UsageError(f"{as_flag(next(iter(outputs)))} needs an image; add --image FILE.")
-    of_the_table = _given(**sizes, batch_size=None if batch_size == 1 else batch_size, all_blocks=all_blocks or None)
+    of_the_table = given(**sizes, batch_size=None if batch_size == 1 else batch_size, all_blocks=all_blocks or None)
     if wrong := next(iter(of_the_table), None):
         raise UsageError(f"{as_flag(wrong)} sets sizes of the table without --image; with an image, use --checkpoint.")
-    with _loading():
+    with loading():
         from vitft.explain.attention import draw_attention
         from vitft.explain.page import write_page
         from vitft.explain.stage import find_lessons, lesson_text
@@ -304,7 +287,7 @@ def explain(
 
 
 @app.command()
-@options_from(_TRAIN_SETTINGS, "Augmentation")
+@options_from(TRAIN_SETTINGS, "Augmentation")
 def bench(
     what: Annotated[Literal["data", "train", "eval"], typer.Argument(metavar="data|train|eval", help="The input pipeline, optimizer steps, or forward passes.")],
     model: Annotated[str, typer.Option(help="As for train; a preset has random weights.")] = "vit-micro",
@@ -322,10 +305,10 @@ def bench(
     *, overrides: dict[str, Any],
 ) -> None:  # fmt: skip
     """Measure the speed of this machine: images/s, where the time of a step goes, and how close it is to the peak."""
-    with _loading():
+    with loading():
         from vitft.training.cost.bench import bench as measured
 
-    settings = _given(
+    settings = given(
         model=model, dataset=dataset, image_size=image_size, batch_size=batch_size, freeze=freeze,
         precision=precision, attention=attention, compile=compile, device=device, max_train_samples=max_train_samples,
     )  # fmt: skip
@@ -416,7 +399,7 @@ def scratch_figures(
 
 
 @data_app.command("info")
-@options_from(_TRAIN_SETTINGS, "Reading", "Augmentation")
+@options_from(TRAIN_SETTINGS, "Reading", "Augmentation")
 def data_info(
     dataset: DatasetName,
     dataset_revision: Revision = None,
@@ -430,7 +413,7 @@ def data_info(
     from vitft.data.info import describe
     from vitft.data.sources.source import open_dataset
 
-    _check_picture(preview)
+    check_picture(preview)
     changes = {name: overrides.pop(name) for name in SETTINGS if name in overrides}
     augmentation = Augmentation.of(TrainConfig.parse(changes, "flags")) if changes else None
     if augmentation and preview is None:
@@ -446,7 +429,7 @@ def data_info(
 
 
 @data_app.command("check")
-@options_from(_TRAIN_SETTINGS, "Reading")
+@options_from(TRAIN_SETTINGS, "Reading")
 def data_check(
     dataset: DatasetName,
     dataset_revision: Revision = None,
@@ -461,7 +444,7 @@ def data_check(
 
     Exit code 3 if anything would stop training.
     """
-    with _loading():
+    with loading():
         from vitft.config.train import range_of
         from vitft.data.decoder import MAX_PIXELS
         from vitft.data.sources.identity import has_names

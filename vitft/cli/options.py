@@ -1,7 +1,7 @@
 """Typer options from the fields of TrainConfig: the only place that makes flags."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pkgutil import resolve_name
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 Command = Callable[..., Any]
 
 
-def options_from(settings: str, *panels: str) -> Callable[[Command], Command]:
-    """Give a command one flag for each field, or for those of some panels; it receives what was typed, as `overrides`.
+def options_from(settings: str, *only: str) -> Callable[[Command], Command]:
+    """Give a command one flag for each field, or for the panels and fields in `only`; it receives what was typed.
 
-    `settings`, such as "vitft.config.train:TrainConfig", is imported when the command is asked for (see `with_flags`),
-    so that the help of the others needs no pydantic. A flag's default is None, so that what was not typed is told
-    from what was: help shows the field's own default. Bounds are checked by the field alone.
+    It receives that as `overrides`. `settings`, such as "vitft.config.train:TrainConfig", is imported when the command
+    is asked for (see `with_flags`), so that the help of the others needs no pydantic. A flag's default is None, so that
+    what was not typed is told from what was: help shows the field's own default. Bounds are checked by the field alone.
     """
 
     def decorate(command: Command) -> Command:
         signature = inspect.signature(command)
         own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.name != "overrides"]
         _sign(command, own)
-        command.make_flags = lambda: _flagged(command, own, resolve_name(settings), panels)  # type: ignore[attr-defined]
+        command.make_flags = lambda: _flagged(command, own, resolve_name(settings), only)  # type: ignore[attr-defined]
         return command
 
     return decorate
@@ -46,10 +46,9 @@ def with_flags(command: Any) -> Any:
     return typer.main.get_command(alone)
 
 
-def _flagged(
-    command: Command, own: list[inspect.Parameter], config: "type[BaseModel]", panels: tuple[str, ...]
-) -> Command:
-    fields = {name: field for name, field in config.model_fields.items() if not panels or _panel(field) in panels}
+def _flagged(command: Command, own: list[inspect.Parameter], config: "type[BaseModel]", only: Sequence[str]) -> Command:
+    wanted = {*only} or {_panel(field) for field in config.model_fields.values()}
+    fields = {name: field for name, field in config.model_fields.items() if wanted & {name, _panel(field)}}
 
     def wrapper(**given: Any) -> Any:
         values = {name: given.pop(name) for name in fields}

@@ -91,6 +91,40 @@ def _mistakes_table(metrics: Any) -> list[RenderableType]:
     return ["Most frequent confusions (true → predicted, images):", table]
 
 
+def probe_report(result: Any) -> RenderableType:
+    """The report of `vitft probe`, for a `ProbeResult`."""
+    metrics = result.metrics
+    best = max(result.logistic, key=lambda trial: trial.correct)
+    low, high = (100 * bound for bound in metrics.accuracy_interval)
+    head = Text.assemble(
+        "accuracy ",
+        (percent(metrics.accuracy), "bold"),
+        f" (95 % interval {low:.1f}–{high:.1f}) on {metrics.count:,} images of {safe(metrics.split)}",
+        (f" [{metrics.split_hash[:8]}]", "dim"),
+        f"\nby logistic regression on {result.width:,} features per image, from {result.images:,} training images",
+    )
+    trials = _table("classifier", *_numbers("setting", "accuracy", "95 % interval", "loss", no_wrap=True), "")
+    groups = (("logistic regression", "penalty", result.logistic), ("nearest neighbors", "k =", result.neighbors))
+    for name, setting, found in groups:
+        for number, trial in enumerate(found):
+            low, high = (100 * bound for bound in trial.interval)
+            loss = "" if trial.loss is None else f"{trial.loss:.3f}"
+            cells = (f"{setting} {trial.setting:g}", percent(trial.accuracy), f"{low:.1f}–{high:.1f}", loss)
+            marks = ("bold", "best") if trial is best else ("", "")
+            trials.add_row("" if number else name, *cells, marks[1], style=marks[0])
+    curve = _table(*_numbers("images per class", "in all", "accuracy", "spread", "draws", no_wrap=True))
+    for point in result.few_shot:
+        draws = len(point.accuracies)
+        cells = (f"{point.per_class:,}", f"{point.images:,}", percent(point.mean), f"± {100 * point.spread:.1f}")
+        curve.add_row(*cells, str(draws))
+    curve.add_row("all", f"{result.images:,}", percent(metrics.accuracy), "", "1", style="bold")
+    tuning = result.tuning
+    memory = f", {size(tuning.memory_bytes)} of memory" if tuning.memory_bytes else ""
+    costs = f"{tuning.epochs:g} epochs of full fine-tuning here: about {duration(tuning.seconds)}{memory}"
+    title = "Accuracy by training images (mean and standard deviation of the draws):"
+    return Group(head, "", trials, "", title, curve, "", *_mistakes_table(metrics), "", Text(costs))
+
+
 def training_report(result: Any) -> str:
     """The last lines of a run: scores, checkpoint, speed, next command."""
     lines = [interval(one.split, one.accuracy, one.accuracy_interval, one.count) for one in result.scores.values()]

@@ -22,10 +22,11 @@ def regress(features: Tensor, labels: Tensor, classes: int, strength: float, sta
     """Fit by L-BFGS: features (N, F), labels (N,) in 0..C-1 -> weights and, in the last column, biases: (C, F + 1).
 
     The loss is the mean cross-entropy plus strength / 2 times the squared norm of all parameters. `start` is where to
-    begin, such as the fit of a neighboring strength.
+    begin, such as the fit of a neighboring strength. With features (D, N, F) and labels (D, N), D fits are made at
+    once, (D, C, F + 1): of a few images each, they take hardly longer than one.
     """
-    inputs = F.pad(features, (0, 1), value=1.0)
-    parameters = features.new_zeros(classes, inputs.shape[1]) if start is None else start.clone()
+    inputs, fits = F.pad(features, (0, 1), value=1.0), features.shape[:-2].numel()
+    parameters = features.new_zeros(*features.shape[:-2], classes, inputs.shape[-1]) if start is None else start.clone()
     parameters.requires_grad_()
     optimizer = torch.optim.LBFGS(
         [parameters], max_iter=100, tolerance_grad=1e-5, tolerance_change=1e-7, line_search_fn="strong_wolfe"
@@ -33,7 +34,8 @@ def regress(features: Tensor, labels: Tensor, classes: int, strength: float, sta
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = F.cross_entropy(inputs @ parameters.T, labels) + strength / 2 * parameters.square().sum()
+        logits = (inputs @ parameters.mT).flatten(end_dim=-2)
+        value = fits * F.cross_entropy(logits, labels.flatten()) + strength / 2 * parameters.square().sum()
         value.backward()  # type: ignore[no-untyped-call]
         return value
 

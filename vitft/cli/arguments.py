@@ -1,0 +1,42 @@
+"""Arguments that several commands share, and what they check before the work."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from vitft.errors import UsageError
+from vitft.io import console
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+MaxPixels = Annotated[
+    int | None, typer.Option(min=1, metavar="<int>", help="Refuse images with more pixels than this.")
+]
+ValueRange = Annotated[
+    str | None,
+    typer.Option(
+        metavar="<black:white>",
+        help="Range of images with more than 8 bits; default: the checkpoint's, else the format's.",
+    ),
+]
+Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="auto: a GPU if available.")]
+
+DatasetName = Annotated[str, typer.Argument(metavar="DATASET", help="Alias, hub id, folder, CSV, JSONL or parquet.")]
+Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub dataset.")]
+TRAIN_SETTINGS = "vitft.config.train:TrainConfig"
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that have a value."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def loading() -> Any:
+    """Shown during imports that take seconds."""
+    return console.working("loading PyTorch and Transformers")
+
+
+def check_picture(picture: Path | None) -> None:
+    """Check a picture's path before the work. Raises UsageError."""
+    if picture is not None and (picture.suffix.lower() != ".png" or not picture.parent.is_dir()):
+        raise UsageError(f"{picture}: give a .png file in a folder that exists.")

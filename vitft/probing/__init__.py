@@ -1,0 +1,1 @@
+"""A first answer on a dataset, from features that a pretrained backbone gives once."""
