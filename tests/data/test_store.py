@@ -26,6 +26,7 @@ from vitft.data.augment import (
 from vitft.data.augmentation.settings import Augmentation
 from vitft.data.decoder import decode
 from vitft.data.loader import EvalLoader, ForkedPrefetcher, Prefetcher, TrainLoader
+from vitft.data.sampling import REPEAT_BITS, balanced_order
 from vitft.data.sources.source import open_dataset
 from vitft.data.store import Store, check_headers, decode_all, move_to_device
 from vitft.errors import DataError
@@ -128,9 +129,12 @@ STORE, _ = decode_all(DIGITS, PREPROCESS, crops=False, max_pixels=10**6, skip_ba
 LABELS = np.arange(53) % 10
 
 
-def digits_loader(rank: int = 0, world: int = 1) -> TrainLoader:
-    return TrainLoader(STORE, LABELS, PREPROCESS, augmentation=Augmentation("crop", 3), classes=10,
-                       batch_size=8, device=CPU, rank=rank, world=world)  # fmt: skip
+UNEVEN = np.array([0] * 30 + [2] * 3 + [1] * 19 + [4])
+
+
+def digits_loader(rank: int = 0, world: int = 1, labels: np.ndarray = LABELS, **options: Any) -> TrainLoader:
+    options = {"augmentation": Augmentation("crop", 3), "batch_size": 8} | options
+    return TrainLoader(STORE, labels, PREPROCESS, classes=10, device=CPU, rank=rank, world=world, **options)
 
 
 LOADER = digits_loader()
@@ -146,8 +150,9 @@ def test_the_shards_of_all_processes_concatenate_to_the_batch(step: int, world: 
     assert torch.equal(torch.cat([shard.labels for shard in shards]), labels)
 
 
-def test_a_batch_depends_only_on_its_step() -> None:
-    fresh = digits_loader()
+@pytest.mark.parametrize("sampling", ["uniform", "balanced"])
+def test_a_batch_depends_only_on_its_step(sampling: str) -> None:
+    fresh = digits_loader(labels=UNEVEN, sampling=sampling)
     later = fresh.batch(9).pixels.clone()
     for step in (0, 30, 2, 9):
         again = fresh.batch(step).pixels.clone()
@@ -159,6 +164,46 @@ def test_each_epoch_sees_every_image_once_in_its_own_order() -> None:
     for seen in epochs:
         assert sorted(seen) == list(range(53))
     assert (epochs[0] != epochs[1]).any()
+
+
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=9).filter(any),
+    seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 1000),
+)  # fmt: skip
+def test_a_balanced_epoch_has_each_class_equally_often(sizes: list[int], seed: int, epoch: int) -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    drawn = balanced_order(labels, seed, epoch)
+    assert len(drawn) == len(set(drawn.tolist())) == len(labels)  # an image drawn again has another key
+    positions, repeats = drawn % 2**REPEAT_BITS, drawn >> REPEAT_BITS
+    often = np.bincount(labels[positions], minlength=len(sizes))[np.array(sizes) > 0]
+    assert often.max() - often.min() <= 1
+    for label in np.unique(labels):
+        times = np.bincount(positions, minlength=len(labels))[labels == label]
+        assert times.max() - times.min() <= 1  # all images of a class alike
+    for position in np.unique(positions):
+        assert sorted(repeats[positions == position]) == list(range((positions == position).sum()))
+
+
+def test_balanced_epochs_differ_and_sum_to_all_images_of_a_large_class() -> None:
+    loader = digits_loader(labels=UNEVEN, sampling="balanced")
+    epochs = [np.concatenate([loader.samples(step) for step in range(e * 7, e * 7 + 7)]) for e in range(20)]
+    assert all(len(epoch) == len(UNEVEN) for epoch in epochs)
+    assert len({tuple(sorted(epoch)) for epoch in epochs}) == 20
+    assert set(np.concatenate(epochs)) == set(range(len(UNEVEN)))
+    # No class is always, and none never, the one that an odd number of draws favors: 53 = 4 * 13 + 1.
+    most = {int(np.bincount(UNEVEN[epoch]).argmax()) for epoch in epochs}
+    assert most == {0, 1, 2, 4}
+
+
+@pytest.mark.parametrize("kind", ["crop", "flip"])
+def test_an_image_that_is_drawn_again_is_augmented_differently(kind: str) -> None:
+    how = Augmentation(kind, 3)
+    loader = digits_loader(labels=UNEVEN, augmentation=how, batch_size=53, sampling="balanced")
+    batch = loader.batch(0)
+    only = batch.pixels[torch.from_numpy(batch.index == 52)]  # of its class
+    assert len(only) in (13, 14)
+    assert len({tuple(image.ravel().tolist()) for image in only}) == (len(only) if kind == "crop" else 2)
+    assert (batch.labels == torch.from_numpy(UNEVEN[batch.index])).all()
 
 
 def test_random_draws_match_earlier_versions() -> None:

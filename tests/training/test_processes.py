@@ -47,7 +47,11 @@ FROZEN = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp")) | {
 FITTED = FROZEN | {"freeze": "none"}  # all is trained, from a head that is fitted to features
 
 
-@pytest.mark.parametrize("other", [AUGMENTED, FROZEN, FITTED], ids=["mixed", "probe", "fitted head"])
+@pytest.mark.parametrize(
+    "other",
+    [AUGMENTED | {"sampling": "balanced", "focal_loss": 1.0}, FROZEN, FITTED],
+    ids=["mixed", "probe", "fitted head"],
+)
 def test_two_processes_train_as_one_does(tmp_path: Path, other: dict[str, object]) -> None:
     """The same samples and augmentations in every step; losses equal up to the order of sums.
 

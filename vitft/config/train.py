@@ -36,6 +36,7 @@ class TrainConfig(Settings):
     max_pixels: int = setting(50_000_000, "Data", "Refuse images with more pixels than this. Decoding the default takes about 0.5 GB.", ge=1)
     value_range: str | None = setting(None, "Data", "Pixel values of black and white in images of more than 8 bits, as BLACK:WHITE, such as 0:4095. Default: the full range of the format.")
     cache_gb: float = setting(20.0, "Data", "Disk space for decoded images, which the next run reuses, in GB (see vitft data cache). 0: no cache.", changeable=True, ge=0, le=1e6)
+    sampling: Literal["uniform", "balanced"] = setting("uniform", "Data", "balanced: repeat images of rare classes, and leave out some of frequent ones, so that an epoch has each class equally often.")
 
     image_column: str | None = setting(None, "Reading", "Name or number of the image column. Default: detected.")
     label_column: str | None = setting(None, "Reading", "Name or number of the label column. Default: detected.")
@@ -85,6 +86,9 @@ class TrainConfig(Settings):
     drop_path: float | None = setting(None, "Optimization", "Stochastic depth: probability of skipping a residual branch of the last block; smaller in earlier blocks. Default: the model's own (0.1 of Swin, 0 of ViT).", ge=0, lt=1)
     ema: float = setting(0.0, "Optimization", "Decay of an exponential moving average of the weights, such as 0.99, which is evaluated and saved as the model. 0: none.", ge=0, lt=1)
     label_smoothing: float = setting(0.0, "Optimization", "Fraction of each target spread evenly over all classes.", ge=0, lt=1)
+    class_weights: str | None = setting(None, "Optimization", "Weights of the classes in the loss, scaled to a mean of 1 over the training images. balanced: inverse to their numbers of images. Else a JSON file such as {\"cat\": 1, \"dog\": 2.5}.")
+    logit_adjustment: float = setting(0.0, "Optimization", "For unequal classes: in training, add this times the log of each class's fraction of the images to the logits, so that predictions favor no class. Usually 1.", ge=0, le=10)
+    focal_loss: float = setting(0.0, "Optimization", "Exponent of the focal loss, which gives images that are already right less weight. 0: cross-entropy. Usually 2.", ge=0, le=10)
     seed: int = setting(0, "Optimization", "Random seed of splits, data order, augmentation, dropout and new weights.", ge=0, lt=2**32)
 
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "Hardware", "auto: a GPU if available.", changeable=True)
@@ -162,6 +166,13 @@ class TrainConfig(Settings):
         if self.lora_rank is not None and self.freeze == "backbone":
             raise ValueError(
                 "`lora_rank` trains an adapter of the backbone, and `freeze` backbone the head alone; remove one of them"
+            )
+        remedies = ["`class_weights` balanced"] if self.class_weights == "balanced" else []
+        remedies += ["`sampling` balanced"] if self.sampling == "balanced" else []
+        remedies += ["`logit_adjustment`"] if self.logit_adjustment else []
+        if len(remedies) > 1:
+            raise ValueError(
+                f"{remedies[0]} and {remedies[1]} would each make up for unequal classes, together too much; remove one"
             )
         if self.min_delta and self.early_stopping is None:
             raise ValueError("`min_delta` applies only to early stopping; add `early_stopping` or remove `min_delta`")

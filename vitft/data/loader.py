@@ -20,11 +20,11 @@ from vitft.data.augment import Images, Preprocess, augment, augment_pixels, flip
 from vitft.data.augmentation.erasing import erase
 from vitft.data.augmentation.mixing import draw_mixes, mix, mix_labels
 from vitft.data.augmentation.settings import Augmentation
+from vitft.data.sampling import balanced_order, positions, uniform_order
 from vitft.data.store import Store, move_to_device
 from vitft.hardware.device import to_device
 from vitft.hardware.pools import map_in_processes, processes
 from vitft.hardware.timers import Clock
-from vitft.randomness import permutation
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class TrainLoader:
 
     def __init__(
         self, store: Store, labels: NDArray[np.int64], preprocess: Preprocess, *, augmentation: Augmentation,
-        classes: int, batch_size: int, device: torch.device, rank: int = 0, world: int = 1, clock: Clock | None = None,
+        classes: int, batch_size: int, device: torch.device, sampling: str = "uniform", rank: int = 0, world: int = 1,
+        clock: Clock | None = None,
     ) -> None:  # fmt: skip
         """`classes`: of the model."""
         self.clock = clock or Clock()
@@ -67,7 +68,8 @@ class TrainLoader:
         self.batch_size, self.rank, self.world, self.device = batch_size, rank, world, device
         self._buffer = InputBuffer(preprocess, device)
         self._mixed = InputBuffer(preprocess, device)
-        self._order = lru_cache(maxsize=2)(lambda epoch: permutation(seed, "order", epoch, len(store)))
+        draw = balanced_order if sampling == "balanced" else uniform_order
+        self._order = lru_cache(maxsize=2)(lambda epoch: draw(labels, seed, epoch))
         self._prefetch = self._prefetcher() if store.pixels.device.type != device.type else None
 
     @property
@@ -77,13 +79,23 @@ class TrainLoader:
 
     def samples(self, step: int) -> NDArray[np.int64]:
         """Positions of all images of a step, over all processes."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        positions: NDArray[np.int64] = self._order(epoch)
-        return positions[place * self.batch_size : (place + 1) * self.batch_size]
+        return positions(self._draws(step))
+
+    def draws(self, step: int) -> NDArray[np.int64]:
+        """This process's images of a step, as numbers that key their augmentation: see `sampling.balanced_order`.
+
+        They are contiguous, so the shards concatenate to the whole batch. Without repeats, they are positions.
+        """
+        return np.array_split(self._draws(step), self.world)[self.rank]
 
     def shard(self, step: int) -> NDArray[np.int64]:
-        """Positions of this process's images of a step: contiguous, so the shards concatenate to the whole batch."""
-        return np.array_split(self.samples(step), self.world)[self.rank]
+        """Positions of this process's images of a step."""
+        return positions(self.draws(step))
+
+    def _draws(self, step: int) -> NDArray[np.int64]:
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order: NDArray[np.int64] = self._order(epoch)
+        return order[place * self.batch_size : (place + 1) * self.batch_size]
 
     def unaugmented(self, index: NDArray[np.int64], *, mirror: bool) -> Tensor:
         """Model input for these positions, either all mirrored or none: (B, C, H, W)."""
@@ -98,9 +110,9 @@ class TrainLoader:
             pixels = torch.empty((0, preprocess.channels, preprocess.height, preprocess.width), device=self.device)
             return Batch(pixels, torch.empty(0, dtype=torch.long, device=self.device), index)
         with self.clock.part("wait"):
-            images = self._gather(shown) if self._prefetch is None else self._prefetch(step)
+            images = self._gather(positions(shown)) if self._prefetch is None else self._prefetch(step)
         with self.clock.part("transfer"):
-            labels = to_device(self.labels[shown], self.device)
+            labels = to_device(self.labels[positions(shown)], self.device)
             if isinstance(images, Tensor):
                 images = to_device(images, self.device)
         with self.clock.part("augment"):
@@ -115,17 +127,17 @@ class TrainLoader:
                 erase(pixels, how.erase, how.seed, epoch, shown)
             if not how.mixes:
                 return Batch(pixels, labels, index)
-            mixes = draw_mixes(how, preprocess.height, preprocess.width, epoch, index)
+            mixes = draw_mixes(how, preprocess.height, preprocess.width, epoch, self.draws(step))
             labels, probabilities = mix_labels(labels, mixes, self.classes)
             out = self._mixed.rows(len(index))[: len(index)].permute(0, 3, 1, 2)
             return Batch(mix(pixels, mixes, out), labels, index, probabilities)
 
     def _shown(self, step: int) -> NDArray[np.int64]:
-        """The images that a shard shows: its own and, where images are mixed with the next, the one that follows."""
-        mine = self.shard(step)
+        """The draws that a shard shows: its own and, where images are mixed with the next, the one that follows."""
+        mine = self.draws(step)
         if not len(mine) or not self.augmentation.mixes:
             return mine
-        whole = self.samples(step)
+        whole = self._draws(step)
         end = 1 + np.array_split(np.arange(len(whole)), self.world)[self.rank][-1]
         return np.append(mine, whole[end % len(whole)])
 
@@ -154,7 +166,7 @@ class TrainLoader:
 
     def _augment_on_host(self, step: int) -> Tensor:
         shown, epoch = self._shown(step), step // self.steps_per_epoch
-        return augment_pixels(self._gather(shown), self.preprocess, self.augmentation, epoch, shown)
+        return augment_pixels(self._gather(positions(shown)), self.preprocess, self.augmentation, epoch, shown)
 
 
 class Prefetcher:

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from vitft.randomness import random_words
+from vitft.randomness import permutation, random_words
 
 Labels = NDArray[np.int64]  # class indices
 Mask = NDArray[np.bool_]
@@ -78,3 +78,36 @@ def quotas(sizes: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     largest_first = np.lexsort((np.arange(len(sizes)), -remainders))
     quota[largest_first[: count - int(quota.sum())]] += 1
     return quota
+
+
+REPEAT_BITS = 32  # of a draw, the lower bits are the image's position, the higher ones count its earlier draws
+
+
+def uniform_order(labels: Labels, seed: int, epoch: int) -> NDArray[np.int64]:
+    """An epoch of n images in random order, each once: (n,) class indices -> (n,) positions."""
+    return permutation(seed, "order", epoch, len(labels))
+
+
+def balanced_order(labels: Labels, seed: int, epoch: int) -> NDArray[np.int64]:
+    """An epoch of n draws from n images with each class equally often, up to one draw: (n,) -> (n,).
+
+    A draw is a position plus 2**32 times how often the epoch has drawn it before, so that repeats can be augmented
+    differently. An image is only drawn again once all others of its class are.
+    """
+    count, sizes = len(labels), np.bincount(labels)
+    classes = np.flatnonzero(sizes)
+    order = permutation(seed, "balanced", epoch, count)
+    order = order[np.argsort(labels[order], kind="stable")]  # by class
+    first = np.cumsum(sizes) - sizes
+    each, rest = divmod(count, len(classes))
+    more = permutation(seed, "balanced classes", epoch, len(classes)) < rest  # which classes get one more
+    parts = []
+    for label, extra in zip(classes.tolist(), more.tolist(), strict=True):
+        repeats, place = np.divmod(np.arange(each + extra), sizes[label])
+        parts.append(order[first[label] + place] + (repeats << REPEAT_BITS))
+    return np.concatenate(parts)[permutation(seed, "order", epoch, count)]
+
+
+def positions(draws: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The positions of the images of draws, of any shape: see `balanced_order`."""
+    return draws & (1 << REPEAT_BITS) - 1

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vitft.config.train import TrainConfig
 from vitft.errors import UsageError
 from vitft.models.heads import head_of
-from vitft.models.logistic import STRENGTHS, location_and_scale, regress
+from vitft.models.logistic import STRENGTHS, Loss, location_and_scale, regress
 
 _MOST_IMAGES, _PER_CLASS = 10_000, 20  # the larger of the first and so many for each class
 _MOST_CLASSES = 1000
@@ -60,11 +60,11 @@ def images_for_head(images: int, classes: int, seen: int) -> int:
     return min(images, max(_MOST_IMAGES, _PER_CLASS * classes), seen)
 
 
-def fit_head(features: Tensor, labels: Tensor, classes: int) -> Fit:
+def fit_head(features: Tensor, labels: Tensor, classes: int, mean_loss: Loss = F.cross_entropy) -> Fit:
     """Fit multinomial logistic regression with an L2 penalty, chosen by the loss of a held-out fifth of the images.
 
-    `features` is (N, F), in random order, `labels` (N,) in 0..C-1. The penalty is on weights and biases, so a class
-    without images gets finite ones.
+    `features` is (N, F), in random order, `labels` (N,) in 0..C-1; `mean_loss` is of logits and labels. The penalty is
+    on weights and biases, so a class without images gets finite ones.
     """
     mean, scale = location_and_scale(features)
     scaled = (features - mean) / scale
@@ -73,14 +73,14 @@ def fit_head(features: Tensor, labels: Tensor, classes: int) -> Fit:
     if held_out:
         lowest, start = math.inf, None
         for candidate in STRENGTHS:  # each fit starts from the last, which is close
-            start = regress(scaled[held_out:], labels[held_out:], classes, candidate, start)
+            start = regress(scaled[held_out:], labels[held_out:], classes, candidate, start, mean_loss)
             logits = scaled[:held_out] @ start[:, :-1].T + start[:, -1]
-            loss = F.cross_entropy(logits, labels[:held_out]).item()
+            loss = mean_loss(logits, labels[:held_out]).item()
             if loss >= lowest:
                 break  # weaker penalties would only fit the other images better
             lowest, strength = loss, candidate
             accuracy = (logits.argmax(dim=1) == labels[:held_out]).float().mean().item()
-    parameters = regress(scaled, labels, classes, strength)
+    parameters = regress(scaled, labels, classes, strength, mean_loss=mean_loss)
     weight = parameters[:, :-1] / scale
     return Fit(weight, parameters[:, -1] - weight @ mean, strength, accuracy, held_out)
 

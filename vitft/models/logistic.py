@@ -1,8 +1,13 @@
 """Multinomial logistic regression with an L2 penalty, on features."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""The mean loss of logits (N, C) and class indices (N,)."""
 
 STRENGTHS = (3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3)
 """L2 penalties that are tried, strongest first; on features of variance 1 and the mean cross-entropy."""
@@ -18,10 +23,13 @@ def location_and_scale(features: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (features - mean).square().mean().sqrt().clamp(min=1e-12)
 
 
-def regress(features: Tensor, labels: Tensor, classes: int, strength: float, start: Tensor | None = None) -> Tensor:
+def regress(
+    features: Tensor, labels: Tensor, classes: int, strength: float, start: Tensor | None = None,
+    mean_loss: Loss = F.cross_entropy,
+) -> Tensor:  # fmt: skip
     """Fit by L-BFGS: features (N, F), labels (N,) in 0..C-1 -> weights and, in the last column, biases: (C, F + 1).
 
-    The loss is the mean cross-entropy plus strength / 2 times the squared norm of all parameters. `start` is where to
+    What is minimized is `mean_loss` plus strength / 2 times the squared norm of all parameters. `start` is where to
     begin, such as the fit of a neighboring strength. With features (D, N, F) and labels (D, N), D fits are made at
     once, (D, C, F + 1): of a few images each, they take hardly longer than one.
     """
@@ -35,7 +43,7 @@ def regress(features: Tensor, labels: Tensor, classes: int, strength: float, sta
     def loss() -> Tensor:
         optimizer.zero_grad()
         logits = (inputs @ parameters.mT).flatten(end_dim=-2)
-        value = fits * F.cross_entropy(logits, labels.flatten()) + strength / 2 * parameters.square().sum()
+        value = fits * mean_loss(logits, labels.flatten()) + strength / 2 * parameters.square().sum()
         value.backward()  # type: ignore[no-untyped-call]
         return value
 

@@ -103,7 +103,7 @@ class FeatureLoader:
         with self.clock.part("wait"):
             read = self._kinds[0][rows]
             if len(self._kinds) == 2:
-                flip = draw_flips(self.loader.seed, step // self.steps_per_epoch, mine)
+                flip = draw_flips(self.loader.seed, step // self.steps_per_epoch, self.loader.draws(step))
                 read = torch.where(torch.from_numpy(flip)[:, None], self._kinds[1][rows], read)
         with self.clock.part("transfer"):
             device = self.loader.device

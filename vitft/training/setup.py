@@ -28,6 +28,7 @@ from vitft.io.paths import composed, expanded
 from vitft.models.load import Loaded, load_for_training, shape_of
 from vitft.models.lora import has_adapter, read_adapter, require_peft
 from vitft.spec import PRESETS
+from vitft.training.loss import pinned_weights
 
 Stores = dict[str, tuple[Store, NDArray[np.int64]]]
 """By split, the decoded images and their labels, numbered as in the model."""
@@ -150,6 +151,7 @@ def prepare(
     attention, how = _attend(loaded, config), loaded.preprocess
     pinned: dict[str, Any] = {"model_revision": loaded.revision or config.model_revision,
               "dataset_revision": source.revision or config.dataset_revision,
+              "class_weights": pinned_weights(config, loaded.labels),
               "image_size": how.height if how.height == how.width else None, "attention": attention}  # fmt: skip
     return Prepared(absolute(config.model_copy(update=pinned)), source, splits, loaded)
 

@@ -20,7 +20,7 @@ from vitft.models.load import checkpoint_activations, compiled, set_training
 from vitft.randomness import derive_seed, permutation
 from vitft.training import ema
 from vitft.training.linear_probe import FeatureLoader, Probe, features_pay, read_features
-from vitft.training.loss import summed_loss
+from vitft.training.loss import class_balance, head_loss, summed_loss
 from vitft.training.optim import lr_at, make_optimizer, total_steps
 from vitft.training.setup import Decoded
 
@@ -40,13 +40,14 @@ class Learner:
         self.loader: TrainLoader | FeatureLoader
         self.loader = self._images = TrainLoader(
             *decoded.stores["train"], decoded.loaded.preprocess, augmentation=Augmentation.of(config),
-            classes=len(decoded.loaded.labels), batch_size=config.batch_size, device=accelerator.device,
-            rank=accelerator.process_index, world=accelerator.num_processes, clock=self.clock,
+            classes=len(decoded.loaded.labels), sampling=config.sampling, batch_size=config.batch_size,
+            device=accelerator.device, rank=accelerator.process_index, world=accelerator.num_processes, clock=self.clock,
         )  # fmt: skip
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = total_steps(config, self.steps_per_epoch)
         self._new_head = decoded.loaded.new_head
-        self.unwrapped = decoded.loaded.model.to(accelerator.device)
+        self.unwrapped, self._names = decoded.loaded.model.to(accelerator.device), decoded.loaded.labels
+        self._balance = class_balance(config, self.loader.labels.to(accelerator.device), self._names)
         if config.grad_checkpointing:
             checkpoint_activations(self.unwrapped)
         reads = features_pay(config, self.unwrapped, self.total_steps, len(self._images.store))
@@ -95,7 +96,8 @@ class Learner:
                     loader, read, config, chosen, mirror=False, gather=gather, progress=progress
                 )  # fmt: skip
         device = self.accelerator.device
-        fit = fit_head(features.to(device), loader.labels[torch.from_numpy(chosen)].to(device), classes)
+        labels = loader.labels[torch.from_numpy(chosen)].to(device)
+        fit = fit_head(features.to(device), labels, classes, head_loss(config, labels, self._names))
         write_head(self.unwrapped, fit, broadcast)
         score = "" if fit.accuracy is None else f", {100 * fit.accuracy:.1f} % right of {fit.held_out:,} held out"
         console.note(f"new head fitted to the features of {len(chosen):,} training images{score}")
@@ -176,7 +178,7 @@ class Learner:
                     model = self._fast if len(labels) == self.micro_batch else self.model
                     logits = model(pixel_values=pixels).logits.float()
                     # Divided by the size of the whole batch, so that micro-batches and shards of any size weigh right.
-                    loss = weight * summed_loss(logits, targets, config) / whole
+                    loss = weight * summed_loss(logits, targets, config, self._balance) / whole
                 with clock.part("backward"):
                     accelerator.backward(loss * world)  # DDP averages gradients over processes
             loss_sum += loss.detach()
