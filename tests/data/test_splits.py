@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from vitft.data.sampling import HELD_OUT, OPEN, TRAIN, hold_out, quotas, stratified_sample
+from vitft.data.sampling import HELD_OUT, OPEN, TEST, TRAIN, hold_out, quotas, stratified_sample
 from vitft.data.sources.identity import content_hashes, ids, sample_names
 from vitft.data.sources.schema import image_structs, make_split, standardize
 from vitft.data.sources.source import Source
@@ -149,6 +149,47 @@ def test_held_out_images_are_not_trained_on_unless_val_fraction_is_zero(own, fra
     source = source_of(train=[0, 1] * 10, **({"validation": [0, 1]} if own else {}))
     sides = {"train": np.repeat([HELD_OUT, TRAIN], [2, 18]).astype(np.int8)}
     assert splits_of(source, val_fraction=fraction, sides=sides)["train"].rows.tolist() == [*range(held, 20)]
+
+
+def test_a_test_split_is_drawn_from_train_before_validation():
+    source = source_of(train=[0] * 1000 + [1] * 500 + [2] * 10)
+    splits = splits_of(source, test_fraction=0.2)
+    assert {role: split.name for role, split in splits.items()} == {name: name for name in splits}
+    assert {split.source for split in splits.values()} == {"train"}
+    assert sorted(row for split in splits.values() for row in split.rows) == list(range(1510))
+    assert np.bincount(splits["test"].labels).tolist() == pytest.approx([200, 100, 2], rel=0.5)
+    assert np.bincount(splits["validation"].labels)[:2].tolist() == pytest.approx([80, 40], rel=0.5)
+    assert set(splits_of(source, test_fraction=0.2, val_fraction=0.0)) == {"train", "test"}
+    others = splits_of(source, test_fraction=0.2, val_fraction=0.5)
+    assert others["test"].hash == splits["test"].hash  # whatever is held out for validation
+    assert splits_of(source, test_fraction=0.2, seed=1)["test"].hash != splits["test"].hash
+    # Who is in validation does not follow from who is in test: with one draw for both, it would be empty.
+    before = set(splits_of(source)["validation"].rows)
+    assert 0 < len(before & set(splits["test"].rows)) < len(before) / 2
+
+
+def test_a_test_split_of_its_own_is_used_completely():
+    splits = splits_of(source_of(train=[0, 1] * 10, test=[0, 1]), test_fraction=0.5)
+    assert (splits["test"].source, len(splits["test"].rows)) == ("test", 2)
+
+
+@pytest.mark.parametrize("val_fraction", [0.0, 0.3])
+@pytest.mark.parametrize("test_fraction", [0.0, 0.4])
+@pytest.mark.parametrize("own", [True, False])
+def test_what_an_earlier_run_was_tested_on_stays_that(own, test_fraction, val_fraction):
+    source = source_of(train=[0, 1] * 50, **({"test": [0, 1]} if own else {}))
+    sides = {"train": np.repeat([TRAIN, HELD_OUT, TEST, OPEN], [40, 20, 10, 30]).astype(np.int8)}
+    splits = splits_of(source, test_fraction=test_fraction, val_fraction=val_fraction, sides=sides)
+    trained, tested = ({*splits[role].rows.tolist()} for role in ("train", "test"))
+    assert trained >= set(range(40))
+    if not own:
+        assert set(range(60, 70)) <= tested <= set(range(60, 100))  # neither trained on nor chosen by
+        assert (len(tested) > 10) == (test_fraction > 0)
+    if val_fraction:
+        held_out = {*splits["validation"].rows.tolist()}
+        assert set(range(40, 60)) <= held_out <= set(range(40, 100))
+        assert not trained & set(range(40, 70))
+        assert (set(range(60, 70)) <= held_out) == own
 
 
 @settings(max_examples=60, deadline=None)

@@ -19,8 +19,10 @@ from typer.testing import CliRunner
 from tests.training.test_trainer import draw
 from vitft import TrainConfig, train
 from vitft.checkpoints.checkpoint import read_config, step_folders, write_config
-from vitft.checkpoints.metadata import read_card, sha256, write_card
+from vitft.checkpoints.metadata import read_card, sha256, sha256_of, write_card
 from vitft.cli.app import app
+from vitft.cli.tables import training_report
+from vitft.config.train import of_any_version
 from vitft.data.augment import preprocess_images
 from vitft.data.decoder import decode
 from vitft.data.sources.identity import ids
@@ -29,12 +31,13 @@ from vitft.data.splits import make_splits
 from vitft.errors import DataError, UsageError
 from vitft.evaluation.evaluation import evaluate, matched
 from vitft.evaluation.metrics import Metrics
-from vitft.io.atomic import write_json
+from vitft.io.atomic import json_text, write_json
 from vitft.models.image_processor import read_processor
+from vitft.training.setup import prepare
 from vitft.training.trainer import resume
 
-KEYS = ["accuracy", "accuracy_interval", "top5", "loss", "macro_f1", "count", "split", "split_hash",
-        "images_per_s", "per_class", "confusion"]  # fmt: skip
+KEYS = ["accuracy", "accuracy_interval", "top5", "loss", "macro_f1", "balanced_accuracy", "count", "split",
+        "split_hash", "images_per_s", "per_class", "confusion"]  # fmt: skip
 
 
 def numbers(metrics: Metrics) -> dict[str, Any]:
@@ -49,7 +52,7 @@ def by_hand(folder: Path, role: str) -> tuple[np.ndarray, np.ndarray, tuple[str,
     source = open_dataset(str(card.config.dataset))
     split = make_splits(source, val_fraction=card.config.val_fraction, max_train_samples=None,
                         max_eval_samples=card.config.max_eval_samples,
-                        seed=card.config.seed)[role]  # fmt: skip
+                        seed=card.config.split_seed)[role]  # fmt: skip
     how = read_processor(str(folder), transformers.AutoConfig.from_pretrained(folder))
     model = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
     cells = source.splits[split.source].select(split.rows)["image"]
@@ -73,6 +76,7 @@ def test_scores_are_scikit_learns(digits_run: Any, role: str) -> None:
     shares = torch.from_numpy(logits).softmax(1).numpy()
     assert got.loss == pytest.approx(sk.log_loss(truth, shares, labels=classes), abs=1e-5)
     assert got.macro_f1 == pytest.approx(sk.f1_score(truth, predicted, average="macro"), abs=1e-12)
+    assert got.balanced_accuracy == pytest.approx(sk.balanced_accuracy_score(truth, predicted), abs=1e-12)
     matrix = sk.confusion_matrix(truth, predicted, labels=classes)
     assert got.confusion == {"labels": list(labels), "matrix": matrix.tolist()}
     table = sk.precision_recall_fscore_support(truth, predicted, labels=classes, zero_division=0)
@@ -369,7 +373,7 @@ def test_what_one_dataset_was_allowed_another_is_not(tmp_path: Path) -> None:
     assert evaluate(run, dataset=other, split="train", allow_outside=True).count == 8
 
 
-# -- what was trained on is not scored --------------------------------------------------------------
+# -- a test split that was held out ----------------------------------------------------------------
 
 
 def noise(folder: Path, names: range, seed: int = 0) -> Path:
@@ -389,13 +393,98 @@ TINY: dict[str, Any] = {
 ONWARD = {name: value for name, value in TINY.items() if name in ("max_steps", "device", "precision", "val_fraction")}
 
 
+def trained(data: Path, run: Path, **settings: Any) -> Any:
+    return train(TrainConfig(dataset=str(data), **TINY | settings), output=run)
+
+
 def trained_on(data: Path, run: Path, **settings: Any) -> Path:
-    return train(TrainConfig(dataset=str(data), **TINY | settings), output=run).run
+    return Path(trained(data, run, **settings).run)
 
 
 def roles(run: Path) -> dict[str, set[str]]:
     splits = json.loads((run / "splits.json").read_text())["splits"]
     return {role: set(split["ids"]) for role, split in splits.items()}
+
+
+def test_a_test_split_held_out_of_training_is_scored_and_stays_held_out(tmp_path: Path) -> None:
+    data = noise(tmp_path / "data", range(60))
+    result = trained(data, tmp_path / "run", test_fraction=0.3, split_seed=4)
+    first = roles(result.run)
+    assert {name: len(names) > 5 for name, names in first.items()} == dict.fromkeys(
+        ("train", "validation", "test"), True
+    )
+    assert sum(map(len, first.values())) == len(set().union(*first.values())) == 60
+    assert set(result.scores) == {"validation", "test"}
+    got = evaluate(result.run)
+    assert (got.split, got.count) == ("test", len(first["test"]))
+    assert numbers(got) == numbers(evaluate(result.run / "last", split="test"))
+    noise(data, range(60, 80))
+    then = roles(train(TrainConfig(dataset=str(data), model=str(result.run), **ONWARD), output=tmp_path / "2").run)
+    assert first["test"] == then["test"]  # though it was not asked for again
+    assert first["train"] <= then["train"]
+    assert first["validation"] <= then["validation"]
+
+
+def test_the_report_says_whether_a_score_is_independent(tmp_path: Path) -> None:
+    data = noise(tmp_path / "data", range(60))
+    for name, changes, said in (
+        ("alone", {}, True),
+        ("tested", {"test_fraction": 0.3}, False),
+        ("no score", {"val_fraction": 0.0}, False),
+    ):
+        result = trained(data, tmp_path / name, **changes)
+        assert ("not an independent score: validation chose" in training_report(result)) == said
+        assert ("no independent score" in (result.checkpoint / "README.md").read_text()) == said
+
+
+def test_where_there_is_a_test_split_no_other_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    noise(tmp_path / "data" / "train", range(40))
+    noise(tmp_path / "data" / "test", range(40, 50))
+    splits = prepare(TrainConfig(dataset=str(tmp_path / "data"), test_fraction=0.5, **TINY)).splits
+    assert len(splits["test"].rows) == 10
+    assert "test_fraction 0.5 is not used: data has a test split, test" in capsys.readouterr().err
+
+
+def test_where_all_was_trained_on_no_test_split_can_be_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = noise(tmp_path / "data", range(40))
+    run = trained_on(data, tmp_path / "run")
+    again = TrainConfig(dataset=str(data), model=str(run), test_fraction=0.3, **ONWARD)
+    assert set(prepare(again).splits) == {"train", "validation"}
+    assert "no test split: " in capsys.readouterr().err
+
+
+def test_a_checkpoint_from_before_split_seed_is_scored_on_its_own_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There, `seed` decided the splits; the record of its run is gone."""
+    data = noise(tmp_path / "data", range(60))
+    result = trained(data, tmp_path / "run", seed=5, split_seed=5)
+    alone = shutil.copytree(result.run / "best", tmp_path / "alone")
+    card = json.loads((alone / "vitft.json").read_text())
+    assert card["config"].pop("split_seed") == 5
+    card["sha256"].pop("vitft.json")
+    checksums = card.pop("sha256")
+    write_json(alone / "vitft.json", card | {"sha256": checksums | {"vitft.json": sha256_of(json_text(card))}})
+    capsys.readouterr()
+    got = evaluate(alone, dataset=str(data), split="validation")
+    assert got.split_hash == result.scores["validation"].split_hash
+    assert "may have been trained on" not in capsys.readouterr().err
+    assert of_any_version({"seed": 5}) == {"seed": 5, "split_seed": 5}
+    assert of_any_version({"seed": 5, "split_seed": 2})["split_seed"] == 2
+
+
+def test_seeds_share_their_validation_images(tmp_path: Path) -> None:
+    data = noise(tmp_path / "data", range(60))
+    drawn = [
+        prepare(TrainConfig(dataset=str(data), seed=seed, split_seed=split_seed, **TINY)).splits["validation"].hash
+        for seed, split_seed in ((0, 0), (1, 0), (0, 1))
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+# -- what was trained on is not scored --------------------------------------------------------------
 
 
 @pytest.fixture
@@ -471,7 +560,7 @@ def test_training_on_keeps_what_was_held_out_out(noisy: tuple[Path, Path], tmp_p
     data, run = noisy
     noise(data, range(60, 100))
     second = train(
-        TrainConfig(dataset=str(data), model=str(run / "last"), seed=seed, **ONWARD), output=tmp_path / "second"
+        TrainConfig(dataset=str(data), model=str(run / "last"), split_seed=seed, **ONWARD), output=tmp_path / "second"
     ).run
     first, then = roles(run), roles(second)
     assert first["validation"] <= then["validation"]
@@ -479,7 +568,9 @@ def test_training_on_keeps_what_was_held_out_out(noisy: tuple[Path, Path], tmp_p
     assert len(then["validation"]) > len(first["validation"])  # of the new ones, a share
     moved = tmp_path / "moved"
     data.rename(moved)
-    third = train(TrainConfig(dataset=str(moved), model=str(second / "last"), seed=9, **ONWARD), output=tmp_path / "3")
+    third = train(
+        TrainConfig(dataset=str(moved), model=str(second / "last"), split_seed=9, **ONWARD), output=tmp_path / "3"
+    )
     assert {role: {Path(n).name for n in names} for role, names in roles(third.run).items()} == {
         role: {Path(n).name for n in names} for role, names in then.items()
     }
@@ -605,7 +696,7 @@ def test_an_old_run_is_scored_resumed_and_trained_on_with_its_own_splits(old: Pa
         assert (got.count, got.split_hash) == (recorded[role]["count"], recorded[role]["hash"])
     config = read_config(old)
     second = train(
-        TrainConfig(dataset=str(config.dataset), model=str(old / "best"), seed=3, **ONWARD), output=tmp_path / "2"
+        TrainConfig(dataset=str(config.dataset), model=str(old / "best"), split_seed=3, **ONWARD), output=tmp_path / "2"
     ).run
     resume(old)  # proves by their sum that the pixels are those that it began with, in their order
     source = open_dataset(str(config.dataset))

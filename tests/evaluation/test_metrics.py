@@ -21,6 +21,7 @@ from sklearn.metrics import (
     confusion_matrix,
     f1_score,
     precision_recall_fscore_support,
+    recall_score,
     top_k_accuracy_score,
 )
 
@@ -59,6 +60,8 @@ def test_scores_are_those_of_scikit_learn(count: int, classes: int, seed: int) -
     # Both sides do the same few divisions in float64, so all but the last bits agree.
     assert metrics.accuracy == pytest.approx(accuracy_score(truth, best), abs=1e-12)
     assert metrics.macro_f1 == pytest.approx(f1_score(truth, best, average="macro"), abs=1e-12)
+    recalls = recall_score(truth, best, labels=np.unique(truth), average="macro")
+    assert metrics.balanced_accuracy == pytest.approx(recalls, abs=1e-12)
     assert metrics.loss == pytest.approx(np.linspace(0, 2, count).mean(), abs=1e-12)
     assert metrics.confusion["matrix"] == confusion_matrix(truth, best, labels=every).tolist()
     if classes > 5:
@@ -83,7 +86,17 @@ def test_the_json_document_has_the_promised_names() -> None:
     metrics = random_scores(100, ["cat", "dog"])
     document = json.loads(json.dumps(metrics.to_dict(), allow_nan=False))
     assert list(document) == [
-        *("accuracy", "accuracy_interval", "top5", "loss", "macro_f1", "count", "split", "split_hash"),
+        *(
+            "accuracy",
+            "accuracy_interval",
+            "top5",
+            "loss",
+            "macro_f1",
+            "balanced_accuracy",
+            "count",
+            "split",
+            "split_hash",
+        ),
         *("images_per_s", "per_class", "confusion"),
     ]
     assert list(document["per_class"][0]) == ["label", "precision", "recall", "f1", "count"]
@@ -199,7 +212,8 @@ def test_the_report_names_score_interval_split_and_hash() -> None:
     text = rendered(scored(truth, outputs, ["cat", "[red]dog\x1b[0m"]))
     lines = text.splitlines()
     assert lines[0] == "accuracy 90.0 % (95 % interval 59.6–98.2) on 10 images of test [01234567]"
-    assert lines[1] == "loss 1.0000, macro F1 89.0 %, 20 images/s"
+    assert lines[1] == "balanced accuracy 87.5 %, macro F1 89.0 %"
+    assert lines[2] == "loss 1.0000, 20 images/s"
     assert "[red]dog\\x1b[0m" in text  # A name is neither markup nor steers the terminal.
     assert [line.split() for line in lines if line.startswith("cat")] == [
         ["cat", "85.7", "%", "100.0", "%", "92.3", "%", "6"],

@@ -170,8 +170,8 @@ def test_early_stopping_stops_and_the_best_is_what_is_scored(tmp_path: Path) -> 
     assert [line["step"] for line in lines(result.run) if line["split"] == "validation"] == [3, 6, 9]
 
 
-# Accuracy, loss and macro-F1 of four validations.
-SCORES = [(0.5, 2.0, 0.4), (0.5, 1.9, 0.4), (0.5, 1.8, 0.6), (0.6, 1.85, 0.5)]
+# Accuracy, loss, macro-F1 and balanced accuracy of four validations.
+SCORES = [(0.5, 2.0, 0.4, 0.3), (0.5, 1.9, 0.4, 0.7), (0.5, 1.8, 0.6, 0.6), (0.6, 1.85, 0.5, 0.5)]
 
 
 @pytest.mark.parametrize(
@@ -180,6 +180,7 @@ SCORES = [(0.5, 2.0, 0.4), (0.5, 1.9, 0.4), (0.5, 1.8, 0.6), (0.6, 1.85, 0.5)]
         ({}, 3, 9),  # of equal ones the earlier is kept, though its loss is higher
         ({"best_by": "loss"}, 9, 12),
         ({"best_by": "macro-f1"}, 9, 12),
+        ({"best_by": "balanced-accuracy"}, 6, 12),
         ({"early_stopping": 4}, 12, 12),
         ({"best_by": "loss", "min_delta": 0.15}, 9, 12),  # 2.0, and 1.8 counts again
         ({"best_by": "loss", "min_delta": 0.3}, 9, 9),  # what does not count is kept if it is better
@@ -194,8 +195,8 @@ def test_one_metric_chooses_the_best_and_stops_the_run(
         found = real(*given, **named)
         if found.split == "test":
             return found
-        accuracy, loss, macro_f1 = next(scores)
-        return replace(found, accuracy=accuracy, loss=loss, macro_f1=macro_f1)
+        accuracy, loss, macro_f1, balanced = next(scores)
+        return replace(found, accuracy=accuracy, loss=loss, macro_f1=macro_f1, balanced_accuracy=balanced)
 
     scores = iter(SCORES)
     monkeypatch.setattr(trainer.evaluation, "measure", measured)

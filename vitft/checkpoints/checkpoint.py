@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from vitft.checkpoints.metadata import READ_ERRORS, Card, name_of, sha256, sha256_of, verify, write_card
 from vitft.config.recipe import read_recipe
-from vitft.config.train import TrainConfig
+from vitft.config.train import TrainConfig, of_any_version
 from vitft.data.augment import Preprocess
 from vitft.errors import ModelError, UsageError
 from vitft.io.atomic import lock_folder, new_folder, remove_folder, write_json, write_text
@@ -181,7 +181,7 @@ def read_config(run: Path) -> TrainConfig:
             f"{file}: was changed since the run wrote it, so the run cannot be resumed; {remedy} a new run with it: "
             f"vitft train --recipe {shlex.quote(str(file))}"
         )
-    return TrainConfig.parse(read_recipe(file), str(file))
+    return TrainConfig.parse(of_any_version(read_recipe(file)), str(file))
 
 
 def save_model(folder: Path, model: Any, preprocess: Preprocess, card: Card, state: State | None = None) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from vitft import __version__
-from vitft.config.train import TrainConfig
+from vitft.config.train import TrainConfig, of_any_version
 from vitft.errors import ModelError, UsageError
 from vitft.io.atomic import json_text, write_json, write_text
 from vitft.io.console import safe
@@ -68,7 +68,7 @@ def read_card(folder: Path) -> Card | None:
         settings = document.pop("config")
         for name in document.pop("local", ()):
             settings[name] = _full_path(folder, name, settings[name])
-        config = TrainConfig.parse(settings, str(file))
+        config = TrainConfig.parse(of_any_version(settings), str(file))
         return Card(config=config, **document | {"labels": tuple(document["labels"])})
     except (*READ_ERRORS, UsageError) as error:
         raise ModelError(f"{file}: cannot be read ({error}); was it edited?") from error
@@ -143,6 +143,11 @@ def _plain(name: str) -> str:
 def _readme(card: Card) -> str:
     scores = "\n".join(
         f"- {split}: accuracy {100 * score['accuracy']:.2f} % on {score['count']} images (split {score['split_hash']})"
+        + (
+            ", which chose the checkpoint, so this is no independent score"
+            if set(card.scores) == {"validation"}
+            else ""
+        )
         for split, score in card.scores.items()
     )
     config = card.config

@@ -44,8 +44,10 @@ def metrics_report(metrics: Any) -> RenderableType:
     )
     # With five classes, top-5 is always 100 %.
     top5 = f"top-5 {percent(metrics.top5)}, " if len(metrics.per_class) > 5 else ""
-    scores = f"{top5}loss {metrics.loss:.4f}, macro F1 {percent(metrics.macro_f1)}"
-    rest = Text(f"{scores}, {metrics.images_per_s:.0f} images/s")
+    rest = Text(
+        f"balanced accuracy {percent(metrics.balanced_accuracy)}, macro F1 {percent(metrics.macro_f1)}\n"
+        f"{top5}loss {metrics.loss:.4f}, {metrics.images_per_s:.0f} images/s"
+    )
     few = len(metrics.per_class) <= CROSSED_CLASSES
     confusion = _confusion_table(metrics.confusion) if few else _mistakes_table(metrics)
     return Group(headline, rest, "", *_class_table(metrics), "", *confusion)
@@ -127,8 +129,17 @@ def probe_report(result: Any) -> RenderableType:
 
 def training_report(result: Any) -> str:
     """The last lines of a run: scores, checkpoint, speed, next command."""
-    lines = [interval(one.split, one.accuracy, one.accuracy_interval, one.count) for one in result.scores.values()]
+    lines = [
+        interval(one.split, one.accuracy, one.accuracy_interval, one.count)
+        + (f", balanced accuracy {percent(one.balanced_accuracy)}" if _unequal(one) else "")
+        for one in result.scores.values()
+    ]
     lines = lines or ["not evaluated: there is no validation or test split"]
+    if "validation" in result.scores and "test" not in result.scores:
+        lines.append(
+            "not an independent score: validation chose the checkpoint, so the score is a little too high; "
+            "--test-fraction holds out images for one"
+        )
     lines.append(f"{result.checkpoint.name} checkpoint: {result.checkpoint} (step {result.step})")
     if (speed := result.speed) is not None:
         of_peak = f", {percent(speed.mfu, 0)} of this machine's {speed.precision} peak" if speed.mfu is not None else ""
@@ -137,6 +148,11 @@ def training_report(result: Any) -> str:
         lines.append(f"{speed.images_per_s:,.0f} images/s, {waited}{of_peak}{help_}")
     lines.append(f"next: vitft eval {shlex.quote(str(result.run))}{'' if result.scores else ' --split train'}")
     return "".join(f"{line}\n" for line in lines)
+
+
+def _unequal(score: Any) -> bool:
+    """Whether balanced accuracy tells more than accuracy; it is not known of runs of early versions."""
+    return bool(abs(score.balanced_accuracy - score.accuracy) >= 0.005)
 
 
 def verdict_report(verdict: Any, kills: int) -> str:

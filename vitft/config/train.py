@@ -27,6 +27,8 @@ class TrainConfig(Settings):
     dataset: str | None = setting(None, "Data", "Alias (cifar10, digits, ...), hub id[:config], folder, CSV, JSONL or Parquet file.")
     dataset_revision: str | None = setting(None, "Data", "Commit, tag or branch of a hub dataset.")
     val_fraction: float = setting(0.1, "Data", "Fraction of the training images, about the same of each class, to hold out if the dataset has no validation split. 0: none.", ge=0, lt=1)
+    test_fraction: float = setting(0.0, "Data", "Fraction of the training images to hold out for an independent score, if the dataset has no test split; before the validation images.", ge=0, lt=1)
+    split_seed: int = setting(0, "Data", "Random seed of the images that are held out or sampled; apart from --seed, so that runs with different seeds have the same images.", ge=0, lt=2**32)
     max_train_samples: int | None = setting(None, "Data", "Train on this many images (stratified, chosen after the validation images).", ge=1)
     max_eval_samples: int | None = setting(None, "Data", "Evaluate on at most this many images of each split (stratified).", ge=1)
     labels: str | None = setting(None, "Data", "Text file of class names, one per line, that sets the classes of the head and their order. Default: all classes with training images.")
@@ -89,7 +91,7 @@ class TrainConfig(Settings):
     class_weights: str | None = setting(None, "Optimization", "Weights of the classes in the loss, scaled to a mean of 1 over the training images. balanced: inverse to their numbers of images. Else a JSON file such as {\"cat\": 1, \"dog\": 2.5}.")
     logit_adjustment: float = setting(0.0, "Optimization", "For unequal classes: in training, add this times the log of each class's fraction of the images to the logits, so that predictions favor no class. Usually 1.", ge=0, le=10)
     focal_loss: float = setting(0.0, "Optimization", "Exponent of the focal loss, which gives images that are already right less weight. 0: cross-entropy. Usually 2.", ge=0, le=10)
-    seed: int = setting(0, "Optimization", "Random seed of splits, data order, augmentation, dropout and new weights.", ge=0, lt=2**32)
+    seed: int = setting(0, "Optimization", "Random seed of data order, augmentation, dropout and new weights.", ge=0, lt=2**32)
 
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "Hardware", "auto: a GPU if available.", changeable=True)
     threads: int | None = setting(None, "Hardware", "CPU threads per process. Default: all available CPUs, or fewer if a trial run finds a small model faster with fewer.", changeable=True, ge=1, le=1024)
@@ -100,7 +102,7 @@ class TrainConfig(Settings):
     grad_checkpointing: bool = setting(False, "Hardware", "Gradient checkpointing: save only the input of each block and recompute the rest in the backward pass. Much less memory, but slower.", changeable=True)
 
     eval_every: int | None = setting(None, "Run", "Steps between validations. Default: once per epoch.", ge=1)
-    best_by: Literal["accuracy", "loss", "macro-f1"] = setting("accuracy", "Run", "Validation metric for the best checkpoint and for early stopping. On a tie, the earlier checkpoint wins.")
+    best_by: Literal["accuracy", "balanced-accuracy", "macro-f1", "loss"] = setting("accuracy", "Run", "Validation metric for the best checkpoint and for early stopping; balanced accuracy and macro F1 count all classes alike. On a tie, the earlier checkpoint wins.")
     early_stopping: int | None = setting(None, "Run", "Stop after this many validations without improvement of --best-by.", ge=1)
     min_delta: float = setting(0.0, "Run", "With --early-stopping: smallest improvement that counts. Accuracy and F1 are fractions: 0.001 is 0.1 %.", ge=0)
     save_every: int | None = setting(None, "Run", "Steps between checkpoints. Default: once per epoch, or only at the end for a linear probe on cached features.", ge=1, changeable=True)
@@ -182,6 +184,11 @@ class TrainConfig(Settings):
 def device_name(name: Any) -> Any:
     """The device's name among the choices: `cuda:0`, as torch calls the first GPU, is cuda."""
     return "cuda" if name == "cuda:0" else name
+
+
+def of_any_version(recorded: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a run recorded. Before there was `split_seed`, `seed` was that too."""
+    return {"split_seed": recorded.get("seed", 0)} | recorded
 
 
 def range_of(text: str | None) -> tuple[float, float] | None:

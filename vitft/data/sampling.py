@@ -7,9 +7,9 @@ from vitft.randomness import permutation, random_words
 
 Labels = NDArray[np.int64]  # class indices
 Mask = NDArray[np.bool_]
-Sides = NDArray[np.int8]  # of each image: OPEN, TRAIN or HELD_OUT
+Sides = NDArray[np.int8]  # of each image: OPEN, TRAIN, HELD_OUT or TEST
 Keys = NDArray[np.uint64]  # a number that identifies an image: see `identity`
-OPEN, TRAIN, HELD_OUT = -1, 0, 1  # the side an image must be on: either, training, held out
+OPEN, TRAIN, HELD_OUT, TEST = -1, 0, 1, 2  # the side an image must be on: any, training, held out, held out for a test
 
 
 def hold_out(labels: Labels, keys: Keys, fraction: float, seed: int, purpose: str, sides: Sides | None = None) -> Mask:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vitft.data.sampling import HELD_OUT, OPEN, TRAIN, Sides
+from vitft.data.sampling import HELD_OUT, OPEN, TEST, TRAIN, Sides
 from vitft.data.sources.identity import content_hashes, ids, sample_names
 from vitft.data.sources.schema import ROLES, ROW, whole_numbers
 from vitft.data.sources.source import Source, class_indices
@@ -137,10 +137,10 @@ def recorded_sides(records: Sequence[Record], moved: Sequence[bool], source: Sou
     sides = {str(name): np.full(len(split), OPEN, np.int8) for name, split in source.splits.items()}
     for record, has_moved in zip(records, moved, strict=True):
         splits = restore_splits(record, source, moved=has_moved)
-        for role in ("validation", "test"):
+        for role, held_out in (("validation", HELD_OUT), ("test", TEST)):
             if role in splits:
                 side, rows = sides[splits[role].source], splits[role].rows
-                side[rows[side[rows] == OPEN]] = HELD_OUT
+                side[rows[side[rows] == OPEN]] = held_out
         if "train" in splits:
             sides[splits["train"].source][splits["train"].rows] = TRAIN
     return sides

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vitft.data.sampling import HELD_OUT, OPEN, Labels, Mask, Sides, hold_out, stratified_sample
+from vitft.data.sampling import HELD_OUT, OPEN, TEST, TRAIN, Labels, Mask, Sides, hold_out, stratified_sample
 from vitft.data.sources.identity import content_hashes, has_names, ids, keys_of
 from vitft.data.sources.schema import ROLES, role_of
 from vitft.data.sources.source import Source, class_indices
@@ -53,13 +53,14 @@ def make_splits(
     max_train_samples: int | None,
     max_eval_samples: int | None,
     seed: int,
+    test_fraction: float = 0.0,
     sides: Mapping[str, Sides] | None = None,
 ) -> dict[str, Split]:
     """Choose train, validation and test: a pure function of the source and these settings.
 
-    Validation is the source's own split if there is one, else about `val_fraction` of train: see `sampling.hold_out`.
-    Samples are drawn after that. A split that does not exist, such as test, has no key. `sides` gives, by source
-    split, the side that earlier runs had each row on. Raises DataError if no split can be used.
+    Test and validation are the source's own splits, or else about `test_fraction` of train, and then `val_fraction` of
+    what is left: see `sampling.hold_out`. Samples are drawn after that. A split that does not exist has no key. `sides`
+    gives, by source split, the side that earlier runs had each row on. Raises DataError if no split can be used.
     """
     names = {role: find_split_name(source, role) for role in ROLES}
     splits = {
@@ -72,19 +73,32 @@ def make_splits(
             f"{source.name}: no split with images is named train, validation or test; "
             f"it has {', '.join(source.splits) or 'none'}."
         )
-    if "train" in splits and val_fraction > 0:
+    if "train" in splits:
         train = splits["train"]
         fixed = (sides or {}).get(train.source, np.full(len(train.rows), OPEN, np.int8))
-        if names["validation"] is None:
-            keys = keys_of([str(name) for name in train.ids])
-            held_out = hold_out(train.labels, keys, val_fraction, seed, "validation", fixed)
+        kept = np.ones(len(train.rows), bool)
+        if names["test"] is None:  # images of an earlier run's test stay that, and none of its others become it
+            tested = np.select([fixed == TEST, fixed != OPEN], [HELD_OUT, TRAIN], OPEN)
+            held_out = _drawn(train, test_fraction, seed, "test", tested)
             if held_out.any():
-                splits["validation"] = replace(train.select(held_out, source.labels), name="validation")
-        else:
-            held_out = fixed == HELD_OUT  # by an earlier run
-        splits["train"] = train.select(~held_out, source.labels)
+                splits["test"] = replace(train.select(held_out, source.labels), name="test")
+                kept &= ~held_out
+        if val_fraction > 0:
+            rest, fixed = train.select(kept, source.labels), np.where(fixed == TEST, HELD_OUT, fixed)[kept]
+            held_out = fixed == HELD_OUT
+            if names["validation"] is None:
+                held_out = _drawn(rest, val_fraction, seed, "validation", fixed)
+                if held_out.any():
+                    splits["validation"] = replace(rest.select(held_out, source.labels), name="validation")
+            kept[kept] = ~held_out
+        splits["train"] = train.select(kept, source.labels)
     limits = {"train": max_train_samples, "validation": max_eval_samples, "test": max_eval_samples}
     return {role: splits[role].sampled(limits[role], seed, source.labels) for role in ROLES if role in splits}
+
+
+def _drawn(train: Split, fraction: float, seed: int, purpose: str, sides: Sides) -> Mask:
+    """The images of a split to hold out: a mask (n,)."""
+    return hold_out(train.labels, keys_of([str(name) for name in train.ids]), fraction, seed, purpose, sides)
 
 
 def whole_split(source: Source, role: str, name: str) -> Split:

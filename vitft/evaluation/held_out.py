@@ -77,7 +77,7 @@ def choose_split(
     if role != "train" and role not in known:
         remedy = "remove them from it, or add --split train to score training images."
         refuse_leak(_records(ancestors), source, split, remedy)
-    return split.sampled(limit, config.seed, source.labels), own or role in known
+    return split.sampled(limit, config.split_seed, source.labels), own or role in known
 
 
 def _default_role(source: Source, names: Mapping[str, str]) -> str:
@@ -112,7 +112,7 @@ def _redrawn(card: Card, source: Source, *, own: bool) -> dict[str, Split]:
     config = card.config
     splits = make_splits(
         source, val_fraction=config.val_fraction, max_train_samples=config.max_train_samples,
-        max_eval_samples=config.max_eval_samples, seed=config.seed,
+        max_eval_samples=config.max_eval_samples, seed=config.split_seed, test_fraction=config.test_fraction,
     )  # fmt: skip
     changed = [role for role, split in splits.items() if split.hash != card.splits.get(role, {}).get("hash")]
     if not changed:

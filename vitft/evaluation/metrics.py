@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from math import isfinite, sqrt
+from math import isfinite, nan, sqrt
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
@@ -35,6 +35,7 @@ class Score:
     top5: float
     loss: float
     macro_f1: float
+    balanced_accuracy: float  # mean recall of the classes that have images; NaN in the records of early versions
     count: int  # images
     split: str
     split_hash: str  # identifies the images of the split
@@ -43,7 +44,8 @@ class Score:
     @classmethod
     def from_summary(cls, summary: Mapping[str, Any]) -> Self:
         """The inverse of `summary`."""
-        return cls(**{**summary, "accuracy_interval": tuple(summary["accuracy_interval"])})
+        interval = tuple(summary["accuracy_interval"])
+        return cls(**{"balanced_accuracy": nan, **summary, "accuracy_interval": interval})
 
     def summary(self) -> dict[str, Any]:
         """The scores as plain JSON values, under the names of the fields."""
@@ -121,6 +123,7 @@ def score(
         top5=got["top5"],
         loss=got["loss"],
         macro_f1=got["macro_f1"],
+        balanced_accuracy=got["balanced_accuracy"],
         count=count,
         split=split,
         split_hash=split_hash,

@@ -16,7 +16,7 @@ from vitft.config.train import SIZES, TrainConfig, range_of
 from vitft.data.decoder import unused_range
 from vitft.data.sources.source import ALIASES, DIGITS, Source, source_of
 from vitft.data.split_record import Record, describe_changes, read_record, restore_splits
-from vitft.data.splits import Split, make_splits
+from vitft.data.splits import Split, find_split_name, make_splits
 from vitft.data.store import Skipped, Store, check_headers, decode_all
 from vitft.data.validation.check import check, check_labels, samples
 from vitft.errors import DataError, UsageError
@@ -171,12 +171,16 @@ def _split(source: Source, config: TrainConfig) -> dict[str, Split]:
     sides = None if config.from_scratch else earlier_sides(began, source, absolute(config))
     splits = make_splits(
         source, val_fraction=config.val_fraction, max_train_samples=config.max_train_samples,
-        max_eval_samples=config.max_eval_samples, seed=config.seed, sides=sides,
+        max_eval_samples=config.max_eval_samples, seed=config.split_seed, test_fraction=config.test_fraction,
+        sides=sides,
     )  # fmt: skip
+    if config.test_fraction and (own := find_split_name(source, "test")):
+        console.note(f"test_fraction {config.test_fraction:g} is not used: {source.name} has a test split, {own}")
     if sides is not None:
         refuse_trained(began, source, splits)
-        if config.val_fraction and "validation" not in splits:
-            console.warn(f"no validation split: {config.model} was trained on every image that could be set aside")
+        for role, fraction in (("test", config.test_fraction), ("validation", config.val_fraction)):
+            if fraction and role not in splits:
+                console.warn(f"no {role} split: {config.model} was trained on every image that could be set aside")
     return splits
 
 

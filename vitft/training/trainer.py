@@ -516,4 +516,5 @@ def _alike(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> 
 
 def _score(score: Score, config: TrainConfig) -> float:
     """The number by which the best checkpoint is chosen; higher is better."""
-    return {"accuracy": score.accuracy, "loss": -score.loss, "macro-f1": score.macro_f1}[config.best_by]
+    values = {"accuracy": score.accuracy, "loss": -score.loss, "macro-f1": score.macro_f1}
+    return (values | {"balanced-accuracy": score.balanced_accuracy})[config.best_by]
