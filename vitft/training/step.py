@@ -41,7 +41,8 @@ class Learner:
         self.loader = self._images = TrainLoader(
             *decoded.stores["train"], decoded.loaded.preprocess, augmentation=Augmentation.of(config),
             classes=len(decoded.loaded.labels), sampling=config.sampling, batch_size=config.batch_size,
-            device=accelerator.device, rank=accelerator.process_index, world=accelerator.num_processes, clock=self.clock,
+            device=accelerator.device, rank=accelerator.process_index, world=accelerator.num_processes,
+            clock=self.clock,
         )  # fmt: skip
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = total_steps(config, self.steps_per_epoch)
