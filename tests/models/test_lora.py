@@ -172,3 +172,19 @@ def test_an_adapter_of_other_layers_is_refused(tmp_path: Path) -> None:
     file.write_bytes(b"torn")
     with pytest.raises(ModelError, match="cannot be read"):
         read_adapter(adapted("vit"), tmp_path)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_product_is_added_as_peft_adds_it(precision: torch.dtype) -> None:
+    """In place, whatever the precision of the products; the gradients, too."""
+    layer = adapted("vit", lora_alpha=6.0).vit.layers[0].attention.q_proj
+    inputs = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    found = []
+    for forward in (layer.forward, super(type(layer), layer).forward):
+        with torch.autocast("cpu", precision, enabled=precision == torch.bfloat16):
+            output = forward(inputs)
+        weights = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        found.append([output, *torch.autograd.grad(output.float().square().sum(), [inputs, *weights])])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).abs().max() <= (1e-5 if precision == torch.float32 else 0.05) * theirs.abs().max()

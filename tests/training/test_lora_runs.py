@@ -76,12 +76,12 @@ def test_best_and_last_are_plain_models_beside_an_adapter_of_the_base(finished: 
         assert (theirs(pixel_values=pixels).logits - merged).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize(("what", "dora"), [("gone", False), ("changed", True)])
+@pytest.mark.parametrize(("what", "changes"), [("gone", {}), ("changed", {"dora": True, "ema": 0.9})])
 def test_a_resumed_run_ends_with_the_same_bits_without_the_model_it_began_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, dora: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, changes: dict[str, Any]
 ) -> None:
     origin = start(tmp_path / "model")
-    settings = adapted(origin, dora=dora, save_every=2, max_steps=4)
+    settings = adapted(origin, save_every=2, max_steps=4, **changes)
     whole = train(settings, output=tmp_path / "whole")
     interrupted(settings, tmp_path / "cut", 3, monkeypatch)
     if what == "gone":

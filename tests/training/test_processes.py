@@ -47,10 +47,14 @@ FROZEN = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp")) | {
 FITTED = FROZEN | {"freeze": "none"}  # all is trained, from a head that is fitted to features
 
 
+ADAPTED = FITTED | {"head_init": "random", "lora_rank": 2}
+MIXED = AUGMENTED | {"sampling": "balanced", "focal_loss": 1.0}
+
+
 @pytest.mark.parametrize(
     "other",
-    [AUGMENTED | {"sampling": "balanced", "focal_loss": 1.0}, FROZEN, FITTED],
-    ids=["mixed", "probe", "fitted head"],
+    [MIXED, FROZEN, FITTED, pytest.param(ADAPTED, marks=pytest.mark.slow)],
+    ids=["mixed", "probe", "fitted head", "adapter"],
 )
 def test_two_processes_train_as_one_does(tmp_path: Path, other: dict[str, object]) -> None:
     """The same samples and augmentations in every step; losses equal up to the order of sums.

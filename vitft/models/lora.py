@@ -41,6 +41,8 @@ def add_adapter(model: Any, config: TrainConfig) -> None:
     """
     import peft
 
+    from vitft.models.lora_linear import LoraLinear
+
     rank = config.lora_rank
     assert rank is not None
     layers = _targets(model, config.lora_targets)
@@ -54,6 +56,7 @@ def add_adapter(model: Any, config: TrainConfig) -> None:
     settings = peft.LoraConfig(
         r=rank, lora_alpha=config.lora_alpha or rank, target_modules=list(layers), use_dora=config.dora
     )
+    settings._register_custom_module({nn.Linear: LoraLinear})
     torch.manual_seed(derive_seed(config.seed, "adapter"))
     peft.inject_adapter_in_model(settings, model, _NAME)
     for head in head_modules(model):
