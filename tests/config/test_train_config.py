@@ -86,6 +86,12 @@ def test_an_error_spells_a_flag_as_a_flag() -> None:
         ("epochs", -math.inf),
         ("epochs", 0),
         ("warmup", 1),
+        ("betas", "0.9"),
+        ("betas", "0.9,1"),
+        ("betas", "nan,0.9"),
+        ("freeze", 0),
+        ("freeze", "all"),
+        ("test_fraction", 1.0),
         ("val_fraction", 1.0),
         ("batch_size", 2.5),
         ("batch_size", math.inf),
@@ -128,6 +134,21 @@ def test_a_huge_value_is_abbreviated() -> None:
             {"from_scratch": True, "freeze": "backbone"},
             "freeze backbone with from_scratch would train a head on random features; remove one of them",
             "--freeze backbone with --from-scratch would train a head on random features; remove one of them",
+        ),
+        (
+            {"from_scratch": True, "freeze": 2},
+            "freeze 2 with from_scratch would train blocks on random features; remove one of them",
+            "--freeze 2 with --from-scratch would train blocks on random features; remove one of them",
+        ),
+        (
+            {"lora_rank": 2, "freeze": 2},
+            "lora_rank trains an adapter of all blocks, and freeze holds some; remove one of them",
+            "--lora-rank trains an adapter of all blocks, and --freeze holds some; remove one of them",
+        ),
+        (
+            {"optimizer": "sgd", "betas": "0.9,0.99"},
+            "betas applies only to adamw and adam; remove it or optimizer sgd",
+            "--betas applies only to adamw and adam; remove it or --optimizer sgd",
         ),
     ],
 )
@@ -213,7 +234,7 @@ def test_the_rate_of_an_adapter_is_its_own() -> None:
         ({"lora_alpha": 4}, "lora_alpha applies only to an adapter"),
         ({"lora_targets": "all"}, "lora_targets applies only to an adapter"),
         ({"lora_rank": 8, "from_scratch": True}, "lora_rank needs pretrained weights to adapt"),
-        ({"lora_rank": 8, "freeze": "backbone"}, "and freeze backbone the head alone; remove one of them"),
+        ({"lora_rank": 8, "freeze": "backbone"}, "adapter of all blocks, and freeze holds some; remove one of them"),
     ],
 )
 def test_adapter_settings_that_make_no_sense_are_refused(values: dict[str, Any], said: str) -> None:

@@ -1,6 +1,7 @@
 """The training loss, against the formulas of the papers in float64, and against torch, scikit-learn and timm."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sklearn.utils.class_weight import compute_class_weight
 
 from tests.training.test_trainer import assert_same_weights, config, interrupted
 from vitft import TrainConfig, resume, train
 from vitft.errors import UsageError
 from vitft.models.head_init import fit_head
+from vitft.training.cost.dry_run import plan
+from vitft.training.cost.estimate import Cost
 from vitft.training.loss import class_balance, head_loss, pinned_weights, read_weights, summed_loss
+from vitft.training.setup import advise, prepare
 
 NAMES = ("ant", "bee", "cat", "dog")
 LABELS = torch.tensor([0] * 40 + [1] * 12 + [2] * 7 + [3])  # of the training images
@@ -211,3 +216,58 @@ def test_a_run_with_weights_and_balanced_sampling_resumes_bit_for_bit_without_th
     plain = train(chosen.model_copy(update={"class_weights": None}), output=tmp_path / "plain")
     with pytest.raises(AssertionError):
         assert_same_weights(whole.run / "last", plain.run / "last")
+
+
+@pytest.fixture
+def unequal(tmp_path: Path) -> TrainConfig:
+    """Settings of a run on 44 images of one class and 4 of another."""
+    for label, count in (("many", 44), ("few", 4)):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (8, 8), (5 * number, count, 0)).save(tmp_path / "data" / label / f"{number}.png")
+    return config(dataset=str(tmp_path / "data"), val_fraction=0, max_train_samples=None, epochs=1)
+
+
+ADVICE = (
+    "train: 44 images of many, 4 of few; the model will prefer the frequent classes. To count all classes alike: "
+    "--logit-adjustment 1, with --best-by balanced-accuracy"
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, True),
+        ({"best_by": "macro-f1"}, True),
+        ({"focal_loss": 2.0}, True),  # no remedy for that
+        ({"logit_adjustment": 0.5}, False),
+        ({"sampling": "balanced"}, False),
+        ({"class_weights": "balanced"}, False),
+    ],
+)
+def test_unequal_classes_are_told_with_a_remedy(
+    unequal: TrainConfig, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], told: bool
+) -> None:
+    prepared = prepare(unequal.model_copy(update=changes))
+    assert capsys.readouterr().err == ""
+    advise(prepared)
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert ("--logit-adjustment 1" in said) == told
+    assert (ADVICE in said) == (told and "best_by" not in changes)
+    equal = replace(prepared, splits={"train": prepared.splits["train"].select(np.arange(48) < 12, ("few", "many"))})
+    advise(equal)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_dry_run_and_a_run_tell_it_and_a_rate_that_is_far_off(
+    unequal: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitft.training.cost.dry_run.cost", lambda prepared: Cost(0.5, 0.0, 0.25))
+    far = unequal.model_copy(update={"lr": 2e-5})
+    for begin in (plan, lambda chosen: train(chosen, output=tmp_path / "run")):
+        begin(far)
+        said = capsys.readouterr().err.replace("\n", " ")
+        assert said.count(ADVICE) == 1
+        assert said.count("--lr 2e-05 is unusually low: one 50th of the usual rate for new weights with adamw") >= 1
+    resume(tmp_path / "run")
+    assert ADVICE not in capsys.readouterr().err.replace("\n", " ")

@@ -1,6 +1,7 @@
 """The learning rate as a function of the step, and who decays."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tests.families import tiny_classifier
 from vitft.config.train import TrainConfig
 from vitft.hardware.device import make_accelerator
 from vitft.models.blocks import block_stacks, parameter_depths
-from vitft.training.optim import lr_at, make_optimizer, parameter_groups, total_steps
+from vitft.training.optim import lr_at, make_optimizer, parameter_groups, total_steps, unusual_lr, usual_lr
 from vitft.training.setup import prepare
 from vitft.training.step import Learner
 
@@ -116,6 +117,51 @@ def test_the_step_schedule_decays_as_set() -> None:
 )
 def test_the_steps_of_a_run(settings: dict[str, float], expected: int) -> None:
     assert total_steps(TrainConfig.parse(settings), steps_per_epoch=10) == expected
+
+
+# -- the usual rate -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "usual"),
+    [
+        ({}, 2e-5),
+        ({"freeze": 3}, 2e-5),
+        ({"optimizer": "adam"}, 2e-5),
+        ({"lora_rank": 4}, TrainConfig(lora_rank=4).lr),
+        ({"freeze": "backbone"}, 1e-2),
+        ({"from_scratch": True}, 1e-3),
+        ({"from_scratch": True, "optimizer": "sgd"}, 1e-1),
+        ({"optimizer": "sgd"}, 3e-3),
+    ],
+)
+def test_a_rate_of_more_than_ten_times_the_usual_one_is_told(settings: dict[str, Any], usual: float) -> None:
+    assert usual_lr(TrainConfig.parse(settings)) == usual
+    for times in (0.1, 1, 10):
+        assert unusual_lr(TrainConfig.parse(settings | {"lr": usual * times})) is None
+    low, high = (unusual_lr(TrainConfig.parse(settings | {"lr": usual * times})) for times in (0.05, 20))
+    assert low is not None
+    assert high is not None
+    assert "unusually low: one 20th of the usual rate for" in low
+    assert "unusually high: 20 times the usual rate for" in high
+    assert float(low.rpartition(" ")[2]) == float(high.rpartition(" ")[2]) == usual
+    assert unusual_lr(TrainConfig.parse({"lora_rank": 4})) is None  # whose default is another
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam"])
+def test_the_moments_decay_as_asked(optimizer: str) -> None:
+    """Two steps with the formula of Kingma & Ba 2015 (algorithm 1), in float64."""
+    layer = torch.nn.Linear(1, 1, bias=False)
+    start, gradients, rate = layer.weight.item(), (0.5, -2.0), 0.1
+    config = TrainConfig.parse({"optimizer": optimizer, "betas": "0.5,0.8", "lr": rate, "weight_decay": 0})
+    steps = make_optimizer(layer, config)
+    m = v = 0.0
+    for number, gradient in enumerate(gradients, 1):
+        layer.weight.grad = torch.full((1, 1), gradient)
+        steps.step()
+        m, v = 0.5 * m + 0.5 * gradient, 0.8 * v + 0.2 * gradient**2
+        start -= rate * (m / (1 - 0.5**number)) / ((v / (1 - 0.8**number)) ** 0.5 + 1e-8)
+    assert layer.weight.item() == pytest.approx(start, rel=1e-5)
 
 
 # -- parameter groups -----------------------------------------------------------------------------

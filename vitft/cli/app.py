@@ -294,7 +294,7 @@ def bench(
     dataset: Annotated[str, typer.Option(help="As for train.")] = "digits",
     image_size: Annotated[int | None, typer.Option(metavar="<int>", help="Side of the input, in pixels; default: the model's own.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Images per step; default: as for train.")] = None,
-    freeze: Annotated[Literal["none", "backbone"], typer.Option(help="For train.")] = "none",
+    freeze: Annotated[str, typer.Option(metavar="<int>|none|backbone", help="For train.")] = "none",
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="auto: the fastest precision here.")] = "auto",
     attention: Annotated[Literal["auto", "eager", "sdpa"], typer.Option(help="As for train.")] = "auto",
     compile: Annotated[Literal["auto", "on", "off"], typer.Option(help="auto: on if a trial is faster.")] = "off",

@@ -3,8 +3,8 @@
 import inspect
 from collections.abc import Callable, Sequence
 from pkgutil import resolve_name
-from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 import typer.main
@@ -95,7 +95,8 @@ def _sign(command: Command, parameters: list[inspect.Parameter]) -> None:
 def _parameters(name: str, field: "FieldInfo") -> list[inspect.Parameter]:
     """A field's flag; a switch has a second one that undoes a recipe's, and that help does not list."""
     united = NoneType in get_args(field.annotation)
-    kinds = [kind for kind in get_args(field.annotation) if kind is not NoneType] if united else [field.annotation]
+    several = get_origin(field.annotation) in (Union, UnionType)
+    kinds = [kind for kind in get_args(field.annotation) if kind is not NoneType] if several else [field.annotation]
     kind: Any = kinds[0]
     flag = as_flag(name)
     choices = [str(choice) for one in kinds if get_origin(one) is Literal for choice in get_args(one)]

@@ -64,7 +64,7 @@ class TrainConfig(Settings):
     layers: int | None = setting(None, "Model", "With --from-scratch: number of encoder blocks.", ge=1, le=256)
     heads: int | None = setting(None, "Model", "With --from-scratch: attention heads per block.", ge=1, le=256)
     mlp: int | None = setting(None, "Model", "With --from-scratch: hidden size of the MLP in each block.", ge=1, le=65_536)
-    freeze: Literal["none", "backbone"] = setting("none", "Model", "backbone: train only the head (linear probe).")
+    freeze: PositiveInt | Literal["none", "backbone"] = setting("none", "Model", "backbone: train only the head (linear probe). A number: freeze the embeddings and so many of the first blocks, which saves time and memory.")
     lora_rank: int | None = setting(None, "Model", "Train a low-rank adapter (LoRA) of this rank, such as 8, and the head; all other weights stay. Needs vitft[lora].", ge=1, le=1024)
     lora_alpha: float | None = setting(None, "Model", "Scale of the adapter, divided by its rank. Default: the rank.", gt=0, le=100_000)
     lora_targets: Literal["attention", "all"] = setting("attention", "Model", "Linear layers that the adapter changes: those of attention, or all in the blocks.")
@@ -82,6 +82,7 @@ class TrainConfig(Settings):
     decay_epochs: float = setting(1.0, "Optimization", "With --schedule step: epochs between decays, counted from the end of warmup.", gt=0)
     decay_factor: float = setting(0.1, "Optimization", "With --schedule step: factor applied to the learning rate at each decay.", gt=0, le=1)
     optimizer: Literal["adamw", "adam", "sgd"] = setting("adamw", "Optimization", "sgd uses momentum 0.9.")
+    betas: str = setting("0.9,0.999", "Optimization", "Decay of the two moments of adamw and adam, as B1,B2.")
     weight_decay: float = setting(0.01, "Optimization", "Weight decay of weight matrices. Biases, norms, tokens and position embeddings have none; adam ignores it.", ge=0, le=10)
     clip_norm: float = setting(1.0, "Optimization", "Maximum gradient norm. 0: no clipping.", ge=0)
     on_nan: Literal["stop", "rollback"] = setting("stop", "Optimization", "If the loss or gradient is non-finite: stop, or roll back to the newest checkpoint with finite weights and continue at half the learning rate. Each further rollback goes to an older checkpoint.", changeable=True)
@@ -126,6 +127,15 @@ class TrainConfig(Settings):
             raise ValueError("should be two numbers, BLACK:WHITE, such as 0:4095") from None
         return text
 
+    @field_validator("betas")
+    @classmethod
+    def _check_betas(cls, text: str) -> str:
+        try:
+            betas_of(text)
+        except ValueError:
+            raise ValueError("should be two numbers from 0 to below 1, B1,B2, such as 0.9,0.999") from None
+        return text
+
     @model_validator(mode="before")
     @classmethod
     def _default_to_vit_micro(cls, values: Any) -> Any:
@@ -152,10 +162,9 @@ class TrainConfig(Settings):
             raise ValueError(
                 f"`{sizes[0]}` applies only to a new model; add `from_scratch` or remove `{sizes[0]}` (to override a recipe: `{sizes[0]}` none)"
             )
-        if self.from_scratch and self.freeze == "backbone":
-            raise ValueError(
-                "`freeze` backbone with `from_scratch` would train a head on random features; remove one of them"
-            )
+        if self.from_scratch and self.freeze != "none":
+            what = "a head on random features" if self.freeze == "backbone" else "blocks on random features"
+            raise ValueError(f"`freeze` {self.freeze} with `from_scratch` would train {what}; remove one of them")
         if self.from_scratch and self.head_init == "features":
             raise ValueError("`head_init` features needs a pretrained backbone; remove it or `from_scratch`")
         if self.drop_path and self.freeze == "backbone":
@@ -165,10 +174,8 @@ class TrainConfig(Settings):
             raise ValueError(f"`{name}` applies only to an adapter; add `lora_rank` or remove `{name}`")
         if self.lora_rank is not None and self.from_scratch:
             raise ValueError("`lora_rank` needs pretrained weights to adapt; remove it or `from_scratch`")
-        if self.lora_rank is not None and self.freeze == "backbone":
-            raise ValueError(
-                "`lora_rank` trains an adapter of the backbone, and `freeze` backbone the head alone; remove one of them"
-            )
+        if self.lora_rank is not None and self.freeze != "none":
+            raise ValueError("`lora_rank` trains an adapter of all blocks, and `freeze` holds some; remove one of them")
         remedies = ["`class_weights` balanced"] if self.class_weights == "balanced" else []
         remedies += ["`sampling` balanced"] if self.sampling == "balanced" else []
         remedies += ["`logit_adjustment`"] if self.logit_adjustment else []
@@ -176,6 +183,8 @@ class TrainConfig(Settings):
             raise ValueError(
                 f"{remedies[0]} and {remedies[1]} would each make up for unequal classes, together too much; remove one"
             )
+        if self.optimizer == "sgd" and self.betas != type(self).model_fields["betas"].default:
+            raise ValueError("`betas` applies only to adamw and adam; remove it or `optimizer` sgd")
         if self.min_delta and self.early_stopping is None:
             raise ValueError("`min_delta` applies only to early stopping; add `early_stopping` or remove `min_delta`")
         return self
@@ -202,6 +211,14 @@ def range_of(text: str | None) -> tuple[float, float] | None:
     if not (math.isfinite(black) and math.isfinite(white) and black < white):
         raise UsageError(f"--value-range {text}: should be two numbers, BLACK:WHITE, such as 0:4095.")
     return black, white
+
+
+def betas_of(text: str) -> tuple[float, float]:
+    """Parse `B1,B2`, such as `0.9,0.999`. Raises ValueError."""
+    first, second = map(float, text.split(","))
+    if not (0 <= first < 1 and 0 <= second < 1):
+        raise ValueError(text)
+    return first, second
 
 
 def require_dataset(config: TrainConfig) -> str:

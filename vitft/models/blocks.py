@@ -1,8 +1,12 @@
 """The repeated blocks of a model, in any architecture, found by structure instead of names."""
 
+from collections.abc import Iterator
 from itertools import accumulate, chain
 
 from torch import nn
+
+from vitft.errors import UsageError
+from vitft.models.heads import in_head
 
 
 def block_stacks(model: nn.Module) -> list[nn.ModuleList]:
@@ -25,3 +29,27 @@ def parameter_depths(model: nn.Module) -> dict[str, int]:
         name: len(numbers) + 1 if not own and so_far == len(numbers) else own or so_far
         for name, own, so_far in zip(names, inside, reached, strict=True)
     }
+
+
+def freeze_first(model: nn.Module, count: int) -> None:
+    """Freeze the first `count` blocks and what comes before them: the embedding of patches and positions.
+
+    Raises UsageError if there are not so many.
+    """
+    blocks = sum(len(stack) for stack in block_stacks(model))
+    if count > blocks:
+        raise UsageError(f"freeze {count}: this model has {blocks} blocks; give at most {blocks}, or backbone.")
+    depths = parameter_depths(model)
+    for name, parameter in model.named_parameters():
+        if depths[name] <= count and not in_head(model, name):
+            parameter.requires_grad_(False)
+
+
+def frozen_parts(model: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules with parameters, none of which is trained."""
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    if trained and not any(trained):
+        yield model
+    elif trained:
+        for child in model.children():
+            yield from frozen_parts(child)

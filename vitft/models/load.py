@@ -25,7 +25,7 @@ from vitft.io import console
 from vitft.io.hub_errors import answers, reason
 from vitft.io.library_logs import quiet_transformers
 from vitft.io.paths import composed, expanded
-from vitft.models.blocks import block_stacks
+from vitft.models.blocks import block_stacks, freeze_first, frozen_parts
 from vitft.models.custom_sizes import with_sizes
 from vitft.models.drop_path import drop_paths, set_drop_path_rate
 from vitft.models.heads import head_modules, in_head, label_tensors
@@ -92,6 +92,8 @@ def load_for_training(config: TrainConfig, labels: Sequence[str], untrained: Seq
         model.requires_grad_(False)
         for head in head_modules(model):
             head.requires_grad_(True)
+    elif config.freeze != "none":
+        freeze_first(model, config.freeze)
     if config.lora_rank is not None:
         add_adapter(model, config)
     _freeze_mask_token(model)
@@ -371,12 +373,16 @@ def restore_weights(model: Any, folder: Path) -> None:
         model.load_state_dict(load_trained(folder).model.state_dict())
 
 
-def set_training(model: Any, *, frozen_backbone: bool) -> None:
-    """Set training mode. A frozen backbone stays in evaluation mode, without dropout; so do frozen batch norms."""
-    model.train(not frozen_backbone)
-    for head in head_modules(model) if frozen_backbone else ():
-        head.train()
-    for module in model.modules():
+def set_training(model: Any, freeze: int | str) -> None:
+    """Set training mode, but for what the setting `freeze` freezes, which has no dropout and fixed running means."""
+    model.train(freeze != "backbone")
+    if freeze == "backbone":
+        for head in head_modules(model):
+            head.train()
+    elif freeze != "none":
+        for part in frozen_parts(model):
+            part.eval()
+    for module in model.modules():  # those beside an adapter
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None:
             module.train(module.training and module.weight.requires_grad)
 

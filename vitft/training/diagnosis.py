@@ -7,6 +7,7 @@ import numpy as np
 from vitft.config.train import TrainConfig
 from vitft.evaluation.metrics import Metrics
 from vitft.hardware.device import cpus
+from vitft.training.optim import unusual_lr
 
 _SLOW = 1 / 3  # of the best speed so far
 _FEW_IMAGES, _FEW_STEPS = 20, 200
@@ -33,14 +34,10 @@ def learned_nothing(metrics: Metrics, config: TrainConfig, steps: int) -> str | 
 
 
 def _cause(config: TrainConfig, steps: int) -> str:
-    if config.freeze == "backbone" and config.lr < 1e-3:
-        return f"A head alone needs a higher learning rate than --lr {config.lr:g}; try --lr 1e-2."
-    if config.from_scratch and config.lr < 3e-4:
-        return f"New weights need a higher learning rate than --lr {config.lr:g}, and many epochs; try --lr 1e-3."
+    if (unusual := unusual_lr(config)) is not None:
+        return f"{unusual}."
     if steps < _FEW_STEPS:
         return f"{steps} steps are few: try more --epochs, or a higher learning rate than --lr {config.lr:g}."
-    if config.lr > 3e-4 and not config.from_scratch:
-        return f"--lr {config.lr:g} may be too high for pretrained weights; try --lr 2e-5."
     return "Look at the labels (vitft data check), or try another --lr."
 
 

@@ -81,6 +81,11 @@ def head_loss(config: TrainConfig, labels: Tensor, names: Sequence[str]) -> Call
     return lambda logits, targets: summed_loss(logits, targets, plain, balance) / len(targets)
 
 
+def counts_alike(config: TrainConfig) -> bool:
+    """Whether the settings have a remedy for unequal classes."""
+    return config.class_weights is not None or config.sampling == "balanced" or config.logit_adjustment > 0
+
+
 def log_priors(counts: Floats) -> Floats:
     """The logarithms of the fractions of images in each class: (C,) counts -> (C,). No image counts as one."""
     some = np.maximum(counts, 1.0)

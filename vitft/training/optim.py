@@ -1,9 +1,9 @@
 """Parameter groups, the optimizer, and the learning rate as a function of the step."""
 
-from math import ceil, cos, pi
+from math import ceil, cos, log10, pi
 from typing import TYPE_CHECKING, Any
 
-from vitft.config.train import TrainConfig
+from vitft.config.train import LORA_LR, TrainConfig, betas_of
 from vitft.models.blocks import parameter_depths
 
 if TYPE_CHECKING:
@@ -12,6 +12,14 @@ if TYPE_CHECKING:
 
 _POSITIONS = ("position_embedding", "relative_position", "position_bias")
 
+
+_USUAL = {
+    "adamw": {"all weights": 2e-5, "an adapter": LORA_LR, "a head alone": 1e-2, "new weights": 1e-3},
+    "sgd": {"all weights": 3e-3, "an adapter": 5e-2, "a head alone": 1e-1, "new weights": 1e-1},
+}
+"""Learning rates that usually do well, by optimizer and by what is trained; adam's are adamw's."""
+
+_FAR = 1.001  # decimal logarithm of more than ten times
 
 MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1}  # values per weight that an optimizer keeps
 
@@ -45,6 +53,34 @@ def lr_at(step: int, config: TrainConfig, *, total_steps: int, steps_per_epoch: 
             return config.lr * config.decay_factor ** ((step - warm) // every)
 
 
+def what_is_trained(config: TrainConfig) -> str:
+    """What a run trains, in words, for `usual_lr`."""
+    if config.from_scratch:
+        return "new weights"
+    if config.lora_rank is not None:
+        return "an adapter"
+    return "a head alone" if config.freeze == "backbone" else "all weights"
+
+
+def usual_lr(config: TrainConfig) -> float:
+    """The learning rate that usually does well for this optimizer and for what is trained."""
+    return _USUAL["sgd" if config.optimizer == "sgd" else "adamw"][what_is_trained(config)]
+
+
+def unusual_lr(config: TrainConfig) -> str | None:
+    """A sentence about a learning rate that is far from the usual one; else None."""
+    usual = usual_lr(config)
+    times = config.lr / usual
+    if abs(log10(times)) < _FAR:
+        return None
+    far = f"high: {times:,.0f} times" if times > 1 else f"low: one {1 / times:,.0f}th of"
+    advised = f"{usual:.0e}".replace("e-0", "e-")
+    return (
+        f"--lr {config.lr:g} is unusually {far} the usual rate for {what_is_trained(config)} with {config.optimizer}; "
+        f"try --lr {advised}"
+    )
+
+
 def parameter_groups(model: "Module", weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
     """Trainable parameters in groups by weight decay, which only weight matrices have, and by learning rate factor.
 
@@ -72,8 +108,8 @@ def make_optimizer(model: "Module", config: TrainConfig) -> "Optimizer":
     groups = parameter_groups(model, decay, config.layer_decay)
     match config.optimizer:
         case "adamw":
-            return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+            return torch.optim.AdamW(groups, lr=config.lr, betas=betas_of(config.betas), fused=True)
         case "adam":
-            return torch.optim.Adam(groups, lr=config.lr, fused=True)
+            return torch.optim.Adam(groups, lr=config.lr, betas=betas_of(config.betas), fused=True)
         case "sgd":
             return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True)

@@ -18,7 +18,7 @@ from vitft.data.sources.source import ALIASES, DIGITS, Source, source_of
 from vitft.data.split_record import Record, describe_changes, read_record, restore_splits
 from vitft.data.splits import Split, find_split_name, make_splits
 from vitft.data.store import Skipped, Store, check_headers, decode_all
-from vitft.data.validation.check import check, check_labels, samples
+from vitft.data.validation.check import check, check_labels, imbalance, samples
 from vitft.errors import DataError, UsageError
 from vitft.evaluation.evaluation import listed, matched, without
 from vitft.evaluation.held_out import earlier_sides, refuse_trained
@@ -28,7 +28,8 @@ from vitft.io.paths import composed, expanded
 from vitft.models.load import Loaded, load_for_training, shape_of
 from vitft.models.lora import has_adapter, read_adapter, require_peft
 from vitft.spec import PRESETS
-from vitft.training.loss import pinned_weights
+from vitft.training.loss import counts_alike, pinned_weights
+from vitft.training.optim import unusual_lr
 
 Stores = dict[str, tuple[Store, NDArray[np.int64]]]
 """By split, the decoded images and their labels, numbered as in the model."""
@@ -156,6 +157,20 @@ def prepare(
     return Prepared(absolute(config.model_copy(update=pinned)), source, splits, loaded)
 
 
+def advise(prepared: Prepared) -> None:
+    """Warn about what will probably make a new run worse: classes of unequal size, an unusual learning rate."""
+    config, source = prepared.config, prepared.source
+    counts = np.bincount(prepared.splits["train"].labels, minlength=len(source.labels))
+    if not counts_alike(config) and (unequal := imbalance(counts, source.labels)) is not None:
+        by = "" if config.best_by in ("balanced-accuracy", "macro-f1") else ", with --best-by balanced-accuracy"
+        console.warn(
+            f"train: {unequal}; the model will prefer the frequent classes. "
+            f"To count all classes alike: --logit-adjustment 1{by}"
+        )
+    if (unusual := unusual_lr(config)) is not None:
+        console.warn(unusual)
+
+
 def _weights_of(model: str) -> str:
     """For a run, its best checkpoint, as in eval and predict; anything else unchanged, with verified checksums."""
     folder = expanded(model)
@@ -208,7 +223,7 @@ def _tell_faults(source: Source, config: TrainConfig) -> None:
             console.warn(f"{listed}; `vitft data check` with the same dataset lists them")
     elif config.check == "fast":
         for one in check_labels(source):
-            if one.kind in ("similar-labels", "imbalance"):
+            if one.kind == "similar-labels":  # `advise` tells an imbalance
                 console.warn(f"{one.path}: {one.detail}")
 
 

@@ -154,7 +154,7 @@ class Learner:
             batch = self.loader.batch(step)
         if not self.module.training:  # after an evaluation; setting every module takes a while
             self.module.train()
-            set_training(self.unwrapped, frozen_backbone=config.freeze == "backbone")
+            set_training(self.unwrapped, config.freeze)
         self.optimizer.zero_grad()  # an interrupted step leaves some
         whole = self.images(step)
         world = accelerator.num_processes

@@ -36,7 +36,7 @@ from vitft.training.cost.dry_run import warn_if_long
 from vitft.training.cost.throughput import Speed, Window, measure_speed
 from vitft.training.diagnosis import PaceWatch, learned_nothing
 from vitft.training.recovery import REMEDY, Diverged, with_recovery
-from vitft.training.setup import Decoded, prepare
+from vitft.training.setup import Decoded, advise, prepare
 from vitft.training.step import Learner
 
 
@@ -115,6 +115,7 @@ def _begin(
     if model is not None:
         prepared = prepared.with_settings(model=model)
     with memory_guard(config, accelerator.num_processes):
+        advise(prepared)
         warn_if_long(prepared, accelerator.num_processes)
         prepared = autotuned(prepared, accelerator.num_processes)
     with ExitStack() as held:

@@ -289,15 +289,24 @@ def check_labels(source: Source) -> Iterator[Finding]:
         counts = np.bincount(class_indices(split), minlength=len(source.labels))
         for index in np.flatnonzero(counts == 0):
             yield _finding(str(name), source.labels[index], "missing-class", "no image of it here")
-        present = counts[counts > 0]
-        if len(present) > 1 and present.max() > _MAX_IMBALANCE * present.min():
-            most, least = (source.labels[np.flatnonzero(counts == n)[0]] for n in (present.max(), present.min()))
-            detail = f"{present.max():,} images of {most}, {present.min():,} of {least}"
+        if (detail := imbalance(counts, source.labels)) is not None:
             yield _finding(str(name), str(name), "imbalance", detail)
     first: dict[str, str] = {}
     for label in source.labels:
         if (other := first.setdefault(_normalized(label), label)) != label:
             yield _finding("", label, "similar-labels", f"differs from {other!r} only in spelling")
+
+
+def imbalance(counts: NDArray[np.int64], labels: Sequence[str]) -> str | None:
+    """The largest and the smallest class, if one has over ten times the images of the other; else None.
+
+    `counts`, (C,), are the images of each class; those without any do not count.
+    """
+    present = counts[counts > 0]
+    if len(present) < 2 or present.max() <= _MAX_IMBALANCE * present.min():
+        return None
+    most, least = (labels[np.flatnonzero(counts == count)[0]] for count in (present.max(), present.min()))
+    return f"{present.max():,} images of {most}, {present.min():,} of {least}"
 
 
 def _normalized(label: str) -> str:

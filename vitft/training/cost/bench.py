@@ -45,8 +45,10 @@ def bench(what: What, settings: dict[str, Any], steps: int) -> dict[str, Any]:
     """
     new = settings.get("model") in PRESETS and settings.get("model") != BUNDLED
     fixed = {"from_scratch": new, "val_fraction": 0.0, "epochs": 1e5, "schedule": "constant"}
-    if new and settings.get("freeze") == "backbone":
-        raise UsageError(f"--freeze backbone: {settings['model']} is a shape with random weights; use a trained model.")
+    if new and settings.get("freeze", "none") != "none":
+        raise UsageError(
+            f"--freeze {settings['freeze']}: {settings['model']} is a shape with random weights; use a trained model."
+        )
     default = {"dataset": "digits", "model": BUNDLED, "compile": "off"}  # auto would always try it, with so many epochs
     config = resolve_auto(TrainConfig.parse(default | settings | fixed, "flags"))
     accelerator = make_accelerator(config)

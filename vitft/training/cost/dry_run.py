@@ -15,7 +15,7 @@ from vitft.training.cost.estimate import Cost, cost, decode_image_s, first_image
 from vitft.training.linear_probe import features_pay, passes
 from vitft.training.optim import total_steps
 from vitft.training.run_folder import folder_of
-from vitft.training.setup import Prepared, prepare
+from vitft.training.setup import Prepared, advise, prepare
 
 LONG_S = 2 * 3600.0  # a run that takes longer gets a warning before it starts
 
@@ -61,6 +61,7 @@ def plan(config: TrainConfig, output: Path | None = None, overwrite: bool = Fals
     if output is not None:
         ckpt.check_free(output, overwrite=overwrite)
     prepared = prepare(resolve_auto(config)).check_headers()
+    advise(prepared)
     with memory_guard(prepared.config):
         prepared = autotuned(prepared)
         with threads(prepared.config.threads):

@@ -151,7 +151,7 @@ def pass_s(prepared: Prepared, images: torch.Tensor, module: Any = None) -> floa
     `module` replaces the model, for example by its compiled form.
     """
     config, model = prepared.config, prepared.loaded.model
-    set_training(model, frozen_backbone=config.freeze == "backbone")
+    set_training(model, config.freeze)
     synchronize(config.device)
     started = time.perf_counter()
     index = np.arange(len(images))
@@ -198,7 +198,7 @@ def _saved_bytes(prepared: Prepared, images: int) -> int:
 
 def _count_saved_bytes(prepared: Prepared, images: int) -> int:
     model = prepared.loaded.model
-    set_training(model, frozen_backbone=prepared.config.freeze == "backbone")
+    set_training(model, prepared.config.freeze)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     held: dict[int, torch.UntypedStorage] = {}  # keep storages alive, so that no address is reused
 
