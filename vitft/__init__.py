@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from vitft.config.train import TrainConfig
     from vitft.data.sources.source import Source, open_dataset
     from vitft.errors import DataError, ModelError, Stopped, TrainingError, UsageError, VitftError
+    from vitft.evaluation.embedding import Embedded, embed
     from vitft.evaluation.evaluation import evaluate
     from vitft.evaluation.loading import load_model
     from vitft.evaluation.metrics import ClassScore, Metrics, Score
@@ -20,6 +21,7 @@ __all__ = [
     "Callback",
     "ClassScore",
     "DataError",
+    "Embedded",
     "Loaded",
     "Metrics",
     "ModelError",
@@ -35,6 +37,7 @@ __all__ = [
     "UsageError",
     "VitftError",
     "__version__",
+    "embed",
     "evaluate",
     "load_model",
     "open_dataset",
@@ -48,6 +51,7 @@ _ROOMS = {
     "config.train": ("TrainConfig",),
     "data.sources.source": ("Source", "open_dataset"),
     "errors": ("DataError", "ModelError", "Stopped", "TrainingError", "UsageError", "VitftError"),
+    "evaluation.embedding": ("Embedded", "embed"),
     "evaluation.evaluation": ("evaluate",),
     "evaluation.loading": ("load_model",),
     "evaluation.metrics": ("ClassScore", "Metrics", "Score"),

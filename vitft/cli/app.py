@@ -216,6 +216,9 @@ def predict(
         raise DataError(f"{len(bad)} of {len(rows)} images could not be read; {first}")
 
 
+app.command()(probing.embed)
+
+
 @app.command()
 def explain(
     model: Annotated[str | None, typer.Option(help="Preset, local folder or hub id; default: ViT-B/16 at 224 pixels.")] = None,

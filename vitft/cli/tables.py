@@ -127,6 +127,14 @@ def probe_report(result: Any) -> RenderableType:
     return Group(head, "", trials, "", title, curve, "", *_mistakes_table(metrics), "", Text(costs))
 
 
+def embedded_report(found: Any) -> RenderableType:
+    """The report of `vitft embed`: what was written, and its columns."""
+    table = _table("", "", show_header=False)
+    for name, meaning in found.columns.items():
+        table.add_row(Text(name, "bold"), meaning)
+    return Group(Text(f"{safe(str(found.output))}: {found.images:,} images", overflow="fold"), table)
+
+
 def training_report(result: Any) -> str:
     """The last lines of a run: scores, checkpoint, speed, next command."""
     lines = [

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitft.data.augment import normalize, resize_and_crop
-from vitft.data.decoder import MAX_PIXELS, BadImage, decode
+from vitft.data.augment import Preprocess, normalize, resize_and_crop
+from vitft.data.decoder import MAX_PIXELS, BadImage, decode, encoded
 from vitft.data.sources.folders import Listing, describe_others
 from vitft.errors import DataError, ModelError
 from vitft.evaluation.loading import load_model
@@ -104,7 +104,7 @@ class Predictor:
         rows: list[Prediction] = []
         for start in range(0, len(images), _BATCH):
             part = images[start : start + _BATCH]
-            results = list(map_in_threads(self._read, part))
+            results = list(map_in_threads(lambda image: read_image(image, self.preprocess, self.max_pixels), part))
             read = [image for image in results if isinstance(image, torch.Tensor)]
             pixels = normalize(torch.cat(read).to(self._device), self.preprocess) if read else None
             scores = torch.empty(0, 1) if pixels is None else _scores(self._model, pixels, self._scoring)
@@ -121,20 +121,25 @@ class Predictor:
                     rows.append(Prediction(name, tuple((self.labels[index], score) for index, score in next(tops))))
         return rows
 
-    def _read(self, given: "str | Image.Image | DataError") -> torch.Tensor | str:
-        """The resized image, (1, H, W, 3), or the reason why it cannot be read."""
-        if isinstance(given, DataError):
-            return str(given)
-        try:  # resized at once, so that a batch of photos is never in memory at full size
-            source: Path | Image.Image = given if isinstance(given, Image.Image) else expanded(given)
-            if isinstance(source, Path) and not source.exists() and glob.has_magic(str(given)):
-                return "matches no file"
-            pixels = decode(source, self.max_pixels, value_range=self.preprocess.value_range)
-            return resize_and_crop(torch.from_numpy(pixels)[None], self.preprocess)
-        except BadImage as error:
-            return str(error)
-        except OSError as error:
-            return error.strerror or str(error)
+
+def read_image(given: Any, preprocess: Preprocess, max_pixels: int) -> torch.Tensor | str:
+    """The resized image, (1, H, W, 3), or the reason why it cannot be read.
+
+    `given` is a path, a PIL image, a dataset's cell ({"bytes", "path"}), or a DataError for what is no image.
+    """
+    if isinstance(given, DataError):
+        return str(given)
+    try:
+        if isinstance(given, str) and not expanded(given).exists() and glob.has_magic(given):
+            return "matches no file"
+        source = encoded(given) if isinstance(given, dict) else expanded(given) if isinstance(given, str) else given
+        pixels = decode(source, max_pixels, value_range=preprocess.value_range)
+        # Resized at once, so that a batch of photos is never in memory at full size.
+        return resize_and_crop(torch.from_numpy(pixels)[None], preprocess)
+    except BadImage as error:
+        return str(error)
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def _each(images: Sequence[Given]) -> Iterator[str | Image.Image | DataError]:

@@ -47,6 +47,22 @@ def json_text(document: Any) -> str:
 
 
 @contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield the name of a temporary file to write, which replaces `path` on exit, or is deleted on an error."""
+    temporary = _sibling(path, _NEW)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+@contextmanager
 def lock_folder(folder: Path) -> Iterator[bool]:
     """Try to lock a folder while entered (or until the process ends); yields whether this process has the lock.
 
