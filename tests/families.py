@@ -19,6 +19,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "data2vec-vision": _BEIT,
     "dinov2": _DINO,
     "dinov2_with_registers": _DINO,
+    "dinov3_vit": _VIT | {"num_register_tokens": 2},
+    "dinov3_convnext": {"hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4},
     "swin": _SWIN,
     "swinv2": _SWIN,
     "siglip": _TWO,
@@ -36,6 +38,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bit": {"embedding_size": 32, "hidden_sizes": [32, 32, 64, 64], "depths": [1] * 4, "num_groups": 4},
     "mobilevit": {"image_size": 64, "hidden_sizes": [16] * 3, "neck_hidden_sizes": [8] * 6 + [32],
                   "num_attention_heads": 2},
+    "mobilenet_v1": {"image_size": 32, "depth_multiplier": 0.25},
+    "mobilevitv2": {"image_size": 64, "width_multiplier": 0.25},
+    "donut-swin": _SWIN,
+    "pp_lcnet": {"scale": 0.25},
+    "hgnet_v2": {},
+    "textnet": {},
     "mobilenet_v2": {"image_size": 32, "depth_multiplier": 0.25},
     "pvt": _PYRAMID | {"image_size": 32},
     "pvt_v2": _PYRAMID | {"image_size": 32},
@@ -57,8 +65,11 @@ def tiny_classifier(family: str, *, head: int = 0, **settings: Any) -> Any:
     import torch
     import transformers as tf
 
+    from vitft.models.classifiers import classifier_class
+
     config = tf.models.auto.configuration_auto.CONFIG_MAPPING[family](**FAMILIES[family] | settings)
-    found = tf.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+    mapping = tf.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    found = mapping[type(config)] if type(config) in mapping else classifier_class(config)
     model = (found[head] if isinstance(found, tuple | list) else found)(config).eval()
     draw = torch.Generator().manual_seed(7)
     with torch.no_grad():

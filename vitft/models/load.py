@@ -26,6 +26,7 @@ from vitft.io.hub_errors import answers, reason
 from vitft.io.library_logs import quiet_transformers
 from vitft.io.paths import composed, expanded
 from vitft.models.blocks import block_stacks, freeze_first, frozen_parts
+from vitft.models.classifiers import classifier_class, classifier_config
 from vitft.models.custom_sizes import with_sizes
 from vitft.models.drop_path import drop_paths, set_drop_path_rate
 from vitft.models.heads import head_modules, in_head, label_tensors
@@ -224,9 +225,9 @@ def _from_scratch(config: TrainConfig, labels: Sequence[str]) -> Loaded:
             preprocess = preprocess.with_size(config.image_size)
     _set_labels(hf_config, labels)
     set_drop_path_rate(hf_config, config.drop_path)
-    check_memory(_classifier_class(hf_config), hf_config, config.model)
+    check_memory(classifier_class(hf_config), hf_config, config.model)
     check_size(hf_config, preprocess.height, preprocess.width)
-    model = _classifier_class(hf_config)(hf_config)
+    model = classifier_class(hf_config)(hf_config)
     drop_paths(model, config.drop_path)
     _freeze_mask_token(model)
     return Loaded(model, preprocess, tuple(labels), commit, True)
@@ -277,7 +278,7 @@ def _read_hf_config(origin: _Origin) -> Any:
         raise _unreadable(origin, error) from error
     except Exception as error:  # Transformers has its own validation errors
         raise ModelError(f"{origin.name_or_path}: config.json is invalid: {first_line(error)}.") from error
-    _classifier_class(hf_config)
+    classifier_class(hf_config := classifier_config(hf_config))
     for part in (hf_config, getattr(hf_config, "vision_config", None) or hf_config):  # only logits, by name
         part.return_dict, part.output_hidden_states, part.output_attentions = True, False, False
     return hf_config
@@ -307,7 +308,7 @@ def _load_weights(origin: _Origin, hf_config: Any, *, new_head: bool) -> Any:
     their initial values, with a warning. Raises ModelError for other missing tensors, for tensors of another shape
     and for non-finite values.
     """
-    classifier = _classifier_class(hf_config)
+    classifier = classifier_class(hf_config)
     rng_state = torch.get_rng_state()
     check_memory(classifier, hf_config, origin.name_or_path)
     for file in _pickled(origin):
@@ -437,17 +438,6 @@ def _labels_of(hf_config: Any) -> tuple[str, ...]:
 
 def _has_head(hf_config: Any) -> bool:
     return any("ForImageClassification" in name for name in hf_config.architectures or ())
-
-
-def _classifier_class(hf_config: Any) -> Any:
-    mapping = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
-    if type(hf_config) not in mapping:
-        family = hf_config.model_type
-        raise ModelError(f"a {family} model cannot classify images; use a ViT, DeiT, BEiT, DINOv2 or Swin.")
-    classes = mapping[type(hf_config)]
-    classes = classes if isinstance(classes, tuple | list) else [classes]
-    # The rule of AutoModelForImageClassification: a distilled DeiT keeps its two heads.
-    return next((cls for cls in classes if cls.__name__ in (hf_config.architectures or ())), classes[0])
 
 
 def _read_preprocess(origin: _Origin, hf_config: Any) -> Preprocess:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitft.errors import ModelError
+from vitft.models.classifiers import classifier_class
 from vitft.models.memory_guard import check_memory
 
 
@@ -124,16 +125,13 @@ def with_image_size(config: Any, image_size: int) -> Any:
 def has_fixed_size(config: Any, size: tuple[int, int]) -> bool:
     """Whether a model cannot read images of height and width `size`, because its tensors would have other shapes.
 
-    DINOv2 models accept any size; their configuration states the training size.
+    DINOv2 and DINOv3 models accept any size; their configuration states the training size.
     """
-    if config.model_type.startswith("dinov2"):
+    if config.model_type.startswith(("dinov2", "dinov3")):
         return False
     if size[0] != size[1]:
         return True
-    import transformers
-
-    model_class = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
-    model_class = model_class[0] if isinstance(model_class, tuple | list) else model_class
+    model_class = classifier_class(config)
     with torch.device("meta"):
         shapes, resized = (
             {name: tensor.shape for name, tensor in model_class(variant).state_dict().items()}
