@@ -31,6 +31,7 @@ from vitft.spec import PRESETS
 from vitft.training.cost.bench import WARM_UP, bench
 
 MEAN = STD = (0.5, 0.5, 0.5)
+ERASE, MIXUP = 0.25, 0.8
 Pass = Callable[[], Iterable[torch.Tensor]]
 """Reads every image once: the model's input, batch by batch, (B, 3, H, W)."""
 
@@ -42,9 +43,13 @@ def model_of(name: str, size: int, folder: Path, seed: int) -> Any:
 
 
 def vision_transforms(size: int, kind: str) -> Any:
-    """As the Transformers example's: random resized crops and flips, or the resize alone."""
+    """As the Transformers example's: random resized crops and flips, or the resize alone; `mix`: see `mixed`."""
     from torchvision import transforms
 
+    if kind == "mix":
+        first = [transforms.RandomHorizontalFlip(), transforms.TrivialAugmentWide(), transforms.Resize((size, size))]
+        last = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+        return transforms.Compose([*first, *last, transforms.RandomErasing(ERASE)])
     crop = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
     first = crop if kind == "crop" else [transforms.Resize((size, size))]
     return transforms.Compose([*first, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
@@ -94,7 +99,13 @@ def timm_loader(folder: Path, size: int, kind: str, batch: int, workers: int = 2
     """As timm's train.py makes it, with the same transforms as everyone."""
     import timm.data
 
-    extra = {"hflip": 0.5, "color_jitter": None} if kind == "crop" else {"no_aug": True}
+    flips = {"hflip": 0.5, "color_jitter": None}
+    # "mstd101" is timm's way to draw the strength uniformly: with n1, TrivialAugment. "inc1" and m9 keep its posterize
+    # from leaving 0 bits, which Pillow refuses. Scale and ratio keep the image.
+    whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "auto_augment": "rand-m9-n1-mstd101-inc1"}
+    extra = {
+        "crop": flips, "mix": flips | whole | {"re_prob": ERASE, "re_mode": "const"}, "none": {"no_aug": True},
+    }[kind]  # fmt: skip
     return timm.data.create_loader(
         timm.data.create_dataset("", root=str(folder)), (3, size, size), batch, is_training=True, use_prefetcher=False,
         mean=MEAN, std=STD, interpolation="bilinear", num_workers=workers, **extra,
@@ -107,13 +118,35 @@ def inputs(make: Callable[..., Any], folder: Path, size: int, kind: str, batch: 
     return lambda: (images for images, _ in loader)
 
 
+def mixed(make: Callable[..., Any], mix: Callable[[int], Any], folder: Path, size: int, kind: str, batch: int) -> Pass:
+    """A pass over a loader of (images, labels) that are then mixed by mixup."""
+    loader = make(folder, size, kind, batch)
+    mixup = mix(len(list(folder.iterdir())))
+    return lambda: (mixup(images, labels)[0] for images, labels in loader)
+
+
+def timm_mixup(classes: int) -> Any:
+    """As timm's train.py mixes."""
+    import timm.data
+
+    return timm.data.Mixup(mixup_alpha=MIXUP, num_classes=classes, label_smoothing=0.0)
+
+
+def torchvision_mixup(classes: int) -> Any:
+    """torchvision's."""
+    from torchvision.transforms import v2
+
+    return v2.MixUp(alpha=MIXUP, num_classes=classes)
+
+
 def vitft_input(folder: Path, size: int, kind: str, batch: int) -> Pass:
     """As `vitft train` reads a folder."""
+    mix = Augmentation("trivial", erase=ERASE, mixup=MIXUP)
     rows = open_dataset(str(folder)).splits["train"]
     how = Preprocess(size, size, mean=MEAN, std=STD)
     store, _ = decode_all(rows, how, crops=kind == "crop", max_pixels=10**8, skip_bad=False, training=True)
-    loader = TrainLoader(store, class_indices(rows), how, augmentation=Augmentation(kind),
-                         classes=1, batch_size=batch, device=torch.device("cpu"))  # fmt: skip
+    loader = TrainLoader(store, class_indices(rows), how, augmentation=mix if kind == "mix" else Augmentation(kind),
+                         classes=len(list(folder.iterdir())), batch_size=batch, device=torch.device("cpu"))  # fmt: skip
     epoch = -1
 
     def read() -> Iterable[torch.Tensor]:
@@ -132,6 +165,13 @@ INPUTS: dict[str, Callable[..., Pass]] = {
     "torchvision ImageFolder, 2 workers": partial(inputs, folder_loader),
     "vitft": vitft_input,
 }
+
+MIXED: dict[str, Callable[..., Pass]] = {
+    "timm loader, 2 workers": partial(mixed, timm_loader, timm_mixup),
+    "torchvision ImageFolder, 2 workers": partial(mixed, folder_loader, torchvision_mixup),
+    "vitft": vitft_input,
+}
+"""TrivialAugment, mixup and random erasing. The Transformers example has none of them."""
 
 
 # -- training steps -------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """vitft beside its peers: the same images, shape, batch and steps, turn by turn in one process.
 
     python benchmarks/peers.py data --dataset CIFAR10_FOLDER       # images a second into the model's input
+    python benchmarks/peers.py data --dataset CIFAR10_FOLDER --kinds mix  # TrivialAugment, mixup and random erasing
     python benchmarks/peers.py data --photos 600                   # JPEGs of 500x375, made for this
     python benchmarks/peers.py data --photos 60 --photo-size 2000 1500
     python benchmarks/peers.py train --dataset CIFAR10_FOLDER --model VIT_FOLDER --image-size 98
@@ -38,6 +39,9 @@ from vitft.spec import training_flops
 PACKAGES = ("vitft", "torch", "torchvision", "transformers", "accelerate", "datasets", "timm", "pillow")
 
 
+KINDS = {"none": "resize", "crop": "random crop and flip", "mix": "TrivialAugment, mixup and random erasing"}
+
+
 def main() -> None:
     """Measure, print, and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -51,6 +55,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=["none", "crop"], help="data: which transforms")
     parser.add_argument("--steps", type=int, default=10, help="train: of one round, after three that warm up")
     parser.add_argument("--rounds", type=int, default=5, help="of each contender, in turns")
     parser.add_argument("--seeds", type=int, default=3, help="accuracy: 0, 1, ...")
@@ -92,10 +97,11 @@ def data(given: argparse.Namespace, folder: Path) -> str:
     it, and does less work. Crops are drawn anew in each pass, so theirs agree to a few percent.
     """
     rows = []
-    for kind in ("none", "crop"):
+    for kind in given.kinds:
         passes = {}
         first = {}
-        for name, make in chosen(contenders.INPUTS, given.only).items():
+        inputs = contenders.MIXED if kind == "mix" else contenders.INPUTS
+        for name, make in chosen(inputs, given.only).items():
             started = time.perf_counter()
             run = make(folder / "train", given.image_size, kind, given.batch_size)
             count = sum(map(len, run()))
@@ -107,7 +113,7 @@ def data(given: argparse.Namespace, folder: Path) -> str:
                 count = sum(map(len, run()))
                 rates[name].append(count / (time.perf_counter() - started))
         details = {name: detail(run()) for name, run in passes.items()}
-        title = {"none": "resize", "crop": "random crop and flip"}[kind]
+        title = KINDS[kind]
         base = next(iter(details.values()))
         rows += [
             [title, name, f"{first[name]:,.0f}", *rated(rates, name), f"{details[name] / base:.2f}"] for name in rates

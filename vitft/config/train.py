@@ -51,7 +51,7 @@ class TrainConfig(Settings):
 
     augment: Literal["none", "flip", "crop", "trivial", "rand"] = setting("flip", "Augmentation", "flip: random horizontal flip. crop: random resized crop and flip. trivial: flip, and one random operation (TrivialAugment). rand: flip, and two (RandAugment).")
     color_jitter: float = setting(0.0, "Augmentation", "Multiply brightness, contrast and color by random factors between 1 - this and 1 + this. Often 0.4.", ge=0, le=1)
-    erase: float = setting(0.0, "Augmentation", "Random erasing: probability that a box of the image becomes noise. Often 0.25.", ge=0, le=1)
+    erase: float = setting(0.0, "Augmentation", "Random erasing: probability that a box of the image becomes the mean color. Often 0.25.", ge=0, le=1)
     mixup: float = setting(0.0, "Augmentation", "Mixup: blend each image and its label with another, in shares from Beta(this, this). Often 0.2 to 0.8.", ge=0, le=100)
     cutmix: float = setting(0.0, "Augmentation", "CutMix: replace a box of each image by another, labels in proportion, shares from Beta(this, this). Often 1. With --mixup: one of them, at random.", ge=0, le=100)
 
