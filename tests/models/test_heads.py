@@ -73,7 +73,7 @@ def test_a_new_head_changes_only_the_classifier(
     assert 2 <= len(label_tensors(model)) <= 4
     trained = {name for name, parameter in other.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, _ in other.named_parameters() if in_head(other, name)}
-    set_training(other, frozen_backbone=True)
+    set_training(other, "backbone")
     assert {name.rpartition(".")[0] for name in trained} <= {n for n, m in other.named_modules() if m.training}
     assert not any(m.training for n, m in other.named_modules() if not f"{n}.".startswith(head_of(other)))
     assert "initial values" not in capsys.readouterr().err

@@ -136,7 +136,7 @@ def test_a_distilled_deit_keeps_both_of_its_heads(saved: Saved) -> None:
 
 def test_a_frozen_backbone_leaves_the_head_to_train(saved: Saved) -> None:
     model = load(saved("vit", hidden_dropout_prob=0.5), freeze="backbone").model
-    set_training(model, frozen_backbone=True)
+    set_training(model, "backbone")
 
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable == {"classifier.weight", "classifier.bias"}

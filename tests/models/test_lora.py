@@ -61,7 +61,7 @@ def test_every_architecture_trains_an_adapter_that_is_merged_or_says_why_not(fam
     assert all(".lora_" in name or in_head(model, name) for name in names)
     assert sum(".lora_A." in name for name in names) == sum(".lora_B." in name for name in names) > 0
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in names}
-    set_training(model, frozen_backbone=False)
+    set_training(model, "none")
     model(pixel_values=pixels(model)).logits.square().sum().backward()
     # Several processes would wait for ever for one without a gradient.
     assert [

@@ -68,7 +68,7 @@ class TrainConfig(Settings):
     lora_rank: int | None = setting(None, "Model", "Train a low-rank adapter (LoRA) of this rank, such as 8, and the head; all other weights stay. Needs vitft[lora].", ge=1, le=1024)
     lora_alpha: float | None = setting(None, "Model", "Scale of the adapter, divided by its rank. Default: the rank.", gt=0, le=100_000)
     lora_targets: Literal["attention", "all"] = setting("attention", "Model", "Linear layers that the adapter changes: those of attention, or all in the blocks.")
-    dora: bool = setting(False, "Model", "With --lora-rank: train the length of each row of the weights apart from its direction (DoRA). Slower.")
+    dora: bool = setting(False, "Model", "With --lora-rank: train the length of each row of the weights apart from its direction (DoRA). Takes more time and memory.")
 
     epochs: float = setting(3.0, "Optimization", "Passes over the training images; may be fractional.", gt=0, le=100_000)
     max_steps: int | None = setting(None, "Optimization", "Stop after this many optimizer steps, regardless of --epochs.", ge=1)
