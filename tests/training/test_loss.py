@@ -15,11 +15,13 @@ from sklearn.utils.class_weight import compute_class_weight
 from tests.training.test_trainer import assert_same_weights, config, interrupted
 from vitft import TrainConfig, resume, train
 from vitft.errors import UsageError
+from vitft.hardware.device import make_accelerator
 from vitft.models.head_init import fit_head
 from vitft.training.cost.dry_run import plan
 from vitft.training.cost.estimate import Cost
 from vitft.training.loss import class_balance, head_loss, pinned_weights, read_weights, summed_loss
 from vitft.training.setup import advise, prepare
+from vitft.training.step import Learner
 
 NAMES = ("ant", "bee", "cat", "dog")
 LABELS = torch.tensor([0] * 40 + [1] * 12 + [2] * 7 + [3])  # of the training images
@@ -155,6 +157,18 @@ def test_a_head_is_fitted_by_the_loss_of_the_run(changes: dict[str, Any]) -> Non
     assert abs(many_then - few_then) < 0.2 < many - few
 
 
+def test_the_head_of_a_run_is_fitted_by_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr("vitft.training.step.fit_head", lambda *given_: given.extend(given_) or fit_head(*given_))
+    settings = {"from_scratch": False, "val_fraction": 0, "max_eval_samples": 10, "sampling": "balanced"}
+    prepared = prepare(config(**settings, **dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp"))))
+    Learner(make_accelerator(prepared.config), prepared.decode()).get_ready(start_head=True)
+    _, labels, classes, mean_loss = given
+    logits = torch.randn(len(labels), classes, generator=torch.Generator().manual_seed(0))
+    theirs = F.cross_entropy(logits, labels, weight=len(labels) / (classes * labels.bincount()))
+    assert mean_loss(logits, labels).item() == pytest.approx(theirs.item(), rel=1e-5)
+
+
 def test_with_balanced_sampling_and_weights_of_a_file_a_head_counts_both() -> None:
     both = settings(class_weights=json.dumps(FILE_WEIGHTS), sampling="balanced")
     logits, counts = torch.randn(len(LABELS), 4, generator=torch.Generator().manual_seed(0)), LABELS.bincount()
@@ -198,6 +212,7 @@ def test_weights_are_kept_without_their_file(tmp_path: Path) -> None:
     assert kept is not None
     assert read_weights(kept, NAMES) == FILE_WEIGHTS
     assert pinned_weights(settings(class_weights="balanced"), NAMES) == "balanced"
+    assert settings(class_weights="none").class_weights is None  # undoes a recipe's
 
 
 # -- in a run -------------------------------------------------------------------------------------

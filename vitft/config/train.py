@@ -127,6 +127,11 @@ class TrainConfig(Settings):
             raise ValueError("should be two numbers, BLACK:WHITE, such as 0:4095") from None
         return text
 
+    @field_validator("class_weights")
+    @classmethod
+    def _name_no_file_none(cls, text: str | None) -> str | None:
+        return None if text == "none" else text
+
     @field_validator("betas")
     @classmethod
     def _check_betas(cls, text: str) -> str:
