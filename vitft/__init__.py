@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from vitft.evaluation.loading import load_model
     from vitft.evaluation.metrics import ClassScore, Metrics, Score
     from vitft.evaluation.prediction import Prediction, Predictor, predict
+    from vitft.evaluation.soup import Soup, soup
     from vitft.models.load import Loaded
     from vitft.probing.probe import ProbeResult, probe
     from vitft.training.callbacks import Callback
@@ -30,6 +31,7 @@ __all__ = [
     "ProbeResult",
     "Result",
     "Score",
+    "Soup",
     "Source",
     "Stopped",
     "TrainConfig",
@@ -44,6 +46,7 @@ __all__ = [
     "predict",
     "probe",
     "resume",
+    "soup",
     "train",
 ]
 
@@ -56,6 +59,7 @@ _ROOMS = {
     "evaluation.loading": ("load_model",),
     "evaluation.metrics": ("ClassScore", "Metrics", "Score"),
     "evaluation.prediction": ("Prediction", "Predictor", "predict"),
+    "evaluation.soup": ("Soup", "soup"),
     "models.load": ("Loaded",),
     "probing.probe": ("ProbeResult", "probe"),
     "training.callbacks": ("Callback",),

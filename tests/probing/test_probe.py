@@ -93,7 +93,7 @@ def test_what_cannot_be_probed_is_refused() -> None:
 @pytest.mark.usefixtures("no_trial")
 def test_a_long_pass_says_so_and_names_a_cheaper_one(capsys: pytest.CaptureFixture[str]) -> None:
     probe(TrainConfig(**SMALL | {"max_train_samples": 150}))
-    said = "reading 210 images will take about 10 min 30 s on this cpu; cheaper: --max-train-samples 100"
+    said = "reading 210 images will take about 10 min 30 s on this cpu; cheaper: --max-train-samples 100 --max"
     assert said in " ".join(capsys.readouterr().err.split())
 
 

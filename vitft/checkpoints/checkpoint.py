@@ -184,12 +184,17 @@ def read_config(run: Path) -> TrainConfig:
     return TrainConfig.parse(of_any_version(read_recipe(file)), str(file))
 
 
-def save_model(folder: Path, model: Any, preprocess: Preprocess, card: Card, state: State | None = None) -> None:
+def save_model(
+    folder: Path, model: Any, preprocess: Preprocess, card: Card, state: State | None = None, splits: str | None = None
+) -> None:  # fmt: skip
     """Atomically write a plain Transformers model folder, replacing `folder`.
 
-    With `state`, the run can be resumed from it, with a new optimizer state.
+    With `state`, the run can be resumed from it, with a new optimizer state. `splits` is the text of a `splits.json`
+    for a checkpoint outside of any run.
     """
     with new_folder(folder) as temporary:
+        if splits is not None:
+            write_text(temporary / "splits.json", splits)
         _write_model(temporary, model, preprocess, card, state)
 
 

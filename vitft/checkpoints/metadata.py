@@ -34,13 +34,15 @@ class Card:
     epoch: float
     splits: dict[str, dict[str, Any]]  # source, count and hash of each split
     scores: dict[str, Any]  # scores at this step, by split
+    parts: tuple[dict[str, Any], ...] = ()  # of a soup: the runs whose weights were averaged
 
     def to_json(self) -> dict[str, Any]:
         """The document to store. It omits unset settings and reduces the paths listed in `local` to their names."""
         settings = self.config.model_dump(exclude_none=True)
         local = [name for name in _PATH_SETTINGS if _is_path(settings.get(name))]
         settings |= {name: name_of(settings[name]) for name in local}
-        return {"vitft": __version__} | asdict(self) | {"config": settings, "local": local}
+        document = {"vitft": __version__} | asdict(self) | {"config": settings, "local": local}
+        return document if self.parts else {name: value for name, value in document.items() if name != "parts"}
 
 
 def write_card(folder: Path, card: Card) -> None:
@@ -69,7 +71,8 @@ def read_card(folder: Path) -> Card | None:
         for name in document.pop("local", ()):
             settings[name] = _full_path(folder, name, settings[name])
         config = TrainConfig.parse(of_any_version(settings), str(file))
-        return Card(config=config, **document | {"labels": tuple(document["labels"])})
+        document |= {"labels": tuple(document["labels"]), "parts": tuple(document.get("parts", ()))}
+        return Card(config=config, **document)
     except (*READ_ERRORS, UsageError) as error:
         raise ModelError(f"{file}: cannot be read ({error}); was it edited?") from error
 
@@ -153,6 +156,11 @@ def _readme(card: Card) -> str:
     config = card.config
     start = f"{name_of(config.model)}, new weights" if config.from_scratch else name_of(config.model)
     header = yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "image-classification"})
+    data, length = _plain(name_of(str(config.dataset))), f"for {card.step} steps\n({card.epoch:.2f} epochs) "
+    average = ""
+    if card.parts:
+        names = "\n".join(f"- {_plain(part['run'])}, step {part['step']}" for part in card.parts)
+        length, average = "", f"\n\nThe average of the weights of {len(card.parts)} runs:\n\n{names}"
     return f"""---
 {header}---
 
@@ -160,8 +168,7 @@ def _readme(card: Card) -> str:
 
 Classes: {", ".join(map(_plain, card.labels[:50]))}{", ..." if len(card.labels) > 50 else ""}
 
-Started from {_plain(start)}; trained on {_plain(name_of(str(config.dataset)))} for {card.step} steps
-({card.epoch:.2f} epochs) with vitft {__version__}.
+Started from {_plain(start)}; trained on {data} {length}with vitft {__version__}.{average}
 
 {scores or "Not scored at this step."}
 

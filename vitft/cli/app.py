@@ -217,6 +217,7 @@ def predict(
 
 
 app.command()(probing.embed)
+app.command()(probing.soup)
 
 
 @app.command()

@@ -1,19 +1,20 @@
-"""The commands on features: probe and embed."""
+"""The commands before and after training: probe, embed and soup."""
 # ruff: noqa: E501  (one line per option)
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vitft.cli import tables
-from vitft.cli.arguments import TRAIN_SETTINGS, DatasetName, Json, check_picture, loading
+from vitft.cli.arguments import TRAIN_SETTINGS, DatasetName, Device, Json, check_picture, loading
 from vitft.cli.options import options_from
 from vitft.errors import DataError
 from vitft.io import console
 
 _OF_A_PROBE = (
-    "dataset_revision", "val_fraction", "max_train_samples", "max_eval_samples", "exclude", "on_bad_image", "max_pixels",
+    "dataset_revision", "split_seed", "val_fraction", "max_train_samples", "max_eval_samples", "exclude", "on_bad_image", "max_pixels",
     "value_range", "cache_gb", "Reading", "model", "model_revision", "image_size", "seed", "device", "threads", "precision",
 )  # fmt: skip
 _OF_FEATURES = (
@@ -85,3 +86,34 @@ def embed(
     console.say_json(found.to_dict()) if json else console.say(tables.embedded_report(found))
     if bad := len(found.unreadable):
         raise DataError(f"{bad:,} of {found.images + bad:,} images could not be read, and are not in {output}.")
+
+
+def soup(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Run folders, or checkpoints in them.")],
+    output: Annotated[Path, typer.Option(help="New folder for the averaged model.")],
+    greedy: Annotated[bool, typer.Option("--greedy", help="Begin with the best run, and add only those that do not make it worse.")] = False,
+    dataset: Annotated[str | None, typer.Option(help="Where the dataset has moved to.")] = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Average the weights of runs that started from one model: often better than each, at the cost of one.
+
+    The runs must have the same starting point, classes and images. Whether the soup is better is measured on validation
+    images, which no run was trained on.
+    """
+    with loading():
+        from vitft.evaluation.soup import soup as made
+
+    with console.working("scoring on validation images") as progress:
+        result = made(runs, output, greedy=greedy, dataset=dataset, device=device, progress=progress)
+    best = result.parts[0]
+    if sum(part.chosen for part in result.parts) == 1:
+        console.warn(f"no other run made it better: the soup is its best part alone, {best.run}")
+    elif result.metrics.accuracy < best.metrics.accuracy:
+        console.warn(f"the soup is below its best part, {best.run}: use that, or add --greedy")
+    if json:
+        console.say_json(result.to_dict())
+        return
+    console.say(tables.soup_report(result))
+    where = shlex.quote(dataset or result.dataset)
+    console.say_text(f"next: vitft eval {shlex.quote(str(result.folder))} --dataset {where}\n")

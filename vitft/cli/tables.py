@@ -135,6 +135,16 @@ def embedded_report(found: Any) -> RenderableType:
     return Group(Text(f"{safe(str(found.output))}: {found.images:,} images", overflow="fold"), table)
 
 
+def soup_report(result: Any) -> RenderableType:
+    """The report of `vitft soup`: the validation accuracy of each run, best first, and of their average."""
+    table = _table(Column("run", overflow="fold"), *_numbers("accuracy", "95 % interval", no_wrap=True), "in the soup")
+    rows = [(part.run, part.metrics, "yes" if part.chosen else "no", "") for part in result.parts]
+    for name, metrics, chosen, style in (*rows, ("soup", result.metrics, "", "bold")):
+        low, high = (100 * bound for bound in metrics.accuracy_interval)
+        table.add_row(Text(safe(name)), percent(metrics.accuracy, 2), f"{low:.2f}–{high:.2f}", chosen, style=style)
+    return Group(table, Text(f"on {result.metrics.count:,} validation images; {result.folder}", overflow="fold"))
+
+
 def training_report(result: Any) -> str:
     """The last lines of a run: scores, checkpoint, speed, next command."""
     lines = [

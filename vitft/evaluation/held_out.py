@@ -40,7 +40,7 @@ def lineage(checkpoint: Path) -> list[Ancestor]:
             return ancestors
         seen.add(checkpoint)
         run = run_of(checkpoint)
-        record = None if run is None else read_record(run)
+        record = read_record(checkpoint) or (None if run is None else read_record(run))
         ancestors.append(Ancestor(card, record if record is not None and record.matches(card.splits) else None))
         if card.config.from_scratch:
             return ancestors

@@ -131,10 +131,10 @@ def _tuning(prepared: Prepared) -> Tuning:
         each = cost(prepared)
     images = sum(len(split.rows) for split in prepared.splits.values())
     if (took_s := images * each.evaluate_image_s) > LONG_S:
-        fewer = round(LONG_S / 2 / each.evaluate_image_s, -2)
+        fewer = max(100, int(round(LONG_S / 4 / each.evaluate_image_s, -2)))
         console.warn(
             f"reading {images:,} images will take about {console.duration(took_s)} on this {prepared.config.device}; "
-            f"cheaper: --max-train-samples {max(100, int(fewer))}"
+            f"cheaper: --max-train-samples {fewer} --max-eval-samples {fewer}"
         )
     size = size_of(prepared, each)
     return Tuning(prepared.config.epochs, size.train_s + size.evaluate_s, memory)
