@@ -61,7 +61,7 @@ def test_the_scores_are_of_the_validation_images_of_a_run(result: ProbeResult) -
 
 
 @pytest.mark.usefixtures("no_trial")
-def test_test_images_are_not_read() -> None:
+def test_test_images_are_not_read(capsys: pytest.CaptureFixture[str]) -> None:
     """Broken ones change nothing."""
     drawn = np.random.default_rng(0)
 
@@ -78,6 +78,7 @@ def test_test_images_are_not_read() -> None:
     settings = TrainConfig(**SMALL | {"dataset": None, "max_train_samples": None})
     data = {"train": split(24), "validation": split(12), "test": spoiled(split(6))}
     assert probe(settings, dataset=datasets.DatasetDict(data)).metrics.accuracy > 0.9
+    assert "12 validation images say little" in " ".join(capsys.readouterr().err.split())
     data["validation"] = spoiled(data["validation"])
     with pytest.raises(DataError, match="row 0"):
         probe(settings, dataset=datasets.DatasetDict(data))
@@ -120,7 +121,8 @@ def test_the_report_fits_80_columns(
     assert max(map(len, lines)) <= 80
     accuracy = f"{100 * result.metrics.accuracy:.1f} %"
     assert lines[0].startswith(f"accuracy {accuracy} (95 % interval ")
-    assert lines[0].endswith(f"on 60 images of validation [{result.metrics.split_hash[:8]}]")
+    assert lines[0].endswith("on 60 validation images")
+    assert lines[1].startswith(f"[{result.metrics.split_hash[:8]}] by logistic regression on 64 features from 150 ")
     rows = [line.split() for line in lines]
     assert next(row for row in rows if row[:2] == ["logistic", "regression"])[2:4] == ["penalty", "1"]
     assert next(row for row in rows if row[:2] == ["nearest", "neighbors"])[2:5] == ["k", "=", "1"]

@@ -115,5 +115,5 @@ def soup(
         console.say_json(result.to_dict())
         return
     console.say(tables.soup_report(result))
-    where = shlex.quote(dataset or result.dataset)
-    console.say_text(f"next: vitft eval {shlex.quote(str(result.folder))} --dataset {where}\n")
+    folder, data = str(result.folder), dataset or result.dataset
+    console.say_text(f"next: vitft eval {shlex.quote(folder)} --dataset {shlex.quote(data)}\n")

@@ -101,9 +101,9 @@ def probe_report(result: Any) -> RenderableType:
     head = Text.assemble(
         "accuracy ",
         (percent(metrics.accuracy), "bold"),
-        f" (95 % interval {low:.1f}–{high:.1f}) on {metrics.count:,} images of {safe(metrics.split)}",
-        (f" [{metrics.split_hash[:8]}]", "dim"),
-        f"\nby logistic regression on {result.width:,} features per image, from {result.images:,} training images",
+        f" (95 % interval {low:.1f}–{high:.1f}) on {metrics.count:,} {safe(metrics.split)} images\n",
+        (f"[{metrics.split_hash[:8]}] ", "dim"),
+        f"by logistic regression on {result.width:,} features from {result.images:,} training images",
     )
     trials = _table("classifier", *_numbers("setting", "accuracy", "95 % interval", "loss", no_wrap=True), "")
     groups = (("logistic regression", "penalty", result.logistic), ("nearest neighbors", "k =", result.neighbors))
@@ -132,7 +132,9 @@ def embedded_report(found: Any) -> RenderableType:
     table = _table("", "", show_header=False)
     for name, meaning in found.columns.items():
         table.add_row(Text(name, "bold"), meaning)
-    return Group(Text(f"{safe(str(found.output))}: {found.images:,} images", overflow="fold"), table)
+    return Group(
+        Text(f"{safe(str(found.output))}: {found.images:,} image{'s' * (found.images != 1)}", overflow="fold"), table
+    )
 
 
 def soup_report(result: Any) -> RenderableType:

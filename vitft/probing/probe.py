@@ -26,6 +26,7 @@ from vitft.training.cost.dry_run import size_of
 from vitft.training.cost.estimate import cost, memory_bytes
 from vitft.training.setup import Decoded, Prepared, prepare
 
+FEW = 50  # validation images, on which the interval is more than 20 points wide
 LONG_S = 600.0  # a pass over the images that takes longer gets a warning before it starts
 
 
@@ -175,6 +176,8 @@ def _result(
         held_out.labels.cpu().numpy(), top.cpu().numpy(), losses.cpu().numpy(), labels, others,
         split=split.name, split_hash=split.hash, elapsed_s=elapsed_s,
     )  # fmt: skip
+    if metrics.count < FEW:
+        console.warn(f"{metrics.count} validation images say little; --val-fraction holds out more")
     return ProbeResult(
         decoded.config, len(train), train.features.shape[1], logistic, neighbors, curve, metrics, tuning,
         len(held_out) / max(elapsed_s, 1e-9),
