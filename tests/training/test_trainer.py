@@ -82,7 +82,7 @@ def plain_loop(settings: TrainConfig) -> tuple[dict[str, torch.Tensor], list[tup
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, settings, total_steps=total, steps_per_epoch=loader.steps_per_epoch)
         logits = model(pixel_values=batch.pixels).logits
-        loss = F.cross_entropy(logits, batch.labels, label_smoothing=settings.label_smoothing)
+        loss = F.cross_entropy(logits, batch.targets, label_smoothing=settings.label_smoothing)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm or float("inf"))
         optimizer.step()
@@ -94,7 +94,11 @@ def plain_loop(settings: TrainConfig) -> tuple[dict[str, torch.Tensor], list[tup
 @pytest.mark.parametrize("micro_batch_size", [None, 5])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"label_smoothing": 0.2, "optimizer": "sgd", "clip_norm": 0, "schedule": "step", "warmup": 0.3, "lr": 0.1}],
+    [
+        {},
+        AUGMENTED
+        | {"label_smoothing": 0.2, "optimizer": "sgd", "clip_norm": 0, "schedule": "step", "warmup": 0.3, "lr": 0.1},
+    ],
 )
 def test_training_matches_a_plain_loop_for_any_micro_batch(
     tmp_path: Path, micro_batch_size: int | None, changes: dict[str, object]

@@ -154,7 +154,10 @@ def _autocontrast(images: Tensor, strength: Strengths) -> Tensor:
 
 
 def _equalize(images: Tensor, strength: Strengths) -> Tensor:
-    counts = torch.bincount(_bins(images).flatten(), minlength=256 * 3 * len(images)).view(-1, 3, 256)
+    bins = _bins(images).flatten()
+    counts = torch.zeros(256 * 3 * len(images), dtype=torch.long, device=images.device)
+    # Unlike `bincount`, this does not wait for a GPU.
+    counts = counts.scatter_add_(0, bins, torch.ones_like(bins)).view(-1, 3, 256)
     values = _values(images)
     brightest = torch.where(counts > 0, values, 0).argmax(dim=2, keepdim=True)
     step = (counts.sum(dim=2, keepdim=True) - counts.gather(2, brightest)) // 255
