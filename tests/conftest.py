@@ -22,6 +22,10 @@ console.SAY_AFTER_S = 3600.0  # what is being worked on would be among the lines
 os.environ["OMP_NUM_THREADS"] = TINY_THREADS = os.environ.get("VITFT_TEST_THREADS", "1")
 os.environ["VITFT_CACHE"] = CACHE = tempfile.mkdtemp(prefix="vitft-tests-")  # decoded photos of tests are no user's
 
+# Syncing takes milliseconds for each small file, a large part of a tiny run. Its order is tested where files are
+# written; no test cuts the power.
+os.fsync = lambda handle: None
+
 # hypothesis would fail a test whose example takes 0.2 s, or is slowly drawn: on a busy machine any may.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")

@@ -344,7 +344,7 @@ def test_the_settings_a_run_wrote_are_a_recipe(run: Path, monkeypatch: pytest.Mo
 def test_resume_refuses_a_changed_setting_and_says_how_to_start_a_new_run(run: Path) -> None:
     message = error_of("train", "--resume", str(run), "--lr", "0.5", code=2)
 
-    assert "lr 2e-05, got 0.5" in message
+    assert "lr 0.001, got 0.5" in message
     assert "--lr" in message
     assert f"vitft train --dataset digits --model {run / 'best'} --lr 0.5" in message
 
@@ -422,14 +422,14 @@ def test_a_dry_run_refuses_an_image_that_the_run_would_refuse(tmp_path: Path) ->
 
 
 def test_a_dry_run_lists_the_settings_that_are_not_the_defaults() -> None:
-    text = vitft("train", *TINY, "--lr", str(TrainConfig().lr), "--dry-run").stdout.split("Settings")[1]
+    text = vitft("train", *TINY, "--lr", str(TrainConfig(from_scratch=True).lr), "--dry-run").stdout.split("Settings")[1]
     given, chosen = text.split("chosen")
 
     assert re.findall(r"(\w+): (\S+)", given) == [
         ("dataset", "digits"), ("max_train_samples", "40"), ("max_eval_samples", "20"), ("model", "vit-micro"),
         ("from_scratch", "True"), ("max_steps", "2"), ("batch_size", "8"), ("device", "cpu")]  # fmt: skip
     named = dict(re.findall(r"(\w+): (\S+)", chosen))
-    assert set(named) == {"attention", "compile", "image_size", "precision", "threads"}
+    assert set(named) == {"attention", "compile", "image_size", "lr", "precision", "threads"}
     assert named["image_size"] == "28"
     assert "others" in chosen
     assert "vitft train --help" in flat(chosen)

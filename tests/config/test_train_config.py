@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from vitft.config.train import LORA_LR, TrainConfig
+from vitft.config.train import TrainConfig
 from vitft.errors import UsageError
 
 PANELS = ["Data", "Reading", "Augmentation", "Model", "Optimization", "Hardware", "Run"]
@@ -221,10 +221,13 @@ def test_library_errors_name_arguments_and_command_errors_name_flags(monkeypatch
         TrainConfig.parse({"batch_size": 0}, "flags")
 
 
-def test_the_rate_of_an_adapter_is_its_own() -> None:
-    assert TrainConfig(lora_rank=8).lr == LORA_LR > TrainConfig().lr
+def test_the_default_rate_is_that_of_what_is_trained() -> None:
+    assert TrainConfig().lr < TrainConfig(lora_rank=8).lr < TrainConfig(from_scratch=True).lr
+    assert (
+        TrainConfig(freeze="backbone").lr == TrainConfig.parse({"freeze": "backbone", "optimizer": "adam"}).lr == 1e-2
+    )
     assert TrainConfig(lora_rank=8, lr=1e-4).lr == 1e-4
-    assert TrainConfig(**TrainConfig(lora_rank=8).model_dump()).lr == LORA_LR
+    assert TrainConfig(**TrainConfig(lora_rank=8).model_dump()) == TrainConfig(lora_rank=8)
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def _parameters(name: str, field: "FieldInfo") -> list[inspect.Parameter]:
     kind: Any = kinds[0]
     flag = as_flag(name)
     choices = [str(choice) for one in kinds if get_origin(one) is Literal for choice in get_args(one)]
-    numbers = ["<int>"] if choices and len(kinds) > 1 else []  # a number, or one of these words
+    numbers = ["N"] if choices and len(kinds) > 1 else []  # a number, or one of these words
     option = typer.Option(
         flag,
         help=_help(field, f" {as_flag(f'no_{name}')} undoes it." if kind is bool else ""),

@@ -15,7 +15,6 @@ from vitft.errors import UsageError
 
 SIZES = ("patch_size", "width", "layers", "heads", "mlp")
 LARGEST_SIDE = 4096  # pixels, of the model input
-LORA_LR = 5e-4  # default peak learning rate of an adapter
 
 
 class TrainConfig(Settings):
@@ -74,7 +73,7 @@ class TrainConfig(Settings):
     max_steps: int | None = setting(None, "Optimization", "Stop after this many optimizer steps, regardless of --epochs.", ge=1)
     batch_size: int = setting(32, "Optimization", "Images per optimizer step, over all processes and gradient accumulation.", ge=1, le=1_048_576)
     micro_batch_size: PositiveInt | Literal["auto"] | None = setting(None, "Optimization", "Images per forward pass of one process. Default: the entire batch of that process. auto: as many as fit in memory.")
-    lr: float = setting(2e-5, "Optimization", "Peak learning rate. With --lora-rank, the default is 5e-4.", gt=0, le=100)
+    lr: float = setting(None, "Optimization", "Peak learning rate. Default: by what is trained; with adamw 2e-5 for all weights, 5e-4 for an adapter, 1e-2 for a head alone, 1e-3 for new weights.", gt=0, le=100)
     schedule: Literal["constant", "linear", "cosine", "step"] = setting("linear", "Optimization", "Learning rate decay after warmup; linear and cosine end at 0.")
     head_init: Literal["auto", "features", "random"] = setting("auto", "Optimization", "Start of a new head. features: logistic regression on the features of the pretrained backbone, fitted before the first step. auto: that, if possible.")
     layer_decay: float = setting(1.0, "Optimization", "Multiply the learning rate by this for each layer below the head, so that early layers change less. Often 0.65 to 0.9.", gt=0, le=1)
@@ -151,13 +150,12 @@ class TrainConfig(Settings):
             return values | {"model": "vit-micro"}
         return values
 
-    @model_validator(mode="before")
-    @classmethod
-    def _default_rate(cls, values: Any) -> Any:
-        """The rate depends on what is trained, and `config.yaml` should say it."""
-        if isinstance(values, dict) and values.get("lora_rank") is not None and values.get("lr") is None:
-            return values | {"lr": LORA_LR}
-        return values
+    @model_validator(mode="after")
+    def _set_lr(self) -> Self:
+        """Fill in the default, which depends on other settings, so that `config.yaml` says it."""
+        if not self.lr:
+            self.__dict__["lr"] = usual_lr(self)  # the settings are frozen
+        return self
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
@@ -193,6 +191,27 @@ class TrainConfig(Settings):
         if self.min_delta and self.early_stopping is None:
             raise ValueError("`min_delta` applies only to early stopping; add `early_stopping` or remove `min_delta`")
         return self
+
+
+_USUAL = {
+    "adamw": {"all weights": 2e-5, "an adapter": 5e-4, "a head alone": 1e-2, "new weights": 1e-3},
+    "sgd": {"all weights": 3e-3, "an adapter": 5e-2, "a head alone": 1e-1, "new weights": 1e-1},
+}
+"""Learning rates that usually do well, by optimizer and by what is trained; adam's are adamw's."""
+
+
+def what_is_trained(config: TrainConfig) -> str:
+    """What a run trains, in words, for `usual_lr`."""
+    if config.from_scratch:
+        return "new weights"
+    if config.lora_rank is not None:
+        return "an adapter"
+    return "a head alone" if config.freeze == "backbone" else "all weights"
+
+
+def usual_lr(config: TrainConfig) -> float:
+    """The learning rate that usually does well for this optimizer and for what is trained."""
+    return _USUAL["sgd" if config.optimizer == "sgd" else "adamw"][what_is_trained(config)]
 
 
 def device_name(name: Any) -> Any:

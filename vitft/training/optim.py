@@ -3,7 +3,7 @@
 from math import ceil, cos, log10, pi
 from typing import TYPE_CHECKING, Any
 
-from vitft.config.train import LORA_LR, TrainConfig, betas_of
+from vitft.config.train import TrainConfig, betas_of, usual_lr, what_is_trained
 from vitft.models.blocks import parameter_depths
 
 if TYPE_CHECKING:
@@ -12,12 +12,6 @@ if TYPE_CHECKING:
 
 _POSITIONS = ("position_embedding", "relative_position", "position_bias")
 
-
-_USUAL = {
-    "adamw": {"all weights": 2e-5, "an adapter": LORA_LR, "a head alone": 1e-2, "new weights": 1e-3},
-    "sgd": {"all weights": 3e-3, "an adapter": 5e-2, "a head alone": 1e-1, "new weights": 1e-1},
-}
-"""Learning rates that usually do well, by optimizer and by what is trained; adam's are adamw's."""
 
 _FAR = 1.001  # decimal logarithm of more than ten times
 
@@ -51,20 +45,6 @@ def lr_at(step: int, config: TrainConfig, *, total_steps: int, steps_per_epoch: 
             # Rounded to steps, so that a decay after each epoch falls exactly on the next epoch's first step.
             every = max(1, round(config.decay_epochs * steps_per_epoch))
             return config.lr * config.decay_factor ** ((step - warm) // every)
-
-
-def what_is_trained(config: TrainConfig) -> str:
-    """What a run trains, in words, for `usual_lr`."""
-    if config.from_scratch:
-        return "new weights"
-    if config.lora_rank is not None:
-        return "an adapter"
-    return "a head alone" if config.freeze == "backbone" else "all weights"
-
-
-def usual_lr(config: TrainConfig) -> float:
-    """The learning rate that usually does well for this optimizer and for what is trained."""
-    return _USUAL["sgd" if config.optimizer == "sgd" else "adamw"][what_is_trained(config)]
 
 
 def unusual_lr(config: TrainConfig) -> str | None:
