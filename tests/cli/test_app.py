@@ -422,7 +422,8 @@ def test_a_dry_run_refuses_an_image_that_the_run_would_refuse(tmp_path: Path) ->
 
 
 def test_a_dry_run_lists_the_settings_that_are_not_the_defaults() -> None:
-    text = vitft("train", *TINY, "--lr", str(TrainConfig(from_scratch=True).lr), "--dry-run").stdout.split("Settings")[1]
+    usual = str(TrainConfig(from_scratch=True).lr)
+    text = vitft("train", *TINY, "--lr", usual, "--dry-run").stdout.split("Settings")[1]
     given, chosen = text.split("chosen")
 
     assert re.findall(r"(\w+): (\S+)", given) == [

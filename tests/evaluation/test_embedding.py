@@ -194,11 +194,14 @@ def test_features_that_are_not_finite_are_refused(model: Path, photos: Path, tmp
         embed(photos, tmp_path / "broken", tmp_path / "f.parquet")
 
 
-def test_the_command_says_its_columns(model: Path, photos: Path, tmp_path: Path) -> None:
-    done = vitft("embed", photos, "--model", model, "--output", tmp_path / "f.parquet", "--image-size", "24")
+def test_the_command_says_its_columns(
+    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = vitft("embed", photos, "--model", model, "--output", "f.parquet", "--image-size", "24")
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
-    assert lines[0] == f"{tmp_path / 'f.parquet'}: 5 images"
+    assert lines[0] == "f.parquet: 5 images"
     assert [line.split()[0] for line in lines[1:]] == ["path", "split", "row", "label", "features"]
     assert lines[-1].split(maxsplit=1)[1].strip() == "list of 16 float32"
     assert max(map(len, lines[1:])) <= 80

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
@@ -90,7 +90,7 @@ def _close_all() -> None:
 def _results(work: Callable[[A], B], items: Sequence[A], count: int, pin: bool) -> Generator[B, None, None]:
     loader: DataLoader[Any] = DataLoader(
         _Work(work), batch_size=None, sampler=items, collate_fn=_unchanged, pin_memory=pin, prefetch_factor=_AHEAD,
-        num_workers=count, multiprocessing_context="fork", worker_init_fn=_begin_worker,
+        num_workers=count, multiprocessing_context="fork", worker_init_fn=partial(_begin_worker, os.getpid()),
         generator=torch.Generator(),  # else it draws from the global one
     )  # fmt: skip
     try:
@@ -124,7 +124,7 @@ def _unchanged(result: Any) -> Any:
 _PR_SET_PDEATHSIG = 1  # of Linux: which signal to get when the parent ends
 
 
-def _begin_worker(number: int) -> None:
+def _begin_worker(parent: int, _number: int) -> None:
     """In a new process: no threads, no handlers of signals, which are for the one that started it, and an end with it.
 
     DataLoader ends its processes if that one is killed, but not those that wait for it to read a result.
@@ -132,6 +132,8 @@ def _begin_worker(number: int) -> None:
     global _in_fork
     _in_fork = True
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before that
+        os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["LOKY_MAX_CPU_COUNT"] = "1"  # what `cpus` reads
