@@ -1,5 +1,7 @@
 """What the processes that `tests.forked` starts have imported already: a run needs it, and it takes seconds."""
 
+import os
+
 import sklearn.datasets  # noqa: F401
 import transformers.models.vit.modeling_vit  # noqa: F401
 
@@ -12,4 +14,5 @@ from vitft.data.decoder import formats
 from vitft.training.cost import throughput
 
 formats()  # Pillow looks for its plugins
+os.fsync = lambda handle: None  # as in tests.conftest
 throughput.peak_flops = lambda device, precision, seconds: 1e12  # as in tests.conftest
