@@ -73,7 +73,7 @@ def test_processes_end_with_the_reader() -> None:
 
 def test_a_process_ends_if_its_program_was_killed_before_it_began() -> None:
     begin = "from vitft.hardware.pools import _begin_worker; _begin_worker(-1, 0)"  # not who started it
-    assert subprocess.run([sys.executable, "-c", begin]).returncode == 1
+    assert subprocess.run([sys.executable, "-c", begin]).returncode == -signal.SIGKILL
     begin = "import os; from vitft.hardware.pools import _begin_worker; _begin_worker(os.getppid(), 0)"
     assert subprocess.run([sys.executable, "-c", begin]).returncode == 0
 

@@ -133,7 +133,7 @@ def _begin_worker(parent: int, _number: int) -> None:
     _in_fork = True
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before that
-        os._exit(1)
+        signal.raise_signal(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["LOKY_MAX_CPU_COUNT"] = "1"  # what `cpus` reads
