@@ -41,7 +41,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mobilenet_v1": {"image_size": 32, "depth_multiplier": 0.25},
     "mobilevitv2": {"image_size": 64, "width_multiplier": 0.25},
     "donut-swin": _SWIN,
-    "pp_lcnet": {"scale": 0.25},
     "hgnet_v2": {},
     "textnet": {},
     "mobilenet_v2": {"image_size": 32, "depth_multiplier": 0.25},

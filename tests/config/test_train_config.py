@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from vitft.config.recipe import load_config
 from vitft.config.train import TrainConfig
 from vitft.errors import UsageError
 
@@ -227,6 +228,7 @@ def test_the_default_rate_is_that_of_what_is_trained() -> None:
         TrainConfig(freeze="backbone").lr == TrainConfig.parse({"freeze": "backbone", "optimizer": "adam"}).lr == 1e-2
     )
     assert TrainConfig(lora_rank=8, lr=1e-4).lr == 1e-4
+    assert load_config("digits", {"lr": None}).lr == TrainConfig().lr < load_config("digits", {}).lr
     assert TrainConfig(**TrainConfig(lora_rank=8).model_dump()) == TrainConfig(lora_rank=8)
 
 

@@ -35,10 +35,11 @@ def test_transformers_loads_the_backbone_and_vitft_the_whole(family: str, tmp_pa
 
 def test_every_architecture_of_transformers_is_tested_or_refused() -> None:
     others = set(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES) - FAMILIES.keys()
-    # ImageGPT reads colors as words, and ShieldGemma 2 answers questions; natten and timm are not installed here.
-    assert others == {"imagegpt", "shieldgemma2", "dinat", "timm_wrapper"}
-    with pytest.raises(ModelError, match="a imagegpt model cannot classify images"):
-        classifier_class(tf.ImageGPTConfig())
+    # ShieldGemma 2 answers questions; natten and timm are not installed here.
+    assert others == {"imagegpt", "pp_lcnet", "shieldgemma2", "dinat", "timm_wrapper"}
+    for config in (tf.ImageGPTConfig(), tf.PPLCNetConfig()):
+        with pytest.raises(ModelError, match=f"a {config.model_type} model cannot classify images"):
+            classifier_class(config)
     with pytest.raises(ModelError, match="a bert model cannot classify images"):
         classifier_class(tf.BertConfig())
 

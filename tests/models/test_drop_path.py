@@ -14,7 +14,7 @@ from vitft.models.blocks import block_stacks
 
 OURS = ("vit", "deit", "siglip", "siglip2", "clip", "metaclip_2", "vit_msn", "ijepa")
 NONE = ("resnet", "regnet", "mobilevit", "mobilenet_v2", "efficientnet", "perceiver", "cvt", "levit", "mobilenet_v1",
-        "mobilevitv2", "pp_lcnet", "hgnet_v2", "textnet")  # fmt: skip
+        "mobilevitv2", "hgnet_v2", "textnet")  # fmt: skip
 THEIRS = tuple(family for family in FAMILIES if family not in OURS + NONE)
 
 

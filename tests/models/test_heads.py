@@ -23,7 +23,7 @@ BESIDE = {
 # Importing each takes a second or two, and their heads have the same shapes as others.
 RARE = (
     "bit", "cvt", "donut-swin", "focalnet", "hgnet_v2", "hiera", "metaclip_2", "mobilenet_v1", "mobilenet_v2",
-    "mobilevitv2", "perceiver", "pp_lcnet", "pvt_v2", "regnet", "segformer", "textnet",
+    "mobilevitv2", "perceiver", "pvt_v2", "regnet", "segformer", "textnet",
 )  # fmt: skip
 
 
@@ -79,11 +79,11 @@ def test_a_new_head_changes_only_the_classifier(
     assert "initial values" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("family", marked(name for name in FAMILIES if name not in ("perceiver", "pp_lcnet")))
+@pytest.mark.parametrize("family", marked(name for name in FAMILIES if name != "perceiver"))
 def test_a_backbone_gets_a_head_and_keeps_its_tensors(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Perceiver is skipped because its base model has no decoder, PP-LCNet because it has no base model."""
+    """Perceiver is skipped because its base model has no decoder."""
     model = tiny_classifier(family, num_labels=4)
     folder = saved(backbone_of(model), tmp_path / "backbone")
 

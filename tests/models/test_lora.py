@@ -21,7 +21,10 @@ from vitft.models.lora import add_adapter, read_adapter, require_peft, write_bas
 
 peft: Any = pytest.importorskip("peft")
 
-CONVOLUTIONS = {"resnet", "regnet", "bit", "mobilenet_v2", "poolformer", "efficientnet"}
+CONVOLUTIONS = {
+    "resnet", "regnet", "bit", "mobilenet_v1", "mobilenet_v2", "mobilevitv2", "hgnet_v2", "textnet", "poolformer",
+    "efficientnet",
+}  # fmt: skip
 TESTED = sorted(FAMILIES.keys() - {"siglip2", "mobilevit"})  # the one takes patches, not images, and the other is slow
 WITHOUT_ATTENTION = {"convnext", "convnextv2", "focalnet"}
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training.test_trainer import PowerCut, assert_same_weights, config, interrupted, weights
+from tests.training.test_trainer import PowerCut, assert_same_weights, config, weights
 from vitft import evaluate, train
 from vitft.hardware.device import make_accelerator
 from vitft.training import trainer
@@ -44,16 +44,6 @@ def test_a_run_saves_and_scores_its_averages(tmp_path: Path) -> None:
         assert not torch.equal(value, weights(plain.run / "last")[name]), name
     assert evaluate(averaged.checkpoint, device="cpu").accuracy == averaged.scores["test"].accuracy
     assert averaged.scores["test"].loss != plain.scores["test"].loss
-
-
-def test_a_resumed_run_continues_its_averages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = config(ema=0.9, epochs=3, save_every=2)
-    whole = train(settings, output=tmp_path / "whole")
-    interrupted(settings, tmp_path / "cut", 5, monkeypatch)
-    resumed = resume(tmp_path / "cut")
-    assert_same_weights(whole.run / "last", resumed.run / "last")
-    assert_same_weights(whole.run / "best", resumed.run / "best")
-    assert resumed.scores["test"].loss == whole.scores["test"].loss
 
 
 def test_a_run_that_only_lacks_its_final_score_saves_its_averages(

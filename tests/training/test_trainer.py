@@ -315,7 +315,9 @@ def interrupted(settings: TrainConfig, run: Path, step: int, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    "changes", [{"augment": "crop"}, AUGMENTED | {"optimizer": "sgd"}], ids=["adamw, crops", "sgd, all augmentations"]
+    "changes",
+    [{"augment": "crop"}, AUGMENTED | {"optimizer": "sgd"}, {"ema": 0.9}],
+    ids=["adamw, crops", "sgd, all augmentations", "averages"],
 )
 def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]

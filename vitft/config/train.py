@@ -6,7 +6,7 @@
 # ruff: noqa: E501  (one line per setting)
 
 import math
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import PositiveInt, field_validator, model_validator
 
@@ -73,7 +73,10 @@ class TrainConfig(Settings):
     max_steps: int | None = setting(None, "Optimization", "Stop after this many optimizer steps, regardless of --epochs.", ge=1)
     batch_size: int = setting(32, "Optimization", "Images per optimizer step, over all processes and gradient accumulation.", ge=1, le=1_048_576)
     micro_batch_size: PositiveInt | Literal["auto"] | None = setting(None, "Optimization", "Images per forward pass of one process. Default: the entire batch of that process. auto: as many as fit in memory.")
-    lr: float = setting(None, "Optimization", "Peak learning rate. Default: by what is trained; with adamw 2e-5 for all weights, 5e-4 for an adapter, 1e-2 for a head alone, 1e-3 for new weights.", gt=0, le=100)
+    if TYPE_CHECKING:
+        lr: float = setting(None, "", "")  # once validated, it is never None
+    else:
+        lr: float | None = setting(None, "Optimization", "Peak learning rate. Default, also of none: by what is trained; with adamw 2e-5 for all weights, 5e-4 for an adapter, 1e-2 for a head alone, 1e-3 for new weights.", gt=0, le=100)
     schedule: Literal["constant", "linear", "cosine", "step"] = setting("linear", "Optimization", "Learning rate decay after warmup; linear and cosine end at 0.")
     head_init: Literal["auto", "features", "random"] = setting("auto", "Optimization", "Start of a new head. features: logistic regression on the features of the pretrained backbone, fitted before the first step. auto: that, if possible.")
     layer_decay: float = setting(1.0, "Optimization", "Multiply the learning rate by this for each layer below the head, so that early layers change less. Often 0.65 to 0.9.", gt=0, le=1)

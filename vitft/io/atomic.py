@@ -22,18 +22,8 @@ def _sibling(path: Path, suffix: str) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Atomically write a text file, as UTF-8 with the line ends in `text`."""
-    temporary = _sibling(path, _NEW)  # overwrites any leftover of a killed process
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -49,7 +39,7 @@ def json_text(document: Any) -> str:
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yield the name of a temporary file to write, which replaces `path` on exit, or is deleted on an error."""
-    temporary = _sibling(path, _NEW)
+    temporary = _sibling(path, _NEW)  # overwrites any leftover of a killed process
     try:
         yield temporary
         with temporary.open("rb+") as file:

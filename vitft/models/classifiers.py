@@ -11,6 +11,9 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from vitft.errors import ModelError
 
+_UNUSABLE = ("imagegpt", "pp_lcnet")
+"""Classifiers of Transformers that are not used: ImageGPT reads colors as words, and PP-LCNet returns no logits."""
+
 
 def classifier_class(hf_config: Any) -> Any:
     """The class that classifies images with this configuration. Raises ModelError if there is none."""
@@ -19,9 +22,8 @@ def classifier_class(hf_config: Any) -> Any:
         classes = mapping[type(hf_config)]
         classes = classes if isinstance(classes, tuple | list) else [classes]
         # The rule of AutoModelForImageClassification: a distilled DeiT keeps its two heads.
-        chosen = next((cls for cls in classes if cls.__name__ in (hf_config.architectures or ())), classes[0])
-        if chosen.main_input_name != "input_ids":  # ImageGPT reads the colors of pixels as words
-            return chosen
+        if hf_config.model_type not in _UNUSABLE:
+            return next((cls for cls in classes if cls.__name__ in (hf_config.architectures or ())), classes[0])
     if hf_config.model_type in _POOLED:
         kind: Any = type(hf_config)
         return _with_head(kind)
