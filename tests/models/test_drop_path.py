@@ -11,6 +11,7 @@ from tests.families import FAMILIES, tiny_classifier
 from tests.models.test_heads import load, marked, saved
 from vitft.errors import UsageError
 from vitft.models.blocks import block_stacks
+from vitft.models.load import checkpoint_activations
 
 OURS = ("vit", "deit", "siglip", "siglip2", "clip", "metaclip_2", "vit_msn", "ijepa")
 NONE = ("resnet", "regnet", "mobilevit", "mobilenet_v2", "efficientnet", "perceiver", "cvt", "levit", "mobilenet_v1",
@@ -61,6 +62,19 @@ def test_every_sample_has_its_own_branches_and_their_mean_stays(tmp_path: Path) 
     shares = np.bincount(distance.argmin(dim=0).numpy(), minlength=4) / len(given)
     expected = [rate * rate, rate * (1 - rate), (1 - rate) * rate, (1 - rate) ** 2]
     np.testing.assert_allclose(shares, expected, atol=0.03)  # four standard deviations
+
+
+def test_gradient_checkpointing_recomputes_the_same_branches(tmp_path: Path) -> None:
+    model = loaded("vit", tmp_path, 0.5).train()
+    images, gradients = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(2)), []
+    for checkpoint in (lambda model: None, checkpoint_activations):
+        checkpoint(model)
+        model.zero_grad()
+        torch.manual_seed(3)
+        model(pixel_values=images).logits.square().sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
 @pytest.mark.parametrize("family", marked(THEIRS))
