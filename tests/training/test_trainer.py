@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification
 
@@ -207,6 +208,29 @@ def test_one_metric_chooses_the_best_and_stops_the_run(
     result = train(config(epochs=4, **{"early_stopping": 2} | settings), output=tmp_path / "run")
     state = ckpt.read_state(result.run / "last")
     assert (state.step, result.step, state.best_step) == (stopped, best, best)
+
+
+def test_skipped_test_images_are_not_even_read_and_stay_held_out(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 6)):
+        for number in range(count):
+            file = tmp_path / "data" / split / "ab"[number % 2] / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(file)
+    whole = tmp_path / "data" / "test" / "a" / "0.png"
+    picture = whole.read_bytes()
+    settings = {"dataset": str(tmp_path / "data"), "batch_size": 4, "val_fraction": 0.3}
+    scored = train(config(**settings), output=tmp_path / "scored")
+    whole.write_bytes(b"no picture")
+    skipped = train(config(**settings, skip_test=True), output=tmp_path / "run")
+    assert (scored.skipped, skipped.skipped) == ((), ("test",))
+    assert scored.scores.keys() - skipped.scores.keys() == {"test"}
+    assert {line["split"] for line in lines(skipped.run)} == {"train", "validation"}
+    assert_same_weights(scored.checkpoint, skipped.checkpoint)
+    longer = resume(skipped.run, {"epochs": 3})  # its images are recognized without the pixels of those
+    assert longer.skipped == ("test",)
+    whole.write_bytes(picture)
+    assert evaluate(scored.run).split == evaluate(skipped.run).split == "test"
 
 
 def test_min_delta_without_early_stopping_is_refused() -> None:

@@ -156,9 +156,9 @@ def training_report(result: Any) -> str:
     ]
     lines = lines or ["not evaluated: there is no validation or test split"]
     if "validation" in result.scores and "test" not in result.scores:
+        remedy = "the test images were left alone" if result.skipped else "--test-fraction holds out images for one"
         lines.append(
-            "not an independent score: validation chose the checkpoint, so the score is a little too high; "
-            "--test-fraction holds out images for one"
+            f"not an independent score: validation chose the checkpoint, so the score is a little too high; {remedy}"
         )
     lines.append(f"{result.checkpoint.name} checkpoint: {result.checkpoint} (step {result.step})")
     if (speed := result.speed) is not None:

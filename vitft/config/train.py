@@ -27,6 +27,7 @@ class TrainConfig(Settings):
     dataset_revision: str | None = setting(None, "Data", "Commit, tag or branch of a hub dataset.")
     val_fraction: float = setting(0.1, "Data", "Fraction of the training images, about the same of each class, to hold out if the dataset has no validation split. 0: none.", ge=0, lt=1)
     test_fraction: float = setting(0.0, "Data", "Fraction of the training images to hold out for an independent score, if the dataset has no test split; before the validation images.", ge=0, lt=1)
+    skip_test: bool = setting(False, "Data", "Leave the test images alone: neither decode nor score them. For trying out settings, which test images must not choose.")
     split_seed: int = setting(0, "Data", "Random seed of the images that are held out or sampled; apart from --seed, so that runs with different seeds have the same images.", ge=0, lt=2**32)
     max_train_samples: int | None = setting(None, "Data", "Train on this many images (stratified, chosen after the validation images).", ge=1)
     max_eval_samples: int | None = setting(None, "Data", "Evaluate on at most this many images of each split (stratified).", ge=1)

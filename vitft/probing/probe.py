@@ -5,7 +5,7 @@ Everything is chosen and scored on validation images; test images are not read.
 
 import shlex
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +97,13 @@ def probe(config: TrainConfig | None = None, *, dataset: DatasetLike | None = No
     config = config or TrainConfig()
     if config.from_scratch:
         raise UsageError("probe: new weights have no features worth probing; remove from_scratch.")
-    config = config.model_copy(update={"freeze": "none"})
+    config = config.model_copy(update={"freeze": "none", "skip_test": True})
     if isinstance(dataset, str | Path):
         config, dataset = config.model_copy(update={"dataset": str(dataset)}), None
     prepared = prepare(resolve_auto(config), dataset=dataset)
-    splits = {role: split for role, split in prepared.splits.items() if role != "test"}
-    if "validation" not in splits:
+    if "validation" not in prepared.splits:
         held = "there are too few images to hold any out" if config.val_fraction else "--val-fraction 0 holds out none"
         raise UsageError(f"no validation images to score by: {held}; set --val-fraction, such as 0.2.")
-    prepared = replace(prepared, splits=splits)
     with memory_guard(prepared.config), threads(prepared.config.threads):
         tuning = _tuning(prepared)
         decoded = prepared.with_settings(augment="none").decode()
@@ -130,7 +128,7 @@ def _tuning(prepared: Prepared) -> Tuning:
     memory = memory_bytes(prepared, micro_batch(prepared.config))  # before the trial, which uses memory, too
     with console.working("trying out how long it takes"):
         each = cost(prepared)
-    images = sum(len(split.rows) for split in prepared.splits.values())
+    images = sum(len(prepared.splits[role].rows) for role in prepared.used)
     if (took_s := images * each.evaluate_image_s) > LONG_S:
         fewer = max(100, int(round(LONG_S / 4 / each.evaluate_image_s, -2)))
         console.warn(

@@ -107,7 +107,7 @@ def locked(run: Path) -> Iterator[None]:
 def start_note(prepared: Prepared, total_steps: int, run: Path) -> str:
     """The note at the start of a run."""
     config, how = prepared.config, prepared.loaded.preprocess
-    images = ", ".join(f"{len(split.rows):,} {role}" for role, split in prepared.splits.items())
+    images = ", ".join(f"{len(prepared.splits[role].rows):,} {role}" for role in prepared.used)
     return (
         f"{prepared.source.name}: {images} images of {len(prepared.loaded.labels)} classes; "
         f"{Path(config.model).name} at {how.size_text} px on {config.device}, {config.precision}; "
@@ -219,7 +219,8 @@ def check_splits(run: Path, decoded: Decoded, *, begun: bool, write: bool) -> No
         return
     try:
         then = dict(json.loads(file.read_text(encoding="utf-8"))["splits"])
-        now = {role: (split, decoded.stores[role][0].digest) for role, split in decoded.splits.items()}
+        pixels = {role: store.digest for role, (store, _) in decoded.stores.items()}
+        now = {role: (split, pixels.get(role)) for role, split in decoded.splits.items()}
         differences = {role: _difference(then.get(role), now.get(role)) for role in then | now}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file}: not readable ({error}); start a new run from its newest checkpoint.") from error
@@ -233,7 +234,7 @@ def check_splits(run: Path, decoded: Decoded, *, begun: bool, write: bool) -> No
             )
 
 
-def _difference(then: dict[str, Any] | None, now: tuple[Split, str] | None) -> str | None:
+def _difference(then: dict[str, Any] | None, now: tuple[Split, str | None] | None) -> str | None:
     """How a split differs from what `splits.json` recorded; None if it does not."""
     if then is None:
         return "there was none"

@@ -44,14 +44,19 @@ class Prepared:
     splits: dict[str, Split]
     loaded: Loaded
 
+    @property
+    def used(self) -> tuple[str, ...]:
+        """The roles whose images are read: all, or with `skip_test` all but test, which stays held out."""
+        return tuple(role for role in self.splits if role != "test" or not self.config.skip_test)
+
     def with_settings(self, **changes: Any) -> Self:
         """A copy with other settings."""
         return replace(self, config=self.config.model_copy(update=changes))
 
     def decode(self) -> "Decoded":
-        """Decode every split, without unreadable images. Raises DataError for one that may not be skipped."""
-        splits, stores = {}, {}
-        for role in self.splits:
+        """Decode the splits, without unreadable images. Raises DataError for one that may not be skipped."""
+        splits, stores = dict(self.splits), {}
+        for role in self.used:
             store, skipped = self._decode(role)
             splits[role] = self._without(role, skipped)
             stores[role] = store, self._match(splits[role], role)[0]
@@ -59,8 +64,9 @@ class Prepared:
 
     def check_headers(self) -> Self:
         """Read the header of every image, decoding no pixels; otherwise like `decode`."""
-        splits = {}
-        for role, split in self.splits.items():
+        splits = dict(self.splits)
+        for role in self.used:
+            split = self.splits[role]
             with console.working(f"opening the {role} images") as progress:
                 skipped = check_headers(
                     self.source.splits[split.source].select(split.rows), max_pixels=self.config.max_pixels,

@@ -45,13 +45,14 @@ class Result:
     """A finished run.
 
     `run` is its folder, `checkpoint` its best checkpoint, of step `step`, and `scores` has the scores of that by split.
-    `speed` is None if the run had already finished before this call.
+    `skipped` has the splits that `skip_test` left alone, and `speed` is None if the run had already finished before this call.
     """
 
     run: Path
     checkpoint: Path
     step: int
     scores: dict[str, Score] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
     speed: Speed | None = None
 
 
@@ -497,7 +498,8 @@ class _Run:
         if self.accelerator.is_main_process:
             ckpt.prune(self.run, state.step, self.config.keep_finished)
         scores = {role: Score.from_summary(summary) for role, summary in self.scores.items()}
-        return Result(self.run, self.run / chosen, scored.step, scores)
+        skipped = tuple(role for role in self.decoded.splits if role not in self.decoded.stores)
+        return Result(self.run, self.run / chosen, scored.step, scores, skipped)
 
     def _best(self) -> Card:
         """The metadata of best/. Raises ModelError."""

@@ -66,7 +66,7 @@ def plan(config: TrainConfig, output: Path | None = None, overwrite: bool = Fals
         prepared = autotuned(prepared)
         with threads(prepared.config.threads):
             memory = memory_bytes(prepared, micro_batch(prepared.config))  # before the trial, which uses memory, too
-            images = sum(len(split.rows) for split in prepared.splits.values())
+            images = sum(len(prepared.splits[role].rows) for role in prepared.used)
             decode_s = decode_image_s(prepared) * images  # an upper bound: cached pixels are read faster
             size = size_of(prepared, cost(prepared))
     folder = folder_of(prepared.config, prepared.source.name, output)
@@ -105,7 +105,7 @@ def warn_if_long(prepared: Prepared, processes: int = 1) -> None:
 def size_of(prepared: Prepared, each: Cost) -> Size:
     """The steps and seconds of a run, by what an image and a step take."""
     config, model = prepared.config, prepared.loaded.model
-    splits = {role: len(split.rows) for role, split in prepared.splits.items()}
+    splits = {role: len(prepared.splits[role].rows) for role in prepared.used}
     steps_per_epoch = -(-splits["train"] // config.batch_size)
     steps = total_steps(config, steps_per_epoch)
     validations = -(-steps // (config.eval_every or steps_per_epoch))
