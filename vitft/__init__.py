@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vitft.evaluation.soup import Soup, soup
     from vitft.models.load import Loaded
     from vitft.probing.probe import ProbeResult, probe
+    from vitft.sweeping.sweep import SweepResult, resume_sweep, sweep
     from vitft.training.callbacks import Callback
     from vitft.training.trainer import Result, resume, train
 
@@ -34,6 +35,7 @@ __all__ = [
     "Soup",
     "Source",
     "Stopped",
+    "SweepResult",
     "TrainConfig",
     "TrainingError",
     "UsageError",
@@ -46,7 +48,9 @@ __all__ = [
     "predict",
     "probe",
     "resume",
+    "resume_sweep",
     "soup",
+    "sweep",
     "train",
 ]
 
@@ -62,6 +66,7 @@ _ROOMS = {
     "evaluation.soup": ("Soup", "soup"),
     "models.load": ("Loaded",),
     "probing.probe": ("ProbeResult", "probe"),
+    "sweeping.sweep": ("SweepResult", "resume_sweep", "sweep"),
     "training.callbacks": ("Callback",),
     "training.trainer": ("Result", "resume", "train"),
 }

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from vitft.cli import probing, tables
+from vitft.cli import probing, sweeping, tables
 from vitft.cli.arguments import (
     TRAIN_SETTINGS,
     DatasetName,
@@ -113,6 +113,7 @@ def train(
 
 
 app.command()(probing.probe)
+app.command()(sweeping.sweep)
 
 
 @app.command("eval")

@@ -47,6 +47,8 @@ def with_flags(command: Any) -> Any:
 
 
 def _flagged(command: Command, own: list[inspect.Parameter], config: "type[BaseModel]", only: Sequence[str]) -> Command:
+    from vitft.config.base import unsets
+
     wanted = {*only} or {_panel(field) for field in config.model_fields.values()}
     fields = {name: field for name, field in config.model_fields.items() if wanted & {name, _panel(field)}}
 
@@ -54,7 +56,7 @@ def _flagged(command: Command, own: list[inspect.Parameter], config: "type[BaseM
         values = {name: given.pop(name) for name in fields}
         undone = {name: False for name in fields if given.pop(f"no_{name}", None)}
         typed = {name: value for name, value in values.items() if value is not None}
-        overrides = {name: None if _unsets(value, fields[name]) else value for name, value in typed.items()} | undone
+        overrides = {name: None if unsets(value, fields[name]) else value for name, value in typed.items()} | undone
         return command(**given, overrides=overrides)
 
     flags = [flag for name, field in fields.items() for flag in _parameters(name, field)]
@@ -65,21 +67,13 @@ def _flagged(command: Command, own: list[inspect.Parameter], config: "type[BaseM
     return wrapper
 
 
-def _unsets(value: Any, field: "FieldInfo") -> bool:
-    """Whether a flag's value stands for none, where a setting may have none: it undoes a recipe's.
-
-    The empty text does; where no text is a value, the word none too.
-    """
-    kinds = get_args(field.annotation)
-    return NoneType in kinds and (value == "" or (value == "none" and str not in kinds))
-
-
 def _number(field: "FieldInfo", kind: type) -> Callable[[str], Any]:
     """Reads a flag's number, or what stands for none."""
+    from vitft.config.base import unsets
 
     def read(text: str) -> Any:
         try:
-            return text if _unsets(text, field) else kind(text)
+            return text if unsets(text, field) else kind(text)
         except ValueError:
             raise typer.BadParameter(f"{text!r} is not a valid {'integer' if kind is int else 'number'}.") from None
 

@@ -147,6 +147,49 @@ def soup_report(result: Any) -> RenderableType:
     return Group(table, Text(f"on {result.metrics.count:,} validation images; {result.folder}", overflow="fold"))
 
 
+def sweep_report(result: Any) -> RenderableType:
+    """The report of `vitft sweep`: the trials, best first, for a `SweepResult`."""
+    from vitft.sweeping.sweep import interval, mean, shown, spread
+
+    names = list(result.best.settings)
+    several = any(len(one.scores) > 1 for one in result.trials)
+    table = _table(
+        *_numbers("trial", no_wrap=True), *(Column(name, overflow="fold") for name in names),
+        *_numbers(result.by, *(["spread"] * several), *(["95 % interval"] * (result.by == "accuracy")), "time"), "",
+    )  # fmt: skip
+    order = {"complete": 0, "pruned": 1, "unfinished": 2, "failed": 3}
+    worse = -1 if result.by != "loss" else 1
+    rows = sorted(
+        result.trials, key=lambda one: (order[one.state], worse * mean(one, result.by) if one.scores else 0, one.number)
+    )
+    for one in rows:
+        values = [Text(safe(_brief(one.settings.get(name)))) for name in names]
+        scores = [shown(result.by, mean(one, result.by))] if one.scores else ["–"]
+        if several:
+            found = spread(one, result.by) if one.scores else None
+            scores.append("–" if found is None else f"± {shown(result.by, found)}")
+        if result.by == "accuracy":
+            scores.append("{:.1f}–{:.1f}".format(*(100 * end for end in interval(one))) if one.scores else "–")
+        best, given = one.number == result.best.number, one.number == result.base
+        said = one.reason or ("best" if best else "") + (", " * (best and given)) + ("as given" if given else "")
+        said = said if one.state != "unfinished" else "unfinished"
+        table.add_row(str(one.number), *values, *scores, duration(one.seconds), Text(safe(said)), style="bold" * best)
+    score, done = result.best.scores[0], len(result.trials)
+    lines = [
+        f"on {score.count:,} validation images [{score.split_hash[:8]}], which chose the best of {done}: "
+        "its score is a little too high"
+    ]
+    if result.undecided:
+        lines.append("the settings as given are within the interval of the best: these images cannot tell them apart")
+    if (left := result.planned - sum(one.state != "unfinished" for one in result.trials)) > 0:
+        lines.append(f"trials that other processes work on: {left} of {result.planned}")
+    return Group(table, "", *(Text(line) for line in lines))
+
+
+def _brief(value: Any) -> str:
+    return "none" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def training_report(result: Any) -> str:
     """The last lines of a run: scores, checkpoint, speed, next command."""
     lines = [

@@ -2,9 +2,11 @@
 
 import re
 import reprlib
+from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from vitft.errors import UsageError, as_flag, nearest
 
@@ -16,6 +18,15 @@ def setting(default: Any, panel: str, description: str, *, changeable: bool = Fa
     """A field of settings. `changeable`: it can change on resume, because it does not affect the result."""
     extra: dict[str, Any] = {"panel": panel, "changeable": changeable}
     return Field(default, description=description, json_schema_extra=extra, **bounds)
+
+
+def unsets(value: Any, field: FieldInfo) -> bool:
+    """Whether a typed value stands for none, where a setting may have none: it undoes a recipe's.
+
+    The empty text does; where no text is a value, the word none too.
+    """
+    kinds = get_args(field.annotation)
+    return NoneType in kinds and (value == "" or (value == "none" and str not in kinds))
 
 
 class Settings(BaseModel):

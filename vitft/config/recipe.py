@@ -4,6 +4,7 @@ A recipe is a YAML file of settings. Its comment header gives the command, hardw
 Recipes in `scratch/` belong to the textbook and have its settings.
 """
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -75,6 +76,7 @@ def find_recipe(name_or_file: str, *, textbook: bool | None = None) -> Path:
             raise UsageError(f"recipe {name_or_file} is {kind} recipe; run it with: {run}")
         return recipe.path
     hint = nearest(name_or_file, names(textbook=True) if textbook else known) or "; `vitft recipes ls` lists them"
+    hint = f"; a folder of images is a dataset: --dataset {shlex.quote(name_or_file)}" if path.is_dir() else hint
     raise UsageError(f"recipe {name_or_file}: neither a file nor a known recipe{hint}")
 
 

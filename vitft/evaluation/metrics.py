@@ -47,6 +47,11 @@ class Score:
         interval = tuple(summary["accuracy_interval"])
         return cls(**{"balanced_accuracy": nan, **summary, "accuracy_interval": interval})
 
+    def by(self, name: str) -> float:
+        """The number that chooses the better of two models by a metric, as `best_by` names it; higher is better."""
+        value = float(getattr(self, name.replace("-", "_")))
+        return -value if name == "loss" else value
+
     def summary(self) -> dict[str, Any]:
         """The scores as plain JSON values, under the names of the fields."""
         values = {item.name: getattr(self, item.name) for item in fields(Score)}

@@ -69,6 +69,24 @@ def warn(message: str) -> None:
     log.warning("%s", safe(without_secrets(message)))
 
 
+@contextmanager
+def warnings_once() -> Iterator[None]:
+    """While entered, no warning is repeated."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = record.levelno < logging.WARNING or message not in said
+        said.add(message)
+        return new
+
+    log.addFilter(is_new)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_new)
+
+
 class _Terminal(logging.Handler):
     """Prints the records of `log` to standard error."""
 

@@ -45,7 +45,7 @@ class Result:
     """A finished run.
 
     `run` is its folder, `checkpoint` its best checkpoint, of step `step`, and `scores` has the scores of that by split.
-    `skipped` has the splits that `skip_test` left alone, and `speed` is None if the run had already finished before this call.
+    `skipped` has the splits that `skip_test` left alone. `speed` is None if the run had already finished before.
     """
 
     run: Path
@@ -326,7 +326,7 @@ class _Run:
         """Keep best/ after a rollback, even if its step was discarded: later checkpoints have to beat its score."""
         card = read_card(self.run / "best")
         if card is not None and card.step > state.step:
-            score = _score(Score.from_summary(card.scores["validation"]), self.config)
+            score = Score.from_summary(card.scores["validation"]).by(self.config.best_by)
             state.best_step, state.evaluations_since_best = card.step, 0
             state.best_score = state.counted_score = score
 
@@ -362,7 +362,7 @@ class _Run:
         state.validation_due = False
         self.scores = {"validation": metrics.summary()}
         stop = self._tell_evaluation(state.step, metrics)
-        score = _score(metrics, self.config)
+        score = metrics.by(self.config.best_by)
         better = state.best_score is None or score > state.best_score
         bar.evaluated(metrics, better)
         if state.counted_score is None or score > state.counted_score + self.config.min_delta:
@@ -515,9 +515,3 @@ def _alike(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> 
     for summary in summaries:
         summary.pop("images_per_s", None)
     return summaries[0] == summaries[1]
-
-
-def _score(score: Score, config: TrainConfig) -> float:
-    """The number by which the best checkpoint is chosen; higher is better."""
-    values = {"accuracy": score.accuracy, "loss": -score.loss, "macro-f1": score.macro_f1}
-    return (values | {"balanced-accuracy": score.balanced_accuracy})[config.best_by]
