@@ -314,3 +314,69 @@ EPOCHS: dict[str, Callable[..., tuple[int, int]]] = {
     "Transformers Trainer, bf16": partial(trainer_epoch, bf16=True),
     "vitft": vitft_epoch,
 }
+
+# -- the defaults of each, at the same number of images seen ---------------------------------------
+
+
+def example_defaults(given: argparse.Namespace, folder: Path, seed: int) -> tuple[int, int]:
+    """`run_image_classification.py`: random resized crops and flips, batches of 8, AdamW at 5e-5, falling linearly."""
+    model = model_of(given.model, given.image_size, folder / "train", seed)
+    rows = example_rows(folder / "train", given.image_size, "crop")
+    test = example_rows(folder / "test", given.image_size, "none")
+    trainer = trainer_of(model, rows, 8, num_train_epochs=given.epochs, seed=seed, use_cpu=given.device == "cpu")
+    trainer.train()
+    found = trainer.predict(test)
+    return int((found.predictions.argmax(1) == found.label_ids).sum()), len(found.label_ids)
+
+
+def timm_defaults(given: argparse.Namespace, folder: Path, seed: int) -> tuple[int, int]:
+    """`train.py`: SGD at 0.1 per 256 images, cosine, 5 epochs of warm-up, batches of 128, crops, jitter, smoothing."""
+    import timm.data
+    import timm.loss
+    import timm.optim
+    import timm.scheduler
+
+    torch.manual_seed(seed)
+    model = model_of(given.model, given.image_size, folder / "train", seed).to(given.device)
+    batch, sizes = 128, (3, given.image_size, given.image_size)
+    read = {"use_prefetcher": False, "num_workers": 2, "mean": MEAN, "std": STD, "interpolation": "bicubic"}
+    loader = timm.data.create_loader(
+        timm.data.create_dataset("", root=str(folder / "train")), sizes, batch, is_training=True, color_jitter=0.4,
+        **read | {"interpolation": "random"},
+    )  # fmt: skip
+    optimizer = timm.optim.create_optimizer_v2(model, opt="sgd", lr=0.1 * batch / 256, weight_decay=2e-5, momentum=0.9)
+    schedule, _ = timm.scheduler.create_scheduler_v2(
+        optimizer, "cosine", given.epochs, warmup_lr=1e-5, warmup_epochs=5, min_lr=0.0, updates_per_epoch=len(loader)
+    )
+    smoothed = timm.loss.LabelSmoothingCrossEntropy(0.1)
+    for epoch in range(given.epochs):
+        model.train()
+        for pixels, labels in loader:
+            smoothed(model(pixels.to(given.device)).logits, labels.to(given.device)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        schedule.step(epoch + 1)
+    test = timm.data.create_dataset("", root=str(folder / "test"))
+    right = 0
+    with torch.inference_mode():
+        for pixels, labels in timm.data.create_loader(test, sizes, batch, crop_pct=0.875, **read):
+            right += int((model.eval()(pixels.to(given.device)).logits.argmax(1).cpu() == labels).sum())
+    return right, len(test)
+
+
+def vitft_defaults(given: argparse.Namespace, folder: Path, seed: int) -> tuple[int, int]:
+    """`vitft train` with nothing but the data, the model and the size."""
+    config = TrainConfig.parse({
+        "dataset": str(folder), "model": given.model, "image_size": given.image_size, "val_fraction": 0.0,
+        "epochs": given.epochs, "device": given.device, "seed": seed,
+    }, "flags")  # fmt: skip
+    with tempfile.TemporaryDirectory() as run:
+        score = vitft.train(config, output=Path(run) / "run").scores["test"]
+    return round(score.accuracy * score.count), score.count
+
+
+DEFAULTS: dict[str, Callable[..., tuple[int, int]]] = {
+    "Transformers' example": example_defaults,
+    "timm's train.py": timm_defaults,
+    "vitft": vitft_defaults,
+}

@@ -6,6 +6,7 @@
     python benchmarks/peers.py data --photos 60 --photo-size 2000 1500
     python benchmarks/peers.py train --dataset CIFAR10_FOLDER --model VIT_FOLDER --image-size 98
     python benchmarks/peers.py accuracy --dataset CIFAR10_FOLDER --model VIT_FOLDER --image-size 98 --seeds 3
+    python benchmarks/peers.py defaults --dataset CIFAR10_FOLDER --model VIT_FOLDER --image-size 98 --epochs 2
 
 Every contender reads the same files from one folder of images per class. torchvision and timm have to be there:
 `make bench` makes an environment for it. `--into docs/benchmarks.md` also puts the table there, at its mark.
@@ -46,7 +47,7 @@ KINDS = {"none": "resize", "crop": "random crop and flip", "mix": "TrivialAugmen
 def main() -> None:
     """Measure, print, and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("data", "train", "accuracy"))
+    parser.add_argument("what", choices=("data", "train", "accuracy", "defaults"))
     parser.add_argument("--dataset", default="digits", help="as for `vitft train`")
     parser.add_argument("--photos", type=int, help="in place of a dataset: this many photos, made now")
     parser.add_argument("--photo-size", type=int, nargs=2, default=(500, 375), help="their width and height")
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="train: of one round, after three that warm up")
     parser.add_argument("--rounds", type=int, default=5, help="of each contender, in turns")
     parser.add_argument("--seeds", type=int, default=3, help="accuracy: 0, 1, ...")
+    parser.add_argument("--epochs", type=int, default=2, help="defaults: passes over the training images")
     parser.add_argument("--only", nargs="*", help="contenders whose name holds one of these words")
     parser.add_argument("--into", type=Path, help="a file with a mark `<!-- peers NAME -->`, and its end")
     parser.add_argument("--name", help="of the mark")
@@ -73,9 +75,10 @@ def main() -> None:
             make_photos(folder / "train", given.photos, *given.photo_size)
         else:
             write_images(given.dataset, "train", given.images, folder / "train")
-        if given.what == "accuracy":
+        if given.what in ("accuracy", "defaults"):
             write_images(given.dataset, "test", given.test_images, folder / "test")
-        table = {"data": data, "train": train, "accuracy": accuracy}[given.what](given, folder)
+        tables = {"data": data, "train": train, "accuracy": accuracy, "defaults": accuracy}
+        table = tables[given.what](given, folder)
     hide = {"--into", "--name", str(given.into), given.name}
     words = " ".join(hidden(word) for word in sys.argv[1:] if word not in hide)
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES if find_spec(name) or name == "pillow")
@@ -149,16 +152,18 @@ def train(given: argparse.Namespace, folder: Path) -> str:
 
 
 def accuracy(given: argparse.Namespace, folder: Path) -> str:
-    """A table of test accuracy after one epoch, by seed; both start from the same weights."""
+    """A table of test accuracy, by seed, from the same weights: of one epoch with the same settings, or by defaults."""
     rows = []
-    for name, run in chosen(contenders.EPOCHS, given.only).items():
+    same = given.what == "accuracy"
+    for name, run in chosen(contenders.EPOCHS if same else contenders.DEFAULTS, given.only).items():
         for seed in range(given.seeds):
             started = time.perf_counter()
             right, total = run(given, folder, seed)
             rows.append(
                 [name, str(seed), f"{right / total:.2%} of {total:,}", f"{time.perf_counter() - started:.0f} s"]
             )
-    return table(["one epoch", "seed", "test accuracy", "whole"], rows)
+    length = "one epoch" if same else f"epochs: {given.epochs}"
+    return table([length, "seed", "test accuracy", "whole"], rows)
 
 
 def chosen(all_of_them: dict, only: list[str] | None) -> dict:
