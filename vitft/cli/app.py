@@ -36,11 +36,13 @@ app = typer.Typer(cls=Group, no_args_is_help=True, pretty_exceptions_enable=Fals
 recipes_app = typer.Typer(
     cls=Group, no_args_is_help=True, help="List, show and copy recipes, each a file with the settings of an experiment."
 )
+models_app = typer.Typer(cls=Group, no_args_is_help=True, help="Pretrained models to start from.")
 scratch_app = typer.Typer(cls=Group, no_args_is_help=True, help="Train the textbook's ViTs, from first principles.")
 data_app = typer.Typer(cls=Group, no_args_is_help=True, help="Inspect a dataset.")
 cache_app = typer.Typer(cls=Group, no_args_is_help=True, help="The cache of decoded photos.")
 data_app.add_typer(cache_app, name="cache")
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
 app.add_typer(scratch_app, name="scratch")
 
@@ -112,6 +114,7 @@ def train(
         console.say_text(tables.training_report(trainer.train(config, output=output, overwrite=overwrite)))
 
 
+models_app.command("ls")(probing.list_models)
 app.command()(probing.probe)
 app.command()(sweeping.sweep)
 

@@ -1,7 +1,8 @@
-"""The commands before and after training: probe, embed and soup."""
+"""The commands before and after training: models ls, probe, embed and soup."""
 # ruff: noqa: E501  (one line per option)
 
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,19 @@ _OF_FEATURES = (
     "dataset_revision", "max_pixels", "value_range", "Reading", "model_revision", "image_size", "device"
 )  # fmt: skip
 _LISTED = 20  # unreadable images
+
+
+def list_models(json: Json = False) -> None:
+    """List pretrained models that are worth a try, with parameters, input size and the license on the model card.
+
+    Any other image classifier or backbone of Transformers can be named, too. Without network, what is in the cache is shown.
+    """
+    with loading():
+        from vitft.models.catalog import catalog
+
+    with console.working("asking the hub") as progress:
+        models = catalog(progress)
+    console.say_json({"models": [asdict(one) for one in models]}) if json else console.say(tables.models_report(models))
 
 
 @options_from(TRAIN_SETTINGS, *_OF_A_PROBE)

@@ -93,6 +93,25 @@ def _mistakes_table(metrics: Any) -> list[RenderableType]:
     return ["Most frequent confusions (true → predicted, images):", table]
 
 
+def models_report(models: Sequence[Any]) -> RenderableType:
+    """The report of `vitft models ls`, by how the models were trained."""
+    table = _table("model", *_numbers("parameters", "input", no_wrap=True), Column("license", overflow="fold"))
+    problems = []
+    for number, one in enumerate(models):
+        if number == 0 or one.training != models[number - 1].training:
+            table.add_row(*([""] * 4)) if number else None
+            table.add_row(Text(one.training, "dim"))
+        side = "×".join(map(str, dict.fromkeys(one.image_size or ()))) or "any"
+        parameters = f"{one.parameters / 1e6:.1f} M" if one.parameters else "–"
+        table.add_row(one.model, parameters, side if one.parameters else "–", Text(safe(one.license or "–")))
+        problems += [one] if one.problem else []
+    if problems and all(one.problem == problems[0].problem for one in problems):
+        said = [f"{len(problems)} of {len(models)}: {problems[0].problem}"]
+    else:
+        said = [one.problem for one in problems]
+    return Group(table, *([""] * bool(said)), *(Text(safe(sentence), "yellow") for sentence in said))
+
+
 def probe_report(result: Any) -> RenderableType:
     """The report of `vitft probe`, for a `ProbeResult`."""
     metrics = result.metrics

@@ -156,9 +156,12 @@ def _scoring(hf_config: Any) -> Scoring:
 
 
 @quiet_transformers()
-def read_config(name_or_path: str | Path) -> Any:
-    """The Transformers configuration of a folder or hub id. Raises ModelError."""
-    return _read_hf_config(_origin(locate(str(name_or_path)), None))
+def read_config(name_or_path: str | Path, *, offline: bool | None = None) -> Any:
+    """The Transformers configuration of a folder or hub id. Raises ModelError.
+
+    `offline`: read it from the cache alone; by default if the hub does not answer.
+    """
+    return _read_hf_config(_origin(locate(str(name_or_path)), None, offline))
 
 
 def locate(model: str) -> str:
@@ -247,10 +250,11 @@ class _Origin:
         return {"revision": self.commit or self.revision, "local_files_only": self.cache_only}
 
 
-def _origin(name_or_path: str, revision: str | None) -> _Origin:
+def _origin(name_or_path: str, revision: str | None, offline: bool | None = None) -> _Origin:
     folder = Path(name_or_path)
     if not folder.is_dir():
-        origin = _Origin(name_or_path, revision, not answers(name_or_path, revision))
+        offline = not answers(name_or_path, revision) if offline is None else offline
+        origin = _Origin(name_or_path, revision, offline)
         try:
             file = transformers.utils.cached_file(name_or_path, "config.json", **origin.arguments())
         except (OSError, ValueError) as error:
