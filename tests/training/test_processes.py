@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from safetensors.torch import load_file
@@ -19,6 +20,7 @@ from vitft import evaluate, train
 from vitft.checkpoints.checkpoint import is_run, newest_intact, read_state
 from vitft.data.loader import EvalLoader
 from vitft.evaluation import evaluation
+from vitft.evaluation.results import read_results
 from vitft.training.trainer import resume
 
 
@@ -78,6 +80,9 @@ def test_two_processes_train_as_one_does(tmp_path: Path, other: dict[str, object
     mine, theirs = (load_file(run / "last" / "model.safetensors") for run in (one, two))
     assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 10 * close
     assert evaluate(two).count == 49
+    said_by_one, said_by_two = (read_results(run).predictions("test") for run in (one, two))
+    assert said_by_one.ids == said_by_two.ids
+    np.testing.assert_allclose(said_by_one.probabilities, said_by_two.probabilities, atol=10 * close)
 
 
 def test_a_run_of_two_processes_resumes_on_one(tmp_path: Path) -> None:

@@ -131,6 +131,7 @@ def test_the_run_folder_has_the_documented_files(tmp_path: Path) -> None:
     step = "checkpoints/step-000006"
     assert names == {
         "config.yaml", "environment.json", "splits.json", "metrics.jsonl",
+        "results.json", "predictions-validation.parquet", "predictions-test.parquet",
         *(f"{model}/{name}" for model in ("best", "last", step) for name in folder),
         f"{step}/optimizer.safetensors", f"{step}/state.json", f"{step}/manifest.json", "last/state.json",
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from vitft.errors import DataError, ModelError, UsageError
 from vitft.evaluation.held_out import choose_split
 from vitft.evaluation.loading import load_model
 from vitft.evaluation.metrics import Metrics, score
+from vitft.evaluation.predictions import LARGEST, of_split
 from vitft.hardware.device import autocast, find_device, find_precision, threads
 from vitft.io import console
 from vitft.io.paths import absolute, composed, expanded
@@ -44,7 +46,8 @@ def measure(
     """
     model.eval()
     started = time.perf_counter()
-    tops, losses, truths = [], [], []
+    keep = len(split.rows) * len(labels) <= LARGEST
+    tops, losses, truths, probabilities = [], [], [], []
     with torch.no_grad():
         for number, batch in enumerate(loader, 1):
             logits = model(pixel_values=batch.pixels).logits.float()
@@ -52,12 +55,15 @@ def measure(
             known = batch.labels.where(batch.labels < len(labels), NO_CLASS)
             losses.append(F.cross_entropy(logits, known, reduction="none", ignore_index=NO_CLASS))
             truths.append(batch.labels)
+            probabilities += [logits.softmax(dim=1)] if keep else []
             progress(number, len(loader))
-    mine = tuple(torch.cat(parts).cpu().numpy() if parts else None for parts in (truths, tops, losses))
+    columns = (truths, tops, losses, *([probabilities] if keep else []))
+    mine = tuple(torch.cat(parts).cpu().numpy() if parts else None for parts in columns)
     parts = [part for part in gather([mine]) if part[0] is not None]
-    truth, top, loss = (np.concatenate(column) for column in zip(*parts, strict=True))
+    truth, top, loss, *every = (np.concatenate(column) for column in zip(*parts, strict=True))
     elapsed_s = time.perf_counter() - started
-    return score(truth, top, loss, labels, others, split=split.name, split_hash=split.hash, elapsed_s=elapsed_s)
+    scored = score(truth, top, loss, labels, others, split=split.name, split_hash=split.hash, elapsed_s=elapsed_s)
+    return replace(scored, predictions=of_split(split, truth, every[0], labels, others)) if keep else scored
 
 
 def evaluate(

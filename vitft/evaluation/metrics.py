@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitft.errors import DataError, ModelError
+from vitft.evaluation.predictions import Predictions
 
 CROSSED = 1000  # up to so many classes, the confusion matrix is dense; for more, only non-zero cells are listed
 
@@ -66,6 +67,7 @@ class Metrics(Score):
     # (k, 3), sorted: true class, predicted class, number of images
     cells: NDArray[np.int64] = field(compare=False, repr=False)
     others: tuple[str, ...] = ()  # the last of per_class: true classes that the model does not have
+    predictions: Predictions | None = field(default=None, compare=False, repr=False)  # None if they would be too many
 
     @cached_property
     def confusion(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from vitft.data.sources.source import DatasetLike
 from vitft.errors import ModelError, Stopped, TrainingError, UsageError
 from vitft.evaluation import evaluation
 from vitft.evaluation.metrics import Metrics, Score
+from vitft.evaluation.results import read_results, remove_results, write_results
 from vitft.hardware.device import deterministic, is_out_of_memory, make_accelerator, memory_guard, resolve_auto, threads
 from vitft.io import console
 from vitft.io.paths import expanded
@@ -209,6 +210,7 @@ class _Run:
         self.pending: tuple[Card, dict[str, torch.Tensor]] | None = None  # a best/ that is still to be written
         self.signals, self.window, self.pace = StopSignals(accelerator), Window(accelerator), PaceWatch()
         self.measured: Metrics | None = None  # the latest evaluation
+        self.of_best: tuple[int, Metrics] | None = None  # the step of the best validation of this process, and that
         self.learner.breakable = self.signals.interruptible
         self.begun = self.saved = self.written_last = -1  # steps
         card = read_card(resumed_from) if resumed_from else None
@@ -243,6 +245,8 @@ class _Run:
             self._load_optimizer(self.resumed_from, state)
         if self.accelerator.is_main_process:
             remove_after(self.run, state.step)
+            if not self.is_over(state):
+                remove_results(self.run)
         window = self.window
         with (
             self.signals,
@@ -374,6 +378,7 @@ class _Run:
         state.stopped_early |= stop
         if better:
             state.best_step, state.best_score = state.step, score
+            self.of_best = state.step, metrics
             self._keep_best(state)
 
     def _tell_evaluation(self, step: int, metrics: Metrics) -> bool:
@@ -487,8 +492,9 @@ class _Run:
             self._write_last(state)
             restore_weights(self.unwrapped, self.run / "best")
             scored, self.scores = State(step=best.step), best.scores
+        details = self._validation_details(scored.step, bar) if best is not None else {}
         if "test" in self.decoded.stores:
-            metrics = self._measure("test", bar)
+            details["test"] = metrics = self._measure("test", bar)
             self.scores = self.scores | {"test": metrics.summary()}
             self._tell_evaluation(scored.step, metrics)
         if scored is state:
@@ -496,10 +502,20 @@ class _Run:
         if chosen == "best":
             self._write_model("best", self._card(scored))
         if self.accelerator.is_main_process:
+            write_results(self.run, chosen, scored.step, details)
             ckpt.prune(self.run, state.step, self.config.keep_finished)
         scores = {role: Score.from_summary(summary) for role, summary in self.scores.items()}
         skipped = tuple(role for role in self.decoded.splits if role not in self.decoded.stores)
         return Result(self.run, self.run / chosen, scored.step, scores, skipped)
+
+    def _validation_details(self, step: int, bar: "console.TrainingProgress") -> dict[str, Any]:
+        """The best checkpoint's scores in full: in memory, written before, or, after a resume, measured again."""
+        if self.of_best is not None and self.of_best[0] == step:
+            return {"validation": self.of_best[1]}
+        written = read_results(self.run)
+        if written is not None and written.step == step and "validation" in written.splits:
+            return {"validation": written.splits["validation"]}
+        return {"validation": self._measure("validation", bar)}
 
     def _best(self) -> Card:
         """The metadata of best/. Raises ModelError."""

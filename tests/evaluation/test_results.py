@@ -1,0 +1,127 @@
+"""What a finished run leaves: scores in full, and what it said about every image."""
+
+import json
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from vitft import ModelError, TrainConfig, UsageError, evaluate, train
+from vitft.data.augment import normalize, resize_and_crop
+from vitft.data.sources.source import open_dataset
+from vitft.evaluation import evaluation
+from vitft.evaluation.loading import load_model
+from vitft.evaluation.predictions import Predictions, require
+from vitft.evaluation.results import predictions_file, read_results
+from vitft.training.trainer import Result, resume
+
+TINY = {
+    "dataset": "digits", "model": "vit-micro", "from_scratch": True, "patch_size": 14, "width": 16, "layers": 1,
+    "heads": 2, "mlp": 32, "max_train_samples": 64, "max_eval_samples": 50, "batch_size": 24, "epochs": 3,
+    "lr": 3e-3, "device": "cpu", "precision": "fp32",
+}  # fmt: skip
+
+
+def config(**changes: object) -> TrainConfig:
+    return TrainConfig.parse(TINY | changes)
+
+
+def without_speed(summary: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in summary.items() if name != "images_per_s"}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """A run whose rate is so high that its best checkpoint is not its last."""
+    result = train(config(lr=0.3, clip_norm=0, epochs=4), output=tmp_path_factory.mktemp("done") / "run")
+    assert result.step < 12
+    return result
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_the_results_are_those_of_the_chosen_checkpoint(done: Result, split: str) -> None:
+    results = read_results(done.run)
+    assert (results.checkpoint, results.step, list(results.splits)) == ("best", done.step, ["validation", "test"])
+    again = evaluate(done.run, split=split)
+    wanted, found = without_speed(again.to_dict()), without_speed(results.splits[split])
+    assert found.pop("loss") == pytest.approx(wanted.pop("loss"), rel=1e-5)  # summed in other batches
+    assert found == wanted
+    predictions = results.predictions(split)
+    np.testing.assert_allclose(predictions.probabilities, again.predictions.probabilities, atol=1e-5)
+    assert (predictions.predicted == predictions.truth).mean() == pytest.approx(again.accuracy)
+
+
+def test_each_image_has_the_probabilities_that_the_model_gives_it(done: Result) -> None:
+    predictions = read_results(done.run).predictions("test")
+    recorded = json.loads((done.run / "splits.json").read_text())["splits"]["test"]
+    assert list(predictions.ids) == recorded["ids"]
+    assert (predictions.hash, predictions.source) == (recorded["hash"], recorded["source"])
+    rows = open_dataset("digits").splits[predictions.source].select(predictions.rows)
+    assert [predictions.class_name(number) for number in predictions.truth] == [str(label) for label in rows["label"]]
+    loaded = load_model(done.run)
+    images = [
+        torch.from_numpy(np.asarray(Image.open(BytesIO(image["bytes"])).convert("RGB")))[None]
+        for image in rows["image"]
+    ]
+    pixels = torch.cat([resize_and_crop(image, loaded.preprocess) for image in images])
+    with torch.inference_mode():
+        expected = loaded.model(normalize(pixels, loaded.preprocess)).logits.softmax(1)
+    np.testing.assert_allclose(predictions.probabilities, expected, atol=1e-5)
+
+
+def test_the_file_is_plain_parquet(done: Result) -> None:
+    table = pq.read_table(predictions_file(done.run, "test"))
+    assert table.column_names == ["id", "row", "label", "predicted", "confidence", "probabilities"]
+    first = table.slice(0, 1).to_pylist()[0]
+    assert first["confidence"] == max(first["probabilities"])
+    assert first["predicted"] == str(int(np.argmax(first["probabilities"])))
+
+
+def test_the_surest_mistake_comes_first(done: Result) -> None:
+    predictions = read_results(done.run).predictions("test")
+    mistakes = predictions.mistakes()
+    assert len(mistakes) == (predictions.predicted != predictions.truth).sum() > 1
+    assert (np.diff(predictions.confidence[mistakes]) <= 0).all()
+
+
+def test_results_are_written_again_where_they_are_missing_and_when_a_run_goes_on(tmp_path: Path) -> None:
+    run = train(config(), output=tmp_path / "run").run
+    before = read_results(run)
+    said = before.predictions("validation").probabilities
+    for file in (run / "results.json", predictions_file(run, "validation")):
+        file.unlink()
+    resume(run)  # as after a kill in the final evaluation: nothing of the validation is in memory
+    after = read_results(run)
+    assert without_speed(after.splits["validation"]) == without_speed(before.splits["validation"])
+    np.testing.assert_array_equal(after.predictions("validation").probabilities, said)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "measure", lambda *_, **__: pytest.exit("stopped in the first validation"))
+        with pytest.raises(BaseException, match="stopped"):
+            resume(run, {"epochs": 4})
+    assert read_results(run) is None, "of the shorter run"
+    assert not predictions_file(run, "test").exists()
+    assert read_results(resume(run, {"epochs": 4}).run).splits.keys() == {"validation", "test"}
+
+
+def test_too_many_probabilities_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "LARGEST", 499)  # 50 images of 10 classes
+    run = train(config(epochs=1), output=tmp_path / "run").run
+    results = read_results(run)
+    assert results.splits["test"]["count"] == 50
+    assert results.predictions("test") is None
+    with pytest.raises(UsageError, match="too many to keep every probability"):
+        require(evaluate(run).predictions)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"{}"])
+def test_a_file_that_is_damaged_is_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "predictions-test.parquet").write_bytes(content)
+    (tmp_path / "results.json").write_bytes(content)
+    with pytest.raises(ModelError, match="no predictions that vitft wrote"):
+        Predictions.read(tmp_path / "predictions-test.parquet")
+    with pytest.raises(ModelError, match="cannot be read"):
+        read_results(tmp_path)
