@@ -114,7 +114,7 @@ def test_seeds_repeat_a_run_and_their_mean_is_compared(tmp_path: Path) -> None:
     assert found["spread"] == pytest.approx(statistics.stdev(accuracies))
 
 
-@pytest.mark.parametrize("batch_number", [1, 4, 6, 9], ids="batch {}".format)
+@pytest.mark.parametrize("batch_number", [4, 9, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 6))])
 def test_a_killed_sweep_goes_on_to_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_number: int
 ) -> None:
@@ -142,12 +142,12 @@ def test_two_processes_never_work_on_one_trial(tmp_path: Path) -> None:
 
 def test_a_run_below_the_median_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The settings as given have the first trial; the others follow in an order that the seed gives.
-    vary = {"lr": "3e-3,1e-8,4e-3,5e-3,6e-3,7e-3,8e-3,9e-3"}
-    result = sweep(config(epochs=4, eval_every=2), vary, output=tmp_path / "sweep")
+    vary = {"lr": "3e-3,1e-8,4e-3,5e-3,6e-3,7e-3"}
+    result = sweep(config(epochs=4, eval_every=2, save_every=None, seed=2), vary, output=tmp_path / "sweep")
     lowest = next(one for one in result.trials if one.settings["lr"] == 1e-8)
     assert lowest.number > 4, "pruning begins after four trials"
     assert lowest.state == "pruned"
-    run = result.folder / "trials" / str(lowest.number) / "seed-0"
+    run = result.folder / "trials" / str(lowest.number) / "seed-2"
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert max(steps) < 8, "of the steps"
     assert lowest.reason == f"below the median after {max(steps) / 8:.0%} of the steps"

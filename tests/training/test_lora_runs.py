@@ -153,7 +153,7 @@ def test_a_run_that_diverges_goes_back_to_an_adapter(tmp_path: Path, monkeypatch
 def test_an_earlier_best_is_scored_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its adapter is read back into the model; the merged weights could not be unmerged."""
     scores = iter([0.9, 0.1])
-    monkeypatch.setattr("vitft.training.trainer._score", lambda metrics, settings: next(scores))
+    monkeypatch.setattr("vitft.evaluation.metrics.Score.by", lambda metrics, name: next(scores))
     result = train(adapted(start(tmp_path / "model"), lr=0.1), output=tmp_path / "run")
     assert result.step == 3
     assert not torch.equal(

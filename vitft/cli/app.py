@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from vitft.cli import probing, sweeping, tables
+from vitft.cli import probing, scoring, sweeping, tables
 from vitft.cli.arguments import (
     TRAIN_SETTINGS,
     DatasetName,
@@ -36,12 +36,14 @@ app = typer.Typer(cls=Group, no_args_is_help=True, pretty_exceptions_enable=Fals
 recipes_app = typer.Typer(
     cls=Group, no_args_is_help=True, help="List, show and copy recipes, each a file with the settings of an experiment."
 )
+runs_app = typer.Typer(cls=Group, no_args_is_help=True, help="What was trained here.")
 models_app = typer.Typer(cls=Group, no_args_is_help=True, help="Pretrained models to start from.")
 scratch_app = typer.Typer(cls=Group, no_args_is_help=True, help="Train the textbook's ViTs, from first principles.")
 data_app = typer.Typer(cls=Group, no_args_is_help=True, help="Inspect a dataset.")
 cache_app = typer.Typer(cls=Group, no_args_is_help=True, help="The cache of decoded photos.")
 data_app.add_typer(cache_app, name="cache")
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(runs_app, name="runs")
 app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
 app.add_typer(scratch_app, name="scratch")
@@ -84,6 +86,7 @@ def train(
     output: Annotated[Path | None, typer.Option(help="Run folder; by default the next free number in runs/.", rich_help_panel="Run")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run folder if it exists.", rich_help_panel="Run")] = False,
     resume: Annotated[Path | None, typer.Option(help="Resume the run in this folder, with its settings.", rich_help_panel="Run")] = None,
+    json: Json = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the run would do and cost, without starting it.", rich_help_panel="Run")] = False,
     *, overrides: dict[str, Any],
 ) -> None:  # fmt: skip
@@ -97,13 +100,15 @@ def train(
         with loading():
             from vitft.training import trainer
 
-        console.say_text(tables.training_report(trainer.resume(resume, overrides)))
+        _show(trainer.resume(resume, overrides), json)
         return
     from vitft.config.recipe import load_config
     from vitft.config.train import require_dataset
 
     config = load_config(recipe, overrides)
     require_dataset(config)  # before torch is loaded
+    if dry_run and json:
+        raise UsageError("--dry-run prints a table; leave out --json.")
     with loading():
         from vitft.training import trainer
         from vitft.training.cost import dry_run as planning
@@ -111,53 +116,19 @@ def train(
     if dry_run:
         console.say(tables.plan_report(planning.plan(config, output, overwrite)))
     else:
-        console.say_text(tables.training_report(trainer.train(config, output=output, overwrite=overwrite)))
+        _show(trainer.train(config, output=output, overwrite=overwrite), json)
+
+
+def _show(result: Any, json: bool) -> None:
+    console.say_json(result.to_dict()) if json else console.say_text(tables.training_report(result))
 
 
 models_app.command("ls")(probing.list_models)
+app.command("eval")(scoring.evaluate)
+app.command()(scoring.predict)
+runs_app.command("ls")(scoring.list_runs)
 app.command()(probing.probe)
 app.command()(sweeping.sweep)
-
-
-@app.command("eval")
-@options_from(TRAIN_SETTINGS, "Reading")
-def evaluate(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Run folder, one of its checkpoints, or a Transformers folder or hub id.")],
-    dataset: Annotated[str | None, typer.Option(help="Default: the dataset it was trained on.")] = None,
-    dataset_revision: Revision = None,
-    split: Annotated[str | None, typer.Option(help="Default: test, else validation.")] = None,
-    max_eval_samples: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Evaluate at most this many images, stratified.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="<int>", help="Images per forward pass.")] = 64,
-    device: Device = "auto",
-    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Default: as in training.")] = None,
-    on_bad_image: Annotated[Literal["error", "skip"] | None, typer.Option(help="Default: as in training.")] = None,
-    max_pixels: MaxPixels = None,
-    value_range: ValueRange = None,
-    plot: Annotated[Path | None, typer.Option(help="Write the confusion matrix as a PNG.")] = None,
-    json: Json = False,
-    *, overrides: dict[str, Any],
-) -> None:  # fmt: skip
-    """Evaluate a checkpoint: accuracy with a 95 % interval, top-5, F1 per class, confusion matrix."""
-    check_picture(plot)
-    with loading():
-        from vitft.evaluation.evaluation import evaluate as score
-
-    def report_skipped(skipped: list[Any]) -> None:
-        for one in skipped:
-            console.warn(f"skipped {one.name}: {one.reason}")
-
-    with console.working("evaluating") as progress:
-        metrics = score(
-            checkpoint, dataset=dataset, dataset_revision=dataset_revision, split=split, batch_size=batch_size,
-            max_eval_samples=max_eval_samples, device=device, precision=precision, on_bad_image=on_bad_image,
-            max_pixels=max_pixels, value_range=value_range, **overrides, progress=progress, report_skipped=report_skipped,
-        )  # fmt: skip
-    if plot is not None:
-        from vitft.evaluation.plots import plot_confusion
-
-        plot_confusion(metrics, plot)
-        console.note(f"confusion matrix: {plot}")
-    console.say_json(metrics.to_dict()) if json else console.say(tables.metrics_report(metrics))
 
 
 @app.command()
@@ -188,36 +159,6 @@ def verify_resume(
         console.say_text(tables.verdict_report(verdict, kills))
     if not verdict.equal or verdict.left:
         raise TrainingError("the resumed run differs from the uninterrupted one; please report this with the recipe.")
-
-
-@app.command()
-def predict(
-    paths: Annotated[list[str], typer.Argument(metavar="PATH", help="Image files, folders and globs.")],
-    checkpoint: Annotated[str, typer.Option(help="Run folder, one of its checkpoints, or a Transformers folder or hub id.")],
-    top_k: Annotated[int, typer.Option(min=1, metavar="<int>", help="Classes per image.")] = 3,
-    device: Device = "auto",
-    format: Annotated[Literal["table", "csv", "jsonl"], typer.Option(help="Output format.")] = "table",
-    max_pixels: MaxPixels = None,
-    value_range: ValueRange = None,
-    json: Json = False,
-) -> None:  # fmt: skip
-    """Classify images. An unreadable image gets a row with its error, and the exit code is 3."""
-    with loading():
-        from vitft.evaluation.prediction import predict as classify
-
-    limits = given(max_pixels=max_pixels, value_range=value_range)
-    rows = classify(paths, checkpoint, top_k=top_k, device=device, **limits)
-    if json:
-        console.say_json({"predictions": [row.to_dict() for row in rows]})
-    elif format == "jsonl":
-        console.say_text("".join(console.json_text(row.to_dict()) + "\n" for row in rows))
-    elif format == "csv":
-        console.say_text(tables.predictions_csv(rows, top_k))
-    else:
-        console.say(tables.predictions_report(rows))
-    if bad := [row for row in rows if row.error is not None]:
-        first = f"the first is {bad[0].path}: {bad[0].error}"
-        raise DataError(f"{len(bad)} of {len(rows)} images could not be read; {first}")
 
 
 app.command()(probing.embed)

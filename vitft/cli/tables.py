@@ -93,6 +93,52 @@ def _mistakes_table(metrics: Any) -> list[RenderableType]:
     return ["Most frequent confusions (true → predicted, images):", table]
 
 
+def mistakes(predictions: Any, most: int) -> list[dict[str, Any]]:
+    """The misclassified images that the model was surest of, as JSON values."""
+    return [
+        {
+            "image": predictions.ids[place],
+            "label": predictions.class_name(predictions.truth[place]),
+            "predicted": predictions.class_name(predictions.predicted[place]),
+            "confidence": float(predictions.confidence[place]),
+        }
+        for place in predictions.mistakes()[:most]
+    ]
+
+
+def mistakes_report(wrong: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """A table of misclassified images."""
+    if not wrong:
+        return "\nNo image was misclassified."
+    table = _table(
+        Column("image", overflow="fold"), _names("label", 20), _names("predicted", 20), *_numbers("confidence")
+    )
+    for one in wrong:
+        names = (Text(safe(one[name])) for name in ("image", "label", "predicted"))
+        table.add_row(*names, percent(one["confidence"]))
+    return Group("", "Misclassified, surest first:", table)
+
+
+def runs_report(runs: Sequence[Any], folder: Path) -> RenderableType:
+    """The report of `vitft runs ls`."""
+    if not runs:
+        return Text(f"no runs in {folder}; vitft train makes one")
+    table = _table(
+        Column("run", overflow="fold"), _names("data", 18), _names("model", 22), *_numbers("accuracy"), "of", "state",
+        *_numbers("size", no_wrap=True),
+    )  # fmt: skip
+    for one in runs:
+        score = one.score
+        how = one.state if one.state in ("finished", "damaged") else f"{one.state}, {one.step}/{one.total_steps or '?'}"
+        table.add_row(
+            Text(safe(one.run.name)), Text(safe(one.dataset)), Text(safe(one.model)),
+            "–" if score is None else percent(score.accuracy, 2), "" if score is None else score.split, how,
+            size(one.bytes),
+        )  # fmt: skip
+    problems = [Text(safe(f"{one.run.name}: {one.problem}"), "yellow") for one in runs if one.problem]
+    return Group(table, *problems)
+
+
 def models_report(models: Sequence[Any]) -> RenderableType:
     """The report of `vitft models ls`, by how the models were trained."""
     table = _table("model", *_numbers("parameters", "input", no_wrap=True), Column("license", overflow="fold"))

@@ -8,7 +8,7 @@ import copy
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,11 @@ class Result:
     scores: dict[str, Score] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
     speed: Speed | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        scores = {split: score.summary() for split, score in self.scores.items()}
+        return asdict(self) | {"run": str(self.run), "checkpoint": str(self.checkpoint), "scores": scores}
 
 
 def train(

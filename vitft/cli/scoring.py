@@ -1,0 +1,126 @@
+"""The commands that use what was trained: eval, predict and runs ls."""
+# ruff: noqa: E501  (one line per option)
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from vitft.cli import tables
+from vitft.cli.arguments import (
+    TRAIN_SETTINGS,
+    Device,
+    Json,
+    MaxPixels,
+    Revision,
+    ValueRange,
+    check_picture,
+    given,
+    loading,
+)
+from vitft.cli.options import options_from
+from vitft.errors import DataError, UsageError
+from vitft.io import console
+
+
+@options_from(TRAIN_SETTINGS, "Reading")
+def evaluate(
+    checkpoint: Annotated[str | None, typer.Argument(metavar="CHECKPOINT", help="Run folder, one of its checkpoints, or a Transformers folder or hub id. Default: the newest run in runs/.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Default: the dataset it was trained on.")] = None,
+    dataset_revision: Revision = None,
+    split: Annotated[str | None, typer.Option(help="Default: test, else validation.")] = None,
+    max_eval_samples: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Evaluate at most this many images, stratified.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="<int>", help="Images per forward pass.")] = 64,
+    device: Device = "auto",
+    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Default: as in training.")] = None,
+    on_bad_image: Annotated[Literal["error", "skip"] | None, typer.Option(help="Default: as in training.")] = None,
+    max_pixels: MaxPixels = None,
+    value_range: ValueRange = None,
+    errors: Annotated[int, typer.Option(min=0, metavar="<int>", help="List this many misclassified images, those that the model is surest of first.")] = 0,
+    predictions: Annotated[Path | None, typer.Option(help="Write the probabilities of every image to this .parquet file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the confusion matrix as a PNG.")] = None,
+    json: Json = False,
+    *, overrides: dict[str, Any],
+) -> None:  # fmt: skip
+    """Evaluate a checkpoint: accuracy with a 95 % interval, top-5, F1 per class, confusion matrix."""
+    check_picture(plot)
+    if predictions is not None and (predictions.suffix != ".parquet" or not predictions.parent.is_dir()):
+        raise UsageError(f"{predictions}: give a .parquet file in a folder that exists.")
+    with loading():
+        from vitft.evaluation.evaluation import evaluate as score
+        from vitft.evaluation.predictions import require
+        from vitft.evaluation.runs import newest_run
+
+    if checkpoint is None:
+        checkpoint = str(newest_run())
+        console.note(f"{checkpoint}, the newest run")
+
+    def report_skipped(skipped: list[Any]) -> None:
+        for one in skipped:
+            console.warn(f"skipped {one.name}: {one.reason}")
+
+    with console.working("evaluating") as progress:
+        metrics = score(
+            checkpoint, dataset=dataset, dataset_revision=dataset_revision, split=split, batch_size=batch_size,
+            max_eval_samples=max_eval_samples, device=device, precision=precision, on_bad_image=on_bad_image,
+            max_pixels=max_pixels, value_range=value_range, **overrides, progress=progress, report_skipped=report_skipped,
+        )  # fmt: skip
+    if plot is not None:
+        from vitft.evaluation.plots import plot_confusion
+
+        plot_confusion(metrics, plot)
+        console.note(f"confusion matrix: {plot}")
+    said = require(metrics.predictions) if errors or predictions is not None else None
+    if predictions is not None and said is not None:
+        said.write(predictions)
+        console.note(f"probabilities of {len(said.ids):,} images: {predictions}")
+    wrong = tables.mistakes(said, errors) if said is not None and errors else []
+    if json:
+        console.say_json(metrics.to_dict() | ({"errors": wrong} if errors else {}))
+        return
+    console.say(tables.metrics_report(metrics))
+    if errors:
+        console.say(tables.mistakes_report(wrong))
+
+
+def predict(
+    paths: Annotated[list[str], typer.Argument(metavar="PATH", help="Image files, folders and globs.")],
+    checkpoint: Annotated[str, typer.Option(help="Run folder, one of its checkpoints, or a Transformers folder or hub id.")],
+    top_k: Annotated[int, typer.Option(min=1, metavar="<int>", help="Classes per image.")] = 3,
+    device: Device = "auto",
+    format: Annotated[Literal["table", "csv", "jsonl"], typer.Option(help="Output format.")] = "table",
+    max_pixels: MaxPixels = None,
+    value_range: ValueRange = None,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Classify images. An unreadable image gets a row with its error, and the exit code is 3."""
+    with loading():
+        from vitft.evaluation.prediction import predict as classify
+
+    limits = given(max_pixels=max_pixels, value_range=value_range)
+    rows = classify(paths, checkpoint, top_k=top_k, device=device, **limits)
+    if json:
+        console.say_json({"predictions": [row.to_dict() for row in rows]})
+    elif format == "jsonl":
+        console.say_text("".join(console.json_text(row.to_dict()) + "\n" for row in rows))
+    elif format == "csv":
+        console.say_text(tables.predictions_csv(rows, top_k))
+    else:
+        console.say(tables.predictions_report(rows))
+    if bad := [row for row in rows if row.error is not None]:
+        first = f"the first is {bad[0].path}: {bad[0].error}"
+        raise DataError(f"{len(bad)} of {len(rows)} images could not be read; {first}")
+
+
+def list_runs(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the runs are.")] = Path("runs"),
+    json: Json = False,
+) -> None:
+    """List runs, newest first: data, model, score, how far each came, and its size on disk."""
+    with loading():
+        from vitft.evaluation.runs import list_runs as found
+
+    runs = found(folder)
+    console.say_json({"runs": [one.to_dict() for one in runs]}) if json else console.say(
+        tables.runs_report(runs, folder)
+    )
