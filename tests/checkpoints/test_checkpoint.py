@@ -122,7 +122,10 @@ def test_a_run_that_replaces_its_starting_point_can_be_resumed(copied: Path, mon
     assert ckpt.read_config(copied).seed == 7
     assert resume(copied).step == 2
     names = {file.name for file in copied.iterdir()}
-    assert names == {"best", "last", "checkpoints", "config.yaml", "environment.json", "splits.json", "metrics.jsonl"}
+    assert names == {
+        "best", "last", "checkpoints", "config.yaml", "environment.json", "splits.json", "metrics.jsonl",
+        "results.json", "predictions-validation.parquet", "predictions-test.parquet",
+    }  # fmt: skip
     assert ckpt.read_config(copied).model == str(copied / "last")
 
 

@@ -37,7 +37,7 @@ from vitft.training.setup import prepare
 from vitft.training.trainer import resume
 
 KEYS = ["accuracy", "accuracy_interval", "top5", "loss", "macro_f1", "balanced_accuracy", "count", "split",
-        "split_hash", "images_per_s", "per_class", "confusion"]  # fmt: skip
+        "split_hash", "images_per_s", "per_class", "confusion", "calibration"]  # fmt: skip
 
 
 def numbers(metrics: Metrics) -> dict[str, Any]:

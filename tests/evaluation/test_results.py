@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 
 from vitft import ModelError, TrainConfig, UsageError, evaluate, train
+from vitft.checkpoints.metadata import read_card
 from vitft.data.augment import normalize, resize_and_crop
 from vitft.data.sources.source import open_dataset
 from vitft.evaluation import evaluation
+from vitft.evaluation.calibration import at_temperature, calibration, fit_temperature
 from vitft.evaluation.loading import load_model
 from vitft.evaluation.predictions import Predictions, require
 from vitft.evaluation.results import predictions_file, read_results
@@ -48,7 +50,8 @@ def test_the_results_are_those_of_the_chosen_checkpoint(done: Result, split: str
     assert (results.checkpoint, results.step, list(results.splits)) == ("best", done.step, ["validation", "test"])
     again = evaluate(done.run, split=split)
     wanted, found = without_speed(again.to_dict()), without_speed(results.splits[split])
-    assert found.pop("loss") == pytest.approx(wanted.pop("loss"), rel=1e-5)  # summed in other batches
+    for name in ("loss", "calibration"):  # summed in other batches
+        assert found.pop(name) == pytest.approx(wanted.pop(name), rel=1e-4)
     assert found == wanted
     predictions = results.predictions(split)
     np.testing.assert_allclose(predictions.probabilities, again.predictions.probabilities, atol=1e-5)
@@ -71,6 +74,20 @@ def test_each_image_has_the_probabilities_that_the_model_gives_it(done: Result) 
     with torch.inference_mode():
         expected = loaded.model(normalize(pixels, loaded.preprocess)).logits.softmax(1)
     np.testing.assert_allclose(predictions.probabilities, expected, atol=1e-5)
+
+
+def test_the_temperature_is_fitted_on_validation_and_kept_beside_the_weights(tmp_path: Path) -> None:
+    run = train(config(max_eval_samples=200, val_fraction=0.2, epochs=12, lr=5e-3), output=tmp_path / "run").run
+    results = read_results(run)
+    temperature = fit_temperature(results.predictions("validation"))
+    card = read_card(run / "best")
+    assert card.temperature == pytest.approx(temperature, rel=1e-6)
+    said = results.splits["test"]["calibration"]
+    assert said["temperature"] == card.temperature
+    assert said["error_at_temperature"] == pytest.approx(
+        calibration(at_temperature(results.predictions("test"), temperature)).error, abs=1e-5
+    )
+    assert evaluate(run).calibration == pytest.approx(said, rel=1e-4)
 
 
 def test_the_file_is_plain_parquet(done: Result) -> None:

@@ -163,7 +163,7 @@ def test_after_a_rollback_the_earlier_best_has_to_be_beaten(tmp_path: Path, monk
     monkeypatch.setattr(trainer.evaluation, "measure", measured)
     broken(monkeypatch, lambda settings, step: settings.lr == config().lr and step == 3)
     result = train(config(on_nan="rollback", save_every=2, log_every=1), output=tmp_path / "run")
-    assert len(scored) == 3  # at step 3, and again, and at step 6
+    assert len(scored) == 4  # at step 3, and again, at step 6, and the best for its results
     card = read_card(result.run / "best")
     assert card is not None
     assert (result.step, card.step, card.scores["validation"]["accuracy"]) == (3, 3, 0.9)

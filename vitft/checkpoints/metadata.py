@@ -35,6 +35,7 @@ class Card:
     splits: dict[str, dict[str, Any]]  # source, count and hash of each split
     scores: dict[str, Any]  # scores at this step, by split
     parts: tuple[dict[str, Any], ...] = ()  # of a soup: the runs whose weights were averaged
+    temperature: float | None = None  # by which logits are divided for calibrated probabilities
 
     def to_json(self) -> dict[str, Any]:
         """The document to store. It omits unset settings and reduces the paths listed in `local` to their names."""
@@ -42,7 +43,7 @@ class Card:
         local = [name for name in _PATH_SETTINGS if _is_path(settings.get(name))]
         settings |= {name: name_of(settings[name]) for name in local}
         document = {"vitft": __version__} | asdict(self) | {"config": settings, "local": local}
-        return document if self.parts else {name: value for name, value in document.items() if name != "parts"}
+        return {name: value for name, value in document.items() if value or name not in ("parts", "temperature")}
 
 
 def write_card(folder: Path, card: Card) -> None:

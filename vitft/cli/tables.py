@@ -46,11 +46,19 @@ def metrics_report(metrics: Any) -> RenderableType:
     top5 = f"top-5 {percent(metrics.top5)}, " if len(metrics.per_class) > 5 else ""
     rest = Text(
         f"balanced accuracy {percent(metrics.balanced_accuracy)}, macro F1 {percent(metrics.macro_f1)}\n"
-        f"{top5}loss {metrics.loss:.4f}, {metrics.images_per_s:.0f} images/s"
+        f"{top5}loss {metrics.loss:.4f}, {_calibrated(metrics)}{metrics.images_per_s:.0f} images/s"
     )
     few = len(metrics.per_class) <= CROSSED_CLASSES
     confusion = _confusion_table(metrics.confusion) if few else _mistakes_table(metrics)
     return Group(headline, rest, "", *_class_table(metrics), "", *confusion)
+
+
+def _calibrated(metrics: Any) -> str:
+    said = metrics.calibration
+    if said is None:
+        return ""
+    after = f" ({percent(said['error_at_temperature'])} at T = {said['temperature']:.2f})" if len(said) > 2 else ""
+    return f"calibration error {percent(said['error'])}{after}, "
 
 
 def _class_table(metrics: Any) -> list[RenderableType]:

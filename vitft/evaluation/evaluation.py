@@ -145,7 +145,8 @@ def evaluate(
     model = loaded.model.to(device)
     loader = EvalLoader(store, truth, how, batch_size=batch_size, device=torch.device(device))
     with autocast(device, precision), threads(card.config.threads if card and card.config.device == device else None):
-        return measure(model, loader, loaded.labels, chosen, others=others, progress=progress)
+        metrics = measure(model, loader, loaded.labels, chosen, others=others, progress=progress)
+    return replace(metrics, temperature=card.temperature if card else None)
 
 
 def matched(

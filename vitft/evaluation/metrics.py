@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitft.errors import DataError, ModelError
+from vitft.evaluation.calibration import describe
 from vitft.evaluation.predictions import Predictions
 
 CROSSED = 1000  # up to so many classes, the confusion matrix is dense; for more, only non-zero cells are listed
@@ -68,6 +69,12 @@ class Metrics(Score):
     cells: NDArray[np.int64] = field(compare=False, repr=False)
     others: tuple[str, ...] = ()  # the last of per_class: true classes that the model does not have
     predictions: Predictions | None = field(default=None, compare=False, repr=False)  # None if they would be too many
+    temperature: float | None = None  # of the checkpoint, fitted on validation images
+
+    @cached_property
+    def calibration(self) -> dict[str, float] | None:
+        """How far confidence is from accuracy, also at the temperature: see `calibration.describe`."""
+        return None if self.predictions is None else describe(self.predictions, self.temperature)
 
     @cached_property
     def confusion(self) -> dict[str, Any]:
@@ -83,8 +90,10 @@ class Metrics(Score):
         return {"labels": labels, "matrix": matrix.tolist()}
 
     def to_dict(self) -> dict[str, Any]:
-        """The summary, `per_class` and `confusion`."""
-        return self.summary() | {"per_class": [asdict(row) for row in self.per_class], "confusion": self.confusion}
+        """The summary, `per_class`, `confusion` and `calibration`."""
+        classes = [asdict(row) for row in self.per_class]
+        said = {} if self.calibration is None else {"calibration": self.calibration}
+        return self.summary() | {"per_class": classes, "confusion": self.confusion} | said
 
 
 def score(

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,17 @@ def predictions_file(run: Path, split: str) -> Path:
     return run / f"predictions-{split}.parquet"
 
 
-def write_results(run: Path, checkpoint: str, step: int, measured: Mapping[str, Metrics | dict[str, Any]]) -> None:
+def write_results(
+    run: Path, checkpoint: str, step: int, measured: Mapping[str, Metrics | dict[str, Any]], temperature: float | None
+) -> None:  # fmt: skip
     """Write `results.json` and the predictions. A split that is given as a dictionary was written before."""
     for split, metrics in measured.items():
         if isinstance(metrics, Metrics) and metrics.predictions is not None:
             metrics.predictions.write(predictions_file(run, split))
-    splits = {split: one.to_dict() if isinstance(one, Metrics) else one for split, one in measured.items()}
+    splits = {
+        split: replace(one, temperature=temperature).to_dict() if isinstance(one, Metrics) else one
+        for split, one in measured.items()
+    }
     write_json(run / FILE, {"vitft": __version__, "checkpoint": checkpoint, "step": step, "splits": splits})
 
 

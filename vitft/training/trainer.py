@@ -23,6 +23,7 @@ from vitft.data.loader import EvalLoader
 from vitft.data.sources.source import DatasetLike
 from vitft.errors import ModelError, Stopped, TrainingError, UsageError
 from vitft.evaluation import evaluation
+from vitft.evaluation.calibration import fit_temperature
 from vitft.evaluation.metrics import Metrics, Score
 from vitft.evaluation.results import read_results, remove_results, write_results
 from vitft.hardware.device import deterministic, is_out_of_memory, make_accelerator, memory_guard, resolve_auto, threads
@@ -216,6 +217,7 @@ class _Run:
         self.signals, self.window, self.pace = StopSignals(accelerator), Window(accelerator), PaceWatch()
         self.measured: Metrics | None = None  # the latest evaluation
         self.of_best: tuple[int, Metrics] | None = None  # the step of the best validation of this process, and that
+        self.temperature: float | None = None  # of the chosen checkpoint, in the end
         self.learner.breakable = self.signals.interruptible
         self.begun = self.saved = self.written_last = -1  # steps
         card = read_card(resumed_from) if resumed_from else None
@@ -417,7 +419,8 @@ class _Run:
             role: {"source": split.source, "count": len(split.rows), "hash": split.hash}
             for role, split in self.decoded.splits.items()
         }
-        return Card(self.config, self.labels, state.step, self._epoch(state.step), splits, self.scores)
+        epoch, temperature = self._epoch(state.step), self.temperature
+        return Card(self.config, self.labels, state.step, epoch, splits, self.scores, temperature=temperature)
 
     def _keep_best(self, state: State) -> None:
         """Write best/. A linear probe's epoch is faster than that: its best weights are copied, and written later."""
@@ -502,12 +505,13 @@ class _Run:
             details["test"] = metrics = self._measure("test", bar)
             self.scores = self.scores | {"test": metrics.summary()}
             self._tell_evaluation(scored.step, metrics)
+        self.temperature = _temperature(details.get("validation"))
         if scored is state:
             self._write_last(state)
         if chosen == "best":
             self._write_model("best", self._card(scored))
         if self.accelerator.is_main_process:
-            write_results(self.run, chosen, scored.step, details)
+            write_results(self.run, chosen, scored.step, details, self.temperature)
             ckpt.prune(self.run, state.step, self.config.keep_finished)
         scores = {role: Score.from_summary(summary) for role, summary in self.scores.items()}
         skipped = tuple(role for role in self.decoded.splits if role not in self.decoded.stores)
@@ -528,6 +532,15 @@ class _Run:
         if card is None:
             raise ModelError(f"{self.run / 'best'}: is no longer what the run wrote, for vitft.json is gone.")
         return card
+
+
+def _temperature(validation: Metrics | dict[str, Any] | None) -> float | None:
+    """The temperature that calibrates the probabilities on the validation images; None without them."""
+    if isinstance(validation, dict):  # it was written before
+        found: float | None = validation.get("calibration", {}).get("temperature")
+        return found
+    said = None if validation is None else validation.predictions
+    return None if said is None else fit_temperature(said)
 
 
 def _alike(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> bool:
