@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vitft.evaluation.soup import Soup, soup
     from vitft.models.load import Loaded
     from vitft.probing.probe import ProbeResult, probe
+    from vitft.reporting.report import write_report
     from vitft.sweeping.sweep import SweepResult, resume_sweep, sweep
     from vitft.training.callbacks import Callback
     from vitft.training.trainer import Result, resume, train
@@ -52,6 +53,7 @@ __all__ = [
     "soup",
     "sweep",
     "train",
+    "write_report",
 ]
 
 _ROOMS = {
@@ -66,6 +68,7 @@ _ROOMS = {
     "evaluation.soup": ("Soup", "soup"),
     "models.load": ("Loaded",),
     "probing.probe": ("ProbeResult", "probe"),
+    "reporting.report": ("write_report",),
     "sweeping.sweep": ("SweepResult", "resume_sweep", "sweep"),
     "training.callbacks": ("Callback",),
     "training.trainer": ("Result", "resume", "train"),

@@ -27,7 +27,7 @@ from vitft.cli.arguments import (
 )
 from vitft.cli.group import Group
 from vitft.cli.options import options_from
-from vitft.errors import DataError, TrainingError, UsageError, as_flag
+from vitft.errors import DataError, TrainingError, UsageError, VitftError, as_flag
 from vitft.io import console
 from vitft.io.paths import expanded
 
@@ -86,6 +86,7 @@ def train(
     output: Annotated[Path | None, typer.Option(help="Run folder; by default the next free number in runs/.", rich_help_panel="Run")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run folder if it exists.", rich_help_panel="Run")] = False,
     resume: Annotated[Path | None, typer.Option(help="Resume the run in this folder, with its settings.", rich_help_panel="Run")] = None,
+    report: Annotated[Literal["on", "off"], typer.Option(help="Write report.html into the run folder at the end.", rich_help_panel="Run")] = "on",
     json: Json = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the run would do and cost, without starting it.", rich_help_panel="Run")] = False,
     *, overrides: dict[str, Any],
@@ -100,7 +101,7 @@ def train(
         with loading():
             from vitft.training import trainer
 
-        _show(trainer.resume(resume, overrides), json)
+        _show(trainer.resume(resume, overrides), json, report)
         return
     from vitft.config.recipe import load_config
     from vitft.config.train import require_dataset
@@ -116,16 +117,27 @@ def train(
     if dry_run:
         console.say(tables.plan_report(planning.plan(config, output, overwrite)))
     else:
-        _show(trainer.train(config, output=output, overwrite=overwrite), json)
+        _show(trainer.train(config, output=output, overwrite=overwrite), json, report)
 
 
-def _show(result: Any, json: bool) -> None:
+def _show(result: Any, json: bool, report: str) -> None:
+    """Show a run's result, and write its report. What cannot be reported is a warning: the run itself is finished."""
+    from vitft.reporting.report import FILE, write_report
+
+    new = result.speed is not None or not (result.run / FILE).exists()
+    if report == "on" and new and os.environ.get("RANK", "0") == "0":
+        try:
+            with console.working("writing the report") as progress:
+                console.note(f"report: {write_report(result.run, progress=progress)}")
+        except VitftError as error:
+            console.warn(f"no report: {error}")
     console.say_json(result.to_dict()) if json else console.say_text(tables.training_report(result))
 
 
 models_app.command("ls")(probing.list_models)
 app.command("eval")(scoring.evaluate)
 app.command()(scoring.predict)
+app.command()(scoring.report)
 runs_app.command("ls")(scoring.list_runs)
 app.command()(probing.probe)
 app.command()(sweeping.sweep)

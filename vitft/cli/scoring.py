@@ -1,4 +1,4 @@
-"""The commands that use what was trained: eval, predict and runs ls."""
+"""The commands that use what was trained: eval, predict, report and runs ls."""
 # ruff: noqa: E501  (one line per option)
 
 from pathlib import Path
@@ -110,6 +110,31 @@ def predict(
     if bad := [row for row in rows if row.error is not None]:
         first = f"the first is {bad[0].path}: {bad[0].error}"
         raise DataError(f"{len(bad)} of {len(rows)} images could not be read; {first}")
+
+
+def report(
+    run: Annotated[Path | None, typer.Argument(metavar="RUN", help="Run folder. Default: the newest run in runs/.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The .html file to write. Default: report.html in the run.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Where the dataset has moved to.")] = None,
+    open: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
+) -> None:  # fmt: skip
+    """Write a run's report: one page with its scores, curves, classes, confusions, mistakes and settings.
+
+    The page needs nothing else, so it can be sent to others.
+    """
+    if output is not None and (output.suffix not in (".html", ".htm") or not output.parent.is_dir()):
+        raise UsageError(f"{output}: give a .html file in a folder that exists.")
+    with loading():
+        from vitft.evaluation.runs import newest_run
+        from vitft.reporting.report import write_report
+
+    with console.working("reading the images") as progress:
+        file = write_report(run or newest_run(), output, dataset=dataset, progress=progress)
+    console.say_text(f"{file}\n")
+    if open:
+        import webbrowser
+
+        webbrowser.open(file.absolute().as_uri())
 
 
 def list_runs(

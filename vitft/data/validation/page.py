@@ -1,7 +1,5 @@
 """An HTML report of the findings, with the images."""
 
-import io
-from base64 import b64encode
 from collections.abc import Sequence
 from importlib.resources import files
 from itertools import groupby
@@ -9,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 from jinja2 import Environment
-from PIL import Image
 
-from vitft.data.decoder import BadImage, decode, encoded
+from vitft.data.decoder import BadImage
 from vitft.data.sources.identity import sample_names
 from vitft.data.sources.source import Source
+from vitft.data.thumbnail import data_url
 from vitft.data.validation.check import KINDS, Finding
 from vitft.io.atomic import write_text
 from vitft.io.console import safe
@@ -52,11 +50,6 @@ def _thumbnail(finding: Finding, rows: dict[tuple[str, str], int], source: Sourc
     if row is None:
         return None
     try:
-        pixels = decode(encoded(source.splits[finding.split][row]["image"]))
+        return data_url(source.splits[finding.split][row]["image"], _THUMB)
     except BadImage:
         return ""
-    image = Image.fromarray(pixels)
-    image.thumbnail((_THUMB, _THUMB))
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{b64encode(stream.getvalue()).decode()}"

@@ -1,0 +1,250 @@
+"""The report of a run: that its numbers are the run's, and that it works in a browser."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from vitft import ModelError, TrainConfig, UsageError, train, write_report
+from vitft.cli.app import app
+from vitft.evaluation.metrics import score
+from vitft.evaluation.predictions import Predictions
+from vitft.evaluation.results import FILE as RESULTS
+from vitft.evaluation.results import predictions_file, read_results, write_results
+from vitft.reporting import pictures
+from vitft.training.trainer import Result
+
+HOSTILE = ["<img src=x onerror=alert(1)>", "</script><b>", "a\"b'c", "ünï çödé 猫", "x" * 60]
+chromium = shutil.which("chromium")
+
+
+def photos(root: Path, labels: list[str], count: int = 12, splits: tuple[str, ...] = ("train", "test")) -> Path:
+    """Noise in folders named by number, and the names of classes in a table, where any text can be a name."""
+    rng = np.random.default_rng(0)
+    lines = ["file,label,split"]
+    for split in splits:
+        for number in range(count * len(labels)):
+            file = root / f"{split}-{number}.png"
+            root.mkdir(exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8)).save(file)
+            label = labels[number % len(labels)].replace('"', '""')
+            lines.append(f'{file.name},"{label}",{split}')
+    (root / "data.csv").write_text("\n".join(lines), encoding="utf-8")
+    return root / "data.csv"
+
+
+def trained(data: Path, run: Path, **changes: object) -> Result:
+    settings: dict[str, Any] = {
+        "dataset": str(data), "model": "vit-micro", "from_scratch": True, "width": 16, "layers": 1, "heads": 2,
+        "mlp": 32, "epochs": 2, "val_fraction": 0.2, "device": "cpu", "precision": "fp32", "log_every": 1,
+    }  # fmt: skip
+    return train(TrainConfig.parse(settings | changes), output=run)
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose classes have names that would break a careless page."""
+    folder = tmp_path_factory.mktemp("hostile")
+    run = trained(photos(folder / "photos", HOSTILE), folder / "run").run
+    write_report(run)
+    return run
+
+
+def document(page: str) -> dict[str, Any]:
+    """The data that the page's script reads."""
+    found: dict[str, Any] = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page)[1])
+    return found
+
+
+def test_the_page_has_the_numbers_of_the_results(hostile: Path) -> None:
+    page = (hostile / "report.html").read_text()
+    results = read_results(hostile)
+    test = results.splits["test"]
+    assert f"<strong>{100 * test['accuracy']:.2f} %</strong>" in page
+    assert f"of {test['count']} test images are right" in page
+    assert test["split_hash"] in page
+    data = document(page)
+    assert data["classes"] == [row["label"] for row in test["per_class"]]
+    said = results.predictions("test")
+    for cell, numbers in data["cells"].items():
+        truth, predicted = map(int, cell.split(","))
+        assert len(numbers) == min(test["confusion"]["matrix"][truth][predicted], pictures.OF_A_CELL)
+        for number in numbers:
+            image = data["images"][number]
+            place = said.ids.index(image["name"])
+            assert (image["truth"], image["said"]) == (truth, predicted)
+            assert (said.truth[place], said.predicted[place]) == (truth, predicted)
+            assert image["sure"] == pytest.approx(said.confidence[place], abs=1e-4)
+
+
+def test_nothing_is_loaded_from_elsewhere(hostile: Path) -> None:
+    page = (hostile / "report.html").read_text()
+    assert re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', page) == []
+    assert "http" not in re.sub(r"data:image[^\"]*", "", page)
+
+
+def test_pictures_stay_within_their_size(hostile: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(pictures, "BYTES", 20_000)
+    page = write_report(hostile, tmp_path / "small.html").read_text()
+    urls = [image["src"] for image in document(page)["images"]]
+    assert 0 < sum(map(len, urls)) <= 20_000
+    assert len(urls) < len(document((hostile / "report.html").read_text())["images"])
+
+
+def test_without_the_dataset_the_rest_is_there(hostile: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "run"
+    shutil.copytree(hostile, moved)
+    data = hostile.parent / "photos"
+    data.rename(tmp_path / "elsewhere")
+    try:
+        page = write_report(moved).read_text()
+        assert "No images are shown:" in page
+        assert 'class="matrix"' in page
+        again = write_report(moved, dataset=str(tmp_path / "elsewhere" / "data.csv")).read_text()
+        assert document(again)["images"]
+    finally:
+        (tmp_path / "elsewhere").rename(data)
+
+
+def test_a_run_without_results_is_refused_with_the_way_out(hostile: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no run folder"):
+        write_report(tmp_path)
+    shutil.copytree(hostile, tmp_path / "run")
+    (tmp_path / "run" / RESULTS).unlink()
+    with pytest.raises(ModelError, match=r"has no results yet; .* vitft train --resume"):
+        write_report(tmp_path / "run")
+    with pytest.raises(UsageError, match="cannot be written"):
+        write_report(hostile, tmp_path / "nowhere" / "report.html")
+
+
+def test_training_writes_it_and_the_command_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "--dataset", "digits", "--model", "vit-micro", "--max-train-samples", "60", "--max-steps", "2"]
+    run = CliRunner().invoke
+    done = run(app, [*words, "--output", "runs/a"])
+    assert done.exit_code == 0, done.output
+    assert "report: runs/a/report.html" in done.stderr
+    without = run(app, [*words, "--output", "runs/b", "--report", "off"])
+    assert without.exit_code == 0
+    assert not Path("runs/b/report.html").exists()
+    assert run(app, ["report", "runs/b", "--output", "page.html"]).stdout == "page.html\n"
+    assert Path("page.html").is_file()
+    assert "give a .html file" in run(app, ["report", "runs/b", "--output", "page.txt"]).stderr
+
+
+def test_a_report_that_fails_costs_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: Any, **named: Any) -> Path:
+        raise UsageError("the disk is full")
+
+    monkeypatch.setattr("vitft.reporting.report.write_report", fails)
+    words = ["train", "--dataset", "digits", "--model", "vit-micro", "--max-train-samples", "60", "--max-steps", "1"]
+    done = CliRunner().invoke(app, [*words, "--output", str(tmp_path / "run")])
+    assert done.exit_code == 0
+    assert "no report: the disk is full" in done.stderr
+    assert "test accuracy" in done.stdout
+
+
+# -- in a browser -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if chromium is None:
+        pytest.skip("Chromium is not installed")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def opened(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Opens a file in a window of a width; at the end, the page must have had no error."""
+    contexts, errors = [], []
+
+    def open_page(file: Path, width: int = 1440, scheme: str = "light") -> Any:
+        contexts.append(browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme))
+        page = contexts[-1].new_page()
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("dialog", lambda dialog: errors.append("a script of a name ran"))
+        page.goto(file.as_uri())
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert errors == []
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (360, "dark")])
+def test_it_fits_the_window_and_shows_names_as_they_are(
+    hostile: Path, opened: Callable[..., Any], width: int, scheme: str
+) -> None:
+    page = opened(hostile / "report.html", width, scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    names = page.eval_on_selector_all("#classes tbody td:first-child", "cells => cells.map(cell => cell.textContent)")
+    assert names == sorted(HOSTILE)
+    light = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (light == "rgb(251, 250, 247)") == (scheme == "light")
+
+
+def test_a_cell_opens_its_images_by_keyboard_and_escape_closes_them(hostile: Path, opened: Callable[..., Any]) -> None:
+    page = opened(hostile / "report.html")
+    button = page.locator("[data-cell]").first
+    button.focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.querySelector('dialog').open")
+    shown = page.locator("dialog li").count()
+    assert shown == min(int(button.get_attribute("data-count")), pictures.OF_A_CELL)
+    assert page.evaluate("document.querySelector('dialog img').naturalWidth") > 0
+    page.keyboard.press("Escape")
+    assert not page.evaluate("document.querySelector('dialog').open")
+
+
+def test_the_table_sorts_by_each_column_both_ways(hostile: Path, opened: Callable[..., Any]) -> None:
+    page = opened(hostile / "report.html")
+    button = page.get_by_role("button", name="recall")
+    for order in ("ascending", "descending"):
+        button.click()
+        values = page.eval_on_selector_all(
+            "#classes tbody tr", "rows => rows.map(row => Number(row.children[3].dataset.value))"
+        )
+        assert values == sorted(values, reverse=order == "descending")
+        assert page.get_by_role("columnheader", name="recall").get_attribute("aria-sort") == order
+
+
+@pytest.mark.parametrize("classes", [2, 1000])
+def test_two_classes_and_a_thousand(hostile: Path, opened: Callable[..., Any], tmp_path: Path, classes: int) -> None:
+    """With results made for it: what the page does depends on them alone."""
+    run = tmp_path / "run"
+    shutil.copytree(hostile, run)
+    rng = np.random.default_rng(0)
+    labels = tuple(f"class {number}" for number in range(classes))
+    said = rng.dirichlet(np.full(classes, 0.2), 3000).astype(np.float32)
+    truth = np.where(rng.random(3000) < 0.7, said.argmax(1), rng.integers(0, classes, 3000))
+    top = np.argsort(-said, axis=1)[:, : min(5, classes)]
+    losses = -np.log(said[np.arange(3000), truth] + 1e-9)
+    measured = score(truth, top, losses, labels, split="test", split_hash="0123456789abcdef", elapsed_s=1.0)
+    write_results(run, "best", 1, {"test": measured}, None)
+    ids = tuple(map(str, range(3000)))
+    rows = np.arange(3000) % 50
+    Predictions("test", "0123456789abcdef", "test", labels, (), ids, rows, truth, said).write(
+        predictions_file(run, "test")
+    )
+    file = write_report(run)
+    assert file.stat().st_size < 5_000_000
+    page = opened(file, 360)
+    assert page.locator("#classes tbody tr").count() == classes
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    page.locator("[data-cell]").first.click()
+    assert page.locator("dialog li").count() > 0

@@ -1,0 +1,18 @@
+"""An image of a dataset as a small picture inside a page."""
+
+import io
+from base64 import b64encode
+from typing import Any
+
+from PIL import Image
+
+from vitft.data.decoder import decode, encoded
+
+
+def data_url(image: Any, side: int) -> str:
+    """The address of a JPEG of an image column's cell, at most `side` pixels wide and high. Raises BadImage."""
+    small = Image.fromarray(decode(encoded(image)))
+    small.thumbnail((side, side))
+    stream = io.BytesIO()
+    small.save(stream, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{b64encode(stream.getvalue()).decode()}"

@@ -1,0 +1,54 @@
+const data = JSON.parse(document.getElementById("data").textContent);
+const make = (name, text) => { const one = document.createElement(name); if (text !== undefined) one.textContent = text; return one; };
+const percent = (value) => `${(100 * value).toFixed(1)} %`;
+
+const count = (number, name) => `${number.toLocaleString("en")} ${name}${number === 1 ? "" : "s"}`;
+
+function figure(number) {
+  const image = data.images[number], item = make("li"), picture = make("img");
+  const truth = data.classes[image.truth], said = data.classes[image.said];
+  picture.addEventListener("load", () => { if (picture.naturalWidth < 48) picture.style.imageRendering = "pixelated"; });
+  picture.src = image.src;
+  picture.alt = image.truth === image.said ? `${truth}, found` : `${truth}, taken for ${said}`;
+  item.append(picture, make("b", said));
+  item.append(` ${percent(image.sure)}`);
+  if (image.truth !== image.said) { item.append(make("br"), `is ${truth}`); }
+  const name = make("div", image.name); name.className = "soft"; item.append(name);
+  return item;
+}
+
+const FIRST = 18;
+for (const list of document.querySelectorAll("ul[data-images]")) {
+  const numbers = JSON.parse(list.dataset.images), rest = numbers.slice(FIRST);
+  list.append(...numbers.slice(0, FIRST).map(figure));
+  if (!rest.length) continue;
+  const button = make("button", `Show ${count(rest.length, "more image")}`);
+  button.type = "button"; button.className = "open";
+  button.addEventListener("click", () => { list.append(...rest.map(figure)); button.remove(); });
+  list.after(button);
+}
+
+const dialog = document.querySelector("dialog");
+for (const button of document.querySelectorAll("[data-cell]"))
+  button.addEventListener("click", () => {
+    const cell = button.dataset.cell, [truth, said] = cell.split(",").map(Number), shown = data.cells[cell] || [];
+    dialog.querySelector("h2").textContent = `${data.classes[truth]}, taken for ${data.classes[said]}`;
+    const all = Number(button.dataset.count);
+    dialog.querySelector("p").textContent = count(all, "image") + (shown.length < all ? `, ${shown.length} of them shown` : "");
+    dialog.querySelector("ul").replaceChildren(...shown.map(figure));
+    dialog.showModal();
+  });
+dialog.querySelector("button").addEventListener("click", () => dialog.close());
+dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+
+for (const button of document.querySelectorAll(".sorts th button"))
+  button.addEventListener("click", () => {
+    const head = button.closest("th"), table = head.closest("table"), column = [...head.parentNode.children].indexOf(head);
+    const down = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+    for (const other of head.parentNode.children) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", down === 1 ? "ascending" : "descending");
+    const key = (row) => row.children[column].dataset.value ?? row.children[column].textContent;
+    const compare = (a, b) => { const x = key(a), y = key(b);
+      return down * (isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y); };
+    table.tBodies[0].replaceChildren(...[...table.tBodies[0].rows].sort(compare));
+  });

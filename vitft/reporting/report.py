@@ -1,0 +1,221 @@
+"""`vitft report`: everything that is known of a finished run on one page, which needs nothing else."""
+
+import json
+import shlex
+from collections.abc import Callable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment
+
+from vitft.checkpoints.checkpoint import is_run, read_config
+from vitft.config.train import TrainConfig
+from vitft.data.sources.source import DatasetLike, Source, source_of
+from vitft.errors import DataError, ModelError, UsageError, VitftError
+from vitft.evaluation.calibration import Calibration, at_temperature, calibration, coverage_curve, describe
+from vitft.evaluation.predictions import Predictions
+from vitft.evaluation.results import Results, read_results
+from vitft.io.atomic import write_text
+from vitft.io.console import percent, safe
+from vitft.io.paths import expanded, shown
+from vitft.reporting.charts import Axis, Line, chart
+from vitft.reporting.pictures import Gallery, gallery
+from vitft.training.callbacks import recorded
+
+FILE = "report.html"
+CROSSED = 30  # up to so many classes, the confusion matrix is a table
+CONFUSIONS = 40  # else so many of the most frequent ones are listed
+_Progress = Callable[[int, int], None]
+
+
+def write_report(
+    run: Path | str, file: Path | str | None = None, *, dataset: DatasetLike | None = None,
+    progress: _Progress = lambda done, count: None,
+) -> Path:  # fmt: skip
+    """Write the report of a finished run.
+
+    Args:
+        run: the run folder.
+        file: where to write it; by default `report.html` in the run.
+        dataset: where the dataset is now, or the object that was passed to `train`.
+        progress: called with the number of pictures read and their total.
+
+    Returns:
+        The file.
+
+    Raises:
+        VitftError: with one line that says what is wrong: ModelError if the folder is no finished run.
+    """
+    run = expanded(run)
+    file = run / FILE if file is None else expanded(file)
+    if not is_run(run):
+        raise ModelError(f"{run}: no run folder (no config.yaml and checkpoints/ in it); give the folder of a run.")
+    results = read_results(run)
+    if results is None:
+        raise ModelError(
+            f"{run}: has no results yet; finish it, or have them written: vitft train --resume {shlex.quote(str(run))}"
+        )
+    page = _environment().from_string(_text("report.html")).render(_facts(run, results, dataset, progress))
+    try:
+        write_text(file, page)
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be written: {error.strerror or error}; choose another.") from error
+    return file
+
+
+def _environment() -> Environment:
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters["percent"] = percent
+    return environment
+
+
+def _text(name: str) -> str:
+    return files("vitft.reporting").joinpath(name).read_text(encoding="utf-8")
+
+
+def _facts(run: Path, results: Results, dataset: DatasetLike | None, progress: _Progress) -> dict[str, Any]:
+    """What the template shows."""
+    config = read_config(run)
+    split = "test" if "test" in results.splits else next(iter(results.splits), None)
+    scores = results.splits.get(str(split), {})
+    predictions = results.predictions(split) if split else None
+    pictures, missing = _pictures(config, dataset, predictions, progress)
+    classes = [safe(row["label"]) for row in scores.get("per_class", ())]
+    lines = recorded(run)
+    return {
+        "name": safe(run.name), "style": _text("report.css"), "script": _text("report.js"),
+        "config": config, "model": safe(Path(config.model).name), "dataset": safe(shown(Path(str(config.dataset)))),
+        "split": split, "scores": scores, "results": results, "others": _others(results, split),
+        "classes": classes, "rows": scores.get("per_class", []), "crossed": len(classes) <= CROSSED,
+        "confusion": _confusion(scores, classes), "pictures": pictures, "missing": missing,
+        "charts": _charts(lines), "trust": _trust(predictions, scores),
+        "data": _data(run), "speed": _speed(lines), "settings": _settings(config), "machine": _machine(run),
+        "again": f"vitft train --recipe {shlex.quote(str(run / 'config.yaml'))}",
+        "document": {"classes": classes, "images": pictures.images, "cells": pictures.cells},
+    }  # fmt: skip
+
+
+def _pictures(
+    config: TrainConfig, dataset: DatasetLike | None, predictions: Predictions | None, progress: _Progress
+) -> tuple[Gallery, str]:
+    """The images to show, and why there are none."""
+    if predictions is None:
+        return Gallery(), "there are too many images and classes to keep what was said of each"
+    try:
+        source = _source(config, dataset)
+        if predictions.source not in source.splits or len(source.splits[predictions.source]) <= predictions.rows.max():
+            return Gallery(), "the dataset has changed since"
+        return gallery(predictions, source, progress), ""
+    except (VitftError, OSError) as error:
+        return Gallery(), str(error)
+
+
+def _source(config: TrainConfig, dataset: DatasetLike | None) -> Source:
+    if isinstance(dataset, str | Path):
+        config, dataset = config.model_copy(update={"dataset": str(dataset), "dataset_revision": None}), None
+    if config.dataset is None and dataset is None:
+        raise DataError("the dataset was loaded in Python")
+    return source_of(config, dataset)
+
+
+def _others(results: Results, split: str | None) -> list[dict[str, Any]]:
+    return [{"split": name} | scores for name, scores in results.splits.items() if name != split]
+
+
+def _confusion(scores: Mapping[str, Any], classes: list[str]) -> dict[str, Any]:
+    """The matrix with the fraction of its row in each cell, or the most frequent confusions."""
+    found = scores.get("confusion", {})
+    if "matrix" in found and len(classes) <= CROSSED:
+        matrix = np.array(found["matrix"], int).reshape(len(classes), -1)
+        fractions = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+        return {"counts": matrix.tolist(), "fractions": fractions.round(4).tolist()}
+    if "matrix" in found:
+        matrix = np.array(found["matrix"], int)
+        cells = [(int(i), int(j), int(matrix[i, j])) for i, j in np.argwhere(matrix) if i != j]
+    else:
+        cells = [(i, j, count) for i, j, count in found.get("cells", ()) if i != j]
+    return {"worst": sorted(cells, key=lambda cell: -cell[2])[:CONFUSIONS]}
+
+
+def _charts(lines: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Loss, accuracy and learning rate by epoch."""
+
+    def line(split: str, name: str, kind: str) -> Line:
+        found = (one for one in lines if one["split"] == split and name in one)
+        return Line(split, [(float(one["epoch"]), float(one[name])) for one in found], kind)
+
+    drawn = []
+    for name, title, style in (("loss", "Loss", "plain"), ("accuracy", "Accuracy", "percent"),
+                               ("lr", "Learning rate", "power")):  # fmt: skip
+        both = [line("train", name, "two"), line("validation", name, "one")]
+        svg = chart(both, Axis("epoch", low=0), Axis(title, style), f"{title} by epoch")
+        drawn.append({"title": title, "svg": svg})
+    return [one for one in drawn if one["svg"]]
+
+
+def _trust(predictions: Predictions | None, scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Reliability before and at the temperature, and accuracy by coverage."""
+    if predictions is None or not len(predictions.truth):
+        return {}
+    temperature = scores.get("calibration", {}).get("temperature")
+    lines = [
+        Line("perfect", [(0.0, 0.0), (1.0, 1.0)], "faint"),
+        _reliability("as it is", calibration(predictions), "two"),
+    ]
+    if temperature is not None:
+        after = calibration(at_temperature(predictions, temperature))
+        lines.append(_reliability(f"at temperature {temperature:.2f}", after, "one"))
+    confidence = Axis("confidence", "percent", low=0, high=1)
+    accuracy = Axis("accuracy", "percent", low=0, high=1)
+    curve = [(one.coverage, one.accuracy) for one in coverage_curve(predictions)]
+    return {
+        "said": scores.get("calibration") or describe(predictions, None),
+        "reliability": chart(lines, confidence, accuracy, "Accuracy by confidence"),
+        "coverage": chart(
+            [Line("accuracy", curve)], Axis("images decided, surest first", "percent", low=0, high=1),
+            Axis("accuracy", "percent"), "Accuracy by coverage",
+        ),
+    }  # fmt: skip
+
+
+def _reliability(name: str, found: Calibration, kind: str) -> Line:
+    return Line(name, [(one.confidence, one.accuracy) for one in found.bins], kind)
+
+
+def _data(run: Path) -> list[dict[str, Any]]:
+    """The splits that the run recorded, with their sizes."""
+    try:
+        splits = json.loads((run / "splits.json").read_text(encoding="utf-8"))["splits"]
+        return [{"role": role, "source": safe(str(one["source"])), "count": int(one["count"]), "hash": str(one["hash"])}
+                for role, one in splits.items()]  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def _speed(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """The median speed, and the median fraction of the time spent waiting for input."""
+    trained = [line for line in lines if line["split"] == "train" and "images_per_s" in line]
+    if not trained:
+        return {}
+    names = ("images_per_s", "data_wait")
+    return {name: float(np.median([line[name] for line in trained if name in line])) for name in names}
+
+
+def _settings(config: TrainConfig) -> list[tuple[str, str]]:
+    """What differs from the defaults."""
+    fields = TrainConfig.model_fields
+    changed = ((name, getattr(config, name)) for name in fields if getattr(config, name) != fields[name].default)
+    return [(name, safe(shown(Path(str(value))) if "/" in str(value) else str(value))) for name, value in changed]
+
+
+def _machine(run: Path) -> list[tuple[str, str]]:
+    try:
+        found = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+        hardware, versions = found["hardware"], found["versions"]
+        rows = [(name, str(versions[name])) for name in versions]
+        gpus = ", ".join(hardware.get("gpus") or ()) or "none"
+        return [("processor", f"{hardware['cpu']}, {hardware['cores']} cores"), ("GPU", gpus), *rows]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
