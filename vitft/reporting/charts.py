@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 560, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 16, 14, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 24, 14, 40
 _MARKED = 40  # up to so many points, each has a dot that says its numbers
 
 
