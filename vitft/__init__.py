@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from vitft.config.train import TrainConfig
     from vitft.data.sources.source import Source, open_dataset
     from vitft.errors import DataError, ModelError, Stopped, TrainingError, UsageError, VitftError
+    from vitft.evaluation.comparison import Compared, Comparison, compare
     from vitft.evaluation.embedding import Embedded, embed
     from vitft.evaluation.evaluation import evaluate
     from vitft.evaluation.loading import load_model
@@ -23,6 +24,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Callback",
     "ClassScore",
+    "Compared",
+    "Comparison",
     "DataError",
     "Embedded",
     "Loaded",
@@ -42,6 +45,7 @@ __all__ = [
     "UsageError",
     "VitftError",
     "__version__",
+    "compare",
     "embed",
     "evaluate",
     "load_model",
@@ -60,6 +64,7 @@ _ROOMS = {
     "config.train": ("TrainConfig",),
     "data.sources.source": ("Source", "open_dataset"),
     "errors": ("DataError", "ModelError", "Stopped", "TrainingError", "UsageError", "VitftError"),
+    "evaluation.comparison": ("Compared", "Comparison", "compare"),
     "evaluation.embedding": ("Embedded", "embed"),
     "evaluation.evaluation": ("evaluate",),
     "evaluation.loading": ("load_model",),

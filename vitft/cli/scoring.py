@@ -1,4 +1,4 @@
-"""The commands that use what was trained: eval, predict, report and runs ls."""
+"""The commands that use what was trained: eval, predict, report, compare and runs ls."""
 # ruff: noqa: E501  (one line per option)
 
 from pathlib import Path
@@ -135,6 +135,23 @@ def report(
         import webbrowser
 
         webbrowser.open(file.absolute().as_uri())
+
+
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Run folders; the others are compared with the first.")],
+    split: Annotated[str | None, typer.Option(help="test or validation. Default: test, if all were scored on it.")] = None,
+    seed: Annotated[int, typer.Option(min=0, metavar="<int>", help="Random seed of the bootstrap.")] = 0,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Compare runs on the same images: is one really better, where, and what was different?
+
+    Paired tests: McNemar's for accuracy, a bootstrap for macro F1. Runs that were scored on other images are refused.
+    """
+    with loading():
+        from vitft.evaluation.comparison import compare as compared
+
+    found = compared(runs, split=split, seed=seed)
+    console.say_json(found.to_dict()) if json else console.say(tables.comparison_report(found))
 
 
 def list_runs(

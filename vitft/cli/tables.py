@@ -127,6 +127,47 @@ def mistakes_report(wrong: Sequence[Mapping[str, Any]]) -> RenderableType:
     return Group("", "Misclassified, surest first:", table)
 
 
+def comparison_report(found: Any) -> RenderableType:
+    """The report of `vitft compare`, for a `Compared`."""
+    heads = ("accuracy", "difference", "95 % interval", "p", "macro F1")
+    table = _table(Column("run", overflow="fold"), *_numbers(*heads, no_wrap=True))
+    table.add_row(Text(safe(found.first)), percent(found.accuracy, 2), "", "", "", percent(found.macro_f1, 2))
+    for one in found.others:
+        between = f"{_signed(one.difference.low)} to {_signed(one.difference.high)}"
+        p = "< 0.001" if one.p < 0.001 else f"{one.p:.3f}"
+        cells = (percent(one.accuracy, 2), _signed(one.difference.value), between, p, percent(one.macro_f1, 2))
+        table.add_row(Text(safe(one.run)), *cells, style="bold" if one.p < 0.05 else "")
+    each = "; p is of each comparison alone" if len(found.others) > 1 else ""
+    parts: list[Any] = [table, "", f"on {found.images:,} {found.split} images, split {found.hash}{each}"]
+    for one in found.others:
+        f1, better = one.f1_difference, "better" if one.gained > one.lost else "worse"
+        verdict = better if one.p < 0.05 else "no difference that these images can tell"
+        said = (
+            f"{one.run}: {verdict}; {one.gained:,} images gained and {one.lost:,} lost; "
+            f"macro F1 {_signed(f1.value)} ({_signed(f1.low)} to {_signed(f1.high)})"
+        )
+        parts.append(Text(safe(said)))
+        changed = [pair for pair in sorted(one.recalls.items(), key=lambda pair: -abs(pair[1]))[:5] if pair[1]]
+        if changed:
+            recalls = ", ".join(f"{label} {_signed(change)}" for label, change in changed)
+            parts.append(Text(safe(f"  recall, most changed: {recalls}")))
+    for runs, mean, spread in found.groups:
+        if spread is not None:
+            parts.append(Text(safe(f"{len(runs)} seeds, {', '.join(runs)}: {percent(mean, 2)} ± {100 * spread:.2f}")))
+    if found.settings:
+        names = [Path(run).name for run in (found.first, *(one.run for one in found.others))]
+        settings = _table("setting", *(Column(safe(name), overflow="fold") for name in names))
+        for name, values in found.settings.items():
+            settings.add_row(name, *(Text(safe(_brief(value))) for value in values))
+        parts += ["", settings]
+    return Group(*parts)
+
+
+def _signed(fraction: float) -> str:
+    """A difference in percentage points."""
+    return f"{100 * fraction:+.2f}"
+
+
 def runs_report(runs: Sequence[Any], folder: Path) -> RenderableType:
     """The report of `vitft runs ls`."""
     if not runs:
