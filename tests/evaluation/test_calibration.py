@@ -5,7 +5,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitft.evaluation.calibration import at_temperature, calibration, coverage_curve, describe, fit_temperature
+from vitft.evaluation.calibration import (
+    at_temperature,
+    calibration,
+    coverage_curve,
+    describe,
+    fit_temperature,
+    threshold_for,
+)
 from vitft.evaluation.predictions import Predictions
 
 CLASSES = 5
@@ -105,6 +112,33 @@ def test_coverage_counts_the_surest_images_first() -> None:
         decided = found.confidence >= one.confidence
         assert decided.mean() == pytest.approx(one.coverage, abs=2e-3)
         assert (found.predicted == found.truth)[decided].mean() == pytest.approx(one.accuracy, abs=2e-2)
+
+
+@pytest.mark.parametrize("precision", [0.5, 0.8, 0.9, 0.97])
+def test_the_threshold_decides_as_many_as_the_precision_allows(precision: float) -> None:
+    found = drawn(3000)
+    threshold = threshold_for(found, precision)
+    right, decided = found.predicted == found.truth, found.confidence >= threshold.confidence
+    assert right[decided].mean() == pytest.approx(threshold.accuracy)
+    assert threshold.accuracy >= precision
+    assert decided.mean() == pytest.approx(threshold.coverage)
+    for lower in np.unique(found.confidence[~decided]):
+        assert right[found.confidence >= lower].mean() < precision
+
+
+def test_the_threshold_holds_on_other_images() -> None:
+    threshold = threshold_for(drawn(20_000, seed=1), 0.9)
+    other = drawn(20_000, seed=2)
+    decided = other.confidence >= threshold.confidence
+    assert (other.predicted == other.truth)[decided].mean() == pytest.approx(0.9, abs=0.015)
+    assert decided.mean() == pytest.approx(threshold.coverage, abs=0.02)
+
+
+def test_equal_confidences_are_decided_together_or_not_at_all() -> None:
+    logits = np.log(np.tile([[0.6, 0.1, 0.1, 0.1, 0.1]], (4, 1)))
+    found = predictions(logits, np.array([0, 0, 0, 1]))
+    assert threshold_for(found, 0.75).coverage == 1
+    assert threshold_for(found, 0.8) is None
 
 
 def test_it_is_described_before_and_at_the_temperature() -> None:

@@ -1,7 +1,8 @@
 """What a finished run leaves: scores in full, and what it said about every image."""
 
+import csv
 import json
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
-from vitft import ModelError, TrainConfig, UsageError, evaluate, train
+from vitft import ModelError, Predictor, TrainConfig, UsageError, evaluate, predict, train
 from vitft.checkpoints.metadata import read_card
+from vitft.cli.app import app
 from vitft.data.augment import normalize, resize_and_crop
 from vitft.data.sources.source import open_dataset
 from vitft.evaluation import evaluation
-from vitft.evaluation.calibration import at_temperature, calibration, fit_temperature
+from vitft.evaluation.calibration import at_temperature, calibration, fit_temperature, threshold_for
 from vitft.evaluation.loading import load_model
 from vitft.evaluation.predictions import Predictions, require
 from vitft.evaluation.results import predictions_file, read_results
@@ -76,18 +79,69 @@ def test_each_image_has_the_probabilities_that_the_model_gives_it(done: Result) 
     np.testing.assert_allclose(predictions.probabilities, expected, atol=1e-5)
 
 
-def test_the_temperature_is_fitted_on_validation_and_kept_beside_the_weights(tmp_path: Path) -> None:
-    run = train(config(max_eval_samples=200, val_fraction=0.2, epochs=12, lr=5e-3), output=tmp_path / "run").run
-    results = read_results(run)
+@pytest.fixture(scope="module")
+def better(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with enough validation images for a temperature."""
+    settings = config(max_eval_samples=200, val_fraction=0.2, epochs=12, lr=5e-3)
+    return train(settings, output=tmp_path_factory.mktemp("better") / "run").run
+
+
+def test_the_temperature_is_fitted_on_validation_and_kept_beside_the_weights(better: Path) -> None:
+    results = read_results(better)
     temperature = fit_temperature(results.predictions("validation"))
-    card = read_card(run / "best")
+    card = read_card(better / "best")
     assert card.temperature == pytest.approx(temperature, rel=1e-6)
     said = results.splits["test"]["calibration"]
     assert said["temperature"] == card.temperature
     assert said["error_at_temperature"] == pytest.approx(
         calibration(at_temperature(results.predictions("test"), temperature)).error, abs=1e-5
     )
-    assert evaluate(run).calibration == pytest.approx(said, rel=1e-4)
+    assert evaluate(better).calibration == pytest.approx(said, rel=1e-4)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Ten pictures of noise."""
+    for number in range(10):
+        pixels = np.random.default_rng(number).integers(0, 256, (12, 12), np.uint8)
+        Image.fromarray(pixels).resize((28, 28)).save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+def test_calibrated_predictions_are_those_at_the_temperature(better: Path, images: Path) -> None:
+    temperature = read_card(better / "best").temperature
+    plain, scaled = (predict(images, better, top_k=10, calibrated=on) for on in (False, True))
+    for one, other in zip(plain, scaled, strict=True):
+        assert [label for label, _ in one.top] == [label for label, _ in other.top]
+        powers = np.array([score for _, score in one.top]) ** (1 / temperature)
+        assert [score for _, score in other.top] == pytest.approx((powers / powers.sum()).tolist(), abs=1e-4)
+
+
+def test_what_is_below_the_confidence_is_unsure(better: Path, images: Path) -> None:
+    confidences = sorted(row.top[0][1] for row in predict(images, better))
+    middle = (confidences[4] + confidences[5]) / 2
+    rows = predict(images, better, min_confidence=middle)
+    assert [row.unsure for row in rows] == [row.top[0][1] < middle for row in rows]
+    assert sum(row.unsure for row in rows) == 5
+    expected = threshold_for(read_results(better).predictions("validation"), 0.5)
+    assert Predictor(better, min_precision=0.5).threshold == pytest.approx(expected.confidence)
+    words = ["predict", str(images), "--checkpoint", str(better), "--min-confidence", str(middle)]
+    assert CliRunner().invoke(app, words).stdout.count("unsure: ") == 5
+    table = list(csv.DictReader(StringIO(CliRunner().invoke(app, [*words, "--format", "csv"]).stdout)))
+    assert sum(row["unsure"] == "true" for row in table) == 5
+
+
+def test_what_cannot_be_decided_is_refused(done: Result, better: Path) -> None:
+    with pytest.raises(UsageError, match="both set the confidence"):
+        Predictor(better, min_confidence=0.5, min_precision=0.9)
+    with pytest.raises(UsageError, match="not even the surest validation images reach it"):
+        Predictor(better, min_precision=1.01)
+    with pytest.raises(UsageError, match="has no predictions of validation images"):
+        Predictor("vit-micro", min_precision=0.9)
+    with pytest.raises(UsageError, match="has no predictions of validation images"):
+        Predictor(done.run / "last", min_precision=0.1)  # those of the run are of other weights
+    with pytest.raises(UsageError, match="has no temperature"):
+        Predictor(done.run / "last", calibrated=True)
 
 
 def test_the_file_is_plain_parquet(done: Result) -> None:

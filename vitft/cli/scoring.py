@@ -87,6 +87,9 @@ def predict(
     paths: Annotated[list[str], typer.Argument(metavar="PATH", help="Image files, folders and globs.")],
     checkpoint: Annotated[str, typer.Option(help="Run folder, one of its checkpoints, or a Transformers folder or hub id.")],
     top_k: Annotated[int, typer.Option(min=1, metavar="<int>", help="Classes per image.")] = 3,
+    calibrated: Annotated[bool, typer.Option("--calibrated", help="Divide logits by the temperature that the run fitted on its validation images.")] = False,
+    min_confidence: Annotated[float | None, typer.Option(min=0, max=1, metavar="<float>", help="Mark images whose best class has a lower probability as unsure.")] = None,
+    min_precision: Annotated[float | None, typer.Option(min=0, max=1, metavar="<float>", help="The same, with the confidence from which on this fraction of the validation images is right, such as 0.99.")] = None,
     device: Device = "auto",
     format: Annotated[Literal["table", "csv", "jsonl"], typer.Option(help="Output format.")] = "table",
     max_pixels: MaxPixels = None,
@@ -98,13 +101,18 @@ def predict(
         from vitft.evaluation.prediction import predict as classify
 
     limits = given(max_pixels=max_pixels, value_range=value_range)
-    rows = classify(paths, checkpoint, top_k=top_k, device=device, **limits)
+    rows = classify(
+        paths, checkpoint, top_k=top_k, device=device, calibrated=calibrated, min_confidence=min_confidence,
+        min_precision=min_precision, **limits,
+    )  # fmt: skip
     if json:
         console.say_json({"predictions": [row.to_dict() for row in rows]})
     elif format == "jsonl":
         console.say_text("".join(console.json_text(row.to_dict()) + "\n" for row in rows))
     elif format == "csv":
-        console.say_text(tables.predictions_csv(rows, top_k))
+        console.say_text(
+            tables.predictions_csv(rows, top_k, unsure=min_confidence is not None or min_precision is not None)
+        )
     else:
         console.say(tables.predictions_report(rows))
     if bad := [row for row in rows if row.error is not None]:

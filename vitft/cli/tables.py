@@ -443,20 +443,23 @@ def predictions_report(predictions: Sequence[Any]) -> RenderableType:
     table = _table(Column("image", overflow="fold"), Column("prediction", overflow="fold"))
     for one in predictions:
         best = (f"{safe(label)} {percent(score)}" for label, score in one.top)
-        row = Text.assemble((next(best, ""), "bold"), *(f"  {other}" for other in best))
+        row = Text.assemble("unsure: " * one.unsure, (next(best, ""), "bold"), *(f"  {other}" for other in best))
         table.add_row(Text(safe(one.path)), Text(f"error: {safe(one.error)}", "red") if one.error else row)
     return table
 
 
-def predictions_csv(rows: Sequence[Any], top_k: int) -> str:
-    """The rows of `--format csv`: each class with its probability, best first, and the error."""
+def predictions_csv(rows: Sequence[Any], top_k: int, *, unsure: bool = False) -> str:
+    """The rows of `--format csv`: each class with its probability, best first, the error, and if asked for `unsure`."""
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["path", *(f"{name}_{k}" for k in range(1, top_k + 1) for name in ("label", "score")), "error"])
+    writer.writerow(
+        ["path", *(f"{name}_{k}" for k in range(1, top_k + 1) for name in ("label", "score")), "error"]
+        + ["unsure"] * unsure
+    )
     for row in rows:
         cells = [cell for label, score in row.top for cell in (label, f"{score:.6f}")]
         texts = [row.path, *cells, *[""] * (2 * top_k - len(cells)), row.error or ""]
-        writer.writerow([_no_formula(cell) for cell in texts])
+        writer.writerow([*map(_no_formula, texts), *[str(row.unsure).lower()] * unsure])
     return text.getvalue()
 
 

@@ -11,11 +11,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from vitft.checkpoints.checkpoint import find_model, run_of
+from vitft.checkpoints.metadata import read_card
 from vitft.data.augment import Preprocess, normalize, resize_and_crop
 from vitft.data.decoder import MAX_PIXELS, BadImage, decode, encoded
 from vitft.data.sources.folders import Listing, describe_others
-from vitft.errors import DataError, ModelError
+from vitft.errors import DataError, ModelError, UsageError
+from vitft.evaluation.calibration import FEWEST, at_temperature, threshold_for
 from vitft.evaluation.loading import load_model
+from vitft.evaluation.results import read_results
 from vitft.hardware.device import find_device, threads
 from vitft.hardware.pools import map_in_threads
 from vitft.io import console
@@ -31,23 +35,27 @@ Given = str | Path | Image.Image | NDArray[Any] | torch.Tensor
 class Prediction:
     """An image's classes, best first, with their probabilities; or the `error` why it could not be read.
 
-    Probabilities sum to 1, unless the checkpoint scores each label separately.
+    Probabilities sum to 1, unless the checkpoint scores each label separately. `unsure`: the best class is below the
+    confidence that was asked for.
     """
 
     path: str
     top: tuple[tuple[str, float], ...] = ()
     error: str | None = None
+    unsure: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The prediction as JSON values."""
         if self.error is not None:
             return {"path": self.path, "error": self.error}
-        return {"path": self.path, "top": [{"label": label, "score": score} for label, score in self.top]}
+        top = [{"label": label, "score": score} for label, score in self.top]
+        return {"path": self.path, "top": top} | ({"unsure": True} if self.unsure else {})
 
 
 def predict(
     paths: Sequence[str | Path] | str | Path, checkpoint: str | Path, *, top_k: int = 3, device: str = "auto",
-    max_pixels: int = MAX_PIXELS, value_range: str | None = None,
+    max_pixels: int = MAX_PIXELS, value_range: str | None = None, calibrated: bool = False,
+    min_confidence: float | None = None, min_precision: float | None = None,
 ) -> list[Prediction]:  # fmt: skip
     """Classify image files, in the order given; an unreadable image gets a row with its error.
 
@@ -58,13 +66,19 @@ def predict(
         device: auto, cpu, cuda or mps.
         max_pixels: images with more pixels get an error.
         value_range: black and white of images with more than 8 bits, as `0:4095`; by default the checkpoint's.
+        calibrated: divide logits by the temperature that the run fitted on its validation images.
+        min_confidence: below this probability of the best class, a prediction is `unsure`.
+        min_precision: the same, with the confidence from which on this fraction of validation images is right.
 
     Raises:
         VitftError: the checkpoint cannot be used, its scores are not finite, or there is no image at all.
     """
     given = [paths] if isinstance(paths, str | Path) else paths
     found = list(find_images(given))
-    predictor = Predictor(checkpoint, device=device, max_pixels=max_pixels, value_range=value_range)
+    predictor = Predictor(
+        checkpoint, device=device, max_pixels=max_pixels, value_range=value_range, calibrated=calibrated,
+        min_confidence=min_confidence, min_precision=min_precision,
+    )  # fmt: skip
     return predictor._rows(found, top_k=top_k)
 
 
@@ -75,17 +89,25 @@ class Predictor:
     >>> predictor("docs/digits", top_k=1)[0].top
 
     `labels` are its classes, in the order of the logits; `preprocess` is how an image becomes the model's input.
+    `threshold` is the confidence below which a prediction is unsure, if one was asked for.
     """
 
     def __init__(
         self, checkpoint: str | Path, *, device: str = "auto", max_pixels: int = MAX_PIXELS,
-        value_range: str | None = None,
+        value_range: str | None = None, calibrated: bool = False, min_confidence: float | None = None,
+        min_precision: float | None = None,
     ) -> None:  # fmt: skip
         """Load a checkpoint; the arguments are those of `predict`. Raises VitftError."""
+        if min_confidence is not None and min_precision is not None:
+            raise UsageError("min_confidence and min_precision both set the confidence to decide at; remove one.")
         self.checkpoint, self.max_pixels = checkpoint, max_pixels
         loaded = load_model(checkpoint)
         self.labels, self.preprocess = loaded.labels, loaded.preprocess.with_value_range(value_range)
         self._scoring: Scoring = loaded.scoring
+        self._temperature = temperature_of(checkpoint) if calibrated else 1.0
+        self.threshold = min_confidence
+        if min_precision is not None:
+            self.threshold = threshold_of(checkpoint, min_precision, self._temperature)
         self._device = find_device(device)
         self._model = loaded.model.to(self._device)
 
@@ -107,7 +129,9 @@ class Predictor:
             results = list(map_in_threads(lambda image: read_image(image, self.preprocess, self.max_pixels), part))
             read = [image for image in results if isinstance(image, torch.Tensor)]
             pixels = normalize(torch.cat(read).to(self._device), self.preprocess) if read else None
-            scores = torch.empty(0, 1) if pixels is None else _scores(self._model, pixels, self._scoring)
+            scores = (
+                torch.empty(0, 1) if pixels is None else _scores(self._model, pixels, self._scoring, self._temperature)
+            )
             if not scores.isfinite().all():
                 raise ModelError(
                     f"{self.checkpoint}: its scores are not finite, so its weights are corrupt; use another checkpoint."
@@ -118,8 +142,43 @@ class Predictor:
                 if isinstance(result, str):
                     rows.append(Prediction(name, error=result))
                 else:
-                    rows.append(Prediction(name, tuple((self.labels[index], score) for index, score in next(tops))))
+                    top = tuple((self.labels[index], score) for index, score in next(tops))
+                    rows.append(Prediction(name, top, unsure=self.threshold is not None and top[0][1] < self.threshold))
         return rows
+
+
+def temperature_of(checkpoint: str | Path) -> float:
+    """The temperature that a checkpoint was given on validation images. Raises UsageError if it has none."""
+    folder = find_model(expanded(checkpoint))
+    card = read_card(folder) if folder.is_dir() else None
+    if card is None or card.temperature is None:
+        why = f"the best checkpoint of a run with {FEWEST} validation images or more has one"
+        raise UsageError(f"calibrated: {checkpoint} has no temperature; {why}.")
+    return card.temperature
+
+
+def threshold_of(checkpoint: str | Path, precision: float, temperature: float) -> float:
+    """The confidence from which on so many of a run's validation images are right; says how many those are.
+
+    Raises UsageError if there are no validation images of the checkpoint, or no confidence is enough.
+    """
+    folder = find_model(expanded(checkpoint))
+    run, card = run_of(folder), read_card(folder) if folder.is_dir() else None
+    results = None if run is None else read_results(run)
+    said = None
+    if results is not None and card is not None and card.step == results.step and "validation" in results.splits:
+        said = results.predictions("validation")
+    if said is None:
+        raise UsageError(f"min_precision: {checkpoint} has no predictions of validation images to choose by.")
+    said = said if temperature == 1.0 else at_temperature(said, temperature)
+    found = threshold_for(said, precision)
+    if found is None:
+        raise UsageError(f"min_precision {precision:g}: not even the surest validation images reach it; ask for less.")
+    console.note(
+        f"deciding from a confidence of {found.confidence:.4f} on: that is {console.percent(found.coverage)} of "
+        f"{len(said.truth):,} validation images, of which {console.percent(found.accuracy)} are right"
+    )
+    return found.confidence
 
 
 def read_image(given: Any, preprocess: Preprocess, max_pixels: int) -> torch.Tensor | str:
@@ -169,9 +228,9 @@ def _pictured(array: NDArray[Any]) -> Image.Image | DataError:
     return Image.fromarray(np.ascontiguousarray(array.reshape(array.shape[:2]) if channels == 1 else array))
 
 
-def _scores(model: Any, pixels: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+def _scores(model: Any, pixels: torch.Tensor, scoring: Scoring, temperature: float = 1.0) -> torch.Tensor:
     with torch.no_grad(), threads():
-        logits: torch.Tensor = model(pixel_values=pixels).logits.float()
+        logits: torch.Tensor = model(pixel_values=pixels).logits.float() / temperature
     return logits.softmax(dim=1) if scoring == "softmax" else logits.sigmoid() if scoring == "sigmoid" else logits
 
 
