@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vitft.evaluation.prediction import Prediction, Predictor, predict
     from vitft.evaluation.soup import Soup, soup
     from vitft.models.load import Loaded
+    from vitft.probing.doubt import Doubt, DoubtResult, doubt
     from vitft.probing.probe import ProbeResult, probe
     from vitft.reporting.report import write_report
     from vitft.sweeping.sweep import SweepResult, resume_sweep, sweep
@@ -27,6 +28,8 @@ __all__ = [
     "Compared",
     "Comparison",
     "DataError",
+    "Doubt",
+    "DoubtResult",
     "Embedded",
     "Loaded",
     "Metrics",
@@ -46,6 +49,7 @@ __all__ = [
     "VitftError",
     "__version__",
     "compare",
+    "doubt",
     "embed",
     "evaluate",
     "load_model",
@@ -72,6 +76,7 @@ _ROOMS = {
     "evaluation.prediction": ("Prediction", "Predictor", "predict"),
     "evaluation.soup": ("Soup", "soup"),
     "models.load": ("Loaded",),
+    "probing.doubt": ("Doubt", "DoubtResult", "doubt"),
     "probing.probe": ("ProbeResult", "probe"),
     "reporting.report": ("write_report",),
     "sweeping.sweep": ("SweepResult", "resume_sweep", "sweep"),

@@ -13,11 +13,11 @@ from vitft.probing.classifiers import (
     NEIGHBORS,
     PENALTIES,
     Examples,
-    _rank_in_class,
     best_of,
     few_shot,
     logistic_trials,
     neighbor_trials,
+    rank_in_class,
 )
 from vitft.randomness import permutation
 
@@ -140,4 +140,4 @@ def test_a_curve_is_a_function_of_the_seed_and_small_classes_give_all_they_have(
 
 def test_fewer_images_are_a_part_of_more() -> None:
     labels, order = np.array([2, 0, 2, 2, 0, 1]), np.array([3, 5, 0, 4, 2, 1])
-    assert _rank_in_class(labels, order).tolist() == [1, 1, 2, 0, 0, 0]
+    assert rank_in_class(labels, order).tolist() == [1, 1, 2, 0, 0, 0]

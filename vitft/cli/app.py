@@ -141,6 +141,7 @@ app.command()(scoring.report)
 app.command()(scoring.compare)
 runs_app.command("ls")(scoring.list_runs)
 app.command()(probing.probe)
+data_app.command()(probing.doubt)
 app.command()(sweeping.sweep)
 
 

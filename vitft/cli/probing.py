@@ -1,4 +1,4 @@
-"""The commands before and after training: models ls, probe, embed and soup."""
+"""The commands before and after training: models ls, probe, data doubt, embed and soup."""
 # ruff: noqa: E501  (one line per option)
 
 import shlex
@@ -11,7 +11,7 @@ import typer
 from vitft.cli import tables
 from vitft.cli.arguments import TRAIN_SETTINGS, DatasetName, Device, Json, check_picture, loading
 from vitft.cli.options import options_from
-from vitft.errors import DataError
+from vitft.errors import DataError, UsageError
 from vitft.io import console
 
 _OF_A_PROBE = (
@@ -21,6 +21,7 @@ _OF_A_PROBE = (
 _OF_FEATURES = (
     "dataset_revision", "max_pixels", "value_range", "Reading", "model_revision", "image_size", "device"
 )  # fmt: skip
+_OF_DOUBT = tuple(name for name in _OF_A_PROBE if name not in ("val_fraction", "max_eval_samples"))
 _LISTED = 20  # unreadable images
 
 
@@ -68,6 +69,42 @@ def probe(
         return
     console.say(tables.probe_report(result))
     console.say_text("".join(f"{name}: {command}\n" for name, command in next_commands(config).items()))
+
+
+@options_from(TRAIN_SETTINGS, *_OF_DOUBT)
+def doubt(
+    dataset: DatasetName,
+    from_probability: Annotated[float, typer.Option(min=0, max=1, metavar="<float>", help="List labels that are wrong with at least this probability.")] = 0.3,
+    folds: Annotated[int, typer.Option(min=2, metavar="<int>", help="Parts of the images, each judged by the others.")] = 10,
+    quarantine: Annotated[Path | None, typer.Option(help="Write a list of these images, for vitft train --exclude.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with the pictures, for a browser.")] = None,
+    json: Json = False,
+    *, overrides: dict[str, Any],
+) -> None:  # fmt: skip
+    """Find training images whose label is probably wrong, by what a pretrained model sees in the others.
+
+    One pass over the images. Look at them before you believe it: the model is not always right.
+    """
+    for file in filter(None, (quarantine, html)):
+        if not file.parent.is_dir():
+            raise UsageError(f"{file}: no such folder; make it first, or choose another.")
+    from vitft.config.train import TrainConfig
+
+    config = TrainConfig.parse({"dataset": dataset} | overrides, "flags")
+    with loading():
+        from vitft.data.validation.page import write_report
+        from vitft.io.atomic import write_text
+        from vitft.probing.doubt import doubt as doubted
+
+    result = doubted(config, folds=folds, from_probability=from_probability)
+    if html is not None:
+        write_report(result.findings(), result.source, html)
+        console.note(f"pictures: {html}")
+    if quarantine is not None:
+        write_text(quarantine, "".join(f"{line}\n" for line in result.exclusions()))
+        again = f"--dataset {shlex.quote(dataset)} --exclude {shlex.quote(str(quarantine))}"
+        console.note(f"{len(result.doubts):,} images to leave out: vitft train {again}")
+    console.say_json(result.to_dict()) if json else console.say(tables.doubt_report(result))
 
 
 @options_from(TRAIN_SETTINGS, *_OF_FEATURES)

@@ -241,6 +241,28 @@ def probe_report(result: Any) -> RenderableType:
     return Group(head, "", trials, "", title, curve, "", *_mistakes_table(metrics), "", Text(costs))
 
 
+LISTED_DOUBTS = 30
+
+
+def doubt_report(result: Any) -> RenderableType:
+    """The report of `vitft data doubt`: the most doubtful labels, and how many are probably wrong."""
+    head = Text(
+        f"about {percent(result.rate)} of {result.images:,} labels are wrong, by classifiers that agree with "
+        f"{percent(result.accuracy)} of the others"
+    )
+    if not result.doubts:
+        return Group(head, Text("no label is doubtful enough to be listed"))
+    table = _table(Column("image", overflow="fold"), _names("label", 20), _names("looks like", 20), *_numbers("wrong"))
+    for one in result.doubts[:LISTED_DOUBTS]:
+        cells = (Text(safe(text)) for text in (one.image, one.label, one.suggested))
+        table.add_row(*cells, percent(one.probability, 0))
+    more = len(result.doubts) - LISTED_DOUBTS
+    rest = [f"... {more:,} more; --html shows all, --json lists them"] if more > 0 else []
+    expected = sum(one.probability for one in result.doubts)
+    said = f"of the {len(result.doubts):,} listed, about {expected:,.0f} are wrong; look at them with --html"
+    return Group(head, "", table, *rest, "", Text(said))
+
+
 def embedded_report(found: Any) -> RenderableType:
     """The report of `vitft embed`: what was written, and its columns."""
     table = _table("", "", show_header=False)

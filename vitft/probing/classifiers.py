@@ -147,7 +147,7 @@ def few_shot(
     sizes = np.bincount(labels, minlength=classes)
     limit = float(np.median(sizes[sizes > 0])) / 1.5  # a point next to the last one would say nothing new
     steps = [count for count in PER_CLASS if count <= limit]
-    ranks = [_rank_in_class(labels, permutation(seed, "few-shot", draw, len(labels))) for draw in range(DRAWS)]
+    ranks = [rank_in_class(labels, permutation(seed, "few-shot", draw, len(labels))) for draw in range(DRAWS)]
     points: list[Point] = []
     place = 0  # among the penalties: the best one gets weaker as images are added
     for number, count in enumerate(steps, 1):
@@ -170,7 +170,7 @@ def _correct(trials: Sequence[Trial]) -> int:
     return sum(trial.correct for trial in trials)
 
 
-def _rank_in_class(labels: NDArray[np.int64], order: NDArray[np.int64]) -> NDArray[np.int64]:
+def rank_in_class(labels: NDArray[np.int64], order: NDArray[np.int64]) -> NDArray[np.int64]:
     """The place of each image among those of its class, in this order: (N,) and (N,) -> (N,)."""
     sorted_ = order[np.argsort(labels[order], kind="stable")]
     sizes = np.bincount(labels)

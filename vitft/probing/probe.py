@@ -107,8 +107,8 @@ def probe(config: TrainConfig | None = None, *, dataset: DatasetLike | None = No
     with memory_guard(prepared.config), threads(prepared.config.threads):
         tuning = _tuning(prepared)
         decoded = prepared.with_settings(augment="none").decode()
-        train, _ = _examples(decoded, "train")
-        held_out, elapsed_s = _examples(decoded, "validation")
+        train, _ = examples(decoded, "train")
+        held_out, elapsed_s = examples(decoded, "validation")
         return _result(decoded, train, held_out, tuning, elapsed_s)
 
 
@@ -139,7 +139,7 @@ def _tuning(prepared: Prepared) -> Tuning:
     return Tuning(prepared.config.epochs, size.train_s + size.evaluate_s, memory)
 
 
-def _examples(decoded: Decoded, role: str) -> tuple[Examples, float]:
+def examples(decoded: Decoded, role: str) -> tuple[Examples, float]:
     """The features of a split's images, and the seconds that they took. Raises ModelError if they are not finite."""
     config, loaded = decoded.config, decoded.loaded
     device = torch.device(config.device)

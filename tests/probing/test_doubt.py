@@ -1,0 +1,110 @@
+"""Doubtful labels: the noise model against labels drawn from it, and planted errors among real digits."""
+
+import json
+from io import BytesIO
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from vitft import DataError, TrainConfig, UsageError, doubt, open_dataset
+from vitft.cli.app import app
+from vitft.probing.doubt import noise
+
+MODEL = {"model": "vit-micro", "image_size": 20}
+
+
+def drawn(rate: float, count: int = 6000, classes: int = 6, sharper: float = 1.0) -> tuple[np.ndarray, ...]:
+    """Logits, labels of which a fraction was replaced, and which those are; `sharper` multiplies honest logits."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 3, (count, classes))
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    truth = (probabilities.cumsum(1) > rng.random((count, 1))).argmax(1)
+    wrong = rng.random(count) < rate
+    labels = np.where(wrong, (truth + rng.integers(1, classes, count)) % classes, truth)
+    return sharper * logits, labels, wrong
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.02, 0.1, 0.3])
+@pytest.mark.parametrize("sharper", [0.5, 1.0, 3.0])
+def test_the_fraction_of_wrong_labels_is_estimated_however_sure_the_model_is(rate: float, sharper: float) -> None:
+    logits, labels, _ = drawn(rate, sharper=sharper)
+    estimated, _ = noise(logits, labels)
+    assert estimated == pytest.approx(rate, abs=0.015)
+
+
+def test_a_label_is_wrong_as_often_as_its_probability_says() -> None:
+    logits, labels, wrong = drawn(0.1, count=40_000)
+    _, probability = noise(logits, labels)
+    for low, high in ((0.05, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0)):
+        within = (probability >= low) & (probability < high)
+        assert within.sum() > 100
+        assert wrong[within].mean() == pytest.approx(probability[within].mean(), abs=0.06)
+
+
+def test_labels_that_fit_are_not_doubted() -> None:
+    logits, labels, _ = drawn(0.0)
+    assert (noise(logits, labels)[1] >= 0.3).sum() <= 3
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
+    """Digits in folders, of which every twelfth lies in a wrong one, and the names of those."""
+    folder, rng, wrong = tmp_path_factory.mktemp("planted"), np.random.default_rng(0), set()
+    for number, row in enumerate(open_dataset("digits").splits["train"].select(range(600))):
+        label = int(row["label"])
+        if number % 12 == 0:
+            label = (label + int(rng.integers(1, 10))) % 10
+            wrong.add(f"{label}/{number}.png")
+        (folder / str(label)).mkdir(exist_ok=True)
+        Image.open(BytesIO(row["image"]["bytes"])).save(folder / str(label) / f"{number}.png")
+    return folder, wrong
+
+
+def test_planted_errors_are_found_and_what_they_are(planted: tuple[Path, set[str]]) -> None:
+    folder, wrong = planted
+    result = doubt(TrainConfig(dataset=str(folder), **MODEL))
+    listed = {one.image for one in result.doubts}
+    assert len(listed & wrong) >= 0.7 * len(wrong)
+    assert len(listed & wrong) >= 0.7 * len(listed)
+    assert result.rate == pytest.approx(1 / 12, abs=0.03)
+    probabilities = [one.probability for one in result.doubts]
+    assert probabilities == sorted(probabilities, reverse=True)
+    digits = [int(row["label"]) for row in open_dataset("digits").splits["train"].select(range(600))]
+    right = [one.suggested == str(digits[int(Path(one.image).stem)]) for one in result.doubts if one.image in wrong]
+    assert np.mean(right) > 0.8
+    assert all(one.label == one.image.split("/")[0] != one.suggested for one in result.doubts)
+    assert doubt(TrainConfig(dataset=str(folder), **MODEL), from_probability=1.0).doubts == ()
+
+
+def test_the_command_writes_pictures_and_a_list_that_training_leaves_out(
+    planted: tuple[Path, set[str]], tmp_path: Path
+) -> None:
+    folder, _ = planted
+    words = ["data", "doubt", str(folder), "--model", "vit-micro", "--image-size", "20", "--folds", "5"]
+    page, lines = tmp_path / "page.html", tmp_path / "out.txt"
+    done = CliRunner().invoke(app, [*words, "--html", str(page), "--quarantine", str(lines)])
+    assert done.exit_code == 0, done.output
+    assert "looks like" in done.stdout
+    document = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    count = len(document["doubts"])
+    assert page.read_text().count("<img") == count
+    assert len(lines.read_text().splitlines()) == count
+    left = open_dataset(str(folder))
+    exclude = ["train", "--dataset", str(folder), "--exclude", str(lines), "--model", "vit-micro", "--dry-run"]
+    assert sum(map(len, left.splits.values())) == 600
+    planned = CliRunner().invoke(app, [*exclude, "--val-fraction", "0"])
+    assert f"{600 - count} images of train" in planned.stdout, planned.output
+    assert "no such folder" in CliRunner().invoke(app, [*words, "--html", "nowhere/page.html"]).stderr
+
+
+def test_what_cannot_be_judged_is_refused() -> None:
+    with pytest.raises(UsageError, match="remove from_scratch"):
+        doubt(TrainConfig(dataset="digits", from_scratch=True, **MODEL))
+    few = datasets.Dataset.from_dict({"image": [Image.new("L", (8, 8), i) for i in range(12)], "label": [0, 1] * 6})
+    few = few.cast_column("image", datasets.Image()).cast_column("label", datasets.ClassLabel(names=["a", "b"]))
+    with pytest.raises(DataError, match="12 images are too few"):
+        doubt(TrainConfig(**MODEL), dataset=few)
