@@ -13,7 +13,7 @@ from vitft.evaluation.calibration import (
     fit_temperature,
     threshold_for,
 )
-from vitft.evaluation.predictions import Predictions
+from vitft.evaluation.split_predictions import Predictions
 
 CLASSES = 5
 

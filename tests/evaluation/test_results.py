@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from io import BytesIO, StringIO
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from vitft.data.sources.source import open_dataset
 from vitft.evaluation import evaluation
 from vitft.evaluation.calibration import at_temperature, calibration, fit_temperature, threshold_for
 from vitft.evaluation.loading import load_model
-from vitft.evaluation.predictions import Predictions, require
 from vitft.evaluation.results import predictions_file, read_results
+from vitft.evaluation.split_predictions import Predictions, require
 from vitft.training.trainer import Result, resume
 
 TINY = {
@@ -154,6 +155,8 @@ def test_the_file_is_plain_parquet(done: Result) -> None:
 
 def test_the_surest_mistake_comes_first(done: Result) -> None:
     predictions = read_results(done.run).predictions("test")
+    assert predictions.name(0) == f"row {predictions.rows[0]:,}", "digits are no files"
+    assert replace(predictions, ids=("a/b.png",) * 50).name(0) == "a/b.png"
     mistakes = predictions.mistakes()
     assert len(mistakes) == (predictions.predicted != predictions.truth).sum() > 1
     assert (np.diff(predictions.confidence[mistakes]) <= 0).all()

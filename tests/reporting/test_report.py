@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from vitft import ModelError, TrainConfig, UsageError, train, write_report
 from vitft.cli.app import app
 from vitft.evaluation.metrics import score
-from vitft.evaluation.predictions import Predictions
 from vitft.evaluation.results import FILE as RESULTS
 from vitft.evaluation.results import predictions_file, read_results, write_results
+from vitft.evaluation.split_predictions import Predictions
 from vitft.reporting import pictures
 from vitft.training.trainer import Result
 

@@ -48,8 +48,8 @@ def evaluate(
         raise UsageError(f"{predictions}: give a .parquet file in a folder that exists.")
     with loading():
         from vitft.evaluation.evaluation import evaluate as score
-        from vitft.evaluation.predictions import require
         from vitft.evaluation.runs import newest_run
+        from vitft.evaluation.split_predictions import require
 
     if checkpoint is None:
         checkpoint = str(newest_run())

@@ -105,7 +105,7 @@ def mistakes(predictions: Any, most: int) -> list[dict[str, Any]]:
     """The misclassified images that the model was surest of, as JSON values."""
     return [
         {
-            "image": predictions.ids[place],
+            "image": predictions.name(place),
             "label": predictions.class_name(predictions.truth[place]),
             "predicted": predictions.class_name(predictions.predicted[place]),
             "confidence": float(predictions.confidence[place]),

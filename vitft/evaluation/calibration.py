@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, logsumexp
 
-from vitft.evaluation.predictions import Predictions
+from vitft.evaluation.split_predictions import Predictions
 
 BINS = 15
 FEWEST = 50  # images that a temperature is fitted to

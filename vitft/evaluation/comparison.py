@@ -14,8 +14,8 @@ from scipy.stats import binomtest
 from vitft.checkpoints.checkpoint import is_run, read_config
 from vitft.config.train import TrainConfig
 from vitft.errors import DataError, ModelError, UsageError
-from vitft.evaluation.predictions import Predictions
 from vitft.evaluation.results import read_results
+from vitft.evaluation.split_predictions import Predictions
 from vitft.io.paths import expanded
 
 RESAMPLES = 2000

@@ -23,7 +23,7 @@ from vitft.errors import DataError, ModelError, UsageError
 from vitft.evaluation.held_out import choose_split
 from vitft.evaluation.loading import load_model
 from vitft.evaluation.metrics import Metrics, score
-from vitft.evaluation.predictions import LARGEST, of_split
+from vitft.evaluation.split_predictions import LARGEST, of_split
 from vitft.hardware.device import autocast, find_device, find_precision, threads
 from vitft.io import console
 from vitft.io.paths import absolute, composed, expanded

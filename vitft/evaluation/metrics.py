@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from vitft.errors import DataError, ModelError
 from vitft.evaluation.calibration import describe
-from vitft.evaluation.predictions import Predictions
+from vitft.evaluation.split_predictions import Predictions
 
 CROSSED = 1000  # up to so many classes, the confusion matrix is dense; for more, only non-zero cells are listed
 

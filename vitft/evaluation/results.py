@@ -10,7 +10,7 @@ from typing import Any
 from vitft import __version__
 from vitft.errors import ModelError
 from vitft.evaluation.metrics import Metrics
-from vitft.evaluation.predictions import Predictions
+from vitft.evaluation.split_predictions import Predictions
 from vitft.io.atomic import write_json
 
 FILE = "results.json"

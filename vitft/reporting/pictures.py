@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from vitft.data.decoder import BadImage
-from vitft.data.sources.identity import has_names
 from vitft.data.sources.source import Source
 from vitft.data.thumbnail import data_url
-from vitft.evaluation.predictions import Predictions
+from vitft.evaluation.split_predictions import Predictions
 from vitft.hardware.pools import map_in_threads
 from vitft.io.console import safe
 
@@ -40,7 +39,6 @@ def gallery(predictions: Predictions, source: Source, progress: Callable[[int, i
     """Collect the images: the surest mistakes first, then the least certain, examples, and the rest of the mistakes."""
     found, number_of, used = Gallery(), {}, 0
     rows = source.splits[predictions.source]
-    named = has_names(rows)
     wanted = list(dict.fromkeys(_in_order(predictions)))
 
     def picture(place: int) -> str | None:
@@ -58,10 +56,11 @@ def gallery(predictions: Predictions, source: Source, progress: Callable[[int, i
         if used > BYTES:
             break
         number_of[place] = len(found.images)
-        name = predictions.ids[place] if named else f"row {predictions.rows[place]:,}"
         truth, said = int(predictions.truth[place]), int(predictions.predicted[place])
         sure = round(float(predictions.confidence[place]), 4)
-        found.images.append({"src": url, "name": safe(name), "truth": truth, "said": said, "sure": sure})
+        found.images.append(
+            {"src": url, "name": safe(predictions.name(place)), "truth": truth, "said": said, "sure": sure}
+        )
     for place in predictions.mistakes().tolist():
         if place in number_of:
             cell = found.cells[f"{predictions.truth[place]},{predictions.predicted[place]}"]

@@ -15,8 +15,8 @@ from vitft.config.train import TrainConfig
 from vitft.data.sources.source import DatasetLike, Source, source_of
 from vitft.errors import DataError, ModelError, UsageError, VitftError
 from vitft.evaluation.calibration import Calibration, at_temperature, calibration, coverage_curve, describe
-from vitft.evaluation.predictions import Predictions
 from vitft.evaluation.results import Results, read_results
+from vitft.evaluation.split_predictions import Predictions
 from vitft.io.atomic import write_text
 from vitft.io.console import percent, safe
 from vitft.io.paths import expanded, shown

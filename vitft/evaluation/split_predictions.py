@@ -1,6 +1,7 @@
 """What a model said about every image of a split, in a parquet file: for reports, calibration and your own analysis."""
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,6 +54,11 @@ class Predictions:
         """The positions of misclassified images, those that the model was surest of first."""
         wrong = np.flatnonzero(self.predicted != self.truth)
         return wrong[np.argsort(-self.confidence[wrong], kind="stable")]
+
+    def name(self, place: int) -> str:
+        """What to call an image: its path, or its row where images have none."""
+        image = self.ids[place]
+        return f"row {self.rows[place]:,}" if re.fullmatch("[0-9a-f]{16}", image) else image
 
     def class_name(self, number: int) -> str:
         """The name of a class of the model or of the images."""
