@@ -26,8 +26,8 @@ from vitft.training.trainer import Result
 
 TINY = {
     "dataset": "digits", "model": "vit-micro", "from_scratch": True, "patch_size": 14, "width": 16, "layers": 1,
-    "heads": 2, "mlp": 32, "max_train_samples": 64, "max_eval_samples": 50, "batch_size": 32, "epochs": 2,
-    "lr": 3e-3, "device": "cpu", "precision": "fp32", "save_every": 1,
+    "heads": 2, "mlp": 32, "max_train_samples": 64, "max_eval_samples": 50, "batch_size": 32, "epochs": 1,
+    "lr": 3e-3, "device": "cpu", "precision": "fp32",
 }  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def test_a_killed_sweep_goes_on_to_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_number: int
 ) -> None:
     # Two runs of four batches for each trial, and a range: later trials depend on earlier ones.
-    vary, settings = {"lr": "1e-4..1e-2"}, config(epochs=2)
+    vary, settings = {"lr": "1e-4..1e-2"}, config(epochs=2, save_every=1)
     whole = sweep(settings, vary, trials=2, seeds=2, output=tmp_path / "whole")
     with killed_in(batch_number, monkeypatch):
         sweep(settings, vary, trials=2, seeds=2, output=tmp_path / "cut")
@@ -143,7 +143,7 @@ def test_two_processes_never_work_on_one_trial(tmp_path: Path) -> None:
 def test_a_run_below_the_median_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The settings as given have the first trial; the others follow in an order that the seed gives.
     vary = {"lr": "3e-3,1e-8,4e-3,5e-3,6e-3,7e-3"}
-    result = sweep(config(epochs=4, eval_every=2, save_every=None, seed=2), vary, output=tmp_path / "sweep")
+    result = sweep(config(epochs=4, eval_every=2, seed=2), vary, output=tmp_path / "sweep")
     lowest = next(one for one in result.trials if one.settings["lr"] == 1e-8)
     assert lowest.number > 4, "pruning begins after four trials"
     assert lowest.state == "pruned"
