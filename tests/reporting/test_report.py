@@ -98,6 +98,30 @@ def test_pictures_stay_within_their_size(hostile: Path, monkeypatch: pytest.Monk
     assert len(urls) < len(document((hostile / "report.html").read_text())["images"])
 
 
+def test_images_are_found_again_after_others_were_added(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+
+    def noise(name: str) -> Path:
+        file = tmp_path / "data" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(file)
+        return file
+
+    for number in range(40):
+        noise(f"{('train', 'test')[number % 2]}/{'ab'[number // 2 % 2]}/{number:02}.png")
+    run = trained(tmp_path / "data", tmp_path / "run", image_size=16, patch_size=8).run
+    before = document(write_report(run).read_text())["images"]
+    for name in ("a/000.png", "a/new.png", "b/000.png"):
+        noise(f"test/{name}")
+    assert document(write_report(run).read_text())["images"] == before
+    gone = tmp_path / "data" / before[0]["name"]
+    gone.unlink()
+    after = document(write_report(run).read_text())["images"]
+    assert [image["name"] for image in after] == [
+        image["name"] for image in before if image["name"] != before[0]["name"]
+    ]
+
+
 def test_without_the_dataset_the_rest_is_there(hostile: Path, tmp_path: Path) -> None:
     moved = tmp_path / "run"
     shutil.copytree(hostile, moved)
@@ -236,9 +260,8 @@ def test_two_classes_and_a_thousand(hostile: Path, opened: Callable[..., Any], t
     losses = -np.log(said[np.arange(3000), truth] + 1e-9)
     measured = score(truth, top, losses, labels, split="test", split_hash="0123456789abcdef", elapsed_s=1.0)
     write_results(run, "best", 1, {"test": measured}, None)
-    ids = tuple(map(str, range(3000)))
-    rows = np.arange(3000) % 50
-    Predictions("test", "0123456789abcdef", "test", labels, (), ids, rows, truth, said).write(
+    ids = read_results(hostile).predictions("test").ids * 50
+    Predictions("test", "0123456789abcdef", "test", labels, (), ids[:3000], np.arange(3000), truth, said).write(
         predictions_file(run, "test")
     )
     file = write_report(run)

@@ -12,6 +12,7 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
+import tests.training.test_trainer
 from vitft import ModelError, TrainConfig, TrainingError, UsageError, resume_sweep, sweep, train
 from vitft.cli.app import app
 from vitft.cli.tables import sweep_report
@@ -24,11 +25,7 @@ from vitft.sweeping.space import read_space
 from vitft.sweeping.study import Study
 from vitft.training.trainer import Result
 
-TINY = {
-    "dataset": "digits", "model": "vit-micro", "from_scratch": True, "patch_size": 14, "width": 16, "layers": 1,
-    "heads": 2, "mlp": 32, "max_train_samples": 64, "max_eval_samples": 50, "batch_size": 32, "epochs": 1,
-    "lr": 3e-3, "device": "cpu", "precision": "fp32",
-}  # fmt: skip
+TINY = tests.training.test_trainer.TINY | {"batch_size": 32, "epochs": 1}
 
 
 def config(**changes: object) -> TrainConfig:

@@ -24,6 +24,7 @@ from vitft.cli.arguments import (
     check_picture,
     given,
     loading,
+    recipe_names,
 )
 from vitft.cli.group import Group
 from vitft.cli.options import options_from
@@ -49,14 +50,8 @@ app.add_typer(data_app, name="data")
 app.add_typer(scratch_app, name="scratch")
 
 
-def _recipe_names(textbook: bool | None = None) -> list[str]:
-    from vitft.config.recipe import names
-
-    return names(textbook)
-
-
 RecipeName = Annotated[
-    str, typer.Argument(metavar="NAME", help="A recipe's name.", autocompletion=lambda: _recipe_names())
+    str, typer.Argument(metavar="NAME", help="A recipe's name.", autocompletion=lambda: recipe_names())
 ]
 
 
@@ -82,7 +77,7 @@ def root(
 @app.command()
 @options_from(TRAIN_SETTINGS)
 def train(
-    recipe: Annotated[str | None, typer.Option(help="A recipe's name or file; flags override it.", rich_help_panel="Run", autocompletion=lambda: _recipe_names(textbook=False))] = None,
+    recipe: Annotated[str | None, typer.Option(help="A recipe's name or file; flags override it.", rich_help_panel="Run", autocompletion=lambda: recipe_names(textbook=False))] = None,
     output: Annotated[Path | None, typer.Option(help="Run folder; by default the next free number in runs/.", rich_help_panel="Run")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run folder if it exists.", rich_help_panel="Run")] = False,
     resume: Annotated[Path | None, typer.Option(help="Resume the run in this folder, with its settings.", rich_help_panel="Run")] = None,
@@ -147,7 +142,7 @@ app.command()(sweeping.sweep)
 
 @app.command()
 def verify_resume(
-    recipe: Annotated[str, typer.Option(help="A recipe's name or file.", autocompletion=lambda: _recipe_names(textbook=False))] = "smoke",
+    recipe: Annotated[str, typer.Option(help="A recipe's name or file.", autocompletion=lambda: recipe_names(textbook=False))] = "smoke",
     dataset: Annotated[str | None, typer.Option(help="Overrides the recipe's.")] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Overrides the recipe's.")] = None,
     save_every: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Overrides the recipe's.")] = None,
@@ -310,7 +305,7 @@ def recipes_copy(
 @scratch_app.command("train")
 @options_from("vitft.scratch_runner.config:TextbookConfig")
 def scratch_train(
-    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE|scalar", help="A textbook recipe's name or file; flags override it. scalar: a ViT of single numbers, with its own task.", autocompletion=lambda: _recipe_names(textbook=True))] = None,
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE|scalar", help="A textbook recipe's name or file; flags override it. scalar: a ViT of single numbers, with its own task.", autocompletion=lambda: recipe_names(textbook=True))] = None,
     output: Annotated[Path | None, typer.Option(help="Run folder; by default the next free number in runs/.", rich_help_panel="Run")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.", rich_help_panel="Run")] = False,
     *, overrides: dict[str, Any],

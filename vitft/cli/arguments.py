@@ -40,3 +40,10 @@ def check_picture(picture: Path | None) -> None:
     """Check a picture's path before the work. Raises UsageError."""
     if picture is not None and (picture.suffix.lower() != ".png" or not picture.parent.is_dir()):
         raise UsageError(f"{picture}: give a .png file in a folder that exists.")
+
+
+def recipe_names(textbook: bool | None = None) -> list[str]:
+    """The names of recipes, for completion."""
+    from vitft.config.recipe import names
+
+    return names(textbook)

@@ -8,21 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from vitft.cli import tables
-from vitft.cli.arguments import TRAIN_SETTINGS, Json, loading
+from vitft.cli.arguments import TRAIN_SETTINGS, Json, loading, recipe_names
 from vitft.cli.options import options_from
 from vitft.errors import UsageError
 from vitft.io import console
 
 
-def _recipe_names() -> list[str]:
-    from vitft.config.recipe import names
-
-    return names(textbook=False)
-
-
 @options_from(TRAIN_SETTINGS)
 def sweep(
-    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe's name or file; flags override it.", autocompletion=_recipe_names)] = None,
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe's name or file; flags override it.", autocompletion=lambda: recipe_names(textbook=False))] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUES", help="A setting to vary: a range, lr=1e-5..1e-3, or a list, layer_decay=0.6,0.75,1. Can be repeated.", rich_help_panel="Run")] = None,
     trials: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Number of trials. Default: all combinations of lists, or 20 if a setting has a range.", rich_help_panel="Run")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Runs per trial, with different seeds; their mean is compared. Default: 1.", rich_help_panel="Run")] = None,

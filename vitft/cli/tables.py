@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
-from vitft.io.console import duration, interval, percent, safe, size
+from vitft.io.console import brief, duration, interval, percent, safe, size
 from vitft.io.paths import shown
 
 LISTED_CLASSES = 30  # up to so many classes, the report has a row for each
@@ -158,7 +158,7 @@ def comparison_report(found: Any) -> RenderableType:
         names = [Path(run).name for run in (found.first, *(one.run for one in found.others))]
         settings = _table("setting", *(Column(safe(name), overflow="fold") for name in names))
         for name, values in found.settings.items():
-            settings.add_row(name, *(Text(safe(_brief(value))) for value in values))
+            settings.add_row(name, *(Text(safe(brief(value))) for value in values))
         parts += ["", settings]
     return Group(*parts)
 
@@ -299,7 +299,7 @@ def sweep_report(result: Any) -> RenderableType:
         result.trials, key=lambda one: (order[one.state], worse * mean(one, result.by) if one.scores else 0, one.number)
     )
     for one in rows:
-        values = [Text(safe(_brief(one.settings.get(name)))) for name in names]
+        values = [Text(safe(brief(one.settings.get(name)))) for name in names]
         scores = [shown(result.by, mean(one, result.by))] if one.scores else ["–"]
         if several:
             found = spread(one, result.by) if one.scores else None
@@ -320,10 +320,6 @@ def sweep_report(result: Any) -> RenderableType:
     if (left := result.planned - sum(one.state != "unfinished" for one in result.trials)) > 0:
         lines.append(f"trials that other processes work on: {left} of {result.planned}")
     return Group(table, "", *(Text(line) for line in lines))
-
-
-def _brief(value: Any) -> str:
-    return "none" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def training_report(result: Any) -> str:

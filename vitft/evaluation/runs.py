@@ -68,8 +68,9 @@ def newest_run(folder: Path | str = RUNS) -> Path:
 
 
 def _describe(run: Path) -> RunInfo:
-    files = [file for file in run.rglob("*") if file.is_file()]
-    size, changed = sum(file.stat().st_size for file in files), _changed(run)
+    with lock_folder(run) as free:
+        pass  # at once: it only asks
+    size, changed = sum(map(_bytes, run.rglob("*"))), _changed(run)
     try:
         settings = read_recipe(run / "config.yaml")
         dataset, model = str(settings.get("dataset", "given in Python")), str(settings.get("model", ""))
@@ -80,13 +81,24 @@ def _describe(run: Path) -> RunInfo:
         card = None if chosen is None else read_card(chosen)
         scores = {} if card is None else {split: Score.from_summary(one) for split, one in card.scores.items()}
     except (VitftError, KeyError, TypeError) as error:
-        return RunInfo(run, "", "", "damaged", 0, None, {}, size, changed, first_line(error))
-    with lock_folder(run) as free:
-        how = "finished" if (run / FILE).is_file() else "interrupted" if chosen else "not started"
-        how = how if free else "training"
+        # A run in progress replaces its checkpoints.
+        how, why = ("damaged", first_line(error)) if free else ("training", "")
+        return RunInfo(run, "", "", how, 0, None, {}, size, changed, why)
+    # Test images are scored last; earlier versions left no results.
+    finished = (run / FILE).is_file() or "test" in scores
+    how = "finished" if finished else "interrupted" if chosen else "not started"
     return RunInfo(
-        run, name_of(dataset), name_of(model), how, state.step, state.total_steps, scores, size, changed
+        run, name_of(dataset), name_of(model), how if free else "training", state.step, state.total_steps, scores, size,
+        changed,
     )  # fmt: skip
+
+
+def _bytes(file: Path) -> int:
+    """The size of a file; 0 for a folder, and for what was removed meanwhile."""
+    try:
+        return file.stat().st_size if file.is_file() else 0
+    except OSError:
+        return 0
 
 
 def _changed(run: Path) -> float:

@@ -136,6 +136,11 @@ def percent(fraction: float, digits: int = 1) -> str:
     return f"{100 * fraction:.{digits}f} %"
 
 
+def brief(value: Any) -> str:
+    """A setting's value: 2e-05, none."""
+    return "none" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def duration(seconds: float) -> str:
     """4 -> 4 s, 184 -> 3 min 4 s, 7300 -> 2 h 2 min."""
     whole = round(seconds)

@@ -1,14 +1,14 @@
 """The images that a report shows, as small as its size allows."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 
 from vitft.data.decoder import BadImage
-from vitft.data.sources.source import Source
 from vitft.data.thumbnail import data_url
 from vitft.evaluation.split_predictions import Predictions
 from vitft.hardware.pools import map_in_threads
@@ -35,15 +35,19 @@ class Gallery:
     unreadable: int = 0
 
 
-def gallery(predictions: Predictions, source: Source, progress: Callable[[int, int], None]) -> Gallery:
-    """Collect the images: the surest mistakes first, then the least certain, examples, and the rest of the mistakes."""
+def gallery(
+    predictions: Predictions, places: Sequence[int | None], rows: Dataset, progress: Callable[[int, int], None]
+) -> Gallery:  # fmt: skip
+    """Collect the images: the surest mistakes first, then the least certain, examples, and the rest of the mistakes.
+
+    `places` has the row of each image in `rows`; None for one that is gone.
+    """
     found, number_of, used = Gallery(), {}, 0
-    rows = source.splits[predictions.source]
-    wanted = list(dict.fromkeys(_in_order(predictions)))
+    wanted = [place for place in dict.fromkeys(_in_order(predictions)) if places[place] is not None]
 
     def picture(place: int) -> str | None:
         try:
-            return data_url(rows[int(predictions.rows[place])]["image"], SIDE)
+            return data_url(rows[places[place]]["image"], SIDE)
         except BadImage:
             return None
 

@@ -13,6 +13,7 @@ from jinja2 import Environment
 from vitft.checkpoints.checkpoint import is_run, read_config
 from vitft.config.train import TrainConfig
 from vitft.data.sources.source import DatasetLike, Source, source_of
+from vitft.data.split_record import read_record, restore_splits
 from vitft.errors import DataError, ModelError, UsageError, VitftError
 from vitft.evaluation.calibration import Calibration, at_temperature, calibration, coverage_curve, describe
 from vitft.evaluation.results import Results, read_results
@@ -81,7 +82,7 @@ def _facts(run: Path, results: Results, dataset: DatasetLike | None, progress: _
     split = "test" if "test" in results.splits else next(iter(results.splits), None)
     scores = results.splits.get(str(split), {})
     predictions = results.predictions(split) if split else None
-    pictures, missing = _pictures(config, dataset, predictions, progress)
+    pictures, missing = _pictures(run, config, dataset, predictions, progress)
     classes = [safe(row["label"]) for row in scores.get("per_class", ())]
     lines = recorded(run)
     return {
@@ -98,16 +99,22 @@ def _facts(run: Path, results: Results, dataset: DatasetLike | None, progress: _
 
 
 def _pictures(
-    config: TrainConfig, dataset: DatasetLike | None, predictions: Predictions | None, progress: _Progress
+    run: Path, config: TrainConfig, dataset: DatasetLike | None, predictions: Predictions | None, progress: _Progress
 ) -> tuple[Gallery, str]:
-    """The images to show, and why there are none."""
+    """The images to show, and why there are none. Images are found by what they are called, or by their content."""
     if predictions is None:
         return Gallery(), "there are too many images and classes to keep what was said of each"
     try:
         source = _source(config, dataset)
-        if predictions.source not in source.splits or len(source.splits[predictions.source]) <= predictions.rows.max():
-            return Gallery(), "the dataset has changed since"
-        return gallery(predictions, source, progress), ""
+        record = read_record(run)
+        split = (
+            None if record is None else restore_splits(record, source, moved=dataset is not None).get(predictions.split)
+        )
+        if split is None:
+            return Gallery(), "none of them is in the dataset any more"
+        row_of = dict(zip(map(str, split.ids), split.rows.tolist(), strict=True))
+        rows = source.splits[split.source]
+        return gallery(predictions, [row_of.get(image) for image in predictions.ids], rows, progress), ""
     except (VitftError, OSError) as error:
         return Gallery(), str(error)
 

@@ -289,7 +289,7 @@ def _try_one(study: "Study", plan: Plan, folder: Path) -> bool:
     with study.claimed() as trial:
         if trial is None:
             return False
-        values = ", ".join(f"{name} {_shown(value)}" for name, value in trial.settings.items())
+        values = ", ".join(f"{name} {console.brief(value)}" for name, value in trial.settings.items())
         console.note(f"trial {trial.number} of {study.total}: {values or 'the settings as given'}")
         before = study.best(plan.base.best_by)
         try:
@@ -381,7 +381,3 @@ def _recipe(result: SweepResult, plan: Plan) -> str:
 def shown(by: str, value: float) -> str:
     """A metric as text."""
     return f"{value:.4f}" if by == "loss" else console.percent(value, 2)
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
