@@ -7,13 +7,13 @@ if TYPE_CHECKING:
     from vitft.data.sources.source import Source, open_dataset
     from vitft.errors import DataError, ModelError, Stopped, TrainingError, UsageError, VitftError
     from vitft.evaluation.comparison import Compared, Comparison, compare
-    from vitft.evaluation.embedding import Embedded, embed
     from vitft.evaluation.evaluation import evaluate
     from vitft.evaluation.loading import load_model
     from vitft.evaluation.metrics import ClassScore, Metrics, Score
-    from vitft.evaluation.prediction import Prediction, Predictor, predict
     from vitft.evaluation.soup import Soup, soup
     from vitft.models.load import Loaded
+    from vitft.prediction.embedding import Embedded, embed
+    from vitft.prediction.predictor import Prediction, Predictor, predict
     from vitft.probing.doubt import Doubt, DoubtResult, doubt
     from vitft.probing.probe import ProbeResult, probe
     from vitft.reporting.report import write_report
@@ -69,11 +69,11 @@ _ROOMS = {
     "data.sources.source": ("Source", "open_dataset"),
     "errors": ("DataError", "ModelError", "Stopped", "TrainingError", "UsageError", "VitftError"),
     "evaluation.comparison": ("Compared", "Comparison", "compare"),
-    "evaluation.embedding": ("Embedded", "embed"),
+    "prediction.embedding": ("Embedded", "embed"),
     "evaluation.evaluation": ("evaluate",),
     "evaluation.loading": ("load_model",),
     "evaluation.metrics": ("ClassScore", "Metrics", "Score"),
-    "evaluation.prediction": ("Prediction", "Predictor", "predict"),
+    "prediction.predictor": ("Prediction", "Predictor", "predict"),
     "evaluation.soup": ("Soup", "soup"),
     "models.load": ("Loaded",),
     "probing.doubt": ("Doubt", "DoubtResult", "doubt"),

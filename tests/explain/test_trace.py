@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 import vitft
 from vitft.cli.app import app
 from vitft.errors import DataError, ModelError, UsageError
-from vitft.evaluation.prediction import predict
 from vitft.explain.attention import draw_attention, patch_attention, rollout
 from vitft.explain.stage import find_lessons, lesson_text
 from vitft.explain.trace import Trace, document, trace_image, trace_table
+from vitft.prediction.predictor import predict
 from vitft.spec import stages
 
 MICRO = Path(vitft.__file__).parent / "assets" / "vit-micro"

@@ -16,8 +16,8 @@ from vitft.cli.app import app
 from vitft.errors import DataError
 from vitft.evaluation.evaluation import evaluate, matched
 from vitft.evaluation.metrics import score
-from vitft.evaluation.prediction import predict
 from vitft.models.load import load_trained
+from vitft.prediction.predictor import predict
 from vitft.training.setup import prepare
 from vitft.training.trainer import resume
 

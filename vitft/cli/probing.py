@@ -124,8 +124,8 @@ def embed(
 
     TrainConfig.parse(overrides, "flags")
     with loading():
-        from vitft.evaluation.embedding import check_output
-        from vitft.evaluation.embedding import embed as embedded
+        from vitft.prediction.embedding import check_output
+        from vitft.prediction.embedding import embed as embedded
 
     check_output(output, overwrite=overwrite)
     with console.working("reading features") as progress:

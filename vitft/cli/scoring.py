@@ -98,7 +98,7 @@ def predict(
 ) -> None:  # fmt: skip
     """Classify images. An unreadable image gets a row with its error, and the exit code is 3."""
     with loading():
-        from vitft.evaluation.prediction import predict as classify
+        from vitft.prediction.predictor import predict as classify
 
     limits = given(max_pixels=max_pixels, value_range=value_range)
     rows = classify(

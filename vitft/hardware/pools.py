@@ -7,8 +7,9 @@ import os
 import shutil
 import signal
 import sys
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any, Generic, TypeVar
 from weakref import WeakSet
@@ -35,6 +36,24 @@ def map_in_threads(work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
 
 
 _in_fork = False
+
+
+def map_ahead(work: Callable[[A], B], items: Iterable[A], ahead: int) -> Generator[B, None, None]:
+    """`map` in the thread pool, `ahead` items ahead of the reader and no more: for any number of them."""
+    if _in_fork:
+        yield from map(work, items)
+        return
+    pending: deque[Future[B]] = deque()
+    try:
+        for item in items:
+            pending.append(thread_pool().submit(work, item))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
 
 
 def map_in_groups(work: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:

@@ -16,7 +16,7 @@ from vitft.data.sources.identity import sample_names
 from vitft.data.sources.source import Source, class_indices, open_dataset
 from vitft.data.splits import make_splits, manifest
 from vitft.errors import DataError
-from vitft.evaluation.prediction import find_images
+from vitft.prediction.inputs import find_images
 
 
 def draw(*files: Path) -> None:

@@ -19,7 +19,6 @@ from vitft.data.sources.schema import NAME, ROW
 from vitft.data.sources.source import DatasetLike, Source, open_dataset
 from vitft.errors import DataError, ModelError, UsageError, as_flag
 from vitft.evaluation.loading import load_model
-from vitft.evaluation.prediction import find_images, read_image
 from vitft.hardware.device import find_device, threads
 from vitft.hardware.pools import map_in_threads
 from vitft.io import console
@@ -27,6 +26,7 @@ from vitft.io.atomic import new_file
 from vitft.io.paths import expanded
 from vitft.models.features import backbone
 from vitft.models.resize import resize_model
+from vitft.prediction.inputs import find_images, read_image
 
 _BATCH = 64  # images per forward pass
 _ROW_GROUP = 4096  # images that are written at once
@@ -89,7 +89,7 @@ def embed(
     file = check_output(output, overwrite=overwrite)
     source, place = _dataset_of(images, reading | {"revision": dataset_revision})
     given: list[str | Path] = [images] if isinstance(images, str | Path) else [] if source else list(images)
-    found = [] if source else list(find_images(given))
+    found = [] if source else [str(one) for one in find_images(given)]
     chunks = _of_files(found) if source is None else _of_dataset(source, place)
     count = len(found) if source is None else sum(map(len, source.splits.values()))
     loaded = load_model(model, revision=model_revision, headless=True)

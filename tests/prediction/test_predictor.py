@@ -5,8 +5,9 @@ import io
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from vitft.cli.app import app
 from vitft.data.augment import Preprocess, preprocess_images
 from vitft.data.decoder import decode
 from vitft.errors import DataError, ModelError, UsageError
-from vitft.evaluation.prediction import Prediction, Predictor, _channels_last, predict
 from vitft.models.load import load_for_training
+from vitft.prediction.inputs import _channels_last
+from vitft.prediction.predictor import _AHEAD, BATCH, Prediction, Predictor, predict
 
 OPAQUE = ("RGB", "L", "P", "1", "CMYK")
 SIZES = (
@@ -385,12 +387,13 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Pa
     "given",
     [
         lambda images: images,
+        lambda images: [Path(image.filename).read_bytes() for image in images],
         lambda images: [np.asarray(image) for image in images],
         lambda images: np.stack([np.asarray(image) for image in images]),
         lambda images: [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images],
         lambda images: torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]) / 255,
     ],
-    ids=["PIL", "arrays", "a batch of arrays", "tensors", "a batch of floats"],
+    ids=["PIL", "encoded", "arrays", "a batch of arrays", "tensors", "a batch of floats"],
 )
 def test_images_in_memory_are_what_their_files_are(photographs: tuple[Path, list[Path]], given: Any) -> None:
     checkpoint, files = photographs
@@ -433,3 +436,52 @@ def test_files_that_are_not_images_get_a_row_with_the_error(photographs: tuple[P
 def test_float_images_become_the_uint8_pixels_they_encode() -> None:
     pixels = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
     assert np.array_equal(_channels_last(pixels / 255), pixels.movedim(0, -1).numpy())
+
+
+# -- a stream ---------------------------------------------------------------------------------------
+
+
+def test_a_stream_has_no_end_and_is_read_a_few_batches_ahead(photographs: tuple[Path, list[Path]]) -> None:
+    checkpoint, files = photographs
+    taken = 0
+
+    def endless() -> Iterator[Path]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield files[taken % 3]
+
+    rows = list(islice(Predictor(checkpoint).stream(endless()), 3 * BATCH))
+    assert [row.path for row in rows[:4]] == [str(files[number % 3]) for number in (1, 2, 3, 4)]
+    assert 3 * BATCH <= taken <= 3 * BATCH + _AHEAD + 1
+
+
+def test_a_stream_gives_all_probabilities_if_asked(photographs: tuple[Path, list[Path]]) -> None:
+    predictor = Predictor(photographs[0])
+    for plain, full in zip(
+        predictor(photographs[1]), predictor.stream(photographs[1], probabilities=True), strict=True
+    ):
+        assert plain.probabilities is None
+        assert full.probabilities is not None
+        assert dict(full.top) == {
+            LABELS[place]: float(full.probabilities[place]) for place in full.probabilities.argsort()[-3:]
+        }
+        assert_same_top(plain, full)
+
+
+def test_images_read_in_one_place_and_scored_in_another_are_what_a_call_says(
+    photographs: tuple[Path, list[Path]],
+) -> None:
+    """As a server does: it decodes in the threads of its requests, and scores in batches."""
+    checkpoint, files = photographs
+    predictor = Predictor(checkpoint)
+    pixels = torch.stack([predictor.read(file.read_bytes()) for file in files])
+    assert pixels.dtype == torch.uint8
+    every = predictor.probabilities(pixels)
+    assert every.shape == (3, len(LABELS))
+    for scores, row in zip(every, predictor(files, top_k=7), strict=True):
+        assert [float(scores[LABELS.index(label)]) for label, _ in row.top] == pytest.approx(
+            [p for _, p in row.top], abs=1e-5
+        )
+    with pytest.raises(DataError, match="not an image"):
+        predictor.read(b"no image at all")

@@ -21,8 +21,8 @@ from vitft.cli.app import app
 from vitft.data.augment import Preprocess, preprocess_images
 from vitft.data.decoder import decode
 from vitft.errors import DataError, ModelError, UsageError
-from vitft.evaluation import embedding
-from vitft.evaluation.prediction import Predictor
+from vitft.prediction import embedding
+from vitft.prediction.predictor import Predictor
 
 LABELS = ("ant", "bee", "cat")
 
