@@ -48,9 +48,8 @@ def gradient_attention(model: Any, pixels: Tensor, classes: Tensor) -> Tensor | 
         pixels: its input, (B, C, H, W).
         classes: of each image, the class, (B,).
     """
-    stacks = block_stacks(model)
-    patch = _patch_size(model)
-    if len(stacks) != 1 or patch is None:
+    stacks = block_stacks(model) if isinstance(model, nn.Module) else []
+    if len(stacks) != 1 or (patch := patch_size(model)) is None:
         return None
     last: list[Tensor] = []
     handle = stacks[0][-1].register_forward_hook(
@@ -77,8 +76,9 @@ def gradient_attention(model: Any, pixels: Tensor, classes: Tensor) -> Tensor | 
     return found[:, tokens - rows * columns :].reshape(-1, rows, columns)
 
 
-def _patch_size(model: nn.Module) -> tuple[int, int] | None:
-    config: Any = model.config
+def patch_size(model: Any) -> tuple[int, int] | None:
+    """Height and width of a patch in pixels, as the model's configuration has them; None if it has none."""
+    config = model.config
     found = getattr(getattr(config, "vision_config", None) or config, "patch_size", None)
     if isinstance(found, int):
         return found, found

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vitft.attribution.gradient_attention import gradient_attention
 from vitft.attribution.occlusion import occlusion
+from vitft.errors import ModelError
 
 _BATCH = 8  # attention weights of all blocks and their gradients are large
 Method = Literal["attention", "occlusion"]
@@ -16,25 +17,28 @@ Map = NDArray[np.float32]
 """Of each place, how much it speaks for the class: (rows, columns), 0 or less where it does not."""
 
 
-def class_maps(model: Any, pixels: Tensor, classes: Tensor) -> tuple[list[Map], Method]:
+def class_maps(model: Any, pixels: Tensor, classes: Tensor, by: Method | None = None) -> tuple[list[Map], Method]:
     """What speaks for a class in each image, and how that was found.
-
-    By gradient-weighted attention where all patches attend to each other, else (in a Swin or a ConvNeXt) by occlusion.
 
     Args:
         model: a Transformers image classifier, in evaluation mode.
         pixels: its input, (B, C, H, W).
         classes: of each image, the class, (B,).
+        by: the method; by default gradient-weighted attention where all patches attend to each other, else (in a Swin
+            or a ConvNeXt) occlusion.
+
+    Raises:
+        ModelError: by attention, but this model does not have it between all patches.
     """
     maps: list[Map] = []
-    method: Method = "attention"
     for start in range(0, len(pixels), _BATCH):
         some, of = pixels[start : start + _BATCH], classes[start : start + _BATCH]
-        found = None if method == "occlusion" else gradient_attention(model, some, of)
-        if found is None:
-            method, found = "occlusion", occlusion(model, some, of)
-        maps += list(found.detach().cpu().numpy())
-    return maps, method
+        found = None if by == "occlusion" else gradient_attention(model, some, of)
+        if found is None and by == "attention":
+            raise ModelError("its patches do not all attend to each other; use occlusion.")
+        by = "occlusion" if found is None else "attention"
+        maps += list((occlusion(model, some, of) if found is None else found).detach().cpu().numpy())
+    return maps, by or "attention"
 
 
 def overlay(pixels: NDArray[np.uint8], weights: NDArray[Any], width: int) -> Image.Image:
