@@ -116,7 +116,7 @@ def test_every_import_is_declared() -> None:
     said = tomllib.loads(PROJECT.read_text())["project"]
     lines = (
         *said["dependencies"],
-        *(line for extra in ("heic", "lora", "sweep") for line in said["optional-dependencies"][extra]),
+        *(line for extra in ("heic", "lora", "serve", "sweep") for line in said["optional-dependencies"][extra]),
     )
     packages = [re.split("[<>=]", line)[0] for line in lines]
     modules = {"pillow": "PIL", "pillow_jxl_plugin": "pillow_jxl", "pyyaml": "yaml", "scikit_learn": "sklearn"}

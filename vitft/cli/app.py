@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from vitft.cli import probing, scoring, sweeping, tables
+from vitft.cli import probing, scoring, serving, sweeping, tables
 from vitft.cli.arguments import (
     TRAIN_SETTINGS,
     DatasetName,
@@ -138,6 +138,7 @@ runs_app.command("ls")(scoring.list_runs)
 app.command()(probing.probe)
 data_app.command()(probing.doubt)
 app.command()(sweeping.sweep)
+app.command()(serving.serve)
 
 
 @app.command()

@@ -56,7 +56,7 @@ def say_text(text: str) -> None:
 def _put(text: str) -> None:
     """Print text, escaping characters that the output encoding does not have."""
     encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), end="")
+    print(text.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)  # a pipe's reader may wait
 
 
 def note(message: str) -> None:

@@ -1,1 +1,0 @@
-"""Where in an image a model finds what speaks for a class."""

@@ -1,0 +1,1 @@
+"""A model behind HTTP: a page to drop photos on, and an API for programs (`vitft serve`)."""
