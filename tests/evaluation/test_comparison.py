@@ -136,12 +136,13 @@ def test_what_cannot_be_compared_is_refused(runs: dict[str, Path], tmp_path: Pat
     kept.rename(predictions_file(runs["b"], "test"))
 
 
-def test_the_command(runs: dict[str, Path]) -> None:
+def test_the_command(runs: dict[str, Path], tmp_path: Path) -> None:
     words = ["compare", str(runs["a"]), str(runs["b"])]
     done = CliRunner(env={"COLUMNS": "160"}).invoke(app, words)
     assert done.exit_code == 0, done.output
     assert "images gained" in done.stdout
-    document = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    document = json.loads(CliRunner().invoke(app, [*words, "--json", "--plot", str(tmp_path / "curves.png")]).stdout)
+    assert (tmp_path / "curves.png").is_file()
     assert document["split"] == "test"
     assert document["others"][0]["run"] == str(runs["b"])
     assert CliRunner().invoke(app, words[:2]).exit_code == 2

@@ -18,6 +18,7 @@ import vitft
 from vitft.cli.app import app
 from vitft.errors import UsageError
 from vitft.explain.attention import attention_weights, rollout
+from vitft.explain.lens import lens
 from vitft.explain.page import write_page
 from vitft.explain.trace import Trace, trace_image
 
@@ -116,6 +117,35 @@ def test_click_a_patch_and_choose_a_head(visit: Any, trace: Trace) -> None:
     assert f"the patch in row {row + 1}, column {column + 1} contributes most to the class token" in page.inner_text(
         "#description"
     )
+
+
+def test_choose_a_class_to_see_what_speaks_for_it(visit: Any, trace: Trace) -> None:
+    page = visit()
+    label = trace.scores[2][0]
+    page.select_option("#speaks", "2")
+    share = trace.relevance[2] / trace.relevance[2].sum()
+    row, column = np.unravel_index(share.argmax(), (7, 7))
+    digits = 1 if share.max() < 0.1 else 0
+    assert page.inner_text("#description").endswith(
+        f"{label}, {100 * share.max():.{digits}f} % is in the patch in row {row + 1}, column {column + 1}."
+    )
+    assert not page.is_visible("#heads")
+    page.select_option("#speaks", "")
+    assert page.is_visible("#heads")
+
+
+def test_the_lens_shows_the_answer_after_each_block_and_that_of_the_patch(visit: Any, trace: Trace) -> None:
+    page, found = visit(), lens(trace)
+    rows = [row.inner_text() for row in page.locator("#depths tr").all()]
+    assert len(rows) == 5
+    for row, classes in zip(rows, found.pooled, strict=True):
+        assert f"{HOSTILE}{trace.labels[classes.argmax()]} " in row
+    page.hover("#picture", position=patch(page, 3, 5))
+    token = 1 + 2 * 7 + 4
+    assert page.inner_text("#lens-token") == "the patch in row 3, column 5"
+    for depth in range(5):
+        cell = page.locator("#depths tr").nth(depth).locator("td").nth(1).inner_text()
+        assert cell.startswith(f"{HOSTILE}{trace.labels[found.best[depth, token]]} ")
 
 
 def test_hover_over_a_patch(visit: Any) -> None:

@@ -9,15 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
 import vitft
+from vitft.attribution.gradient_attention import gradient_attention
 from vitft.cli.app import app
+from vitft.data.augment import normalize
 from vitft.errors import DataError, ModelError, UsageError
+from vitft.evaluation.loading import load_model
 from vitft.explain.attention import draw_attention, patch_attention, rollout
+from vitft.explain.lens import lens
 from vitft.explain.stage import find_lessons, lesson_text
 from vitft.explain.trace import Trace, document, trace_image, trace_table
 from vitft.prediction.predictor import predict
@@ -111,7 +116,7 @@ def test_an_unknown_stage_suggests_the_nearest(trace: Trace) -> None:
 
 def test_attention_maps_are_brightest_at_the_largest_weight(trace: Trace, tmp_path: Path) -> None:
     written = draw_attention(trace, tmp_path / "out")
-    assert len(written) == trace.spec.layers * trace.spec.heads + 2
+    assert len(written) == trace.spec.layers * trace.spec.heads + 2 + len(trace.relevance)
     assert all(path.is_file() for path in written)
     maps = patch_attention(trace)
     assert maps.shape == (4, 4, 7, 7)
@@ -122,6 +127,35 @@ def test_attention_maps_are_brightest_at_the_largest_weight(trace: Trace, tmp_pa
     assert tint[row, column] > np.median(tint)
     assert rollout(trace).sum() == pytest.approx(1)
     assert (maps.sum(axis=(2, 3)) <= 1 + 1e-6).all()
+
+
+def test_what_speaks_for_a_class_is_computed_twice(trace: Trace) -> None:
+    """By Chapter 3's gradient of A V, and by autograd through Transformers' own attention."""
+    loaded = load_model(MICRO)
+    pixels = normalize(torch.from_numpy(trace.pixels)[None], loaded.preprocess)
+    for (label, _), found in zip(trace.scores, trace.relevance, strict=False):
+        other = gradient_attention(loaded.model, pixels, torch.tensor([trace.labels.index(label)]))
+        assert other is not None
+        np.testing.assert_allclose(found, other[0], rtol=1e-3, atol=1e-4 * found.max())
+    assert len(trace.relevance) == 5
+    assert not np.allclose(trace.relevance[0], trace.relevance[1], rtol=0.1)
+
+
+def test_the_lens_ends_with_the_prediction(trace: Trace) -> None:
+    found = lens(trace)
+    assert found.pooled.shape == (5, 10)
+    assert found.best.shape == found.sure.shape == (5, 50)
+    assert [trace.labels[place] for place in np.argsort(-found.pooled[-1])] == [label for label, _ in trace.scores]
+    assert found.pooled[-1].max() == pytest.approx(trace.scores[0][1], rel=1e-5)
+    np.testing.assert_allclose(found.pooled.sum(axis=1), 1)
+    # With a class token, the head reads it: before the first block it is the same for every image.
+    tokens = trace.weights.embedding.class_token[0] + trace.weights.embedding.positions[0]
+    norm, head = trace.weights.norm, trace.weights.head.logits
+    normed = (tokens - tokens.mean()) / np.sqrt(tokens.var() + trace.spec.norm_eps) * norm.scale + norm.shift
+    logits = head.weight @ normed + head.bias
+    expected = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    np.testing.assert_allclose(found.pooled[0], expected, rtol=1e-3)
+    np.testing.assert_allclose(found.sure[:, 0], found.pooled.max(axis=1), rtol=1e-6)
 
 
 def test_rollout_of_a_model_that_attends_to_one_patch_only(trace: Trace) -> None:

@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+from base64 import b64decode
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,13 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from vitft import ModelError, TrainConfig, UsageError, train, write_report
+from vitft import ModelError, Predictor, TrainConfig, UsageError, train, write_report
 from vitft.cli.app import app
 from vitft.evaluation.metrics import score
 from vitft.evaluation.results import FILE as RESULTS
 from vitft.evaluation.results import predictions_file, read_results, write_results
 from vitft.evaluation.split_predictions import Predictions
-from vitft.reporting import pictures
+from vitft.reporting import looks, pictures
 from vitft.training.trainer import Result
 
 HOSTILE = ["<img src=x onerror=alert(1)>", "</script><b>", "a\"b'c", "ünï çödé 猫", "x" * 60]
@@ -122,6 +124,29 @@ def test_images_are_found_again_after_others_were_added(tmp_path: Path) -> None:
     ]
 
 
+def test_the_surest_mistakes_show_where_the_model_looked(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = document((hostile / "report.html").read_text())
+    said = read_results(hostile).predictions("test")
+    sure = [said.ids[place] for place in said.mistakes()[: looks.LOOKS]]
+    with_look = [image for image in data["images"] if "look" in image]
+    assert [image["name"] for image in with_look] == sure
+    # Bright where the model's own map is high: computed here once more for one image.
+    image = with_look[0]
+    predictor = Predictor(hostile)
+    pixels = predictor.read(hostile.parent / "photos" / image["name"])
+    (weights,) = predictor.maps(pixels[None], [image["said"]])
+    picture = Image.open(BytesIO(b64decode(image["look"].partition(",")[2]))).convert("L")
+    shown = np.asarray(picture.resize((weights.shape[1], weights.shape[0]), Image.Resampling.BOX), float)
+    assert np.corrcoef(shown.ravel(), weights.ravel())[0, 1] > 0.9
+
+
+def test_large_models_show_fewer_of_them(hostile: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(looks, "_COST", looks._COST / 1e9)
+    page = write_report(hostile, tmp_path / "page.html").read_text()
+    assert not any("look" in image for image in document(page)["images"])
+    assert 'id="look"' not in page
+
+
 def test_without_the_dataset_the_rest_is_there(hostile: Path, tmp_path: Path) -> None:
     moved = tmp_path / "run"
     shutil.copytree(hostile, moved)
@@ -220,6 +245,17 @@ def test_it_fits_the_window_and_shows_names_as_they_are(
     assert names == sorted(HOSTILE)
     light = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (light == "rgb(251, 250, 247)") == (scheme == "light")
+
+
+def test_a_switch_shows_where_the_model_looked(hostile: Path, opened: Callable[..., Any]) -> None:
+    page = opened(hostile / "report.html")
+    image = document((hostile / "report.html").read_text())["images"][0]
+    first = page.locator("#mistakes img").first
+    assert first.get_attribute("src") == image["src"]
+    page.get_by_label("Show where the model looked").check()
+    assert first.get_attribute("src") == image["look"]
+    page.get_by_label("Show where the model looked").press("Space")
+    assert first.get_attribute("src") == image["src"]
 
 
 def test_a_cell_opens_its_images_by_keyboard_and_escape_closes_them(hostile: Path, opened: Callable[..., Any]) -> None:

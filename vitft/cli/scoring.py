@@ -149,16 +149,22 @@ def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Run folders; the others are compared with the first.")],
     split: Annotated[str | None, typer.Option(help="test or validation. Default: test, if all were scored on it.")] = None,
     seed: Annotated[int, typer.Option(min=0, metavar="<int>", help="Random seed of the bootstrap.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Draw their losses, accuracies and learning rates as a PNG.")] = None,
     json: Json = False,
 ) -> None:  # fmt: skip
     """Compare runs on the same images: is one really better, where, and what was different?
 
     Paired tests: McNemar's for accuracy, a bootstrap for macro F1. Runs that were scored on other images are refused.
     """
+    check_picture(plot)
     with loading():
         from vitft.evaluation.comparison import compare as compared
+        from vitft.reporting.curves import plot_curves
 
     found = compared(runs, split=split, seed=seed)
+    if plot is not None:
+        plot_curves(runs, plot)
+        console.note(f"curves: {plot}")
     console.say_json(found.to_dict()) if json else console.say(tables.comparison_report(found))
 
 

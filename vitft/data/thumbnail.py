@@ -13,6 +13,11 @@ def data_url(image: Any, side: int) -> str:
     """The address of a JPEG of an image column's cell, at most `side` pixels wide and high. Raises BadImage."""
     small = Image.fromarray(decode(encoded(image)))
     small.thumbnail((side, side))
+    return jpeg_url(small)
+
+
+def jpeg_url(picture: Image.Image) -> str:
+    """The address of a picture inside a page, as a JPEG."""
     stream = io.BytesIO()
-    small.save(stream, "JPEG", quality=85)
+    picture.save(stream, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{b64encode(stream.getvalue()).decode()}"

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vitft.attribution.maps import overlay
 from vitft.errors import UsageError
 from vitft.explain.trace import Trace
 from vitft.io.fonts import drawable
@@ -52,9 +53,10 @@ def rollout(trace: Trace) -> Array:
 
 
 def draw_attention(trace: Trace, folder: Path) -> list[Path]:
-    """Write `layer-L-head-H.png` for every head, `rollout.png`, and an overview, `attention.png`, which comes last.
+    """Write `layer-L-head-H.png` for every head, `rollout.png`, `class-N.png`, and an overview, `attention.png`, last.
 
     Each picture shows the image, bright where the attention weights are high, scaled to the picture's largest weight.
+    `class-N.png` is bright where the image speaks for the Nth most probable class (see `Trace.relevance`).
     Raises UsageError if the folder cannot be created.
     """
     try:
@@ -64,32 +66,24 @@ def draw_attention(trace: Trace, folder: Path) -> list[Path]:
         raise UsageError(message) from error
     maps = patch_attention(trace)
     pictures = {
-        f"layer-{layer:02d}-head-{head:02d}.png": overlay(trace, head_map, 224)
+        f"layer-{layer:02d}-head-{head:02d}.png": overlay(trace.pixels, head_map, 224)
         for layer, layer_maps in enumerate(maps, 1)
         for head, head_map in enumerate(layer_maps, 1)
     }
-    pictures |= {"rollout.png": overlay(trace, rollout(trace), 448), "attention.png": contact_sheet(trace, maps)}
+    pictures |= {
+        f"class-{place}.png": overlay(trace.pixels, found, 448) for place, found in enumerate(trace.relevance, 1)
+    }
+    pictures |= {"rollout.png": overlay(trace.pixels, rollout(trace), 448), "attention.png": contact_sheet(trace, maps)}
     for name, picture in pictures.items():
         picture.save(folder / name)
     return [folder / name for name in pictures]
-
-
-def overlay(trace: Trace, weights: Array, width: int) -> Image.Image:
-    """The image, `width` pixels wide, dark and gray where the weights (rows, columns) are low, amber where high."""
-    height = round(width * trace.spec.image_height / trace.spec.image_width)
-    picture = Image.fromarray(trace.pixels).resize((width, height), Image.Resampling.BICUBIC)
-    scaled = Image.fromarray((255 * weights / max(weights.max(), 1e-12)).astype(np.uint8))
-    mask = np.asarray(scaled.resize((width, height), Image.Resampling.NEAREST), np.float32)[..., None] / 255
-    gray = np.asarray(picture.convert("L").convert("RGB"), np.float32)
-    tinted = 0.55 * np.asarray(picture, np.float32) + 0.45 * np.array([255, 176, 32])
-    return Image.fromarray((0.35 * gray * (1 - mask) + mask * tinted).clip(0, 255).astype(np.uint8))
 
 
 def contact_sheet(trace: Trace, maps: Array) -> Image.Image:
     """One row per layer and one column per head of maps (layers, heads, rows, columns), below image and rollout."""
     layers, heads = maps.shape[:2]
     left, top, large = _MARGIN + 62, _MARGIN + 2 * _CELL + 66, 2 * _CELL
-    width = max(left + heads * (_CELL + _GAP) + _MARGIN, left + 5 * _CELL)
+    width = max(left + heads * (_CELL + _GAP) + _MARGIN, left + 3 * (large + _GAP) + _MARGIN)
     sheet = Image.new("RGB", (width, top + layers * (_CELL + _GAP) + _MARGIN), _BACKGROUND)
     pen = ImageDraw.Draw(sheet)
 
@@ -102,15 +96,18 @@ def contact_sheet(trace: Trace, maps: Array) -> Image.Image:
     label, score = trace.scores[0]
     percent = f"{100 * score:.1f} %"
     sheet.paste(Image.fromarray(trace.pixels).resize((large, large), Image.Resampling.BICUBIC), (left, _MARGIN))
-    sheet.paste(overlay(trace, rollout(trace), large).resize((large, large)), (left + large + _GAP, _MARGIN))
+    sheet.paste(overlay(trace.pixels, rollout(trace), large).resize((large, large)), (left + large + _GAP, _MARGIN))
     write(left, _MARGIN + large + 6, f"{label}, {percent}", "lt", 14, _TEXT, fallback=percent)
     write(left + large + _GAP, _MARGIN + large + 6, "attention rollout, all layers", "lt", 14, _TEXT)
+    third = left + 2 * (large + _GAP)
+    sheet.paste(overlay(trace.pixels, trace.relevance[0], large).resize((large, large)), (third, _MARGIN))
+    write(third, _MARGIN + large + 6, f"what speaks for {label}", "lt", 14, _TEXT, fallback="what speaks for it")
     for head in range(heads):
         write(left + head * (_CELL + _GAP) + _CELL // 2, top - 18, f"head {head + 1}", "mt")
     for layer in range(layers):
         y = top + layer * (_CELL + _GAP)
         write(left - 10, y + _CELL // 2, f"layer {layer + 1}", "rm")
         for head in range(heads):
-            picture = overlay(trace, maps[layer, head], _CELL).resize((_CELL, _CELL))
+            picture = overlay(trace.pixels, maps[layer, head], _CELL).resize((_CELL, _CELL))
             sheet.paste(picture, (left + head * (_CELL + _GAP), y))
     return sheet

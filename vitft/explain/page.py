@@ -14,15 +14,16 @@ from PIL import Image
 
 from vitft.errors import UsageError
 from vitft.explain.attention import attention_weights, rollout
+from vitft.explain.lens import lens
 from vitft.explain.stage import lesson
 from vitft.explain.table import summary
-from vitft.explain.trace import Trace, statistics
+from vitft.explain.trace import CLASSES, Trace, statistics
 from vitft.io.atomic import write_text
 from vitft.scratch.tensors import Array
 
 _ROWS, _COLUMNS = 128, 256  # largest size of the picture of a stage
 _SEPARATOR = -128  # marks the column between two heads
-_CLASSES = 5  # shown on the page
+_SAID = 3  # classes after each block
 
 
 def write_page(trace: Trace, file: Path) -> None:
@@ -46,16 +47,34 @@ def _document(trace: Trace) -> dict[str, Any]:
         "image_name": trace.path.name,
         "checkpoint": trace.checkpoint,
         "summary": " → ".join(summary(spec)),
-        "scores": trace.scores[:_CLASSES],
+        "scores": trace.scores[:CLASSES],
         "rows": rows, "columns": columns, "prefix": spec.prefix_tokens, "layers": spec.layers, "heads": spec.heads,
         "attention": _base64(gzip.compress(_quantized(attention_weights(trace)), mtime=0)),
         "rollout": rollout(trace).ravel().tolist(),
+        "relevance": [found.ravel().tolist() for found in trace.relevance],
+        "lens": _lens(trace),
         "pooled": "the class token" if spec.pooling == "cls" else "the mean of the patch tokens",
         "stages": [
             statistics(trace, name) | asdict(lesson(trace, name)) | {"picture": _picture(name, trace)}
             for name in trace.by_numpy
         ],
     }  # fmt: skip
+
+
+def _lens(trace: Trace) -> dict[str, Any]:
+    """What the head would say by depth: the first classes of what it reads, and the best one of each token."""
+    found = lens(trace)
+    first = np.argsort(-found.pooled, axis=1)[:, :_SAID]
+    used = {label: place for place, label in enumerate(np.unique(found.best).tolist())}
+    return {
+        "pooled": [
+            [(trace.labels[label], float(row[label])) for label in best.tolist()]
+            for row, best in zip(found.pooled, first, strict=True)
+        ],
+        "labels": [trace.labels[label] for label in used],
+        "best": [[used[label] for label in row] for row in found.best.tolist()],
+        "sure": found.sure.round(3).tolist(),
+    }
 
 
 def _base64(data: bytes) -> str:

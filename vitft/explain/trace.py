@@ -23,6 +23,7 @@ from vitft.data.augment import Preprocess, normalize, resize_and_crop
 from vitft.data.decoder import BadImage, decode
 from vitft.errors import DataError, ModelError
 from vitft.evaluation.loading import load_model
+from vitft.explain.relevance import class_relevance
 from vitft.io import console
 from vitft.io.console import safe
 from vitft.io.paths import expanded
@@ -35,6 +36,9 @@ from vitft.scratch_runner.run import is_textbook_run, read_run
 from vitft.spec import ViTSpec, spec_from_config
 
 Stages = dict[str, Array]
+
+CLASSES = 5
+"""How many classes, the most probable ones, have a map of what speaks for them."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,9 @@ class Trace:
     by_numpy: Stages
     by_torch: Stages
     by_transformers: Stages
+    relevance: (
+        Array  # (5 or fewer, rows, columns): how much each patch speaks for each of the first classes of `scores`
+    )
 
     @property
     def scores(self) -> list[tuple[str, float]]:
@@ -101,13 +108,16 @@ def trace_image(image: Path, checkpoint: str | Path) -> Trace:
             _run_transformers(model, spec, x, _save_to(by_transformers))
     with np.errstate(all="ignore"):  # non-finite numbers are reported below
         vit(x.numpy(), weights, spec, watch=_save_to(by_numpy))
+    by_chapter = TorchViT(spec).load(weights).watched_by(_save_to(by_torch))
     with torch.no_grad():
-        TorchViT(spec).load(weights).watched_by(_save_to(by_torch))(x)
+        by_chapter(x)
     if broken := next((name for name, array in by_numpy.items() if not np.isfinite(array).all()), None):
         raise ModelError(f"{checkpoint}: non-finite numbers in {broken}: broken weights; use another checkpoint.")
+    best = np.argsort(-by_numpy["head"][0])[:CLASSES].tolist()
     return Trace(
-        image, str(checkpoint), pixels, labels, spec, weights, mean[0], std[0], by_numpy, by_torch, by_transformers
-    )
+        image, str(checkpoint), pixels, labels, spec, weights, mean[0], std[0], by_numpy, by_torch, by_transformers,
+        class_relevance(by_chapter, x, best),
+    )  # fmt: skip
 
 
 def _model_input(image: Path, preprocess: Preprocess) -> NDArray[np.uint8]:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from vitft.attribution.maps import Map, Method, class_maps
 from vitft.data.augment import normalize
 from vitft.data.decoder import MAX_PIXELS, BadImage
 from vitft.errors import ModelError, UsageError
@@ -150,6 +151,22 @@ class Predictor:
             )
         found: NDArray[np.float32] = scores.cpu().numpy()
         return found
+
+    def maps(self, pixels: torch.Tensor, classes: Sequence[int], by: Method | None = None) -> list[Map]:
+        """What speaks for a class in each image, by place: (rows, columns), high where much does.
+
+        Args:
+            pixels: images that `read` gave, stacked: uint8 (N, height, width, 3).
+            classes: of each image, the class, as a place in `labels`.
+            by: attention (Chefer et al. 2021) or occlusion (Zeiler & Fergus 2014); by default attention if it can be.
+
+        Raises:
+            ModelError: by attention, but the model does not have it between all patches.
+        """
+        inputs = normalize(pixels.to(self._device), self.preprocess)
+        with threads():
+            maps, _ = class_maps(self._model, inputs, torch.tensor(classes), by)
+        return maps
 
     def _read(self, found: Found) -> tuple[str | None, torch.Tensor | str]:
         """An image's name, if it is a file, and its pixels or why it cannot be read."""

@@ -33,6 +33,7 @@ class Gallery:
     examples: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     cells: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     unreadable: int = 0
+    rows: list[int] = field(default_factory=list)  # of each image, its row in the dataset's split
 
 
 def gallery(
@@ -60,6 +61,7 @@ def gallery(
         if used > BYTES:
             break
         number_of[place] = len(found.images)
+        found.rows.append(places[place] or 0)
         truth, said = int(predictions.truth[place]), int(predictions.predicted[place])
         sure = round(float(predictions.confidence[place]), 4)
         found.images.append(

@@ -4,11 +4,20 @@ const percent = (value) => `${(100 * value).toFixed(1)} %`;
 
 const count = (number, name) => `${number.toLocaleString("en")} ${name}${number === 1 ? "" : "s"}`;
 
+const look = document.getElementById("look"), looking = () => look?.checked;
+look?.addEventListener("change", () => {
+  for (const picture of document.querySelectorAll("img[data-number]")) {
+    const image = data.images[picture.dataset.number];
+    picture.src = looking() && image.look ? image.look : image.src;
+  }
+});
+
 function figure(number) {
   const image = data.images[number], item = make("li"), picture = make("img");
   const truth = data.classes[image.truth], said = data.classes[image.said];
-  picture.addEventListener("load", () => { if (picture.naturalWidth < 48) picture.style.imageRendering = "pixelated"; });
-  picture.src = image.src;
+  picture.addEventListener("load", () => { picture.style.imageRendering = picture.naturalWidth < 48 ? "pixelated" : ""; });
+  picture.src = looking() && image.look ? image.look : image.src;
+  picture.dataset.number = number;
   picture.alt = image.truth === image.said ? `${truth}, found` : `${truth}, taken for ${said}`;
   item.append(picture, make("b", said));
   item.append(` ${percent(image.sure)}`);

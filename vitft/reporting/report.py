@@ -22,6 +22,7 @@ from vitft.io.atomic import write_text
 from vitft.io.console import percent, safe
 from vitft.io.paths import expanded, shown
 from vitft.reporting.charts import Axis, Line, chart
+from vitft.reporting.looks import add_looks
 from vitft.reporting.pictures import Gallery, gallery
 from vitft.training.callbacks import recorded
 
@@ -114,7 +115,9 @@ def _pictures(
             return Gallery(), "none of them is in the dataset any more"
         row_of = dict(zip(map(str, split.ids), split.rows.tolist(), strict=True))
         rows = source.splits[split.source]
-        return gallery(predictions, [row_of.get(image) for image in predictions.ids], rows, progress), ""
+        found = gallery(predictions, [row_of.get(image) for image in predictions.ids], rows, progress)
+        add_looks(found, rows, run)
+        return found, ""
     except (VitftError, OSError) as error:
         return Gallery(), str(error)
 
