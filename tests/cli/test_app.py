@@ -579,7 +579,7 @@ def test_explain_is_one_json_document() -> None:
         ("vitft train --recipe ", {recipe.name for recipe in recipes() if not recipe.textbook}),
         ("vitft scratch train ", {"scalar", "mnist-patch7", "mnist-patch4", "mnist-patch2", "cifar10-patch4"}),
         ("vitft recipes show ", {recipe.name for recipe in recipes()}),
-        ("vitft predict x.png --format ", {"table", "csv", "jsonl"}),
+        ("vitft predict x.png --format ", {"table", "csv", "jsonl", "parquet"}),
         ("vitft ex", {"explain"}),
     ],
 )

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from vitft.cli import probing, scoring, serving, sweeping, tables
+from vitft.cli import predicting, probing, scoring, serving, sweeping, tables
 from vitft.cli.arguments import (
     TRAIN_SETTINGS,
     DatasetName,
@@ -131,7 +131,7 @@ def _show(result: Any, json: bool, report: str) -> None:
 
 models_app.command("ls")(probing.list_models)
 app.command("eval")(scoring.evaluate)
-app.command()(scoring.predict)
+app.command()(predicting.predict)
 app.command()(scoring.report)
 app.command()(scoring.compare)
 runs_app.command("ls")(scoring.list_runs)

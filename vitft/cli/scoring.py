@@ -1,6 +1,7 @@
-"""The commands that use what was trained: eval, predict, report, compare and runs ls."""
+"""The commands that look at what was trained: eval, report, compare and runs ls."""
 # ruff: noqa: E501  (one line per option)
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,11 +16,10 @@ from vitft.cli.arguments import (
     Revision,
     ValueRange,
     check_picture,
-    given,
     loading,
 )
 from vitft.cli.options import options_from
-from vitft.errors import DataError, UsageError
+from vitft.errors import UsageError
 from vitft.io import console
 
 
@@ -65,6 +65,8 @@ def evaluate(
             max_eval_samples=max_eval_samples, device=device, precision=precision, on_bad_image=on_bad_image,
             max_pixels=max_pixels, value_range=value_range, **overrides, progress=progress, report_skipped=report_skipped,
         )  # fmt: skip
+    if os.environ.get("RANK", "0") != "0":  # of several processes, the first one writes
+        return
     if plot is not None:
         from vitft.evaluation.plots import plot_confusion
 
@@ -81,43 +83,6 @@ def evaluate(
     console.say(tables.metrics_report(metrics))
     if errors:
         console.say(tables.mistakes_report(wrong))
-
-
-def predict(
-    paths: Annotated[list[str], typer.Argument(metavar="PATH", help="Image files, folders and globs.")],
-    checkpoint: Annotated[str, typer.Option(help="Run folder, one of its checkpoints, or a Transformers folder or hub id.")],
-    top_k: Annotated[int, typer.Option(min=1, metavar="<int>", help="Classes per image.")] = 3,
-    calibrated: Annotated[bool, typer.Option("--calibrated", help="Divide logits by the temperature that the run fitted on its validation images.")] = False,
-    min_confidence: Annotated[float | None, typer.Option(min=0, max=1, metavar="<float>", help="Mark images whose best class has a lower probability as unsure.")] = None,
-    min_precision: Annotated[float | None, typer.Option(min=0, max=1, metavar="<float>", help="The same, with the confidence from which on this fraction of the validation images is right, such as 0.99.")] = None,
-    device: Device = "auto",
-    format: Annotated[Literal["table", "csv", "jsonl"], typer.Option(help="Output format.")] = "table",
-    max_pixels: MaxPixels = None,
-    value_range: ValueRange = None,
-    json: Json = False,
-) -> None:  # fmt: skip
-    """Classify images. An unreadable image gets a row with its error, and the exit code is 3."""
-    with loading():
-        from vitft.prediction.predictor import predict as classify
-
-    limits = given(max_pixels=max_pixels, value_range=value_range)
-    rows = classify(
-        paths, checkpoint, top_k=top_k, device=device, calibrated=calibrated, min_confidence=min_confidence,
-        min_precision=min_precision, **limits,
-    )  # fmt: skip
-    if json:
-        console.say_json({"predictions": [row.to_dict() for row in rows]})
-    elif format == "jsonl":
-        console.say_text("".join(console.json_text(row.to_dict()) + "\n" for row in rows))
-    elif format == "csv":
-        console.say_text(
-            tables.predictions_csv(rows, top_k, unsure=min_confidence is not None or min_precision is not None)
-        )
-    else:
-        console.say(tables.predictions_report(rows))
-    if bad := [row for row in rows if row.error is not None]:
-        first = f"the first is {bad[0].path}: {bad[0].error}"
-        raise DataError(f"{len(bad)} of {len(rows)} images could not be read; {first}")
 
 
 def report(

@@ -1,13 +1,12 @@
 """The results that commands show: text and tables, at most 80 columns wide."""
 
-import csv
-import io
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
@@ -456,43 +455,26 @@ def bench_report(found: Mapping[str, Any]) -> RenderableType:
     return Group(head, table, Text("\n" + "\n".join(lines)))
 
 
-def predictions_report(predictions: Sequence[Any]) -> RenderableType:
-    """A row per image: its classes, best first, with their probabilities."""
-    table = _table(Column("image", overflow="fold"), Column("prediction", overflow="fold"))
-    for one in predictions:
-        best = (f"{safe(label)} {percent(score)}" for label, score in one.top)
-        row = Text.assemble("unsure: " * one.unsure, (next(best, ""), "bold"), *(f"  {other}" for other in best))
-        table.add_row(Text(safe(one.path)), Text(f"error: {safe(one.error)}", "red") if one.error else row)
-    return table
+class PredictionsTable:
+    """A row per image: its classes, best first, with their probabilities. The first rows set the width of columns."""
 
+    def __init__(self, put: Callable[[RenderableType], None], width: int) -> None:
+        self._put, self._width, self._path_width = put, width, 0
 
-def predictions_csv(rows: Sequence[Any], top_k: int, *, unsure: bool = False) -> str:
-    """The rows of `--format csv`: each class with its probability, best first, the error, and if asked for `unsure`."""
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(
-        ["path", *(f"{name}_{k}" for k in range(1, top_k + 1) for name in ("label", "score")), "error"]
-        + ["unsure"] * unsure
-    )
-    for row in rows:
-        cells = [cell for label, score in row.top for cell in (label, f"{score:.6f}")]
-        texts = [row.path, *cells, *[""] * (2 * top_k - len(cells)), row.error or ""]
-        writer.writerow([*map(_no_formula, texts), *[str(row.unsure).lower()] * unsure])
-    return text.getvalue()
-
-
-def _no_formula(cell: str) -> str:
-    """The cell, with an apostrophe before what a spreadsheet would run as a formula (OWASP, CSV Injection).
-
-    Numbers stay numbers. `--format jsonl` changes nothing.
-    """
-    if not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
-        return cell
-    try:
-        float(cell)
-    except ValueError:
-        return f"'{cell}"
-    return cell
+    def write(self, rows: Sequence[Any]) -> None:
+        """Show some more."""
+        first = not self._path_width
+        if first:
+            self._path_width = min(max(len("image"), *(cell_len(safe(row.path)) for row in rows)), self._width // 2)
+        table = _table(
+            Column("image", overflow="fold", width=self._path_width), Column("prediction", overflow="fold"),
+            show_header=first,
+        )  # fmt: skip
+        for row in rows:
+            best = (f"{safe(label)} {percent(score)}" for label, score in row.top)
+            text = Text.assemble("unsure: " * row.unsure, (next(best, ""), "bold"), *(f"  {other}" for other in best))
+            table.add_row(Text(safe(row.path)), Text(f"error: {safe(row.error)}", "red") if row.error else text)
+        self._put(table)
 
 
 def recipe_table(recipes: Sequence[Any]) -> RenderableType:

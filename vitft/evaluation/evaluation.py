@@ -25,6 +25,7 @@ from vitft.evaluation.loading import load_model
 from vitft.evaluation.metrics import Metrics, score
 from vitft.evaluation.split_predictions import LARGEST, of_split
 from vitft.hardware.device import autocast, find_device, find_precision, threads
+from vitft.hardware.processes import join_processes
 from vitft.io import console
 from vitft.io.paths import absolute, composed, expanded
 from vitft.models.load import read_config
@@ -87,7 +88,8 @@ def evaluate(
         progress: called with the number of images or batches done and the total.
         report_skipped: called with the images that could not be read, if `on_bad_image` is skip.
 
-    The other arguments are those of `vitft eval`; by default they are as in training.
+    The other arguments are those of `vitft eval`; by default they are as in training. Processes that torchrun started
+    share the images, and all return the same.
 
     Returns:
         Scores of the split, of each class, and the confusion matrix.
@@ -140,12 +142,23 @@ def evaluate(
             f"({listed(others, 5)}): they count as wrong, and are left out of the loss"
         )
     device = find_device(device)
+    processes = join_processes(device)
     recorded = config.precision if card and config.device == device else "fp32"
     precision = find_precision(precision or recorded, device)
     model = loaded.model.to(device)
-    loader = EvalLoader(store, truth, how, batch_size=batch_size, device=torch.device(device))
+    loader = EvalLoader(
+        store,
+        truth,
+        how,
+        batch_size=batch_size,
+        device=torch.device(device),
+        rank=processes.rank,
+        world=processes.count,
+    )
     with autocast(device, precision), threads(card.config.threads if card and card.config.device == device else None):
-        metrics = measure(model, loader, loaded.labels, chosen, others=others, progress=progress)
+        metrics = measure(
+            model, loader, loaded.labels, chosen, others=others, gather=processes.gather, progress=progress
+        )
     return replace(metrics, temperature=card.temperature if card else None)
 
 

@@ -158,8 +158,8 @@ def size(count: float) -> str:
 
 
 @contextmanager
-def working(task_name: str) -> Iterator[Callable[[int, int], None]]:
-    """Show progress of a task within a second; yields a function to call with the count so far and the total.
+def working(task_name: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Show progress of a task within a second; yields a function to call with the count so far and the total, if known.
 
     On a terminal, this is a transient progress bar; otherwise a line if the task takes longer, and one more every ten
     seconds. Can be nested: the inner task gets its own bar below.
@@ -174,28 +174,30 @@ def working(task_name: str) -> Iterator[Callable[[int, int], None]]:
     outer = _working
     bar = outer or Progress(
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[place]}"),
-        TimeElapsedColumn(), console=err, transient=True,
+        TimeElapsedColumn(), console=err, transient=True, redirect_stdout=False,  # results are not for `err`
     )  # fmt: skip
     task = bar.add_task(task_name, total=None, place="")
     with nullcontext() if outer else bar:
         _working = bar
         try:
-            yield lambda done, count: bar.update(task, completed=done, total=count, place=f"{done:,}/{count:,}")
+            yield lambda done, count: bar.update(
+                task, completed=done, total=count, place=f"{done:,}" if count is None else f"{done:,}/{count:,}"
+            )
         finally:
             _working = outer
             bar.remove_task(task)
 
 
 @contextmanager
-def _log_progress(task_name: str) -> Iterator[Callable[[int, int], None]]:
+def _log_progress(task_name: str) -> Iterator[Callable[[int, int | None], None]]:
     """`working` without a terminal."""
     logged = time.monotonic()
 
-    def progress(done: int, count: int) -> None:
+    def progress(done: int, count: int | None) -> None:
         nonlocal logged
-        if time.monotonic() - logged > SAY_EVERY_S and done < count:
+        if time.monotonic() - logged > SAY_EVERY_S and (count is None or done < count):
             logged = time.monotonic()
-            note(f"{task_name}: {done:,} of {count:,}")
+            note(f"{task_name}: {done:,} so far" if count is None else f"{task_name}: {done:,} of {count:,}")
 
     timer = threading.Timer(SAY_AFTER_S, lambda: note(f"{task_name} ..."))
     timer.daemon = True

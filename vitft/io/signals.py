@@ -25,9 +25,10 @@ class Interrupted(KeyboardInterrupt):
 class StopSignals:
     """While entered, the first signal is recorded instead of ending the process; it interrupts `interruptible` work."""
 
-    def __init__(self, accelerator: Any) -> None:
+    def __init__(self, accelerator: Any = None) -> None:
+        """With an accelerator, all its processes stop together; without one, this process stands alone."""
         self._accelerator = accelerator
-        self._single = accelerator.num_processes == 1
+        self._single = accelerator is None or accelerator.num_processes == 1
         self._number = 0
         self._can_interrupt = False
         self._previous: dict[int, Any] = {}

@@ -1,7 +1,10 @@
 """What can be classified: files, folders, globs, images in memory; and how each becomes the model's input."""
 
+import codecs
 import glob
+import os
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,8 @@ def find_images(given: Iterable[Given]) -> Iterator[Found]:
         if count == before and len(empty) < _NAMED:
             empty.append(str(one))
     if count == 0:
-        raise DataError(f"no image found in {', '.join(empty)}; give image files, folders or globs.")
+        where = f" in {', '.join(empty)}" if empty else ""
+        raise DataError(f"no image found{where}; give image files, folders or globs.")
 
 
 _NAMED = 5  # folders without images that an error names
@@ -61,6 +65,29 @@ def find_files(given: str | Path) -> Iterator[str]:
         yield from [name for name in names if Path(name).is_file()] or [word]
     else:
         yield word
+
+
+def listed_paths(stream: Any, name: str) -> Iterator[str]:
+    """The paths in a list, one a line, or ended by NUL as by `find -print0`; it is read as far as they are asked for.
+
+    Empty lines are skipped. Raises DataError for an image in place of a list.
+    """
+    blocks = iter(lambda: stream.read1(_BLOCK), b"")
+    rest = next(blocks, b"").removeprefix(codecs.BOM_UTF8)
+    while b"\n" not in rest and b"\0" not in rest and (more := next(blocks, b"")):
+        rest += more
+    if rest.startswith(_IMAGES) or rest[8:12] == b"WEBP":
+        raise DataError(f"{name} is an image, not a list of paths; give its path.")
+    end, ignored = (b"\0", b"") if b"\0" in rest else (b"\n", b"\r")
+    for block in chain([b""], blocks):
+        *whole, rest = (rest + block).split(end)
+        yield from (os.fsdecode(path) for line in whole if (path := line.removesuffix(ignored)))
+    if path := rest.removesuffix(ignored):
+        yield os.fsdecode(path)
+
+
+_BLOCK = 2**16
+_IMAGES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 
 
 def _in_memory(given: bytes | Image.Image | NDArray[Any] | torch.Tensor) -> Iterator[Found]:

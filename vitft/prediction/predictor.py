@@ -125,7 +125,13 @@ class Predictor:
         Images are decoded ahead of the forward pass, a few batches of them, so memory does not grow with their number.
         With `probabilities`, each prediction has those of all classes. Raises what calling the predictor raises.
         """
-        decoded = map_ahead(self._read, find_images(images), _AHEAD)
+        return self.stream_found(find_images(images), top_k=top_k, probabilities=probabilities)
+
+    def stream_found(
+        self, images: Iterable[Found], *, top_k: int = 3, probabilities: bool = False
+    ) -> Iterator[Prediction]:  # fmt: skip
+        """`stream` for what `find_images` found."""
+        decoded = map_ahead(self._read, images, _AHEAD)
         done = 0
         while part := list(islice(decoded, BATCH)):
             yield from self._predict(part, done, top_k, probabilities)

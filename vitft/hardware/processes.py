@@ -1,0 +1,32 @@
+"""The processes that torchrun or `accelerate launch` started, which share the work of one command."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How many processes there are, and the number of this one; the first, 0, writes and speaks."""
+
+    rank: int = 0
+    count: int = 1
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The items of all processes, in the order of their numbers. All have to call it."""
+        if self.count == 1:
+            return items
+        from accelerate.utils import gather_object
+
+        found: list[Any] = gather_object(items)
+        return found
+
+
+def join_processes(device: str) -> Processes:
+    """Meet the other processes, if there are any; each has a GPU of its own."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return Processes()
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu")
+    return Processes(state.process_index, state.num_processes)
