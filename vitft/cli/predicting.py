@@ -39,6 +39,7 @@ def predict(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.", rich_help_panel=OUTPUT)] = False,
     sort_into: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Copy each image into FOLDER/CLASS/, and unsure ones into FOLDER/unsure/.", rich_help_panel=SORTING)] = None,
     link: Annotated[Literal["hard", "symbolic"] | None, typer.Option(help="Link instead of copying.", rich_help_panel=SORTING)] = None,
+    explain: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Draw for each image what spoke for its best class.", rich_help_panel=OUTPUT)] = None,
 ) -> None:  # fmt: skip
     """Classify images. An unreadable image gets a row with its error, and the exit code is 3."""
     paths = paths or []
@@ -49,8 +50,9 @@ def predict(
     with loading():
         from vitft.hardware.device import find_device
         from vitft.hardware.processes import join_processes
+        from vitft.prediction.explaining import Explainer
         from vitft.prediction.job import Tally, run
-        from vitft.prediction.outputs import Layout, partial_name
+        from vitft.prediction.outputs import Layout, Writer, partial_name
         from vitft.prediction.predictor import Predictor
         from vitft.prediction.resuming import Done, go_on
         from vitft.prediction.sharing import batches
@@ -81,9 +83,10 @@ def predict(
     if processes.rank > 0:  # the first one writes
         run(shared, [], tally, lambda count: None)
         return
-    sorters = [] if sort_into is None else [Sorter(sort_into, predictor.labels, link=link)]
+    beside: list[Writer] = [] if sort_into is None else [Sorter(sort_into, predictor.labels, link=link)]
+    beside += [] if explain is None else [Explainer(explain, predictor)]
     with _writer(kind, file, layout, collected, appends=done.count > 0) as writer, _progress(kind, file) as progress:
-        run(shared, [*sorters, writer], tally, lambda count: progress(count, total))
+        run(shared, [*beside, writer], tally, lambda count: progress(count, total))
     if json:
         console.say_json({"predictions": [row.to_dict() for row in collected.rows]})
     tally.check()

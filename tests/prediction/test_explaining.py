@@ -1,0 +1,52 @@
+"""`vitft predict --explain`: a picture for each image, of where it speaks for its best class."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from vitft import Predictor, UsageError
+from vitft.cli.app import app
+from vitft.prediction.explaining import Explainer
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for name in ("a/one.png", "b/one.png", "b/two.jpg"):
+        file = tmp_path / "photos" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).save(file)
+    (tmp_path / "photos" / "b" / "broken.png").write_bytes(b"no image")
+    return tmp_path / "photos"
+
+
+def test_each_image_has_a_picture_that_is_bright_where_its_map_is_high(photos: Path, tmp_path: Path) -> None:
+    words = ["predict", str(photos), "--checkpoint", "vit-micro", "--explain", str(tmp_path / "why")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 3, done.output  # the broken one
+    pictures = sorted(file.name for file in (tmp_path / "why").iterdir())
+    assert len(pictures) == 3
+    assert {"one.png", "two.png"} < set(pictures)
+    before = {name: (tmp_path / "why" / name).read_bytes() for name in pictures}
+    CliRunner().invoke(app, words)
+    assert {name: (tmp_path / "why" / name).read_bytes() for name in pictures} == before
+
+    predictor = Predictor("vit-micro")
+    pixels = predictor.read(photos / "b" / "two.jpg")
+    (said,) = predictor(photos / "b" / "two.jpg")
+    (weights,) = predictor.maps(pixels[None], [predictor.labels.index(said.top[0][0])])
+    drawn = np.asarray(Image.open(tmp_path / "why" / "two.png").convert("L"), float)[:336]
+    plain, shown = drawn[:, :336], drawn[:, 342:]
+    rows, columns = weights.shape
+    # Amber where the map is high, dark where it is low: the brightness of each patch, relative to the image's own.
+    ratio = (shown / np.maximum(plain, 1)).reshape(rows, 336 // rows, columns, 336 // columns).mean(axis=(1, 3))
+    assert np.corrcoef(ratio.ravel(), weights.ravel())[0, 1] > 0.9
+
+
+def test_a_folder_that_cannot_be_is_refused_before_the_work(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"--explain .*: cannot be created"):
+        Explainer(tmp_path / "file", Predictor("vit-micro"))
