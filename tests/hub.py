@@ -7,8 +7,17 @@ or a dataset, so that a test runs the real loading code with no network:
     GET       /api/{models,datasets}/ID/tree/REV[/FOLDER]      entries of a folder, ?recursive
     POST      /api/{models,datasets}/ID/paths-info/REV         entries of the named paths
     GET HEAD  [/datasets]/ID/resolve/REV/FILE                  bytes, with ETag and X-Repo-Commit
+
+and, for models, what it takes to upload one, with the token `TOKEN`, in a namespace of `owners`:
+
+    POST      /api/repos/create, /api/validate-yaml            a repository; the header of a model card
+    POST      /api/models/ID/branch/REV                        a branch, which begins empty
+    POST      /api/models/ID/preupload/REV                     which files are large, and what is there
+    POST PUT  /ID.git/info/lfs/objects/batch, /lfs/OID         the large ones
+    POST      /api/models/ID/commit/REV                        the others, and the names of all
 """
 
+import base64
 import json
 import re
 from collections.abc import Iterator
@@ -25,6 +34,7 @@ import numpy as np
 
 MODEL = "google/vit-base-patch16-224-in21k"
 DATASET = "uoft-cs/cifar10"
+TOKEN = "hf_" + "Stand" * 6
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -38,6 +48,10 @@ class StandInHub:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.requests: list[str] = []
+        self.owners: set[str] = set()  # where TOKEN may write
+        self.private: set[str] = set()
+        self.large: dict[str, bytes] = {}  # uploaded, by SHA-256
+        self.commits: list[tuple[str, str]] = []  # repository and branch, and message
 
     def __enter__(self) -> "StandInHub":
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -76,7 +90,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(f"{self.command} {self.path}")
         address = urlsplit(self.path)
         path, query = unquote(address.path), parse_qs(address.query, keep_blank_values=True)
-        if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+        token = self.headers.get("Authorization")
+        if token not in (None, f"Bearer {TOKEN}"):
+            self._refuse(HTTPStatus.UNAUTHORIZED, "Invalid credentials in Authorization header")
+        elif self.command in ("POST", "PUT") and "paths-info" not in path:
+            self._write(path, body)
+        elif found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             kind, name, revision = found.groups()
             if self._known(kind, name, revision):
                 self._json(self._description(kind, name))
@@ -84,7 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
             kind, name, revision, inside = found.groups()
             if self._known(kind, name, revision, inside):
                 recursive = query.get("recursive", ["false"])[0].lower() in ("true", "1")
-                self._json(self._tree(kind, name, inside or "", recursive))
+                self._json(self._tree(self._folder(kind, name, revision), inside or "", recursive))
         elif found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/paths-info/([^/]+)", path):
             kind, name, revision = found.groups()
             if self._known(kind, name, revision):
@@ -98,7 +117,68 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._missing("RepoNotFound", "Repository not found")
 
-    do_HEAD = do_POST = do_GET  # noqa: N815
+    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
+
+    def _write(self, path: str, body: bytes) -> None:
+        """Answer what an upload asks for."""
+        hub = self.hub
+        if path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        elif path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            if asked["organization"] not in hub.owners:
+                return self._refuse(HTTPStatus.FORBIDDEN, "You don't have the rights to create a model under this name")
+            (hub.root / "models" / name).mkdir(parents=True)
+            hub.private |= {name} if asked.get("private") or asked.get("visibility") == "private" else set()
+            self._json({"url": f"{hub.url}/{name}"})
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(branch|preupload|commit)/([^/]+)", path):
+            name, what, branch = found.groups()
+            if name.split("/")[0] not in hub.owners:
+                return self._refuse(HTTPStatus.FORBIDDEN, "Forbidden: you need write access")
+            folder = self._folder("models", name, branch)
+            if what == "branch":
+                folder.mkdir(parents=True)
+                self._json({})
+            elif what == "preupload":
+                self._json({"files": [_upload_mode(folder, file["path"]) for file in json.loads(body)["files"]]})
+            else:
+                self._commit(name, branch, folder, [json.loads(line) for line in body.splitlines()])
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            for one in objects:
+                if one["oid"] not in hub.large:
+                    one["actions"] = {"upload": {"href": f"{hub.url}/lfs/{one['oid']}"}}
+            self._json({"transfer": "basic", "objects": objects})
+        else:
+            oid = path.removeprefix("/lfs/")
+            assert sha256(body).hexdigest() == oid
+            hub.large[oid] = body
+            self._json({})
+        return None
+
+    def _commit(self, name: str, branch: str, folder: Path, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "header":
+                self.hub.commits.append((f"{name}@{branch}", value["summary"]))
+                continue
+            assert line["key"] in ("file", "lfsFile"), line["key"]  # nothing is deleted
+            file = folder / value["path"]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            content = base64.b64decode(value["content"]) if line["key"] == "file" else self.hub.large[value["oid"]]
+            file.write_bytes(content)
+        self._json({"commitUrl": f"{self.hub.url}/{name}/commit/x", "commitOid": self.hub.sha("models", name)})
+
+    def _folder(self, kind: str, name: str, revision: str) -> Path:
+        """Where the files of a revision are."""
+        folder = self.hub.root / kind / name
+        known = revision == "main" or (folder.is_dir() and revision == self.hub.sha(kind, name))
+        return folder if known else self.hub.root / "branches" / kind / name / revision
+
+    def _refuse(self, status: HTTPStatus, message: str) -> None:
+        headers = {"X-Error-Message": message, "Content-Type": "application/json"}
+        self._answer(status, json.dumps({"error": message}).encode(), headers)
 
     def log_message(self, *_: object) -> None:
         """Say nothing on standard error."""
@@ -108,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
         folder = self.hub.root / kind / name
         if not folder.is_dir():
             self._missing("RepoNotFound", "Repository not found")
-        elif revision not in (None, "main", self.hub.sha(kind, name)):
+        elif revision is not None and not self._folder(kind, name, revision).is_dir():
             self._missing("RevisionNotFound", f"Invalid rev id: {revision}")
         elif inside and not (folder / inside).exists():
             self._missing("EntryNotFound", "Entry not found", self.hub.sha(kind, name))
@@ -120,10 +200,10 @@ class _Handler(BaseHTTPRequestHandler):
         folder = self.hub.root / kind / name
         siblings = [{"rfilename": path.relative_to(folder).as_posix()} for path in _files(folder)]
         described = {"_id": "0" * 24, "id": name, "sha": self.hub.sha(kind, name), "siblings": siblings}
-        return described | {"private": False, "gated": False, "disabled": False, "tags": [], "downloads": 0}
+        private = name in self.hub.private
+        return described | {"private": private, "gated": False, "disabled": False, "tags": [], "downloads": 0}
 
-    def _tree(self, kind: str, name: str, inside: str, recursive: bool) -> list[dict[str, Any]]:
-        folder = self.hub.root / kind / name
+    def _tree(self, folder: Path, inside: str, recursive: bool) -> list[dict[str, Any]]:
         paths = (folder / inside).rglob("*") if recursive else (folder / inside).iterdir()
         return [_entry(folder, path) for path in sorted(paths)]
 
@@ -165,6 +245,17 @@ def _entry(folder: Path, path: Path) -> dict[str, Any]:
         return {"type": "directory", "oid": sha1(name.encode()).hexdigest(), "size": 0, "path": name}
     content = path.read_bytes()
     return {"type": "file", "oid": sha1(content).hexdigest(), "size": len(content), "path": name}
+
+
+def _upload_mode(folder: Path, name: str) -> dict[str, Any]:
+    """Whether a file is to be uploaded as a large one, and the hash of the one that is there."""
+    large, file = name.endswith(".safetensors"), folder / name
+    answer = {"path": name, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+    if not file.is_file():
+        return answer
+    content = file.read_bytes()
+    git = sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    return answer | {"oid": sha256(content).hexdigest() if large else git}
 
 
 def _asked_paths(body: bytes, content_type: str) -> list[str]:

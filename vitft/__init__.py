@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vitft.prediction.predictor import Prediction, Predictor, predict
     from vitft.probing.doubt import Doubt, DoubtResult, doubt
     from vitft.probing.probe import ProbeResult, probe
+    from vitft.publishing.push import Pushed, push
     from vitft.reporting.report import write_report
     from vitft.sweeping.sweep import SweepResult, resume_sweep, sweep
     from vitft.training.callbacks import Callback
@@ -37,6 +38,7 @@ __all__ = [
     "Prediction",
     "Predictor",
     "ProbeResult",
+    "Pushed",
     "Result",
     "Score",
     "Soup",
@@ -56,6 +58,7 @@ __all__ = [
     "open_dataset",
     "predict",
     "probe",
+    "push",
     "resume",
     "resume_sweep",
     "soup",
@@ -78,6 +81,7 @@ _ROOMS = {
     "models.load": ("Loaded",),
     "probing.doubt": ("Doubt", "DoubtResult", "doubt"),
     "probing.probe": ("ProbeResult", "probe"),
+    "publishing.push": ("Pushed", "push"),
     "reporting.report": ("write_report",),
     "sweeping.sweep": ("SweepResult", "resume_sweep", "sweep"),
     "training.callbacks": ("Callback",),

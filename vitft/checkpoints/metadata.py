@@ -1,9 +1,7 @@
-"""The metadata of a checkpoint: `vitft.json`, with the checksums of its files, and the model card `README.md`."""
+"""The metadata of a checkpoint: `vitft.json`, with the checksums of its files."""
 
 import hashlib
-import html
 import json
-import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -15,7 +13,6 @@ from vitft import __version__
 from vitft.config.train import TrainConfig, of_any_version
 from vitft.errors import ModelError, UsageError
 from vitft.io.atomic import json_text, write_json, write_text
-from vitft.io.console import safe
 
 # What reading a JSON document with unexpected contents can raise.
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -46,13 +43,18 @@ class Card:
         return {name: value for name, value in document.items() if value or name not in ("parts", "temperature")}
 
 
-def write_card(folder: Path, card: Card) -> None:
-    """Write `vitft.json` and `README.md` into a folder that already has all other files."""
+def write_card(folder: Path, card: Card, repo: str | None = None, license: str | None = None) -> None:
+    """Write `vitft.json` and `README.md` into a folder that already has all other files.
+
+    `repo`, the hub id that it gets, and the `license` are for the latter.
+    """
+    from vitft.checkpoints.model_card import readme
+
     document = card.to_json()
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     checksums = {file.relative_to(folder).as_posix(): sha256(file) for file in files}
     write_json(folder / "vitft.json", document | {"sha256": checksums | {"vitft.json": sha256_of(json_text(document))}})
-    write_text(folder / "README.md", _readme(card))
+    write_text(folder / "README.md", readme(card, repo, license))
 
 
 def read_card(folder: Path) -> Card | None:
@@ -137,45 +139,3 @@ def sha256(file: Path) -> str:
 def sha256_of(text: str) -> str:
     """The SHA-256 of a string, in hexadecimal."""
     return hashlib.sha256(text.encode(errors="replace")).hexdigest()
-
-
-def _plain(name: str) -> str:
-    """Escape a name for Markdown, so that it cannot start a block or be HTML, a link or emphasis."""
-    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", html.escape(safe(name).replace("\n", " "), quote=False))
-
-
-def _readme(card: Card) -> str:
-    scores = "\n".join(
-        f"- {split}: accuracy {100 * score['accuracy']:.2f} % on {score['count']} images (split {score['split_hash']})"
-        + (
-            ", which chose the checkpoint, so this is no independent score"
-            if set(card.scores) == {"validation"}
-            else ""
-        )
-        for split, score in card.scores.items()
-    )
-    config = card.config
-    start = f"{name_of(config.model)}, new weights" if config.from_scratch else name_of(config.model)
-    header = yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "image-classification"})
-    data, length = _plain(name_of(str(config.dataset))), f"for {card.step} steps\n({card.epoch:.2f} epochs) "
-    average = ""
-    if card.parts:
-        names = "\n".join(f"- {_plain(part['run'])}, step {part['step']}" for part in card.parts)
-        length, average = "", f"\n\nThe average of the weights of {len(card.parts)} runs:\n\n{names}"
-    return f"""---
-{header}---
-
-# An image classifier
-
-Classes: {", ".join(map(_plain, card.labels[:50]))}{", ..." if len(card.labels) > 50 else ""}
-
-Started from {_plain(start)}; trained on {data} {length}with vitft {__version__}.{average}
-
-{scores or "Not scored at this step."}
-
-```python
-from transformers import pipeline
-
-classify = pipeline("image-classification", model="path/to/this/folder")
-```
-"""

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from vitft.cli import predicting, probing, scoring, serving, sweeping, tables
+from vitft.cli import predicting, probing, publishing, scoring, serving, sweeping, tables
 from vitft.cli.arguments import (
     TRAIN_SETTINGS,
     DatasetName,
@@ -132,6 +132,7 @@ def _show(result: Any, json: bool, report: str) -> None:
 models_app.command("ls")(probing.list_models)
 app.command("eval")(scoring.evaluate)
 app.command()(predicting.predict)
+app.command()(publishing.push)
 app.command()(scoring.report)
 app.command()(scoring.compare)
 runs_app.command("ls")(scoring.list_runs)

@@ -477,6 +477,15 @@ class PredictionsTable:
         self._put(table)
 
 
+def push_report(pushed: Any) -> RenderableType:
+    """The files that would be uploaded, with their sizes."""
+    table = _table(_names("file"), *_numbers("size"))
+    for name, count in pushed.files.items():
+        table.add_row(name, size(count))
+    table.add_row("in all", size(sum(pushed.files.values())))
+    return table
+
+
 def recipe_table(recipes: Sequence[Any]) -> RenderableType:
     """The recipes that come with vitft; those for `vitft scratch train` are marked."""
     table = _table(Column("recipe", no_wrap=True), "what it does")

@@ -53,14 +53,19 @@ def reason(error: BaseException, cache: Path | None = None) -> str:
             return "the hub has it, but not at that revision"
     if constants.HF_HUB_OFFLINE:
         return f"offline mode is set and the cache {cache_path} does not have it"
-    kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
-    if kinds & _UNREACHABLE or "couldn't connect" in str(error):
+    if unreachable(error):
         hub_at = without_secrets(constants.ENDPOINT)
         return f"the hub at {hub_at} could not be reached and the cache {cache_path} does not have it"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # ValueErrors, such as for an unknown configuration, need two lines.
     message = " ".join(lines[:2] if isinstance(error, ValueError) else lines[:1]).rstrip(".")[:300]
     return without_secrets(f"the hub's copy cannot be used: {type(error).__name__}{': ' if message else ''}{message}")
+
+
+def unreachable(error: BaseException) -> bool:
+    """Whether an error means that the hub did not answer."""
+    kinds = {kind.__name__ for cause in _chain(error) for kind in type(cause).__mro__}
+    return bool(kinds & _UNREACHABLE) or "couldn't connect" in str(error)
 
 
 # By name, because each HTTP client has its own errors.

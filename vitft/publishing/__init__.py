@@ -1,0 +1,1 @@
+"""A trained model, given to others."""
