@@ -360,7 +360,7 @@ def test_it_is_ready_after_a_forward_pass_of_a_full_batch() -> None:
         answer = client.get("/healthz")
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
         client.portal.call(service.warm_up)
-        assert (client.get("/healthz").status_code, sizes) == (200, [5, 1])
+        assert (client.get("/healthz").status_code, client.head("/healthz").status_code, sizes) == (200, 200, [5, 1])
 
 
 def test_too_many_at_once_are_told_when_to_come_again() -> None:

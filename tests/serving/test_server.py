@@ -24,7 +24,7 @@ from vitft import ModelError, UsageError
 from vitft.cli.app import app
 from vitft.serving import server as serving
 from vitft.serving.app import Service
-from vitft.serving.server import bound, is_private, serve, url_of
+from vitft.serving.server import bound, is_private, network_url, serve, url_of
 from vitft.serving.uploads import Limits
 
 MICRO = str(Path(vitft.__file__).parent / "assets" / "vit-micro")
@@ -62,6 +62,7 @@ def test_addresses() -> None:
         assert url_of(server) == f"http://127.0.0.1:{server.getsockname()[1]}"
     with bound("0.0.0.0", 0) as server:
         assert not is_private(server)
+        assert re.fullmatch(rf"http://\d+\.\d+\.\d+\.\d+:{server.getsockname()[1]}", network_url(server))
         assert url_of(server) == f"http://127.0.0.1:{server.getsockname()[1]}"
 
 

@@ -44,7 +44,7 @@ def serve(
         from vitft.hardware.device import cpus
         from vitft.serving.app import Service
         from vitft.serving.model import open_model
-        from vitft.serving.server import bound, is_private, url_of
+        from vitft.serving.server import bound, is_private, network_url, url_of
         from vitft.serving.server import serve as answer
         from vitft.serving.uploads import MEGABYTE, Limits
 
@@ -60,7 +60,7 @@ def serve(
             max_queue=max_queue,
         )  # fmt: skip
         if not is_private(server):
-            console.warn("everybody on the network can use it: there is no authentication.")
+            console.warn(f"everybody on the network can use it, at {network_url(server)}: there is no authentication")
 
         def ready() -> None:
             url = url_of(server)

@@ -100,6 +100,7 @@ def create_app(service: Service, hosts: list[str] | None = None) -> Guard:
     )  # fmt: skip
 
     @app.get("/", include_in_schema=False)
+    @app.head("/", include_in_schema=False)
     async def index() -> Response:
         return page.response()
 
@@ -125,6 +126,7 @@ def create_app(service: Service, hosts: list[str] | None = None) -> Guard:
             "upload_bytes": limits.upload_bytes, "files": limits.files}})  # fmt: skip
 
     @app.get("/healthz")
+    @app.head("/healthz", include_in_schema=False)  # some programs that check ask so
     async def healthz() -> Answer:
         """Whether the model is ready."""
         return Answer({"status": "ok"}) if service.is_warm else refusal(503, "the model is not ready.", retry_after="1")

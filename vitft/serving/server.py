@@ -61,6 +61,16 @@ def url_of(server: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
+def network_url(server: socket.socket) -> str:
+    """The address to open on another machine, such as a phone, as far as it is known."""
+    host, port = server.getsockname()[:2]
+    if host == "0.0.0.0":
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))  # sends nothing, but chooses the address that others see
+            return f"http://{probe.getsockname()[0]}:{port}"
+    return url_of(server)
+
+
 def is_private(server: socket.socket) -> bool:
     """Whether only programs on this machine can reach it."""
     return str(server.getsockname()[0]).startswith(_LOOPBACK)
