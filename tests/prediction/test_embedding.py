@@ -1,6 +1,7 @@
 """Features in a parquet file: those that the model's own head reads, of every readable image."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +210,10 @@ def test_the_command_says_its_columns(
     document = json.loads(done.stdout)
     assert (document["images"], document["features"], document["unreadable"]) == (5, 16, [])
     assert "--image-size" in vitft("embed", photos, "--model", model, "--output", "h.parquet", "--image-size", 2).stderr
+
+
+def test_a_name_that_is_not_utf_8_is_escaped(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / os.fsdecode(b"\xff.png")
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    embed([file], model, tmp_path / "f.parquet")
+    assert pq.read_table(tmp_path / "f.parquet")["path"].to_pylist() == [f"{tmp_path}/\\udcff.png"]

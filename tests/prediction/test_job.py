@@ -25,8 +25,7 @@ from vitft.cli.app import app
 from vitft.data.augment import Preprocess
 from vitft.evaluation.split_predictions import Predictions
 from vitft.prediction import predictor
-from vitft.prediction.inputs import listed_paths
-from vitft.prediction.outputs import printable
+from vitft.prediction.inputs import listed_paths, printable
 from vitft.prediction.predictor import Predictor
 
 LABELS = ("ant", "bee", "=cat")
@@ -102,6 +101,7 @@ def test_hostile_names_survive_with_the_same_fields(command: Callable[..., Any],
     out = Path(f"out{suffix}")
     done = command("hostile", "--output", out)
     assert done.exit_code == 0, done.output
+    assert f"{len(HOSTILE)} images: {out}" in done.stderr
     rows = rows_of(out)
     assert [row["path"] for row in rows] == [name if suffix == ".jsonl" else printable(name) for name in wanted]
     for row, prediction in zip(rows, wanted.values(), strict=True):

@@ -141,6 +141,7 @@ def test_the_command_sorts(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [*words, str(tmp_path / "out"), "--link", "symbolic"])
     assert done.exit_code == 3, done.output
     assert sorted(tree(tmp_path / "out")) == ["unsure/0.png", "unsure/1.png", "unsure/2.png"]
+    assert "out: 3 unsure" in done.stderr
     inside = CliRunner().invoke(app, [*words, str(photos / "sorted")])
     assert inside.exit_code == 2
     assert "where the images come from" in inside.stderr

@@ -83,10 +83,16 @@ def predict(
     if processes.rank > 0:  # the first one writes
         run(shared, [], tally, lambda count: None)
         return
-    beside: list[Writer] = [] if sort_into is None else [Sorter(sort_into, predictor.labels, link=link)]
+    sorter = None if sort_into is None else Sorter(sort_into, predictor.labels, link=link)
+    beside: list[Writer] = [] if sorter is None else [sorter]
     beside += [] if explain is None else [Explainer(explain, predictor)]
     with _writer(kind, file, layout, collected, appends=done.count > 0) as writer, _progress(kind, file) as progress:
         run(shared, [*beside, writer], tally, lambda count: progress(count, total))
+    if file is not None:
+        console.note(f"{tally.done:,} images: {file}")
+    if sorter is not None:
+        folders = ", ".join(f"{count:,} {name}" for name, count in sorter.counts.most_common())
+        console.note(f"sorted into {sort_into}: {folders or 'none'}")
     if json:
         console.say_json({"predictions": [row.to_dict() for row in collected.rows]})
     tally.check()

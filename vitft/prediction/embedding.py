@@ -26,7 +26,7 @@ from vitft.io.atomic import new_file
 from vitft.io.paths import expanded
 from vitft.models.features import backbone
 from vitft.models.resize import resize_model
-from vitft.prediction.inputs import find_images, read_image
+from vitft.prediction.inputs import find_images, printable, read_image
 
 _BATCH = 64  # images per forward pass
 _ROW_GROUP = 4096  # images that are written at once
@@ -177,7 +177,7 @@ def _dataset_of(images: Any, reading: dict[str, Any]) -> tuple[Source | None, st
 def _of_files(found: Sequence[str]) -> Iterator[Chunk]:
     for start in range(0, len(found), _BATCH):
         part = list(found[start : start + _BATCH])
-        yield part, {"path": part}
+        yield part, {"path": [*map(printable, part)]}
 
 
 def _of_dataset(source: Source, place: str) -> Iterator[Chunk]:

@@ -67,6 +67,11 @@ def find_files(given: str | Path) -> Iterator[str]:
         yield word
 
 
+def printable(text: str) -> str:
+    r"""The text with bytes that are not UTF-8 as Python escapes them: \udcff."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def listed_paths(stream: Any, name: str) -> Iterator[str]:
     """The paths in a list, one a line, or ended by NUL as by `find -print0`; it is read as far as they are asked for.
 

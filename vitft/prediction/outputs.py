@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from vitft.errors import UsageError
 from vitft.io import console
+from vitft.prediction.inputs import printable
 from vitft.prediction.predictor import Prediction
 
 SUFFIXES = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
@@ -111,11 +112,6 @@ def _record(row: Prediction) -> dict[str, Any]:
     for place, (label, score) in enumerate(row.top, 1):
         cells |= {f"label_{place}": printable(label), f"score_{place}": score}
     return cells | {"error": row.error and printable(row.error)}
-
-
-def printable(text: str) -> str:
-    r"""The text with bytes that are not UTF-8 as Python escapes them: \udcff."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def no_formula(cell: str) -> str:

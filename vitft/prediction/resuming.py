@@ -9,8 +9,8 @@ from math import isclose
 from pathlib import Path
 
 from vitft.errors import UsageError
-from vitft.prediction.inputs import Found
-from vitft.prediction.outputs import no_formula, printable
+from vitft.prediction.inputs import Found, printable
+from vitft.prediction.outputs import no_formula
 from vitft.prediction.predictor import Prediction, Predictor
 
 _CLOSE = 1e-3  # another batch, or another device, rounds differently; another model says something else

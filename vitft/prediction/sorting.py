@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +32,7 @@ class Sorter:
         self.folder, self.link = expanded(folder), link
         self._real, self._folders = self.folder.resolve(), folder_names(labels)
         self._used: dict[Path, str] = {}  # which image of this call has a name
+        self.counts: Counter[str] = Counter()  # images by folder
 
     def write(self, rows: Sequence[Prediction]) -> None:
         """Sort some more images, as `place` does."""
@@ -56,6 +58,7 @@ class Sorter:
                 f"--sort-into {self.folder}: {row.path} could not be {self._verb()}: {error.strerror or error}."
             ) from error
         self._used[target] = mark
+        self.counts[folder.name] += 1
         return target
 
     def _verb(self) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +41,9 @@ def published(checkpoint: str | Path, repo: str, license: str | None = None) -> 
         for file in sorted(file for pattern in _FILES for file in folder.glob(pattern)):
             target = stage / file.relative_to(folder)
             target.parent.mkdir(exist_ok=True)
-            target.symlink_to(file.absolute())
+            shutil.copyfile(
+                file, target
+            )  # what was verified is what is uploaded, whatever happens to the run meanwhile
         write_card(stage, card, repo, license)
         files = {file.relative_to(stage).as_posix(): file for file in sorted(stage.rglob("*")) if file.is_file()}
         _check_private(files, folder)
