@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from vitft.evaluation.loading import load_model
     from vitft.evaluation.metrics import ClassScore, Metrics, Score
     from vitft.evaluation.soup import Soup, soup
+    from vitft.exporting.export import Exported, export
     from vitft.models.load import Loaded
     from vitft.prediction.embedding import Embedded, embed
     from vitft.prediction.predictor import Prediction, Predictor, predict
@@ -32,6 +33,7 @@ __all__ = [
     "Doubt",
     "DoubtResult",
     "Embedded",
+    "Exported",
     "Loaded",
     "Metrics",
     "ModelError",
@@ -54,6 +56,7 @@ __all__ = [
     "doubt",
     "embed",
     "evaluate",
+    "export",
     "load_model",
     "open_dataset",
     "predict",
@@ -78,6 +81,7 @@ _ROOMS = {
     "evaluation.metrics": ("ClassScore", "Metrics", "Score"),
     "prediction.predictor": ("Prediction", "Predictor", "predict"),
     "evaluation.soup": ("Soup", "soup"),
+    "exporting.export": ("Exported", "export"),
     "models.load": ("Loaded",),
     "probing.doubt": ("Doubt", "DoubtResult", "doubt"),
     "probing.probe": ("ProbeResult", "probe"),

@@ -31,6 +31,7 @@ from vitft.data.augment import Preprocess
 from vitft.errors import ModelError, UsageError
 from vitft.io.atomic import lock_folder, new_folder, remove_folder, write_json, write_text
 from vitft.io.library_logs import quiet_transformers
+from vitft.models.load import EXPORTED
 from vitft.models.lora import has_adapter, write_base, write_weights
 from vitft.spec import PRESETS
 
@@ -342,13 +343,17 @@ def default_model(run: Path) -> Path | None:
 def find_model(path: Path) -> Path:
     """The verified model folder for a path: the path itself, or a run's best, last or newest step checkpoint.
 
-    Raises ModelError if there is none, or if a file does not match its checksum.
+    An exported file stands for the folder that vitft wrote it into, or for itself if it is elsewhere. Raises ModelError
+    if there is none, or if a file does not match its checksum.
     """
     if is_run(path):
         folder = default_model(path)
         if folder is None:
             raise ModelError(f"{path}: this run has no checkpoint yet.")
         return verify(folder)
+    if path.suffix in EXPORTED and path.is_file():
+        own = (path.parent / "vitft.json").is_file() and not (path.parent / "config.json").exists()
+        return verify(path.parent) if own else path
     run = run_of(path)
     if run is not None and not path.exists():
         find_model(run)  # raises if the run has no checkpoint at all

@@ -43,10 +43,12 @@ class Card:
         return {name: value for name, value in document.items() if value or name not in ("parts", "temperature")}
 
 
-def write_card(folder: Path, card: Card, repo: str | None = None, license: str | None = None) -> None:
+def write_card(
+    folder: Path, card: Card, repo: str | None = None, license: str | None = None, *, text: str | None = None
+) -> None:  # fmt: skip
     """Write `vitft.json` and `README.md` into a folder that already has all other files.
 
-    `repo`, the hub id that it gets, and the `license` are for the latter.
+    The latter is `text`, or a model card, with `repo`, the hub id that it gets, and the `license`.
     """
     from vitft.checkpoints.model_card import readme
 
@@ -54,7 +56,7 @@ def write_card(folder: Path, card: Card, repo: str | None = None, license: str |
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     checksums = {file.relative_to(folder).as_posix(): sha256(file) for file in files}
     write_json(folder / "vitft.json", document | {"sha256": checksums | {"vitft.json": sha256_of(json_text(document))}})
-    write_text(folder / "README.md", readme(card, repo, license))
+    write_text(folder / "README.md", readme(card, repo, license) if text is None else text)
 
 
 def read_card(folder: Path) -> Card | None:

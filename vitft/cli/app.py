@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from vitft.cli import predicting, probing, publishing, scoring, serving, sweeping, tables
+from vitft.cli import exporting, predicting, probing, publishing, scoring, serving, sweeping, tables
 from vitft.cli.arguments import (
     TRAIN_SETTINGS,
     DatasetName,
@@ -135,6 +135,7 @@ app.command()(predicting.predict)
 app.command()(publishing.push)
 app.command()(scoring.report)
 app.command()(scoring.compare)
+app.command()(exporting.export)
 runs_app.command("ls")(scoring.list_runs)
 app.command()(probing.probe)
 data_app.command()(probing.doubt)

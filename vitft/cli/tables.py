@@ -167,6 +167,31 @@ def _signed(fraction: float) -> str:
     return f"{100 * fraction:+.2f}"
 
 
+def export_report(result: Any) -> RenderableType:
+    """The report of `vitft export`, for an `Exported`: the file beside the model that it was made from."""
+    proof = result.proof
+    names = ["torch", f"{result.document.format} {result.document.dtype}"]
+    table = _table("", *_numbers(*names, no_wrap=True))
+    if proof.accuracy is not None:
+        table.add_row(
+            f"accuracy on {proof.images:,} {proof.split} images", *map(percent, (proof.before, proof.accuracy))
+        )
+    rates = [(f"{one.torch:.1f}", f"{one.file:.1f}") for one in (proof.one, proof.batch)]
+    table.add_row("images/s, one at a time", *rates[0])
+    table.add_row("images/s, in batches of 32", *rates[1])
+    table.add_row("size", size(result.torch_bytes), size(result.bytes))
+    on = f"{proof.images:,} images of random noise" if proof.split is None else f"{proof.images:,} images"
+    ties = ", the others ties" if proof.agreement < 1 and not proof.untied else ""
+    same = f"same class on {percent(proof.agreement, 2)} of {on}{ties}"
+    lines = [f"{same}; probabilities differ by at most {proof.largest:.2g}"]
+    if (found := proof.difference) is not None:
+        between = f"{_signed(found.low)} to {_signed(found.high)}"
+        lines.append(f"accuracy {_signed(found.value)} points (95 % interval {between}) on split {proof.hash}")
+    else:
+        lines.append("nothing was proved about its accuracy: --dataset names images to compare on")
+    return Group(table, "", *(Text(line) for line in lines), Text(safe(str(result.file))))
+
+
 def runs_report(runs: Sequence[Any], folder: Path) -> RenderableType:
     """The report of `vitft runs ls`."""
     if not runs:

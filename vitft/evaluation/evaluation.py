@@ -1,9 +1,10 @@
 """Score a model on a split, during a run or from a checkpoint."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from vitft.checkpoints.checkpoint import find_model
-from vitft.checkpoints.metadata import read_card
+from vitft.checkpoints.exported import exported_file
+from vitft.checkpoints.metadata import Card, read_card
 from vitft.config.train import TrainConfig
+from vitft.data.augment import Preprocess
 from vitft.data.loader import Batches, EvalLoader
 from vitft.data.sources.schema import ReadOptions
 from vitft.data.sources.source import ALIASES, DIGITS, DatasetLike, Source, source_of
 from vitft.data.splits import Split
-from vitft.data.store import Skipped, decode_all
+from vitft.data.store import Skipped, Store, decode_all
 from vitft.errors import DataError, ModelError, UsageError
 from vitft.evaluation.held_out import choose_split
 from vitft.evaluation.loading import load_model
@@ -28,7 +31,7 @@ from vitft.hardware.device import autocast, find_device, find_precision, threads
 from vitft.hardware.processes import join_processes
 from vitft.io import console
 from vitft.io.paths import absolute, composed, expanded
-from vitft.models.load import read_config
+from vitft.models.load import Loaded, read_config
 
 NO_CLASS = -1  # label, in the loss, of images whose class the model does not have
 BATCH = 64  # images per forward pass; without saved activations, this fits wherever training does
@@ -97,36 +100,95 @@ def evaluate(
     Raises:
         VitftError: with one line that says what is wrong; DataError if the checkpoint was trained on these images.
     """
-    where = find_model(expanded(checkpoint))
-    card = read_card(where) if where.is_dir() else None
-    if dataset is None and (card is None or card.config.dataset is None):
-        if not where.exists():
-            raise ModelError(f"{checkpoint}: no such folder here; if it is a hub id, add --dataset.")
-        read_config(where)  # raises for what is not a model at all
-        raise UsageError(f"{checkpoint}: it does not say what dataset it was trained on; add --dataset.")
-    config = card.config if card else TrainConfig()
-    place = absolute(str(dataset), (*ALIASES, DIGITS)) if isinstance(dataset, str | Path) else None
-    if dataset is not None and (place is None or place != config.dataset):
-        # Settings for reading the checkpoint's own dataset do not apply to another one.
-        reset = {"dataset_revision", "exclude", *ReadOptions.__dataclass_fields__}
-        config = config.model_copy(update=dict.fromkeys(reset) | {"dataset": place, "allow_outside": False})
     typed = {"dataset_revision": dataset_revision, "max_pixels": max_pixels, "on_bad_image": on_bad_image,
              "image_column": image_column, "label_column": label_column, "split_column": split_column,
              "fold_column": fold_column, "fold": fold, "image_folder": image_folder, "encoding": encoding,
              "value_range": value_range,
              "allow_outside": allow_outside or None}  # fmt: skip
-    config = config.model_copy(update={name: value for name, value in typed.items() if value is not None})
+    config, card = reading(checkpoint, dataset, typed)
     loaded = load_model(checkpoint)
+    found = read_images(
+        checkpoint, loaded, config, dataset=dataset, split=split, limit=max_eval_samples, progress=progress,
+        report_skipped=report_skipped,
+    )  # fmt: skip
+    device = find_device(device)
+    processes = join_processes(device)
+    recorded = config.precision if card and config.device == device else "fp32"
+    precision = find_precision(precision or recorded, device)
+    model = loaded.model.to(device)
+    loader = EvalLoader(
+        found.store, found.truth, loaded.preprocess, batch_size=batch_size, device=torch.device(device),
+        rank=processes.rank, world=processes.count,
+    )  # fmt: skip
+    with autocast(device, precision), threads(card.config.threads if card and card.config.device == device else None):
+        metrics = measure(
+            model, loader, loaded.labels, found.split, others=found.others, gather=processes.gather, progress=progress
+        )
+    return replace(metrics, temperature=card.temperature if card else None)
+
+
+def reading(
+    checkpoint: str | Path, dataset: DatasetLike | None, typed: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[TrainConfig, Card | None]:
+    """The settings to read a checkpoint's dataset, or another one, with; and the checkpoint's metadata.
+
+    `typed` are those that the user gave. Raises VitftError if it is unknown which dataset that is.
+    """
+    where = find_model(expanded(checkpoint))
+    card = read_card(where) if where.is_dir() else None
+    if dataset is None and (card is None or card.config.dataset is None):
+        if not where.exists():
+            raise ModelError(f"{checkpoint}: no such folder here; if it is a hub id, add --dataset.")
+        if exported_file(where) is None:
+            read_config(where)  # raises for what is not a model at all
+        raise UsageError(f"{checkpoint}: it does not say what dataset it was trained on; add --dataset.")
+    config = card.config if card else TrainConfig()
+    place = _place(dataset)
+    if dataset is not None and (place is None or place != config.dataset):
+        # Settings for reading the checkpoint's own dataset do not apply to another one.
+        reset = {"dataset_revision", "exclude", *ReadOptions.__dataclass_fields__}
+        config = config.model_copy(update=dict.fromkeys(reset) | {"dataset": place, "allow_outside": False})
+    return config.model_copy(update={name: value for name, value in typed.items() if value is not None}), card
+
+
+def _place(dataset: DatasetLike | None) -> str | None:
+    """The path or name of a dataset; None for one that was loaded in Python."""
+    return absolute(str(dataset), (*ALIASES, DIGITS)) if isinstance(dataset, str | Path) else None
+
+
+@dataclass(frozen=True)
+class SplitImages:
+    """The decoded images of a split. `truth` numbers their classes as the model does, and after them the `others`."""
+
+    store: Store
+    truth: NDArray[np.int64]
+    split: Split
+    others: tuple[str, ...]
+    rows: Any  # the split's rows of the dataset, with the encoded images
+    max_pixels: int
+
+
+def read_images(
+    checkpoint: str | Path, loaded: Loaded, config: TrainConfig, *, dataset: DatasetLike | None = None,
+    split: str | None = None, limit: int | None = None, progress: Progress = lambda done, count: None,
+    report_skipped: Callable[[list[Skipped]], None] = lambda skipped: None,
+) -> SplitImages:  # fmt: skip
+    """Decode the images of a split for a checkpoint that was loaded; the arguments are those of `evaluate`.
+
+    `config`: of `reading`. `limit`: at most so many images, stratified. Raises VitftError, as `evaluate` does.
+    """
+    where = find_model(expanded(checkpoint))
+    card = read_card(where) if where.is_dir() else None
     if loaded.scoring != "softmax":
         raise ModelError(
             f"{checkpoint}: scores each label separately ({loaded.scoring}), and accuracy needs one class per image; "
             "use predict, or fine-tune it for one class."
         )
     how = loaded.preprocess.with_value_range(config.value_range)
-    source = source_of(config, None if place else dataset)
+    source = source_of(config, None if _place(dataset) else dataset)
     for warning in source.warnings:
         console.warn(warning)
-    chosen, own = choose_split(where, card, source, config, split, max_eval_samples)
+    chosen, own = choose_split(where, card, source, config, split, limit)
     truth, others = matched(chosen.labels, source.labels, loaded.labels, name=str(checkpoint), own=own)
     skip_bad = config.on_bad_image == "skip"
     rows = source.splits[chosen.source].select(chosen.rows)
@@ -134,6 +196,9 @@ def evaluate(
         rows, how, crops=False, max_pixels=config.max_pixels, skip_bad=skip_bad, progress=progress,
         cache_gb=config.cache_gb, whole=config.check == "full", name=f"{source.name}, {chosen.name}",
     )  # fmt: skip
+    if skipped:
+        places = {one.position for one in skipped}
+        rows = rows.select([place for place in range(len(rows)) if place not in places])
     chosen, truth = without(chosen, skipped, source), np.delete(truth, [s.position for s in skipped])
     report_skipped(skipped)
     if unknown := int((truth >= len(loaded.labels)).sum()):
@@ -141,25 +206,7 @@ def evaluate(
             f"{unknown:,} of {len(truth):,} {chosen.name} images are of classes that the model does not have "
             f"({listed(others, 5)}): they count as wrong, and are left out of the loss"
         )
-    device = find_device(device)
-    processes = join_processes(device)
-    recorded = config.precision if card and config.device == device else "fp32"
-    precision = find_precision(precision or recorded, device)
-    model = loaded.model.to(device)
-    loader = EvalLoader(
-        store,
-        truth,
-        how,
-        batch_size=batch_size,
-        device=torch.device(device),
-        rank=processes.rank,
-        world=processes.count,
-    )
-    with autocast(device, precision), threads(card.config.threads if card and card.config.device == device else None):
-        metrics = measure(
-            model, loader, loaded.labels, chosen, others=others, gather=processes.gather, progress=progress
-        )
-    return replace(metrics, temperature=card.temperature if card else None)
+    return SplitImages(store, truth, chosen, others, rows, config.max_pixels)
 
 
 def matched(

@@ -38,6 +38,8 @@ from vitft.randomness import derive_seed
 from vitft.spec import PRESETS, ViTSpec, spec_from_config
 
 BUNDLED = "vit-micro"
+EXPORTED = (".onnx", ".xml", ".pt2")
+"""How the names of exported files end: see `checkpoints.exported`."""
 _COMMIT = re.compile("[0-9a-f]{40}")
 _OFFLINE_HINT = f"without network, use --model {BUNDLED} (bundled), a local folder or --from-scratch"
 
@@ -169,6 +171,8 @@ def locate(model: str) -> str:
     path = expanded(model)
     if path.is_dir():
         return str(path)
+    if path.is_file() and path.suffix in EXPORTED:
+        raise _exported(model)
     if path.is_file():
         raise ModelError(f"model {model}: is a file; use the folder that contains its config.json and weights.")
     if model == BUNDLED:
@@ -264,6 +268,8 @@ def _origin(name_or_path: str, revision: str | None, offline: bool | None = None
         return replace(origin, commit=name if _COMMIT.fullmatch(name) else None)
     if not (folder / "config.json").is_file():
         names = ", ".join(sorted(file.name for file in folder.iterdir())[:5]) or "nothing"
+        if any((folder / f"model{suffix}").is_file() for suffix in EXPORTED):
+            raise _exported(name_or_path)
         raise ModelError(f"{name_or_path}: no config.json (it contains {names}); use a Transformers model folder.")
     return _Origin(name_or_path, revision, True)
 
@@ -455,6 +461,10 @@ def _read_preprocess(origin: _Origin, hf_config: Any) -> Preprocess:
 
 def _headless(origin: _Origin) -> ModelError:
     return ModelError(f"{origin.name_or_path}: a backbone with no classification head; fine-tune it first: vitft train")
+
+
+def _exported(model: str) -> ModelError:
+    return ModelError(f"{model}: is exported, so its weights cannot be trained or averaged; use the run it came from.")
 
 
 def _unreadable(origin: _Origin, error: Exception) -> ModelError:

@@ -1,0 +1,213 @@
+"""`vitft export`: a model as a file for another runtime, which is kept only if it predicts what the model does."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vitft import __version__
+from vitft.checkpoints.checkpoint import find_model, run_of
+from vitft.checkpoints.exported import (
+    SUFFIX,
+    Document,
+    Format,
+    Resize,
+    exported_file,
+    open_exported,
+    require_runtime,
+)
+from vitft.checkpoints.metadata import read_card, write_card
+from vitft.data.augment import resize_and_crop
+from vitft.data.sources.source import DatasetLike
+from vitft.errors import DataError, ModelError, UsageError
+from vitft.evaluation.evaluation import Progress, SplitImages, read_images, reading
+from vitft.evaluation.loading import load_model
+from vitft.exporting.files import openvino_model, write_onnx, write_openvino, write_torch
+from vitft.exporting.graph import traced
+from vitft.exporting.proof import TIE, Proof, prove
+from vitft.exporting.quantize import quantize_onnx, quantize_openvino
+from vitft.exporting.readme import readme
+from vitft.io import console
+from vitft.io.atomic import new_folder, write_json
+from vitft.io.console import percent
+from vitft.io.paths import expanded
+from vitft.models.load import Loaded
+
+DTYPES = ("fp32", "fp16", "int8")
+IMAGES, TOLERANCE = 2000, 0.01
+CALIBRATION = 128
+"""Training images that int8 is calibrated on."""
+REPORT = "export.json"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported file, and how it compares with its model. `unproved`: why there is no accuracy; None if there is."""
+
+    file: Path
+    document: Document
+    bytes: int
+    torch_bytes: int  # of the model's weights
+    proof: Proof
+    unproved: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        document = self.document
+        return {
+            "file": str(self.file), "format": document.format, "dtype": document.dtype, "resize": document.resize,
+            "bytes": self.bytes, "torch_bytes": self.torch_bytes, "unproved": self.unproved, **asdict(self.proof),
+        }  # fmt: skip
+
+
+def export(
+    checkpoint: str | Path, *, format: Format = "onnx", dtype: str = "fp32", resize: Resize = "outside",
+    output: str | Path | None = None, dataset: DatasetLike | None = None, split: str | None = None,
+    images: int = IMAGES, tolerance: float = TOLERANCE, progress: Progress = lambda done, count: None,
+) -> Exported:  # fmt: skip
+    """Write a trained model as one file, from uint8 images to probabilities, and compare it with the model.
+
+    Args:
+        checkpoint: a run (its best checkpoint is taken), one of its checkpoints, or a Transformers folder or hub id.
+        format: onnx, openvino or torch (`torch.export`).
+        dtype: fp32; fp16, weights in half precision; or int8, weights and activations in 8 bits.
+        resize: outside: the file takes images at the model's input size; inside: of any size.
+        output: the folder to write; by default `exports/FORMAT-DTYPE` in the run.
+        dataset: to compare on, and to calibrate int8 with; by default the one the model was trained on.
+        split: to compare on; by default test, else validation.
+        images: compare on at most so many images, stratified.
+        tolerance: how much worse the accuracy of the file may be, as a fraction.
+        progress: called with the number of images done and the total.
+
+    Raises:
+        VitftError: with one line that says what is wrong; ModelError if the file is worse than that. Then none is left.
+    """
+    for name, value, choices in (
+        ("format", format, get_args(Format)), ("dtype", dtype, DTYPES), ("resize", resize, get_args(Resize)),
+    ):  # fmt: skip
+        if value not in choices:
+            raise UsageError(f"{name} {value}: not one of {', '.join(choices)}.")
+    if format == "torch" and dtype != "fp32":
+        raise UsageError(f"dtype {dtype}: the torch format has only fp32; use onnx or openvino.")
+    require_runtime(format, writing=True)
+    folder = find_model(expanded(checkpoint))
+    loaded = load_model(checkpoint)
+    if exported_file(folder) is not None:
+        raise UsageError(f"{checkpoint}: is exported already; give the run it came from.")
+    if loaded.scoring != "softmax":
+        raise ModelError(f"{checkpoint}: scores each label separately ({loaded.scoring}); only softmax is exported.")
+    target = _target(checkpoint, folder, output, f"{format}-{dtype}" + ("-resize" if resize == "inside" else ""))
+    card = read_card(folder) if folder.is_dir() else None
+    document = Document(
+        __version__, format, dtype, resize, loaded.labels, loaded.preprocess, card.temperature if card else None,
+        card.splits if card else None, card.scores if card else None,
+    )  # fmt: skip
+    found, unproved = _held_out(checkpoint, loaded, dataset, split, images, progress, needed=dtype == "int8")
+    batches = _calibration(checkpoint, loaded, dataset, resize, progress) if dtype == "int8" else iter(())
+    parent_is_new = not target.parent.exists()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with new_folder(target) as temporary:
+            file = temporary / f"model{SUFFIX[format]}"
+            _write(loaded, file, document, batches)
+            size = sum(one.stat().st_size for one in temporary.iterdir())
+            run = open_exported(file)[1]
+            proof = prove(loaded, run, found, whole=resize == "inside", progress=progress)
+            del run  # closes the file
+            _refuse(proof, document, tolerance)
+            weights = sum(tensor.nbytes for tensor in loaded.model.state_dict().values())
+            result = Exported(target / file.name, document, size, weights, proof, unproved)
+            write_json(temporary / REPORT, result.to_dict())
+            text = readme(document, file.name, proof)
+            if card is None:
+                (temporary / "README.md").write_text(text, encoding="utf-8")
+            else:
+                write_card(temporary, card, text=text)
+    except BaseException:
+        if parent_is_new:
+            with suppress(OSError):
+                target.parent.rmdir()
+        raise
+    return result
+
+
+def _target(checkpoint: str | Path, folder: Path, output: str | Path | None, name: str) -> Path:
+    """The folder to write. Raises UsageError if something else is there."""
+    if output is None:
+        run = run_of(folder)
+        target = (run or Path()) / "exports" / (name if run else f"{Path(str(checkpoint)).name}-{name}")
+    else:
+        target = expanded(output)
+    if target.suffix in SUFFIX.values():
+        raise UsageError(f"output {target}: give a folder; the file in it is called model{target.suffix}.")
+    is_empty = target.is_dir() and not any(target.iterdir())
+    if target.exists() and not is_empty and (target.is_file() or exported_file(target) is None):
+        raise UsageError(f"output {target}: exists, and is no export that could be replaced; choose another folder.")
+    return target
+
+
+def _held_out(
+    checkpoint: str | Path, loaded: Loaded, dataset: DatasetLike | None, split: str | None, limit: int,
+    progress: Progress, *, needed: bool,
+) -> tuple[SplitImages | None, str | None]:  # fmt: skip
+    """The images to compare on; or None, and why there are none."""
+    try:
+        config, _ = reading(checkpoint, dataset)
+        return read_images(
+            checkpoint, loaded, config, dataset=dataset, split=split, limit=limit, progress=progress
+        ), None  # fmt: skip
+    except (UsageError, DataError) as error:
+        if needed or dataset is not None or split is not None:
+            raise
+        console.warn(f"the file is compared on random noise only, which proves no accuracy: {error}")
+        return None, str(error)
+
+
+def _calibration(
+    checkpoint: str | Path, loaded: Loaded, dataset: DatasetLike | None, resize: Resize, progress: Progress
+) -> Iterator[NDArray[np.uint8]]:
+    """Training images, one at a time."""
+    config, _ = reading(checkpoint, dataset)
+    found = read_images(
+        checkpoint, loaded, config, dataset=dataset, split="train", limit=CALIBRATION, progress=progress
+    )
+    for place in range(len(found.truth)):
+        yield resize_and_crop(found.store.gather(np.array([place])), loaded.preprocess).numpy()
+
+
+def _write(loaded: Loaded, file: Path, document: Document, batches: Iterator[NDArray[np.uint8]]) -> None:
+    program = traced(loaded)
+    if document.format == "torch":
+        write_torch(program, file, document)
+    elif document.format == "openvino":
+        network = openvino_model(program)
+        network = quantize_openvino(network, batches) if document.dtype == "int8" else network
+        write_openvino(network, file, document)
+    elif document.dtype == "int8":
+        exact = file.with_name("exact.onnx")
+        write_onnx(program, exact, document)
+        quantize_onnx(exact, file, batches, document)
+        for part in file.parent.glob("exact.onnx*"):
+            part.unlink()
+    else:
+        write_onnx(program, file, document)
+
+
+def _refuse(proof: Proof, document: Document, tolerance: float) -> None:
+    """Raise ModelError if the file does not predict what the model does."""
+    what = f"{document.format} {document.dtype}"
+    if proof.accuracy is not None and proof.before is not None and proof.before - proof.accuracy > tolerance:
+        raise ModelError(
+            f"{what}: right on {percent(proof.accuracy)} of {proof.images:,} {proof.split} images, the model on "
+            f"{percent(proof.before)}: worse by more than {percent(tolerance)}, so no file was left; use another "
+            "dtype, or a larger --tolerance."
+        )
+    if document.dtype == "fp32" and document.resize == "outside" and not proof.largest <= TIE:
+        raise ModelError(
+            f"{what}: a probability differs from the model's by {proof.largest:.2g}, more than rounding explains, so "
+            "no file was left; please report this with the model."
+        )

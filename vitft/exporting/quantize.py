@@ -1,0 +1,54 @@
+"""int8: weights and activations as 8-bit integers, with ranges measured on training images (static, per channel).
+
+Matrix products with weights, and the convolution that cuts patches, are quantized: all but a few percent of the
+arithmetic. Attention's products of activations, softmax, LayerNorm and GELU stay in float32.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vitft.checkpoints.exported import INPUT, Document
+from vitft.exporting.files import edit_onnx, quiet
+
+Images = Iterator[NDArray[np.uint8]]
+"""Batches (1, H, W, 3)."""
+
+
+def quantize_onnx(exact: Path, file: Path, images: Images, document: Document) -> None:
+    """Write an ONNX file with QuantizeLinear and DequantizeLinear nodes, which ONNX Runtime fuses.
+
+    Weights have 7 bits: without VNNI, x86 adds pairs of 8-bit products in 16 bits, where they would overflow.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(images, None)
+            return None if batch is None else {INPUT: batch}
+
+    with TemporaryDirectory(dir=file.parent) as folder, quiet():
+        prepared = Path(folder) / "prepared.onnx"
+        quant_pre_process(exact, prepared, skip_symbolic_shape=True)
+        quantize_static(
+            prepared, file, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=True,
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+            op_types_to_quantize=["MatMul", "Gemm", "Conv"], extra_options={"MatMulConstBOnly": True},
+        )  # fmt: skip
+    edit_onnx(file, document)
+
+
+def quantize_openvino(network: Any, images: Images) -> Any:
+    """The network with quantized operations, as NNCF does for Transformers."""
+    with quiet():
+        import nncf
+
+        every = list(images)
+        return nncf.quantize(
+            network, nncf.Dataset(every), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(every)
+        )
