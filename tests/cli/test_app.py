@@ -580,7 +580,7 @@ def test_explain_is_one_json_document() -> None:
         ("vitft scratch train ", {"scalar", "mnist-patch7", "mnist-patch4", "mnist-patch2", "cifar10-patch4"}),
         ("vitft recipes show ", {recipe.name for recipe in recipes()}),
         ("vitft predict x.png --format ", {"table", "csv", "jsonl", "parquet"}),
-        ("vitft ex", {"explain"}),
+        ("vitft exp", {"explain", "export"}),
     ],
 )
 def test_the_shell_completes(line: str, offered: set[str]) -> None:

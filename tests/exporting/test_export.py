@@ -65,7 +65,7 @@ def made(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
     def make(format: Any) -> Exported:
         if format not in done:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(exporting, "traced", lambda loaded: program)
+                patch.setattr(exporting, "traced", lambda loaded, resize: program)
                 patch.setattr(proving, "_TURN_S", 0.0)
                 patch.setattr(proving, "_PAUSE_S", 0.0)
                 done[format] = export(run, format=format, images=60)
@@ -275,7 +275,7 @@ def test_half_precision_halves_the_file(made: Any, run: Path, monkeypatch: pytes
 
     from vitft.exporting import files as exporting_files
 
-    monkeypatch.setattr(exporting, "traced", lambda loaded: None)
+    monkeypatch.setattr(exporting, "traced", lambda loaded, resize: None)
     monkeypatch.setattr(exporting, "write_onnx", halved)
     result = export(run, dtype="fp16", output=tmp_path / "half", images=60)
     kinds = {tensor.data_type for tensor in onnx.load(result.file).graph.initializer if len(tensor.dims) > 1}
@@ -301,7 +301,7 @@ def test_int8_is_calibrated_on_training_images(
 
     monkeypatch.setattr(exporting, "read_images", spy)
     monkeypatch.setattr(exporting, "CALIBRATION", 8)
-    monkeypatch.setattr(exporting, "traced", lambda loaded: None)
+    monkeypatch.setattr(exporting, "traced", lambda loaded, resize: None)
     monkeypatch.setattr(exporting, "write_onnx", lambda program, file, document: shutil.copy(made("onnx").file, file))
     result = export(run, dtype="int8", output=tmp_path / "int8", images=60, tolerance=1)
     assert [split.name for split in seen] == ["test", "train"]
@@ -317,9 +317,9 @@ def test_int8_for_openvino(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path:
     import openvino
 
     monkeypatch.setattr(exporting, "CALIBRATION", 8)
-    monkeypatch.setattr(exporting, "traced", lambda loaded: None)
+    monkeypatch.setattr(exporting, "traced", lambda loaded, resize: None)
     exact = openvino.Core().read_model(made("openvino").file)
-    monkeypatch.setattr(exporting, "openvino_model", lambda program: exact)
+    monkeypatch.setattr(exporting, "openvino_model", lambda program, document: exact)
     result = export(run, format="openvino", dtype="int8", output=tmp_path / "int8", images=60, tolerance=1)
     assert 0 < result.proof.largest < 0.3
     assert any(op.get_type_name() == "FakeQuantize" for op in openvino.Core().read_model(result.file).get_ops())

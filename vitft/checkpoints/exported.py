@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from vitft.hardware.device import cpus
 from vitft.models.load import EXPORTED, Loaded
 
 Format = Literal["onnx", "openvino", "torch"]
-Resize = Literal["inside", "outside"]
+Resizing = Literal["inside", "outside"]
 SUFFIX: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
 assert set(SUFFIX.values()) == set(EXPORTED)
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino", "nncf"), "torch": ()}
@@ -41,7 +42,7 @@ class Document:
     vitft: str  # the version that wrote it
     format: Format
     dtype: str  # fp32, fp16 or int8
-    resize: Resize
+    resize: Resizing
     labels: tuple[str, ...]
     preprocess: Preprocess
     temperature: float | None = None
@@ -89,13 +90,26 @@ def read_exported(file: Path) -> Loaded:
     """
     document, run = open_exported(file)
     how = document.preprocess
-    if document.resize == "inside" and (how.shortest_edge or how.before_crop or not how.resizes):
-        raise ModelError(
-            f"{file}: resizes and crops photos itself, and vitft would do so twice; use it without vitft, or export "
-            "another one with --resize outside."
-        )
     as_pixels = replace(how, mean=(0.0,) * 3, std=(1.0,) * 3, rescale=1.0, flips_channels=False)
-    return Loaded(_Exported(run), as_pixels, document.labels, None, False)
+    model = _Exported(run, _unchanged(document) or (how.height, how.width))
+    if document.resize == "inside" and _unchanged(document) is None:
+        raise ModelError(
+            f"{file}: resizes photos itself, to less than the model's input, and vitft would do so twice; use it "
+            "without vitft, or export another one with --resize outside."
+        )
+    return Loaded(model, as_pixels, document.labels, None, False)
+
+
+def _unchanged(document: Document) -> tuple[int, int] | None:
+    """The size (height, width) of an image that a file does not resize, but only crops; None if there may be none."""
+    how = document.preprocess
+    size = how.height, how.width
+    if document.resize == "inside" and how.resizes:
+        if how.shortest_edge is not None:
+            size = how.shortest_edge, how.shortest_edge
+        elif how.before_crop is not None:
+            size = how.before_crop
+    return size if size[0] >= how.height and size[1] >= how.width else None
 
 
 def open_exported(file: Path) -> tuple[Document, Run]:
@@ -118,13 +132,17 @@ def open_exported(file: Path) -> tuple[Document, Run]:
 class _Exported(nn.Module):
     """Called like a model of Transformers: pixels (B, 3, H, W) from 0 to 255 in, `logits` (B, K) out."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, size: tuple[int, int]) -> None:
+        """`size`: of images that the file does not resize (height, width); those given are its center."""
         super().__init__()
-        self.run = run
+        self.run, self.size = run, size
 
     def forward(self, pixel_values: Tensor) -> SimpleNamespace:
         """Pixels (B, 3, H, W) from 0 to 255 to an object with `logits` (B, K)."""
-        images = pixel_values.detach().cpu().permute(0, 2, 3, 1).round().clamp(0, 255).to(torch.uint8).contiguous()
+        images = pixel_values.detach().cpu().permute(0, 2, 3, 1).round().clamp(0, 255).to(torch.uint8)
+        (height, width), (rows, columns) = images.shape[1:3], self.size
+        top, left = (rows - height) // 2, (columns - width) // 2
+        images = F.pad(images, (0, 0, left, columns - width - left, top, rows - height - top)).contiguous()
         probabilities = torch.from_numpy(self.run(images.numpy())).float()
         smallest = torch.finfo(torch.float32).tiny
         return SimpleNamespace(logits=probabilities.clamp_min(smallest).log().to(pixel_values.device))

@@ -17,6 +17,7 @@ from vitft.checkpoints.exported import exported_file
 from vitft.checkpoints.metadata import Card, read_card
 from vitft.config.train import TrainConfig
 from vitft.data.augment import Preprocess
+from vitft.data.decoder import decode, encoded
 from vitft.data.loader import Batches, EvalLoader
 from vitft.data.sources.schema import ReadOptions
 from vitft.data.sources.source import ALIASES, DIGITS, DatasetLike, Source, source_of
@@ -166,6 +167,10 @@ class SplitImages:
     others: tuple[str, ...]
     rows: Any  # the split's rows of the dataset, with the encoded images
     max_pixels: int
+
+    def original(self, place: int, preprocess: Preprocess) -> NDArray[np.uint8]:
+        """An image as it is, before any resize: (H, W, 3)."""
+        return decode(encoded(self.rows[place]["image"]), self.max_pixels, value_range=preprocess.value_range)
 
 
 def read_images(

@@ -15,7 +15,7 @@ from vitft.checkpoints.exported import (
     SUFFIX,
     Document,
     Format,
-    Resize,
+    Resizing,
     exported_file,
     open_exported,
     require_runtime,
@@ -65,7 +65,7 @@ class Exported:
 
 
 def export(
-    checkpoint: str | Path, *, format: Format = "onnx", dtype: str = "fp32", resize: Resize = "outside",
+    checkpoint: str | Path, *, format: Format = "onnx", dtype: str = "fp32", resize: Resizing = "outside",
     output: str | Path | None = None, dataset: DatasetLike | None = None, split: str | None = None,
     images: int = IMAGES, tolerance: float = TOLERANCE, progress: Progress = lambda done, count: None,
 ) -> Exported:  # fmt: skip
@@ -87,7 +87,7 @@ def export(
         VitftError: with one line that says what is wrong; ModelError if the file is worse than that. Then none is left.
     """
     for name, value, choices in (
-        ("format", format, get_args(Format)), ("dtype", dtype, DTYPES), ("resize", resize, get_args(Resize)),
+        ("format", format, get_args(Format)), ("dtype", dtype, DTYPES), ("resize", resize, get_args(Resizing)),
     ):  # fmt: skip
         if value not in choices:
             raise UsageError(f"{name} {value}: not one of {', '.join(choices)}.")
@@ -100,6 +100,8 @@ def export(
         raise UsageError(f"{checkpoint}: is exported already; give the run it came from.")
     if loaded.scoring != "softmax":
         raise ModelError(f"{checkpoint}: scores each label separately ({loaded.scoring}); only softmax is exported.")
+    if resize == "inside" and loaded.preprocess.resizes and loaded.preprocess.resample == "nearest":
+        raise UsageError("resize inside: this model's images are resized without a filter (nearest); use outside.")
     target = _target(checkpoint, folder, output, f"{format}-{dtype}" + ("-resize" if resize == "inside" else ""))
     card = read_card(folder) if folder.is_dir() else None
     document = Document(
@@ -168,7 +170,7 @@ def _held_out(
 
 
 def _calibration(
-    checkpoint: str | Path, loaded: Loaded, dataset: DatasetLike | None, resize: Resize, progress: Progress
+    checkpoint: str | Path, loaded: Loaded, dataset: DatasetLike | None, resize: Resizing, progress: Progress
 ) -> Iterator[NDArray[np.uint8]]:
     """Training images, one at a time."""
     config, _ = reading(checkpoint, dataset)
@@ -176,16 +178,20 @@ def _calibration(
         checkpoint, loaded, config, dataset=dataset, split="train", limit=CALIBRATION, progress=progress
     )
     for place in range(len(found.truth)):
-        yield resize_and_crop(found.store.gather(np.array([place])), loaded.preprocess).numpy()
+        yield (
+            found.original(place, loaded.preprocess)[None]
+            if resize == "inside"
+            else resize_and_crop(found.store.gather(np.array([place])), loaded.preprocess).numpy()
+        )
 
 
 def _write(loaded: Loaded, file: Path, document: Document, batches: Iterator[NDArray[np.uint8]]) -> None:
-    program = traced(loaded)
+    program = traced(loaded, document.resize)
     if document.format == "torch":
         write_torch(program, file, document)
     elif document.format == "openvino":
-        network = openvino_model(program)
-        network = quantize_openvino(network, batches) if document.dtype == "int8" else network
+        network = openvino_model(program, document)
+        network = quantize_openvino(network, batches, document) if document.dtype == "int8" else network
         write_openvino(network, file, document)
     elif document.dtype == "int8":
         exact = file.with_name("exact.onnx")

@@ -61,14 +61,15 @@ def _halve(graph: Any) -> None:
     graph.node.extend([*casts, *nodes])
 
 
-def openvino_model(program: torch.export.ExportedProgram) -> Any:
+def openvino_model(program: torch.export.ExportedProgram, document: Document) -> Any:
     """The model in OpenVINO, with the input's shape and the names of input and output."""
     import openvino
 
     with quiet():
         network = openvino.convert_model(program)
-    _, height, width, _ = program.example_inputs[0][0].shape
-    network.reshape({0: openvino.PartialShape([-1, height, width, 3])})
+    how = document.preprocess
+    size = (-1, -1) if document.resize == "inside" else (how.height, how.width)
+    network.reshape({0: openvino.PartialShape([-1, *size, 3])})
     network.input(0).get_tensor().set_names({INPUT})
     network.output(0).get_tensor().set_names({OUTPUT})
     return network

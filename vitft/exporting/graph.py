@@ -5,21 +5,26 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from vitft.checkpoints.exported import INPUT
+from vitft.checkpoints.exported import INPUT, Resizing
 from vitft.data.augmentation.operations import LUMINANCE
+from vitft.exporting.resize import Resize
 from vitft.models.load import Loaded
 
 
 class Classifier(nn.Module):
-    """uint8 images (N, height, width, 3) -> probabilities (N, K): `augment.normalize`, the model, softmax."""
+    """uint8 images (N, H, W, 3) -> probabilities (N, K): `augment.normalize`, the model, softmax.
+
+    Images have the model's input size, or, with the resize inside, any size.
+    """
 
     scale: Tensor
     shift: Tensor
     luminance: Tensor
 
-    def __init__(self, loaded: Loaded) -> None:
+    def __init__(self, loaded: Loaded, resize: Resizing = "outside") -> None:
         super().__init__()
         how = loaded.preprocess
+        self.resize = Resize(how) if resize == "inside" else None
         self.model, self.gray, self.flips = loaded.model, how.channels == 1, how.flips_channels
         mean, std = torch.tensor(how.mean), torch.tensor(how.std)
         self.register_buffer("scale", how.rescale / std)
@@ -28,7 +33,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images to probabilities."""
-        pixels = images.float()
+        pixels = images.float() if self.resize is None else self.resize(images)
         if self.gray:  # whole numbers below 2^24, so exact in float32
             pixels = (((pixels * self.luminance).sum(dim=3, keepdim=True) + 2**15) / 2**16).floor()
         elif self.flips:
@@ -38,12 +43,13 @@ class Classifier(nn.Module):
         return logits.float().softmax(dim=1)
 
 
-def traced(loaded: Loaded) -> torch.export.ExportedProgram:
-    """The classifier as a graph of torch's operators, for batches of any size."""
+def traced(loaded: Loaded, resize: Resizing = "outside") -> torch.export.ExportedProgram:
+    """The classifier as a graph of torch's operators, for any number of images."""
     with suppress(ValueError):  # plain matrix products: what runtimes know how to fuse and quantize
         loaded.model.set_attn_implementation("eager")
-    module, how = Classifier(loaded).eval().requires_grad_(False), loaded.preprocess
+    module, how = Classifier(loaded, resize).eval().requires_grad_(False), loaded.preprocess
     images = torch.zeros(2, how.height, how.width, 3, dtype=torch.uint8)
-    batch = torch.export.Dim("batch", min=1)
+    names = ("batch", "height", "width") if resize == "inside" else ("batch",)
+    shapes = {place: torch.export.Dim(name, min=1) for place, name in enumerate(names)}
     with torch.no_grad():
-        return torch.export.export(module, (images,), dynamic_shapes={INPUT: {0: batch}}, strict=False)
+        return torch.export.export(module, (images,), dynamic_shapes={INPUT: shapes}, strict=False)

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from vitft.checkpoints.exported import Run
 from vitft.data.augment import normalize, resize_and_crop
-from vitft.data.decoder import decode, encoded
 from vitft.evaluation.comparison import Difference, mcnemar, paired_difference
 from vitft.evaluation.evaluation import BATCH, Progress, SplitImages
 from vitft.hardware.device import threads
@@ -79,10 +78,7 @@ def prove(
         ready = prepared(places)
         before.append(model(ready))
         if whole and images is not None:
-            cells = (row["image"] for row in images.rows.select(places))
-            after += [
-                run(decode(encoded(cell), images.max_pixels, value_range=how.value_range)[None]) for cell in cells
-            ]
+            after += [run(images.original(place, how)[None]) for place in places.tolist()]
         else:
             after.append(run(ready.numpy()))
         progress(int(places[-1]) + 1, count)

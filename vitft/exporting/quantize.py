@@ -43,12 +43,15 @@ def quantize_onnx(exact: Path, file: Path, images: Images, document: Document) -
     edit_onnx(file, document)
 
 
-def quantize_openvino(network: Any, images: Images) -> Any:
-    """The network with quantized operations, as NNCF does for Transformers."""
+def quantize_openvino(network: Any, images: Images, document: Document) -> Any:
+    """The network with quantized operations, as NNCF does for Transformers; the resize stays exact."""
     with quiet():
         import nncf
 
         every = list(images)
+        products = [op.get_friendly_name() for op in network.get_ordered_ops() if op.get_type_name() == "MatMul"]
+        scope = nncf.IgnoredScope(names=products[:2]) if document.resize == "inside" else None  # columns, and rows
         return nncf.quantize(
-            network, nncf.Dataset(every), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(every)
-        )
+            network, nncf.Dataset(every), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(every),
+            ignored_scope=scope,
+        )  # fmt: skip
