@@ -23,7 +23,7 @@ from vitft.cli.app import app as commands
 from vitft.data.decoder import decode
 from vitft.serving import guard
 from vitft.serving.app import Service, create_app
-from vitft.serving.model import Model, Scores, open_model
+from vitft.serving.model import Model, Scores, name_of, open_model
 from vitft.serving.uploads import Limits, Room
 
 LABELS = ("dark", "medium", "light")
@@ -146,6 +146,15 @@ def test_a_checkpoint_answers_as_predict_does_alone_or_with_others(digits_run: A
             )
 
 
+def test_a_model_is_called_by_its_run_or_folder_alone(digits_run: Any, tmp_path: Path) -> None:
+    run = digits_run.run
+    assert [name_of(run), name_of(run / "best"), name_of("owner/model")] == ["digits", "digits/best", "owner/model"]
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "model.onnx").touch()
+    assert name_of(tmp_path / "exported") == "exported"
+    assert name_of(tmp_path / "exported" / "model.onnx") == "exported/model.onnx"
+
+
 # -- what is refused --------------------------------------------------------------------------------
 
 PNG = {"content-type": "image/png"}
@@ -194,7 +203,7 @@ def test_a_hostile_upload_gets_one_line_and_leaves_none_in_the_log(
     assert why in answer.json()["error"]
     assert caplog.records == []
     assert service.batcher.queued == 0
-    assert service._room._left == 8 * service.limits.upload_bytes
+    assert service._room._left == 4 * service.limits.upload_bytes
 
 
 def test_what_there_is_not_is_said(client: TestClient) -> None:

@@ -1,6 +1,8 @@
 """`vitft serve` itself: its address, its errors, how it stops; and its page in a browser."""
 
+import asyncio
 import http.client
+import logging
 import os
 import re
 import shutil
@@ -14,7 +16,6 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-import uvicorn
 from typer.testing import CliRunner
 
 import vitft
@@ -112,6 +113,43 @@ def test_a_signal_finishes_requests_in_flight_and_a_second_one_does_not(tmp_path
     assert "Traceback" not in log.read_text()
 
 
+def running(service: Service, server: socket.socket) -> tuple[threading.Thread, Any]:
+    """A server in a thread, once it is ready, which gets no signals there."""
+    ready, made = threading.Event(), []
+
+    class Remembered(serving._Server):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            made.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving, "_Server", Remembered)
+        thread = threading.Thread(target=serve, args=(service, server, (), ready.set))
+        thread.start()
+        ready.wait()
+    return thread, made[0]
+
+
+def test_a_request_that_does_not_end_does_not_keep_the_server(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(serving, "_FINISH_S", 0.05)
+    with bound("127.0.0.1", 0) as server:
+        thread, made = running(Service(model(), Limits()), server)
+        with socket.create_connection(server.getsockname(), timeout=600) as begun:
+            begun.sendall(
+                b"POST /predict HTTP/1.1\r\nhost: localhost\r\ncontent-type: image/png\r\ncontent-length: 9\r\n\r\n"
+            )
+            wait_until(lambda: made._guard.in_flight == 1, thread.is_alive)
+            logger = logging.getLogger("vitft")
+            logger.addHandler(caplog.handler)
+            asyncio.run_coroutine_threadsafe(made._finish(), made.servers[0].get_loop())
+            thread.join(600)
+            logger.removeHandler(caplog.handler)
+    assert not thread.is_alive()
+    assert caplog.messages[-1] == "1 requests were not answered within 0.05 s"
+
+
 # -- in a browser -----------------------------------------------------------------------------------
 
 
@@ -123,21 +161,9 @@ def url() -> Iterator[str]:
              "scores": {"test": {"accuracy": 0.5, "count": 1000}}}  # fmt: skip
     service = Service(model(labels=labels, threshold=0.85, about=about), Limits(upload_bytes=20_000))
     with bound("127.0.0.1", 0) as server:
-        ready = threading.Event()
-        running: list[uvicorn.Server] = []
-
-        class Remembered(serving._Server):
-            def __init__(self, *given: Any) -> None:
-                super().__init__(*given)
-                running.append(self)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(serving, "_Server", Remembered)
-            thread = threading.Thread(target=serve, args=(service, server, (), ready.set))
-            thread.start()
-            ready.wait()
+        thread, made = running(service, server)
         yield url_of(server)
-        running[0].should_exit = True
+        made.should_exit = True
         thread.join()
 
 
@@ -148,9 +174,9 @@ def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield running
-        running.close()
+        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield started
+        started.close()
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from vitft.serving.page import Page
 from vitft.serving.uploads import Limits, Room, announced, uploads
 
 _ROOM_S = 10.0  # how long a request waits for memory to be read into
-_AT_ONCE = 8  # so many requests of the largest size are in memory at once
+_AT_ONCE = 4  # requests of the largest size that are in memory at once, besides the copies that decoding makes
 _QUERY = ("top_k", "probabilities")
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _BODY = {

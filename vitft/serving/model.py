@@ -70,8 +70,9 @@ def name_of(checkpoint: str | Path) -> str:
     path = expanded(checkpoint)
     if not path.exists():
         return str(checkpoint)  # a hub id
-    run = run_of(path.resolve())
-    return path.resolve().name if run is None else (run.name / path.resolve().relative_to(run)).as_posix()
+    path = path.resolve()
+    folder = run_of(path) or (path if path.is_dir() else path.parent)
+    return (Path(folder.name) / path.relative_to(folder)).as_posix()
 
 
 def _recorded(checkpoint: str | Path) -> dict[str, Any]:
