@@ -1,9 +1,11 @@
 """Write the traced model as a file of each format, with its document among the file's metadata."""
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +87,27 @@ def write_openvino(network: Any, file: Path, document: Document) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No messages of the libraries while entered: users of vitft can change nothing about them."""
+    """No messages of the libraries while entered, and none to their makers.
+
+    Users of vitft can change nothing about the former. OpenVINO and NNCF send statistics of use, unless they run in
+    continuous integration.
+    """
     names = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "nncf", "root")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
+    environment = {name: os.environ.get(name) for name in ("CI", "NNCF_CI")}
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    os.environ.update(dict.fromkeys(environment, "true"))
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        for name, value in environment.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

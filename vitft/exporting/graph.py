@@ -1,6 +1,8 @@
 """What is exported: from uint8 images to probabilities, preprocessing included, as one module."""
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,11 +47,23 @@ class Classifier(nn.Module):
 
 def traced(loaded: Loaded, resize: Resizing = "outside") -> torch.export.ExportedProgram:
     """The classifier as a graph of torch's operators, for any number of images."""
-    with suppress(ValueError):  # plain matrix products: what runtimes know how to fuse and quantize
-        loaded.model.set_attn_implementation("eager")
     module, how = Classifier(loaded, resize).eval().requires_grad_(False), loaded.preprocess
     images = torch.zeros(2, how.height, how.width, 3, dtype=torch.uint8)
     names = ("batch", "height", "width") if resize == "inside" else ("batch",)
     shapes = {place: torch.export.Dim(name, min=1) for place, name in enumerate(names)}
-    with torch.no_grad():
+    with torch.no_grad(), _plain_attention(loaded.model):
         return torch.export.export(module, (images,), dynamic_shapes={INPUT: shapes}, strict=False)
+
+
+@contextmanager
+def _plain_attention(model: Any) -> Iterator[None]:
+    """Within, attention is matrix products and a softmax, which runtimes know how to fuse and to quantize."""
+    before = model.config._attn_implementation
+    with suppress(ValueError):  # some architectures have one only
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        if before is not None:
+            with suppress(ValueError):
+                model.set_attn_implementation(before)
