@@ -235,6 +235,18 @@ def test_an_export_is_replaced_by_a_better_one_only(run: Path, quick: Any, tmp_p
         export(run, format="torch", output=tmp_path / "full")
 
 
+def test_what_a_format_cannot_say_is_an_error_in_one_line(
+    run: Path, quick: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no operator for aten::roll\nand much more")
+
+    monkeypatch.setattr(exporting, "write_torch", fails)
+    with pytest.raises(ModelError, match="a vit model cannot be written as torch: no operator for aten::roll"):
+        export(run, format="torch", output=tmp_path / "new" / "export")
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_comparison_counts_what_it_says() -> None:
     before = np.array([[0.6, 0.4, 0], [0.5001, 0.4999, 0], [0.2, 0.7, 0.1], [0.9, 0.1, 0]], np.float32)
     after = np.array([[0.58, 0.42, 0], [0.4998, 0.5002, 0], [0.45, 0.3, 0.25], [0.9, 0.1, 0]], np.float32)

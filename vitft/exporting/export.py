@@ -23,7 +23,7 @@ from vitft.checkpoints.exported import (
 from vitft.checkpoints.metadata import read_card, write_card
 from vitft.data.augment import resize_and_crop
 from vitft.data.sources.source import DatasetLike
-from vitft.errors import DataError, ModelError, UsageError
+from vitft.errors import DataError, ModelError, UsageError, VitftError, first_line
 from vitft.evaluation.evaluation import Progress, SplitImages, read_images, reading
 from vitft.evaluation.loading import load_model
 from vitft.exporting.files import openvino_model, write_onnx, write_openvino, write_torch
@@ -115,7 +115,13 @@ def export(
     try:
         with new_folder(target) as temporary:
             file = temporary / f"model{SUFFIX[format]}"
-            _write(loaded, file, document, batches)
+            try:
+                _write(loaded, file, document, batches)
+            except VitftError:
+                raise
+            except Exception as error:  # each library has its own for an operator that it does not have
+                family = loaded.model.config.model_type
+                raise ModelError(f"a {family} model cannot be written as {format}: {first_line(error)}.") from error
             size = sum(one.stat().st_size for one in temporary.iterdir())
             run = open_exported(file)[1]
             proof = prove(loaded, run, found, whole=resize == "inside", progress=progress)
