@@ -27,6 +27,7 @@ from vitft.evaluation.split_predictions import Predictions
 from vitft.prediction import predictor
 from vitft.prediction.inputs import listed_paths, printable
 from vitft.prediction.predictor import Predictor
+from vitft.prediction.resuming import _end_of_rows
 
 LABELS = ("ant", "bee", "=cat")
 HOSTILE = (
@@ -248,6 +249,12 @@ def test_a_partial_file_is_gone_on_with(
     assert not Path(f"out.partial.{kind}").exists()
     again = command("photos", "--output", f"out.{kind}", "--resume")
     assert (again.exit_code, "nothing to resume" in again.stderr) == (0, True)
+
+
+def test_a_line_end_within_a_name_ends_no_row(tmp_path: Path) -> None:
+    whole = b'path,error\r\n"a ""\r\n.png",\r\n'
+    (tmp_path / "x.csv").write_bytes(whole + b'"b\r\n')
+    assert _end_of_rows(tmp_path / "x.csv", quoted=True) == len(whole)
 
 
 def same_rows(one: str, other: str) -> bool:
