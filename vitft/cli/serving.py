@@ -14,7 +14,7 @@ _NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 
 
 def serve(
-    run: Annotated[str | None, typer.Argument(metavar="RUN", help="Run folder, one of its checkpoints, or a Transformers folder or hub id. Default: the newest run in runs/.")] = None,
+    run: Annotated[str | None, typer.Argument(metavar="RUN", help="Run folder, one of its checkpoints, a Transformers folder or hub id, or an exported file. Default: the newest run in runs/.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on. 0.0.0.0: everybody on the network can use it.", rich_help_panel="Address")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, metavar="<int>", help="0: any that is free.", rich_help_panel="Address")] = 8000,
     allow_host: Annotated[list[str] | None, typer.Option("--allow-host", metavar="NAME", help="A name under which it may be addressed, such as that of a proxy before it. Can be repeated.", rich_help_panel="Address")] = None,
