@@ -29,7 +29,7 @@ class SavedAttention:
 
 
 def attention(x: Array, w: Attention, heads: int, watch: Watch = no_watch) -> tuple[Array, SavedAttention]:
-    """softmax(Q Kᵀ / sqrt(K)) V in each head, then a linear layer (Vaswani et al. 2017, eq. 1; Dosovitskiy, eq. 5-8).
+    """softmax(q kᵀ / sqrt(K)) v in each head, then a linear layer (Vaswani et al. 2017, eq. 1; Dosovitskiy, eq. 5-8).
 
     x is (B, N, D) and so is the result. Dividing the scores by sqrt(K) keeps their variance independent of the head
     width. The code divides q instead, which has fewer elements.

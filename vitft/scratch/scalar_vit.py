@@ -139,7 +139,7 @@ def embed(p: Parameters, spec: ViTSpec, image: Image) -> Matrix:
 
 
 def attention(p: Parameters, name: str, tokens: Matrix, queries: int, heads: int) -> tuple[Matrix, list[Matrix]]:
-    """softmax(Q Kᵀ / sqrt(K)) V in each head; the heads are concatenated and projected (Vaswani et al. 2017, eq. 1).
+    """softmax(q kᵀ / sqrt(K)) v in each head; the heads are concatenated and projected (Vaswani et al. 2017, eq. 1).
 
     Only the first `queries` tokens attend: (N, D) -> (queries, D). Also returns the attention weights (A, queries, N).
     """
