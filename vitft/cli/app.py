@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from vitft.cli import exporting, predicting, probing, publishing, scoring, serving, sweeping, tables
+from vitft.cli import exporting, learning, predicting, probing, publishing, scoring, serving, sweeping, tables
 from vitft.cli.arguments import (
     TRAIN_SETTINGS,
     DatasetName,
@@ -141,6 +141,7 @@ app.command()(probing.probe)
 data_app.command()(probing.doubt)
 app.command()(sweeping.sweep)
 app.command()(serving.serve)
+app.command()(learning.learn)
 
 
 @app.command()

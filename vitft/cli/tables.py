@@ -212,6 +212,17 @@ def runs_report(runs: Sequence[Any], folder: Path) -> RenderableType:
     return Group(table, *problems)
 
 
+def lessons_table(lessons: Sequence[Any]) -> RenderableType:
+    """The table of `vitft learn`."""
+    table = _table(*_numbers("", no_wrap=True), Column("lesson", no_wrap=True), Column("about", overflow="fold"))
+    for one in lessons:
+        table.add_row(str(one.number), one.name, Text(f"{one.title}. {one.summary}"))
+    return Group(
+        table,
+        Text("\nvitft learn --output FOLDER copies them as notebooks; the textbook is in docs/textbook.md", "dim"),
+    )
+
+
 def models_report(models: Sequence[Any]) -> RenderableType:
     """The report of `vitft models ls`, by how the models were trained."""
     table = _table("model", *_numbers("parameters", "input", no_wrap=True), Column("license", overflow="fold"))

@@ -1,0 +1,1 @@
+"""The course on fine-tuning: lessons as notebooks."""

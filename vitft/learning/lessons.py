@@ -1,0 +1,98 @@
+"""The lessons of the course, and copies of them as notebooks.
+
+A lesson is a Markdown file. Its Python blocks are the cells of the notebook; a block of text below one is what it
+printed, and is left out of the notebook, like the plots, because the notebook has its own.
+"""
+
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from vitft.errors import UsageError, nearest
+from vitft.io.atomic import json_text, write_text
+from vitft.io.paths import expanded
+
+BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?", re.MULTILINE | re.DOTALL)
+"""A Python block, and what it printed, if anything."""
+_PLOT = re.compile(r"^!\[.*\]\(images/.*\)\n(?:\n\*.*?\*\n)?", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A lesson: its name, such as `rate`; its number, title and first sentence; and its text."""
+
+    name: str
+    number: int
+    title: str
+    summary: str
+    text: str
+
+    @property
+    def code(self) -> list[str]:
+        """Its Python blocks, in order."""
+        return [block["code"] for block in BLOCK.finditer(self.text)]
+
+    @property
+    def outputs(self) -> list[str]:
+        """What each block printed when the lesson was written; empty where it printed nothing."""
+        return [block["output"] or "" for block in BLOCK.finditer(self.text)]
+
+
+def lessons() -> list[Lesson]:
+    """All lessons, in order."""
+    installed = Path(str(files("vitft"))) / "course"
+    folder = installed if installed.is_dir() else installed.parent.parent / "docs" / "course"  # an editable install
+    return [_read(file) for file in sorted(folder.glob("[0-9][0-9]-*.md"))]
+
+
+def _read(file: Path) -> Lesson:
+    number, _, name = file.stem.partition("-")
+    text = file.read_text(encoding="utf-8")
+    title, _, rest = text.removeprefix("# ").partition("\n")
+    summary = re.split(r"(?<=[.?!])\s", rest.strip(), maxsplit=1)[0]
+    return Lesson(name, int(number), title, " ".join(summary.split()), text)
+
+
+def find(name: str) -> Lesson:
+    """A lesson by name or number. Raises UsageError."""
+    known = lessons()
+    for lesson in known:
+        if name in (lesson.name, str(lesson.number)):
+            return lesson
+    hint = nearest(name, [lesson.name for lesson in known])
+    raise UsageError(f"lesson {name}: unknown{hint or '; vitft learn lists them.'}")
+
+
+def copy(chosen: list[Lesson], folder: str | Path) -> list[Path]:
+    """Write lessons as notebooks into a folder. Raises UsageError for files that are there, and writes nothing then."""
+    target = expanded(folder)
+    pages = {target / f"{lesson.number:02}-{lesson.name}.ipynb": notebook(lesson) for lesson in chosen}
+    if there := [file for file in pages if file.exists()]:
+        raise UsageError(f"{there[0]}: exists; choose another folder, or remove it.")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for file, page in pages.items():
+            write_text(file, json_text(page))
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written: {error.strerror or error}; choose another folder.") from error
+    return list(pages)
+
+
+def notebook(lesson: Lesson) -> dict[str, Any]:
+    """The lesson in the format of Jupyter notebooks, version 4.5."""
+    cells: list[dict[str, Any]] = []
+
+    def add(kind: str, text: str, **more: Any) -> None:
+        if text := text.strip("\n"):
+            cells.append({"cell_type": kind, "id": f"cell-{len(cells)}", "metadata": {}, "source": text} | more)
+
+    place = 0
+    for block in BLOCK.finditer(lesson.text):
+        add("markdown", _PLOT.sub("", lesson.text[place : block.start()]))
+        add("code", block["code"], execution_count=None, outputs=[])
+        place = block.end()
+    add("markdown", _PLOT.sub("", lesson.text[place:]))
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    return {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
