@@ -43,11 +43,12 @@ scratch_app = typer.Typer(cls=Group, no_args_is_help=True, help="Train the textb
 data_app = typer.Typer(cls=Group, no_args_is_help=True, help="Inspect a dataset.")
 cache_app = typer.Typer(cls=Group, no_args_is_help=True, help="The cache of decoded photos.")
 data_app.add_typer(cache_app, name="cache")
-app.add_typer(recipes_app, name="recipes")
-app.add_typer(runs_app, name="runs")
-app.add_typer(models_app, name="models")
-app.add_typer(data_app, name="data")
-app.add_typer(scratch_app, name="scratch")
+_TRAIN, _FIRST, _USE, _LEARN = "Train", "Look first", "Use a model", "Understand"  # groups of commands in --help
+app.add_typer(recipes_app, name="recipes", rich_help_panel=_TRAIN)
+app.add_typer(runs_app, name="runs", rich_help_panel=_TRAIN)
+app.add_typer(models_app, name="models", rich_help_panel=_FIRST)
+app.add_typer(data_app, name="data", rich_help_panel=_FIRST)
+app.add_typer(scratch_app, name="scratch", rich_help_panel=_LEARN)
 
 
 RecipeName = Annotated[
@@ -74,7 +75,7 @@ def root(
     """
 
 
-@app.command()
+@app.command(rich_help_panel=_TRAIN)
 @options_from(TRAIN_SETTINGS)
 def train(
     recipe: Annotated[str | None, typer.Option(help="A recipe's name or file; flags override it.", rich_help_panel="Run", autocompletion=lambda: recipe_names(textbook=False))] = None,
@@ -129,22 +130,24 @@ def _show(result: Any, json: bool, report: str) -> None:
     console.say_json(result.to_dict()) if json else console.say_text(tables.training_report(result))
 
 
-models_app.command("ls")(probing.list_models)
-app.command("eval")(scoring.evaluate)
-app.command()(predicting.predict)
-app.command()(publishing.push)
-app.command()(scoring.report)
-app.command()(scoring.compare)
-app.command()(exporting.export)
+app.command("eval", rich_help_panel=_TRAIN)(scoring.evaluate)
+app.command(rich_help_panel=_TRAIN)(scoring.report)
+app.command(rich_help_panel=_TRAIN)(scoring.compare)
+app.command(rich_help_panel=_TRAIN)(sweeping.sweep)
+app.command(rich_help_panel=_TRAIN)(probing.soup)
 runs_app.command("ls")(scoring.list_runs)
-app.command()(probing.probe)
+app.command(rich_help_panel=_FIRST)(probing.probe)
 data_app.command()(probing.doubt)
-app.command()(sweeping.sweep)
-app.command()(serving.serve)
-app.command()(learning.learn)
+models_app.command("ls")(probing.list_models)
+app.command(rich_help_panel=_USE)(predicting.predict)
+app.command(rich_help_panel=_USE)(serving.serve)
+app.command(rich_help_panel=_USE)(exporting.export)
+app.command(rich_help_panel=_USE)(publishing.push)
+app.command(rich_help_panel=_USE)(probing.embed)
+app.command(rich_help_panel=_LEARN)(learning.learn)
 
 
-@app.command()
+@app.command(rich_help_panel=_TRAIN)
 def verify_resume(
     recipe: Annotated[str, typer.Option(help="A recipe's name or file.", autocompletion=lambda: recipe_names(textbook=False))] = "smoke",
     dataset: Annotated[str | None, typer.Option(help="Overrides the recipe's.")] = None,
@@ -174,11 +177,7 @@ def verify_resume(
         raise TrainingError("the resumed run differs from the uninterrupted one; please report this with the recipe.")
 
 
-app.command()(probing.embed)
-app.command()(probing.soup)
-
-
-@app.command()
+@app.command(rich_help_panel=_LEARN)
 def explain(
     model: Annotated[str | None, typer.Option(help="Preset, local folder or hub id; default: ViT-B/16 at 224 pixels.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Side of the image, in pixels.")] = None,
@@ -248,7 +247,7 @@ def explain(
         console.note(f"{html}: open it in a browser; it needs no network")
 
 
-@app.command()
+@app.command(rich_help_panel=_FIRST)
 @options_from(TRAIN_SETTINGS, "Augmentation")
 def bench(
     what: Annotated[Literal["data", "train", "eval"], typer.Argument(metavar="data|train|eval", help="The input pipeline, optimizer steps, or forward passes.")],

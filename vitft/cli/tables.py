@@ -214,9 +214,9 @@ def runs_report(runs: Sequence[Any], folder: Path) -> RenderableType:
 
 def lessons_table(lessons: Sequence[Any]) -> RenderableType:
     """The table of `vitft learn`."""
-    table = _table(*_numbers("", no_wrap=True), Column("lesson", no_wrap=True), Column("about", overflow="fold"))
+    table = _table(*_numbers("", no_wrap=True), Column("lesson", no_wrap=True), Column("", overflow="fold"))
     for one in lessons:
-        table.add_row(str(one.number), one.name, Text(f"{one.title}. {one.summary}"))
+        table.add_row(str(one.number), one.name, Text(one.title))
     return Group(
         table,
         Text("\nvitft learn --output FOLDER copies them as notebooks; the textbook is in docs/textbook.md", "dim"),
