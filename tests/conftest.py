@@ -131,6 +131,22 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return train(config, output=tmp_path_factory.mktemp("runs") / "digits")
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium. One a module, because Playwright's loop lives in one thread as long as it is open."""
+    found = (shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome"))
+    if (chromium := next(filter(None, found), None)) is None:
+        pytest.skip("no Chromium")
+    from playwright.sync_api import sync_playwright
+
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync"]  # fmt: skip
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=quiet)
+        yield started
+        started.close()
+
+
 @pytest.fixture
 def fonts_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Has just one further font installed, called as a real one, that draws these letters, each as a square."""

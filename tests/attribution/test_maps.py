@@ -65,6 +65,27 @@ def test_other_models_have_maps_by_occlusion(family: str) -> None:
         class_maps(tiny_classifier(family, num_labels=3), images(1), torch.tensor([1]), "attention")
 
 
+def test_what_does_not_depend_on_attention_speaks_for_no_class() -> None:
+    model = tiny_classifier("ijepa", num_labels=3)  # its head reads the mean of the patches
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".attention.o_proj." in name:
+                parameter.zero_()
+    maps, _ = class_maps(model, images(1), torch.tensor([1]))
+    np.testing.assert_allclose(maps[0], 0, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_many_images_have_the_maps_of_each_alone(family: str) -> None:
+    model, pixels, classes = tiny_classifier(family, num_labels=3), images(11), torch.arange(11) % 3
+    together, method = class_maps(model, pixels, classes)
+    assert len(together) == 11
+    for one, image, label in zip(together, pixels, classes, strict=True):
+        (alone,), same = class_maps(model, image[None], label[None])
+        assert same == method
+        np.testing.assert_allclose(one, alone, rtol=1e-3, atol=1e-3 * np.abs(alone).max())
+
+
 class OnePlace(nn.Module):
     """Class 1 if the pixels in rows 8 to 11 and columns 20 to 23 are bright, by their mean."""
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from base64 import b64decode
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,11 +22,6 @@ from vitft.explain.page import write_page
 from vitft.explain.trace import Trace, trace_image
 
 MICRO = Path(vitft.__file__).parent / "assets" / "vit-micro"
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
 HOSTILE = "</script><script>document.title='taken'</script><b>&amp;\u202e"
 
 
@@ -43,18 +37,6 @@ def file(trace: Trace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pages") / "page.html"
     write_page(replace(trace, labels=tuple(f"{HOSTILE}{label}" for label in trace.labels)), path)
     return path
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

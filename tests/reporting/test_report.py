@@ -24,7 +24,6 @@ from vitft.reporting import looks, pictures
 from vitft.training.trainer import Result
 
 HOSTILE = ["<img src=x onerror=alert(1)>", "</script><b>", "a\"b'c", "ünï çödé 猫", "x" * 60]
-chromium = shutil.which("chromium")
 
 
 def photos(root: Path, labels: list[str], count: int = 12, splits: tuple[str, ...] = ("train", "test")) -> Path:
@@ -201,18 +200,6 @@ def test_a_report_that_fails_costs_no_run(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 # -- in a browser -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if chromium is None:
-        pytest.skip("Chromium is not installed")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import http.client
 import logging
 import os
 import re
-import shutil
 import signal
 import socket
 import threading
@@ -30,7 +29,6 @@ from vitft.serving.uploads import Limits
 
 MICRO = str(Path(vitft.__file__).parent / "assets" / "vit-micro")
 HOSTILE = ("</script><script>document.title='taken'</script>", "<b>light</b>", "ünï 猫 " + "x" * 60)
-chromium = shutil.which("chromium")
 
 
 def said(*words: str) -> tuple[int, str]:
@@ -165,18 +163,6 @@ def url() -> Iterator[str]:
         yield url_of(server)
         made.should_exit = True
         thread.join()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if chromium is None:
-        pytest.skip("Chromium is not installed")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ BATCH = 64  # hidden copies per forward pass
 
 
 def occlusion(model: Any, pixels: Tensor, classes: Tensor, *, grid: int = 7) -> Tensor:
-    """Maps (B, grid, grid) of what hiding each place takes from the class's log-odds; below 0 where it helps.
+    """Maps (B, grid, grid) of how far hiding each place lowers the class's log-odds; below 0 where it raises them.
 
     A gray square (the mean of the normalization) that is two cells wide is centered on each cell, so that neighboring
     squares overlap. Works for every classifier, with `grid` * `grid` forward passes an image.

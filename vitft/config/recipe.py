@@ -7,7 +7,6 @@ Recipes in `scratch/` belong to the textbook and have its settings.
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +14,7 @@ import yaml
 
 from vitft.config.train import TrainConfig
 from vitft.errors import UsageError, nearest
-from vitft.io.paths import expanded
+from vitft.io.paths import expanded, shipped
 
 Config = TypeVar("Config")
 TEXTBOOK = "scratch/"
@@ -45,8 +44,7 @@ def command_for(path: Path) -> str:
 
 def recipes() -> list[Recipe]:
     """The recipes that ship with vitft, sorted by name."""
-    installed = Path(str(files("vitft"))) / "recipes"
-    folder = installed if installed.is_dir() else installed.parent.parent / "recipes"  # an editable install
+    folder = shipped("recipes")
     named = [(path.relative_to(folder).with_suffix("").as_posix(), path) for path in folder.rglob("*.yaml")]
     return [Recipe(name, path, _summary(path)) for name, path in sorted(named)]
 

@@ -3,6 +3,7 @@
 import os
 import unicodedata
 from collections.abc import Container
+from importlib.resources import files
 from pathlib import Path
 
 
@@ -23,6 +24,17 @@ def expanded(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:  # no such user, no home folder
         return Path(path)
+
+
+def shipped(name: str, source: str | None = None) -> Path:
+    """A folder of files that ship with vitft: in the package, or of a checkout (an editable install).
+
+    Args:
+        name: Its name in the installed package.
+        source: Its path in a checkout, if it is another.
+    """
+    package = Path(str(files("vitft")))
+    return installed if (installed := package / name).is_dir() else package.parent / (source or name)
 
 
 def composed(name: str) -> str:

@@ -6,13 +6,12 @@ printed, and is left out of the notebook, like the plots, because the notebook h
 
 import re
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from vitft.errors import UsageError, nearest
 from vitft.io.atomic import json_text, write_text
-from vitft.io.paths import expanded
+from vitft.io.paths import expanded, shipped
 
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 """A Python block, and what it printed, if anything."""
@@ -42,9 +41,7 @@ class Lesson:
 
 def lessons() -> list[Lesson]:
     """All lessons, in order."""
-    installed = Path(str(files("vitft"))) / "course"
-    folder = installed if installed.is_dir() else installed.parent.parent / "docs" / "course"  # an editable install
-    return [_read(file) for file in sorted(folder.glob("[0-9][0-9]-*.md"))]
+    return [_read(file) for file in sorted(shipped("course", "docs/course").glob("[0-9][0-9]-*.md"))]
 
 
 def _read(file: Path) -> Lesson:

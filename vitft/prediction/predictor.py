@@ -84,7 +84,7 @@ class Predictor:
 
     `labels` are its classes, in the order of the logits; `preprocess` is how an image becomes the model's input.
     `threshold` is the confidence below which a prediction is unsure, if one was asked for. Several threads may use one
-    predictor.
+    predictor, but for `maps`, which changes how the model computes attention meanwhile.
     """
 
     def __init__(
