@@ -14,7 +14,6 @@ Every contender reads the same files from one folder of images per class. torchv
 
 import argparse
 import logging
-import math
 import os
 import platform
 import re
@@ -116,13 +115,12 @@ def data(given: argparse.Namespace, folder: Path) -> str:
                 started = time.perf_counter()
                 count = sum(map(len, run()))
                 rates[name].append(count / (time.perf_counter() - started))
-        # Their operations differ too much to compare what they show.
-        details = dict.fromkeys(passes, math.nan) if kind == "mix" else {n: detail(run()) for n, run in passes.items()}
-        title = KINDS[kind]
-        base = next(iter(details.values()))
-        rows += [
-            [title, name, f"{first[name]:,.0f}", *rated(rates, name), f"{details[name] / base:.2f}"] for name in rates
-        ]
+        details = dict.fromkeys(passes, "")  # of mixed images, whose operations differ too much
+        if kind != "mix":
+            energies = {name: detail(run()) for name, run in passes.items()}
+            base = next(iter(energies.values()))
+            details = {name: f"{energy / base:.2f}" for name, energy in energies.items()}
+        rows += [[KINDS[kind], name, f"{first[name]:,.0f}", *rated(rates, name), details[name]] for name in rates]
     head = ["transforms", "input path", "first pass, images/s", "later passes, images/s", "ratio", "detail"]
     return table(head, rows)
 
