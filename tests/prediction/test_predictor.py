@@ -477,7 +477,7 @@ def test_images_read_in_one_place_and_scored_in_another_are_what_a_call_says(
     predictor = Predictor(checkpoint)
     pixels = torch.stack([predictor.read(file.read_bytes()) for file in files])
     assert pixels.dtype == torch.uint8
-    every = predictor.probabilities(pixels)
+    every = predictor.score(pixels).probabilities
     assert every.shape == (3, len(LABELS))
     for scores, row in zip(every, predictor(files, top_k=7), strict=True):
         assert [float(scores[LABELS.index(label)]) for label, _ in row.top] == pytest.approx(

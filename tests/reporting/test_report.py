@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from vitft import ModelError, Predictor, TrainConfig, UsageError, train, write_report
+from vitft import ModelError, Predictor, TrainConfig, UsageError, resume, train, write_report
 from vitft.cli.app import app
 from vitft.evaluation.metrics import score
 from vitft.evaluation.results import FILE as RESULTS
@@ -83,6 +83,19 @@ def test_the_page_has_the_numbers_of_the_results(hostile: Path) -> None:
             assert (image["truth"], image["said"]) == (truth, predicted)
             assert (said.truth[place], said.predicted[place]) == (truth, predicted)
             assert image["sure"] == pytest.approx(said.confidence[place], abs=1e-4)
+
+
+def test_images_that_could_not_be_read_are_listed(tmp_path: Path) -> None:
+    data = photos(tmp_path / "photos", ["a", "b"])
+    (tmp_path / "photos" / "train-3.png").write_bytes(b"no image")
+    (tmp_path / "photos" / "test-0.png").write_bytes(b"")
+    run = trained(data, tmp_path / "run", on_bad_image="skip", epochs=1).run
+    page = write_report(run).read_text()
+    assert "1 test image could not be read" in page
+    assert re.search(r"1 (train|validation) image could not be read", page)
+    assert re.search(r"<td>[^<]*train-3\.png</td><td class=\"soft\">[^<]*not an image", page)
+    resume(run, {"epochs": 2})
+    assert "1 test image could not be read" in write_report(run).read_text()
 
 
 def test_nothing_is_loaded_from_elsewhere(hostile: Path) -> None:

@@ -10,6 +10,7 @@ import re
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +22,34 @@ from typer.testing import CliRunner
 
 from vitft.cli.app import app as commands
 from vitft.data.decoder import decode
+from vitft.prediction.predictor import Prediction
 from vitft.serving import guard
 from vitft.serving.app import Service, create_app
-from vitft.serving.model import Model, Scores, name_of, open_model
+from vitft.serving.model import Model, name_of, open_model
 from vitft.serving.uploads import Limits, Room
 
 LABELS = ("dark", "medium", "light")
 MAX_PIXELS = 10_000
 
 
-def scores_of(pixels: Sequence[Any]) -> list[Scores]:
-    """Three probabilities that depend on how bright an image is."""
-    bright = [float(image.mean()) / 255 for image in pixels]
-    return [np.array([0.9 - 0.8 * one, 0.08, 0.02 + 0.8 * one], np.float32) for one in bright]
+def predictions_of(
+    pixels: Sequence[Any], labels: Sequence[str] = LABELS, threshold: float = 0.0
+) -> list[Prediction]:  # fmt: skip
+    """Three probabilities that depend on how bright an image is; white ones are none of these."""
+    found = []
+    for bright in (float(image.mean()) / 255 for image in pixels):
+        scores = np.array([0.9 - 0.8 * bright, 0.08, 0.02 + 0.8 * bright], np.float32)
+        top = tuple((labels[place], float(scores[place])) for place in np.argsort(-scores))
+        said = {"unsure": top[0][1] < threshold, "novelty": bright, "none_of_these": bright > 0.99}
+        found.append(Prediction("", top, probabilities=scores, **said))
+    return found
 
 
-def model(**changes: Any) -> Model:
-    given = {"name": "tones", "labels": LABELS, "read": lambda data: decode(data, MAX_PIXELS), "classify": scores_of,
-             "sample": np.zeros((2, 2, 3), np.uint8), "about": {"labels": list(LABELS)}}  # fmt: skip
+def model(*, threshold: float = 0.0, **changes: Any) -> Model:
+    labels = changes.get("labels", LABELS)
+    classify = partial(predictions_of, labels=labels, threshold=threshold)
+    given = {"name": "tones", "labels": labels, "read": lambda data: decode(data, MAX_PIXELS), "classify": classify,
+             "sample": np.zeros((2, 2, 3), np.uint8), "about": {"labels": list(labels)}}  # fmt: skip
     return Model(**given | changes)
 
 
@@ -106,7 +117,7 @@ def test_a_body_a_form_and_json_are_answered_alike(client: TestClient) -> None:
 def test_probabilities_of_all_classes_and_what_is_unsure(client: TestClient) -> None:
     found = client.post("/predict?top_k=99&probabilities=all", files={"file": picture(128)}).json()["predictions"][0]
     assert found["unsure"] is True
-    assert found["probabilities"] == pytest.approx(scores_of([np.full((1, 1), 128)])[0].tolist())
+    assert found["probabilities"] == pytest.approx(predictions_of([np.full((1, 1), 128)])[0].probabilities.tolist())
     assert [one["score"] for one in found["top"]] == sorted(found["probabilities"], reverse=True)
 
 
@@ -363,7 +374,7 @@ def numbers(client: TestClient) -> dict[str, float]:
 def test_it_is_ready_after_a_forward_pass_of_a_full_batch() -> None:
     sizes: list[int] = []
     service = Service(
-        model(classify=lambda images: [sizes.append(len(images)), scores_of(images)][1]), Limits(), max_batch=5
+        model(classify=lambda images: [sizes.append(len(images)), predictions_of(images)][1]), Limits(), max_batch=5
     )
     with client_of(service) as client:
         answer = client.get("/healthz")
@@ -375,10 +386,10 @@ def test_it_is_ready_after_a_forward_pass_of_a_full_batch() -> None:
 def test_too_many_at_once_are_told_when_to_come_again() -> None:
     may, busy = threading.Event(), threading.Event()
 
-    def classify(images: Sequence[Any]) -> list[Scores]:
+    def classify(images: Sequence[Any]) -> list[Prediction]:
         busy.set()
         may.wait()
-        return scores_of(images)
+        return predictions_of(images)
 
     with client_of(Service(model(classify=classify), Limits(), max_queue=2)) as client:
         waiting = threading.Thread(target=client.post, args=("/predict",), kwargs={"files": [("f", picture())] * 2})
@@ -395,10 +406,10 @@ def test_too_many_at_once_are_told_when_to_come_again() -> None:
 
 
 def test_a_fault_is_one_line_to_the_client_and_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    def classify(images: Sequence[Any]) -> list[Scores]:
+    def classify(images: Sequence[Any]) -> list[Prediction]:
         if images[0].mean() > 200:
             raise RuntimeError("out of\nmemory")
-        return scores_of(images)
+        return predictions_of(images)
 
     logger = logging.getLogger("vitft")
     logger.addHandler(caplog.handler)

@@ -155,7 +155,7 @@ def test_a_request_that_does_not_end_does_not_keep_the_server(
 def url() -> Iterator[str]:
     """A running server whose classes have names that would break a careless page."""
     labels = HOSTILE
-    about = {"labels": list(labels), "image_size": [4, 4], "threshold": 0.85, "calibrated": True,
+    about = {"labels": list(labels), "image_size": [4, 4], "threshold": 0.85, "none_of_these": 0.99, "calibrated": True,
              "scores": {"test": {"accuracy": 0.5, "count": 1000}}}  # fmt: skip
     service = Service(model(labels=labels, threshold=0.85, about=about), Limits(upload_bytes=20_000))
     with bound("127.0.0.1", 0) as server:
@@ -191,9 +191,10 @@ def test_photos_get_bars_and_errors_in_words(opened: Callable[..., Any], width: 
     page.get_by_text("unsure below 85.0 %").wait_for()
     assert "50.0 % of 1,000 test images are right" in page.locator("#about").inner_text()
     noise = np.random.default_rng(0).bytes(30_000)
-    photos = {"night.png": picture(0), "<b>x</b>.png": picture(128), "page.png": b"<html>", "large.png": noise}
+    photos = {"night.png": picture(0), "<b>x</b>.png": picture(128), "page.png": b"<html>", "large.png": noise,
+              "white.png": picture(255)}  # fmt: skip
     page.set_input_files("#files", [{"name": n, "mimeType": "image/png", "buffer": b} for n, b in photos.items()])
-    page.get_by_text("2 photos classified, 2 failed").wait_for()
+    page.get_by_text("3 photos classified, 2 failed").wait_for()
     cards = page.locator(".photo")
     assert page.locator(".name").all_inner_texts() == list(photos)
     assert cards.nth(0).locator(".class.first").inner_text().split("\n") == [HOSTILE[0], "90.0 %"]
@@ -204,6 +205,7 @@ def test_photos_get_bars_and_errors_in_words(opened: Callable[..., Any], width: 
     assert widths == pytest.approx([49.8, 42.2, 8.0], abs=0.2)
     assert cards.nth(2).locator(".wrong").inner_text() == "It is not an image in a supported format."
     assert "this server takes up to 0.0 MB" in cards.nth(3).locator(".wrong").inner_text()
+    assert cards.nth(4).locator(".chip").inner_text() == "none of these"
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.title() == "tones"
     page.get_by_role("button", name="Clear").press("Enter")

@@ -13,6 +13,7 @@ import json
 import re
 import shlex
 import shutil
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -186,16 +187,17 @@ def read_config(run: Path) -> TrainConfig:
 
 
 def save_model(
-    folder: Path, model: Any, preprocess: Preprocess, card: Card, state: State | None = None, splits: str | None = None
+    folder: Path, model: Any, preprocess: Preprocess, card: Card, state: State | None = None,
+    *, beside: Iterable[Callable[[Path], None]] = (),
 ) -> None:  # fmt: skip
     """Atomically write a plain Transformers model folder, replacing `folder`.
 
-    With `state`, the run can be resumed from it, with a new optimizer state. `splits` is the text of a `splits.json`
-    for a checkpoint outside of any run.
+    With `state`, the run can be resumed from it, with a new optimizer state. Each of `beside` writes another file into
+    the folder that it is given.
     """
     with new_folder(folder) as temporary:
-        if splits is not None:
-            write_text(temporary / "splits.json", splits)
+        for write in beside:
+            write(temporary)
         _write_model(temporary, model, preprocess, card, state)
 
 

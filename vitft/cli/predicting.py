@@ -28,6 +28,7 @@ def predict(
     calibrated: Annotated[bool, typer.Option("--calibrated", help="Divide logits by the temperature that the run fitted on its validation images.")] = False,
     min_confidence: Annotated[float | None, typer.Option(min=0, max=1, metavar="<float>", help="Mark images whose best class has a lower probability as unsure.")] = None,
     min_precision: Annotated[float | None, typer.Option(min=0, max=1, metavar="<float>", help="The same, with the confidence from which on this fraction of the validation images is right, such as 0.99.")] = None,
+    none_of_these: Annotated[float | None, typer.Option(min=0, max=1, metavar="<float>", help="Mark images that are stranger to the model than this fraction of the validation images, such as 0.99, as none of its classes.")] = None,
     device: Device = "auto",
     max_pixels: MaxPixels = None,
     value_range: ValueRange = None,
@@ -37,7 +38,7 @@ def predict(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a partial .csv or .jsonl file.", rich_help_panel=OUTPUT)] = False,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Write those of all classes, to a .parquet file.", rich_help_panel=OUTPUT)] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.", rich_help_panel=OUTPUT)] = False,
-    sort_into: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Copy each image into FOLDER/CLASS/, and unsure ones into FOLDER/unsure/.", rich_help_panel=SORTING)] = None,
+    sort_into: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Copy each image into FOLDER/CLASS/, unsure ones into FOLDER/unsure/, and so on.", rich_help_panel=SORTING)] = None,
     link: Annotated[Literal["hard", "symbolic"] | None, typer.Option(help="Link instead of copying.", rich_help_panel=SORTING)] = None,
     explain: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Draw for each image what spoke for its best class.", rich_help_panel=OUTPUT)] = None,
 ) -> None:  # fmt: skip
@@ -72,9 +73,12 @@ def predict(
     images, total = _images(paths, paths_from)
     predictor = Predictor(
         checkpoint, device=device, calibrated=calibrated, min_confidence=min_confidence, min_precision=min_precision,
-        **given(max_pixels=max_pixels, value_range=value_range),
+        none_of_these=none_of_these, **given(max_pixels=max_pixels, value_range=value_range),
     )  # fmt: skip
-    layout, done = Layout(top_k, predictor.threshold is not None, predictor.labels, probabilities), Done()
+    layout, done = (
+        Layout(top_k, predictor.threshold is not None, predictor.labels, probabilities, none_of_these is not None),
+        Done(),
+    )
     if file is not None and resume and partial_name(file).exists():
         done = go_on(partial_name(file), kind, layout.columns, images, predictor, top_k)
         console.note(f"going on after {done.count:,} images")

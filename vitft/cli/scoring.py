@@ -38,6 +38,7 @@ def evaluate(
     value_range: ValueRange = None,
     errors: Annotated[int, typer.Option(min=0, metavar="<int>", help="List this many misclassified images, those that the model is surest of first.")] = 0,
     predictions: Annotated[Path | None, typer.Option(help="Write the probabilities of every image to this .parquet file.")] = None,
+    strangers: Annotated[str | None, typer.Option(metavar="DATASET", help="Also say how well images of this dataset, of other classes, are told from those of the split.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the confusion matrix as a PNG.")] = None,
     json: Json = False,
     *, overrides: dict[str, Any],
@@ -48,12 +49,16 @@ def evaluate(
         raise UsageError(f"{predictions}: give a .parquet file in a folder that exists.")
     with loading():
         from vitft.evaluation.evaluation import evaluate as score
+        from vitft.evaluation.novelty import read_novelty
         from vitft.evaluation.runs import newest_run
         from vitft.evaluation.split_predictions import require
+        from vitft.evaluation.strangers import tell_strangers
 
     if checkpoint is None:
         checkpoint = str(newest_run())
         console.note(f"{checkpoint}, the newest run")
+    if strangers is not None:
+        read_novelty(checkpoint)  # so that what cannot be is said before the work
 
     def report_skipped(skipped: list[Any]) -> None:
         for one in skipped:
@@ -67,6 +72,13 @@ def evaluate(
         )  # fmt: skip
     if os.environ.get("RANK", "0") != "0":  # of several processes, the first one writes
         return
+    apart = None
+    if strangers is not None:
+        with console.working("looking at strangers") as progress:
+            apart = tell_strangers(
+                checkpoint, strangers, dataset=dataset, split=split, limit=max_eval_samples, device=device,
+                progress=progress,
+            )  # fmt: skip
     if plot is not None:
         from vitft.evaluation.plots import plot_confusion
 
@@ -78,9 +90,12 @@ def evaluate(
         console.note(f"probabilities of {len(said.ids):,} images: {predictions}")
     wrong = tables.mistakes(said, errors) if said is not None and errors else []
     if json:
-        console.say_json(metrics.to_dict() | ({"errors": wrong} if errors else {}))
+        more = ({"errors": wrong} if errors else {}) | ({} if apart is None else {"strangers": apart.to_dict()})
+        console.say_json(metrics.to_dict() | more)
         return
     console.say(tables.metrics_report(metrics))
+    if apart is not None:
+        console.say(tables.strangers_report(apart))
     if errors:
         console.say(tables.mistakes_report(wrong))
 

@@ -22,6 +22,7 @@ def serve(
     calibrated: Annotated[bool, typer.Option("--calibrated", help="Divide logits by the temperature that the run fitted on its validation images.", rich_help_panel="Answers")] = False,
     min_confidence: Annotated[float | None, typer.Option(min=0, max=1, metavar="<float>", help="Mark images whose best class has a lower probability as unsure.", rich_help_panel="Answers")] = None,
     min_precision: Annotated[float | None, typer.Option(min=0, max=1, metavar="<float>", help="The same, with the confidence from which on this fraction of the validation images is right, such as 0.99.", rich_help_panel="Answers")] = None,
+    none_of_these: Annotated[float | None, typer.Option(min=0, max=1, metavar="<float>", help="Mark images that are stranger to the model than this fraction of the validation images, such as 0.99, as none of its classes.", rich_help_panel="Answers")] = None,
     max_upload_mb: Annotated[float, typer.Option(min=0.001, metavar="<float>", help="Refuse requests with more megabytes than this, while they arrive.", rich_help_panel="Limits")] = 32,
     max_files: Annotated[int, typer.Option(min=1, metavar="<int>", help="Images per request.", rich_help_panel="Limits")] = 32,
     max_pixels: MaxPixels = None,
@@ -52,7 +53,7 @@ def serve(
         with console.working("loading the model"):
             model = open_model(
                 run or newest_run(), device=device, calibrated=calibrated, min_confidence=min_confidence,
-                min_precision=min_precision, **given(max_pixels=max_pixels, value_range=value_range),
+                min_precision=min_precision, none_of_these=none_of_these, **given(max_pixels=max_pixels, value_range=value_range),
             )  # fmt: skip
         limits = Limits(upload_bytes=int(max_upload_mb * MEGABYTE), files=max_files)
         service = Service(

@@ -52,6 +52,16 @@ def metrics_report(metrics: Any) -> RenderableType:
     return Group(headline, rest, "", *_class_table(metrics), "", *confusion)
 
 
+def strangers_report(found: Any) -> RenderableType:
+    """How well images of another dataset are told apart, for a `Strangers`."""
+    return Text(
+        f"\n{found.strangers:,} strangers told from {found.known:,} {safe(found.split)} images: "
+        f"AUROC {found.by_novelty:.3f} by novelty, {found.by_confidence:.3f} by confidence\n"
+        f"with --none-of-these 0.99, {percent(found.found)} of the strangers are none of these, and "
+        f"{percent(found.mistaken)} of the others"
+    )
+
+
 def _calibrated(metrics: Any) -> str:
     said = metrics.calibration
     if said is None:
@@ -508,7 +518,8 @@ class PredictionsTable:
         )  # fmt: skip
         for row in rows:
             best = (f"{safe(label)} {percent(score)}" for label, score in row.top)
-            text = Text.assemble("unsure: " * row.unsure, (next(best, ""), "bold"), *(f"  {other}" for other in best))
+            doubt = "none of these: " if row.none_of_these else "unsure: " if row.unsure else ""
+            text = Text.assemble(doubt, (next(best, ""), "bold"), *(f"  {other}" for other in best))
             table.add_row(Text(safe(row.path)), Text(f"error: {safe(row.error)}", "red") if row.error else text)
         self._put(table)
 

@@ -113,6 +113,7 @@ class TrainConfig(Settings):
     keep: int = setting(2, "Run", "Number of step checkpoints to keep; the oldest are deleted.", ge=1, changeable=True)
     keep_finished: int = setting(0, "Run", "Number of step checkpoints to keep when the run ends; best/ and last/ always stay.", ge=0, changeable=True)
     log_every: int = setting(10, "Run", "Steps between lines of metrics.jsonl.", ge=1, changeable=True)
+    reference_images: int = setting(2000, "Run", "Training images that vitft predict --none-of-these compares an image with, by the features of the best checkpoint. 0: do without.", ge=0, changeable=True)
     tracker: Literal["none", "tensorboard", "wandb"] = setting("none", "Run", "Log metrics here too, besides metrics.jsonl.", changeable=True)
     # fmt: on
 

@@ -27,6 +27,7 @@ from vitft.evaluation.evaluation import BATCH, matched, measure, without
 from vitft.evaluation.held_out import Ancestor, lineage
 from vitft.evaluation.metrics import Metrics
 from vitft.hardware.device import find_device, threads
+from vitft.io.atomic import write_text
 from vitft.io.paths import expanded
 from vitft.models.load import load_trained
 
@@ -145,7 +146,8 @@ def soup(
         ),
     )  # fmt: skip
     folder.parent.mkdir(parents=True, exist_ok=True)
-    save_model(folder, network.cpu(), how, card, splits=_splits_file(first).read_text(encoding="utf-8"))
+    splits = _splits_file(first).read_text(encoding="utf-8")
+    save_model(folder, network.cpu(), how, card, beside=[lambda made: write_text(made / "splits.json", splits)])
     return Soup(folder, metrics, parts, config.dataset)
 
 

@@ -24,18 +24,19 @@ _ROW_GROUP, _NUMBERS = 4096, 2**22  # predictions, and probabilities, that are w
 
 @dataclass(frozen=True)
 class Layout:
-    """What a row holds: so many classes, whether it is unsure, and the probabilities of all `labels`."""
+    """What a row holds: so many classes, whether it is unsure, its novelty, and the probabilities of all `labels`."""
 
     top_k: int
     unsure: bool = False
     labels: tuple[str, ...] = ()
     probabilities: bool = False
+    novelty: bool = False
 
     @property
     def columns(self) -> list[str]:
         """The columns of a table, without the probabilities."""
         best = [f"{name}_{place}" for place in range(1, self.top_k + 1) for name in ("label", "score")]
-        return ["path", *best, "error"] + ["unsure"] * self.unsure
+        return ["path", *best, "error"] + ["unsure"] * self.unsure + ["novelty", "none_of_these"] * self.novelty
 
 
 class Writer(Protocol):
@@ -46,7 +47,7 @@ class Writer(Protocol):
 
 
 class Csv:
-    """A row per image: its path, each class with its probability, best first, the error, and if asked for `unsure`."""
+    """A row per image: its path, each class with its probability, best first, the error, and what was asked for."""
 
     def __init__(self, put: Callable[[str], None], layout: Layout, *, appends: bool = False) -> None:
         self._put, self._layout, self._started = put, layout, appends
@@ -61,7 +62,10 @@ class Csv:
         for row in rows:
             cells = [cell for label, score in row.top for cell in (label, f"{score:.6f}")]
             texts = [row.path, *cells, *[""] * (2 * self._layout.top_k - len(cells)), row.error or ""]
-            writer.writerow([*map(no_formula, texts), *[str(row.unsure).lower()] * self._layout.unsure])
+            extra = [str(row.unsure).lower()] if self._layout.unsure else []
+            if self._layout.novelty:
+                extra += ["" if row.novelty is None else f"{row.novelty:.6f}", str(row.none_of_these).lower()]
+            writer.writerow([*map(no_formula, texts), *extra])
         self._put(text.getvalue())
 
 
@@ -80,7 +84,8 @@ class Parquet:
     """The columns of the CSV, and if asked for `probabilities`: of all classes, whose names are in the metadata."""
 
     def __init__(self, file: Path, layout: Layout) -> None:
-        kinds = {"unsure": pa.bool_()} | {f"score_{place}": pa.float32() for place in range(1, layout.top_k + 1)}
+        kinds = dict.fromkeys(("unsure", "none_of_these"), pa.bool_()) | {"novelty": pa.float32()}
+        kinds |= {f"score_{place}": pa.float32() for place in range(1, layout.top_k + 1)}
         fields = [(name, kinds.get(name, pa.string())) for name in layout.columns]
         if layout.probabilities:
             fields.append(("probabilities", pa.list_(pa.float32(), len(layout.labels))))
@@ -108,7 +113,10 @@ class Parquet:
 
 
 def _record(row: Prediction) -> dict[str, Any]:
-    cells: dict[str, Any] = {"path": printable(row.path), "unsure": row.unsure, "probabilities": row.probabilities}
+    cells: dict[str, Any] = {
+        "path": printable(row.path), "unsure": row.unsure, "novelty": row.novelty, "none_of_these": row.none_of_these,
+        "probabilities": row.probabilities,
+    }  # fmt: skip
     for place, (label, score) in enumerate(row.top, 1):
         cells |= {f"label_{place}": printable(label), f"score_{place}": score}
     return cells | {"error": row.error and printable(row.error)}

@@ -1,8 +1,9 @@
 """Classify images: a checkpoint that is loaded once, and a stream of predictions while images are decoded ahead."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from vitft.data.augment import normalize
 from vitft.data.decoder import MAX_PIXELS, BadImage
 from vitft.errors import ModelError, UsageError
 from vitft.evaluation.loading import load_model
+from vitft.evaluation.novelty import read_novelty
 from vitft.hardware.device import find_device, threads
 from vitft.hardware.pools import map_ahead
+from vitft.models.features import heads_input
 from vitft.models.load import Scoring
 from vitft.prediction.confidence import temperature_of, threshold_of
 from vitft.prediction.inputs import Found, Given, find_images, read_image
@@ -31,13 +34,17 @@ class Prediction:
     """An image's classes, best first, with their probabilities; or the `error` why it could not be read.
 
     Probabilities sum to 1, unless the checkpoint scores each label separately. `unsure`: the best class is below the
-    confidence that was asked for. `probabilities`, if asked for, has those of all classes, in the order of the labels.
+    confidence that was asked for. `novelty`, if asked for, is the fraction of validation images that are less strange
+    to the model; `none_of_these`: it is above what was asked for, so the image is probably of no class that the model
+    has. `probabilities`, if asked for, has those of all classes, in the order of the labels.
     """
 
     path: str
     top: tuple[tuple[str, float], ...] = ()
     error: str | None = None
     unsure: bool = False
+    novelty: float | None = None
+    none_of_these: bool = False
     probabilities: NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -45,13 +52,26 @@ class Prediction:
         if self.error is not None:
             return {"path": self.path, "error": self.error}
         top = [{"label": label, "score": score} for label, score in self.top]
-        return {"path": self.path, "top": top} | ({"unsure": True} if self.unsure else {})
+        said: dict[str, Any] = {"unsure": True} if self.unsure else {}
+        said |= {} if self.novelty is None else {"novelty": self.novelty}
+        return {"path": self.path, "top": top} | said | ({"none_of_these": True} if self.none_of_these else {})
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of several images, the probabilities of all classes, (N, C), and if asked for the novelty, (N,)."""
+
+    probabilities: NDArray[np.float32]
+    novelty: NDArray[np.float64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.probabilities)
 
 
 def predict(
     paths: Sequence[str | Path] | str | Path, checkpoint: str | Path, *, top_k: int = 3, device: str = "auto",
     max_pixels: int = MAX_PIXELS, value_range: str | None = None, calibrated: bool = False,
-    min_confidence: float | None = None, min_precision: float | None = None,
+    min_confidence: float | None = None, min_precision: float | None = None, none_of_these: float | None = None,
 ) -> list[Prediction]:  # fmt: skip
     """Classify image files, in the order given; an unreadable image gets a row with its error.
 
@@ -65,13 +85,14 @@ def predict(
         calibrated: divide logits by the temperature that the run fitted on its validation images.
         min_confidence: below this probability of the best class, a prediction is `unsure`.
         min_precision: the same, with the confidence from which on this fraction of validation images is right.
+        none_of_these: above this novelty, such as 0.99, an image is `none_of_these`.
 
     Raises:
         VitftError: the checkpoint cannot be used, its scores are not finite, or there is no image at all.
     """
     predictor = Predictor(
         checkpoint, device=device, max_pixels=max_pixels, value_range=value_range, calibrated=calibrated,
-        min_confidence=min_confidence, min_precision=min_precision,
+        min_confidence=min_confidence, min_precision=min_precision, none_of_these=none_of_these,
     )  # fmt: skip
     return predictor(paths, top_k=top_k)
 
@@ -83,14 +104,15 @@ class Predictor:
     >>> predictor("docs/digits", top_k=1)[0].top
 
     `labels` are its classes, in the order of the logits; `preprocess` is how an image becomes the model's input.
-    `threshold` is the confidence below which a prediction is unsure, if one was asked for. Several threads may use one
-    predictor, but for `maps`, which changes how the model computes attention meanwhile.
+    `threshold` is the confidence below which a prediction is unsure, and `none_of_these` the novelty above which an
+    image is of none of the classes, if they were asked for. Several threads may use one predictor, but not for `maps`
+    and novelty, which look into the model while it computes.
     """
 
     def __init__(
         self, checkpoint: str | Path, *, device: str = "auto", max_pixels: int = MAX_PIXELS,
         value_range: str | None = None, calibrated: bool = False, min_confidence: float | None = None,
-        min_precision: float | None = None,
+        min_precision: float | None = None, none_of_these: float | None = None,
     ) -> None:  # fmt: skip
         """Load a checkpoint; the arguments are those of `predict`. Raises VitftError."""
         if min_confidence is not None and min_precision is not None:
@@ -103,6 +125,8 @@ class Predictor:
         self.threshold = min_confidence
         if min_precision is not None:
             self.threshold = threshold_of(checkpoint, min_precision, self._temperature)
+        self.none_of_these = none_of_these
+        self._novelty = None if none_of_these is None else read_novelty(checkpoint)
         self._device = find_device(device)
         self._model = loaded.model.to(self._device)
 
@@ -144,19 +168,33 @@ class Predictor:
             raise BadImage(result)
         return result[0]
 
-    def probabilities(self, pixels: torch.Tensor) -> NDArray[np.float32]:
-        """The probabilities (N, classes) of images that `read` gave, stacked: uint8 (N, height, width, 3).
+    def score(self, pixels: torch.Tensor) -> Scores:
+        """The probabilities of images that `read` gave, stacked: uint8 (N, height, width, 3); and their novelty.
 
-        One forward pass. Raises ModelError if they are not finite.
+        One forward pass. Raises ModelError if scores are not finite.
         """
         inputs = normalize(pixels.to(self._device), self.preprocess)
-        scores = _scores(self._model, inputs, self._scoring, self._temperature)
-        if not scores.isfinite().all():
+        with ExitStack() as held:
+            read = [] if self._novelty is None else held.enter_context(heads_input(self._model))
+            held.enter_context(torch.no_grad())
+            held.enter_context(threads())
+            logits: torch.Tensor = self._model(pixel_values=inputs).logits.float() / self._temperature
+        if not logits.isfinite().all():
             raise ModelError(
                 f"{self.checkpoint}: its scores are not finite, so its weights are corrupt; use another checkpoint."
             )
-        found: NDArray[np.float32] = scores.cpu().numpy()
-        return found
+        novelty = None if self._novelty is None else self._novelty.novelty(read[0].float().cpu().numpy())
+        return Scores(_probabilities(logits, self._scoring).cpu().numpy(), novelty)
+
+    def prediction(self, path: str, scores: Scores, place: int, top_k: int) -> Prediction:
+        """What is said of one of several scored images."""
+        probabilities = scores.probabilities[place]
+        best = torch.from_numpy(probabilities).topk(min(top_k, len(self.labels))).indices.tolist()
+        top = tuple((self.labels[label], float(probabilities[label])) for label in best)
+        unsure = self.threshold is not None and top[0][1] < self.threshold
+        novelty = None if scores.novelty is None else float(scores.novelty[place])
+        none = novelty is not None and self.none_of_these is not None and novelty > self.none_of_these
+        return Prediction(path, top, unsure=unsure, novelty=novelty, none_of_these=none, probabilities=probabilities)
 
     def maps(self, pixels: torch.Tensor, classes: Sequence[int], by: Method | None = None) -> list[Map]:
         """What speaks for a class in each image, by place: (rows, columns), high where much does.
@@ -183,21 +221,16 @@ class Predictor:
     ) -> Iterator[Prediction]:  # fmt: skip
         """Predictions of a batch, whose images are numbered from `first` on."""
         pixels = [result for _, result in part if isinstance(result, torch.Tensor)]
-        every = self.probabilities(torch.cat(pixels)) if pixels else np.empty((0, len(self.labels)), np.float32)
-        best = torch.from_numpy(every).topk(min(top_k, len(self.labels)), dim=1).indices.tolist()
-        scored = iter(zip(every, best, strict=True))
+        scores = self.score(torch.cat(pixels)) if pixels else Scores(np.empty((0, len(self.labels)), np.float32))
+        places = count()
         for number, (name, result) in enumerate(part, first):
             path = f"image {number}" if name is None else name
             if isinstance(result, str):
                 yield Prediction(path, error=result)
                 continue
-            scores, places = next(scored)
-            top = tuple((self.labels[place], float(scores[place])) for place in places)
-            unsure = self.threshold is not None and top[0][1] < self.threshold
-            yield Prediction(path, top, unsure=unsure, probabilities=scores if keep else None)
+            found = self.prediction(path, scores, next(places), top_k)
+            yield found if keep else replace(found, probabilities=None)
 
 
-def _scores(model: Any, pixels: torch.Tensor, scoring: Scoring, temperature: float = 1.0) -> torch.Tensor:
-    with torch.no_grad(), threads():
-        logits: torch.Tensor = model(pixel_values=pixels).logits.float() / temperature
+def _probabilities(logits: torch.Tensor, scoring: Scoring) -> torch.Tensor:
     return logits.softmax(dim=1) if scoring == "softmax" else logits.sigmoid() if scoring == "sigmoid" else logits

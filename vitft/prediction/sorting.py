@@ -15,14 +15,14 @@ from vitft.errors import DataError, UsageError
 from vitft.io.paths import composed, expanded
 from vitft.prediction.predictor import Prediction
 
-UNSURE = "unsure"
+UNSURE, NONE = "unsure", "none of these"
 Link = Literal["hard", "symbolic"]
 _LONGEST = 255  # bytes of a file's name
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)  # by Windows
 
 
 class Sorter:
-    """Puts each image into FOLDER/CLASS/, or FOLDER/unsure/ if its prediction is unsure.
+    """Puts each image into FOLDER/CLASS/, FOLDER/unsure/ or FOLDER/none of these/, by its prediction.
 
     Images with the same name in a class are told apart by a hash of their paths, so the same call again changes
     nothing. Images that could not be read are left out.
@@ -46,7 +46,8 @@ class Sorter:
         source = Path(os.path.abspath(expanded(row.path)))  # noqa: PTH100 (a link stays one)
         if source.resolve().is_relative_to(self._real):
             raise UsageError(f"--sort-into {self.folder}: {row.path} is inside it; sort into another folder.")
-        folder = self.folder / (UNSURE if row.unsure else self._folders[row.top[0][0]])
+        name = NONE if row.none_of_these else UNSURE if row.unsure else self._folders[row.top[0][0]]
+        folder = self.folder / name
         mark = hashlib.sha256(os.fsencode(source)).hexdigest()[:8]
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +106,7 @@ def check_apart(folder: str | Path, given: Iterable[str]) -> None:
 
 def folder_names(labels: Sequence[str]) -> dict[str, str]:
     """A folder's name for each class: what a file system somewhere does not allow becomes _, and no two are alike."""
-    taken = {UNSURE}
+    taken = {UNSURE, NONE}
     names: dict[str, str] = {}
     for label in labels:
         if label in names:

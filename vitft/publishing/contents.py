@@ -16,7 +16,7 @@ from vitft.errors import ModelError, UsageError
 from vitft.io.paths import expanded
 
 _FILES = ("config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json",
-          "adapter/adapter_config.json", "adapter/adapter_model.safetensors")  # fmt: skip
+          "novelty.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors")  # fmt: skip
 _TOKEN = re.compile(rb"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")
 _SECRETIVE = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
 _LONGEST_TOKEN = 200

@@ -195,10 +195,11 @@ def _reliability(name: str, found: Calibration, kind: str) -> Line:
 
 
 def _data(run: Path) -> list[dict[str, Any]]:
-    """The splits that the run recorded, with their sizes."""
+    """The splits that the run recorded, with their sizes, and the images that could not be read."""
     try:
         splits = json.loads((run / "splits.json").read_text(encoding="utf-8"))["splits"]
-        return [{"role": role, "source": safe(str(one["source"])), "count": int(one["count"]), "hash": str(one["hash"])}
+        return [{"role": role, "source": safe(str(one["source"])), "count": int(one["count"]), "hash": str(one["hash"]),
+                 "skipped": [(safe(str(name)), safe(str(why))) for name, why in one.get("skipped", ())]}
                 for role, one in splits.items()]  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []

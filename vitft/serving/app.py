@@ -13,10 +13,11 @@ from starlette.responses import Response
 
 from vitft import __version__
 from vitft.errors import DataError, nearest
+from vitft.prediction.predictor import Prediction
 from vitft.serving.batching import Batcher, Busy
 from vitft.serving.guard import Answer, Guard, refusal
 from vitft.serving.metrics import Metrics
-from vitft.serving.model import Model, Scores
+from vitft.serving.model import Model, document
 from vitft.serving.page import Page
 from vitft.serving.uploads import Limits, Room, announced, uploads
 
@@ -51,7 +52,7 @@ class Service:
         self.is_warm = False
         self._max_batch = max_batch
         self._room = Room(_AT_ONCE * limits.upload_bytes, _ROOM_S)
-        self.batcher: Batcher[Any, Scores] = Batcher(
+        self.batcher: Batcher[Any, Prediction] = Batcher(
             model.read, model.classify, self.metrics, threads=threads, max_batch=max_batch, max_wait_s=max_wait_s,
             max_queue=max_queue,
         )  # fmt: skip
@@ -70,18 +71,18 @@ class Service:
                 read = await self.batcher.decode([one.data for one in found])
                 names = [one.name for one in found]
                 del found
-        scores = iter(await self.batcher.classify([image for image in read if not isinstance(image, DataError)]))
+        predictions = iter(await self.batcher.classify([image for image in read if not isinstance(image, DataError)]))
         rows = [
             {"path": name, "error": str(image)}
             if isinstance(image, DataError)
-            else self.model.prediction(name, next(scores), top_k, every)
+            else document(next(predictions), name, top_k, every=every)
             for name, image in zip(names, read, strict=True)
         ]
-        document: dict[str, Any] = {"model": self.model.name, "predictions": rows}
+        answer: dict[str, Any] = {"model": self.model.name, "predictions": rows}
         if all("error" in row for row in rows):
             which = "" if len(rows) == 1 else f"none of {len(rows)} images can be read; the first, "
-            return Answer({"error": f"{which}{names[0]}: {rows[0]['error']}"} | document, 422)
-        return Answer(document)
+            return Answer({"error": f"{which}{names[0]}: {rows[0]['error']}"} | answer, 422)
+        return Answer(answer)
 
 
 def create_app(service: Service, hosts: list[str] | None = None) -> Guard:

@@ -2,14 +2,12 @@
 
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from vitft import __version__
@@ -18,13 +16,10 @@ from vitft.checkpoints.metadata import read_card
 from vitft.io.paths import expanded
 from vitft.prediction.predictor import Prediction, Predictor
 
-Scores = NDArray[np.float32]
-"""The probabilities of an image's classes, in the order of the labels."""
-
 
 @dataclass(frozen=True)
 class Model:
-    """A classifier: `read` decodes an image, `classify` gives the probabilities of several; `sample` is an image.
+    """A classifier: `read` decodes an image, `classify` predicts several; `sample` is an image.
 
     `about` is what is known of it, as JSON values.
     """
@@ -32,37 +27,37 @@ class Model:
     name: str
     labels: tuple[str, ...]
     read: Callable[[bytes], Any]
-    classify: Callable[[Sequence[Any]], Sequence[Scores]]
+    classify: Callable[[Sequence[Any]], Sequence[Prediction]]
     sample: Any
-    threshold: float | None = None
     about: dict[str, Any] = field(default_factory=dict)
 
-    def prediction(self, name: str, scores: Scores, top_k: int, every: bool = False) -> dict[str, Any]:
-        """An image's classes, best first, as `vitft predict --json` has them; with `every`, of all classes, too."""
-        best = np.argsort(-scores, kind="stable")[:top_k]
-        top = tuple((self.labels[place], float(scores[place])) for place in best)
-        unsure = self.threshold is not None and top[0][1] < self.threshold
-        found = Prediction(name, top, unsure=unsure).to_dict()
-        return found | ({"probabilities": [float(score) for score in scores]} if every else {})
+
+def document(found: Prediction, name: str, top_k: int, *, every: bool = False) -> dict[str, Any]:
+    """A prediction as `vitft predict --json` has it, of `top_k` classes; with `every`, all probabilities, too."""
+    said = replace(found, path=name, top=found.top[:top_k]).to_dict()
+    assert found.probabilities is not None
+    return said | ({"probabilities": [float(score) for score in found.probabilities]} if every else {})
 
 
 def open_model(checkpoint: str | Path, **options: Any) -> Model:
     """Load a run, a checkpoint, a model folder or a hub id, with the options of `Predictor`. Raises VitftError."""
     predictor = Predictor(checkpoint, **options)
 
-    def classify(images: Sequence[torch.Tensor]) -> Sequence[Scores]:
-        return list(predictor.probabilities(torch.stack(list(images))))
+    def classify(images: Sequence[torch.Tensor]) -> Sequence[Prediction]:
+        scores = predictor.score(torch.stack(list(images)))
+        return [predictor.prediction("", scores, place, len(predictor.labels)) for place in range(len(images))]
 
     size = predictor.preprocess
     about = {
         "image_size": [size.height, size.width], "labels": list(predictor.labels), "threshold": predictor.threshold,
-        "calibrated": bool(options.get("calibrated", False)), **_recorded(checkpoint),
+        "none_of_these": predictor.none_of_these, "calibrated": bool(options.get("calibrated", False)),
+        **_recorded(checkpoint),
         "versions": {"vitft": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }  # fmt: skip
     encoded = BytesIO()
     Image.new("RGB", (8, 8)).save(encoded, "PNG")
     sample = predictor.read(encoded.getvalue())
-    return Model(name_of(checkpoint), predictor.labels, predictor.read, classify, sample, predictor.threshold, about)
+    return Model(name_of(checkpoint), predictor.labels, predictor.read, classify, sample, about)
 
 
 def name_of(checkpoint: str | Path) -> str:

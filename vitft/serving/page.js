@@ -12,7 +12,7 @@ const count = (number, name) => `${number.toLocaleString("en")} ${name}${number 
 const megabytes = (bytes) => `${(bytes / 1e6).toFixed(bytes < 1e7 ? 1 : 0)} MB`;
 const pause = (seconds) => new Promise((done) => setTimeout(done, 1000 * seconds));
 
-let model = { labels: [], limits: { upload_bytes: Infinity }, threshold: null };
+let model = { labels: [], limits: { upload_bytes: Infinity }, threshold: null, none_of_these: null };
 const loaded = (async () => {
   const answer = await fetch("model");
   if (!answer.ok) throw new Error(`the server answers ${answer.status}`);
@@ -27,6 +27,7 @@ const loaded = (async () => {
       break;
     }
   if (model.threshold !== null) facts.push(`unsure below ${percent(model.threshold)}`);
+  if (model.none_of_these !== null) facts.push("says what is none of its classes");
   if (model.calibrated) facts.push("calibrated");
   get("about").textContent = facts.join(" · ");
 })();
@@ -143,11 +144,13 @@ function row({ label, score }, first, isProbability) {
   return one;
 }
 
-function show({ item, said }, { top, unsure }) {
+function show({ item, said }, { top, unsure, novelty, none_of_these }) {
   const isProbability = top.every(({ score }) => score >= 0 && score <= 1);
-  if (unsure) {
+  if (unsure || none_of_these) {
     item.classList.add("unsure");
-    said.firstChild.append(make("span", "chip", "unsure"));
+    const chip = make("span", "chip", none_of_these ? "none of these" : "unsure");
+    if (none_of_these) chip.title = `stranger than ${percent(novelty)} of the validation images`;
+    said.firstChild.append(chip);
   }
   const shown = top.filter(({ score }, place) => place < 2 || (place < SHOWN && (score >= FAINT || !isProbability))).length;
   said.append(...top.slice(0, shown).map((one, place) => row(one, place === 0, isProbability)));

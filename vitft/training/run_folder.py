@@ -215,6 +215,8 @@ def check_splits(run: Path, decoded: Decoded, *, begun: bool, write: bool) -> No
             document = manifest(decoded.source, decoded.splits)
             for role, (store, _) in decoded.stores.items():
                 document["splits"][role]["pixels"] = store.digest
+                if skipped := [[image.name, image.reason] for image in decoded.skipped[role]]:
+                    document["splits"][role]["skipped"] = skipped
             write_json(file, document)
         return
     try:

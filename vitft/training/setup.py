@@ -55,12 +55,12 @@ class Prepared:
 
     def decode(self) -> "Decoded":
         """Decode the splits, without unreadable images. Raises DataError for one that may not be skipped."""
-        splits, stores = dict(self.splits), {}
+        splits, stores, skipped = dict(self.splits), {}, {}
         for role in self.used:
-            store, skipped = self._decode(role)
-            splits[role] = self._without(role, skipped)
+            store, skipped[role] = self._decode(role)
+            splits[role] = self._without(role, skipped[role])
             stores[role] = store, self._match(splits[role], role)[0]
-        return Decoded(self.config, self.source, splits, self.loaded, stores)
+        return Decoded(self.config, self.source, splits, self.loaded, stores, skipped)
 
     def check_headers(self) -> Self:
         """Read the header of every image, decoding no pixels; otherwise like `decode`."""
@@ -107,9 +107,13 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Decoded(Prepared):
-    """What a run has before its first step: its splits have readable images alone, decoded in `stores`."""
+    """What a run has before its first step: its splits have readable images alone, decoded in `stores`.
+
+    `skipped` has the others, by role; on resume, only those that have become unreadable since.
+    """
 
     stores: Stores
+    skipped: dict[str, list[Skipped]]
 
     def lacking(self, role: str) -> tuple[str, ...]:
         """Classes of a split that the model does not have: see `evaluation.matched`."""

@@ -31,14 +31,15 @@ class Learner:
     """The model, its training batches and its optimizer, on one process.
 
     `unwrapped` is the whole model without DDP; `module` is what reads a batch: the model, or a linear probe's head.
-    `config` changes when the micro-batch is halved.
+    `images_loader` reads images even where `loader`, of a linear probe, has their features. `config` changes when the
+    micro-batch is halved.
     """
 
     def __init__(self, accelerator: Any, decoded: Decoded, clock: Clock | None = None) -> None:
         self.accelerator, self.config, self.clock = accelerator, decoded.config, clock or Clock()
         config = self.config
         self.loader: TrainLoader | FeatureLoader
-        self.loader = self._images = TrainLoader(
+        self.loader = self.images_loader = TrainLoader(
             *decoded.stores["train"], decoded.loaded.preprocess, augmentation=Augmentation.of(config),
             classes=len(decoded.loaded.labels), sampling=config.sampling, batch_size=config.batch_size,
             device=accelerator.device, rank=accelerator.process_index, world=accelerator.num_processes,
@@ -51,7 +52,7 @@ class Learner:
         self._balance = class_balance(config, self.loader.labels.to(accelerator.device), self._names)
         if config.grad_checkpointing:
             checkpoint_activations(self.unwrapped)
-        reads = features_pay(config, self.unwrapped, self.total_steps, len(self._images.store))
+        reads = features_pay(config, self.unwrapped, self.total_steps, len(self.images_loader.store))
         self.probe = Probe(self.unwrapped, config) if reads else None
         self.module: Any = self.unwrapped if self.probe is None else self.probe.head
         optimizer = make_optimizer(self.unwrapped, config)
@@ -109,7 +110,7 @@ class Learner:
 
     def close(self) -> None:
         """End the processes that prepare batches."""
-        self._images.close()
+        self.images_loader.close()
 
     def lr(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

@@ -25,6 +25,7 @@ from vitft.errors import ModelError, Stopped, TrainingError, UsageError
 from vitft.evaluation import evaluation
 from vitft.evaluation.calibration import fit_temperature
 from vitft.evaluation.metrics import Metrics, Score
+from vitft.evaluation.novelty import Novelty
 from vitft.evaluation.results import read_results, remove_results, write_results
 from vitft.hardware.device import deterministic, is_out_of_memory, make_accelerator, memory_guard, resolve_auto, threads
 from vitft.io import console
@@ -37,6 +38,7 @@ from vitft.training.cost.autotune import autotuned
 from vitft.training.cost.dry_run import warn_if_long
 from vitft.training.cost.throughput import Speed, Window, measure_speed
 from vitft.training.diagnosis import PaceWatch, learned_nothing
+from vitft.training.novelty import run_novelty
 from vitft.training.recovery import REMEDY, Diverged, with_recovery
 from vitft.training.setup import Decoded, advise, prepare
 from vitft.training.step import Learner
@@ -452,9 +454,12 @@ class _Run:
         self.saved = state.step
         self.accelerator.wait_for_everyone()
 
-    def _write_model(self, name: str, card: Card, state: State | None = None) -> None:
+    def _write_model(
+        self, name: str, card: Card, state: State | None = None, *, novelty: Novelty | None = None
+    ) -> None:  # fmt: skip
         if self.accelerator.is_main_process:
-            ckpt.save_model(self.run / name, self.unwrapped, self.how, card, state)
+            beside = [] if novelty is None else [novelty.write]
+            ckpt.save_model(self.run / name, self.unwrapped, self.how, card, state, beside=beside)
         self.accelerator.wait_for_everyone()
 
     def _write_last(self, state: State) -> None:
@@ -509,7 +514,9 @@ class _Run:
         if scored is state:
             self._write_last(state)
         if chosen == "best":
-            self._write_model("best", self._card(scored))
+            with self.signals.interruptible():
+                novelty = run_novelty(self.learner, self.decoded, self.signals.watched)
+            self._write_model("best", self._card(scored), novelty=novelty)
         if self.accelerator.is_main_process:
             write_results(self.run, chosen, scored.step, details, self.temperature)
             ckpt.prune(self.run, state.step, self.config.keep_finished)
