@@ -28,6 +28,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 RECIPES = ("recipes", "ls")
 TRAIN = ("train", "--recipe", "digits", "--max-steps", "2", "--max-eval-samples", "40")
 PAGE = ("explain", "--image", str(ROOT / "docs" / "boot.png"), "--html", "page.html")
+LEARN = ("learn", "--output", "course")
 # An editable install puts the clone on the path: take it off again.
 IN_TURN = """
 import io, json, sys
@@ -52,7 +53,7 @@ print(json.dumps(said))
 @pytest.fixture(scope="module")
 def said(installed: Path) -> dict[tuple[str, ...], str]:
     """What its commands say, in one process: it imports for seconds."""
-    commands = (RECIPES, TRAIN, PAGE)
+    commands = (RECIPES, TRAIN, PAGE, LEARN)
     words = [sys.executable, "-c", IN_TURN, str(ROOT), str(installed), json.dumps(commands)]
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     done = subprocess.run(words, cwd=installed.parent, env=environment, text=True, capture_output=True, check=False)
@@ -63,6 +64,16 @@ def said(installed: Path) -> dict[tuple[str, ...], str]:
 def test_it_lists_the_recipes(said: dict[tuple[str, ...], str]) -> None:
     for recipe in (ROOT / "recipes").rglob("*.yaml"):
         assert recipe.relative_to(ROOT / "recipes").with_suffix("").as_posix() in said[RECIPES]
+
+
+def test_it_has_the_course_and_the_textbook(said: dict[tuple[str, ...], str], installed: Path) -> None:
+    course = installed.parent / "course"
+    assert len(list(course.glob("*.ipynb"))) == len(list((ROOT / "docs" / "course").glob("[0-9][0-9]-*.md")))
+    assert "textbook.md" in said[LEARN]
+    assert {file.name for file in (course / "textbook").iterdir()} == {
+        file.name for file in (ROOT / "docs" / "textbook").iterdir()
+    }
+    assert str(installed / "vitft" / "scratch") in (course / "textbook.md").read_text(encoding="utf-8")
 
 
 def test_it_trains_on_the_digits(said: dict[tuple[str, ...], str], installed: Path) -> None:

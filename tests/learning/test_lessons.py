@@ -3,6 +3,8 @@
 import ast
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from typer.testing import CliRunner
 from tests.learning.record import COURSE, run
 from vitft import TrainConfig
 from vitft.cli.app import app
-from vitft.learning.lessons import Lesson, copy, find, lessons, notebook
+from vitft.learning.lessons import Lesson, copy, find, lessons, notebook, notebooks
 
 LESSONS = lessons()
 QUICK = ("labels",)  # it trains nothing
@@ -67,7 +69,7 @@ def test_lessons_are_numbered_in_order_and_found_by_name_and_number() -> None:
 
 def test_a_notebook_has_all_code_and_prose_and_no_output(tmp_path: Path) -> None:
     lesson = find("probe")
-    (file,) = copy([lesson], tmp_path / "new" / "folder")
+    (file,) = copy(notebooks([lesson]), tmp_path / "new" / "folder")
     page = json.loads(file.read_text(encoding="utf-8"))
     assert page == notebook(lesson)
     code = ["".join(cell["source"]) for cell in page["cells"] if cell["cell_type"] == "code"]
@@ -94,6 +96,7 @@ def test_the_command_lists_and_copies_and_overwrites_nothing(tmp_path: Path) -> 
         assert lesson.name in done.stdout
     listed = json.loads(CliRunner().invoke(app, ["learn", "--json"]).stdout)["lessons"]
     assert [one["name"] for one in listed] == [lesson.name for lesson in LESSONS]
+    assert re.search(r"textbook +The textbook: from a pixel", done.stdout)
     words = ["learn", "rate", "6", "--output", str(tmp_path)]
     done = CliRunner().invoke(app, words)
     assert done.stdout.split() == [str(tmp_path / "03-rate.ipynb"), str(tmp_path / "06-validation.ipynb")]
@@ -104,6 +107,22 @@ def test_the_command_lists_and_copies_and_overwrites_nothing(tmp_path: Path) -> 
     assert "exists" in again.stderr
     assert (tmp_path / "03-rate.ipynb").read_text() == "mine"
     assert not (tmp_path / "06-validation.ipynb").exists()
+
+
+def test_the_textbook_is_copied_with_figures_and_answers_that_run(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["learn", "textbook", "--output", str(tmp_path)])
+    book = tmp_path / "textbook.md"
+    assert done.stdout.split() == [str(book), str(tmp_path / "test_exercises.py"), str(tmp_path / "gradients.py")]
+    links = re.findall(r"\]\(([^)#]+)\)", book.read_text(encoding="utf-8"))
+    assert len(links) > 50
+    for link in links:
+        assert link.startswith("https:") or (tmp_path / link).is_file(), link
+    for file in tmp_path.glob("*.py"):
+        assert "tests.scratch" not in file.read_text(encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "doublings or saturates", "test_exercises.py"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "2 passed" in ran.stdout, ran.stdout
+    assert " ".join(command[1:3]) in book.read_text(encoding="utf-8").replace("python ", "")
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def test_options_that_do_not_go_together_are_a_line(command: Callable[..., Any],
 @pytest.fixture
 def signals_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, signal.Signals], None]:
     """Let a signal arrive in the middle of a batch."""
-    whole = Predictor.probabilities
+    whole = Predictor.score
 
     def arm(batch: int, number: signal.Signals) -> None:
         count = 0
@@ -194,7 +194,7 @@ def signals_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, signal.Signals
                 os.kill(os.getpid(), number)
             return whole(self, pixels)
 
-        monkeypatch.setattr(Predictor, "probabilities", interrupted)
+        monkeypatch.setattr(Predictor, "score", interrupted)
 
     return arm
 

@@ -66,7 +66,8 @@ def test_a_pushed_model_has_the_same_logits_read_back(hub: StandInHub, run: Path
     assert capsys.readouterr().err == ""
     assert done.url == f"{hub.url}/{REPO}"
     assert set(done.files) == set(files(hub)) == {
-        "config.json", "model.safetensors", "preprocessor_config.json", "vitft.json", "README.md",
+        "config.json", "model.safetensors", "novelty.safetensors", "preprocessor_config.json", "vitft.json",
+        "README.md",
     }  # fmt: skip
     local, back = load_model(run), load_model(REPO)
     pixels = torch.rand(3, 3, local.preprocess.height, local.preprocess.width)
@@ -172,7 +173,7 @@ def test_files_of_others_stay_and_what_is_unchanged_is_not_sent_again(hub: Stand
     assert files(hub)["notes.txt"] == b"mine too"
     assert hub.commits == [(f"{REPO}@main", "Better")]
     uploads = sum(request.startswith("PUT") for request in hub.requests)
-    assert uploads == 1
+    assert uploads == 2  # weights and novelty
     push(run, REPO)
     assert len(hub.commits) == 1
     assert sum(request.startswith("PUT") for request in hub.requests) == uploads

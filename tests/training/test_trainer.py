@@ -134,6 +134,7 @@ def test_the_run_folder_has_the_documented_files(tmp_path: Path) -> None:
         "results.json", "predictions-validation.parquet", "predictions-test.parquet",
         *(f"{model}/{name}" for model in ("best", "last", step) for name in folder),
         f"{step}/optimizer.safetensors", f"{step}/state.json", f"{step}/manifest.json", "last/state.json",
+        "best/novelty.safetensors",
     }  # fmt: skip
     assert TrainConfig.parse(yaml.safe_load((run / "config.yaml").read_text())).width == 16
     environment = json.loads((run / "environment.json").read_text())

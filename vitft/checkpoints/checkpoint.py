@@ -2,7 +2,8 @@
 
 config.yaml  environment.json  splits.json  metrics.jsonl
 checkpoints/step-000400/   a model folder, state.json, optimizer.safetensors; manifest.json is written last
-last/ best/                plain Transformers model folders; last/ also has a state.json
+last/ best/                plain Transformers model folders; last/ also has a state.json, and best/ in the end a
+                           novelty.safetensors, which tells how strange an image is to it
 base/                      of a run with an adapter: the model that it was added to
 
 With an adapter, every model folder has it merged, and unmerged in its adapter/: merging rounds, so a run resumes from

@@ -13,22 +13,27 @@ from vitft.io import console
 
 
 def learn(
-    lesson: Annotated[list[str] | None, typer.Argument(metavar="LESSON", help="Names or numbers. Default: all.", show_default=False)] = None,
-    output: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Copy them here, as Jupyter notebooks.")] = None,
+    lesson: Annotated[list[str] | None, typer.Argument(metavar="LESSON", help="Names or numbers; textbook is one, too. Default: all.", show_default=False)] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Copy them here.")] = None,
     json: Json = False,
 ) -> None:  # fmt: skip
-    """List the lessons of the course on fine-tuning, or copy them as notebooks.
+    """List the lessons of the course on fine-tuning and the textbook, or copy them: lessons as notebooks.
 
-    Each one runs in minutes, without network, on the digits and the small ViT that come with vitft.
+    Each lesson runs in minutes, without network, on the digits and the small ViT that come with vitft.
     """
-    from vitft.learning.lessons import copy, find, lessons
+    from vitft.learning import textbook
+    from vitft.learning.lessons import copy, find, lessons, notebooks
 
-    chosen = [find(name) for name in lesson] if lesson else lessons()
+    names = lesson or []
+    chosen = [find(name) for name in names if name != textbook.NAME] if names else lessons()
     if output is None:
-        if lesson and not json:
+        if names and not json:
             raise UsageError("add --output FOLDER to copy lessons; vitft learn without a name lists them.")
         rows = [{"number": one.number, "name": one.name, "title": one.title, "about": one.summary} for one in chosen]
-        console.say_json({"lessons": rows}) if json else console.say(tables.lessons_table(chosen))
+        document = {"lessons": rows, "textbook": textbook.title()}
+        console.say_json(document) if json else console.say(tables.lessons_table(chosen, textbook.title()))
         return
-    for file in copy(chosen, output):
-        console.say_text(f"{file}\n")
+    book = textbook.pages() if not names or textbook.NAME in names else {}
+    for file in copy(notebooks(chosen) | book, output):
+        if file.suffix != ".png":
+            console.say_text(f"{file}\n")

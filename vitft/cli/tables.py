@@ -222,15 +222,14 @@ def runs_report(runs: Sequence[Any], folder: Path) -> RenderableType:
     return Group(table, *problems)
 
 
-def lessons_table(lessons: Sequence[Any]) -> RenderableType:
+def lessons_table(lessons: Sequence[Any], textbook: str) -> RenderableType:
     """The table of `vitft learn`."""
     table = _table(*_numbers("", no_wrap=True), Column("lesson", no_wrap=True), Column("", overflow="fold"))
     for one in lessons:
         table.add_row(str(one.number), one.name, Text(one.title))
-    return Group(
-        table,
-        Text("\nvitft learn --output FOLDER copies them as notebooks; the textbook is in docs/textbook.md", "dim"),
-    )
+    table.add_row("", "textbook", Text(textbook))
+    said = "\nvitft learn --output FOLDER copies them: lessons as notebooks, the textbook with its figures"
+    return Group(table, Text(said, "dim"))
 
 
 def models_report(models: Sequence[Any]) -> RenderableType:

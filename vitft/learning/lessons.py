@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vitft.errors import UsageError, nearest
-from vitft.io.atomic import json_text, write_text
+from vitft.io.atomic import json_text, new_file
 from vitft.io.paths import expanded, shipped
 
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?", re.MULTILINE | re.DOTALL)
@@ -62,19 +62,25 @@ def find(name: str) -> Lesson:
     raise UsageError(f"lesson {name}: unknown{hint or '; vitft learn lists them.'}")
 
 
-def copy(chosen: list[Lesson], folder: str | Path) -> list[Path]:
-    """Write lessons as notebooks into a folder. Raises UsageError for files that are there, and writes nothing then."""
+def notebooks(chosen: list[Lesson]) -> dict[str, bytes]:
+    """Lessons as the files of a copy."""
+    return {f"{one.number:02}-{one.name}.ipynb": json_text(notebook(one)).encode() for one in chosen}
+
+
+def copy(pages: dict[str, bytes], folder: str | Path) -> list[Path]:
+    """Write files into a folder, by their path in it. Raises UsageError if one is there, and writes nothing then."""
     target = expanded(folder)
-    pages = {target / f"{lesson.number:02}-{lesson.name}.ipynb": notebook(lesson) for lesson in chosen}
-    if there := [file for file in pages if file.exists()]:
+    files = {target / name: page for name, page in pages.items()}
+    if there := [file for file in files if file.exists()]:
         raise UsageError(f"{there[0]}: exists; choose another folder, or remove it.")
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        for file, page in pages.items():
-            write_text(file, json_text(page))
+        for file, page in files.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with new_file(file) as temporary:
+                temporary.write_bytes(page)
     except OSError as error:
         raise UsageError(f"{folder}: cannot be written: {error.strerror or error}; choose another folder.") from error
-    return list(pages)
+    return list(files)
 
 
 def notebook(lesson: Lesson) -> dict[str, Any]:
