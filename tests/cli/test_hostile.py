@@ -560,7 +560,7 @@ def test_non_finite_weights_predict_nothing(saved: Saved, form: list[str]) -> No
 def test_non_finite_scores_are_not_a_prediction(saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     scores = torch.tensor([[0.2, 0.3, float("nan")]])  # as where each label is scored by itself
-    monkeypatch.setattr("vitft.prediction.predictor._scores", lambda model, pixels, scoring, temperature: scores)
+    monkeypatch.setattr("vitft.prediction.predictor._probabilities", lambda logits, scoring: scores)
     with pytest.raises(ModelError, match="its scores are not finite, so its weights are corrupt"):
         predict(tmp_path / "a.png", saved())
 

@@ -179,12 +179,13 @@ class Predictor:
             held.enter_context(torch.no_grad())
             held.enter_context(threads())
             logits: torch.Tensor = self._model(pixel_values=inputs).logits.float() / self._temperature
-        if not logits.isfinite().all():
+        probabilities = _probabilities(logits, self._scoring)
+        if not probabilities.isfinite().all():
             raise ModelError(
                 f"{self.checkpoint}: its scores are not finite, so its weights are corrupt; use another checkpoint."
             )
         novelty = None if self._novelty is None else self._novelty.novelty(read[0].float().cpu().numpy())
-        return Scores(_probabilities(logits, self._scoring).cpu().numpy(), novelty)
+        return Scores(probabilities.cpu().numpy(), novelty)
 
     def prediction(self, path: str, scores: Scores, place: int, top_k: int) -> Prediction:
         """What is said of one of several scored images."""
