@@ -18,8 +18,11 @@ def scored(truth: list[int], taken: list[int]) -> Metrics:
     return score(np.array(truth), top, losses, labels, split="test", split_hash="0", elapsed_s=1.0)
 
 
+LARGE = 86_000_000  # weights
+
+
 def test_predicting_a_single_class_is_reported_with_its_name() -> None:
-    told = learned_nothing(scored([0, 1, 2] * 10, [1] * 30), TrainConfig(freeze="backbone", lr=2e-5), 1000)
+    told = learned_nothing(scored([0, 1, 2] * 10, [1] * 30), TrainConfig(freeze="backbone", lr=2e-5), 1000, LARGE)
     assert told is not None
     assert "every image of test was predicted as bee" in told
     assert (
@@ -28,7 +31,7 @@ def test_predicting_a_single_class_is_reported_with_its_name() -> None:
 
 
 def test_no_better_than_the_most_frequent_class_is_reported() -> None:
-    told = learned_nothing(scored([0] * 20 + [1] * 5 + [2] * 5, [0] * 15 + [1] * 15), TrainConfig(), 1000)
+    told = learned_nothing(scored([0] * 20 + [1] * 5 + [2] * 5, [0] * 15 + [1] * 15), TrainConfig(), 1000, LARGE)
     assert told is not None
     assert "no better than predicting ant for every image" in told
 
@@ -42,7 +45,7 @@ def test_no_better_than_the_most_frequent_class_is_reported() -> None:
     ],
 )
 def test_otherwise_nothing_is_told(truth: list[int], taken: list[int]) -> None:
-    assert learned_nothing(scored(truth, taken), TrainConfig(), 1000) is None
+    assert learned_nothing(scored(truth, taken), TrainConfig(), 1000, LARGE) is None
 
 
 @pytest.mark.parametrize(
@@ -57,7 +60,7 @@ def test_otherwise_nothing_is_told(truth: list[int], taken: list[int]) -> None:
     ],
 )
 def test_the_likely_cause_follows_from_the_settings(settings: dict[str, object], steps: int, remedy: str) -> None:
-    told = learned_nothing(scored([0, 1, 2] * 10, [1] * 30), TrainConfig(**settings), steps)
+    told = learned_nothing(scored([0, 1, 2] * 10, [1] * 30), TrainConfig(**settings), steps, LARGE)
     assert told is not None
     assert remedy in told
 

@@ -138,13 +138,24 @@ def test_the_steps_of_a_run(settings: dict[str, float], expected: int) -> None:
 def test_a_rate_of_more_than_ten_times_the_usual_one_is_told(settings: dict[str, Any], usual: float) -> None:
     assert TrainConfig.parse(settings).lr == usual
     for times in (0.1, 1, 10):
-        assert unusual_lr(TrainConfig.parse(settings | {"lr": usual * times})) is None
-    low, high = (unusual_lr(TrainConfig.parse(settings | {"lr": usual * times})) for times in (0.05, 20))
+        assert unusual_lr(TrainConfig.parse(settings | {"lr": usual * times}), 86_000_000) is None
+    low, high = (unusual_lr(TrainConfig.parse(settings | {"lr": usual * times}), 86_000_000) for times in (0.05, 20))
     assert low is not None
     assert high is not None
     assert "unusually low: one 20th of the usual rate for" in low
     assert "unusually high: 20 times the usual rate for" in high
     assert float(low.rpartition(" ")[2]) == float(high.rpartition(" ")[2]) == usual
+
+
+def test_a_small_model_has_a_higher_rate_unless_one_is_set() -> None:
+    settings = {"dataset": "digits", "model": "vit-micro", "device": "cpu", "precision": "fp32"}
+    rates = [
+        prepare(TrainConfig.parse(settings | more)).config.lr
+        for more in ({}, {"lr": 2e-5}, {"lr": None}, {"freeze": "backbone"}, {"optimizer": "sgd"})
+    ]
+    assert rates == [1e-3, 2e-5, 1e-3, 1e-2, 1e-1]
+    assert unusual_lr(TrainConfig(lr=1e-3), 200_000) is None
+    assert "unusually low: one 50th of the usual rate for a small model" in (unusual_lr(TrainConfig(), 200_000) or "")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam"])

@@ -77,7 +77,7 @@ class TrainConfig(Settings):
     if TYPE_CHECKING:
         lr: float = setting(None, "", "")  # once validated, it is never None
     else:
-        lr: float | None = setting(None, "Optimization", "Peak learning rate. Default, also of none: by what is trained; with adamw 2e-5 for all weights, 5e-4 for an adapter, 1e-2 for a head alone, 1e-3 for new weights.", gt=0, le=100)
+        lr: float | None = setting(None, "Optimization", "Peak learning rate. Default, also of none: by what is trained; with adamw 2e-5 for all weights (1e-3 of a model below 3 M), 5e-4 for an adapter, 1e-2 for a head alone, 1e-3 for new weights.", gt=0, le=100)
     schedule: Literal["constant", "linear", "cosine", "step"] = setting("linear", "Optimization", "Learning rate decay after warmup; linear and cosine end at 0.")
     head_init: Literal["auto", "features", "random"] = setting("auto", "Optimization", "Start of a new head. features: logistic regression on the features of the pretrained backbone, fitted before the first step. auto: that, if possible.")
     layer_decay: float = setting(1.0, "Optimization", "Multiply the learning rate by this for each layer below the head, so that early layers change less. Often 0.65 to 0.9.", gt=0, le=1)
@@ -157,9 +157,13 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _set_lr(self) -> Self:
-        """Fill in the default, which depends on other settings, so that `config.yaml` says it."""
+        """Fill in the default, which depends on other settings, so that `config.yaml` says it.
+
+        It is not marked as set, because a small model will have another.
+        """
         if not self.lr:
             self.__dict__["lr"] = usual_lr(self)  # the settings are frozen
+            self.__pydantic_fields_set__.discard("lr")
         return self
 
     @model_validator(mode="after")
@@ -199,24 +203,35 @@ class TrainConfig(Settings):
 
 
 _USUAL = {
-    "adamw": {"all weights": 2e-5, "an adapter": 5e-4, "a head alone": 1e-2, "new weights": 1e-3},
-    "sgd": {"all weights": 3e-3, "an adapter": 5e-2, "a head alone": 1e-1, "new weights": 1e-1},
+    "adamw": {
+        "all weights": 2e-5,
+        "a small model": 1e-3,
+        "an adapter": 5e-4,
+        "a head alone": 1e-2,
+        "new weights": 1e-3,
+    },
+    "sgd": {"all weights": 3e-3, "a small model": 1e-1, "an adapter": 5e-2, "a head alone": 1e-1, "new weights": 1e-1},
 }
 """Learning rates that usually do well, by optimizer and by what is trained; adam's are adamw's."""
 
 
-def what_is_trained(config: TrainConfig) -> str:
-    """What a run trains, in words, for `usual_lr`."""
+SMALL = 3_000_000  # weights, below which a pretrained model takes the rate of a new one
+
+
+def what_is_trained(config: TrainConfig, weights: int | None = None) -> str:
+    """What a run trains, in words, for `usual_lr`; `weights` is the size of the model, if it is known."""
     if config.from_scratch:
         return "new weights"
     if config.lora_rank is not None:
         return "an adapter"
-    return "a head alone" if config.freeze == "backbone" else "all weights"
+    if config.freeze == "backbone":
+        return "a head alone"
+    return "a small model" if weights is not None and weights < SMALL else "all weights"
 
 
-def usual_lr(config: TrainConfig) -> float:
+def usual_lr(config: TrainConfig, weights: int | None = None) -> float:
     """The learning rate that usually does well for this optimizer and for what is trained."""
-    return _USUAL["sgd" if config.optimizer == "sgd" else "adamw"][what_is_trained(config)]
+    return _USUAL["sgd" if config.optimizer == "sgd" else "adamw"][what_is_trained(config, weights)]
 
 
 def device_name(name: Any) -> Any:

@@ -13,10 +13,10 @@ _SLOW = 1 / 3  # of the best speed so far
 _FEW_IMAGES, _FEW_STEPS = 20, 200
 
 
-def learned_nothing(metrics: Metrics, config: TrainConfig, steps: int) -> str | None:
+def learned_nothing(metrics: Metrics, config: TrainConfig, steps: int, weights: int) -> str | None:
     """A warning with the likely cause if a model is no better than predicting one class for every image; else None.
 
-    `metrics` are of held-out images after `steps` optimizer steps.
+    `metrics` are of held-out images after `steps` optimizer steps of a model with so many `weights`.
     """
     true, predicted, count = metrics.cells.T
     images = np.bincount(true, weights=count)
@@ -30,11 +30,11 @@ def learned_nothing(metrics: Metrics, config: TrainConfig, steps: int) -> str | 
         what = f"on {metrics.split} it is no better than predicting {label} for every image"
     else:
         return None
-    return f"{what}: the model has learned nothing useful. {_cause(config, steps)}"
+    return f"{what}: the model has learned nothing useful. {_cause(config, steps, weights)}"
 
 
-def _cause(config: TrainConfig, steps: int) -> str:
-    if (unusual := unusual_lr(config)) is not None:
+def _cause(config: TrainConfig, steps: int, weights: int) -> str:
+    if (unusual := unusual_lr(config, weights)) is not None:
         return f"{unusual}."
     if steps < _FEW_STEPS:
         return f"{steps} steps are few: try more --epochs, or a higher learning rate than --lr {config.lr:g}."

@@ -47,17 +47,17 @@ def lr_at(step: int, config: TrainConfig, *, total_steps: int, steps_per_epoch: 
             return config.lr * config.decay_factor ** ((step - warm) // every)
 
 
-def unusual_lr(config: TrainConfig) -> str | None:
-    """A sentence about a learning rate that is far from the usual one; else None."""
-    usual = usual_lr(config)
+def unusual_lr(config: TrainConfig, weights: int) -> str | None:
+    """A sentence about a learning rate that is far from the usual one of a model with so many weights; else None."""
+    usual = usual_lr(config, weights)
     times = config.lr / usual
     if abs(log10(times)) < _FAR:
         return None
     far = f"high: {times:,.0f} times" if times > 1 else f"low: one {1 / times:,.0f}th of"
     advised = f"{usual:.0e}".replace("e-0", "e-")
     return (
-        f"--lr {config.lr:g} is unusually {far} the usual rate for {what_is_trained(config)} with {config.optimizer}; "
-        f"try --lr {advised}"
+        f"--lr {config.lr:g} is unusually {far} the usual rate for {what_is_trained(config, weights)} "
+        f"with {config.optimizer}; try --lr {advised}"
     )
 
 

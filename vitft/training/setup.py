@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from vitft.checkpoints.checkpoint import base_of, find_model, is_run
 from vitft.checkpoints.metadata import read_card, verify
-from vitft.config.train import SIZES, TrainConfig, range_of
+from vitft.config.train import SIZES, TrainConfig, range_of, usual_lr
 from vitft.data.decoder import unused_range
 from vitft.data.sources.source import ALIASES, DIGITS, Source, source_of
 from vitft.data.split_record import Record, describe_changes, read_record, restore_splits
@@ -43,6 +43,11 @@ class Prepared:
     source: Source
     splits: dict[str, Split]
     loaded: Loaded
+
+    @property
+    def weights(self) -> int:
+        """How many the model has."""
+        return _count(self.loaded.model)
 
     @property
     def used(self) -> tuple[str, ...]:
@@ -160,11 +165,17 @@ def prepare(
         )
     _tell_untrained(source, splits, loaded.labels)
     attention, how = _attend(loaded, config), loaded.preprocess
+    lr = config.lr if "lr" in config.model_fields_set else usual_lr(config, _count(loaded.model))
     pinned: dict[str, Any] = {"model_revision": loaded.revision or config.model_revision,
               "dataset_revision": source.revision or config.dataset_revision,
               "class_weights": pinned_weights(config, loaded.labels),
-              "image_size": how.height if how.height == how.width else None, "attention": attention}  # fmt: skip
+              "image_size": how.height if how.height == how.width else None, "attention": attention,
+              "lr": lr}  # fmt: skip
     return Prepared(absolute(config.model_copy(update=pinned)), source, splits, loaded)
+
+
+def _count(model: Any) -> int:
+    return sum(weights.numel() for weights in model.parameters())
 
 
 def advise(prepared: Prepared) -> None:
@@ -177,7 +188,7 @@ def advise(prepared: Prepared) -> None:
             f"train: {unequal}; the model will prefer the frequent classes. "
             f"To count all classes alike: --logit-adjustment 1{by}"
         )
-    if (unusual := unusual_lr(config)) is not None:
+    if (unusual := unusual_lr(config, prepared.weights)) is not None:
         console.warn(unusual)
 
 

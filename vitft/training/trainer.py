@@ -284,8 +284,10 @@ class _Run:
             except Interrupted as stop:
                 raise self._stopped(state, stop.number, bar) from None
         trained = window.pace.images > 0  # else it had finished before, and has already said so
-        if trained and self.measured and (nothing := learned_nothing(self.measured, self.config, self.total_steps)):
-            console.warn(nothing)
+        if trained and self.measured:
+            weights = self.decoded.weights
+            if nothing := learned_nothing(self.measured, self.config, self.total_steps, weights):
+                console.warn(nothing)
         world, probe = self.accelerator.num_processes, self.probe is not None
         return replace(result, speed=measure_speed(window.pace, self.unwrapped, self.config, world, probe=probe))
 
