@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitft.checkpoints import checkpoint as ckpt
-from vitft.config.train import TrainConfig
+from vitft.config.train import TrainConfig, usual_lr
 from vitft.hardware.device import memory_guard, micro_batch, resolve_auto, threads
 from vitft.io import console
 from vitft.io.console import duration
@@ -77,7 +77,8 @@ def plan(config: TrainConfig, output: Path | None = None, overwrite: bool = Fals
         if (value := getattr(prepared.config, name)) != field.default
     }
     chosen = {name for name in changed if getattr(config, name) == TrainConfig.model_fields[name].default}
-    chosen |= {"lr"} - config.model_fields_set  # its default depends on other settings and the model
+    usual = usual_lr(prepared.config, prepared.weights)  # the default depends on other settings, and on the model
+    chosen |= {"lr"} if prepared.config.lr == usual else set()
     return Plan(
         prepared, size, sum(count for count, _ in weights), sum(count for count, trained in weights if trained),
         decode_s, memory, folder, ckpt.is_run(folder),
