@@ -85,12 +85,19 @@ def train(
     report: Annotated[Literal["on", "off"], typer.Option(help="Write report.html into the run folder at the end.", rich_help_panel="Run")] = "on",
     json: Json = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the run would do and cost, without starting it.", rich_help_panel="Run")] = False,
+    devices: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="With --dry-run: also plan the run on so many devices like this one.", rich_help_panel="Run")] = None,
+    link_gbps: Annotated[float, typer.Option(min=0.001, metavar="<float>", help="With --devices: gigabits a second that each can send to the next.", rich_help_panel="Run")] = 100,
+    hourly_price: Annotated[float | None, typer.Option(min=0, metavar="<float>", help="With --devices: what one device costs an hour.", rich_help_panel="Run")] = None,
     *, overrides: dict[str, Any],
 ) -> None:  # fmt: skip
     """Fine-tune a ViT on a dataset.
 
     A recipe overrides the defaults, and flags override the recipe.
     """
+    if devices is not None and not dry_run:
+        raise UsageError("--devices plans a run; add --dry-run. To train on several: torchrun -m vitft train ...")
+    if devices is None and hourly_price is not None:
+        raise UsageError("--hourly-price is of a plan; add --dry-run --devices N.")
     if resume is not None:
         if recipe is not None or output is not None or overwrite or dry_run:
             raise UsageError("--resume continues a run as it is; leave out --recipe, --output, --overwrite, --dry-run.")
@@ -109,9 +116,11 @@ def train(
     with loading():
         from vitft.training import trainer
         from vitft.training.cost import dry_run as planning
+        from vitft.training.cost.cluster import Cluster
 
     if dry_run:
-        console.say(tables.plan_report(planning.plan(config, output, overwrite)))
+        cluster = None if devices is None else Cluster(devices, link_gbps, hourly_price)
+        console.say(tables.plan_report(planning.plan(config, output, overwrite, cluster)))
     else:
         _show(trainer.train(config, output=output, overwrite=overwrite), json, report)
 

@@ -429,6 +429,7 @@ def plan_report(plan: Any) -> RenderableType:
             "memory": f"about {size(plan.memory_bytes)}" if plan.memory_bytes else "unknown for this architecture",
             "time": f"about {duration(plan.total_s)}: " + ", ".join(f"{k} {duration(s)}" for k, s in times.items()),
         },
+        **({} if plan.cluster is None else {f"On {plan.cluster.cluster.devices} devices": _cluster_rows(plan.cluster)}),
         "Run": {"folder": f"{plan.folder}, in place of the run there" if plan.replaces else str(plan.folder)},
         "Settings": {
             **{name: text for name, text in lines.items() if text},
@@ -443,6 +444,20 @@ def plan_report(plan: Any) -> RenderableType:
         for name, value in rows.items():
             table.add_row(Text(f"  {name}"), Text(safe(value)))
     return table
+
+
+def _cluster_rows(plan: Any) -> dict[str, str]:
+    step, parts = plan.step, {"computation": plan.step.compute_s, "the optimizer": plan.step.optimizer_s}
+    parts["communication"] = step.communicate_s - step.hidden_s
+    shown = ", ".join(f"{name} {1000 * seconds:.1f}" for name, seconds in parts.items())
+    rows = {
+        "a step": f"{1000 * step.seconds:.1f} ms for {step.images} images each: {shown}",
+        "gradients": f"{size(plan.gradient_bytes)}, over links of {plan.cluster.link_gbps:g} Gbit/s",
+        "time": f"about {duration(plan.total_s)}, at {percent(plan.efficiency)} of the speed of so many single devices",
+        "memory": f"about {size(plan.memory_bytes)} each" if plan.memory_bytes else "unknown for this architecture",
+        "longest": step.bottleneck,
+    }
+    return rows | ({} if plan.price is None else {"price": f"{plan.price:,.2f}"})
 
 
 def data_report(described: Mapping[str, Any]) -> RenderableType:

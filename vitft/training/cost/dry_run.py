@@ -11,6 +11,7 @@ from vitft.io.console import duration
 from vitft.io.paths import expanded
 from vitft.models.head_init import images_for_head, starts_from_features
 from vitft.training.cost.autotune import autotuned
+from vitft.training.cost.cluster import Cluster, ClusterPlan, plan_for_cluster
 from vitft.training.cost.estimate import Cost, cost, decode_image_s, first_image_s, memory_bytes
 from vitft.training.linear_probe import features_pay, passes
 from vitft.training.optim import total_steps
@@ -44,6 +45,7 @@ class Plan:
     replaces: bool  # whether there is a run in the folder, which would be replaced
     chosen: dict[str, object]  # settings that were chosen for this machine and data
     given: dict[str, object]  # settings that differ from the defaults otherwise
+    cluster: ClusterPlan | None = None
 
     @property
     def total_s(self) -> float:
@@ -51,8 +53,10 @@ class Plan:
         return self.decode_s + self.size.train_s + self.size.evaluate_s
 
 
-def plan(config: TrainConfig, output: Path | None = None, overwrite: bool = False) -> Plan:
-    """Plan a run by preparing it and trying parts of it on this machine. Nothing is written.
+def plan(
+    config: TrainConfig, output: Path | None = None, overwrite: bool = False, cluster: Cluster | None = None
+) -> Plan:  # fmt: skip
+    """Plan a run by preparing it and trying parts of it on this machine, also for a `cluster`. Nothing is written.
 
     Every image is opened, and none decoded. Raises UsageError if the run may not be written to `output`, and DataError
     for an image that cannot be opened.
@@ -68,7 +72,13 @@ def plan(config: TrainConfig, output: Path | None = None, overwrite: bool = Fals
             memory = memory_bytes(prepared, micro_batch(prepared.config))  # before the trial, which uses memory, too
             images = sum(len(prepared.splits[role].rows) for role in prepared.used)
             decode_s = decode_image_s(prepared) * images  # an upper bound: cached pixels are read faster
-            size = size_of(prepared, cost(prepared))
+            each = cost(prepared)
+            size = size_of(prepared, each)
+            many = None
+            if cluster is not None:
+                many = plan_for_cluster(
+                    prepared, cluster, each, steps=size.steps, decode_s=decode_s, evaluate_s=size.evaluate_s
+                )
     folder = folder_of(prepared.config, prepared.source.name, output)
     weights = [(parameter.numel(), parameter.requires_grad) for parameter in prepared.loaded.model.parameters()]
     changed = {
@@ -83,7 +93,7 @@ def plan(config: TrainConfig, output: Path | None = None, overwrite: bool = Fals
         prepared, size, sum(count for count, _ in weights), sum(count for count, trained in weights if trained),
         decode_s, memory, folder, ckpt.is_run(folder),
         chosen={name: value for name, value in changed.items() if name in chosen},
-        given={name: value for name, value in changed.items() if name not in chosen},
+        given={name: value for name, value in changed.items() if name not in chosen}, cluster=many,
     )  # fmt: skip
 
 
