@@ -45,11 +45,17 @@ def predictions_of(
     return found
 
 
+def picture_of(image: Any, label: int) -> bytes:
+    """A PNG as large as the image, in a gray that says which label it is of."""
+    return picture(10 * label, (image.shape[1], image.shape[0]))
+
+
 def model(*, threshold: float = 0.0, **changes: Any) -> Model:
     labels = changes.get("labels", LABELS)
     classify = partial(predictions_of, labels=labels, threshold=threshold)
     given = {"name": "tones", "labels": labels, "read": lambda data: decode(data, MAX_PIXELS), "classify": classify,
-             "sample": np.zeros((2, 2, 3), np.uint8), "about": {"labels": list(labels)}}  # fmt: skip
+             "sample": np.zeros((2, 2, 3), np.uint8), "picture": picture_of,
+             "about": {"labels": list(labels)}}  # fmt: skip
     return Model(**given | changes)
 
 
@@ -121,6 +127,31 @@ def test_probabilities_of_all_classes_and_what_is_unsure(client: TestClient) -> 
     assert [one["score"] for one in found["top"]] == sorted(found["probabilities"], reverse=True)
 
 
+def test_a_picture_of_what_speaks_for_a_class(client: TestClient) -> None:
+    def drawn(query: str = "") -> tuple[int, tuple[int, int]]:
+        answer = client.post(f"/explain{query}", files={"file": picture(255, (6, 4))})
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
+        with Image.open(io.BytesIO(answer.content)) as image:
+            return image.getpixel((0, 0)), image.size
+
+    assert drawn("?label=medium") == (10, (6, 4))
+    assert drawn() == (20, (6, 4))  # of the best class
+
+    def refused(query: str = "", **body: Any) -> str:
+        answer = client.post(f"/explain{query}", **body)
+        assert answer.status_code == 422
+        return str(answer.json()["error"])
+
+    one = {"files": {"file": ("a.png", picture())}}
+    assert refused("?label=medum", **one) == "label 'medum': unknown; did you mean medium?"
+    assert refused("?top_k=2", **one).startswith("unknown parameter 'top_k'")
+    assert refused(files=[("f", ("a.png", picture())), ("f", ("b.png", picture()))]) == "2 images; send one."
+    assert refused(files={"file": ("a.png", b"<html>")}) == "a.png: is not an image in a supported format"
+    with client_of(Service(model(picture=None), Limits())) as other:
+        answer = other.post("/explain", files={"file": picture()})
+        assert (answer.status_code, "serve the run" in answer.json()["error"]) == (501, True)
+
+
 def test_an_unreadable_image_among_others_has_its_error(client: TestClient) -> None:
     answer = client.post("/predict", files=[("f", ("a.png", picture())), ("f", ("b.png", b"<html>"))])
     assert answer.status_code == 200
@@ -148,6 +179,9 @@ def test_a_checkpoint_answers_as_predict_does_alone_or_with_others(digits_run: A
         alone = [client.post("/predict", files={"file": (file.name, file.read_bytes())}).json() for file in files]
         together = client.post("/predict", files=[("file", (file.name, file.read_bytes())) for file in files]).json()
         assert client.get("/model").json()["labels"] == [str(digit) for digit in range(10)]
+        looks = client.post("/explain?label=3", files={"file": (files[0].name, files[0].read_bytes())})
+        with Image.open(io.BytesIO(looks.content)) as image:
+            assert image.size == (416, 416)
     for rows in ([one["predictions"][0] for one in alone], together["predictions"]):
         for row, other, name in zip(rows, expected, names, strict=True):
             assert row["path"] == name

@@ -155,7 +155,8 @@ def test_a_request_that_does_not_end_does_not_keep_the_server(
 def url() -> Iterator[str]:
     """A running server whose classes have names that would break a careless page."""
     labels = HOSTILE
-    about = {"labels": list(labels), "image_size": [4, 4], "threshold": 0.85, "none_of_these": 0.99, "calibrated": True,
+    about = {"labels": list(labels), "image_size": [4, 4], "threshold": 0.85, "none_of_these": 0.99,
+             "calibrated": True, "explains": True,
              "scores": {"test": {"accuracy": 0.5, "count": 1000}}}  # fmt: skip
     service = Service(model(labels=labels, threshold=0.85, about=about), Limits(upload_bytes=20_000))
     with bound("127.0.0.1", 0) as server:
@@ -206,6 +207,13 @@ def test_photos_get_bars_and_errors_in_words(opened: Callable[..., Any], width: 
     assert cards.nth(2).locator(".wrong").inner_text() == "It is not an image in a supported format."
     assert "this server takes up to 0.0 MB" in cards.nth(3).locator(".wrong").inner_text()
     assert cards.nth(4).locator(".chip").inner_text() == "none of these"
+    second, third = (cards.nth(0).locator(".class").nth(place) for place in (1, 2))
+    second.press("Enter")
+    cards.nth(0).locator("canvas.look").wait_for()
+    assert cards.nth(0).locator(".look").get_attribute("aria-label") == f"what speaks for {HOSTILE[1]}"
+    assert [second.get_attribute("aria-pressed"), third.get_attribute("aria-pressed")] == ["true", "false"]
+    second.click()
+    assert cards.nth(0).locator(".look").count() == 0
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.title() == "tones"
     page.get_by_role("button", name="Clear").press("Enter")

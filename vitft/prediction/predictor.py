@@ -197,6 +197,11 @@ class Predictor:
         none = novelty is not None and self.none_of_these is not None and novelty > self.none_of_these
         return Prediction(path, top, unsure=unsure, novelty=novelty, none_of_these=none, probabilities=probabilities)
 
+    @property
+    def has_maps(self) -> bool:
+        """Whether `maps` can look into the model: not into an exported one."""
+        return isinstance(self._model, torch.nn.Module)
+
     def maps(self, pixels: torch.Tensor, classes: Sequence[int], by: Method | None = None) -> list[Map]:
         """What speaks for a class in each image, by place: (rows, columns), high where much does.
 

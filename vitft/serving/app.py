@@ -23,7 +23,6 @@ from vitft.serving.uploads import Limits, Room, announced, uploads
 
 _ROOM_S = 10.0  # how long a request waits for memory to be read into
 _AT_ONCE = 4  # requests of the largest size that are in memory at once, besides the copies that decoding makes
-_QUERY = ("top_k", "probabilities")
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _BODY = {
     "requestBody": {
@@ -63,14 +62,34 @@ class Service:
             await self.batcher.run([self.model.sample] * size)
         self.is_warm = True
 
-    async def predict(self, request: Request, top_k: int, every: bool) -> Answer:
-        """Classify the images of a request."""
+    async def _read(self, request: Request) -> tuple[list[str], list[Any]]:
+        """The names of a request's images, and each one decoded, or why it cannot be."""
         with self.batcher.arriving():
             async with self._room.take(announced(request, self.limits)):
                 found = await uploads(request, self.limits)
-                read = await self.batcher.decode([one.data for one in found])
-                names = [one.name for one in found]
-                del found
+                return [one.name for one in found], await self.batcher.decode([one.data for one in found])
+
+    async def explain(self, request: Request, label: str | None) -> Response:
+        """Draw what in the image of a request speaks for a class."""
+        draw, labels = self.model.picture, self.model.labels
+        if draw is None:
+            raise HTTPException(501, "an exported model does not say what speaks for a class; serve the run.")
+        if label is not None and label not in labels:
+            raise HTTPException(422, f"label {label!r}: unknown{nearest(label, labels) or '; /model lists them.'}")
+        names, read = await self._read(request)
+        if len(read) > 1:
+            raise HTTPException(422, f"{len(read)} images; send one.")
+        if isinstance(read[0], DataError):
+            raise HTTPException(422, f"{names[0]}: {read[0]}")
+        if label is None:
+            (best,) = await self.batcher.classify(read)
+            label = best.top[0][0]
+        png = await self.batcher.with_model(draw, read[0].pixels, labels.index(label))
+        return Response(png, media_type="image/png")
+
+    async def predict(self, request: Request, top_k: int, every: bool) -> Answer:
+        """Classify the images of a request."""
+        names, read = await self._read(request)
         predictions = iter(await self.batcher.classify([image for image in read if not isinstance(image, DataError)]))
         rows = [
             {"path": name, "error": str(image)}
@@ -114,10 +133,17 @@ def create_app(service: Service, hosts: list[str] | None = None) -> Guard:
         ] = None,
     ) -> Response:
         """Classify images."""
-        for name in request.query_params:
-            if name not in _QUERY:
-                raise HTTPException(422, f"unknown parameter {name!r}{nearest(name, _QUERY)}")
+        _check_query(request, ("top_k", "probabilities"))
         return await service.predict(request, top_k, probabilities == "all")
+
+    @app.post("/explain", openapi_extra=_BODY, responses={200: {"content": {"image/png": {}}}})
+    async def explain(
+        request: Request,
+        label: Annotated[str | None, Query(description="Of which class. Default: the best one.")] = None,
+    ) -> Response:
+        """Draw what in an image speaks for a class: bright where it does, gray elsewhere, as a PNG."""
+        _check_query(request, ("label",))
+        return await service.explain(request, label)
 
     @app.get("/model")
     async def about() -> Answer:
@@ -140,6 +166,12 @@ def create_app(service: Service, hosts: list[str] | None = None) -> Guard:
     _answer_errors(app)
     paths = [route.path for route in app.routes if hasattr(route, "path")]
     return Guard(app, service.metrics, paths, hosts)
+
+
+def _check_query(request: Request, known: tuple[str, ...]) -> None:
+    for name in request.query_params:
+        if name not in known:
+            raise HTTPException(422, f"unknown parameter {name!r}{nearest(name, known)}")
 
 
 def _answer_errors(app: FastAPI) -> None:

@@ -12,12 +12,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from vitft.errors import DataError
 
 Pixels = TypeVar("Pixels")
 Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 _RECENT = 0.1  # weight of the last batch in the mean of seconds per image
 
 
@@ -138,7 +139,11 @@ class Batcher(Generic[Pixels, Answer]):
 
     async def run(self, images: Sequence[Pixels]) -> Sequence[Answer]:
         """A forward pass of these images alone, in the model's thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._model, self._classify, images)
+        return await self.with_model(self._classify, images)
+
+    async def with_model(self, work: Callable[..., Result], *given: Any) -> Result:
+        """The work in the model's thread, between two batches."""
+        return await asyncio.get_running_loop().run_in_executor(self._model, work, *given)
 
     async def _batches(self) -> None:
         while True:

@@ -11,16 +11,20 @@ import torch
 from PIL import Image
 
 from vitft import __version__
+from vitft.attribution.maps import overlay
 from vitft.checkpoints.checkpoint import find_model, run_of
 from vitft.checkpoints.metadata import read_card
 from vitft.io.paths import expanded
 from vitft.prediction.predictor import Prediction, Predictor
+
+WIDTH = 416  # pixels of a picture of what speaks for a class
 
 
 @dataclass(frozen=True)
 class Model:
     """A classifier: `read` decodes an image, `classify` predicts several; `sample` is an image.
 
+    `picture` draws what in an image speaks for a class, given by its place in the labels, as a PNG; None if it cannot.
     `about` is what is known of it, as JSON values.
     """
 
@@ -29,6 +33,7 @@ class Model:
     read: Callable[[bytes], Any]
     classify: Callable[[Sequence[Any]], Sequence[Prediction]]
     sample: Any
+    picture: Callable[[Any, int], bytes] | None = None
     about: dict[str, Any] = field(default_factory=dict)
 
 
@@ -47,6 +52,10 @@ def open_model(checkpoint: str | Path, **options: Any) -> Model:
         scores = predictor.score(torch.stack(list(images)))
         return [predictor.prediction("", scores, place, len(predictor.labels)) for place in range(len(images))]
 
+    def picture(image: torch.Tensor, label: int) -> bytes:
+        (weights,) = predictor.maps(image[None], [label])
+        return _png(overlay(image.numpy(), weights, WIDTH))
+
     size = predictor.preprocess
     about = {
         "image_size": [size.height, size.width], "labels": list(predictor.labels), "threshold": predictor.threshold,
@@ -54,10 +63,16 @@ def open_model(checkpoint: str | Path, **options: Any) -> Model:
         **_recorded(checkpoint),
         "versions": {"vitft": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }  # fmt: skip
+    sample = predictor.read(_png(Image.new("RGB", (8, 8))))
+    draws = picture if predictor.has_maps else None
+    about["explains"] = draws is not None
+    return Model(name_of(checkpoint), predictor.labels, predictor.read, classify, sample, draws, about)
+
+
+def _png(image: Image.Image) -> bytes:
     encoded = BytesIO()
-    Image.new("RGB", (8, 8)).save(encoded, "PNG")
-    sample = predictor.read(encoded.getvalue())
-    return Model(name_of(checkpoint), predictor.labels, predictor.read, classify, sample, about)
+    image.save(encoded, "PNG")
+    return encoded.getvalue()
 
 
 def name_of(checkpoint: str | Path) -> str:

@@ -12,7 +12,7 @@ const count = (number, name) => `${number.toLocaleString("en")} ${name}${number 
 const megabytes = (bytes) => `${(bytes / 1e6).toFixed(bytes < 1e7 ? 1 : 0)} MB`;
 const pause = (seconds) => new Promise((done) => setTimeout(done, 1000 * seconds));
 
-let model = { labels: [], limits: { upload_bytes: Infinity }, threshold: null, none_of_these: null };
+let model = { labels: [], limits: { upload_bytes: Infinity }, threshold: null, none_of_these: null, explains: false };
 const loaded = (async () => {
   const answer = await fetch("model");
   if (!answer.ok) throw new Error(`the server answers ${answer.status}`);
@@ -44,6 +44,7 @@ function report() {
   if (tally.done) parts.push(`${count(tally.done, "photo")} classified`);
   if (tally.failed) parts.push(`${tally.failed.toLocaleString("en")} failed`);
   get("status").textContent = parts.join(", ");
+  get("hint").hidden = !(model.explains && tally.done);
   get("clear").hidden = !get("results").children.length;
 }
 
@@ -127,7 +128,13 @@ async function ask(file) {
 }
 
 function row({ label, score }, first, isProbability) {
-  const one = make("div", first ? "class first" : "class");
+  const one = make(model.explains ? "button" : "div", first ? "class first" : "class");
+  if (model.explains) {
+    one.type = "button";
+    one.title = `what speaks for ${label}?`;
+    one.dataset.label = label;
+    one.setAttribute("aria-pressed", "false");
+  }
   one.append(make("span", "label", label), make("span", "number", isProbability ? percent(score) : score.toFixed(3)));
   if (isProbability) {
     const track = make("div", "track"), fill = make("span", "fill");
@@ -144,7 +151,12 @@ function row({ label, score }, first, isProbability) {
   return one;
 }
 
-function show({ item, said }, { top, unsure, novelty, none_of_these }) {
+function show(job, { top, unsure, novelty, none_of_these }) {
+  const { item, said } = job;
+  said.addEventListener("click", ({ target }) => {
+    const pressed = target.closest("button.class");
+    if (pressed) look(job, pressed);
+  });
   const isProbability = top.every(({ score }) => score >= 0 && score <= 1);
   if (unsure || none_of_these) {
     item.classList.add("unsure");
@@ -159,6 +171,32 @@ function show({ item, said }, { top, unsure, novelty, none_of_these }) {
     more.append(make("summary", "", `${top.length - shown} more`));
     more.append(...top.slice(shown).map((one) => row(one, false, isProbability)));
     said.append(more);
+  }
+}
+
+async function look(job, pressed) {
+  const again = pressed.getAttribute("aria-pressed") === "true";
+  for (const other of job.item.querySelectorAll(".class")) other.setAttribute("aria-pressed", "false");
+  job.picture.querySelector(".look")?.remove();
+  if (again) return;
+  pressed.setAttribute("aria-pressed", "true");
+  const body = new FormData(), label = pressed.dataset.label;
+  body.append("file", job.file, job.file.name || "pasted photo");
+  try {
+    const answer = await fetch(`explain?${new URLSearchParams({ label })}`, { method: "POST", body });
+    if (!answer.ok) throw new Error((await answer.json()).error);
+    const drawn = await createImageBitmap(await answer.blob());
+    if (pressed.getAttribute("aria-pressed") !== "true") return; // another was pressed meanwhile
+    const canvas = make("canvas", "look");
+    canvas.width = drawn.width;
+    canvas.height = drawn.height;
+    canvas.getContext("2d").drawImage(drawn, 0, 0);
+    canvas.setAttribute("role", "img");
+    canvas.setAttribute("aria-label", `what speaks for ${label}`);
+    job.picture.append(canvas);
+  } catch (error) {
+    pressed.setAttribute("aria-pressed", "false");
+    job.said.append(make("p", "wrong", error.message));
   }
 }
 
