@@ -21,6 +21,7 @@ from vitft.errors import DataError, TrainingError
 from vitft.hardware import pools
 from vitft.hardware.device import cpus
 from vitft.hardware.pools import map_in_processes, processes
+from vitft.io.signals import StopSignals
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
 
@@ -59,6 +60,18 @@ def test_a_killed_process_is_reported_in_one_line() -> None:
     with pytest.raises(TrainingError, match="was killed") as raised:
         list(map_in_processes(work, range(4), 2))
     assert "\n" not in str(raised.value)
+
+
+def test_a_signal_to_all_processes_of_a_job_leaves_them_to_the_one_that_reads() -> None:
+    """SLURM stops a job so; the run then saves its last step."""
+    before = set(psutil.Process().children())
+    with StopSignals() as signals:
+        results = map_in_processes(abs, range(1000), 2)
+        first = [next(results), next(results)]  # one of each process
+        for process in {*psutil.Process().children(), psutil.Process()} - before:
+            process.send_signal(signal.SIGTERM)
+        assert [*first, *results] == list(range(1000))
+        assert signals.received() == signal.SIGTERM
 
 
 def test_processes_end_with_the_reader() -> None:

@@ -109,7 +109,7 @@ def _close_all() -> None:
 def _results(work: Callable[[A], B], items: Sequence[A], count: int, pin: bool) -> Generator[B, None, None]:
     loader: DataLoader[Any] = DataLoader(
         _Work(work), batch_size=None, sampler=items, collate_fn=_unchanged, pin_memory=pin, prefetch_factor=_AHEAD,
-        num_workers=count, multiprocessing_context="fork", worker_init_fn=partial(_begin_worker, os.getpid()),
+        num_workers=count, multiprocessing_context=_forking(), worker_init_fn=partial(_begin_worker, os.getpid()),
         generator=torch.Generator(),  # else it draws from the global one
     )  # fmt: skip
     try:
@@ -140,13 +140,32 @@ def _unchanged(result: Any) -> Any:
     return result
 
 
+@cache
+def _forking() -> Any:
+    """Forked processes that the one that started them ends by SIGKILL, because they ignore SIGTERM."""
+    from multiprocessing.context import ForkContext, ForkProcess
+    from multiprocessing.popen_fork import Popen
+
+    class Killed(Popen):
+        def terminate(self) -> None:
+            self.kill()
+
+    class Process(ForkProcess):
+        _Popen = Killed
+
+    context = ForkContext()
+    context.Process = Process  # type: ignore[misc]
+    return context
+
+
 _PR_SET_PDEATHSIG = 1  # of Linux: which signal to get when the parent ends
 
 
 def _begin_worker(parent: int, _number: int) -> None:
-    """In a new process: no threads, no handlers of signals, which are for the one that started it, and an end with it.
+    """In a new process: no threads, signals are for the one that started it, and an end with it.
 
-    DataLoader ends its processes if that one is killed, but not those that wait for it to read a result.
+    SLURM and systemd send SIGTERM to all processes of a job, and that one needs these until it has saved. DataLoader ends
+    its processes if that one is killed, but not those that wait for it to read a result.
     """
     global _in_fork
     _in_fork = True
@@ -154,6 +173,6 @@ def _begin_worker(parent: int, _number: int) -> None:
     if os.getppid() != parent:  # it ended before that
         signal.raise_signal(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.environ["LOKY_MAX_CPU_COUNT"] = "1"  # what `cpus` reads
     cpus.cache_clear()
