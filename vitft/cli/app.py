@@ -12,7 +12,18 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from vitft.cli import exporting, learning, predicting, probing, publishing, scoring, serving, sweeping, tables
+from vitft.cli import (
+    exporting,
+    launching,
+    learning,
+    predicting,
+    probing,
+    publishing,
+    scoring,
+    serving,
+    sweeping,
+    tables,
+)
 from vitft.cli.arguments import (
     TRAIN_SETTINGS,
     DatasetName,
@@ -143,6 +154,7 @@ app.command("eval", rich_help_panel=_TRAIN)(scoring.evaluate)
 app.command(rich_help_panel=_TRAIN)(scoring.report)
 app.command(rich_help_panel=_TRAIN)(scoring.compare)
 app.command(rich_help_panel=_TRAIN)(sweeping.sweep)
+app.command(rich_help_panel=_TRAIN, context_settings={"allow_interspersed_args": False})(launching.launch)
 app.command(rich_help_panel=_TRAIN)(probing.soup)
 runs_app.command("ls")(scoring.list_runs)
 app.command(rich_help_panel=_FIRST)(probing.probe)

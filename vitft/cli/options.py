@@ -1,7 +1,7 @@
 """Typer options from the fields of TrainConfig: the only place that makes flags."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pkgutil import resolve_name
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
@@ -47,16 +47,11 @@ def with_flags(command: Any) -> Any:
 
 
 def _flagged(command: Command, own: list[inspect.Parameter], config: "type[BaseModel]", only: Sequence[str]) -> Command:
-    from vitft.config.base import unsets
-
     wanted = {*only} or {_panel(field) for field in config.model_fields.values()}
     fields = {name: field for name, field in config.model_fields.items() if wanted & {name, _panel(field)}}
 
     def wrapper(**given: Any) -> Any:
-        values = {name: given.pop(name) for name in fields}
-        undone = {name: False for name in fields if given.pop(f"no_{name}", None)}
-        typed = {name: value for name, value in values.items() if value is not None}
-        overrides = {name: None if unsets(value, fields[name]) else value for name, value in typed.items()} | undone
+        overrides = _typed(fields, given)
         return command(**given, overrides=overrides)
 
     flags = [flag for name, field in fields.items() for flag in _parameters(name, field)]
@@ -65,6 +60,21 @@ def _flagged(command: Command, own: list[inspect.Parameter], config: "type[BaseM
     place = next(i for i, flag in enumerate(flags) if flag.annotation.__metadata__[0].rich_help_panel == last)
     _sign(wrapper, [*flags[:place], *own, *flags[place:]])
     return wrapper
+
+
+def _typed(fields: "Mapping[str, FieldInfo]", given: dict[str, Any]) -> dict[str, Any]:
+    """Take the flags of the fields out of `given`; returns the settings that were typed."""
+    from vitft.config.base import unsets
+
+    values = {name: given.pop(name) for name in fields}
+    undone = {name: False for name in fields if given.pop(f"no_{name}", None)}
+    typed = {name: value for name, value in values.items() if value is not None}
+    return {name: None if unsets(value, fields[name]) else value for name, value in typed.items()} | undone
+
+
+def overrides_of(settings: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were typed, among the values of all options of a command that has a flag for each."""
+    return _typed(resolve_name(settings).model_fields, dict(given))
 
 
 def _number(field: "FieldInfo", kind: type) -> Callable[[str], Any]:

@@ -164,8 +164,8 @@ _PR_SET_PDEATHSIG = 1  # of Linux: which signal to get when the parent ends
 def _begin_worker(parent: int, _number: int) -> None:
     """In a new process: no threads, signals are for the one that started it, and an end with it.
 
-    SLURM and systemd send SIGTERM to all processes of a job, and that one needs these until it has saved. DataLoader ends
-    its processes if that one is killed, but not those that wait for it to read a result.
+    SLURM and systemd send SIGTERM to all processes of a job, and that one needs these until it has saved. DataLoader
+    ends its processes if that one is killed, but not those that wait for it to read a result.
     """
     global _in_fork
     _in_fork = True

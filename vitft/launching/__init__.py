@@ -1,0 +1,1 @@
+"""Run a command of vitft as a job of a cluster."""
