@@ -1,4 +1,7 @@
-"""A SLURM cluster on this machine: a controller, two nodes and munge, in a folder of their own."""
+"""A SLURM cluster on this machine: a controller, two nodes and munge, in a folder of their own.
+
+A job in the partition `high` preempts those in `low`, the default one.
+"""
 
 import os
 import shutil
@@ -40,7 +43,10 @@ MailProg=/bin/true
 KillWait=30
 NodeName={nodes[0]} Port={ports[1]} CPUs=2 State=UNKNOWN
 NodeName={nodes[1]} Port={ports[2]} CPUs=2 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=60
+PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -87,9 +93,9 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
 
 def idle(environment: Mapping[str, str]) -> int:
     """The number of nodes that can take a job: nothing of an earlier one is left there."""
-    command = ["sinfo", "--noheader", "--Node", "--states=idle"]
+    command = ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%n"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    return len(done.stdout.splitlines()) if done.returncode == 0 else 0
+    return len(set(done.stdout.splitlines())) if done.returncode == 0 else 0
 
 
 def _wait_for(condition: Callable[[], bool], folder: Path) -> None:

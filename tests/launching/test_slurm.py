@@ -87,11 +87,18 @@ def signal_of_time(job: str) -> None:
 
 
 def requeue(job: str) -> None:
-    """What a preemption does."""
+    """What a preemption without a grace time does: all processes of the job get SIGTERM."""
     slurm_says("scontrol", "requeue", job)
 
 
-@pytest.mark.parametrize("disturb", [signal_of_time, pytest.param(requeue, marks=pytest.mark.slow)])
+def preempt(job: str) -> None:
+    """Another job needs the nodes: those of the step get SIGTERM, and have a grace time."""
+    slurm_says("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+
+
+@pytest.mark.parametrize(
+    "disturb", [signal_of_time, *(pytest.param(one, marks=pytest.mark.slow) for one in (requeue, preempt))]
+)
 def test_a_job_goes_on_and_ends_with_the_bits_of_an_undisturbed_one(disturb: Callable[[str], object]) -> None:
     job, run = train_and_disturb(disturb)
     saved = [folder.name for folder in (run / "checkpoints").iterdir()]
