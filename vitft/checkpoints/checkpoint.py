@@ -24,13 +24,14 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from vitft.checkpoints.metadata import READ_ERRORS, Card, name_of, sha256, sha256_of, verify, write_card
 from vitft.config.recipe import read_recipe
 from vitft.config.train import TrainConfig, of_any_version
 from vitft.data.augment import Preprocess
 from vitft.errors import ModelError, UsageError
+from vitft.hardware.shards import each_joined, is_sharded, write
 from vitft.io.atomic import lock_folder, new_folder, remove_folder, write_json, write_text
 from vitft.io.library_logs import quiet_transformers
 from vitft.models.load import EXPORTED
@@ -230,13 +231,16 @@ def base_of(checkpoint: Path) -> Path:
 
 
 def save_step(
-    run: Path, model: Any, optimizer: torch.optim.Optimizer, preprocess: Preprocess, card: Card, state: State
+    run: Path, model: Any, moments: dict[str, torch.Tensor], preprocess: Preprocess, card: Card, state: State
 ) -> Path:
-    """Write a full checkpoint to `checkpoints/step-N` and delete the oldest beyond the setting `keep`."""
+    """Write a full checkpoint to `checkpoints/step-N` and delete the oldest beyond the setting `keep`.
+
+    `moments`: of `optimizer_tensors`. If they are sharded, each is gathered when it is written.
+    """
     folder = run / "checkpoints" / f"step-{state.step:06d}"
     with new_folder(folder) as temporary:
         _write_model(temporary, model, preprocess, card, state)
-        save_file(optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
+        _save_tensors(moments, temporary / OPTIMIZER)
         files = sorted(file for file in temporary.rglob("*") if file.is_file())
         with ThreadPoolExecutor() as pool:  # two are large, and hashing releases the GIL
             sums = pool.map(sha256, files)
@@ -247,6 +251,23 @@ def save_step(
         write_json(temporary / "manifest.json", manifest)
     prune(run, state.step, card.config.keep)
     return folder
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Write float32 tensors in the safetensors format, whose own library would need all of sharded ones at once."""
+    if not any(map(is_sharded, tensors.values())):
+        save_file(tensors, file)
+        return
+    header, end = {}, 0
+    for name in sorted(tensors):
+        start, end = end, end + 4 * tensors[name].numel()
+        header[name] = {"dtype": "F32", "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in each_joined(tensors):
+            out.write(tensor.float().contiguous().numpy().tobytes())
 
 
 def prune(run: Path, newest: int, keep: int) -> None:
@@ -374,7 +395,7 @@ def find_model(path: Path) -> Path:
 
 
 def optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state as tensors named `<parameter>|<quantity>`."""
+    """The optimizer's state as tensors named `<parameter>|<quantity>`; of a sharded model, as shards."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
         f"{names[id(parameter)]}|{quantity}": value.contiguous()
@@ -386,13 +407,18 @@ def optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str,
 
 def load_optimizer(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
     """Load a step checkpoint's optimizer state into `optimizer`. Raises ModelError."""
+    parameters = dict(model.named_parameters())
     try:
-        tensors = load_file(folder / OPTIMIZER)
+        with safe_open(folder / OPTIMIZER, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                parameter_name, quantity = name.split("|")
+                parameter, value = parameters[parameter_name], file.get_tensor(name)
+                # Moments must be on the device of their parameter, and sharded as it is.
+                if is_sharded(parameter) and value.shape == parameter.shape:
+                    moment = torch.empty_like(parameter, requires_grad=False)
+                    write(moment, value)
+                else:
+                    moment = value.to(parameter.device)
+                optimizer.state[parameter][quantity] = moment
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder}: {OPTIMIZER} cannot be read: {error}.") from error
-    parameters = dict(model.named_parameters())
-    for name, value in tensors.items():
-        parameter_name, quantity = name.split("|")
-        parameter = parameters[parameter_name]
-        # Moments must be on the device of their parameter.
-        optimizer.state[parameter][quantity] = value.to(parameter.device)

@@ -103,6 +103,7 @@ class TrainConfig(Settings):
     attention: Literal["auto", "eager", "sdpa"] = setting("auto", "Hardware", "eager: plain matrix products. sdpa: PyTorch's fused kernels. auto: whichever was measured faster for the number of tokens.")
     deterministic: bool = setting(False, "Hardware", "Use only deterministic GPU kernels, for bit-identical runs. A few percent slower, because the fastest attention kernel is not deterministic.")
     compile: Literal["auto", "on", "off"] = setting("auto", "Hardware", "Use torch.compile. auto: on if a trial run is faster and the run is long enough to repay the compile time.")
+    parallel: Literal["auto", "ddp", "fsdp"] = setting("auto", "Hardware", "What several processes share. ddp: the images of a step, with the whole model on each. fsdp: also weights, gradients and moments, which takes less memory and more exchange. auto: ddp.", changeable=True)
     grad_checkpointing: bool = setting(False, "Hardware", "Gradient checkpointing: save only the input of each block and recompute the rest in the backward pass. Much less memory, but slower.", changeable=True)
 
     eval_every: int | None = setting(None, "Run", "Steps between validations. Default: once per epoch.", ge=1)
@@ -188,6 +189,16 @@ class TrainConfig(Settings):
             raise ValueError("`lora_rank` needs pretrained weights to adapt; remove it or `from_scratch`")
         if self.lora_rank is not None and self.freeze != "none":
             raise ValueError("`lora_rank` trains an adapter of all blocks, and `freeze` holds some; remove one of them")
+        if self.parallel == "fsdp" and self.freeze == "backbone":
+            raise ValueError(
+                "`parallel` fsdp shards what is trained, and of a head alone that is little; remove it or `freeze`"
+            )
+        if self.parallel == "fsdp" and self.micro_batch_size == "auto":
+            raise ValueError(
+                "`micro_batch_size` auto tries a pass of the whole model, which `parallel` fsdp shards; give a number, or remove one of them"
+            )
+        if self.parallel == "fsdp" and self.compile == "on":
+            raise ValueError("`compile` compiles whole blocks, which `parallel` fsdp shards; remove one of them")
         remedies = ["`class_weights` balanced"] if self.class_weights == "balanced" else []
         remedies += ["`sampling` balanced"] if self.sampling == "balanced" else []
         remedies += ["`logit_adjustment`"] if self.logit_adjustment else []

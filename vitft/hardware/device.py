@@ -1,12 +1,13 @@
 """Device, precision and threads of a run, chosen once at its start."""
 
+import ctypes
 import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -25,7 +26,10 @@ from vitft.io.paths import shown
 def resolve_auto(config: TrainConfig) -> TrainConfig:
     """Replace `auto` in device and precision by what this machine has. Raises UsageError."""
     device = find_device(config.device)
-    return config.model_copy(update={"device": device, "precision": find_precision(config.precision, device)})
+    precision = find_precision(config.precision, device)
+    if config.parallel == "fsdp" and precision == "fp16":
+        raise UsageError("parallel fsdp: trains in bf16 or fp32, not in fp16; set precision, or use ddp.")
+    return config.model_copy(update={"device": device, "precision": precision})
 
 
 def find_device(wanted: str) -> str:
@@ -136,10 +140,29 @@ def make_accelerator(config: TrainConfig) -> Any:
 
     if config.tracker != "none" and find_spec(config.tracker) is None:
         raise UsageError(f"tracker {config.tracker}: not installed; pip install 'vitft[{config.tracker}]'.")
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise UsageError(
+            "accelerate is configured to use FSDP itself; take that out of its configuration, and use --parallel fsdp."
+        )
+    if config.parallel == "fsdp" and config.device == "cpu":
+        _return_freed_memory()
     precision = "no" if config.precision == "fp32" else config.precision
     if "WORLD_SIZE" not in os.environ:  # an earlier run in this process may have used another precision
         AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=config.device == "cpu", mixed_precision=precision)
+
+
+def _return_freed_memory() -> None:
+    """Have glibc return every block of a megabyte and more to the system as soon as it is freed.
+
+    It would keep those of up to 32 MB, for others that fit between what is in use. Where weights are gathered block by
+    block, few do. Other C libraries are left alone.
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
+
+
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD in malloc.h
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

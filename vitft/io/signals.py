@@ -31,6 +31,8 @@ class StopSignals:
         self._single = accelerator is None or accelerator.num_processes == 1
         self._number = 0
         self._can_interrupt = False
+        self.keep_up: Callable[[], None] | None = None
+        """For a model that all processes have to run equally often: run it once, for nothing."""
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -73,16 +75,26 @@ class StopSignals:
         """Wrap `progress` and `gather` of work in batches: after each batch, all processes check for signals.
 
         Processes can have different numbers of batches. One that is done keeps checking until all are, and then calls
-        `gather`. Both functions raise Interrupted in all processes at once.
+        `gather`. Both functions raise Interrupted in all processes at once. With `keep_up`, every one has as many
+        batches as the busiest, some of them for nothing.
         """
+        others_busy = True  # before its first batch, no process knows
 
         def checked_progress(done: int, count: int) -> None:
+            nonlocal others_busy
             progress(done, count)
-            self._check(busy=True)
+            others_busy = self._check(busy=self.keep_up is None or done < count)
 
         def checked_gather(results: list[Any]) -> list[Any]:
-            while self._check(busy=False):
-                pass
+            nonlocal others_busy
+            if self.keep_up is None:
+                while self._check(busy=False):
+                    pass
+                return gather(results)
+            while others_busy:
+                self.keep_up()
+                others_busy = self._check(busy=False)
+            others_busy = True
             return gather(results)
 
         return checked_progress, checked_gather

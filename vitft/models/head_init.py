@@ -8,12 +8,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitft.config.train import TrainConfig
 from vitft.errors import UsageError
+from vitft.hardware.shards import write
 from vitft.models.heads import head_of
 from vitft.models.logistic import STRENGTHS, Loss, location_and_scale, regress
 
@@ -89,7 +89,6 @@ def write_head(model: nn.Module, fit: Fit, broadcast: Callable[[Tensor], Tensor]
     """Write a fit into the model's head; `broadcast` makes all processes have the first one's."""
     head = model.get_submodule(head_of(model)[0])
     assert isinstance(head, nn.Linear)
-    with torch.no_grad():
-        head.weight.copy_(broadcast(fit.weight.to(head.weight.device)))
-        if head.bias is not None:
-            head.bias.copy_(broadcast(fit.bias.to(head.bias.device)))
+    write(head.weight, broadcast(fit.weight.to(head.weight.device)))
+    if head.bias is not None:
+        write(head.bias, broadcast(fit.bias.to(head.bias.device)))

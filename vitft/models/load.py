@@ -21,6 +21,7 @@ from torch import nn
 from vitft.config.train import SIZES, TrainConfig
 from vitft.data.augment import Preprocess
 from vitft.errors import ModelError, UsageError, VitftError, first_line, nearest
+from vitft.hardware.shards import write
 from vitft.io import console
 from vitft.io.hub_errors import answers, reason
 from vitft.io.library_logs import quiet_transformers
@@ -381,7 +382,9 @@ def restore_weights(model: Any, folder: Path) -> None:
     if has_adapter(model):
         read_adapter(model, folder)
     else:
-        model.load_state_dict(load_trained(folder).model.state_dict())
+        weights = load_trained(folder).model.state_dict()
+        for name, tensor in model.state_dict().items():
+            write(tensor, weights[name])
 
 
 def set_training(model: Any, freeze: int | str) -> None:

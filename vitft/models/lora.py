@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vitft.config.train import TrainConfig
 from vitft.errors import ModelError, UsageError
+from vitft.hardware.shards import write
 from vitft.models.heads import head_modules, head_of, in_head
 from vitft.randomness import derive_seed
 
@@ -115,9 +116,8 @@ def read_adapter(model: Any, folder: Path) -> None:
     own = _adapter(model)
     if {name: tensor.shape for name, tensor in read.items()} != {name: tensor.shape for name, tensor in own.items()}:
         raise ModelError(f"{file}: is of an adapter with other layers; use another checkpoint.")
-    with torch.no_grad():
-        for name, tensor in read.items():
-            own[name].copy_(tensor)
+    for name, tensor in read.items():
+        write(own[name], tensor)
 
 
 def _adapter(model: Any) -> dict[str, Tensor]:

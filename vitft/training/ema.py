@@ -11,6 +11,8 @@ from typing import Any
 
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from vitft.hardware.shards import is_sharded, local, swap
+
 _AVERAGE = "average"  # key in the optimizer's state of a parameter
 
 
@@ -29,8 +31,8 @@ def update(optimizer: Any, decay: float, step: int) -> None:
             weight = parameter.detach()
             if _AVERAGE not in state:
                 state[_AVERAGE] = weight.clone()
-            averages.append(state[_AVERAGE])
-            weights.append(weight)
+            averages.append(local(state[_AVERAGE]))
+            weights.append(local(weight))
     average = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))  # type: ignore[no-untyped-call]
     average(averages, weights, 0)
 
@@ -48,4 +50,7 @@ def averaged(optimizer: Any) -> Iterator[None]:
 def _swap(optimizer: Any) -> None:
     for parameter, state in optimizer.state.items():
         if _AVERAGE in state:
-            parameter.data, state[_AVERAGE] = state[_AVERAGE], parameter.data
+            if is_sharded(parameter):  # its memory is where its shard is gathered from
+                swap(parameter.data, state[_AVERAGE])
+            else:
+                parameter.data, state[_AVERAGE] = state[_AVERAGE], parameter.data

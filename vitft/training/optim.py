@@ -4,6 +4,7 @@ from math import ceil, cos, log10, pi
 from typing import TYPE_CHECKING, Any
 
 from vitft.config.train import TrainConfig, betas_of, usual_lr, what_is_trained
+from vitft.hardware.shards import is_sharded
 from vitft.models.blocks import parameter_depths
 
 if TYPE_CHECKING:
@@ -92,4 +93,6 @@ def make_optimizer(model: "Module", config: TrainConfig) -> "Optimizer":
         case "adam":
             return torch.optim.Adam(groups, lr=config.lr, betas=betas_of(config.betas), fused=True)
         case "sgd":
-            return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True)
+            # torch has no fused SGD of sharded weights.
+            fused = not any(is_sharded(parameter) for parameter in model.parameters())
+            return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, fused=fused)

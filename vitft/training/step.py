@@ -1,8 +1,8 @@
 """One optimizer step. Its batch, learning rate and dropout are functions of (seed, step)."""
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from accelerate.utils import broadcast, gather_object
 from vitft.data.augmentation.settings import Augmentation
 from vitft.data.loader import TrainLoader
 from vitft.hardware.device import memory_guard, micro_batch
+from vitft.hardware.shards import joined, local
 from vitft.hardware.timers import Clock, DataWait
 from vitft.io import console
 from vitft.io.signals import Gather, Progress
@@ -23,6 +24,7 @@ from vitft.training.linear_probe import FeatureLoader, Probe, features_pay, read
 from vitft.training.loss import class_balance, head_loss, summed_loss
 from vitft.training.optim import lr_at, make_optimizer, total_steps
 from vitft.training.setup import Decoded
+from vitft.training.sharding import Sharded
 
 Watched = Callable[[Progress, Gather], tuple[Progress, Gather]]
 
@@ -30,7 +32,7 @@ Watched = Callable[[Progress, Gather], tuple[Progress, Gather]]
 class Learner:
     """The model, its training batches and its optimizer, on one process.
 
-    `unwrapped` is the whole model without DDP; `module` is what reads a batch: the model, or a linear probe's head.
+    `unwrapped` is the model without DDP; `module` is what reads a batch: the model, or a linear probe's head.
     `images_loader` reads images even where `loader`, of a linear probe, has their features. `config` changes when the
     micro-batch is halved.
     """
@@ -52,11 +54,18 @@ class Learner:
         self._balance = class_balance(config, self.loader.labels.to(accelerator.device), self._names)
         if config.grad_checkpointing:
             checkpoint_activations(self.unwrapped)
+        shards = config.parallel == "fsdp" and accelerator.num_processes > 1
+        self._sharded = Sharded(self.unwrapped, accelerator.device.type) if shards else None
+        self._preprocess = decoded.loaded.preprocess
+        self.keep_up = self._keep_up if shards else None
+        """For StopSignals: a sharded model is run by all processes, equally often."""
         reads = features_pay(config, self.unwrapped, self.total_steps, len(self.images_loader.store))
         self.probe = Probe(self.unwrapped, config) if reads else None
         self.module: Any = self.unwrapped if self.probe is None else self.probe.head
         optimizer = make_optimizer(self.unwrapped, config)
-        self.model, self.optimizer = accelerator.prepare(self.module, optimizer)
+        # What is sharded already exchanges its gradients: it is not wrapped.
+        self.model = accelerator.prepare_model(self.module, evaluation_mode=shards)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
         self._fast = compiled(self.model) if config.compile == "on" else self.model  # for full micro-batches alone
         self._wait = DataWait(config.device)
         self.breakable: Callable[[], AbstractContextManager[None]] = nullcontext  # for work that a signal may interrupt
@@ -104,6 +113,29 @@ class Learner:
         score = "" if fit.accuracy is None else f", {100 * fit.accuracy:.1f} % right of {fit.held_out:,} held out"
         console.note(f"new head fitted to the features of {len(chosen):,} training images{score}")
 
+    @contextmanager
+    def whole(self) -> Iterator[Any]:
+        """The whole model, to be written: on the main process, else None. All processes have to call it."""
+        main: bool = self.accelerator.is_main_process
+        if self._sharded is None:
+            yield self.unwrapped if main else None
+        else:
+            with self._sharded.whole(keep=main) as model:
+                yield model
+
+    def is_finite(self) -> bool:
+        """Whether all weights are. All processes have to call it, and get the same answer."""
+        finite = all(local(parameter).isfinite().all() for parameter in self.unwrapped.parameters())
+        return finite if self._sharded is None else all(gather_object([finite]))
+
+    def _keep_up(self) -> None:
+        """Run the model once, for nothing: another process runs it, and needs this one's shards."""
+        how = self._preprocess
+        with torch.no_grad():
+            self.unwrapped(
+                pixel_values=torch.zeros((1, how.channels, how.height, how.width), device=self.accelerator.device)
+            )
+
     def averaged(self) -> AbstractContextManager[None]:
         """With the moving average as the weights, if there is one: what is evaluated and saved."""
         return ema.averaged(self.optimizer)
@@ -146,7 +178,7 @@ class Learner:
             if self.config.ema:
                 ema.update(self.optimizer, self.config.ema, step)
             self.optimizer.zero_grad()
-        return loss, correct, norm
+        return loss, correct, joined(norm)
 
     def _gradients(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the gradients of a batch; return this process's part of the mean loss and the correct answers."""

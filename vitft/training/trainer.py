@@ -6,6 +6,7 @@ bits as an uninterrupted one.
 
 import copy
 import shlex
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -28,6 +29,7 @@ from vitft.evaluation.metrics import Metrics, Score
 from vitft.evaluation.novelty import Novelty
 from vitft.evaluation.results import read_results, remove_results, write_results
 from vitft.hardware.device import deterministic, is_out_of_memory, make_accelerator, memory_guard, resolve_auto, threads
+from vitft.hardware.shards import each_joined
 from vitft.io import console
 from vitft.io.paths import expanded
 from vitft.io.signals import Interrupted, StopSignals
@@ -220,12 +222,14 @@ class _Run:
         self.measured: Metrics | None = None  # the latest evaluation
         self.of_best: tuple[int, Metrics] | None = None  # the step of the best validation of this process, and that
         self.temperature: float | None = None  # of the chosen checkpoint, in the end
-        self.learner.breakable = self.signals.interruptible
+        self.learner.breakable, self.signals.keep_up = self.signals.interruptible, self.learner.keep_up
         self.begun = self.saved = self.written_last = -1  # steps
         card = read_card(resumed_from) if resumed_from else None
         self.scores: dict[str, dict[str, Any]] = card.scores if card else {}
-        if resumed_from is None and accelerator.is_main_process:
-            ckpt.save_base(run, self.unwrapped, self.how, self._card(State()))
+        if resumed_from is None:
+            with self.learner.whole() as model:
+                if model is not None:
+                    ckpt.save_base(run, model, self.how, self._card(State()))
 
     @property
     def config(self) -> TrainConfig:
@@ -443,25 +447,29 @@ class _Run:
         self.learner.module.load_state_dict(now)
 
     def _save(self, state: State) -> None:
-        if not all(parameter.isfinite().all() for parameter in self.unwrapped.parameters()):
+        if not self.learner.is_finite():
             raise self._diverged("weights are not finite", state.step)
         self._flush_best()
         scaler = self.accelerator.scaler
         state.scaler = scaler.state_dict() if scaler else None
-        if self.accelerator.is_main_process:
-            optimizer = self.learner.optimizer.optimizer
-            folder = ckpt.save_step(self.run, self.unwrapped, optimizer, self.how, self._card(state), state)
-            for follower in self.followers:
-                follower.on_save(state.step, folder)
+        moments = ckpt.optimizer_tensors(self.unwrapped, self.learner.optimizer.optimizer)
+        with self.learner.whole() as model:
+            if model is not None:
+                folder = ckpt.save_step(self.run, model, moments, self.how, self._card(state), state)
+                for follower in self.followers:
+                    follower.on_save(state.step, folder)
+            else:
+                deque(each_joined(moments), 0)  # what the main process is writing
         self.saved = state.step
         self.accelerator.wait_for_everyone()
 
     def _write_model(
         self, name: str, card: Card, state: State | None = None, *, novelty: Novelty | None = None
     ) -> None:  # fmt: skip
-        if self.accelerator.is_main_process:
-            beside = [] if novelty is None else [novelty.write]
-            ckpt.save_model(self.run / name, self.unwrapped, self.how, card, state, beside=beside)
+        with self.learner.whole() as model:
+            if model is not None:
+                beside = [] if novelty is None else [novelty.write]
+                ckpt.save_model(self.run / name, model, self.how, card, state, beside=beside)
         self.accelerator.wait_for_everyone()
 
     def _write_last(self, state: State) -> None:
