@@ -142,6 +142,12 @@ def test_only_a_job_that_was_stopped_and_not_canceled_requeues_itself(code: int,
     assert (["scontrol", "requeue", "7"] in calls) is requeues
 
 
+def test_the_script_waits_for_its_processes_when_it_gets_their_signal() -> None:
+    stopped = 'kill -TERM "$PPID"; sleep 1; touch saved; exit 143'
+    calls = run(script(*DIGITS), srun=stopped, squeue="[ -e saved ] && echo RUNNING")
+    assert calls[-1] == ["scontrol", "requeue", "7"]
+
+
 @pytest.mark.parametrize("saves", [True, False])
 def test_a_job_that_saves_nothing_in_its_time_is_not_queued_forever(saves: bool) -> None:
     """SLURM's signal comes to the script, which passes it on to the step."""
