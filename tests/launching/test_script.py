@@ -152,7 +152,7 @@ def test_the_script_waits_for_its_processes_when_it_gets_their_signal() -> None:
 def test_a_job_that_saves_nothing_in_its_time_is_not_queued_forever(saves: bool) -> None:
     """SLURM's signal comes to the script, which passes it on to the step."""
     step = "mkdir -p runs/slurm-7/checkpoints/step-1\n" if saves else ""
-    waits = f'kill -USR1 "$PPID"; until [ -e signaled ]; do sleep 0.1; done\n{step}exit 143'
+    waits = f'kill -USR1 "$PPID"; for i in {{1..300}}; do [ -e signaled ] && break; sleep 0.1; done\n{step}exit 143'
     calls = run(script(*DIGITS), srun=waits, scancel="touch signaled", squeue="echo RUNNING")
     assert ["scancel", "--signal=TERM", "7"] in calls
     assert (["scontrol", "requeue", "7"] in calls) is saves
