@@ -1,6 +1,7 @@
 """Real processes: signalled, and several at once. What counts is what they leave behind."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from safetensors.torch import load_file
 from tests.forked import HANGS_S, LONGER, ended, finish_two, flags, start, steps_done, wait_for_step
 from tests.training.test_trainer import AUGMENTED, assert_same_weights, config, lines
 from vitft import evaluate, train
-from vitft.checkpoints.checkpoint import is_run, newest_intact, read_state
+from vitft.checkpoints.checkpoint import is_run, newest_intact, read_config, read_state
 from vitft.data.loader import EvalLoader
+from vitft.errors import UsageError
 from vitft.evaluation import evaluation
 from vitft.evaluation.results import read_results
 from vitft.training.trainer import resume
@@ -102,6 +104,51 @@ def test_a_run_of_two_processes_resumes_on_one(tmp_path: Path) -> None:
     resume(run)
     for a, b in zip(lines(whole), lines(run), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-3)
+
+
+def test_torchrun_restarts_a_run_that_goes_on_by_itself(tmp_path: Path) -> None:
+    """One process is killed; the command that torchrun then starts again continues from the newest checkpoint."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
+             "-m", "vitft", "train", *flags(), "--report", "off"]  # fmt: skip
+    own = os.environ | {"TMPDIR": str(tmp_path)}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=log, env=own, cwd=tmp_path)
+        run = tmp_path / "runs" / "digits-vit-micro-scratch-1"
+        wait_for_step(lambda: process.poll() is None, run, 12)
+        workers = psutil.Process(process.pid).children()
+        next(worker for worker in workers if worker.environ().get("RANK") == "1").kill()
+        assert process.wait(HANGS_S) == 0
+    said = (tmp_path / "log").read_text()
+    assert f"resuming {run.relative_to(tmp_path)} at step" in said, said[-2000:]
+    assert [file.name for file in run.parent.iterdir()] == [run.name]
+    assert read_state(run / "last").step == 80
+    whole = train(config(**LONGER), output=tmp_path / "whole").run
+    for a, b in zip(lines(whole), lines(run), strict=True):
+        assert a["step"] == b["step"]
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-3)
+
+
+def test_a_restart_goes_on_with_its_own_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with one that was there before, even with --overwrite; and it starts again if nothing was saved."""
+    short, run = {"max_steps": 4, "save_every": 2}, tmp_path / "run"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
+    train(config(**short), output=run)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
+    with pytest.raises(UsageError, match="the folder exists"):
+        train(config(**short), output=run)
+    again = train(config(**short, seed=1), output=run, overwrite=True)
+    assert again.speed is not None
+    assert read_config(run).seed == 1
+    assert train(config(**short, seed=1), output=run, overwrite=True).speed is None  # it is finished
+    for folder in ("last", "best", "checkpoints"):
+        shutil.rmtree(run / folder)
+    (run / "checkpoints").mkdir()
+    assert train(config(**short, seed=1), output=run).speed is not None
+    monkeypatch.setattr(sys, "argv", ["vitft", "train", "--seed", "2"])
+    with pytest.raises(UsageError, match="the folder exists"):
+        train(config(**short, seed=2), output=run)
 
 
 def test_a_run_of_one_process_resumes_on_two(tmp_path: Path) -> None:

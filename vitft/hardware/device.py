@@ -224,9 +224,8 @@ def _cpu_has_bf16() -> bool:
 def environment() -> dict[str, Any]:
     """Versions, hardware, git commit and command line, for `environment.json`."""
     packages = ("torch", "transformers", "datasets", "accelerate", "evaluate", "numpy", "pillow")
-    command = ["=".join(shown(Path(part)) if os.sep in part else part for part in arg.split("=")) for arg in sys.argv]
     return {
-        "command": command,
+        "command": command(),
         "versions": {"python": platform.python_version(), "vitft": __version__} | {p: version(p) for p in packages},
         "hardware": {
             "system": platform.platform(),
@@ -238,6 +237,11 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "git_commit": _git_commit(),
     }
+
+
+def command() -> list[str]:
+    """The command line, without the names of home folders."""
+    return ["=".join(shown(Path(part)) if os.sep in part else part for part in arg.split("=")) for arg in sys.argv]
 
 
 def _git_commit() -> str | None:

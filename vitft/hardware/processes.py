@@ -22,6 +22,19 @@ class Processes:
         return found
 
 
+def restarts() -> int:
+    """How often torchrun has started this command again, after one of its processes failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def launch() -> str | None:
+    """What a command and its restarts by torchrun have in common; None if torchrun did not start it."""
+    if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
+        return None
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # of --rdzv-id or --standalone
+    return str(os.getppid()) if name == "none" else name
+
+
 def join_processes(device: str) -> Processes:
     """Meet the other processes, if there are any; each has a GPU of its own."""
     if os.environ.get("WORLD_SIZE", "1") == "1":

@@ -15,7 +15,8 @@ from vitft.config.train import TrainConfig
 from vitft.data.split_record import FILE
 from vitft.data.splits import Split, manifest
 from vitft.errors import DataError, ModelError, UsageError, as_flag
-from vitft.hardware.device import environment
+from vitft.hardware.device import command, environment
+from vitft.hardware.processes import launch, restarts
 from vitft.io.atomic import clean_up, lock_folder, write_json
 from vitft.io.paths import composed, expanded
 from vitft.training.setup import Decoded, Prepared, absolute, prepare
@@ -39,6 +40,7 @@ class Beginning:
             "model_revision": prepared.loaded.revision,
             "dataset_revision": prepared.source.revision,
             "processes": accelerator.num_processes,
+            "launch": launch(),
         }
 
 
@@ -51,6 +53,29 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         with locked(output):
             ckpt.restore_replaced(output)
     ckpt.check_free(output, overwrite=overwrite)
+
+
+def restarted(output: Path | None) -> Path | None:
+    """If torchrun starts a command again: the run that it had begun, in `output` or in runs/. None if there is none.
+
+    All processes have to call it; what the first one finds counts.
+    """
+    if restarts() == 0:
+        return None
+    found: list[Any] = [None]
+    if os.environ.get("RANK", "0") == "0":
+        folders = [output] if output is not None else Path("runs").glob("*")
+        found = [next((run for run in folders if ckpt.is_run(run) and _is_of_this_launch(run)), None)]
+    chosen: Path | None = broadcast_object_list(found)[0]
+    return chosen
+
+
+def _is_of_this_launch(run: Path) -> bool:
+    try:
+        begun = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+        return bool(begun["launch"] == launch() and begun["command"] == command())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 @contextmanager

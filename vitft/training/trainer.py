@@ -120,6 +120,10 @@ def _begin(
     config = resolve_auto(config)
     accelerator = make_accelerator(config)
     output = None if output is None else expanded(output)
+    if (begun := run_folder.restarted(output)) is not None:
+        if ckpt.newest_intact(begun)[0] is not None:
+            return resume(begun, dataset=dataset, callbacks=callbacks)
+        output, overwrite = begun, True  # it has saved nothing
     with accelerator.main_process_first():
         if output is not None and accelerator.is_main_process:
             run_folder.check_output(output, overwrite=overwrite)
