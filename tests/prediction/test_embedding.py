@@ -15,6 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests.conftest import tiny_model
+from tests.forked import finish_two
 from vitft import TrainConfig, embed, load_model
 from vitft.checkpoints.checkpoint import save_model
 from vitft.checkpoints.metadata import Card
@@ -94,6 +95,25 @@ def test_row_groups_and_batches_change_nothing(
     one, other = (pd.read_parquet(tmp_path / f"{name}.parquet") for name in ("whole", "parts"))
     assert one.drop(columns="features").equals(other.drop(columns="features"))
     assert np.allclose(*(stacked(tmp_path / f"{name}.parquet") for name in ("whole", "parts")), atol=1e-6)
+
+
+def test_two_processes_embed_as_one_does(model: Path, tmp_path: Path) -> None:
+    """150 images are three chunks, of which one process has two; the rows come in order, from the first process."""
+    drawn, folder = np.random.default_rng(1), tmp_path / "many"
+    folder.mkdir()
+    for number in range(150):
+        Image.fromarray(drawn.integers(0, 256, (24, 24, 3), np.uint8)).save(folder / f"{number:03}.png")
+    (folder / "077.png").write_bytes(b"no image")
+    words = ["embed", str(folder), "--model", str(model), "--device", "cpu", "--output"]
+    (first, said), (second, silent) = finish_two(*words, str(tmp_path / "two.parquet"), log=tmp_path / "log")
+    assert (first, second) == (3, 0), (said, silent)
+    assert said.count("1 of 150 images could not be read") == 1
+    assert silent == ""
+    assert vitft(*words, tmp_path / "one.parquet").exit_code == 3
+    one, two = (pd.read_parquet(tmp_path / f"{name}.parquet") for name in ("one", "two"))
+    assert list(one["path"]) == list(two["path"])
+    assert len(one) == 149
+    np.testing.assert_allclose(np.stack(one["features"]), np.stack(two["features"]), atol=1e-5)
 
 
 def test_images_without_classes_and_splits_of_a_dataset(

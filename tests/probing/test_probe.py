@@ -1,7 +1,9 @@
 """`vitft probe`: one pass, validation images alone, and a report that fits a terminal."""
 
 import json
+import os
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
+from tests.forked import finish_two
 from vitft import TrainConfig
 from vitft.cli import probing
 from vitft.cli.app import app
-from vitft.errors import DataError, UsageError
+from vitft.errors import DataError, UsageError, as_flag
 from vitft.io import console
 from vitft.models.load import BUNDLED
+from vitft.probing import probe as probing_module
 from vitft.probing.plot import plot_few_shot
 from vitft.probing.probe import ProbeResult, next_commands, probe
 from vitft.training.cost.estimate import Cost
@@ -61,6 +65,40 @@ def test_the_scores_are_of_the_validation_images_of_a_run(result: ProbeResult) -
 
 
 @pytest.mark.usefixtures("no_trial")
+def counted(folder: str) -> None:
+    """Each process writes down how many images the backbone read."""
+    real, read = probing_module.backbone, list[int]()
+
+    def backbone(*given: Any) -> Any:
+        features = real(*given)
+
+        def count(pixels: Any) -> Any:
+            read.append(len(pixels))
+            Path(folder, os.environ["RANK"]).write_text(str(sum(read)))
+            return features(pixels)
+
+        return count
+
+    probing_module.backbone = backbone
+    probing_module.cost = lambda prepared: Cost(1e-3, 1e-3, 1e-3)
+
+
+def test_two_processes_share_the_images(result: ProbeResult, tmp_path: Path) -> None:
+    dataset, *given = SMALL.items()
+    words = [dataset[1], *(word for name, value in given for word in (as_flag(name), str(value)))]
+    plot = tmp_path / "curve.png"
+    (first, said), (second, silent) = finish_two(
+        "probe", *words, "--json", "--plot", str(plot), log=tmp_path / "log", before=partial(counted, str(tmp_path))
+    )
+    assert (first, second, silent) == (0, 0, ""), (said, silent)
+    assert plot.is_file()
+    assert [int((tmp_path / str(rank)).read_text()) for rank in range(2)] == [105, 105]  # of 150 and 60
+    found, alone = json.loads(said[said.index("{") :]), result.to_dict()
+    for one, two in zip(alone["logistic_regression"], found["logistic_regression"], strict=True):
+        assert one["accuracy"] == pytest.approx(two["accuracy"], abs=0.02)
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-2)
+
+
 def test_test_images_are_not_read(capsys: pytest.CaptureFixture[str]) -> None:
     """Broken ones change nothing."""
     drawn = np.random.default_rng(0)

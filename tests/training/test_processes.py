@@ -108,8 +108,8 @@ def test_a_run_of_two_processes_resumes_on_one(tmp_path: Path) -> None:
 
 def test_torchrun_restarts_a_run_that_goes_on_by_itself(tmp_path: Path) -> None:
     """One process is killed; the command that torchrun then starts again continues from the newest checkpoint."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
-             "-m", "vitft", "train", *flags(), "--report", "off"]  # fmt: skip
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+             "--max-restarts", "1", "-m", "vitft", "train", *flags(), "--report", "off"]  # fmt: skip
     own = os.environ | {"TMPDIR": str(tmp_path)}
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(words, stdout=log, stderr=log, env=own, cwd=tmp_path)

@@ -1,6 +1,7 @@
 """The commands before and after training: models ls, probe, data doubt, embed and soup."""
 # ruff: noqa: E501  (one line per option)
 
+import os
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -59,7 +60,7 @@ def probe(
         from vitft.probing.probe import probe as probed
 
     result = probed(config)
-    if plot is not None:
+    if plot is not None and os.environ.get("RANK", "0") == "0":  # of several processes, the first one writes
         from vitft.probing.plot import plot_few_shot
 
         plot_few_shot(result, plot)
@@ -130,6 +131,8 @@ def embed(
     check_output(output, overwrite=overwrite)
     with console.working("reading features") as progress:
         found = embedded(images, model, output, overwrite=overwrite, progress=progress, **overrides)
+    if os.environ.get("RANK", "0") != "0":  # of several processes, the first one speaks
+        return
     for path, reason in found.unreadable[:_LISTED]:
         console.warn(f"not embedded: {path}: {reason}")
     if (more := len(found.unreadable) - _LISTED) > 0:

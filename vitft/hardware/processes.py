@@ -1,8 +1,11 @@
 """The processes that torchrun or `accelerate launch` started, which share the work of one command."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,15 @@ class Processes:
 
         found: list[Any] = gather_object(items)
         return found
+
+    def by_first(self, work: Callable[[], T]) -> T:
+        """What `work` returns on the first process, which alone calls it. All have to call this."""
+        if self.count == 1:
+            return work()
+        from accelerate.utils import broadcast_object_list
+
+        done: T = broadcast_object_list([work() if self.rank == 0 else None])[0]
+        return done
 
 
 def restarts() -> int:

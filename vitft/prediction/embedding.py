@@ -3,6 +3,7 @@
 import glob
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from vitft.errors import DataError, ModelError, UsageError, as_flag
 from vitft.evaluation.loading import load_model
 from vitft.hardware.device import find_device, threads
 from vitft.hardware.pools import map_in_threads
+from vitft.hardware.processes import Processes, join_processes
 from vitft.io import console
 from vitft.io.atomic import new_file
 from vitft.io.paths import expanded
@@ -40,6 +42,16 @@ _MEANINGS = {
 
 Chunk = tuple[list[Any], dict[str, list[Any]]]
 """Images as `read_image` takes them, and the other columns of their rows."""
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What came of a chunk: the rows of the images that could be read, and the others, with the reason."""
+
+    rows: pa.RecordBatch | None
+    unreadable: list[tuple[str, str]]
+    width: int = 0
+    finite: bool = True
 
 
 @dataclass(frozen=True)
@@ -83,20 +95,23 @@ def embed(
         progress: called with the number of images done and the total.
         reading: how to read a dataset: the arguments of `open_dataset`.
 
+    Processes that torchrun started share the images: the first writes them, in order, and all return the same.
+
     Raises:
         VitftError: the model or the images cannot be used, or no image at all can be read.
     """
     file = check_output(output, overwrite=overwrite)
+    device = find_device(device)
+    processes = join_processes(device)
     source, place = _dataset_of(images, reading | {"revision": dataset_revision})
     given: list[str | Path] = [images] if isinstance(images, str | Path) else [] if source else list(images)
     found = [] if source else [str(one) for one in find_images(given)]
-    chunks = _of_files(found) if source is None else _of_dataset(source, place)
+    chunks = _of_files(found, processes) if source is None else _of_dataset(source, place, processes)
     count = len(found) if source is None else sum(map(len, source.splits.values()))
     loaded = load_model(model, revision=model_revision, headless=True)
     network, how = loaded.model, loaded.preprocess.with_value_range(value_range)
     if image_size is not None and (how.height, how.width) != (image_size, image_size):
         network, how = resize_model(network, image_size), how.with_size(image_size)
-    device = find_device(device)
     features = backbone(network.to(device).eval(), device, "fp32")
     kinds = {"path": pa.string(), "split": pa.string(), "row": pa.int64(), "label": pa.string()}
     names = ["path"] if source is None else [*kinds]
@@ -107,37 +122,57 @@ def embed(
         metadata={"vitft": json.dumps(about)},
     )
     unreadable: list[tuple[str, str]] = []
-    done = written = width = 0
-    with new_file(file) as temporary, threads(), pq.ParquetWriter(temporary, schema) as writer:
+    written = width = 0
+
+    def read(chunk: Chunk) -> _Read:
+        cells, others = chunk
+        results = list(map_in_threads(lambda cell: read_image(cell, how, max_pixels), cells))
+        good = [place for place, result in enumerate(results) if isinstance(result, torch.Tensor)]
+        bad = [(_name(others, place), result) for place, result in enumerate(results) if isinstance(result, str)]
+        if not good:
+            return _Read(None, bad)
+        pixels = torch.cat([results[place] for place in good]).to(device)  # type: ignore[misc]
+        rows = features(normalize(pixels, how)).flatten(1).cpu()
+        flat = pa.array(rows.numpy().ravel())
+        column = pa.ListArray.from_arrays(pa.array(range(0, rows.numel() + 1, rows.shape[1]), pa.int32()), flat)
+        arrays = [pa.array([others[name][place] for place in good], kinds[name]) for name in names]
+        return _Read(
+            pa.RecordBatch.from_arrays([*arrays, column], schema=schema),
+            bad,
+            rows.shape[1],
+            bool(rows.isfinite().all()),
+        )
+
+    with ExitStack() as opened, threads():
+        writer = None
+        if processes.rank == 0:
+            writer = opened.enter_context(pq.ParquetWriter(opened.enter_context(new_file(file)), schema))
+
+        def write(batches: list[pa.RecordBatch]) -> None:
+            if writer is not None:
+                writer.write_table(pa.Table.from_batches(batches))
+
         held: list[pa.RecordBatch] = []
-        for cells, others in chunks:
-            results = list(map_in_threads(lambda cell: read_image(cell, how, max_pixels), cells))
-            good = [place for place, result in enumerate(results) if isinstance(result, torch.Tensor)]
-            unreadable += [
-                (_name(others, place), result) for place, result in enumerate(results) if isinstance(result, str)
-            ]
-            done += len(cells)
-            progress(done, count)
-            if not good:
-                continue
-            pixels = torch.cat([results[place] for place in good]).to(device)  # type: ignore[misc]
-            rows = features(normalize(pixels, how)).flatten(1).cpu()
-            if not rows.isfinite().all():
-                raise ModelError(f"{model}: its features are not finite: its weights are corrupt; use another model.")
-            width = rows.shape[1]
-            flat = pa.array(rows.numpy().ravel())
-            column = pa.ListArray.from_arrays(pa.array(range(0, len(flat) + 1, width), pa.int32()), flat)
-            arrays = [pa.array([others[name][place] for place in good], kinds[name]) for name in names]
-            held.append(pa.RecordBatch.from_arrays([*arrays, column], schema=schema))
-            written += len(good)
+        mine = map(read, chunks)
+        while parts := [part for part in processes.gather([next(mine, None)]) if part is not None]:
+            for part in parts:
+                if not part.finite:
+                    raise ModelError(
+                        f"{model}: its features are not finite: its weights are corrupt; use another model."
+                    )
+                unreadable += part.unreadable
+                if part.rows is not None:
+                    written, width = written + len(part.rows), part.width
+                    held.append(part.rows)
+                progress(written + len(unreadable), count)
             if sum(map(len, held)) >= _ROW_GROUP:
-                writer.write_table(pa.Table.from_batches(held))
+                write(held)
                 held = []
         if not written:
             path, reason = unreadable[0]
             raise DataError(f"none of {count:,} images can be read; the first is {path}: {reason}")
         if held:
-            writer.write_table(pa.Table.from_batches(held))
+            write(held)
     columns = {name: _MEANINGS[name] for name in names} | {FEATURES: f"list of {width:,} float32"}
     return Embedded(file, columns, written, width, tuple(unreadable))
 
@@ -174,21 +209,22 @@ def _dataset_of(images: Any, reading: dict[str, Any]) -> tuple[Source | None, st
         return None, ""
 
 
-def _of_files(found: Sequence[str]) -> Iterator[Chunk]:
-    for start in range(0, len(found), _BATCH):
+def _of_files(found: Sequence[str], processes: Processes) -> Iterator[Chunk]:
+    for start in range(_BATCH * processes.rank, len(found), _BATCH * processes.count):
         part = list(found[start : start + _BATCH])
         yield part, {"path": [*map(printable, part)]}
 
 
-def _of_dataset(source: Source, place: str) -> Iterator[Chunk]:
-    for name, split in source.splits.items():
-        for start in range(0, len(split), _BATCH):
-            part = split[start : start + _BATCH]
-            cells, paths = part["image"], [cell["path"] for cell in part["image"]]
-            if has_names(split):
-                paths = [str(Path(place) / file) for file in part[NAME]]
-            labels = [source.labels[label] for label in part["label"]]
-            yield cells, {"path": paths, "split": [str(name)] * len(cells), "row": part[ROW], "label": labels}
+def _of_dataset(source: Source, place: str, processes: Processes) -> Iterator[Chunk]:
+    places = [(name, start) for name, split in source.splits.items() for start in range(0, len(split), _BATCH)]
+    for name, start in places[processes.rank :: processes.count]:
+        split = source.splits[name]
+        part = split[start : start + _BATCH]
+        cells, paths = part["image"], [cell["path"] for cell in part["image"]]
+        if has_names(split):
+            paths = [str(Path(place) / file) for file in part[NAME]]
+        labels = [source.labels[label] for label in part["label"]]
+        yield cells, {"path": paths, "split": [str(name)] * len(cells), "row": part[ROW], "label": labels}
 
 
 def _name(others: dict[str, list[Any]], place: int) -> str:

@@ -19,6 +19,7 @@ from vitft.errors import ModelError, UsageError, as_flag
 from vitft.evaluation.evaluation import BATCH, NO_CLASS
 from vitft.evaluation.metrics import Metrics, score
 from vitft.hardware.device import memory_guard, micro_batch, resolve_auto, threads
+from vitft.hardware.processes import Processes, join_processes
 from vitft.io import console
 from vitft.models.features import backbone
 from vitft.probing.classifiers import Examples, Point, Trial, best_of, few_shot, logistic_trials, neighbor_trials
@@ -100,16 +101,18 @@ def probe(config: TrainConfig | None = None, *, dataset: DatasetLike | None = No
     config = config.model_copy(update={"freeze": "none", "skip_test": True})
     if isinstance(dataset, str | Path):
         config, dataset = config.model_copy(update={"dataset": str(dataset)}), None
-    prepared = prepare(resolve_auto(config), dataset=dataset)
+    config = resolve_auto(config)
+    processes = join_processes(config.device)
+    prepared = prepare(config, dataset=dataset)
     if "validation" not in prepared.splits:
         held = "there are too few images to hold any out" if config.val_fraction else "--val-fraction 0 holds out none"
         raise UsageError(f"no validation images to score by: {held}; set --val-fraction, such as 0.2.")
     with memory_guard(prepared.config), threads(prepared.config.threads):
-        tuning = _tuning(prepared)
+        tuning = processes.by_first(lambda: _tuning(prepared))
         decoded = prepared.with_settings(augment="none").decode()
-        train, _ = examples(decoded, "train")
-        held_out, elapsed_s = examples(decoded, "validation")
-        return _result(decoded, train, held_out, tuning, elapsed_s)
+        train, _ = examples(decoded, "train", processes)
+        held_out, elapsed_s = examples(decoded, "validation", processes)
+        return processes.by_first(lambda: _result(decoded, train, held_out, tuning, elapsed_s))
 
 
 def next_commands(config: TrainConfig) -> dict[str, str]:
@@ -139,18 +142,32 @@ def _tuning(prepared: Prepared) -> Tuning:
     return Tuning(prepared.config.epochs, size.train_s + size.evaluate_s, memory)
 
 
-def examples(decoded: Decoded, role: str) -> tuple[Examples, float]:
-    """The features of a split's images, and the seconds that they took. Raises ModelError if they are not finite."""
+def examples(decoded: Decoded, role: str, processes: Processes | None = None) -> tuple[Examples, float]:
+    """The features of a split's images, and the seconds that they took. Raises ModelError if they are not finite.
+
+    The processes share the images, and each gets the features of all.
+    """
     config, loaded = decoded.config, decoded.loaded
+    processes = processes or Processes()
     device = torch.device(config.device)
     read = backbone(loaded.model.to(device).eval(), config.device, config.precision)
-    loader = EvalLoader(*decoded.stores[role], loaded.preprocess, batch_size=BATCH, device=device)
+    loader = EvalLoader(
+        *decoded.stores[role],
+        loaded.preprocess,
+        batch_size=BATCH,
+        device=device,
+        rank=processes.rank,
+        world=processes.count,
+    )
     started, features, labels = time.perf_counter(), [], []
     with console.working(f"reading features of {role}") as progress:
         for number, batch in enumerate(loader, 1):
             features.append(read(batch.pixels).flatten(1))
             labels.append(batch.labels)
             progress(number, len(loader))
+    if processes.count > 1:
+        features = [part.to(device) for part in processes.gather([part.cpu() for part in features])]
+        labels = [part.to(device) for part in processes.gather([part.cpu() for part in labels])]
     examples = Examples(torch.cat(features), torch.cat(labels))
     if not examples.features.isfinite().all():
         raise ModelError(f"{config.model}: its features are not finite; add --precision fp32, or use another model.")
