@@ -104,18 +104,19 @@ def _decoded(
 
 def _scored(
     loaded: Loaded, novelty: Novelty, store: Store, device: str, progress: Progress
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:  # fmt: skip
-    """The distance and the confidence of each image: (N,), (N,)."""
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:  # fmt: skip
+    """The strangeness and the confidence of each image: (N,), (N,)."""
 
-    def batches() -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    def batches() -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
         loader = EvalLoader(
             store, np.zeros(len(store), np.int64), loaded.preprocess, batch_size=BATCH, device=torch.device(device)
         )
         for number, batch in enumerate(loader, 1):
             with torch.no_grad(), threads(), heads_input(loaded.model) as read:
-                confidence = loaded.model(pixel_values=batch.pixels).logits.float().softmax(dim=1).amax(dim=1)
-            yield novelty.distances(read[0].float().cpu().numpy()), confidence.double().cpu().numpy()
+                logits = loaded.model(pixel_values=batch.pixels).logits.float()
+            confidence = logits.softmax(dim=1).amax(dim=1).cpu().numpy()
+            yield novelty.strangeness(read[0].float().cpu().numpy(), logits.cpu().numpy()), confidence
             progress(number, len(loader))
 
-    distances, confidences = zip(*batches(), strict=True)
-    return np.concatenate(distances), np.concatenate(confidences)
+    strangeness, confidences = zip(*batches(), strict=True)
+    return np.concatenate(strangeness), np.concatenate(confidences)

@@ -178,13 +178,16 @@ class Predictor:
             read = [] if self._novelty is None else held.enter_context(heads_input(self._model))
             held.enter_context(torch.no_grad())
             held.enter_context(threads())
-            logits: torch.Tensor = self._model(pixel_values=inputs).logits.float() / self._temperature
-        probabilities = _probabilities(logits, self._scoring)
+            logits: torch.Tensor = self._model(pixel_values=inputs).logits.float()
+        probabilities = _probabilities(logits / self._temperature, self._scoring)
         if not probabilities.isfinite().all():
             raise ModelError(
                 f"{self.checkpoint}: its scores are not finite, so its weights are corrupt; use another checkpoint."
             )
-        novelty = None if self._novelty is None else self._novelty.novelty(read[0].float().cpu().numpy())
+        novelty = None
+        if self._novelty is not None:
+            strangeness = self._novelty.strangeness(read[0].float().cpu().numpy(), logits.cpu().numpy())
+            novelty = self._novelty.rank(strangeness)
         return Scores(probabilities.cpu().numpy(), novelty)
 
     def prediction(self, path: str, scores: Scores, place: int, top_k: int) -> Prediction:
