@@ -193,10 +193,11 @@ def killed_in_a_save() -> None:
     os.fsync = fsync
 
 
-def test_two_processes_interrupt_a_validation_together(tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_interrupt_a_validation_together(tmp_path: Path, parallel: str) -> None:
     """One is told to stop after its first batch; of 49 images the other has one batch more than it."""
     changes = {"max_eval_samples": 49, "max_train_samples": 64, "save_every": 100}
-    words = ["train", *flags(**changes), "--output", str(tmp_path / "run")]
+    words = ["train", *flags(**changes, parallel=parallel), "--output", str(tmp_path / "run")]
     both = finish_two(*words, log=tmp_path / "log", before=partial(signalled, str(tmp_path)))
     assert [code for code, _ in both] == [143, 143], both
     said = " ".join(both[0][1].split())
