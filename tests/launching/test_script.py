@@ -203,7 +203,7 @@ def test_a_script_is_written_to_a_file() -> None:
         (["--account", "a\nb", *DIGITS], "--account 'a\\nb': give a name"),
         (["--sbatch=qos", *DIGITS], "--sbatch 'qos': give one option"),
         (["--sbatch=--qos=low\n#SBATCH --uid=0", *DIGITS], "give one option"),
-        (["--gpus-per-node", "2", "probe", "digits"], "probe works in one process, got 1 × 2"),
+        (["--gpus-per-node", "2", "sweep", *DIGITS[1:], "--set", "lr=1e-5..1e-3"], "sweep works in one process"),
         (["--output", "x.sh", *DIGITS], "--dry-run prints the script, and --output writes it"),
     ],
 )  # fmt: skip

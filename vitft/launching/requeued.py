@@ -9,7 +9,7 @@ from typing import Any
 from vitft.errors import UsageError
 from vitft.io.paths import expanded
 
-SHARED = ("eval", "predict", "train")
+SHARED = ("embed", "eval", "predict", "probe", "train")
 """The commands whose work several processes share."""
 
 
