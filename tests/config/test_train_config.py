@@ -223,7 +223,7 @@ def test_library_errors_name_arguments_and_command_errors_name_flags(monkeypatch
 
 
 def test_the_default_rate_is_that_of_what_is_trained() -> None:
-    assert TrainConfig().lr < TrainConfig(lora_rank=8).lr < TrainConfig(from_scratch=True).lr
+    assert TrainConfig().lr < TrainConfig(lora_rank=8).lr <= TrainConfig(from_scratch=True).lr
     assert (
         TrainConfig(freeze="backbone").lr == TrainConfig.parse({"freeze": "backbone", "optimizer": "adam"}).lr == 1e-2
     )

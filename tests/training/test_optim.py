@@ -128,7 +128,7 @@ def test_the_steps_of_a_run(settings: dict[str, float], expected: int) -> None:
         ({}, 2e-5),
         ({"freeze": 3}, 2e-5),
         ({"optimizer": "adam"}, 2e-5),
-        ({"lora_rank": 4}, 5e-4),
+        ({"lora_rank": 4}, 1e-3),
         ({"freeze": "backbone"}, 1e-2),
         ({"from_scratch": True}, 1e-3),
         ({"from_scratch": True, "optimizer": "sgd"}, 1e-1),

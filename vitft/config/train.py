@@ -77,7 +77,7 @@ class TrainConfig(Settings):
     if TYPE_CHECKING:
         lr: float = setting(None, "", "")  # once validated, it is never None
     else:
-        lr: float | None = setting(None, "Optimization", "Peak learning rate. Default, also of none: by what is trained; with adamw 2e-5 for all weights (1e-3 of a model below 3 M), 5e-4 for an adapter, 1e-2 for a head alone, 1e-3 for new weights.", gt=0, le=100)
+        lr: float | None = setting(None, "Optimization", "Peak learning rate. Default, also of none: by what is trained; with adamw 2e-5 for all weights (1e-3 of a model below 3 M), 1e-3 for an adapter, 1e-2 for a head alone, 1e-3 for new weights.", gt=0, le=100)
     schedule: Literal["constant", "linear", "cosine", "step"] = setting("linear", "Optimization", "Learning rate decay after warmup; linear and cosine end at 0.")
     head_init: Literal["auto", "features", "random"] = setting("auto", "Optimization", "Start of a new head. features: logistic regression on the features of the pretrained backbone, fitted before the first step. auto: that, if possible.")
     layer_decay: float = setting(1.0, "Optimization", "Multiply the learning rate by this for each layer below the head, so that early layers change less. Often 0.65 to 0.9.", gt=0, le=1)
@@ -217,7 +217,7 @@ _USUAL = {
     "adamw": {
         "all weights": 2e-5,
         "a small model": 1e-3,
-        "an adapter": 5e-4,
+        "an adapter": 1e-3,
         "a head alone": 1e-2,
         "new weights": 1e-3,
     },
