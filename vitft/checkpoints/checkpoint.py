@@ -179,7 +179,7 @@ def read_config(run: Path) -> TrainConfig:
     """Read the settings of a run. Raises UsageError if `config.yaml` does not match its checksum."""
     file = run / "config.yaml"
     text, mark, checksum = file.read_bytes().decode(errors="replace").partition(_SUM)
-    if checksum.strip() != sha256_of(text):
+    if checksum.removesuffix("\n") != sha256_of(text):
         remedy = "undo the change, or start" if mark else "its last line, the checksum, is missing; start"
         raise UsageError(
             f"{file}: was changed since the run wrote it, so the run cannot be resumed; {remedy} a new run with it: "
