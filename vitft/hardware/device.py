@@ -19,6 +19,7 @@ import torch
 from vitft import __version__
 from vitft.config.train import TrainConfig, device_name
 from vitft.errors import TrainingError, UsageError, nearest
+from vitft.hardware.processes import meet_again
 from vitft.hardware.timers import synchronize
 from vitft.io.paths import shown
 
@@ -149,6 +150,7 @@ def make_accelerator(config: TrainConfig) -> Any:
     precision = "no" if config.precision == "fp32" else config.precision
     if "WORLD_SIZE" not in os.environ:  # an earlier run in this process may have used another precision
         AcceleratorState._reset_state(reset_partial_state=True)
+    meet_again(config.device)
     return Accelerator(cpu=config.device == "cpu", mixed_precision=precision)
 
 

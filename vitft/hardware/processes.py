@@ -47,10 +47,32 @@ def launch() -> str | None:
     return str(os.getppid()) if name == "none" else name
 
 
+def meet_again(device: str) -> None:
+    """After a restart, meet the other processes under a new name.
+
+    torchrun's store still has the addresses of the processes that ended, under the same keys, and one that reads them
+    before they are overwritten waits for nobody.
+    """
+    if not restarts():
+        return
+    import torch.distributed as distributed
+
+    if distributed.is_initialized():
+        return
+    if device == "cuda":
+        import torch
+
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, rank, world = next(distributed.rendezvous("env://"))  # type: ignore[attr-defined]
+    named = distributed.PrefixStore(f"restart-{restarts()}", store)  # type: ignore[attr-defined]
+    distributed.init_process_group("nccl" if device == "cuda" else "gloo", store=named, rank=rank, world_size=world)
+
+
 def join_processes(device: str) -> Processes:
     """Meet the other processes, if there are any; each has a GPU of its own."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return Processes()
+    meet_again(device)
     from accelerate import PartialState
 
     state = PartialState(cpu=device == "cpu")
