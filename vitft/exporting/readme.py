@@ -7,7 +7,8 @@ from vitft.io.console import percent, safe
 _IMPORTS = {"onnx": "import onnxruntime", "openvino": "import openvino", "torch": "import torch"}
 _OPEN = {
     "onnx": 'session = onnxruntime.InferenceSession("{file}")',
-    "openvino": 'model = openvino.compile_model("{file}", "CPU")',
+    # Else what is float32 in the file is computed in bfloat16 on processors with AMX.
+    "openvino": 'model = openvino.compile_model("{file}", "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})',
     "torch": 'model = torch.export.load("{file}").module()',
 }
 _ABOUT = {
