@@ -127,7 +127,12 @@ def test_the_textbook_is_copied_with_figures_and_answers_that_run(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["ratte"], "unknown; did you mean rate?"), (["rate"], "add --output FOLDER"), (["99"], "unknown")],
+    [
+        (["ratte"], "unknown; did you mean rate?"),
+        (["textbok"], "unknown; did you mean textbook?"),
+        (["rate"], "add --output FOLDER"),
+        (["99"], "unknown"),
+    ],
 )
 def test_mistakes_are_answered_in_a_line(words: list[str], message: str) -> None:
     done = CliRunner().invoke(app, ["learn", *words])

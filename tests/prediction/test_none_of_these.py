@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from vitft import Predictor, UsageError
+from tests.families import tiny_classifier
+from vitft import Predictor, TrainConfig, UsageError, train
 from vitft.checkpoints.metadata import verify
 from vitft.cli.app import app
 from vitft.evaluation.evaluation import read_images, reading
@@ -88,6 +89,23 @@ def test_eval_tells_strangers_from_the_split(digits_run: Any, photos: Path, tmp_
         3, "error: digits: has the class 0, as the model does; give images of other classes.")  # fmt: skip
 
 
+def test_strangers_are_a_folder_of_images_without_classes(digits_run: Any, tmp_path: Path) -> None:
+    words = ("eval", digits_run.run, "--max-eval-samples", 60, "--strangers")
+    (tmp_path / "flat").mkdir()
+    for number in range(30):
+        pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "flat" / f"{number}.png")
+    (tmp_path / "flat" / "x.png").write_bytes(b"no image")
+    said = json.loads(called(*words, tmp_path / "flat", "--json").stdout)["strangers"]
+    assert (said["strangers"], said["unreadable"], said["by_novelty"]) == (30, 1, 1.0)
+    assert "of the others; 1 could not be read" in called(*words, tmp_path / "flat").stdout
+    for file in (tmp_path / "flat").glob("[0-9]*"):
+        file.unlink()
+    none = called(*words, tmp_path / "flat")
+    assert (none.exit_code, "none of its 1 images can be read; the first is not an image" in none.stderr) == (3, True)
+    assert called(*words, tmp_path / "nowhere").exit_code == 3
+
+
 def test_it_is_part_of_what_is_verified(digits_run: Any, tmp_path: Path) -> None:
     best = shutil.copytree(digits_run.run / "best", tmp_path / "best")
     verify(best)
@@ -104,3 +122,15 @@ def test_a_checkpoint_that_does_not_say_what_it_knows(checkpoint: str, digits_ru
     done = called("eval", where, "--dataset", "digits", "--strangers", "digits", "--max-eval-samples", 10)
     assert done.exit_code == 2
     assert "does not say what it knows" in done.stderr
+
+
+def test_a_head_that_reads_maps_of_one_pixel(tmp_path: Path) -> None:
+    """As in a ResNet, whose head flattens them itself. Only the head is trained: with as few channels as here,
+    oneDNN's backward pass of a convolution on AVX-512 corrupts memory."""
+    config = TrainConfig(
+        dataset="digits", max_train_samples=20, max_eval_samples=50, max_steps=1, batch_size=8, device="cpu",
+        precision="fp32", skip_test=True, freeze="backbone", augment="crop",
+    )  # fmt: skip
+    run = train(config, model=tiny_classifier("resnet"), output=tmp_path / "run").run
+    (row,) = Predictor(run, none_of_these=0.5)("docs/digits/nine.png")
+    assert row.novelty is not None

@@ -198,8 +198,8 @@ def save_model(
     the folder that it is given.
     """
     with new_folder(folder) as temporary:
-        for write in beside:
-            write(temporary)
+        for add in beside:
+            add(temporary)
         _write_model(temporary, model, preprocess, card, state)
 
 

@@ -97,7 +97,7 @@ def train(
     json: Json = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the run would do and cost, without starting it.", rich_help_panel="Run")] = False,
     devices: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="With --dry-run: also plan the run on so many devices like this one.", rich_help_panel="Run")] = None,
-    link_gbps: Annotated[float, typer.Option(min=0.001, metavar="<float>", help="With --devices: gigabits a second that each can send to the next.", rich_help_panel="Run")] = 100,
+    link_gbps: Annotated[float | None, typer.Option(min=0.001, metavar="<float>", help="With --devices: gigabits a second that each can send to the next. Default: 100.", rich_help_panel="Run")] = None,
     hourly_price: Annotated[float | None, typer.Option(min=0, metavar="<float>", help="With --devices: what one device costs an hour.", rich_help_panel="Run")] = None,
     *, overrides: dict[str, Any],
 ) -> None:  # fmt: skip
@@ -107,8 +107,9 @@ def train(
     """
     if devices is not None and not dry_run:
         raise UsageError("--devices plans a run; add --dry-run. To train on several: torchrun -m vitft train ...")
-    if devices is None and hourly_price is not None:
-        raise UsageError("--hourly-price is of a plan; add --dry-run --devices N.")
+    if devices is None and (hourly_price is not None or link_gbps is not None):
+        flag = "--link-gbps" if hourly_price is None else "--hourly-price"
+        raise UsageError(f"{flag} is of a plan; add --dry-run --devices N.")
     if resume is not None:
         if recipe is not None or output is not None or overwrite or dry_run:
             raise UsageError("--resume continues a run as it is; leave out --recipe, --output, --overwrite, --dry-run.")
@@ -130,7 +131,7 @@ def train(
         from vitft.training.cost.cluster import Cluster
 
     if dry_run:
-        cluster = None if devices is None else Cluster(devices, link_gbps, hourly_price)
+        cluster = None if devices is None else Cluster(devices, **given(link_gbps=link_gbps, hourly_price=hourly_price))
         console.say(tables.plan_report(planning.plan(config, output, overwrite, cluster)))
     else:
         _show(trainer.train(config, output=output, overwrite=overwrite), json, report)

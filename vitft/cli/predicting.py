@@ -75,10 +75,8 @@ def predict(
         checkpoint, device=device, calibrated=calibrated, min_confidence=min_confidence, min_precision=min_precision,
         none_of_these=none_of_these, **given(max_pixels=max_pixels, value_range=value_range),
     )  # fmt: skip
-    layout, done = (
-        Layout(top_k, predictor.threshold is not None, predictor.labels, probabilities, none_of_these is not None),
-        Done(),
-    )
+    sure = predictor.threshold is not None
+    layout, done = Layout(top_k, sure, predictor.labels, probabilities, none_of_these is not None), Done()
     if file is not None and resume and partial_name(file).exists():
         done = go_on(partial_name(file), kind, layout.columns, images, predictor, top_k)
         console.note(f"going on after {done.count:,} images")

@@ -38,7 +38,7 @@ def evaluate(
     value_range: ValueRange = None,
     errors: Annotated[int, typer.Option(min=0, metavar="<int>", help="List this many misclassified images, those that the model is surest of first.")] = 0,
     predictions: Annotated[Path | None, typer.Option(help="Write the probabilities of every image to this .parquet file.")] = None,
-    strangers: Annotated[str | None, typer.Option(metavar="DATASET", help="Also say how well images of this dataset, of other classes, are told from those of the split.")] = None,
+    strangers: Annotated[str | None, typer.Option(metavar="PATH", help="Also say how well the images of this folder or dataset, of other classes, are told from those of the split.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the confusion matrix as a PNG.")] = None,
     json: Json = False,
     *, overrides: dict[str, Any],
@@ -52,7 +52,7 @@ def evaluate(
         from vitft.evaluation.novelty import read_novelty
         from vitft.evaluation.runs import newest_run
         from vitft.evaluation.split_predictions import require
-        from vitft.evaluation.strangers import tell_strangers
+        from vitft.prediction.strangers import tell_strangers
 
     if checkpoint is None:
         checkpoint = str(newest_run())
@@ -77,6 +77,8 @@ def evaluate(
         with console.working("looking at strangers") as progress:
             apart = tell_strangers(
                 checkpoint, strangers, dataset=dataset, split=split, limit=max_eval_samples, device=device,
+                typed=overrides | {"dataset_revision": dataset_revision, "max_pixels": max_pixels,
+                                   "on_bad_image": on_bad_image, "value_range": value_range},
                 progress=progress,
             )  # fmt: skip
     if plot is not None:

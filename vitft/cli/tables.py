@@ -54,11 +54,12 @@ def metrics_report(metrics: Any) -> RenderableType:
 
 def strangers_report(found: Any) -> RenderableType:
     """How well images of another dataset are told apart, for a `Strangers`."""
+    lost = f"; {found.unreadable:,} could not be read" if found.unreadable else ""
     return Text(
         f"\n{found.strangers:,} strangers told from {found.known:,} {safe(found.split)} images: "
         f"AUROC {found.by_novelty:.3f} by novelty, {found.by_confidence:.3f} by confidence\n"
-        f"with --none-of-these 0.99, {percent(found.found)} of the strangers are none of these, and "
-        f"{percent(found.mistaken)} of the others"
+        f"with --none-of-these {found.kept:g}, {percent(found.found)} of the strangers are none of these, and "
+        f"{percent(found.mistaken)} of the others{lost}"
     )
 
 

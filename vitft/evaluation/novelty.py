@@ -37,7 +37,7 @@ class Novelty:
 
     def strangeness(self, features: Array, logits: Array) -> Array:
         """The score of each image, (N, F) and (N, C) to (N,): high for strange ones."""
-        length = np.linalg.norm((features - self.origin) @ self.directions, axis=1)
+        length = np.linalg.norm((_flat(features) - self.origin) @ self.directions, axis=1)
         found: Array = self.scale * length - logsumexp(logits, axis=1)
         return found
 
@@ -68,6 +68,7 @@ def fit_novelty(features: Array, held_out: Array, held_out_logits: Array) -> Nov
     The latter's features are (M, F), and their logits (M, C). The directions are those beyond half of the dimensions,
     or beyond half as many as there are training images.
     """
+    features, held_out = _flat(features), _flat(held_out)
     origin = features.mean(axis=0)
     centered = (features - origin).astype(np.float64)
     _, directions = np.linalg.eigh(centered.T @ centered)  # those of the least variance first
@@ -77,3 +78,8 @@ def fit_novelty(features: Array, held_out: Array, held_out_logits: Array) -> Nov
     scale = max(held_out_logits.max(axis=1).mean(), 0.0) / max(lengths.mean(), np.finfo(np.float32).tiny)
     fitted = replace(plain, scale=np.array([scale], np.float32))
     return replace(fitted, known=np.sort(fitted.strangeness(held_out, held_out_logits)))
+
+
+def _flat(features: Array) -> Array:
+    """(N, F), of what a convolutional network gives its head as (N, F, 1, 1)."""
+    return features.reshape(len(features), -1)

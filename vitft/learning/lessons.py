@@ -12,6 +12,7 @@ from typing import Any
 from vitft.errors import UsageError, nearest
 from vitft.io.atomic import json_text, new_file
 from vitft.io.paths import expanded, shipped
+from vitft.learning.textbook import NAME as TEXTBOOK
 
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 """A Python block, and what it printed, if anything."""
@@ -58,7 +59,7 @@ def find(name: str) -> Lesson:
     for lesson in known:
         if name in (lesson.name, str(lesson.number)):
             return lesson
-    hint = nearest(name, [lesson.name for lesson in known])
+    hint = nearest(name, [*(lesson.name for lesson in known), TEXTBOOK])
     raise UsageError(f"lesson {name}: unknown{hint or '; vitft learn lists them.'}")
 
 

@@ -26,7 +26,7 @@ def backbone(model: nn.Module, device: str, precision: str) -> Features:
 
 @contextmanager
 def heads_input(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Within, what the head reads in each forward pass is listed: (B, F)."""
+    """Within, what the head reads in each forward pass is listed: (B, F), or (B, F, 1, 1), as in a ResNet."""
     read: list[Tensor] = []
     handle = classifier_of(model).register_forward_pre_hook(lambda _module, given: read.append(given[0]))
     try:

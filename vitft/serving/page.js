@@ -178,6 +178,7 @@ async function look(job, pressed) {
   const again = pressed.getAttribute("aria-pressed") === "true";
   for (const other of job.item.querySelectorAll(".class")) other.setAttribute("aria-pressed", "false");
   job.picture.querySelector(".look")?.remove();
+  job.said.querySelector(".wrong")?.remove();
   if (again) return;
   pressed.setAttribute("aria-pressed", "true");
   const body = new FormData(), label = pressed.dataset.label;

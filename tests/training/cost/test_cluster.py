@@ -91,7 +91,8 @@ def test_the_command_shows_it_and_refuses_what_is_no_plan() -> None:
     assert "over links of 10 Gbit/s" in done.stdout
     for more, said in (
         (["--devices", "2"], "--devices plans a run; add --dry-run. To train on several: torchrun"),
-        (["--dry-run", "--hourly-price", "2"], "is of a plan; add --dry-run --devices N."),
+        (["--dry-run", "--hourly-price", "2"], "--hourly-price is of a plan; add --dry-run --devices N."),
+        (["--dry-run", "--link-gbps", "2"], "--link-gbps is of a plan; add --dry-run --devices N."),
     ):
         done = CliRunner().invoke(app, [*words, *more])
         assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
