@@ -105,6 +105,18 @@ def test_help_fits_and_nothing_is_cut(command: str, columns: int) -> None:
     assert "[/" not in result.stdout  # and no markup shows
 
 
+@pytest.mark.parametrize(
+    ("command", "extras"),
+    [("train", ["lora"]), ("sweep", ["lora"]), ("export", ["onnx", "openvino"]), ("serve", ["serve"])],
+)
+def test_help_names_extras_in_brackets(command: str, extras: list[str]) -> None:
+    """Which Rich would take for markup."""
+    text = flat(vitft(command, "--help", columns=200).stdout)
+
+    for extra in extras:
+        assert f"vitft[{extra}]" in text
+
+
 def test_every_setting_is_a_flag_in_its_panel_with_its_default() -> None:
     text = vitft("train", "--help", columns=200).stdout
     panels = re.findall(r"╭─ (\w+) ─+╮\n(.*?)╰", text, re.DOTALL)

@@ -13,7 +13,7 @@ from vitft.io import console
 
 def export(
     checkpoint: Annotated[str | None, typer.Argument(metavar="CHECKPOINT", help="Run folder, one of its checkpoints, or a Transformers folder or hub id. Default: the newest run in runs/.")] = None,
-    format: Annotated[Literal["onnx", "openvino", "torch"], typer.Option(help="onnx and openvino need an extra: pip install 'vitft[onnx]'.")] = "onnx",
+    format: Annotated[Literal["onnx", "openvino", "torch"], typer.Option(help="onnx and openvino need an extra: pip install 'vitft\\[onnx]' or 'vitft\\[openvino]'.")] = "onnx",
     dtype: Annotated[Literal["fp32", "fp16", "int8"], typer.Option(help="fp16 stores weights in half precision; int8 computes in 8 bits, calibrated on training images.")] = "fp32",
     resize: Annotated[Literal["inside", "outside"], typer.Option(help="inside: the file takes images of any size; outside: of the model's input size.")] = "outside",
     output: Annotated[Path | None, typer.Option(help="Folder to write. Default: exports/FORMAT-DTYPE in the run.")] = None,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 
 import typer
 import typer.main
+from rich.markup import escape
 
 from vitft.errors import as_flag, from_synonym
 
@@ -135,7 +136,7 @@ def _panel(field: "FieldInfo") -> str:
 def _help(field: "FieldInfo", undo: str) -> str:
     default = field.default
     shown = "" if default is None or default is False else f" [dim]\\[default: {default}][/]"
-    return f"{field.description}{undo}{shown}"
+    return f"{escape(field.description or '')}{undo}{shown}"
 
 
 def name_what_was_meant(error: Any) -> None:

@@ -32,9 +32,9 @@ def serve(
     device: Device = "auto",
     value_range: ValueRange = None,
 ) -> None:  # fmt: skip
-    """Serve a model: a page to drop photos on, and an API for programs. Ctrl-C stops it.
+    r"""Serve a model: a page to drop photos on, and an API for programs. Ctrl-C stops it.
 
-    Needs the extra vitft[serve].
+    Needs the extra vitft\[serve].
     """
     if any(find_spec(name) is None for name in _NEEDED):
         raise UsageError("serve needs FastAPI and Uvicorn, which are not installed; pip install 'vitft[serve]'.")
