@@ -1,6 +1,6 @@
 """Seconds from the command to the end of its first training step, imports and decoding included.
 
-python benchmarks/first_step.py --dataset CIFAR10_FOLDER --model VIT_FOLDER --image-size 98
+python benchmarks/first_step.py --dataset CIFAR10_FOLDER --model VIT_FOLDER --image-size 98 [flags of `vitft train`]
 """
 
 import argparse
@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
+    given, given.others = parser.parse_known_args()
     taken = sorted(first_step_s(given) for _ in range(given.rounds))
     print(
         f"first step after {statistics.median(taken):.1f} s ({taken[0]:.1f} to {taken[-1]:.1f}; {given.rounds} starts)"
@@ -38,7 +38,9 @@ def first_step_s(given: argparse.Namespace) -> float:
         flags = [word for name, value in words.items() for word in (f"--{name}", str(value))]
         started = time.perf_counter()
         running = subprocess.Popen(
-            [sys.executable, "-m", "vitft", "train", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [sys.executable, "-m", "vitft", "train", *flags, *given.others],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         metrics = run / "metrics.jsonl"
         while not (metrics.exists() and metrics.stat().st_size) and running.poll() is None:

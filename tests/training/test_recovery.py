@@ -178,7 +178,7 @@ def test_a_rollback_frees_the_memory_of_the_first_attempt(tmp_path: Path, monkey
     def begin(self: Any, accelerator: Any, decoded: Any, *given: Any, **named: Any) -> None:
         alive.append(sum(one() is not None for one in held))
         real(self, accelerator, decoded, *given, **named)
-        pixels = [store.pixels for store, _ in decoded.stores.values()]
+        pixels = [store for store, _ in decoded.stores.values()]
         held.extend(map(weakref.ref, (self, decoded, decoded.loaded.model, self.learner.optimizer, *pixels)))
 
     monkeypatch.setattr(trainer._Run, "__init__", begin)

@@ -18,7 +18,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -41,7 +41,7 @@ from vitft.io import console
 from vitft.io.atomic import json_text, lock_folder
 from vitft.io.paths import expanded
 
-_FORMAT = 2  # part of the key: entries of another format are never read, but are evicted first and can be cleared
+_FORMAT = 3  # part of the key: entries of another format are never read, but are evicted first and can be cleared
 _ABANDONED_S = 600.0  # an unfinished entry that is untouched for so long and that no process holds: its run was killed
 _CHUNK = 1000  # rows
 _SAMPLE = 4096  # bytes at a file's head, middle and tail
@@ -75,21 +75,28 @@ def fingerprint(rows: datasets.Dataset, *made_by: Any, whole: bool = False) -> s
     same. A copied dataset has new times and is decoded again; a renamed folder does not. The path is left out for
     that reason, and so is the inode, which network disks and containers assign anew on each mount.
     """
-    key = hashlib.blake2b(repr((_FORMAT, _decoder(), made_by, whole)).encode(), digest_size=16)
+    cells = (rows[start : start + _CHUNK]["image"] for start in range(0, len(rows), _CHUNK))
     try:
-        for start in range(0, len(rows), _CHUNK):
-            cells = rows[start : start + _CHUNK]["image"]
-            for identity in map_in_groups(lambda cell: _identity(cell, whole), cells):
-                key.update(identity)
+        return key_of(
+            (one for some in cells for one in map_in_groups(lambda cell: identity(cell, whole), some)),
+            *made_by, whole=whole,
+        )  # fmt: skip
     except OSError:  # the decoder will report it
         return None
+
+
+def key_of(identities: Iterable[bytes], *made_by: Any, whole: bool) -> str:
+    """The key of images with these identities: see `fingerprint`."""
+    key = hashlib.blake2b(repr((_FORMAT, _decoder(), made_by, whole)).encode(), digest_size=16)
+    for one in identities:
+        key.update(one)
     return key.hexdigest()
 
 
-def _identity(cell: dict[str, Any], whole: bool) -> bytes:
-    """Bytes that tell one encoded image from another. Raises OSError."""
+def identity(cell: dict[str, Any], whole: bool) -> bytes:
+    """16 bytes that tell one encoded image, {"bytes", "path"}, from another. Raises OSError."""
     if cell["bytes"] is not None:
-        return len(cell["bytes"]).to_bytes(8, "little") + xxh3_128(cell["bytes"]).digest()
+        return xxh3_128(len(cell["bytes"]).to_bytes(8, "little") + cell["bytes"]).digest()
     handle = os.open(cell["path"], os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for a writer
     try:
         status = os.fstat(handle)
@@ -104,7 +111,8 @@ def _identity(cell: dict[str, Any], whole: bool) -> bytes:
                 hashed.update(os.pread(handle, _SAMPLE, offset))
     finally:
         os.close(handle)
-    return repr((status.st_size, status.st_mtime_ns, status.st_ctime_ns)).encode() + hashed.digest()
+    hashed.update(repr((status.st_size, status.st_mtime_ns, status.st_ctime_ns)).encode())
+    return hashed.digest()
 
 
 @cache
@@ -125,6 +133,7 @@ class OpenEntry:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.key = folder.name
         description = _read_description(folder)
         raw = (folder / "index").read_bytes()
         if xxh3_64_hexdigest(raw) != description["index"]:
@@ -203,12 +212,37 @@ def read(
     except OSError:  # too many open files, no memory, no permission: the entry may be intact
         return None
     if corrupt:
-        outcome = "the entry was removed" if _remove(folder) else "the entry cannot be removed from here"
-        console.warn(f"{folder}: cached photos are corrupt and are decoded again; {outcome}. Is the disk failing?")
+        discard(key)
         return None
     with suppress(OSError):  # mark it as used; fails in somebody else's cache
         os.utime(folder)
     return entry, pixels
+
+
+def peek(key: str, count: int) -> OpenEntry | None:
+    """Like `read`, but no pixels are read: `OpenEntry.image` verifies each image that is."""
+    folder = root() / key
+    try:
+        entry = OpenEntry(folder)
+        corrupt = len(entry.shapes) != count
+    except (ValueError, FileNotFoundError):
+        corrupt = folder.is_dir()
+        entry = None
+    except OSError:
+        return None
+    if corrupt:
+        discard(key)
+        return None
+    with suppress(OSError):
+        os.utime(folder)
+    return entry
+
+
+def discard(key: str) -> None:
+    """Remove an entry that is corrupt, if this process may, with a warning."""
+    folder = root() / key
+    outcome = "the entry was removed" if _remove(folder) else "the entry cannot be removed from here"
+    console.warn(f"{folder}: cached photos are corrupt and are decoded again; {outcome}. Is the disk failing?")
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -226,24 +260,29 @@ def _description_checksum(document: dict[str, Any]) -> str:
 
 
 def write(
-    key: str, name: str, pixels: Tensor, shapes: NDArray[np.int64], sums: Sequence[int], digest: str, limit: int
-) -> bool:
+    key: str, name: str, images: Iterable[NDArray[np.uint8]], shapes: NDArray[np.int64], sums: Sequence[int],
+    digest: str, limit: int,
+) -> bool:  # fmt: skip
     """Cache an entry, evicting the least recently used; False if it exceeds `limit` bytes or the disk.
 
+    `images` have the pixels of all, in order, in pieces of any size.
     Its permissions follow from the umask and the folder, as for any file, so a group can share a cache.
     """
-    if pixels.nbytes > limit:
+    size = int(3 * shapes.prod(axis=1).sum())
+    if size > limit:
         return False
     index = np.concatenate([shapes.astype("<u8"), np.array(sums, "<u8")[:, None]], axis=1).tobytes()
     description = {"name": name, "images": len(shapes), "digest": digest, "index": xxh3_64_hexdigest(index)}
     try:
         root().mkdir(parents=True, exist_ok=True)
-        _evict(limit - pixels.nbytes)
+        _evict(limit - size)
         unfinished = _hidden_name(key)
         unfinished.mkdir()
         try:
             with lock_folder(unfinished):
-                pixels.numpy().tofile(unfinished / "pixels")
+                with (unfinished / "pixels").open("wb") as file:
+                    for image in images:
+                        image.tofile(file)
                 (unfinished / "index").write_bytes(index)
                 text = json_text(description | {"xxh3": _description_checksum(description)})
                 (unfinished / "entry.json").write_text(text, encoding="utf-8")

@@ -20,6 +20,7 @@ from vitft.data.augment import Images, Preprocess, augment, augment_pixels, flip
 from vitft.data.augmentation.erasing import erase
 from vitft.data.augmentation.mixing import draw_mixes, mix, mix_labels
 from vitft.data.augmentation.settings import Augmentation
+from vitft.data.lazy_store import LazyStore
 from vitft.data.sampling import balanced_order, positions, uniform_order
 from vitft.data.store import Store, move_to_device
 from vitft.hardware.device import to_device
@@ -54,13 +55,13 @@ class TrainLoader:
     """
 
     def __init__(
-        self, store: Store, labels: NDArray[np.int64], preprocess: Preprocess, *, augmentation: Augmentation,
-        classes: int, batch_size: int, device: torch.device, sampling: str = "uniform", rank: int = 0, world: int = 1,
-        clock: Clock | None = None,
+        self, store: Store | LazyStore, labels: NDArray[np.int64], preprocess: Preprocess, *,
+        augmentation: Augmentation, classes: int, batch_size: int, device: torch.device, sampling: str = "uniform",
+        rank: int = 0, world: int = 1, clock: Clock | None = None,
     ) -> None:  # fmt: skip
         """`classes`: of the model."""
         self.clock = clock or Clock()
-        if device.type == "cuda":
+        if device.type == "cuda" and isinstance(store, Store):
             store = move_to_device(store, device, torch.cuda.mem_get_info(device)[0])
         self.store, self.preprocess, self.augmentation, self.classes = store, preprocess, augmentation, classes
         self.seed = seed = augmentation.seed
@@ -70,7 +71,7 @@ class TrainLoader:
         self._mixed = InputBuffer(preprocess, device)
         draw = balanced_order if sampling == "balanced" else uniform_order
         self._order = lru_cache(maxsize=2)(lambda epoch: draw(labels, seed, epoch))
-        self._prefetch = self._prefetcher() if store.pixels.device.type != device.type else None
+        self._prefetch = self._prefetcher() if store.device.type != device.type else None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -111,6 +112,8 @@ class TrainLoader:
             return Batch(pixels, torch.empty(0, dtype=torch.long, device=self.device), index)
         with self.clock.part("wait"):
             images = self._gather(positions(shown)) if self._prefetch is None else self._prefetch(step)
+            if isinstance(self.store, LazyStore):
+                self.store.attend()
         with self.clock.part("transfer"):
             labels = to_device(self.labels[positions(shown)], self.device)
             if isinstance(images, Tensor):
@@ -142,17 +145,19 @@ class TrainLoader:
         return np.append(mine, whole[end % len(whole)])
 
     def close(self) -> None:
-        """End the processes that prepare batches, if there are any.
+        """End the processes that prepare batches, if there are any, and finish what is being cached.
 
         To leave that to garbage collection takes seconds for each: it closes their queues before they are told to end.
         """
         if isinstance(self._prefetch, ForkedPrefetcher):
             self._prefetch.close()
+        if isinstance(self.store, LazyStore):
+            self.store.close()
 
     def _gather(self, index: NDArray[np.int64]) -> Images:
         # Images that the host crops stay views; on a device, a batch is one tensor.
         crops = self.augmentation.kind == "crop"
-        return self.store.gather(index, stacked=not crops or self.store.pixels.device.type != "cpu")
+        return self.store.gather(index, stacked=not crops or self.store.device.type != "cpu")
 
     def _prefetcher(self) -> Callable[[int], Tensor]:
         how, pin = self.preprocess, self.device.type == "cuda"
@@ -222,11 +227,12 @@ class EvalLoader:
 
     def __init__(
         self, store: Store, labels: NDArray[np.int64], preprocess: Preprocess, *, batch_size: int,
-        device: torch.device, rank: int = 0, world: int = 1,
+        device: torch.device, rank: int = 0, world: int = 1, only: NDArray[np.int64] | None = None,
     ) -> None:  # fmt: skip
+        """`only`: the positions to read, instead of all."""
         self.store, self.labels, self.preprocess = store, torch.from_numpy(labels.copy()), preprocess
         self.device = device
-        shard = np.array_split(np.arange(len(store)), world)[rank]
+        shard = np.array_split(np.arange(len(store)) if only is None else np.sort(only), world)[rank]
         self._batches = [shard[i : i + batch_size] for i in range(0, len(shard), batch_size)]
         self._buffer = InputBuffer(preprocess, device)
 

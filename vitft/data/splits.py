@@ -119,11 +119,12 @@ def find_split_name(source: Source, role: str) -> str | None:
     return found
 
 
-def manifest(source: Source, splits: Mapping[str, Split]) -> dict[str, Any]:
+def manifest(source: Source, splits: Mapping[str, Split], *, contents: bool = True) -> dict[str, Any]:
     """The content of `splits.json`, JSON-ready: the images of each split, and the size of each source split.
 
-    `by` says whether the ids are paths or content hashes. Paths come with the content hashes too, 16 hex digits each.
+    `by` says whether the ids are paths or content hashes. Paths come with `contents`, the hashes of `contents_of`.
     """
+    hashes = contents_of(source, splits) if contents else {}
     document: dict[str, Any] = {
         "dataset": source.name,
         "revision": source.revision,
@@ -132,11 +133,16 @@ def manifest(source: Source, splits: Mapping[str, Split]) -> dict[str, Any]:
         "splits": {},
     }
     for role, split in splits.items():
-        rows = source.splits[split.source]
         entry = {"source": split.source, "count": len(split.rows), "hash": split.hash, "ids": list(split.ids)}
-        by = {"by": "path", "contents": content_hashes(rows, split.rows)} if has_names(rows) else {"by": "content"}
-        document["splits"][role] = entry | by
+        by = {"by": "path" if has_names(source.splits[split.source]) else "content"}
+        document["splits"][role] = entry | by | ({"contents": hashes[role]} if role in hashes else {})
     return document
+
+
+def contents_of(source: Source, splits: Mapping[str, Split]) -> dict[str, list[str]]:
+    """The content hashes of the images that are identified by their paths, by role: 16 hex digits each."""
+    rows = {role: source.splits[split.source] for role, split in splits.items()}
+    return {role: content_hashes(rows[role], split.rows) for role, split in splits.items() if has_names(rows[role])}
 
 
 def split_hash(name: str, ids: Sequence[str | int], labels: Labels, class_names: Sequence[str]) -> str:

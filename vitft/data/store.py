@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from io import BytesIO
 from math import ceil, sqrt
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import datasets
 import numpy as np
@@ -49,6 +49,11 @@ class Store:
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are."""
+        return self.pixels.device
 
     @property
     def uniform(self) -> bool:
@@ -102,6 +107,24 @@ class Skipped:
     reason: str
 
 
+class UnreadableError(DataError):
+    """Images, with these `names`, that cannot be read and may not be skipped."""
+
+    def __init__(self, message: str, names: list[str]) -> None:
+        super().__init__(message)
+        self.names = names
+
+    def __reduce__(self) -> Any:
+        return type(self), (str(self), self.names)  # between processes
+
+    @classmethod
+    def of(cls, skipped: list[Skipped], remedy: str) -> Self:
+        """The error that names the first of the images."""
+        first, more = skipped[0], f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
+        message = f"{first.name}: {first.reason}{more}; {remedy}, or add --on-bad-image skip."
+        return cls(message, [image.name for image in skipped])
+
+
 def decode_all(
     rows: datasets.Dataset,
     preprocess: Preprocess,
@@ -119,15 +142,11 @@ def decode_all(
 
     With `training`, large JPEGs may be decoded at a smaller size, which is much faster; scores never use those. Photos
     are cached for the next run under `name`, in a cache of at most `cache_gb`; files are identified by their times and
-    samples of their content, or with `whole` by all of it. Raises DataError, which names the first image that cannot
-    be read and counts the others, unless `skip_bad`.
+    samples of their content, or with `whole` by all of it. Raises UnreadableError, which names the first image that
+    cannot be read and counts the others, unless `skip_bad`.
     """
 
-    def work(cell: dict[str, Any]) -> NDArray[np.uint8]:
-        source = encoded(cell)
-        min_side = _min_decoded_side(source, preprocess, crops) if training and preprocess.resizes else None
-        image = decode(source, max_pixels, min_side, preprocess.value_range)
-        return np.ascontiguousarray(shrink(image, preprocess, crops))
+    work = decoding(preprocess, crops=crops, max_pixels=max_pixels, training=training)
 
     def load(position: int) -> NDArray[np.uint8]:
         if cached and (image := cached[0].image(position)) is not None:
@@ -143,9 +162,8 @@ def decode_all(
 
     limit = int(cache_gb * 1e9)
     key = None
-    if limit and _first_is_large(rows, preprocess):
-        made_by = (preprocess, crops, training, max_pixels)
-        key = cache.fingerprint(rows, *made_by, whole=whole)
+    if limit and first_is_large(rows, preprocess):
+        key = cache.fingerprint(rows, *made_by(preprocess, crops, training, max_pixels), whole=whole)
     cached = key and cache.read(key, len(rows), IN_MEMORY, progress)
     sums: list[int] = []
     kept_rows: list[int] = []  # the rows that could be read
@@ -155,25 +173,62 @@ def decode_all(
         return _store(entry.shapes, entry.digest, in_memory, load), []
     shapes: list[tuple[int, ...]] = []
     skipped: list[Skipped] = []
-    hashed = hashlib.blake2b(digest_size=8)
+    hashed = PixelHash(by_sums=crops)
     pixels = _PixelBuffer()
     size = 0
     for row, image in _map_rows(rows, work, skipped, skip_bad, progress):
         raw = image.data.cast("B")
         sums.append(cache.checksum(image))
-        hashed.update(np.array(image.shape).tobytes())
-        # Images for crops are large: their checksums are hashed instead, or hashing would take as long as decoding.
-        hashed.update(sums[-1].to_bytes(8, "little") if crops else raw)
+        hashed.add(image, sums[-1])
         shapes.append(image.shape[:2])
         kept_rows.append(row)
         size += len(raw)
         if pixels.size == size - len(raw) and size <= max(limit, IN_MEMORY):
             with suppress(OSError):  # a full disk is a limit too
                 pixels.add(raw)
-    store = _store(np.array(shapes, np.int64).reshape(-1, 2), hashed.hexdigest(), pixels.mapped(), load)
+    store = _store(np.array(shapes, np.int64).reshape(-1, 2), hashed.digest, pixels.mapped(), load)
     if key and not skipped and store.load is None:
-        cache.write(key, name, store.pixels, store.shapes, sums, store.digest, limit)
+        cache.write(key, name, [store.pixels.numpy()], store.shapes, sums, store.digest, limit)
     return store, skipped
+
+
+def decoding(
+    preprocess: Preprocess, *, crops: bool, max_pixels: int, training: bool
+) -> Callable[[dict[str, Any]], NDArray[np.uint8]]:  # fmt: skip
+    """How `decode_all` decodes a row's image, {"bytes", "path"}, to what it stores, (H, W, 3). That raises BadImage."""
+
+    def work(cell: dict[str, Any]) -> NDArray[np.uint8]:
+        source = encoded(cell)
+        min_side = _min_decoded_side(source, preprocess, crops) if training and preprocess.resizes else None
+        image = decode(source, max_pixels, min_side, preprocess.value_range)
+        return np.ascontiguousarray(shrink(image, preprocess, crops))
+
+    return work
+
+
+def made_by(preprocess: Preprocess, crops: bool, training: bool, max_pixels: int) -> tuple[Any, ...]:
+    """What the stored pixels depend on besides the images, for the cache."""
+    return preprocess, crops, training, max_pixels
+
+
+class PixelHash:
+    """A hash of the pixels of images, in order: of their bytes, or of their checksums.
+
+    Images for crops are large, so that hashing their bytes would take as long as decoding them.
+    """
+
+    def __init__(self, *, by_sums: bool) -> None:
+        self._by_sums, self._hash = by_sums, hashlib.blake2b(digest_size=8)
+
+    def add(self, image: NDArray[np.uint8], checksum: int) -> None:
+        """The next image, (H, W, 3)."""
+        self._hash.update(np.array(image.shape).tobytes())
+        self._hash.update(checksum.to_bytes(8, "little") if self._by_sums else image.data.cast("B"))
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits."""
+        return self._hash.hexdigest()
 
 
 def check_headers(
@@ -185,18 +240,20 @@ def check_headers(
     Raises DataError as `decode_all` does, unless `skip_bad`.
     """
     skipped: list[Skipped] = []
-    for _ in _map_rows(rows, lambda cell: image_info(encoded(cell), max_pixels), skipped, skip_bad, progress):
+    work = lambda cell: image_info(encoded(cell), max_pixels).format  # noqa: E731
+    for _ in _map_rows(rows, work, skipped, skip_bad, progress, is_quick=True):
         pass
     return skipped
 
 
 def _map_rows(
     rows: datasets.Dataset, work: Callable[[dict[str, Any]], T], skipped: list[Skipped], skip_bad: bool,
-    progress: Callable[[int, int], None],
+    progress: Callable[[int, int], None], *, is_quick: bool = False,
 ) -> Iterator[tuple[int, T]]:  # fmt: skip
     """Row numbers and results of the work on each readable image; the others are added to `skipped`.
 
-    Raises DataError at the end if there are any, unless `skip_bad`.
+    `is_quick`: even of large images, the work is mostly Python code. Raises DataError at the end if there are any
+    others, unless `skip_bad`.
     """
 
     def attempt(cell: dict[str, Any]) -> T | BadImage:
@@ -210,7 +267,7 @@ def _map_rows(
         return choose_map(cells)(attempt, cells)
 
     starts = range(0, len(rows), _CHUNK)
-    count = processes() if len(rows) >= _MANY and are_tiny(rows[:_CHUNK]["image"]) else 0
+    count = processes() if len(rows) >= _MANY and (is_quick or are_tiny(rows[:_CHUNK]["image"])) else 0
     chunks = map_in_processes(lambda start: list(chunk(start)), starts, count) if count else map(chunk, starts)
     for start, results in zip(starts, chunks, strict=True):
         for row, result in enumerate(results, start):
@@ -220,8 +277,7 @@ def _map_rows(
             else:
                 yield row, result
     if skipped and not skip_bad:
-        first, more = skipped[0], f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
-        raise DataError(f"{first.name}: {first.reason}{more}; fix or remove it, or add --on-bad-image skip.")
+        raise UnreadableError.of(skipped, "fix or remove it")
 
 
 def _store(shapes: NDArray[np.int64], digest: str, pixels: Tensor, load: Callable[[int], NDArray[np.uint8]]) -> Store:
@@ -230,7 +286,7 @@ def _store(shapes: NDArray[np.int64], digest: str, pixels: Tensor, load: Callabl
     return Store(pixels, offsets, shapes, digest, None if len(pixels) == offsets[-1] else load)
 
 
-def _first_is_large(rows: datasets.Dataset, preprocess: Preprocess) -> bool:
+def first_is_large(rows: datasets.Dataset, preprocess: Preprocess) -> bool:
     """Whether the first image is larger than the model input: small ones are decoded as fast as they are read."""
     for cell in rows.select(range(min(1, len(rows))))["image"]:
         with suppress(BadImage):

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -77,6 +78,11 @@ def processes(shared_bytes: int = 0) -> int:
     if shared_bytes:
         count = min(count, shutil.disk_usage("/dev/shm").free // (2 * (_AHEAD + 1) * shared_bytes))
     return count
+
+
+def shared_lock() -> Any:
+    """A lock that processes share which are forked later."""
+    return _forking().Lock() if sys.platform == "linux" else threading.Lock()
 
 
 _AHEAD = 2  # results that each process prepares

@@ -14,9 +14,11 @@ from vitft.training.linear_probe import FeatureLoader, read_features
 from vitft.training.setup import Decoded
 from vitft.training.step import Learner, Watched
 
+_MOST = 10_000  # validation images; of these, 100 are stranger than 99 %
+
 
 def run_novelty(learner: Learner, decoded: Decoded, watched: Watched) -> Novelty | None:
-    """Learn from at most `reference_images` training images, and from all validation images.
+    """Learn from at most `reference_images` training images and 10,000 validation images.
 
     Takes a forward pass over both, in float32 as in prediction, unless a linear probe has these features already;
     `watched`: see StopSignals. None if the setting is 0, and for fewer than 50 validation images, which would not tell
@@ -30,6 +32,7 @@ def run_novelty(learner: Learner, decoded: Decoded, watched: Watched) -> Novelty
         return None
     images, probe = learner.images_loader, learner.probe if config.precision == "fp32" else None
     chosen = permutation(config.seed, "reference", 0, len(images.labels))[: config.reference_images]
+    compared = permutation(config.seed, "compared", 0, len(store))[:_MOST] if probe is None else None
     model = learner.unwrapped.eval()
     with console.working("comparing with what it knows") as shown:
         progress, gather = watched(shown, gather_object)
@@ -40,7 +43,7 @@ def run_novelty(learner: Learner, decoded: Decoded, watched: Watched) -> Novelty
             known = read_features(images, read, config, chosen, mirror=False, gather=gather, progress=progress)
         loader = EvalLoader(
             store, truth, decoded.loaded.preprocess, batch_size=BATCH, device=accelerator.device,
-            rank=accelerator.process_index, world=accelerator.num_processes,
+            rank=accelerator.process_index, world=accelerator.num_processes, only=compared,
         )  # fmt: skip
         batches = loader if probe is None else probe.scoring("validation", loader, progress)
         network, parts = model if probe is None else probe.head, []

@@ -3,17 +3,22 @@
 import json
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
 from vitft.checkpoints import checkpoint as ckpt
 from vitft.config.train import TrainConfig
+from vitft.data.lazy_store import LazyStore
+from vitft.data.sources.identity import content_hashes
 from vitft.data.split_record import FILE
-from vitft.data.splits import Split, manifest
+from vitft.data.splits import contents_of, manifest
+from vitft.data.store import Skipped, Store
 from vitft.errors import DataError, ModelError, UsageError, as_flag
 from vitft.hardware.device import command, environment
 from vitft.hardware.processes import launch, restarts
@@ -237,18 +242,16 @@ def check_splits(run: Path, decoded: Decoded, *, begun: bool, write: bool) -> No
     file = run / FILE
     if not file.exists() and not begun:
         if write:
-            document = manifest(decoded.source, decoded.splits)
-            for role, (store, _) in decoded.stores.items():
-                document["splits"][role]["pixels"] = store.digest
-                if skipped := [[image.name, image.reason] for image in decoded.skipped[role]]:
-                    document["splits"][role]["skipped"] = skipped
+            lazy = isinstance(decoded.stores["train"][0], LazyStore)
+            document = manifest(decoded.source, decoded.splits, contents=not lazy)
+            for role, (store, _) in decoded.stores.made.items():
+                document["splits"][role][_digest_name(store)] = store.digest
+            _list_skipped(document, decoded.skipped)
             write_json(file, document)
         return
     try:
         then = dict(json.loads(file.read_text(encoding="utf-8"))["splits"])
-        pixels = {role: store.digest for role, (store, _) in decoded.stores.items()}
-        now = {role: (split, pixels.get(role)) for role, split in decoded.splits.items()}
-        differences = {role: _difference(then.get(role), now.get(role)) for role in then | now}
+        differences = {role: _difference(then.get(role), decoded, role) for role in then | decoded.splits}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file}: not readable ({error}); start a new run from its newest checkpoint.") from error
     for role, difference in differences.items():
@@ -261,21 +264,89 @@ def check_splits(run: Path, decoded: Decoded, *, begun: bool, write: bool) -> No
             )
 
 
-def _difference(then: dict[str, Any] | None, now: tuple[Split, str | None] | None) -> str | None:
+class ContentHashes:
+    """Content hashes of a large dataset, for `splits.json`: computed while the run takes its first steps."""
+
+    def __init__(self, run: Path, decoded: Decoded) -> None:
+        self._file, self._of = run / FILE, partial(contents_of, decoded.source, decoded.splits)
+        self._hashes: dict[str, list[str]] = {}
+        entries = json.loads(self._file.read_text(encoding="utf-8"))["splits"].values()
+        self._missing = any(entry.get("by") == "path" and "contents" not in entry for entry in entries)
+        self._thread = Thread(target=self._compute, daemon=True)  # a run that is stopped does not wait for it
+        if self._missing:
+            self._thread.start()
+
+    def _compute(self) -> None:
+        self._hashes = self._of()
+
+    def record(self) -> None:
+        """Add them, before the first checkpoint."""
+        if self._missing:
+            self._thread.join()
+            document = json.loads(self._file.read_text(encoding="utf-8"))
+            for role, hashes in self._hashes.items():
+                document["splits"][role]["contents"] = hashes
+            write_json(self._file, document)
+            self._missing = False
+
+
+def _digest_name(store: Any) -> str:
+    """A lazy store knows the pixels of a sample; the others of the split are identified by their content hashes."""
+    return "sample" if isinstance(store, LazyStore) else "pixels"
+
+
+def add_skipped(run: Path, skipped: Mapping[str, Sequence[Skipped]]) -> None:
+    """Add images that could not be read to those that `splits.json` lists."""
+    document = json.loads((run / FILE).read_text(encoding="utf-8"))
+    if _list_skipped(document, skipped):
+        write_json(run / FILE, document)
+
+
+def add_unreadable(run: Path, names: Sequence[str]) -> None:
+    """Let the run go on once these images are repaired."""
+    document = json.loads((run / FILE).read_text(encoding="utf-8"))
+    for entry in document["splits"].values():
+        entry["unreadable"] = sorted({*entry.get("unreadable", ()), *names} & {*map(str, entry["ids"])})
+    write_json(run / FILE, document)
+
+
+def _list_skipped(document: dict[str, Any], skipped: Mapping[str, Sequence[Skipped]]) -> bool:
+    """List, by split, images that could not be read; whether any are new."""
+    new = False
+    for role, images in skipped.items():
+        known = {name for name, _ in document["splits"][role].get("skipped", [])}
+        added = sorted([image.name, image.reason] for image in images if image.name not in known)
+        if added:
+            document["splits"][role].setdefault("skipped", []).extend(added)
+            new = True
+    return new
+
+
+def _difference(then: dict[str, Any] | None, decoded: Decoded, role: str) -> str | None:
     """How a split differs from what `splits.json` recorded; None if it does not."""
     if then is None:
         return "there was none"
+    split = decoded.splits.get(role)
     wanted = [composed(one) if isinstance(one, str) else one for one in then["ids"]]
-    here = list(now[0].ids) if now else []
+    here = list(split.ids) if split else []
     left = set(here)
     if gone := [one for one in wanted if one not in left]:
         first = f"row {gone[0]}" if isinstance(gone[0], int) else gone[0]
         return f"{len(gone):,} of its {len(wanted):,} images are gone, the first is {first}"
-    if now is None or here != wanted:
+    if split is None or here != wanted:
         return f"{len(here):,} images now, {len(wanted):,} then"
-    if then["hash"] != now[0].hash:
+    if then["hash"] != split.hash:
         return "the same names, but in other classes"
-    return _OTHER_PIXELS if then.get("pixels") != now[1] else None
+    store = decoded.stores.made[role][0] if role in decoded.stores.made else None
+    if isinstance(store, Store):
+        return None if store.digest == then.get("pixels") else _OTHER_PIXELS
+    same = True
+    if role in decoded.stores and "contents" in then:
+        contents = zip(content_hashes(decoded.source.splits[split.source], split.rows), then["contents"], strict=True)
+        changed = {name for name, (now, before) in zip(here, contents, strict=True) if now != before}
+        same = changed <= {*then.get("unreadable", ())}  # the run has never seen those
+    sampled = store is None or then.get("sample", store.digest) == store.digest
+    return None if same and sampled else _OTHER_PIXELS
 
 
 _OTHER_PIXELS = "the same names, but other pixels (the images changed, or this version decodes them differently)"

@@ -1,9 +1,9 @@
 """The setup of a run: resolve settings, open the dataset, make splits, load the model. Nothing is written."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,10 +14,11 @@ from vitft.checkpoints.checkpoint import base_of, find_model, is_run
 from vitft.checkpoints.metadata import read_card, verify
 from vitft.config.train import SIZES, TrainConfig, range_of, usual_lr
 from vitft.data.decoder import unused_range
+from vitft.data.lazy_store import LazyStore, is_large
 from vitft.data.sources.source import ALIASES, DIGITS, Source, source_of
 from vitft.data.split_record import Record, describe_changes, read_record, restore_splits
 from vitft.data.splits import Split, find_split_name, make_splits
-from vitft.data.store import Skipped, Store, check_headers, decode_all
+from vitft.data.store import Skipped, check_headers, decode_all
 from vitft.data.validation.check import check, check_labels, imbalance, samples
 from vitft.errors import DataError, UsageError
 from vitft.evaluation.evaluation import listed, matched, without
@@ -31,8 +32,29 @@ from vitft.spec import PRESETS
 from vitft.training.loss import counts_alike, pinned_weights
 from vitft.training.optim import unusual_lr
 
-Stores = dict[str, tuple[Store, NDArray[np.int64]]]
-"""By split, the decoded images and their labels, numbered as in the model."""
+Labeled = tuple[Any, NDArray[np.int64]]
+"""A `Store`, or of the training images a `LazyStore`, and its labels, numbered as in the model."""
+
+
+class Stores(Mapping[str, Labeled]):
+    """By split, the images and their labels; what was not made at once is decoded when it is first asked for."""
+
+    def __init__(self, made: dict[str, Labeled], later: dict[str, Callable[[], Labeled]]) -> None:
+        self.made, self._later = made, later
+
+    def __getitem__(self, role: str) -> Labeled:
+        if role not in self.made:
+            self.made[role] = self._later[role]()
+        return self.made[role]
+
+    def __contains__(self, role: object) -> bool:
+        return role in self.made or role in self._later
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self.made, **self._later})
+
+    def __len__(self) -> int:
+        return len({*self.made, *self._later})
 
 
 @dataclass(frozen=True)
@@ -60,12 +82,40 @@ class Prepared:
 
     def decode(self) -> "Decoded":
         """Decode the splits, without unreadable images. Raises DataError for one that may not be skipped."""
-        splits, stores, skipped = dict(self.splits), {}, {}
+        self._tell_unused_range()
+        decoded = Decoded(self.config, self.source, dict(self.splits), self.loaded, Stores({}, {}), {})
         for role in self.used:
-            store, skipped[role] = self._decode(role)
-            splits[role] = self._without(role, skipped[role])
-            stores[role] = store, self._match(splits[role], role)[0]
-        return Decoded(self.config, self.source, splits, self.loaded, stores, skipped)
+            decoded.stores.made[role], decoded.splits[role] = self._decode(role, decoded.skipped)
+        return decoded
+
+    def open_images(self, *, resumes: bool = False) -> "Decoded":
+        """Like `decode`, for training: of a large dataset, images are decoded when they are first needed.
+
+        Of those, only the headers are read now, unless the run `resumes`.
+        """
+        rows, config = self._rows("train"), self.config
+        if not is_large(rows, self.loaded.preprocess):
+            return self.decode()
+        if config.check == "fast" and not resumes:
+            return self.check_headers()._open_lazily()
+        return self._open_lazily()
+
+    def _open_lazily(self) -> "Decoded":
+        self._tell_unused_range()
+        config, split = self.config, self.splits["train"]
+        labels = self._match(split, "train")[0]
+        train = LazyStore(self._rows("train"), labels, self.loaded.preprocess, **self._how("train"))
+        readable, skipped = dict(self.splits), {"train": train.skipped}
+
+        def later(role: str) -> Callable[[], Labeled]:
+            def decode() -> Labeled:
+                labeled, readable[role] = self._decode(role, skipped)
+                return labeled
+
+            return decode
+
+        stores = Stores({"train": (train, labels)}, {role: later(role) for role in self.used if role != "train"})
+        return Decoded(config, self.source, self.splits, self.loaded, stores, skipped, readable)
 
     def check_headers(self) -> Self:
         """Read the header of every image, decoding no pixels; otherwise like `decode`."""
@@ -85,24 +135,34 @@ class Prepared:
             console.warn(f"skipped {image.name} ({role}): {image.reason}")
         return without(self.splits[role], skipped, self.source)
 
-    def _decode(self, role: str) -> tuple[Store, list[Skipped]]:
-        split, config = self.splits[role], self.config
-        rows = self.source.splits[split.source].select(split.rows)
-        if role == "train" and self.loaded.preprocess.value_range is None and (said := unused_range(samples(rows))):
+    def _tell_unused_range(self) -> None:
+        unset = "train" in self.used and self.loaded.preprocess.value_range is None
+        if unset and (said := unused_range(samples(self._rows("train")))):
             console.warn(said)
+
+    def _rows(self, role: str) -> Any:
+        return self.source.splits[self.splits[role].source].select(self.splits[role].rows)
+
+    def _decode(self, role: str, skipped: dict[str, list[Skipped]]) -> tuple[Labeled, Split]:
+        """A split's images and labels, and the split without those that are added to `skipped`."""
         with console.working(f"decoding {role}") as progress:
-            return decode_all(
-                rows,
-                self.loaded.preprocess,
-                crops=role == "train" and config.augment == "crop",
-                max_pixels=config.max_pixels,
-                skip_bad=config.on_bad_image == "skip",
-                training=role == "train",
-                cache_gb=config.cache_gb,
-                whole=config.check == "full",
-                name=f"{self.source.name}, {role}",
-                progress=progress,
+            store, skipped[role] = decode_all(
+                self._rows(role), self.loaded.preprocess, training=role == "train", progress=progress, **self._how(role)
             )
+        split = self._without(role, skipped[role])
+        return (store, self._match(split, role)[0]), split
+
+    def _how(self, role: str) -> dict[str, Any]:
+        """What decoding depends on."""
+        config = self.config
+        return {
+            "crops": role == "train" and config.augment == "crop",
+            "max_pixels": config.max_pixels,
+            "skip_bad": config.on_bad_image == "skip",
+            "cache_gb": config.cache_gb,
+            "whole": config.check == "full",
+            "name": f"{self.source.name}, {role}",
+        }
 
     def _match(self, split: Split, role: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
         return matched(
@@ -112,17 +172,23 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Decoded(Prepared):
-    """What a run has before its first step: its splits have readable images alone, decoded in `stores`.
+    """What a run has before its first step: its splits and their images.
 
-    `skipped` has the others, by role; on resume, only those that have become unreadable since.
+    `skipped` has the images that could not be read, by role, as far as they have been met; on resume, only those that
+    have become unreadable since. `splits` lacks those that were known before the first step, and `readable` all.
     """
 
     stores: Stores
     skipped: dict[str, list[Skipped]]
+    readable: dict[str, Split] = field(default_factory=dict)
+
+    def scored(self, role: str) -> Split:
+        """The images of a split that were decoded."""
+        return self.readable.get(role, self.splits[role])
 
     def lacking(self, role: str) -> tuple[str, ...]:
         """Classes of a split that the model does not have: see `evaluation.matched`."""
-        return self._match(self.splits[role], role)[1]
+        return self._match(self.scored(role), role)[1]
 
 
 def prepare(

@@ -22,7 +22,8 @@ from vitft.checkpoints.metadata import Card, read_card
 from vitft.config.train import TrainConfig
 from vitft.data.loader import EvalLoader
 from vitft.data.sources.source import DatasetLike
-from vitft.errors import ModelError, Stopped, TrainingError, UsageError
+from vitft.data.store import UnreadableError
+from vitft.errors import DataError, ModelError, Stopped, TrainingError, UsageError
 from vitft.evaluation import evaluation
 from vitft.evaluation.calibration import fit_temperature
 from vitft.evaluation.metrics import Metrics, Score
@@ -137,7 +138,7 @@ def _begin(
     with ExitStack() as held:
         held.enter_context(threads(prepared.config.threads))
         held.enter_context(deterministic(config))
-        decoded = prepared.decode()  # before anything is written or overwritten: an image may be bad
+        decoded = prepared.open_images()  # before anything is written or overwritten: an image may be bad
         run = held.enter_context(run_folder.new_run(run_folder.Beginning(decoded, accelerator), output, overwrite))
         parts = [(accelerator, decoded)]
         # A rollback loads the model and the images again: the first ones must be gone by then.
@@ -189,7 +190,7 @@ def _resume(
         accelerator = make_accelerator(config)
         with accelerator.main_process_first():
             prepared = run_folder.prepare_resume(run, config, folder, dataset)
-        resumed = _Run(accelerator, prepared.decode(), run, callbacks, resumed_from=folder)
+        resumed = _Run(accelerator, prepared.open_images(resumes=True), run, callbacks, resumed_from=folder)
         if rolled_back:
             resumed.keep_earlier_best(state)
         if (config.epochs, config.max_steps) != (before.epochs, before.max_steps) and state.step >= resumed.total_steps:
@@ -218,6 +219,7 @@ class _Run:
         self.callbacks, self.resumed_from = callbacks, resumed_from
         self.followers: list[Callback] = []  # empty except on the main process
         run_folder.check_splits(run, decoded, begun=resumed_from is not None, write=accelerator.is_main_process)
+        self.contents = run_folder.ContentHashes(run, decoded) if accelerator.is_main_process else None
         self.learner = Learner(accelerator, decoded)
         self.unwrapped, self.probe = self.learner.unwrapped, self.learner.probe
         self.steps_per_epoch, self.total_steps = self.learner.steps_per_epoch, self.learner.total_steps
@@ -291,6 +293,8 @@ class _Run:
                     result = self._finish(state, bar)
             except Interrupted as stop:
                 raise self._stopped(state, stop.number, bar) from None
+            except UnreadableError as error:
+                raise self._cannot_read(state, error, bar) from error
         trained = window.pace.images > 0  # else it had finished before, and has already said so
         if trained and self.measured:
             weights = self.decoded.weights
@@ -407,8 +411,10 @@ class _Run:
 
     def _measure(self, role: str, bar: "console.TrainingProgress") -> Metrics:
         accelerator = self.accelerator
+        with self.signals.interruptible():
+            images, labels = self.decoded.stores[role]  # of a large dataset, they are decoded now
         loader = EvalLoader(
-            *self.decoded.stores[role], self.how, batch_size=evaluation.BATCH, device=accelerator.device,
+            images, labels, self.how, batch_size=evaluation.BATCH, device=accelerator.device,
             rank=accelerator.process_index, world=accelerator.num_processes,
         )  # fmt: skip
         with self.signals.interruptible(), bar.evaluating(role) as shown:
@@ -416,7 +422,7 @@ class _Run:
             batches = loader if self.probe is None else self.probe.scoring(role, loader, progress)
             # Not the DDP wrapper, which would wait for other processes that may have fewer batches.
             self.measured = evaluation.measure(
-                self.learner.module, batches, self.labels, self.decoded.splits[role],
+                self.learner.module, batches, self.labels, self.decoded.scored(role),
                 others=self.decoded.lacking(role), gather=gather, progress=progress,
             )  # fmt: skip
             return self.measured
@@ -457,6 +463,8 @@ class _Run:
         scaler = self.accelerator.scaler
         state.scaler = scaler.state_dict() if scaler else None
         moments = ckpt.optimizer_tensors(self.unwrapped, self.learner.optimizer.optimizer)
+        if self.contents is not None:
+            self.contents.record()
         with self.learner.whole() as model:
             if model is not None:
                 folder = ckpt.save_step(self.run, model, moments, self.how, self._card(state), state)
@@ -465,7 +473,15 @@ class _Run:
             else:
                 deque(each_joined(moments), 0)  # what the main process is writing
         self.saved = state.step
+        self._list_skipped()
         self.accelerator.wait_for_everyone()
+
+    def _list_skipped(self) -> None:
+        """Record the images that processes have met and could not read."""
+        if self.config.on_bad_image == "skip":
+            everywhere = gather_object([self.decoded.skipped])
+            for skipped in everywhere if self.accelerator.is_main_process else ():
+                run_folder.add_skipped(self.run, skipped)
 
     def _write_model(
         self, name: str, card: Card, state: State | None = None, *, novelty: Novelty | None = None
@@ -482,8 +498,8 @@ class _Run:
 
     # -- the end ----------------------------------------------------------------------------------
 
-    def _stopped(self, state: State, number: int, bar: "console.TrainingProgress") -> Stopped:
-        """Save what is not saved yet; the returned error says how to resume."""
+    def _save_now(self, state: State, bar: "console.TrainingProgress") -> None:
+        """Save what is not saved yet, between two steps."""
         try:
             if len(self.window):
                 self._log(state, bar)
@@ -494,6 +510,18 @@ class _Run:
         if self.saved == state.step != self.written_last:
             with self.learner.averaged():
                 self._write_last(state)
+
+    def _cannot_read(self, state: State, error: UnreadableError, bar: "console.TrainingProgress") -> DataError:
+        """Save, unless other processes are in the middle of a step; the returned error says how to resume."""
+        run_folder.add_unreadable(self.run, error.names)
+        if self.accelerator.num_processes == 1:
+            self._save_now(state, bar)
+        step = max(self.saved, self.begun)
+        return DataError(f"{error} To go on from step {step}: vitft train --resume {shlex.quote(str(self.run))}")
+
+    def _stopped(self, state: State, number: int, bar: "console.TrainingProgress") -> Stopped:
+        """Save what is not saved yet; the returned error says how to resume."""
+        self._save_now(state, bar)
         name = "Ctrl-C" if number == 2 else "SIGTERM"
         kept = "everything is saved" if state.step else "there is nothing to save yet"
         return Stopped(

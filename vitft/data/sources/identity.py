@@ -5,8 +5,11 @@ content. So ids stay the same when images are added, removed or reordered.
 """
 
 import os
+import threading
 from collections.abc import Callable
+from functools import partial
 from hashlib import blake2b
+from itertools import chain
 
 import datasets
 import numpy as np
@@ -14,6 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from vitft.data.sources.schema import NAME, ROW, whole_numbers
+from vitft.hardware.pools import map_in_processes, processes
 from vitft.io.paths import composed
 
 Rows = NDArray[np.int64]
@@ -21,6 +25,7 @@ Keys = NDArray[np.uint64]
 
 _READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 _HASHED_WHOLE, _PIECE = 1 << 16, 1 << 14  # bytes; of larger images, a piece at the start, middle and end is hashed
+_MANY, _PART = 5000, 500  # files that take longer to hash than processes to start; files hashed at a time
 
 
 def has_names(split: datasets.Dataset) -> bool:
@@ -58,6 +63,14 @@ def content_hashes(split: datasets.Dataset, rows: Rows) -> list[str]:
 
     Above 64 KB it covers the size and 16 KB each at the start, the middle and the end.
     """
+    main = threading.current_thread() is threading.main_thread()  # the only one that may fork
+    count = processes() if has_names(split) and len(rows) >= _MANY and main else 0
+    parts = np.array_split(rows, max(1, -(-len(rows) // _PART)))  # all paths of a large split at once take much memory
+    work = partial(_content_hashes, split)
+    return list(chain.from_iterable(map_in_processes(work, parts, count) if count else map(work, parts)))
+
+
+def _content_hashes(split: datasets.Dataset, rows: Rows) -> list[str]:
     hashes = [""] * len(rows)
     table_rows = _table_rows(split, rows)
     order = np.argsort(table_rows, kind="stable")
