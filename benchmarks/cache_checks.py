@@ -20,7 +20,7 @@ import numpy as np
 from photos import make_photos
 
 from vitft import TrainConfig, train
-from vitft.data import cache
+from vitft.data.stores import cache
 
 
 def main() -> None:

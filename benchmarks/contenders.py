@@ -24,7 +24,7 @@ from vitft.data.augment import Preprocess
 from vitft.data.augmentation.settings import Augmentation
 from vitft.data.loader import TrainLoader
 from vitft.data.sources.source import class_indices, open_dataset
-from vitft.data.store import decode_all
+from vitft.data.stores.store import decode_all
 from vitft.hardware.timers import synchronize
 from vitft.models.load import load_for_training, shape_of
 from vitft.spec import PRESETS

@@ -28,7 +28,7 @@ TINY = ["--dataset", "digits", "--model", "vit-micro", "--from-scratch", "--max-
         "--max-eval-samples", "20", "--batch-size", "8", "--max-steps", "2", "--device", "cpu"]  # fmt: skip
 COMMANDS = ["", "train", "probe", "sweep", "embed", "soup", "eval", "predict", "report", "compare", "explain", "runs",
             "runs ls", "models", "models ls", "recipes", "recipes ls", "recipes show", "recipes copy", "data",
-            "data info", "data doubt", "scratch", "scratch train", "push", "export", "serve", "learn",
+            "data info", "data doubt", "data pack", "scratch", "scratch train", "push", "export", "serve", "learn",
             "launch"]  # fmt: skip
 
 

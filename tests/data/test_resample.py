@@ -75,9 +75,9 @@ def test_matmul_augmentation_matches_the_threaded_version(kind: str, preprocess:
 
 def test_the_number_of_operations_does_not_depend_on_the_batch_size() -> None:
     counts = []
-    for count in (4, 32):
+    for count in (4, 4, 32):  # the first also makes constants, once for all
         images, index = noise(count, 16, 16), np.arange(count)
         with profile(activities=[ProfilerActivity.CPU]) as trace:
             augment_by_matmul(images, Preprocess(24, 24), Augmentation("crop", 0), 0, index)
         counts.append(Counter(event.name for event in trace.events()))
-    assert counts[0] == counts[1]
+    assert counts[1] == counts[2]

@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from vitft.data import store
 from vitft.data.augment import Preprocess
 from vitft.data.decoder import BadImage
-from vitft.data.store import decode_all
+from vitft.data.stores import store
+from vitft.data.stores.store import decode_all
 from vitft.errors import DataError, TrainingError
 from vitft.hardware import pools
 from vitft.hardware.device import cpus

@@ -51,7 +51,7 @@ recipes_app = typer.Typer(
 runs_app = typer.Typer(cls=Group, no_args_is_help=True, help="What was trained here.")
 models_app = typer.Typer(cls=Group, no_args_is_help=True, help="Pretrained models to start from.")
 scratch_app = typer.Typer(cls=Group, no_args_is_help=True, help="Train the textbook's ViTs, from first principles.")
-data_app = typer.Typer(cls=Group, no_args_is_help=True, help="Inspect a dataset.")
+data_app = typer.Typer(cls=Group, no_args_is_help=True, help="Inspect a dataset, or pack it.")
 cache_app = typer.Typer(cls=Group, no_args_is_help=True, help="The cache of decoded photos.")
 data_app.add_typer(cache_app, name="cache")
 _TRAIN, _FIRST, _USE, _LEARN = "Train", "Look first", "Use a model", "Understand"  # groups of commands in --help
@@ -462,10 +462,49 @@ def data_check(
         raise DataError(f"{broken:,} of {images:,} images would stop training; fix, remove or exclude them.")
 
 
+@data_app.command("pack")
+@options_from(TRAIN_SETTINGS, "Reading")
+def data_pack(
+    dataset: DatasetName,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write the shards; a new folder, or one that an interrupted command began.")],
+    dataset_revision: Revision = None,
+    resize: Annotated[int | None, typer.Option(min=1, max=10_000, metavar="<int>", help="Shrink images whose shorter side is longer than this. Default: copy all bit for bit.")] = None,
+    shard_mb: Annotated[int, typer.Option(min=1, metavar="<int>", help="Most megabytes of images in a shard.")] = 500,
+    on_bad_image: Annotated[Literal["error", "skip"], typer.Option(help="If an image cannot be read: stop, or leave it out.")] = "error",
+    max_pixels: MaxPixels = None,
+    json: Json = False,
+    *, overrides: dict[str, Any],
+) -> None:  # fmt: skip
+    """Pack a dataset into parquet shards: few large files, to copy or to upload.
+
+    Their images are in random order. What they hold is read as the dataset was: vitft train --dataset FOLDER
+    """
+    with loading():
+        from vitft.data.decoder import MAX_PIXELS
+        from vitft.data.packing import pack
+        from vitft.data.sources.source import open_dataset
+
+    source = open_dataset(dataset, revision=dataset_revision, **overrides)
+    with console.working("packing") as progress:
+        packed = pack(
+            source, expanded(folder), resize=resize, shard_bytes=shard_mb * 1_000_000, skip_bad=on_bad_image == "skip",
+            max_pixels=max_pixels or MAX_PIXELS, progress=progress,
+        )  # fmt: skip
+    for image in packed.skipped:
+        console.warn(f"left out {image.name}: {image.reason}")
+    if json:
+        console.say_json(packed.to_dict())
+        return
+    console.say_text(
+        f"{packed.images:,} images in {packed.shards:,} shards, {console.size(packed.size)}, in {folder}; "
+        f"checksums in SHA256SUMS\nnext: vitft train --dataset {shlex.quote(str(folder))}\n"
+    )
+
+
 @cache_app.command("ls")
 def cache_ls(json: Json = False) -> None:
     """List the cached datasets, their size, and when they were last used."""
-    from vitft.data import cache
+    from vitft.data.stores import cache
 
     kept = cache.entries()
     if json:
@@ -479,7 +518,7 @@ def cache_ls(json: Json = False) -> None:
 @cache_app.command("clear")
 def cache_clear() -> None:
     """Empty the cache; runs that use it are not affected."""
-    from vitft.data import cache
+    from vitft.data.stores import cache
 
     console.say_text(f"removed {console.size(cache.clear())}.\n")
 

@@ -20,9 +20,9 @@ from vitft.data.augment import Images, Preprocess, augment, augment_pixels, flip
 from vitft.data.augmentation.erasing import erase
 from vitft.data.augmentation.mixing import draw_mixes, mix, mix_labels
 from vitft.data.augmentation.settings import Augmentation
-from vitft.data.lazy_store import LazyStore
 from vitft.data.sampling import balanced_order, positions, uniform_order
-from vitft.data.store import Store, move_to_device
+from vitft.data.stores.lazy_store import LazyStore
+from vitft.data.stores.store import Store, move_to_device
 from vitft.hardware.device import to_device
 from vitft.hardware.pools import map_in_processes, processes
 from vitft.hardware.timers import Clock

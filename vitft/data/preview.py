@@ -16,7 +16,7 @@ from vitft.data.decoder import MAX_PIXELS, BadImage, decode, encoded
 from vitft.data.loader import TrainLoader
 from vitft.data.sources.source import Source, class_indices
 from vitft.data.splits import find_split_name
-from vitft.data.store import decode_all
+from vitft.data.stores.store import decode_all
 from vitft.io.console import safe
 from vitft.io.fonts import drawable
 from vitft.randomness import permutation

@@ -22,7 +22,7 @@ from vitft.data.loader import Batches, EvalLoader
 from vitft.data.sources.schema import ReadOptions
 from vitft.data.sources.source import ALIASES, DIGITS, DatasetLike, Source, source_of
 from vitft.data.splits import Split
-from vitft.data.store import Skipped, Store, decode_all
+from vitft.data.stores.store import Skipped, Store, decode_all
 from vitft.errors import DataError, ModelError, UsageError
 from vitft.evaluation.held_out import choose_split
 from vitft.evaluation.loading import load_model

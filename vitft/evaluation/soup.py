@@ -21,7 +21,7 @@ from vitft.data.loader import EvalLoader
 from vitft.data.sources.source import Source, source_of
 from vitft.data.split_record import FILE, refuse_leak, restore_splits
 from vitft.data.splits import Split
-from vitft.data.store import decode_all
+from vitft.data.stores.store import decode_all
 from vitft.errors import DataError, UsageError
 from vitft.evaluation.evaluation import BATCH, matched, measure, without
 from vitft.evaluation.held_out import Ancestor, lineage

@@ -14,11 +14,11 @@ from accelerate.utils import broadcast_object_list
 
 from vitft.checkpoints import checkpoint as ckpt
 from vitft.config.train import TrainConfig
-from vitft.data.lazy_store import LazyStore
 from vitft.data.sources.identity import content_hashes
 from vitft.data.split_record import FILE
 from vitft.data.splits import contents_of, manifest
-from vitft.data.store import Skipped, Store
+from vitft.data.stores.lazy_store import LazyStore
+from vitft.data.stores.store import Skipped, Store
 from vitft.errors import DataError, ModelError, UsageError, as_flag
 from vitft.hardware.device import command, environment
 from vitft.hardware.processes import launch, restarts

@@ -14,11 +14,11 @@ from vitft.checkpoints.checkpoint import base_of, find_model, is_run
 from vitft.checkpoints.metadata import read_card, verify
 from vitft.config.train import SIZES, TrainConfig, range_of, usual_lr
 from vitft.data.decoder import unused_range
-from vitft.data.lazy_store import LazyStore, is_large
 from vitft.data.sources.source import ALIASES, DIGITS, Source, source_of
 from vitft.data.split_record import Record, describe_changes, read_record, restore_splits
 from vitft.data.splits import Split, find_split_name, make_splits
-from vitft.data.store import Skipped, check_headers, decode_all
+from vitft.data.stores.lazy_store import LazyStore, is_large
+from vitft.data.stores.store import Skipped, check_headers, decode_all
 from vitft.data.validation.check import check, check_labels, imbalance, samples
 from vitft.errors import DataError, UsageError
 from vitft.evaluation.evaluation import listed, matched, without

@@ -22,7 +22,7 @@ from vitft.checkpoints.metadata import Card, read_card
 from vitft.config.train import TrainConfig
 from vitft.data.loader import EvalLoader
 from vitft.data.sources.source import DatasetLike
-from vitft.data.store import UnreadableError
+from vitft.data.stores.store import UnreadableError
 from vitft.errors import DataError, ModelError, Stopped, TrainingError, UsageError
 from vitft.evaluation import evaluation
 from vitft.evaluation.calibration import fit_temperature

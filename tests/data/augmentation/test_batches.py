@@ -10,7 +10,7 @@ from vitft.data.augmentation.mixing import draw_mixes, mix, mix_labels
 from vitft.data.augmentation.settings import Augmentation
 from vitft.data.loader import Batch, TrainLoader
 from vitft.data.sources.source import open_dataset
-from vitft.data.store import decode_all
+from vitft.data.stores.store import decode_all
 
 PREPROCESS = Preprocess(12, 12)
 ROWS = open_dataset("digits").splits["train"].select(range(53))

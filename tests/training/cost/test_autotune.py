@@ -18,8 +18,8 @@ from PIL import Image
 
 import vitft.training.step
 from vitft import TrainConfig, train
-from vitft.data import store
 from vitft.data.augment import CROP_AREA
+from vitft.data.stores import store
 from vitft.errors import UsageError
 from vitft.hardware.device import micro_batch
 from vitft.models.load import compiled, shape_of

@@ -25,7 +25,8 @@ Keys = NDArray[np.uint64]
 
 _READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 _HASHED_WHOLE, _PIECE = 1 << 16, 1 << 14  # bytes; of larger images, a piece at the start, middle and end is hashed
-_MANY, _PART = 5000, 500  # files that take longer to hash than processes to start; files hashed at a time
+_MANY, _LARGE = 5000, 10_000  # images that take longer to hash than processes to start: files, or of so many bytes
+_PART = 500  # images hashed at a time
 
 
 def has_names(split: datasets.Dataset) -> bool:
@@ -64,7 +65,8 @@ def content_hashes(split: datasets.Dataset, rows: Rows) -> list[str]:
     Above 64 KB it covers the size and 16 KB each at the start, the middle and the end.
     """
     main = threading.current_thread() is threading.main_thread()  # the only one that may fork
-    count = processes() if has_names(split) and len(rows) >= _MANY and main else 0
+    slow = has_names(split) or split.data.column("image").nbytes > _LARGE * len(split.data)
+    count = processes() if main and slow and len(rows) >= _MANY else 0
     parts = np.array_split(rows, max(1, -(-len(rows) // _PART)))  # all paths of a large split at once take much memory
     work = partial(_content_hashes, split)
     return list(chain.from_iterable(map_in_processes(work, parts, count) if count else map(work, parts)))

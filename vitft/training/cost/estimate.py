@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from vitft.data.augment import augment, preprocess_images
 from vitft.data.augmentation.settings import Augmentation
 from vitft.data.decoder import BadImage, decode, encoded
-from vitft.data.store import IN_MEMORY, decode_all, shrink
+from vitft.data.stores.store import IN_MEMORY, decode_all, shrink
 from vitft.hardware.device import autocast, micro_batch
 from vitft.hardware.timers import synchronize
 from vitft.models.heads import classifier_of

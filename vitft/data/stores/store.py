@@ -22,10 +22,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitft.data import cache
 from vitft.data.augment import CROP_AREA, Images, Preprocess, apply_resize, resize
 from vitft.data.decoder import BadImage, are_tiny, choose_map, decode, encoded, header, image_info
 from vitft.data.sources.identity import sample_id
+from vitft.data.stores import cache
 from vitft.errors import DataError
 from vitft.hardware.device import to_device
 from vitft.hardware.pools import map_in_processes, map_in_threads, processes

@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.data.test_store import photos
+from tests.data.stores.test_store import photos
 from vitft.checkpoints import checkpoint as ckpt
 from vitft.config.train import TrainConfig
-from vitft.data import cache, lazy_store
 from vitft.data.augment import Preprocess
 from vitft.data.decoder import decode
-from vitft.data.lazy_store import LazyStore, is_large
 from vitft.data.sources.source import open_dataset
-from vitft.data.store import Store, UnreadableError, decode_all
+from vitft.data.stores import cache, lazy_store
+from vitft.data.stores.lazy_store import LazyStore, is_large
+from vitft.data.stores.store import Store, UnreadableError, decode_all
 from vitft.errors import DataError
 from vitft.hardware.pools import map_in_processes
 from vitft.training import trainer
@@ -51,7 +51,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         sources.append(source)
         return decode(source, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("vitft.data.store.decode", spy)
+    monkeypatch.setattr("vitft.data.stores.store.decode", spy)
     return sources
 
 

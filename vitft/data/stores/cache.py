@@ -123,7 +123,7 @@ def _decoder() -> tuple[Any, ...]:
     return PIL.__version__, torch.__version__, libraries, code
 
 
-_CODE = ("augment", "color", "decoder", "store")
+_CODE = ("augment", "color", "decoder", "stores/store")
 
 
 class OpenEntry:

@@ -20,11 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitft.data import cache
 from vitft.data.augment import Images, Preprocess
 from vitft.data.decoder import BadImage, are_tiny
 from vitft.data.sources.identity import sample_id
-from vitft.data.store import IN_MEMORY, PixelHash, Skipped, UnreadableError, decoding, first_is_large, made_by
+from vitft.data.stores import cache
+from vitft.data.stores.store import IN_MEMORY, PixelHash, Skipped, UnreadableError, decoding, first_is_large, made_by
 from vitft.errors import DataError
 from vitft.hardware.pools import map_in_threads, shared_lock
 from vitft.io import console

@@ -16,15 +16,15 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from tests.data.test_store import photos
+from tests.data.stores.test_store import photos
 from vitft.cli.app import app
-from vitft.data import cache
 from vitft.data.augment import Preprocess
 from vitft.data.augmentation.settings import Augmentation
 from vitft.data.decoder import decode
 from vitft.data.loader import TrainLoader
 from vitft.data.sources.source import open_dataset
-from vitft.data.store import Store, decode_all
+from vitft.data.stores import cache
+from vitft.data.stores.store import Store, decode_all
 from vitft.errors import DataError
 from vitft.io.atomic import lock_folder
 
@@ -49,7 +49,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         sources.append(source)
         return decode(source, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("vitft.data.store.decode", spy)
+    monkeypatch.setattr("vitft.data.stores.store.decode", spy)
     return sources
 
 
@@ -260,7 +260,7 @@ def test_an_entry_whose_description_is_other_json_is_not_used(folder: Path, deco
 def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the entry exceeds the bytes that a run holds in memory."""
     if request.param == "in a file":
-        monkeypatch.setattr("vitft.data.store.IN_MEMORY", 100)
+        monkeypatch.setattr("vitft.data.stores.store.IN_MEMORY", 100)
         return True
     return False
 
@@ -554,7 +554,7 @@ def test_thirty_epochs_take_no_more_memory_than_three(
 ) -> None:
     folder = photos(tmp_path / "photos", [(300 + i, 240) for i in range(60)])
     if storage != "in memory":
-        monkeypatch.setattr("vitft.data.store.IN_MEMORY", 0)
+        monkeypatch.setattr("vitft.data.stores.store.IN_MEMORY", 0)
     rows, preprocess = open_dataset(str(folder)).splits["train"], Preprocess(64, 64)
     for _ in range(2):
         store, _ = decode_all(

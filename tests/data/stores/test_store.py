@@ -28,7 +28,7 @@ from vitft.data.decoder import decode
 from vitft.data.loader import EvalLoader, ForkedPrefetcher, Prefetcher, TrainLoader
 from vitft.data.sampling import REPEAT_BITS, balanced_order
 from vitft.data.sources.source import open_dataset
-from vitft.data.store import Store, check_headers, decode_all, move_to_device
+from vitft.data.stores.store import Store, check_headers, decode_all, move_to_device
 from vitft.errors import DataError
 from vitft.hardware.pools import map_in_processes
 from vitft.randomness import permutation, uniform
@@ -241,7 +241,7 @@ def assert_same(first: Store, second: Store) -> None:
 def test_a_large_store_is_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = photos(tmp_path, [(20, 16)] * 6)
     in_memory, _ = stored(folder)
-    monkeypatch.setattr("vitft.data.store.IN_MEMORY", 100)
+    monkeypatch.setattr("vitft.data.stores.store.IN_MEMORY", 100)
     mapped, _ = stored(folder, cache_gb=1e-5)
     assert_same(mapped, in_memory)
 
@@ -256,7 +256,7 @@ def test_images_over_the_limit_are_decoded_on_demand(
     (tmp_path / "more" / "train" / "dog" / "000.png").rename(folder / "train" / "dog" / "900.png")
     (tmp_path / "more" / "train" / "cat" / "001.png").rename(folder / "train" / "dog" / "901.png")
     in_memory, bad = stored(folder, skip_bad=True)
-    monkeypatch.setattr("vitft.data.store.IN_MEMORY", bound)
+    monkeypatch.setattr("vitft.data.stores.store.IN_MEMORY", bound)
     on_demand, also = stored(folder, skip_bad=True)
     assert bad == also
     assert len(on_demand.pixels) <= bound < len(in_memory.pixels)
@@ -274,7 +274,7 @@ def test_an_image_changed_since_the_run_began_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], message: str
 ) -> None:
     folder = photos(tmp_path, [(20, 16)] * 4)
-    monkeypatch.setattr("vitft.data.store.IN_MEMORY", 0)
+    monkeypatch.setattr("vitft.data.stores.store.IN_MEMORY", 0)
     store, _ = stored(folder)
     change(folder / "train" / "cat" / "001.png")
     with pytest.raises(DataError, match=rf"cat/001.png: .*{message}; it has changed since the run began"):
@@ -282,10 +282,10 @@ def test_an_image_changed_since_the_run_began_is_named(
 
 
 def test_images_decoded_on_demand_move_to_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitft.data.store._CHUNK", 3)
+    monkeypatch.setattr("vitft.data.stores.store._CHUNK", 3)
     folder = photos(tmp_path, [(20, 16)] * 7)
     in_memory, _ = stored(folder)
-    monkeypatch.setattr("vitft.data.store.IN_MEMORY", 0)
+    monkeypatch.setattr("vitft.data.stores.store.IN_MEMORY", 0)
     on_demand, _ = stored(folder)
     assert len(on_demand.pixels) == 0
     moved = move_to_device(on_demand, CPU, 10 * in_memory.size)
@@ -354,7 +354,7 @@ def test_a_small_store_of_equal_sizes_moves_to_the_device(tmp_path: Path) -> Non
 def test_a_full_disk_is_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = photos(tmp_path, [(20, 16)] * 4)
     in_memory, _ = stored(folder)
-    monkeypatch.setattr("vitft.data.store.IN_MEMORY", 900)
+    monkeypatch.setattr("vitft.data.stores.store.IN_MEMORY", 900)
     disk = tempfile.TemporaryFile
 
     def small(buffering: int) -> object:
@@ -363,7 +363,7 @@ def test_a_full_disk_is_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         file.write = lambda raw: write(raw[: 2000 - file.tell()])  # type: ignore[method-assign]
         return file
 
-    monkeypatch.setattr("vitft.data.store.tempfile.TemporaryFile", small)
+    monkeypatch.setattr("vitft.data.stores.store.tempfile.TemporaryFile", small)
     on_demand, _ = stored(folder, cache_gb=1e-5)
     assert len(on_demand.pixels) == 2 * 20 * 16 * 3
     assert_same(on_demand, in_memory)
@@ -376,7 +376,7 @@ def test_only_training_decodes_at_smaller_sizes(monkeypatch: pytest.MonkeyPatch)
         min_sides.append(min_side)
         return np.zeros((8, 8, 3), np.uint8)
 
-    monkeypatch.setattr("vitft.data.store.decode", spy)
+    monkeypatch.setattr("vitft.data.stores.store.decode", spy)
     square, edge = Preprocess(224, 224), Preprocess(224, 224, shortest_edge=248)
     for preprocess, training, cropped in (
         (square, False, False), (square, True, False), (square, True, True), (edge, True, False),

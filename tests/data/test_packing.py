@@ -1,0 +1,224 @@
+"""Datasets packed into parquet shards."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from io import BytesIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from tests.data.stores.test_store import photos
+from vitft.cli.app import app
+from vitft.data import packing
+from vitft.data.decoder import MAX_PIXELS, decode
+from vitft.data.packing import SUMS, Packed, pack
+from vitft.data.sources.identity import content_hashes
+from vitft.data.sources.source import Source, class_indices, open_dataset
+from vitft.data.stores.store import UnreadableError
+from vitft.errors import UsageError
+
+SIZES = [(100 + i, 64) for i in range(20)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Photos with a train and a test split."""
+    photos(tmp_path / "photos", SIZES)
+    for kind in ("cat", "dog"):
+        (tmp_path / "photos/test" / kind).mkdir(parents=True)
+        Image.new("RGB", (30, 20), "red" if kind == "cat" else "blue").save(tmp_path / f"photos/test/{kind}/new.jpg")
+    return tmp_path / "photos"
+
+
+def packed(folder: Path, output: Path, **options: Any) -> Packed:
+    return pack(open_dataset(str(folder)), output, **{"max_pixels": MAX_PIXELS} | options)
+
+
+def content(source: Source, split: str) -> Counter[tuple[str, str]]:
+    """What the images and their classes are."""
+    rows = source.splits[split]
+    names = [source.labels[label] for label in class_indices(rows).tolist()]
+    return Counter(zip(content_hashes(rows, np.arange(len(rows))), names, strict=True))
+
+
+def files_of(output: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(output.iterdir())}
+
+
+@pytest.mark.parametrize("forks", [0, 2])
+def test_shards_hold_the_same_images_bit_for_bit(
+    folder: Path, tmp_path: Path, forks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "processes", lambda: forks)
+    monkeypatch.setattr(packing, "_ROW_GROUP", 3)
+    done = packed(folder, tmp_path / "out", shard_bytes=20_000)
+    before, after = open_dataset(str(folder)), open_dataset(str(tmp_path / "out"))
+    assert after.labels == before.labels == ("cat", "dog")
+    for split in ("train", "test"):
+        assert content(after, split) == content(before, split)
+    assert (done.images, done.shards, done.skipped) == (22, len(list((tmp_path / "out").glob("*.parquet"))), [])
+    assert done.shards > 3
+
+
+def test_datasets_reads_the_shards(folder: Path, tmp_path: Path) -> None:
+    packed(folder, tmp_path / "out", shard_bytes=20_000)
+    loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    assert {name: len(split) for name, split in loaded.items()} == {"train": 20, "test": 2}
+    assert loaded["train"].features["label"].names == ["cat", "dog"]
+    image = loaded["test"][0]["image"]
+    assert image.size == (30, 20)
+
+
+def test_a_shard_is_as_large_as_it_may_be(folder: Path, tmp_path: Path) -> None:
+    packed(folder, tmp_path / "out", shard_bytes=20_000)
+    sizes = []
+    for file in sorted((tmp_path / "out").glob("train-*.parquet")):
+        images = pq.read_table(file).column("image").to_pylist()
+        sizes.append([len(image["bytes"]) for image in images])
+    assert all(sum(of_shard) <= 20_000 for of_shard in sizes)
+    assert all(sum(of_shard) + of_next[0] > 20_000 for of_shard, of_next in pairwise(sizes))
+    alone = packed(folder, tmp_path / "single", shard_bytes=1)
+    assert alone.shards == alone.images
+
+
+def test_images_are_in_an_order_that_does_not_depend_on_their_names(folder: Path, tmp_path: Path) -> None:
+    packed(folder, tmp_path / "out")
+    (tmp_path / "renamed").mkdir()
+    renamed = folder.rename(tmp_path / "renamed" / "photos")
+    for number, file in enumerate(sorted(renamed.rglob("*.png"), reverse=True)):
+        file.rename(file.with_name(f"x{number}.png"))
+    packed(renamed, tmp_path / "again")
+
+    def order(output: Path) -> list[bytes]:
+        images = pq.read_table(output / "train-00000-of-00001.parquet").column("image").to_pylist()
+        return [image["bytes"] for image in images]
+
+    assert order(tmp_path / "out") == order(tmp_path / "again")
+    labels = pq.read_table(tmp_path / "out/train-00000-of-00001.parquet").column("label").to_pylist()
+    assert labels not in (sorted(labels), sorted(labels, reverse=True))
+
+
+def test_larger_images_are_shrunk_and_others_copied(tmp_path: Path) -> None:
+    place = tmp_path / "photos" / "a"
+    place.mkdir(parents=True)
+    smooth = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8))
+    upright = Image.Exif()
+    upright[0x0112] = 6  # to be rotated by a quarter
+    smooth.resize((400, 200), Image.Resampling.BICUBIC).save(place / "wide.jpg", quality=95, exif=upright)
+    smooth.resize((300, 301), Image.Resampling.BICUBIC).save(place / "square.png")
+    smooth.resize((100, 500), Image.Resampling.BICUBIC).save(place / "small.jpg")
+    packed(tmp_path / "photos", tmp_path / "out", resize=100)
+    table = pq.read_table(tmp_path / "out/train-00000-of-00001.parquet").column("image").to_pylist()
+    images = {Path(image["path"]).name: image["bytes"] for image in table}
+    assert images["small.jpg"] == (place / "small.jpg").read_bytes()
+    for name, size, kind in (("wide.jpg", (100, 200), "JPEG"), ("square.png", (100, 100), "PNG")):
+        image = Image.open(BytesIO(images[name]))
+        assert (image.size, image.format) == (size, kind)
+        wanted = Image.fromarray(decode(place / name)).resize(size, Image.Resampling.LANCZOS)
+        error = np.abs(np.asarray(image, np.int16) - np.asarray(wanted, np.int16))
+        assert error.max() <= (0 if kind == "PNG" else 12)
+        assert error.mean() < 1
+
+
+def test_checksums_are_those_of_the_files(folder: Path, tmp_path: Path) -> None:
+    packed(folder, tmp_path / "out", shard_bytes=20_000)
+    listed = dict(reversed(line.split("  ")) for line in (tmp_path / "out" / SUMS).read_text().splitlines())
+    files = sorted((tmp_path / "out").glob("*.parquet"))
+    assert listed == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def test_a_bad_image_is_an_error_or_is_left_out(folder: Path, tmp_path: Path) -> None:
+    bad = sorted((folder / "train/cat").iterdir())[2]
+    whole = bad.read_bytes()
+    bad.write_bytes(b"no image")
+    with pytest.raises(UnreadableError, match=rf"^train/cat/{bad.name}: is not an image .*; fix or remove it"):
+        packed(folder, tmp_path / "out", shard_bytes=20_000)
+    done = packed(folder, tmp_path / "skipped", shard_bytes=20_000, skip_bad=True)
+    assert (done.images, [one.name for one in done.skipped]) == (21, [f"train/cat/{bad.name}"])
+    again = packed(folder, tmp_path / "skipped", shard_bytes=20_000, skip_bad=True)
+    assert again == done  # the shards remember it
+    bad.write_bytes(whole)
+    with pytest.raises(UsageError, match="was packed from other images, or with other settings; choose a new folder"):
+        packed(folder, tmp_path / "skipped", shard_bytes=20_000, skip_bad=True)
+
+
+@pytest.mark.parametrize("change", [{"resize": 50}, {"shard_bytes": 10_000}])
+def test_shards_of_other_settings_are_not_mixed(folder: Path, tmp_path: Path, change: dict[str, int]) -> None:
+    packed(folder, tmp_path / "out", shard_bytes=20_000)
+    before = files_of(tmp_path / "out")
+    (tmp_path / "out" / sorted(before)[-1]).unlink()
+    with pytest.raises(UsageError, match=r"choose a new folder"):
+        packed(folder, tmp_path / "out", **{"shard_bytes": 20_000} | change)
+    assert len(files_of(tmp_path / "out")) == len(before) - 1
+
+
+def test_a_folder_with_anything_else_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"out holds notes\.txt, which is no part of this dataset"):
+        packed(folder, tmp_path / "out")
+    assert files_of(tmp_path / "out") == {"notes.txt": b"mine"}
+    with pytest.raises(UsageError, match=r"notes\.txt is a file; choose a new folder"):
+        packed(folder, tmp_path / "out/notes.txt")
+
+
+def test_what_was_killed_goes_on_with_the_shards_that_are_missing(folder: Path, tmp_path: Path) -> None:
+    """Killed for real, at three moments."""
+    whole = packed(folder, tmp_path / "whole", shard_bytes=3000)
+    assert whole.shards > 10
+    code = (
+        "import sys, time\nfrom vitft.data import packing\nreal = packing._packed\n"
+        "def slow(*given):\n    time.sleep(0.05)\n    return real(*given)\n"
+        "packing._packed = slow\npacking.processes = lambda: 0\n"
+        "from vitft.data.sources.source import open_dataset\n"
+        "packing.pack(open_dataset(sys.argv[1]), packing.Path(sys.argv[2]), shard_bytes=3000, max_pixels=50_000_000)\n"
+    )
+    output = tmp_path / "out"
+    for wanted in (2, 6, 9):
+        running = subprocess.Popen([sys.executable, "-c", code, str(folder), str(output)])
+        while len(list(output.glob("*.parquet"))) < wanted and running.poll() is None:
+            time.sleep(0.005)
+        os.kill(running.pid, signal.SIGKILL)
+        running.wait()
+        assert not (output / SUMS).exists()
+    there = {file.name: file.stat().st_mtime_ns for file in output.glob("*.parquet")}
+    assert len(there) >= 9
+    assert packed(folder, output, shard_bytes=3000).shards == whole.shards
+    assert files_of(output) == files_of(tmp_path / "whole")
+    assert all((output / name).stat().st_mtime_ns == time for name, time in there.items())
+
+
+def test_two_commands_do_not_write_to_one_folder(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with packing.lock_folder(tmp_path / "out"), pytest.raises(UsageError, match="another process is writing it"):
+        packed(folder, tmp_path / "out")
+
+
+def test_the_command_says_what_it_wrote_and_what_is_next(folder: Path, tmp_path: Path) -> None:
+    run = CliRunner(env={"COLUMNS": "120"})
+    (folder / "train/cat/bad.png").write_bytes(b"")
+    output = tmp_path / "out"
+    failed = run.invoke(app, ["data", "pack", str(folder), str(output)])
+    assert (failed.exit_code, failed.stderr.count("error: train/cat/bad.png: is empty")) == (3, 1)
+    done = run.invoke(app, ["data", "pack", str(folder), str(output), "--on-bad-image", "skip"])
+    assert done.exit_code == 0, done.output
+    assert "22 images in 2 shards, " in done.stdout
+    assert f"next: vitft train --dataset {output}\n" in done.stdout
+    assert "left out train/cat/bad.png: is empty" in done.stderr
+    said = json.loads(
+        run.invoke(app, ["data", "pack", str(folder), str(output), "--on-bad-image", "skip", "--json"]).stdout
+    )
+    assert (said["images"], said["shards"], said["skipped"][0]["name"]) == (22, 2, "train/cat/bad.png")
