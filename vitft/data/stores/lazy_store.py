@@ -147,13 +147,18 @@ class LazyStore:
         return cache.peek(key, len(self)) if key else None
 
     def _cached(self, position: int) -> Tensor | None:
-        """An image from the cache; None if it cannot be read, or is not what was written."""
+        """An image from the cache, kept in memory if there is room; None if it is not what was written."""
         entry, image = self._entry, None
         with suppress(OSError):
             if entry is not None and (image := entry.image(position)) is None:
                 self._entry = None
                 cache.discard(entry.key)
-        return None if image is None else torch.from_numpy(image)
+        if entry is None or image is None:
+            return None
+        known = self._known[position : position + 1]
+        known["sum"], known["height"], known["width"] = entry.sums[position], *image.shape[:2]
+        self._kept.add(known, image, in_memory=True)
+        return torch.from_numpy(image)
 
     def _decoded(self, position: int, cell: dict[str, Any]) -> Tensor | None:
         """Decode an image, and keep it if there is room; None if it cannot be read and may be skipped."""
@@ -249,14 +254,14 @@ class _Kept:
         height, width = int(known["height"]), int(known["width"])
         return self._maps[part][place : place + 3 * height * width].view(height, width, 3)
 
-    def add(self, known: NDArray[Any], image: NDArray[np.uint8]) -> None:
-        """Keep an image, and note where in `known` (1,), unless there is no room."""
+    def add(self, known: NDArray[Any], image: NDArray[np.uint8], *, in_memory: bool = False) -> None:
+        """Keep an image, in memory or also in the file, and note where in `known` (1,), unless there is no room."""
         raw = image.data.cast("B")
         with self._lock:
             start = int(self._counts[0])
             if start < IN_MEMORY < start + len(raw):
                 start = IN_MEMORY
-            if known["taken"][0] or start + len(raw) > self._room:
+            if known["taken"][0] or start + len(raw) > (IN_MEMORY if in_memory else self._room):
                 return
             known["taken"], self._counts[0] = True, start + len(raw)
         part, place = self._place(start)
