@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -133,6 +134,35 @@ def test_larger_images_are_shrunk_and_others_copied(tmp_path: Path) -> None:
         assert error.mean() < 1
 
 
+def test_images_of_more_than_8_bits_are_shrunk_only_by_a_range(tmp_path: Path) -> None:
+    (tmp_path / "photos/a").mkdir(parents=True)
+    deep = np.arange(120 * 130, dtype=np.uint16).reshape(120, 130) % 4096
+    file = tmp_path / "photos/a/scan.png"
+    Image.fromarray(deep).save(file)
+
+    def image_of(**options: Any) -> bytes:
+        output = tmp_path / f"out{len(options)}"
+        packed(tmp_path / "photos", output, resize=60, **options)
+        (only,) = pq.read_table(output / "train-00000-of-00001.parquet").column("image").to_pylist()
+        return bytes(only["bytes"])
+
+    assert image_of() == file.read_bytes()
+    shrunk = Image.open(BytesIO(image_of(value_range=(0.0, 4095.0))))
+    assert (shrunk.size, shrunk.mode) == ((65, 60), "RGB")
+    assert np.asarray(shrunk).max() > 200
+
+
+@pytest.mark.parametrize(
+    "names", [("train", "train_extra"), ("fold1", "fold2"), ("train.full", "test"), ("a/b", "test")]
+)
+def test_splits_that_would_be_read_as_others_are_refused(folder: Path, tmp_path: Path, names: tuple[str, str]) -> None:
+    source = open_dataset(str(folder))
+    splits = datasets.DatasetDict(zip(names, source.splits.values(), strict=True))
+    with pytest.raises(UsageError, match=r"split .*: a file cannot be named so .*; name the splits train"):
+        pack(replace(source, splits=splits), tmp_path / "out", max_pixels=MAX_PIXELS)
+    assert not (tmp_path / "out").exists()
+
+
 def test_checksums_are_those_of_the_files(folder: Path, tmp_path: Path) -> None:
     packed(folder, tmp_path / "out", shard_bytes=20_000)
     listed = dict(reversed(line.split("  ")) for line in (tmp_path / "out" / SUMS).read_text().splitlines())
@@ -144,7 +174,10 @@ def test_a_bad_image_is_an_error_or_is_left_out(folder: Path, tmp_path: Path) ->
     bad = sorted((folder / "train/cat").iterdir())[2]
     whole = bad.read_bytes()
     bad.write_bytes(b"no image")
-    with pytest.raises(UnreadableError, match=rf"^train/cat/{bad.name}: is not an image .*; fix or remove it"):
+    with pytest.raises(
+        UnreadableError,
+        match=rf"^train/cat/{bad.name}: is not an image .*; fix or remove it and choose a new folder, or add",
+    ):
         packed(folder, tmp_path / "out", shard_bytes=20_000)
     done = packed(folder, tmp_path / "skipped", shard_bytes=20_000, skip_bad=True)
     assert (done.images, [one.name for one in done.skipped]) == (21, [f"train/cat/{bad.name}"])
@@ -181,7 +214,7 @@ def test_what_was_killed_goes_on_with_the_shards_that_are_missing(folder: Path, 
     assert whole.shards > 10
     code = (
         "import sys, time\nfrom vitft.data import packing\nreal = packing._packed\n"
-        "def slow(*given):\n    time.sleep(0.05)\n    return real(*given)\n"
+        "def slow(*given, **how):\n    time.sleep(0.05)\n    return real(*given, **how)\n"
         "packing._packed = slow\npacking.processes = lambda: 0\n"
         "from vitft.data.sources.source import open_dataset\n"
         "packing.pack(open_dataset(sys.argv[1]), packing.Path(sys.argv[2]), shard_bytes=3000, max_pixels=50_000_000)\n"

@@ -472,6 +472,7 @@ def data_pack(
     shard_mb: Annotated[int, typer.Option(min=1, metavar="<int>", help="Most megabytes of images in a shard.")] = 500,
     on_bad_image: Annotated[Literal["error", "skip"], typer.Option(help="If an image cannot be read: stop, or leave it out.")] = "error",
     max_pixels: MaxPixels = None,
+    value_range: ValueRange = None,
     json: Json = False,
     *, overrides: dict[str, Any],
 ) -> None:  # fmt: skip
@@ -480,6 +481,7 @@ def data_pack(
     Their images are in random order. What they hold is read as the dataset was: vitft train --dataset FOLDER
     """
     with loading():
+        from vitft.config.train import range_of
         from vitft.data.decoder import MAX_PIXELS
         from vitft.data.packing import pack
         from vitft.data.sources.source import open_dataset
@@ -488,7 +490,7 @@ def data_pack(
     with console.working("packing") as progress:
         packed = pack(
             source, expanded(folder), resize=resize, shard_bytes=shard_mb * 1_000_000, skip_bad=on_bad_image == "skip",
-            max_pixels=max_pixels or MAX_PIXELS, progress=progress,
+            max_pixels=max_pixels or MAX_PIXELS, value_range=range_of(value_range), progress=progress,
         )  # fmt: skip
     for image in packed.skipped:
         console.warn(f"left out {image.name}: {image.reason}")

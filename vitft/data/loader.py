@@ -101,6 +101,7 @@ class TrainLoader:
     def unaugmented(self, index: NDArray[np.int64], *, mirror: bool) -> Tensor:
         """Model input for these positions, either all mirrored or none: (B, C, H, W)."""
         images = flip_images(self._gather(index), np.full(len(index), mirror))
+        self._attend()
         images = resize_and_crop(images, self.preprocess, exact=False)
         return normalize(to_device(images, self.device), self.preprocess)
 
@@ -112,8 +113,7 @@ class TrainLoader:
             return Batch(pixels, torch.empty(0, dtype=torch.long, device=self.device), index)
         with self.clock.part("wait"):
             images = self._gather(positions(shown)) if self._prefetch is None else self._prefetch(step)
-            if isinstance(self.store, LazyStore):
-                self.store.attend()
+            self._attend()
         with self.clock.part("transfer"):
             labels = to_device(self.labels[positions(shown)], self.device)
             if isinstance(images, Tensor):
@@ -153,6 +153,10 @@ class TrainLoader:
             self._prefetch.close()
         if isinstance(self.store, LazyStore):
             self.store.close()
+
+    def _attend(self) -> None:
+        if isinstance(self.store, LazyStore):
+            self.store.attend()
 
     def _gather(self, index: NDArray[np.int64]) -> Images:
         # Images that the host crops stay views; on a device, a batch is one tensor.

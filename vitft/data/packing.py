@@ -21,8 +21,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
+from vitft.data.color import Range
 from vitft.data.decoder import BadImage, decode, encoded, header, image_info
 from vitft.data.sources.identity import content_hashes, has_names, keys_of, sample_id
+from vitft.data.sources.local import by_split
 from vitft.data.sources.source import Source, class_indices
 from vitft.data.stores.store import Skipped, UnreadableError
 from vitft.errors import UsageError
@@ -62,31 +64,35 @@ class _Shard:
 
 def pack(
     source: Source, folder: Path, *, resize: int | None = None, shard_bytes: int = 500_000_000, skip_bad: bool = False,
-    max_pixels: int, progress: Callable[[int, int], None] = lambda done, count: None,
+    max_pixels: int, value_range: Range | None = None, progress: Callable[[int, int], None] = lambda done, count: None,
 ) -> Packed:  # fmt: skip
     """Write every split of a dataset to `folder` as SPLIT-00000-of-N.parquet, and the checksums of the files.
 
     A shard has at most `shard_bytes` of encoded images, or a single one. With `resize`, images whose shorter side is
-    longer than that are decoded and shrunk to it; all others are copied bit for bit. Shards that an earlier, killed
+    longer than that are decoded and shrunk to it; all others are copied bit for bit, and so are those of more than 8
+    bits, unless `value_range` says what is black and white in them. Shards that an earlier, killed
     call has written stay. Raises UsageError for a folder with anything else in it, and UnreadableError for images that
     cannot be read, unless `skip_bad`.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; choose a new folder.")
-    shards = [shard for name in source.splits for shard in _plan(source, str(name), shard_bytes)]
-    plan = _digest(source, shards, resize, max_pixels)
+    hashes = {str(name): content_hashes(split, np.arange(len(split))) for name, split in source.splits.items()}
+    shards = [shard for name in hashes for shard in _plan(source, name, hashes[name], shard_bytes)]
+    _check_names(shards)
+    plan = _digest(source, shards, hashes, [resize, max_pixels, value_range])
     folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder) as alone:
         if not alone:
             raise UsageError(f"{folder}: another process is writing it.")
-        clean_up(folder)
         _check_folder(folder, plan, {shard.name for shard in shards})
+        clean_up(folder)
         missing = [shard for shard in shards if not (folder / shard.name).exists()]
-        write = partial(_write, source, folder, plan, resize, max_pixels, skip_bad)
+        make = partial(_packed, resize=resize, max_pixels=max_pixels, value_range=value_range)
+        write = partial(_write, source, folder, plan, make, skip_bad)
         count = min(processes(), len(missing))
         for number, bad in enumerate(map_in_processes(write, missing, count) if count else map(write, missing)):
             if bad and not skip_bad:
-                raise UnreadableError.of(bad, "fix or remove it")
+                raise UnreadableError.of(bad, "fix or remove it and choose a new folder")
             progress(len(shards) - len(missing) + number + 1, len(shards))
         files = [folder / shard.name for shard in shards]
         sums = list(map_in_groups(_sha256, files))
@@ -98,11 +104,10 @@ def pack(
     )
 
 
-def _plan(source: Source, name: str, shard_bytes: int) -> Iterator[_Shard]:
-    """The shards of a split: its images in the order of a hash of their contents."""
+def _plan(source: Source, name: str, hashes: list[str], shard_bytes: int) -> Iterator[_Shard]:
+    """The shards of a split: its images in the order of a hash of their content hashes."""
     split = source.splits[name]
-    rows = np.arange(len(split))
-    order = np.argsort(keys_of(content_hashes(split, rows)), kind="stable")
+    order = np.argsort(keys_of(hashes), kind="stable")
     ends, filled = [], 0
     for place, size in enumerate(_sizes(split)[order].tolist()):
         if filled and filled + size > shard_bytes:
@@ -127,21 +132,30 @@ def _sizes(split: datasets.Dataset) -> NDArray[np.int64]:
     return np.array([n for s in starts for n in map_in_groups(size, split[s : s + _CHUNK]["image"])], np.int64)
 
 
-def _digest(source: Source, shards: Sequence[_Shard], resize: int | None, max_pixels: int) -> str:
-    """What the shards depend on, as a hash."""
-    digest = hashlib.blake2b(json.dumps([list(source.labels), resize, max_pixels]).encode(), digest_size=8)
+def _check_names(shards: Sequence[_Shard]) -> None:
+    """Raise UsageError if the shards would be read as other splits than they are of."""
+    read = {file.name: split for split, files in by_split([Path(s.name) for s in shards]).items() for file in files}
     for shard in shards:
-        split = source.splits[shard.split]
-        digest.update(shard.name.encode())
-        digest.update("".join(content_hashes(split, shard.rows)).encode())
-        digest.update(class_indices(split)[shard.rows].tobytes())
+        if read.get(shard.name) != shard.split:
+            raise UsageError(
+                f"split {shard.split}: a file cannot be named so that it is read as that; name the splits train, "
+                "validation and test."
+            )
+
+
+def _digest(source: Source, shards: Sequence[_Shard], hashes: dict[str, list[str]], settings: list[Any]) -> str:
+    """What the shards depend on, as a hash."""
+    digest = hashlib.blake2b(json.dumps([list(source.labels), settings]).encode(), digest_size=8)
+    for shard in shards:
+        digest.update("".join([shard.name, *(hashes[shard.split][row] for row in shard.rows.tolist())]).encode())
+        digest.update(class_indices(source.splits[shard.split])[shard.rows].tobytes())
     return digest.hexdigest()
 
 
 def _check_folder(folder: Path, plan: str, names: set[str]) -> None:
     """Raise UsageError if there is anything but shards of this plan."""
     for file in sorted(folder.iterdir()):
-        if file.name == SUMS:
+        if file.name == SUMS or file.name in {f".{name}.vitft-new" for name in (*names, SUMS)}:
             continue
         if file.name not in names:
             raise UsageError(f"{folder} holds {file.name}, which is no part of this dataset; choose a new folder.")
@@ -158,9 +172,12 @@ def _about(metadata: pq.FileMetaData) -> dict[str, Any]:
 
 
 def _write(
-    source: Source, folder: Path, plan: str, resize: int | None, max_pixels: int, skip_bad: bool, shard: _Shard
+    source: Source, folder: Path, plan: str, make: Callable[[bytes | Path], bytes], skip_bad: bool, shard: _Shard
 ) -> list[Skipped]:  # fmt: skip
-    """Write a shard; returns the images that cannot be read. If there are any, it is written only with `skip_bad`."""
+    """Write a shard of the bytes that `make` gives of each image; returns the images that cannot be read.
+
+    If there are any, it is written only with `skip_bad`.
+    """
     split, labels, bad = source.splits[shard.split], class_indices(source.splits[shard.split]), []
     schema = datasets.Features(
         image=datasets.Image(), label=datasets.ClassLabel(names=list(source.labels))
@@ -173,7 +190,7 @@ def _write(
                 for row, cell in zip(rows.tolist(), split[rows]["image"], strict=True):
                     name = sample_id(split, row)
                     try:
-                        raw = _packed(encoded(cell), resize, max_pixels)
+                        raw = make(encoded(cell))
                     except BadImage as error:
                         bad.append(Skipped(row, name, str(error)))
                         continue
@@ -191,16 +208,16 @@ class _Stop(Exception):  # noqa: N818
     """Raised to leave a file unwritten."""
 
 
-def _packed(source: bytes | Path, resize: int | None, max_pixels: int) -> bytes:
+def _packed(source: bytes | Path, *, resize: int | None, max_pixels: int, value_range: Range | None) -> bytes:
     """An image's bytes, of a shrunk copy if it is larger than `resize`. Raises BadImage."""
-    image_info(source, max_pixels)
-    if resize is None or min(header(source)[:2]) <= resize:
+    deep = value_range is None and image_info(source, max_pixels).mode.startswith(("I", "F"))
+    width, height, kind = header(source)
+    if resize is None or deep or min(width, height) <= resize:
         try:
             return source.read_bytes() if isinstance(source, Path) else source
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror}") from error
-    kind = header(source)[2]
-    image = Image.fromarray(decode(source, max_pixels))
+    image = Image.fromarray(decode(source, max_pixels, value_range=value_range))
     scale = resize / min(image.size)
     width, height = (max(resize, round(side * scale)) for side in image.size)
     stream = BytesIO()

@@ -250,8 +250,9 @@ def check_splits(run: Path, decoded: Decoded, *, begun: bool, write: bool) -> No
             write_json(file, document)
         return
     try:
-        then = dict(json.loads(file.read_text(encoding="utf-8"))["splits"])
-        differences = {role: _difference(then.get(role), decoded, role) for role in then | decoded.splits}
+        document, repaired = json.loads(file.read_text(encoding="utf-8")), _repaired(run)
+        then = dict(document["splits"])
+        differences = {role: _difference(then.get(role), decoded, role, repaired) for role in then | decoded.splits}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file}: not readable ({error}); start a new run from its newest checkpoint.") from error
     for role, difference in differences.items():
@@ -279,15 +280,16 @@ class ContentHashes:
     def _compute(self) -> None:
         self._hashes = self._of()
 
-    def record(self) -> None:
-        """Add them, before the first checkpoint."""
-        if self._missing:
-            self._thread.join()
-            document = json.loads(self._file.read_text(encoding="utf-8"))
-            for role, hashes in self._hashes.items():
-                document["splits"][role]["contents"] = hashes
-            write_json(self._file, document)
-            self._missing = False
+    def record(self, *, wait: bool = False) -> None:
+        """Add them, if they are there by now; with `wait`, as soon as they are."""
+        if not self._missing or (self._thread.is_alive() and not wait):
+            return
+        self._thread.join()
+        document = json.loads(self._file.read_text(encoding="utf-8"))
+        for role, hashes in self._hashes.items():
+            document["splits"][role]["contents"] = hashes
+        write_json(self._file, document)
+        self._missing = False
 
 
 def _digest_name(store: Any) -> str:
@@ -302,12 +304,32 @@ def add_skipped(run: Path, skipped: Mapping[str, Sequence[Skipped]]) -> None:
         write_json(run / FILE, document)
 
 
+UNREADABLE = "unreadable.jsonl"
+"""Names of images that stopped the run, one a line: they may change before it is resumed."""
+
+
 def add_unreadable(run: Path, names: Sequence[str]) -> None:
-    """Let the run go on once these images are repaired."""
-    document = json.loads((run / FILE).read_text(encoding="utf-8"))
-    for entry in document["splits"].values():
-        entry["unreadable"] = sorted({*entry.get("unreadable", ()), *names} & {*map(str, entry["ids"])})
-    write_json(run / FILE, document)
+    """Let the run go on once these images are repaired. Several processes may call it at once."""
+    with (run / UNREADABLE).open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(composed(name)) + "\n" for name in names))
+
+
+def settle_repaired(run: Path, decoded: Decoded) -> None:
+    """From now on, repaired images may not change either. For the main process, once all have begun."""
+    if (run / UNREADABLE).exists():
+        document = json.loads((run / FILE).read_text(encoding="utf-8"))
+        for role, hashes in contents_of(decoded.source, decoded.splits).items():
+            if "contents" in document["splits"][role]:
+                document["splits"][role]["contents"] = hashes
+        write_json(run / FILE, document)
+        (run / UNREADABLE).unlink()
+
+
+def _repaired(run: Path) -> set[str]:
+    try:
+        return {str(json.loads(line)) for line in (run / UNREADABLE).read_text(encoding="utf-8").splitlines()}
+    except (OSError, ValueError):
+        return set()
 
 
 def _list_skipped(document: dict[str, Any], skipped: Mapping[str, Sequence[Skipped]]) -> bool:
@@ -322,8 +344,8 @@ def _list_skipped(document: dict[str, Any], skipped: Mapping[str, Sequence[Skipp
     return new
 
 
-def _difference(then: dict[str, Any] | None, decoded: Decoded, role: str) -> str | None:
-    """How a split differs from what `splits.json` recorded; None if it does not."""
+def _difference(then: dict[str, Any] | None, decoded: Decoded, role: str, repaired: set[str]) -> str | None:
+    """How a split differs from what `splits.json` recorded, but for `repaired` images; None if it does not."""
     if then is None:
         return "there was none"
     split = decoded.splits.get(role)
@@ -344,7 +366,7 @@ def _difference(then: dict[str, Any] | None, decoded: Decoded, role: str) -> str
     if role in decoded.stores and "contents" in then:
         contents = zip(content_hashes(decoded.source.splits[split.source], split.rows), then["contents"], strict=True)
         changed = {name for name, (now, before) in zip(here, contents, strict=True) if now != before}
-        same = changed <= {*then.get("unreadable", ())}  # the run has never seen those
+        same = changed <= repaired  # the run has never seen those
     sampled = store is None or then.get("sample", store.digest) == store.digest
     return None if same and sampled else _OTHER_PIXELS
 

@@ -96,20 +96,25 @@ class Prepared:
         rows, config = self._rows("train"), self.config
         if not is_large(rows, self.loaded.preprocess):
             return self.decode()
+        skipped: dict[str, list[Skipped]] = {role: [] for role in self.used}
         if config.check == "fast" and not resumes:
-            return self.check_headers()._open_lazily()
-        return self._open_lazily()
+            return self.check_headers(skipped)._open_lazily(skipped)
+        return self._open_lazily(skipped)
 
-    def _open_lazily(self) -> "Decoded":
+    def _open_lazily(self, skipped: dict[str, list[Skipped]]) -> "Decoded":
+        """`skipped` has the images that are already left out."""
         self._tell_unused_range()
         config, split = self.config, self.splits["train"]
         labels = self._match(split, "train")[0]
         train = LazyStore(self._rows("train"), labels, self.loaded.preprocess, **self._how("train"))
-        readable, skipped = dict(self.splits), {"train": train.skipped}
+        train.skipped.extend(skipped["train"])
+        readable, skipped["train"] = dict(self.splits), train.skipped
 
         def later(role: str) -> Callable[[], Labeled]:
             def decode() -> Labeled:
-                labeled, readable[role] = self._decode(role, skipped)
+                found: dict[str, list[Skipped]] = {}
+                labeled, readable[role] = self._decode(role, found, remedy="fix it")
+                skipped[role].extend(found[role])
                 return labeled
 
             return decode
@@ -117,17 +122,19 @@ class Prepared:
         stores = Stores({"train": (train, labels)}, {role: later(role) for role in self.used if role != "train"})
         return Decoded(config, self.source, self.splits, self.loaded, stores, skipped, readable)
 
-    def check_headers(self) -> Self:
-        """Read the header of every image, decoding no pixels; otherwise like `decode`."""
+    def check_headers(self, skipped: dict[str, list[Skipped]] | None = None) -> Self:
+        """Read the header of every image, decoding no pixels; otherwise like `decode`. Adds to `skipped`, by role."""
         splits = dict(self.splits)
         for role in self.used:
             split = self.splits[role]
             with console.working(f"opening the {role} images") as progress:
-                skipped = check_headers(
+                bad = check_headers(
                     self.source.splits[split.source].select(split.rows), max_pixels=self.config.max_pixels,
                     skip_bad=self.config.on_bad_image == "skip", progress=progress,
                 )  # fmt: skip
-            splits[role] = self._without(role, skipped)
+            splits[role] = self._without(role, bad)
+            if skipped is not None:
+                skipped[role].extend(bad)
         return replace(self, splits=splits)
 
     def _without(self, role: str, skipped: list[Skipped]) -> Split:
@@ -143,11 +150,18 @@ class Prepared:
     def _rows(self, role: str) -> Any:
         return self.source.splits[self.splits[role].source].select(self.splits[role].rows)
 
-    def _decode(self, role: str, skipped: dict[str, list[Skipped]]) -> tuple[Labeled, Split]:
+    def _decode(
+        self, role: str, skipped: dict[str, list[Skipped]], remedy: str = "fix or remove it"
+    ) -> tuple[Labeled, Split]:
         """A split's images and labels, and the split without those that are added to `skipped`."""
         with console.working(f"decoding {role}") as progress:
             store, skipped[role] = decode_all(
-                self._rows(role), self.loaded.preprocess, training=role == "train", progress=progress, **self._how(role)
+                self._rows(role),
+                self.loaded.preprocess,
+                training=role == "train",
+                remedy=remedy,
+                progress=progress,
+                **self._how(role),
             )
         split = self._without(role, skipped[role])
         return (store, self._match(split, role)[0]), split

@@ -230,6 +230,7 @@ class _Run:
         self.temperature: float | None = None  # of the chosen checkpoint, in the end
         self.learner.breakable, self.signals.keep_up = self.signals.interruptible, self.learner.keep_up
         self.begun = self.saved = self.written_last = -1  # steps
+        self.listed = 0  # images that could not be read
         card = read_card(resumed_from) if resumed_from else None
         self.scores: dict[str, dict[str, Any]] = card.scores if card else {}
         if resumed_from is None:
@@ -411,8 +412,7 @@ class _Run:
 
     def _measure(self, role: str, bar: "console.TrainingProgress") -> Metrics:
         accelerator = self.accelerator
-        with self.signals.interruptible():
-            images, labels = self.decoded.stores[role]  # of a large dataset, they are decoded now
+        images, labels = self._images(role)
         loader = EvalLoader(
             images, labels, self.how, batch_size=evaluation.BATCH, device=accelerator.device,
             rank=accelerator.process_index, world=accelerator.num_processes,
@@ -426,6 +426,20 @@ class _Run:
                 others=self.decoded.lacking(role), gather=gather, progress=progress,
             )  # fmt: skip
             return self.measured
+
+    def _images(self, role: str) -> Any:
+        """A split's images and labels; of a large dataset, they are decoded now, by each process."""
+        stores = self.decoded.stores
+        if role not in stores.made:
+            failed: list[tuple[str, list[str]]] = []
+            with self.signals.interruptible():
+                try:
+                    stores[role]
+                except UnreadableError as error:
+                    failed = [(str(error), error.names)]
+            if failed := gather_object(failed):
+                raise UnreadableError(*failed[0], by_all=True)
+        return stores[role]
 
     # -- what is written --------------------------------------------------------------------------
 
@@ -463,8 +477,6 @@ class _Run:
         scaler = self.accelerator.scaler
         state.scaler = scaler.state_dict() if scaler else None
         moments = ckpt.optimizer_tensors(self.unwrapped, self.learner.optimizer.optimizer)
-        if self.contents is not None:
-            self.contents.record()
         with self.learner.whole() as model:
             if model is not None:
                 folder = ckpt.save_step(self.run, model, moments, self.how, self._card(state), state)
@@ -473,13 +485,19 @@ class _Run:
             else:
                 deque(each_joined(moments), 0)  # what the main process is writing
         self.saved = state.step
-        self._list_skipped()
+        self._record_images()
         self.accelerator.wait_for_everyone()
 
-    def _list_skipped(self) -> None:
-        """Record the images that processes have met and could not read."""
+    def _record_images(self, *, wait: bool = False) -> None:
+        """Record what is known of the images by now: their content hashes, and which could not be read."""
+        if self.contents is not None:
+            self.contents.record(wait=wait)
+            run_folder.settle_repaired(self.run, self.decoded)
         if self.config.on_bad_image == "skip":
             everywhere = gather_object([self.decoded.skipped])
+            if (count := sum(len(bad) for skipped in everywhere for bad in skipped.values())) == self.listed:
+                return
+            self.listed = count
             for skipped in everywhere if self.accelerator.is_main_process else ():
                 run_folder.add_skipped(self.run, skipped)
 
@@ -513,9 +531,9 @@ class _Run:
 
     def _cannot_read(self, state: State, error: UnreadableError, bar: "console.TrainingProgress") -> DataError:
         """Save, unless other processes are in the middle of a step; the returned error says how to resume."""
-        run_folder.add_unreadable(self.run, error.names)
-        if self.accelerator.num_processes == 1:
+        if error.by_all or self.accelerator.num_processes == 1:
             self._save_now(state, bar)
+        run_folder.add_unreadable(self.run, error.names)
         step = max(self.saved, self.begun)
         return DataError(f"{error} To go on from step {step}: vitft train --resume {shlex.quote(str(self.run))}")
 
@@ -552,6 +570,7 @@ class _Run:
             details["test"] = metrics = self._measure("test", bar)
             self.scores = self.scores | {"test": metrics.summary()}
             self._tell_evaluation(scored.step, metrics)
+        self._record_images(wait=True)
         self.temperature = _temperature(details.get("validation"))
         if scored is state:
             self._write_last(state)

@@ -1,7 +1,11 @@
 """Large splits, whose images are decoded when they are first needed."""
 
+import errno
 import json
+import os
 import re
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from tests.data.stores.test_store import photos
+from tests.forked import finish_two
 from vitft.checkpoints import checkpoint as ckpt
 from vitft.config.train import TrainConfig
 from vitft.data.augment import Preprocess
@@ -20,7 +25,7 @@ from vitft.data.sources.source import open_dataset
 from vitft.data.stores import cache, lazy_store
 from vitft.data.stores.lazy_store import LazyStore, is_large
 from vitft.data.stores.store import Store, UnreadableError, decode_all
-from vitft.errors import DataError
+from vitft.errors import DataError, Stopped
 from vitft.hardware.pools import map_in_processes
 from vitft.training import trainer
 from vitft.training.setup import prepare
@@ -144,6 +149,8 @@ def test_a_cached_image_that_is_corrupt_is_decoded_again(
     pixels.write_bytes(raw)
     again = lazily(folder, cache_gb=1)
     assert same(again.gather(np.arange(8), stacked=False), store.gather(np.arange(8), stacked=False))
+    again.attend()
+    again.attend()
     assert "cached photos are corrupt and are decoded again; the entry was removed" in capsys.readouterr().err
     assert cache.entries() == []
 
@@ -212,8 +219,42 @@ def test_in_place_of_a_bad_image_the_next_of_its_class_is_shown(
     ]
     for position in (0, 1):
         (folder / name_of(position)).write_bytes(b"no image")
-    with pytest.raises(DataError, match=rf"{name_of(1)}: is not .*; nor can any other image of its class be read\."):
+    with pytest.raises(DataError, match=rf"{name_of(1)}: is not .*; nor can any other image of its class be read: fix"):
         lazily(folder, skip_bad=True).gather(np.array([1]))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError()])
+def test_a_failure_of_the_machine_is_not_a_bad_image(
+    folder: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would come back intact on resume."""
+    monkeypatch.setattr(lazy_store, "_SAMPLE", 1)
+    store = lazily(folder, skip_bad=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", lambda *_, **__: (_ for _ in ()).throw(error))
+        with pytest.raises(UnreadableError, match=name_of(3)):
+            store.gather(np.array([3]))
+    assert same(store.gather(np.array([3]), stacked=False), at_once(folder).gather(np.array([3]), stacked=False))
+    store.attend()
+    assert store.skipped == []
+
+
+def test_where_no_large_file_is_allowed_memory_is_used_alone(
+    folder: Path, decoded: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lazy_store, "IN_MEMORY", 10_000)
+    real = os.truncate
+
+    def limited(file: int, size: int) -> None:
+        if size > 10_000:
+            raise OSError(errno.EFBIG, "File too large")
+        real(file, size)
+
+    monkeypatch.setattr(os, "truncate", limited)
+    store = lazily(folder, cache_gb=1)
+    decoded.clear()
+    assert same(store.gather(np.arange(8), stacked=False), at_once(folder).gather(np.arange(8), stacked=False))
+    assert 8 < len(decoded) < 16  # some are kept
 
 
 @pytest.mark.parametrize("forks", [False, True])
@@ -249,6 +290,11 @@ def settings(folder: Path, **changes: Any) -> TrainConfig:
          "head_init": "random", "reference_images": 0, "cache_gb": 0.0}
         | changes
     )  # fmt: skip
+
+
+def few_are_many() -> None:
+    """In a process of its own."""
+    lazy_store.PHOTOS, lazy_store._SAMPLE = 10, 2
 
 
 @pytest.fixture
@@ -331,6 +377,9 @@ def test_an_image_found_bad_while_training_stops_the_run_which_then_goes_on(many
     assert [folder.name for folder in folders] == ([f"step-{int(said[1]):06}"] if int(said[1]) else [])
     bad.write_bytes(raw)
     assert bits(resume(tmp_path / "run").run / "last") == bits(undisturbed.run / "last")
+    Image.open(bad).transpose(Image.Transpose.ROTATE_180).save(bad)
+    with pytest.raises(DataError, match="the same names, but other pixels"):  # by now the run has seen it
+        resume(tmp_path / "run", {"epochs": 4})
 
 
 def test_a_resumed_run_shows_the_same_in_place_of_a_bad_image(
@@ -353,7 +402,9 @@ def test_a_validation_image_found_bad_is_left_out_of_the_score(many: Path, tmp_p
     split = prepare(settings(many)).splits["validation"]
     bad = many / str(split.ids[0])
     raw = damage(bad)
-    with pytest.raises(DataError, match=f"{bad.name}: is truncated"):
+    with pytest.raises(
+        DataError, match=rf"{bad.name}: is truncated[^;]*; fix it, or add --on-bad-image skip\. To go on"
+    ):
         train(settings(many), output=tmp_path / "run")
     result = resume(tmp_path / "run", {"on_bad_image": "skip"})
     assert result.scores["validation"].count == len(split.ids) - 1
@@ -386,6 +437,81 @@ def test_content_hashes_are_recorded_with_the_first_checkpoint(
     at_once = json.loads((whole.run / "splits.json").read_text())
     for role, entry in document["splits"].items():
         assert entry["contents"] == at_once["splits"][role]["contents"]
+
+
+def test_the_name_of_a_repaired_image_may_be_spelled_otherwise(many: Path, tmp_path: Path) -> None:
+    """Decomposed, as macOS stores names."""
+    plain = many / trained_on(many)[3]
+    bad = plain.rename(plain.with_name("e\u0301" + plain.name))
+    raw = damage(bad)
+    with pytest.raises(DataError):
+        train(settings(many), output=tmp_path / "run")
+    bad.write_bytes(raw)
+    assert resume(tmp_path / "run").step
+
+
+def test_a_run_that_is_stopped_does_not_wait_for_hashes(
+    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    going_on, step = threading.Event(), trainer.Learner.step
+
+    def slow(*_: object) -> dict[str, list[str]]:
+        going_on.wait()
+        return {}
+
+    def interrupted(self: Any, number: int) -> Any:
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vitft.training.run_folder.contents_of", slow)
+        patch.setattr(trainer.Learner, "step", interrupted)
+        with pytest.raises(Stopped):
+            train(settings(many, save_every=100), output=tmp_path / "run")
+    going_on.set()
+    assert [folder.name for folder in ckpt.step_folders(tmp_path / "run")] in (["step-000002"], ["step-000003"])
+    resume(tmp_path / "run")
+    splits = json.loads((tmp_path / "run/splits.json").read_text())["splits"]
+    assert all(len(entry["contents"]) == entry["count"] for entry in splits.values())
+
+
+def test_all_images_that_were_left_out_are_listed(many: Path, tmp_path: Path) -> None:
+    """By their headers, while training, in a linear probe too, and of the test split, which is scored last."""
+    for kind in ("cat", "dog"):
+        (many / "test" / kind).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (40, 40), (90 * number, 9, 9)).save(many / f"test/{kind}/{number}.png")
+    names = trained_on(many)
+    damage(many / names[3])
+    damage(many / "test/cat/1.png")
+    (many / names[8]).write_bytes(b"no image")
+    probe = {"freeze": "backbone", "augment": "flip", "epochs": 6}
+    for name, changes in (("full", {}), ("probe", probe)):
+        result = train(settings(many, on_bad_image="skip", **changes), output=tmp_path / name)
+        splits = json.loads((result.run / "splits.json").read_text())["splits"]
+        assert {bad for bad, _ in splits["train"]["skipped"]} == {names[3], names[8]}
+        assert [bad for bad, _ in splits["test"]["skipped"]] == ["test/cat/1.png"]
+        assert result.scores["test"].count == 5
+
+
+def test_two_processes_that_cannot_decode_a_validation_image_save_together(many: Path, tmp_path: Path) -> None:
+    held_out = prepare(settings(many)).splits["validation"].ids
+    bad = many / str(held_out[0])
+    raw = damage(bad)
+    given = settings(many).model_dump(exclude_defaults=True)
+    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    run = tmp_path / "run"
+    (first, said), (second, _) = finish_two(
+        "train", *words, "--output", str(run), log=tmp_path / "log", before=few_are_many
+    )
+    assert (first, second) == (3, 3)
+    assert f"{bad.name}: is truncated" in said
+    folders = ckpt.step_folders(run)
+    assert len(folders) == 1
+    assert f"To go on from step {int(folders[0].name.removeprefix('step-'))}:" in " ".join(said.split())
+    bad.write_bytes(raw)
+    assert resume(run).scores["validation"].count == len(held_out)
 
 
 @pytest.mark.parametrize("role", ["train", "validation"])

@@ -34,11 +34,11 @@ def read(path: Path, options: ReadOptions, notes: Notes) -> Splits:
     try:
         if path.is_file():
             if path.suffix.lower() == ".parquet":
-                return read_parquet(_by_split([path]), options, notes)
+                return read_parquet(by_split([path]), options, notes)
             if path.suffix.lower() in TABLE_SUFFIXES:
                 return read_table(path, options, notes)
             if is_archive(path.name):
-                return read_archives(_by_split([path]), notes)
+                return read_archives(by_split([path]), notes)
             raise DataError(f"{path} is not a dataset; give a folder, or a .csv, .jsonl, .parquet, .zip or .tar file.")
         if (batches := arrays.cifar_folder(path)) is not None:
             return arrays.read_cifar(batches, options.label_column)
@@ -83,7 +83,7 @@ def find_files(tree: Folder, wanted: Callable[[str], bool]) -> dict[str, list[Pa
         return [Path(folder.path, file.name) for file in folder.others if wanted(file.name)]
 
     if files := within(tree):
-        return _by_split(files)
+        return by_split(files)
     if by_folder := {inner.name: files for inner in tree.folders if role_of(inner.name) and (files := within(inner))}:
         return by_folder
     inner = [folder for folder in tree.folders if any(map(within, (folder, *folder.folders)))]
@@ -129,7 +129,7 @@ def _parquet_split(name: str, files: list[Path], options: ReadOptions, notes: No
     return features.concatenate(parts, name)
 
 
-def _by_split(files: list[Path]) -> dict[str, list[Path]]:
+def by_split(files: list[Path]) -> dict[str, list[Path]]:
     """Files by split, from their names: train-00000-of-00002 and mnist_train are train; all are if no name tells."""
     splits: dict[str, list[Path]] = {}
     for file in files:

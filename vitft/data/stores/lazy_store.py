@@ -5,6 +5,7 @@ that is decoded each time. Forked processes that prepare batches share what is k
 images are, they are cached for later runs.
 """
 
+import errno
 import hashlib
 import mmap
 import os
@@ -25,7 +26,6 @@ from vitft.data.decoder import BadImage, are_tiny
 from vitft.data.sources.identity import sample_id
 from vitft.data.stores import cache
 from vitft.data.stores.store import IN_MEMORY, PixelHash, Skipped, UnreadableError, decoding, first_is_large, made_by
-from vitft.errors import DataError
 from vitft.hardware.pools import map_in_threads, shared_lock
 from vitft.io import console
 
@@ -69,7 +69,7 @@ class LazyStore:
         self, rows: datasets.Dataset, labels: NDArray[np.int64], preprocess: Preprocess, *, crops: bool,
         max_pixels: int, skip_bad: bool, cache_gb: float = 0.0, whole: bool = False, name: str = "images",
     ) -> None:  # fmt: skip
-        """As for `decode_all`; `labels` is (N,). Raises DataError for one of the first images that it decodes."""
+        """As for `decode_all`; `labels` is (N,). Decodes a few images. Raises UnreadableError as `gather` does."""
         self._rows, self._labels, self._skip_bad, self._name = rows, labels, skip_bad, name
         self._decode = decoding(preprocess, crops=crops, max_pixels=max_pixels, training=True)
         # Threads that decode tiny images hinder each other: it is mostly Python code.
@@ -82,6 +82,7 @@ class LazyStore:
         self._known = np.frombuffer(mmap.mmap(-1, max(1, len(rows)) * _KNOWN.itemsize), _KNOWN)[: len(rows)]
         self._kept = _Kept(max(self._limit, IN_MEMORY))
         self._writing: Thread | None = None
+        self._told: set[int] = set()
         self.skipped: list[Skipped] = []
         """The images that could not be read, as far as `attend` has found them."""
         self.digest = self._sample_digest()
@@ -92,7 +93,7 @@ class LazyStore:
     def gather(self, index: NDArray[np.int64], *, stacked: bool = True) -> Images:
         """The images at these positions: (B, H, W, 3) if all have the same size and `stacked`, else a list.
 
-        Raises DataError, which names an image, if it cannot be read and may not be skipped, or has changed.
+        Raises UnreadableError, which names an image, if it cannot be read and may not be skipped, or has changed.
         """
         wanted = index.tolist()
         images: dict[int, Tensor] = {}
@@ -107,10 +108,13 @@ class LazyStore:
 
     def attend(self) -> None:
         """Between two steps: tell of images that could not be read, and once all are there, cache them."""
-        if self._kept.bad > len(self.skipped):
-            told = {image.position for image in self.skipped}
+        if self._entry is not None and self._kept.is_cache_corrupt:
+            cache.discard(self._entry.key)
+            self._entry, self._caches = None, False  # to cache it again would need the identities of all files
+        if self._kept.bad > len(self._told):
             for position in np.flatnonzero(self._known["bad"]).tolist():
-                if position not in told:
+                if position not in self._told:
+                    self._told.add(position)
                     bad = Skipped(position, sample_id(self._rows, position), self._fault(position))
                     self.skipped.append(bad)
                     console.warn(f"skipped {bad.name} (train): {bad.reason}; another image of its class is shown")
@@ -129,7 +133,7 @@ class LazyStore:
         known = self._known
         found = {p: self._kept.view(known[p]) for p in positions if known["start"][p]}
         missing = [p for p in positions if p not in found and not known["bad"][p]]
-        if self._entry is not None:
+        if self._entry is not None and not self._kept.is_cache_corrupt:
             cached = zip(missing, map_in_threads(self._cached, missing), strict=True)
             found |= {p: image for p, image in cached if image is not None}
             missing = [p for p in missing if p not in found]
@@ -151,8 +155,7 @@ class LazyStore:
         entry, image = self._entry, None
         with suppress(OSError):
             if entry is not None and (image := entry.image(position)) is None:
-                self._entry = None
-                cache.discard(entry.key)
+                self._kept.is_cache_corrupt = True  # `attend` removes it: this may be a forked process
         if entry is None or image is None:
             return None
         known = self._known[position : position + 1]
@@ -175,8 +178,8 @@ class LazyStore:
         except BadImage as error:
             name = sample_id(self._rows, position)
             if seen:
-                raise DataError(f"{name}: {error}; it has changed since the run began.") from error
-            if not self._skip_bad:
+                raise UnreadableError(f"{name}: {error}; it has changed since the run began.", []) from error
+            if not self._skip_bad or _is_of_the_machine(error.__cause__):
                 raise UnreadableError.of([Skipped(position, name, str(error))], "fix it") from error
             self._kept.count_bad(known)
             return None
@@ -185,12 +188,13 @@ class LazyStore:
         return torch.from_numpy(image)
 
     def _next(self, position: int, other: int) -> int:
-        """After `other`, the next image of the class, cyclically. Raises DataError if that is the first again."""
+        """After `other`, the next image of the class, cyclically. Raises UnreadableError if that is the first again."""
         of_class = np.flatnonzero(self._labels == self._labels[position])
         following = int(of_class[(np.searchsorted(of_class, other) + 1) % len(of_class)])
         if following == position:
-            name = sample_id(self._rows, position)
-            raise DataError(f"{name}: {self._fault(position)}; nor can any other image of its class be read.")
+            names = [sample_id(self._rows, one) for one in of_class.tolist()]
+            why = f"{sample_id(self._rows, position)}: {self._fault(position)}"
+            raise UnreadableError(f"{why}; nor can any other image of its class be read: fix one of them.", names)
         return following
 
     def _fault(self, position: int) -> str:
@@ -217,6 +221,13 @@ class LazyStore:
         cache.write(key, self._name, images, shapes, known["sum"].tolist(), pixels.digest, self._limit)
 
 
+def _is_of_the_machine(cause: BaseException | None) -> bool:
+    """Whether an image may be intact though it could not be read now: its disk failed, or there was no memory left."""
+    lasting = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
+    failed = isinstance(cause, OSError) and cause.errno is not None and cause.errno not in lasting
+    return failed or isinstance(cause, MemoryError)
+
+
 class _Kept:
     """Pixels of images, in memory and then in a file, both shared with processes that are forked later."""
 
@@ -224,13 +235,18 @@ class _Kept:
         """`limit`: bytes, at least IN_MEMORY."""
         self._room = limit
         memory = os.fdopen(os.memfd_create("vitft"), "r+b", 0) if hasattr(os, "memfd_create") else _temporary_file()
-        self._files, self._maps = (memory, _temporary_file()), []
+        self._files = memory, _temporary_file()
+        self._maps: list[Tensor] = []
         for file, size in zip(self._files, (IN_MEMORY, limit - IN_MEMORY), strict=True):
-            os.truncate(file.fileno(), size)  # takes no room until it is written to
-            pixels = torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8) if size else torch.empty(0)
+            try:
+                os.truncate(file.fileno(), size)  # takes no room until it is written to
+                pixels = torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8) if size else torch.empty(0)
+            except OSError:  # so large a file, or so much address space, is not allowed
+                self._room, pixels = IN_MEMORY * len(self._maps), torch.empty(0)
             self._maps.append(pixels)
         self._lock = shared_lock()
-        self._counts = np.frombuffer(mmap.mmap(-1, 24), "<i8")  # end of the pixels; images kept, images that are bad
+        # End of the pixels; images kept, images that are bad; whether the cache is corrupt.
+        self._counts = np.frombuffer(mmap.mmap(-1, 32), "<i8")
 
     @property
     def images(self) -> int:
@@ -241,6 +257,15 @@ class _Kept:
     def bad(self) -> int:
         """How many could not be read."""
         return int(self._counts[2])
+
+    @property
+    def is_cache_corrupt(self) -> bool:
+        """Whether a process has read something else from it than was written."""
+        return bool(self._counts[3])
+
+    @is_cache_corrupt.setter
+    def is_cache_corrupt(self, corrupt: bool) -> None:
+        self._counts[3] = corrupt
 
     def count_bad(self, known: NDArray[Any]) -> None:
         """Note that an image, `known` (1,), could not be read."""

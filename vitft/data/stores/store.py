@@ -108,11 +108,11 @@ class Skipped:
 
 
 class UnreadableError(DataError):
-    """Images, with these `names`, that cannot be read and may not be skipped."""
+    """Images, with these `names`, that cannot be read and may not be skipped. `by_all`: all processes raise it."""
 
-    def __init__(self, message: str, names: list[str]) -> None:
+    def __init__(self, message: str, names: list[str], *, by_all: bool = False) -> None:
         super().__init__(message)
-        self.names = names
+        self.names, self.by_all = names, by_all
 
     def __reduce__(self) -> Any:
         return type(self), (str(self), self.names)  # between processes
@@ -136,6 +136,7 @@ def decode_all(
     cache_gb: float = 0.0,
     whole: bool = False,
     name: str = "images",
+    remedy: str = "fix or remove it",
     progress: Callable[[int, int], None] = lambda done, count: None,
 ) -> tuple[Store, list[Skipped]]:
     """Decode every row of a split, shrunk for evaluation or, with `crops`, for training crops.
@@ -176,7 +177,7 @@ def decode_all(
     hashed = PixelHash(by_sums=crops)
     pixels = _PixelBuffer()
     size = 0
-    for row, image in _map_rows(rows, work, skipped, skip_bad, progress):
+    for row, image in _map_rows(rows, work, skipped, skip_bad, progress, remedy=remedy):
         raw = image.data.cast("B")
         sums.append(cache.checksum(image))
         hashed.add(image, sums[-1])
@@ -248,7 +249,7 @@ def check_headers(
 
 def _map_rows(
     rows: datasets.Dataset, work: Callable[[dict[str, Any]], T], skipped: list[Skipped], skip_bad: bool,
-    progress: Callable[[int, int], None], *, is_quick: bool = False,
+    progress: Callable[[int, int], None], *, is_quick: bool = False, remedy: str = "fix or remove it",
 ) -> Iterator[tuple[int, T]]:  # fmt: skip
     """Row numbers and results of the work on each readable image; the others are added to `skipped`.
 
@@ -277,7 +278,7 @@ def _map_rows(
             else:
                 yield row, result
     if skipped and not skip_bad:
-        raise UnreadableError.of(skipped, "fix or remove it")
+        raise UnreadableError.of(skipped, remedy)
 
 
 def _store(shapes: NDArray[np.int64], digest: str, pixels: Tensor, load: Callable[[int], NDArray[np.uint8]]) -> Store:
