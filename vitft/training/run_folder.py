@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import numpy as np
 from accelerate.utils import broadcast_object_list
 
 from vitft.checkpoints import checkpoint as ckpt
@@ -250,8 +251,8 @@ def check_splits(run: Path, decoded: Decoded, *, begun: bool, write: bool) -> No
             write_json(file, document)
         return
     try:
-        document, repaired = json.loads(file.read_text(encoding="utf-8")), _repaired(run)
-        then = dict(document["splits"])
+        then = dict(json.loads(file.read_text(encoding="utf-8"))["splits"])
+        repaired = _repaired(run) or set()
         differences = {role: _difference(then.get(role), decoded, role, repaired) for role in then | decoded.splits}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file}: not readable ({error}); start a new run from its newest checkpoint.") from error
@@ -316,20 +317,28 @@ def add_unreadable(run: Path, names: Sequence[str]) -> None:
 
 def settle_repaired(run: Path, decoded: Decoded) -> None:
     """From now on, repaired images may not change either. For the main process, once all have begun."""
-    if (run / UNREADABLE).exists():
-        document = json.loads((run / FILE).read_text(encoding="utf-8"))
-        for role, hashes in contents_of(decoded.source, decoded.splits).items():
-            if "contents" in document["splits"][role]:
-                document["splits"][role]["contents"] = hashes
-        write_json(run / FILE, document)
-        (run / UNREADABLE).unlink()
+    if (repaired := _repaired(run)) is None:
+        return
+    document = json.loads((run / FILE).read_text(encoding="utf-8"))
+    for role, split in decoded.splits.items():
+        places = np.array([place for place, name in enumerate(split.ids) if name in repaired], np.int64)
+        if "contents" in document["splits"][role]:
+            hashes = content_hashes(decoded.source.splits[split.source], split.rows[places])
+            for place, now in zip(places.tolist(), hashes, strict=True):
+                document["splits"][role]["contents"][place] = now
+    write_json(run / FILE, document)
+    (run / UNREADABLE).unlink()
 
 
-def _repaired(run: Path) -> set[str]:
-    try:
-        return {str(json.loads(line)) for line in (run / UNREADABLE).read_text(encoding="utf-8").splitlines()}
-    except (OSError, ValueError):
-        return set()
+def _repaired(run: Path) -> set[str] | None:
+    """The images that stopped the run; None if none did."""
+    if not (run / UNREADABLE).exists():
+        return None
+    names = set()
+    for line in (run / UNREADABLE).read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):  # a killed process may have written half of it
+            names.add(str(json.loads(line)))
+    return names
 
 
 def _list_skipped(document: dict[str, Any], skipped: Mapping[str, Sequence[Skipped]]) -> bool:

@@ -508,6 +508,8 @@ class _Run:
             if model is not None:
                 beside = [] if novelty is None else [novelty.write]
                 ckpt.save_model(self.run / name, model, self.how, card, state, beside=beside)
+        if self.contents is not None:  # what a model was trained on is known wherever it is
+            self.contents.record()
         self.accelerator.wait_for_everyone()
 
     def _write_last(self, state: State) -> None:
@@ -533,7 +535,8 @@ class _Run:
         """Save, unless other processes are in the middle of a step; the returned error says how to resume."""
         if error.by_all or self.accelerator.num_processes == 1:
             self._save_now(state, bar)
-        run_folder.add_unreadable(self.run, error.names)
+        if error.names:
+            run_folder.add_unreadable(self.run, error.names)
         step = max(self.saved, self.begun)
         return DataError(f"{error} To go on from step {step}: vitft train --resume {shlex.quote(str(self.run))}")
 

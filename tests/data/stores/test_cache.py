@@ -20,7 +20,6 @@ from tests.data.stores.test_store import photos
 from vitft.cli.app import app
 from vitft.data.augment import Preprocess
 from vitft.data.augmentation.settings import Augmentation
-from vitft.data.decoder import decode
 from vitft.data.loader import TrainLoader
 from vitft.data.sources.source import open_dataset
 from vitft.data.stores import cache
@@ -29,28 +28,9 @@ from vitft.errors import DataError
 from vitft.io.atomic import lock_folder
 
 
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("VITFT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "decoded"
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return photos(tmp_path / "photos", [(100, 64), (64, 100), (70, 90), (80, 50)])
-
-
-@pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """The decoded images, in order."""
-    sources: list[object] = []
-
-    def spy(source: object, *args: object) -> object:
-        sources.append(source)
-        return decode(source, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("vitft.data.stores.store.decode", spy)
-    return sources
 
 
 def stored(folder: Path, size: int = 32, *, crops: bool = False, cache_gb: float = 1.0) -> Store:

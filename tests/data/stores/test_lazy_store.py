@@ -17,10 +17,10 @@ from torch import Tensor
 
 from tests.data.stores.test_store import photos
 from tests.forked import finish_two
+from tests.training.test_trainer import lines
 from vitft.checkpoints import checkpoint as ckpt
 from vitft.config.train import TrainConfig
 from vitft.data.augment import Preprocess
-from vitft.data.decoder import decode
 from vitft.data.sources.source import open_dataset
 from vitft.data.stores import cache, lazy_store
 from vitft.data.stores.lazy_store import LazyStore, is_large
@@ -36,28 +36,9 @@ PREPROCESS = Preprocess(32, 32)
 HOW: dict[str, Any] = {"crops": False, "max_pixels": 10**7, "skip_bad": False}
 
 
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("VITFT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "decoded"
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return photos(tmp_path / "photos", SIZES)
-
-
-@pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The decoded images, in order."""
-    sources: list[Any] = []
-
-    def spy(source: object, *args: Any) -> object:
-        sources.append(source)
-        return decode(source, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("vitft.data.stores.store.decode", spy)
-    return sources
 
 
 def lazily(folder: Path, **options: Any) -> LazyStore:
@@ -495,15 +476,34 @@ def test_all_images_that_were_left_out_are_listed(many: Path, tmp_path: Path) ->
         assert result.scores["test"].count == 5
 
 
+def words_of(config: TrainConfig) -> list[str]:
+    given = config.model_dump(exclude_defaults=True)
+    return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def test_two_processes_show_the_same_in_place_of_a_bad_image_as_one(many: Path, tmp_path: Path) -> None:
+    for place in (3, 11):
+        damage(many / trained_on(many)[place])
+    skipping = settings(many, on_bad_image="skip", log_every=1)
+    one = train(skipping, output=tmp_path / "one").run
+    two = tmp_path / "two"
+    words = [*words_of(skipping), "--output", str(two)]
+    both = finish_two("train", *words, log=tmp_path / "log", before=few_are_many)
+    assert [code for code, _ in both] == [0, 0], both
+    for a, b in zip(lines(one), lines(two), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+    listed = [json.loads((run / "splits.json").read_text())["splits"]["train"]["skipped"] for run in (one, two)]
+    assert len(listed[0]) == 2
+    assert sorted(listed[0]) == sorted(listed[1])
+
+
 def test_two_processes_that_cannot_decode_a_validation_image_save_together(many: Path, tmp_path: Path) -> None:
     held_out = prepare(settings(many)).splits["validation"].ids
     bad = many / str(held_out[0])
     raw = damage(bad)
-    given = settings(many).model_dump(exclude_defaults=True)
-    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     run = tmp_path / "run"
     (first, said), (second, _) = finish_two(
-        "train", *words, "--output", str(run), log=tmp_path / "log", before=few_are_many
+        "train", *words_of(settings(many)), "--output", str(run), log=tmp_path / "log", before=few_are_many
     )
     assert (first, second) == (3, 3)
     assert f"{bad.name}: is truncated" in said
