@@ -131,6 +131,42 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return train(config, output=tmp_path_factory.mktemp("runs") / "digits")
 
 
+@pytest.fixture(scope="session")
+def digit_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits as four shards, with 64 images in a row group."""
+    from vitft.data import packing
+    from vitft.data.decoder import MAX_PIXELS
+    from vitft.data.sources.source import open_dataset
+
+    folder = tmp_path_factory.mktemp("shards") / "digits"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "_ROW_GROUP", 64)
+        patch.setattr(packing, "_SMALL_GROUP", 0)
+        packing.pack(open_dataset("digits"), folder, shard_bytes=60_000, max_pixels=MAX_PIXELS)
+    return folder
+
+
+@pytest.fixture
+def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of what is fetched. Nothing in it, and no open shard, is left by other tests."""
+    from vitft.data.streaming import blocks, remote, shards
+
+    monkeypatch.setenv("VITFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(blocks, "_mapped", {})
+    monkeypatch.setattr(shards, "_shards", {})
+    monkeypatch.setattr(remote, "_WAIT_S", 0.001)
+    return tmp_path / "cache" / "streamed"
+
+
+@pytest.fixture
+def server(digit_shards: Path, fetched: Path) -> Iterator[Any]:
+    """Serves the shards of digits, as /digits."""
+    from tests.web import FileServer
+
+    with FileServer(digit_shards.parent) as running:
+        yield running
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Headless Chromium. One a module, because Playwright's loop lives in one thread as long as it is open."""

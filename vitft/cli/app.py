@@ -52,7 +52,7 @@ runs_app = typer.Typer(cls=Group, no_args_is_help=True, help="What was trained h
 models_app = typer.Typer(cls=Group, no_args_is_help=True, help="Pretrained models to start from.")
 scratch_app = typer.Typer(cls=Group, no_args_is_help=True, help="Train the textbook's ViTs, from first principles.")
 data_app = typer.Typer(cls=Group, no_args_is_help=True, help="Inspect a dataset, or pack it.")
-cache_app = typer.Typer(cls=Group, no_args_is_help=True, help="The cache of decoded photos.")
+cache_app = typer.Typer(cls=Group, no_args_is_help=True, help="The cache of decoded photos and streamed shards.")
 data_app.add_typer(cache_app, name="cache")
 _TRAIN, _FIRST, _USE, _LEARN = "Train", "Look first", "Use a model", "Understand"  # groups of commands in --help
 app.add_typer(recipes_app, name="recipes", rich_help_panel=_TRAIN)
@@ -507,12 +507,15 @@ def data_pack(
 def cache_ls(json: Json = False) -> None:
     """List the cached datasets, their size, and when they were last used."""
     from vitft.data.stores import cache
+    from vitft.data.streaming import blocks
 
-    kept = cache.entries()
+    kept, streamed = cache.entries(), blocks.kept()
     if json:
-        console.say_json([{"name": e.name, "images": e.images, "bytes": e.size, "used": e.used} for e in kept])
-    elif kept:
-        console.say(tables.cache_table(kept, cache.root()))
+        listed = [{"name": e.name, "images": e.images, "bytes": e.size, "used": e.used} for e in kept]
+        parts = {"name": "streamed shards", "images": None, "bytes": streamed.size, "used": streamed.used}
+        console.say_json([*listed, *([parts] if streamed.blocks else [])])
+    elif kept or streamed.blocks:
+        console.say(tables.cache_table(kept, cache.root().parent, streamed))
     else:
         console.say_text("the cache is empty.\n")
 
@@ -521,8 +524,9 @@ def cache_ls(json: Json = False) -> None:
 def cache_clear() -> None:
     """Empty the cache; runs that use it are not affected."""
     from vitft.data.stores import cache
+    from vitft.data.streaming import blocks
 
-    console.say_text(f"removed {console.size(cache.clear())}.\n")
+    console.say_text(f"removed {console.size(cache.clear() + blocks.clear())}.\n")
 
 
 def main() -> None:

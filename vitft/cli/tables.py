@@ -465,7 +465,8 @@ def data_report(described: Mapping[str, Any]) -> RenderableType:
     """The report of `vitft data info`: splits, counts, sizes, classes."""
     head = Text.assemble((safe(described["name"]), "bold"), f", {len(described['labels'])} classes")
     if described.get("revision"):
-        head.append(f", commit {described['revision'][:12]}", "dim")
+        kind = "commit" if len(described["revision"]) == 40 else "version"  # of a hub dataset, or of shards
+        head.append(f", {kind} {described['revision'][:12]}", "dim")
     splits = _table("split", *_numbers("images"), "smallest", "median", "largest", "formats")
     for split in described["splits"]:
         found = split["sizes"] or {}
@@ -576,11 +577,13 @@ def check_report(findings: Sequence[Any], kinds: Mapping[str, tuple[str, str]], 
     return Group(table, Text(), verdict) if findings else verdict
 
 
-def cache_table(entries: Sequence[Any], folder: Path) -> RenderableType:
-    """The cache of decoded photos, and its size."""
+def cache_table(entries: Sequence[Any], folder: Path, streamed: Any) -> RenderableType:
+    """The cache of decoded photos and of streamed shards, and its size."""
     table = _table(Column("images of", style="bold"), *_numbers("images", "size", "last used"))
-    for one in entries:
+    rows = [(safe(one.name), f"{one.images:,}", one) for one in entries]
+    rows += [(f"streamed shards: {streamed.blocks:,} parts", "", streamed)] if streamed.blocks else []
+    for name, images, one in rows:
         used = datetime.fromtimestamp(one.used).strftime("%Y-%m-%d %H:%M")
-        table.add_row(safe(one.name), f"{one.images:,}", size(one.size), used)
-    total = size(sum(one.size for one in entries))
+        table.add_row(name, images, size(one.size), used)
+    total = size(sum(one.size for one in entries) + streamed.size)
     return Group(table, Text(f"{total} in {shown(folder)}; vitft data cache clear removes it", "dim"))

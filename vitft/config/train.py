@@ -23,7 +23,7 @@ class TrainConfig(Settings):
     command = "vitft train"
 
     # fmt: off
-    dataset: str | None = setting(None, "Data", "Alias (cifar10, digits, ...), hub id[:config], folder, CSV, JSONL or Parquet file.")
+    dataset: str | None = setting(None, "Data", "Alias (cifar10, digits, ...), hub id[:config], folder, CSV, JSONL or Parquet file, or URL of parquet shards.")
     dataset_revision: str | None = setting(None, "Data", "Commit, tag or branch of a hub dataset.")
     val_fraction: float = setting(0.1, "Data", "Fraction of the training images, about the same of each class, to hold out if the dataset has no validation split. 0: none.", ge=0, lt=1)
     test_fraction: float = setting(0.0, "Data", "Fraction of the training images to hold out for an independent score, if the dataset has no test split; before the validation images.", ge=0, lt=1)
@@ -38,6 +38,8 @@ class TrainConfig(Settings):
     max_pixels: int = setting(50_000_000, "Data", "Refuse images with more pixels than this. Decoding the default takes about 0.5 GB.", ge=1)
     value_range: str | None = setting(None, "Data", "Pixel values of black and white in images of more than 8 bits, as BLACK:WHITE, such as 0:4095. Default: the full range of the format.")
     cache_gb: float = setting(20.0, "Data", "Disk space for decoded images, which the next run reuses, in GB (see vitft data cache). 0: no cache.", changeable=True, ge=0, le=1e6)
+    streaming: bool = setting(False, "Data", "Fetch the shards of a hub dataset when they are needed, as those of a URL, instead of downloading it first.")
+    stream_gb: float = setting(20.0, "Data", "Disk space for what is fetched from a URL, which later epochs and runs reuse, in GB.", changeable=True, ge=0, le=1e6)
     sampling: Literal["uniform", "balanced"] = setting("uniform", "Data", "balanced: repeat images of rare classes, and leave out some of frequent ones, so that an epoch has each class equally often.")
 
     image_column: str | None = setting(None, "Reading", "Name or number of the image column. Default: detected.")

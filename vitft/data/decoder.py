@@ -4,6 +4,7 @@ Training, evaluation, prediction and export all decode images here, so the diffe
 formats are handled in one place.
 """
 
+import errno
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +22,8 @@ from vitft.config.train import TrainConfig
 from vitft.data.color import STRIP as _STRIP
 from vitft.data.color import Range, RangeError, converter, loses_low_bits, samples, strips
 from vitft.data.limits import check_bytes, check_scans, is_jxl, jxl_size
+from vitft.data.streaming.remote import reason
+from vitft.data.streaming.shards import is_address, read_image
 from vitft.errors import DataError
 from vitft.hardware.pools import map_in_threads
 
@@ -43,21 +46,35 @@ class BadImage(DataError):  # noqa: N818  (reads better without Error)
 
 
 def encoded(cell: dict[str, Any]) -> bytes | Path:
-    """The encoded image of a dataset row, {"bytes", "path"}: its bytes, or its file."""
-    return Path(cell["path"]) if cell["bytes"] is None else cell["bytes"]
+    """The encoded image of a dataset row, {"bytes", "path"}: its bytes, or its file; of a shard, fetched now.
+
+    Raises BadImage if it cannot be fetched.
+    """
+    if cell["bytes"] is not None:
+        return bytes(cell["bytes"])
+    if not is_address(cell["path"]):
+        return Path(cell["path"])
+    try:
+        return read_image(cell["path"])
+    except OSError as error:
+        why = f"cannot be fetched: {reason(error)}"
+        raise BadImage(why) from OSError(errno.EIO, why)  # whatever the server says, the image may be intact
+    except ValueError as error:
+        raise BadImage("its shard is corrupt") from error
 
 
 def are_tiny(cells: Sequence[dict[str, Any]]) -> bool:
     """Whether decoding these encoded images, {"bytes", "path"} each, is mostly Python code, which holds the GIL."""
-    with suppress(OSError):
-        sizes = [Path(cell["path"]).stat().st_size if cell["bytes"] is None else len(cell["bytes"]) for cell in cells]
+    with suppress(OSError, BadImage):
+        files = map(encoded, cells)
+        sizes = [file.stat().st_size if isinstance(file, Path) else len(file) for file in files]
         return sum(sizes) < _TINY * len(cells)
     return False
 
 
 def choose_map(cells: Sequence[dict[str, Any]]) -> Callable[..., Iterator[Any]]:
     """The `map` to use for work on encoded images: the thread pool's, or Python's for tiny images in memory."""
-    return map if are_tiny(cells) and all(cell["bytes"] is not None for cell in cells) else map_in_threads
+    return map if all(cell["bytes"] is not None for cell in cells) and are_tiny(cells) else map_in_threads
 
 
 _TINY = 3000  # mean bytes at which threads begin to help, measured with JPEGs of 96 and PNGs of 48 pixels

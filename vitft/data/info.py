@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 
 from vitft.data.decoder import BadImage, encoded, header
+from vitft.data.sources.identity import rows_to_look_at
 from vitft.data.sources.source import Source, class_indices
 
 LOOK_AT = 2000  # images per split whose headers are read, at most
@@ -31,9 +32,9 @@ def describe(source: Source) -> dict[str, Any]:
 
 def _describe_split(name: str, split: datasets.Dataset, labels: tuple[str, ...]) -> dict[str, Any]:
     counts = np.bincount(class_indices(split), minlength=len(labels))
-    rows = np.unique(np.linspace(0, len(split) - 1, min(len(split), LOOK_AT)).round().astype(np.int64))
+    rows = rows_to_look_at(split, LOOK_AT)
     headers = []
-    for row in rows.tolist():
+    for row in rows:
         with suppress(BadImage):
             headers.append(header(encoded(split[row]["image"])))
     sizes: dict[str, Any] = {}

@@ -20,12 +20,13 @@ from vitft.data.augment import Images, Preprocess, augment, augment_pixels, flip
 from vitft.data.augmentation.erasing import erase
 from vitft.data.augmentation.mixing import draw_mixes, mix, mix_labels
 from vitft.data.augmentation.settings import Augmentation
-from vitft.data.sampling import balanced_order, positions, uniform_order
+from vitft.data.sampling import balanced_order, images_in_use, positions, streamed_order, uniform_order
 from vitft.data.stores.lazy_store import LazyStore
 from vitft.data.stores.store import Store, move_to_device
 from vitft.hardware.device import to_device
 from vitft.hardware.pools import map_in_processes, processes
 from vitft.hardware.timers import Clock
+from vitft.randomness import permutation
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,16 @@ class TrainLoader:
         self._buffer = InputBuffer(preprocess, device)
         self._mixed = InputBuffer(preprocess, device)
         draw = balanced_order if sampling == "balanced" else uniform_order
-        self._order = lru_cache(maxsize=2)(lambda epoch: draw(labels, seed, epoch))
+        self._blocks = blocks = store.blocks if isinstance(store, LazyStore) else None
+        self._order = lru_cache(maxsize=2)(
+            lambda epoch: (
+                draw(labels, seed, epoch) if blocks is None else streamed_order(blocks, seed, epoch, batch_size)
+            )
+        )
+        self._ahead = 0 if blocks is None else max(1, -(-images_in_use(blocks) // batch_size))  # steps
+        self._fetched = -1  # the step before which nothing more is to be fetched
+        self.end = sys.maxsize
+        """The number of steps of the run: what others would need is not fetched."""
         self._prefetch = self._prefetcher() if store.device.type != device.type else None
 
     @property
@@ -112,6 +122,7 @@ class TrainLoader:
             pixels = torch.empty((0, preprocess.channels, preprocess.height, preprocess.width), device=self.device)
             return Batch(pixels, torch.empty(0, dtype=torch.long, device=self.device), index)
         with self.clock.part("wait"):
+            self._fetch_ahead(step)
             images = self._gather(positions(shown)) if self._prefetch is None else self._prefetch(step)
             self._attend()
         with self.clock.part("transfer"):
@@ -153,6 +164,27 @@ class TrainLoader:
             self._prefetch.close()
         if isinstance(self.store, LazyStore):
             self.store.close()
+
+    def sample(self, purpose: str, count: int) -> NDArray[np.int64]:
+        """Positions of at most `count` images, in random order.
+
+        They are chosen at random or, if images have to be fetched, are those that the first epoch has first.
+        """
+        among = np.arange(len(self.store)) if self._blocks is None else self._order(0)[:count]
+        return among[permutation(self.seed, purpose, 0, len(among))][:count]
+
+    def fetch_ahead(self, index: NDArray[np.int64]) -> None:
+        """Begin to fetch the images at these positions, if they have to be fetched. Returns at once."""
+        if isinstance(self.store, LazyStore):
+            self.store.fetch_ahead(index)
+
+    def _fetch_ahead(self, step: int) -> None:
+        """Begin to fetch what the next steps need."""
+        if not self._ahead or step < self._fetched <= step + self._ahead:
+            return
+        self._fetched = step + 1 + self._ahead // 4
+        coming = range(step, max(step + 1, min(self._fetched + self._ahead, self.end)))
+        self.fetch_ahead(np.concatenate([self.shard(number) for number in coming]))
 
     def _attend(self) -> None:
         if isinstance(self.store, LazyStore):

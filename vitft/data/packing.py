@@ -32,7 +32,7 @@ from vitft.hardware.pools import map_in_groups, map_in_processes, processes
 from vitft.io.atomic import clean_up, lock_folder, new_file, write_text
 
 SUMS = "SHA256SUMS"
-_ROW_GROUP = 200  # images that a reader has to load at once
+_ROW_GROUP, _SMALL_GROUP = 200, 4_000_000  # images, which readers load at once; more if they have fewer bytes
 _LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "HEIF", "JXL")
 _META = "vitft"
 _CHUNK = 1000  # rows
@@ -183,10 +183,13 @@ def _write(
         image=datasets.Image(), label=datasets.ClassLabel(names=list(source.labels))
     ).arrow_schema
     with suppress(_Stop), new_file(folder / shard.name) as file:
-        with pq.ParquetWriter(file, schema, compression="none", use_dictionary=["label"]) as writer:
+        with pq.ParquetWriter(
+            file, schema, compression="none", use_dictionary=["label"], write_page_checksum=True
+        ) as writer:  # fmt: skip
+            images: list[dict[str, Any]] = []
+            kept: list[int] = []
             for start in range(0, len(shard.rows), _ROW_GROUP):
                 rows = shard.rows[start : start + _ROW_GROUP]
-                images, kept = [], []
                 for row, cell in zip(rows.tolist(), split[rows]["image"], strict=True):
                     name = sample_id(split, row)
                     try:
@@ -196,7 +199,10 @@ def _write(
                         continue
                     images.append({"bytes": raw, "path": name if has_names(split) else None})
                     kept.append(row)
-                writer.write_table(pa.table({"image": images, "label": labels[kept]}, schema))
+                last = start + _ROW_GROUP >= len(shard.rows)
+                if last or sum(len(image["bytes"]) for image in images) >= _SMALL_GROUP:
+                    writer.write_table(pa.table({"image": images, "label": labels[kept]}, schema))
+                    images, kept = [], []
             about = {"plan": plan, "skipped": [[one.position, one.name, one.reason] for one in bad]}
             writer.add_key_value_metadata({_META: json.dumps(about)})
         if bad and not skip_bad:

@@ -108,6 +108,34 @@ def balanced_order(labels: Labels, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.concatenate(parts)[permutation(seed, "order", epoch, count)]
 
 
+_LANES, _SPREAD = 16, 2
+
+
+def streamed_order(blocks: NDArray[np.int64], seed: int, epoch: int, batch_size: int) -> NDArray[np.int64]:
+    """An epoch of n images, each once, in an order that reads few blocks at a time: (n,) blocks -> (n,) positions.
+
+    A block is what is fetched together. The blocks, in random order, are cut into 16 lanes of equally many images, and
+    every batch takes from all lanes, in their order: several machines, which share a batch, need different blocks.
+    Within a lane, an image moves back at random by up to two mean blocks, so that about 16 x 3 blocks are in use.
+    """
+    count, (names, block) = len(blocks), np.unique(blocks, return_inverse=True)
+    rank = np.empty(len(names), np.int64)
+    rank[permutation(seed, "blocks", epoch, len(names))] = np.arange(len(names))
+    by_block = np.argsort(rank[block], kind="stable")
+    drawn = random_words(seed, "order", epoch, np.arange(count, dtype=np.uint64))[:, 0] / 2**32
+    reach = _SPREAD * count / max(1, len(names))
+    order = np.empty(count, np.int64)
+    for lane, images in enumerate(np.array_split(by_block, _LANES)):
+        order[lane::_LANES] = images[np.argsort(np.arange(len(images)) + reach * drawn[images], kind="stable")]
+    number = np.arange(count)
+    return order[np.lexsort((number, number % _LANES, number // batch_size))]
+
+
+def images_in_use(blocks: NDArray[np.int64]) -> int:
+    """About how many of n images are in the blocks that `streamed_order` uses at a time."""
+    return _LANES * (_SPREAD + 1) * len(blocks) // max(1, len(np.unique(blocks)))
+
+
 def positions(draws: NDArray[np.int64]) -> NDArray[np.int64]:
     """The positions of the images of draws, of any shape: see `balanced_order`."""
     return draws & (1 << REPEAT_BITS) - 1

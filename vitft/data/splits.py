@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import datasets
 import numpy as np
 from numpy.typing import NDArray
 
 from vitft.data.sampling import HELD_OUT, OPEN, TEST, TRAIN, Labels, Mask, Sides, hold_out, stratified_sample
-from vitft.data.sources.identity import content_hashes, has_names, ids, keys_of
+from vitft.data.sources.identity import content_hashes, has_names, ids, is_streamed, keys_of
 from vitft.data.sources.schema import ROLES, role_of
 from vitft.data.sources.source import Source, class_indices
 from vitft.errors import DataError
@@ -122,7 +123,8 @@ def find_split_name(source: Source, role: str) -> str | None:
 def manifest(source: Source, splits: Mapping[str, Split], *, contents: bool = True) -> dict[str, Any]:
     """The content of `splits.json`, JSON-ready: the images of each split, and the size of each source split.
 
-    `by` says whether the ids are paths or content hashes. Paths come with `contents`, the hashes of `contents_of`.
+    `by` says whether the ids are paths, content hashes, or places in shards. Paths come with `contents`, the hashes of
+    `contents_of`.
     """
     hashes = contents_of(source, splits) if contents else {}
     document: dict[str, Any] = {
@@ -134,15 +136,22 @@ def manifest(source: Source, splits: Mapping[str, Split], *, contents: bool = Tr
     }
     for role, split in splits.items():
         entry = {"source": split.source, "count": len(split.rows), "hash": split.hash, "ids": list(split.ids)}
-        by = {"by": "path" if has_names(source.splits[split.source]) else "content"}
+        by = {"by": _identified_by(source.splits[split.source])}
         document["splits"][role] = entry | by | ({"contents": hashes[role]} if role in hashes else {})
     return document
+
+
+def _identified_by(rows: datasets.Dataset) -> str:
+    if is_streamed(rows):
+        return "shard"
+    return "path" if has_names(rows) else "content"
 
 
 def contents_of(source: Source, splits: Mapping[str, Split]) -> dict[str, list[str]]:
     """The content hashes of the images that are identified by their paths, by role: 16 hex digits each."""
     rows = {role: source.splits[split.source] for role, split in splits.items()}
-    return {role: content_hashes(rows[role], split.rows) for role, split in splits.items() if has_names(rows[role])}
+    by_path = [role for role, split in rows.items() if _identified_by(split) == "path"]
+    return {role: content_hashes(rows[role], splits[role].rows) for role in by_path}
 
 
 def split_hash(name: str, ids: Sequence[str | int], labels: Labels, class_names: Sequence[str]) -> str:

@@ -26,6 +26,12 @@ def expanded(path: str | Path) -> Path:
         return Path(path)
 
 
+def cache_folder(name: str) -> Path:
+    """Where vitft keeps what it can make again: below VITFT_CACHE, else below the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return expanded(os.environ.get("VITFT_CACHE") or Path(home) / "vitft") / name
+
+
 def shipped(name: str, source: str | None = None) -> Path:
     """A folder of files that ship with vitft: in the package, or of a checkout (an editable install).
 

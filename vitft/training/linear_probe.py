@@ -22,6 +22,8 @@ from vitft.hardware.device import micro_batch, to_device
 from vitft.models.features import Features, backbone
 from vitft.models.heads import classifier_of, head_of
 
+_AHEAD = 2000  # images, of datasets that are fetched
+
 
 def passes(config: TrainConfig) -> int:
     """Passes over the training images that the features take: with flips, a second one for mirrored images."""
@@ -61,7 +63,10 @@ def read_features(
     size = min(BATCH, micro_batch(config, loader.world))
     chunks = [mine[start : start + size] for start in range(0, len(mine), size)]
     parts = []
+    ahead = -(-_AHEAD // size)
     for number, chunk in enumerate(chunks, 1):
+        if number % ahead == 1 or ahead == 1:
+            loader.fetch_ahead(np.concatenate(chunks[number - 1 : number + 2 * ahead]))
         parts.append(features(loader.unaugmented(chunk, mirror=mirror)).cpu())
         progress(number, len(chunks))
     return torch.cat(gather([torch.cat(parts)] if parts else []))

@@ -31,7 +31,7 @@ def run_novelty(learner: Learner, decoded: Decoded, watched: Watched) -> Novelty
     if len(store) < FEWEST:
         return None
     images, probe = learner.images_loader, learner.probe if config.precision == "fp32" else None
-    chosen = permutation(config.seed, "reference", 0, len(images.labels))[: config.reference_images]
+    chosen = images.sample("reference", config.reference_images)
     compared = permutation(config.seed, "compared", 0, len(store))[:_MOST] if probe is None else None
     model = learner.unwrapped.eval()
     with console.working("comparing with what it knows") as shown:

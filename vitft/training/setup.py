@@ -14,6 +14,7 @@ from vitft.checkpoints.checkpoint import base_of, find_model, is_run
 from vitft.checkpoints.metadata import read_card, verify
 from vitft.config.train import SIZES, TrainConfig, range_of, usual_lr
 from vitft.data.decoder import unused_range
+from vitft.data.sources.identity import is_streamed
 from vitft.data.sources.source import ALIASES, DIGITS, Source, source_of
 from vitft.data.split_record import Record, describe_changes, read_record, restore_splits
 from vitft.data.splits import Split, find_split_name, make_splits
@@ -97,7 +98,7 @@ class Prepared:
         if not is_large(rows, self.loaded.preprocess):
             return self.decode()
         skipped: dict[str, list[Skipped]] = {role: [] for role in self.used}
-        if config.check == "fast" and not resumes:
+        if config.check == "fast" and not resumes and not is_streamed(rows):
             return self.check_headers(skipped)._open_lazily(skipped)
         return self._open_lazily(skipped)
 
@@ -228,6 +229,11 @@ def prepare(
         raise DataError(f"{name}: no training images; its splits are {', '.join(source.splits)}.")
     if len(source.labels) < 2:
         raise DataError(f"{name}: there is only one class ({source.labels[0]}); add another.")
+    if config.sampling == "balanced" and is_streamed(source.splits[splits["train"].source]):
+        raise UsageError(
+            "sampling balanced repeats images of the whole dataset, which a streamed one cannot give; use "
+            "--class-weights balanced or --logit-adjustment 1."
+        )
     if config.early_stopping and "validation" not in splits:
         raise UsageError("early_stopping needs a validation split, and there is none; set --val-fraction above 0.")
     trained = _trained(source, splits["train"])

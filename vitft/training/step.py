@@ -18,7 +18,7 @@ from vitft.io.signals import Gather, Progress
 from vitft.models.features import backbone
 from vitft.models.head_init import fit_head, images_for_head, starts_from_features, write_head
 from vitft.models.load import checkpoint_activations, compiled, set_training
-from vitft.randomness import derive_seed, permutation
+from vitft.randomness import derive_seed
 from vitft.training import ema
 from vitft.training.linear_probe import FeatureLoader, Probe, features_pay, read_features
 from vitft.training.loss import class_balance, head_loss, summed_loss
@@ -48,7 +48,7 @@ class Learner:
             clock=self.clock,
         )  # fmt: skip
         self.steps_per_epoch = self.loader.steps_per_epoch
-        self.total_steps = total_steps(config, self.steps_per_epoch)
+        self.total_steps = self.images_loader.end = total_steps(config, self.steps_per_epoch)
         self._new_head = decoded.loaded.new_head
         self.unwrapped, self._names = decoded.loaded.model.to(accelerator.device), decoded.loaded.labels
         self._balance = class_balance(config, self.loader.labels.to(accelerator.device), self._names)
@@ -94,8 +94,7 @@ class Learner:
         """Fit the head to features of training images, and write it into the model."""
         config, loader = self.config, self.loader
         classes, seen = self.unwrapped.config.num_labels, self.total_steps * config.batch_size
-        everything = permutation(config.seed, "head", 0, len(loader.labels))
-        chosen = everything[: images_for_head(len(everything), classes, seen)]
+        chosen = self.images_loader.sample("head", images_for_head(len(loader.labels), classes, seen))
         if isinstance(loader, FeatureLoader):
             features = loader.unmirrored[torch.from_numpy(chosen)]
         else:

@@ -39,7 +39,7 @@ def read(repo: str, config: str | None, revision: str | None) -> tuple[Splits, s
     except DataError:
         raise
     except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow each raise their own
-        raise DataError(_failure(repo, config, revision, error)) from error
+        raise DataError(failure(repo, config, revision, error)) from error
     return dict(splits), commit
 
 
@@ -68,7 +68,8 @@ def _check_revision(repo: str, revision: str | None, commit: str | None, builder
         )
 
 
-def _failure(repo: str, config: str | None, revision: str | None, error: Exception) -> str:
+def failure(repo: str, config: str | None, revision: str | None, error: Exception) -> str:
+    """Why a dataset of the hub cannot be read, and what to do."""
     name = repo + (f":{config}" if config else "") + (f" at revision {revision}" if revision else "")
     cause: BaseException = error
     if isinstance(error, datasets.exceptions.DatasetGenerationError):

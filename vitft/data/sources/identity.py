@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from vitft.data.sources.schema import NAME, ROW, whole_numbers
+from vitft.data.sources.schema import BLOCK, NAME, ROW, whole_numbers
+from vitft.data.streaming.shards import is_address, read_image
 from vitft.hardware.pools import map_in_processes, processes
 from vitft.io.paths import composed
 
@@ -32,6 +33,24 @@ _PART = 500  # images hashed at a time
 def has_names(split: datasets.Dataset) -> bool:
     """Whether the images are files that our own reader named."""
     return NAME in split.column_names
+
+
+def is_streamed(split: datasets.Dataset) -> bool:
+    """Whether the images are in shards that are fetched when they are needed."""
+    return BLOCK in split.column_names
+
+
+def blocks_of(split: datasets.Dataset) -> Rows:
+    """The number of the part of a shard that each image of a streamed split is fetched with: (n,)."""
+    return whole_numbers(split, BLOCK)
+
+
+def rows_to_look_at(split: datasets.Dataset, count: int) -> list[int]:
+    """At most `count` rows, evenly spaced; of a streamed split within the first part, so that no others are fetched."""
+    among = np.flatnonzero(blocks_of(split) == blocks_of(split)[0]) if is_streamed(split) and len(split) else None
+    rows = np.arange(len(split)) if among is None else among
+    spaced = np.linspace(0, len(rows) - 1, min(len(rows), count)).round().astype(np.int64)
+    return [int(row) for row in rows[np.unique(spaced)]]
 
 
 def sample_id(split: datasets.Dataset, row: int) -> str:
@@ -97,12 +116,15 @@ def _hash_bytes(cell: pa.BinaryScalar) -> str:
 
 def _hash_file(path: str) -> str:
     try:
+        if is_address(path):
+            image = read_image(path)
+            return _hash(len(image), lambda start, count: image[start : start + count])
         file = os.open(path, _READ)
         try:
             return _hash(os.fstat(file).st_size, lambda start, count: os.pread(file, count, start))
         finally:
             os.close(file)
-    except OSError:  # decoding it reports the error
+    except (OSError, ValueError):  # decoding it reports the error
         return _hash(-1, lambda start, count: path.encode())
 
 

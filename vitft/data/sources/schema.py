@@ -27,6 +27,8 @@ IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 """The arrow type of an image. Usually one of its fields is null."""
 NAME = "name"
 """The column with each image's path relative to the dataset's folder. Only splits whose files we named have it."""
+BLOCK = "block"
+"""The column with the number of the part of a shard that each image is fetched with. Only streamed splits have it."""
 ROW = "row"
 """The column with the number of each row in the dataset as it was opened, which selections keep."""
 MISSING = {
@@ -49,6 +51,8 @@ class ReadOptions:
     image_folder: str | None = None  # where a table's relative paths start; default: the table's own folder
     encoding: str | None = None  # of a table; default: detected
     allow_outside: bool = False  # whether a table may name files outside of its folder
+    streaming: bool = False  # whether the shards of a hub dataset are fetched when they are needed
+    stream_gb: float = 20.0  # disk space for what is fetched
 
 
 @dataclass
@@ -280,8 +284,7 @@ def _standard_split(
     table = split.data if split._indices is None else split.with_format("arrow")[:]
     structs = pa.chunked_array([_fill_missing(chunk) for chunk in table.column("image").chunks], type=IMAGE_TYPE)
     columns = {"image": structs, "label": pa.array(labels), ROW: pa.array(np.arange(len(labels)))}
-    if NAME in split.features:
-        columns[NAME] = table.column(NAME)
+    columns |= {column: table.column(column) for column in (NAME, BLOCK) if column in split.features}
     return in_memory(columns, classes, name)
 
 

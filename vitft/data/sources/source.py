@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitft.config.train import TrainConfig, require_dataset
-from vitft.data.sources import arrays, hub, local
+from vitft.data.sources import arrays, hub, local, streamed
 from vitft.data.sources.features import normalize_splits
 from vitft.data.sources.identity import has_names, sample_names
 from vitft.data.sources.image_paths import resolve_paths
 from vitft.data.sources.schema import Notes, ReadOptions, Splits, standardize, whole_numbers
+from vitft.data.streaming.remote import is_url
 from vitft.errors import DataError, UsageError, nearest
 from vitft.io.console import without_secrets
 from vitft.io.paths import expanded
@@ -80,22 +81,33 @@ def open_dataset(
     image_folder: str | None = None,
     encoding: str | None = None,
     allow_outside: bool = False,
+    streaming: bool = False,
+    stream_gb: float = 20.0,
 ) -> Source:
     """Open a dataset: its splits, with an image and a label in every row. No image is decoded.
 
     `dataset` is an alias such as cifar10, `digits`, a hub id with an optional `:config`, a local folder, table, parquet
-    file or archive, or a Dataset or DatasetDict. An alias wins over a folder of the same name; `./cifar10` means the
-    folder. The other arguments are those of `vitft train`, for datasets that are ambiguous by themselves. Raises
-    DataError if nothing usable is found, UsageError for a revision of a dataset that is not on the hub.
+    file or archive, the URL of parquet shards, or a Dataset or DatasetDict. An alias wins over a folder of the same
+    name; `./cifar10` means the folder. With `streaming`, the shards of a hub dataset are fetched when they are needed,
+    as those of a URL are; of these, `stream_gb` are kept on this disk. The other arguments are those of `vitft train`,
+    for datasets that are ambiguous by themselves. Raises DataError if nothing usable is found, UsageError for a
+    revision of a dataset that is not on the hub.
     """
     options = ReadOptions(
-        image_column, label_column, split_column, fold_column, fold, image_folder, encoding, allow_outside
-    )
+        image_column, label_column, split_column, fold_column, fold, image_folder, encoding, allow_outside,
+        streaming, stream_gb,
+    )  # fmt: skip
     notes, commit = Notes(), None
     if not isinstance(dataset, str | Path):
         name, raw = _loaded(dataset)
         return _source("dataset", name, raw, commit, options, notes, folders=None)
     dataset = str(dataset)
+    if is_url(dataset):
+        raw, version = streamed.read(dataset, options, notes)
+        if revision not in (None, version):
+            raise DataError(f"{without_secrets(dataset)}: its shards have changed since the run began.")
+        name = re.split(r"[/\\]", dataset.split("?")[0].rstrip("/"))[-1].removesuffix(".parquet")
+        return _source(dataset, name, raw, version, options, notes, folders=None, is_normalized=True)
     path = expanded(dataset) if dataset else Path()
     hub_id = ALIASES.get(dataset) or (Alias(*match.groups()) if (match := _HUB_ID.fullmatch(dataset)) else None)
     is_here = bool(dataset.strip()) and os.path.exists(path)  # noqa: PTH110  (False, too, for impossible names)
@@ -108,6 +120,10 @@ def open_dataset(
         raw = local.read(path, options, notes)
         folder = path if path.is_dir() else path.parent
         return _source(dataset, name, raw, commit, options, notes, folders=[folder], is_normalized=True)
+    elif hub_id is not None and streaming:
+        name = dataset if dataset in ALIASES else hub_id.repo.split("/")[1]
+        raw, commit = streamed.read_hub(hub_id.repo, hub_id.config, revision, options, notes)
+        return _source(dataset, name, raw, commit, options, notes, folders=None, is_normalized=True)
     elif hub_id is not None:
         name = dataset if dataset in ALIASES else hub_id.repo.split("/")[1]
         raw, commit = hub.read(hub_id.repo, hub_id.config, revision)
@@ -204,9 +220,6 @@ def class_indices(split: datasets.Dataset) -> NDArray[np.int64]:
 
 def _unknown(dataset: str) -> str:
     known = sorted([*ALIASES, DIGITS])
-    if re.match(r"\w+://", dataset):
-        url = without_secrets(dataset)
-        return f"{url} is a URL; give a hub id (owner/name), or download it and give the file or folder."
     if dataset.startswith((".", "~", os.sep)) or dataset.count("/") > 1:
         return f"no file or folder {dataset}; give an existing one, or one of {', '.join(known)}."
     return (

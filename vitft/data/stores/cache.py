@@ -39,7 +39,7 @@ from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest, xxh3_128
 from vitft.hardware.pools import map_in_groups
 from vitft.io import console
 from vitft.io.atomic import json_text, lock_folder
-from vitft.io.paths import expanded
+from vitft.io.paths import cache_folder
 
 _FORMAT = 3  # part of the key: entries of another format are never read, but are evicted first and can be cleared
 _ABANDONED_S = 600.0  # an unfinished entry that is untouched for so long and that no process holds: its run was killed
@@ -61,9 +61,8 @@ class Entry:
 
 
 def root() -> Path:
-    """The folder of the entries: below VITFT_CACHE, else below the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return expanded(os.environ.get("VITFT_CACHE") or Path(home) / "vitft") / "decoded"
+    """The folder of the entries."""
+    return cache_folder("decoded")
 
 
 def fingerprint(rows: datasets.Dataset, *made_by: Any, whole: bool = False) -> str | None:

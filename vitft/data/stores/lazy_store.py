@@ -23,9 +23,10 @@ from torch import Tensor
 
 from vitft.data.augment import Images, Preprocess
 from vitft.data.decoder import BadImage, are_tiny
-from vitft.data.sources.identity import sample_id
+from vitft.data.sources.identity import blocks_of, is_streamed, rows_to_look_at, sample_id
 from vitft.data.stores import cache
 from vitft.data.stores.store import IN_MEMORY, PixelHash, Skipped, UnreadableError, decoding, first_is_large, made_by
+from vitft.data.streaming import shards
 from vitft.hardware.pools import map_in_threads, shared_lock
 from vitft.io import console
 
@@ -49,11 +50,11 @@ _KNOWN = np.dtype(
 
 
 def is_large(rows: datasets.Dataset, preprocess: Preprocess) -> bool:
-    """Whether decoding all images would keep the first step waiting.
+    """Whether decoding all images would keep the first step waiting: also if they have to be fetched.
 
     It depends on the images and the model input alone, so that a resumed run has the same kind of store.
     """
-    return len(rows) > (PHOTOS if first_is_large(rows, preprocess) else SMALL)
+    return is_streamed(rows) or len(rows) > (PHOTOS if first_is_large(rows, preprocess) else SMALL)
 
 
 class LazyStore:
@@ -71,12 +72,14 @@ class LazyStore:
     ) -> None:  # fmt: skip
         """As for `decode_all`; `labels` is (N,). Decodes a few images. Raises UnreadableError as `gather` does."""
         self._rows, self._labels, self._skip_bad, self._name = rows, labels, skip_bad, name
+        self.blocks = blocks_of(rows) if is_streamed(rows) else None
+        """The number of the part of a shard that each image is fetched with, (N,); None if nothing is fetched."""
         self._decode = decoding(preprocess, crops=crops, max_pixels=max_pixels, training=True)
         # Threads that decode tiny images hinder each other: it is mostly Python code.
-        self._map = map if are_tiny(rows[:_SAMPLE]["image"]) else map_in_threads
+        self._map = map if are_tiny(rows[rows_to_look_at(rows, _SAMPLE)]["image"]) else map_in_threads
         self._limit, self._by_sums = int(cache_gb * 1e9), crops
         self._whole, self._made_by = whole, made_by(preprocess, crops, True, max_pixels)
-        self._caches = self._limit > 0 and first_is_large(rows, preprocess)
+        self._caches = self._limit > 0 and self.blocks is None and first_is_large(rows, preprocess)
         self._entry = self._open_entry() if self._caches else None
         # Zeros that forked processes share: `start` is one more than where the pixels are, and 0 until they are there.
         self._known = np.frombuffer(mmap.mmap(-1, max(1, len(rows)) * _KNOWN.itemsize), _KNOWN)[: len(rows)]
@@ -105,6 +108,12 @@ class LazyStore:
         views = [images[position] for position in wanted]
         alike = stacked and len({view.shape for view in views}) == 1
         return torch.stack(views) if alike else views
+
+    def fetch_ahead(self, index: NDArray[np.int64]) -> None:
+        """Begin to fetch what the images at these positions need, in this order. Returns at once."""
+        if self.blocks is not None and len(index := index[self._known["start"][index] == 0]):
+            first = np.unique(self.blocks[index], return_index=True)[1]
+            shards.fetch_ahead(cell["path"] for cell in self._rows[index[np.sort(first)]]["image"])
 
     def attend(self) -> None:
         """Between two steps: tell of images that could not be read, and once all are there, cache them."""
@@ -207,6 +216,8 @@ class LazyStore:
     def _sample_digest(self) -> str:
         """A hash of the pixels of some images, which another decoder would change."""
         some = np.unique(np.linspace(0, len(self) - 1, min(len(self), _SAMPLE)).astype(np.int64)).tolist()
+        if self.blocks is not None:
+            some = rows_to_look_at(self._rows, _SAMPLE)
         read = self._read(some)
         sums = [cache.checksum(read[p].numpy()) if p in read else -1 for p in some]
         return hashlib.blake2b(repr(sums).encode(), digest_size=8).hexdigest()

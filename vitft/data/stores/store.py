@@ -24,8 +24,9 @@ from torch import Tensor
 
 from vitft.data.augment import CROP_AREA, Images, Preprocess, apply_resize, resize
 from vitft.data.decoder import BadImage, are_tiny, choose_map, decode, encoded, header, image_info
-from vitft.data.sources.identity import sample_id
+from vitft.data.sources.identity import is_streamed, sample_id
 from vitft.data.stores import cache
+from vitft.data.streaming import shards
 from vitft.errors import DataError
 from vitft.hardware.device import to_device
 from vitft.hardware.pools import map_in_processes, map_in_threads, processes
@@ -265,9 +266,11 @@ def _map_rows(
 
     def chunk(start: int) -> Iterator[T | BadImage]:
         cells = rows[start : start + _CHUNK]["image"]
+        if streamed:
+            shards.fetch_ahead(cell["path"] for cell in rows[start : start + 2 * _CHUNK]["image"])
         return choose_map(cells)(attempt, cells)
 
-    starts = range(0, len(rows), _CHUNK)
+    starts, streamed = range(0, len(rows), _CHUNK), is_streamed(rows)
     count = processes() if len(rows) >= _MANY and (is_quick or are_tiny(rows[:_CHUNK]["image"])) else 0
     chunks = map_in_processes(lambda start: list(chunk(start)), starts, count) if count else map(chunk, starts)
     for start, results in zip(starts, chunks, strict=True):

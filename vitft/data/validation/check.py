@@ -21,7 +21,7 @@ from PIL import Image
 from vitft.data.color import Range
 from vitft.data.decoder import MAX_PIXELS, BadImage, choose_map, decode, encoded, image_info, unused_range
 from vitft.data.sources.folders import Listing, relative
-from vitft.data.sources.identity import sample_names
+from vitft.data.sources.identity import rows_to_look_at, sample_names
 from vitft.data.sources.source import Source, class_indices, exclusion_line
 
 Severity = Literal["error", "warning", "note"]
@@ -137,8 +137,8 @@ def _finding(split: str, path: str, kind: str, detail: str) -> Finding:
 
 def samples(split: datasets.Dataset, count: int = 32) -> Iterator[bytes | Path]:
     """Encoded images, evenly spaced over a split."""
-    for row in np.unique(np.linspace(0, len(split) - 1, count).round().astype(int)) if len(split) else ():
-        yield encoded(split[int(row)]["image"])
+    for row in rows_to_look_at(split, count):
+        yield encoded(split[row]["image"])
 
 
 # -- one image ------------------------------------------------------------------------------------

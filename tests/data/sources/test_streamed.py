@@ -1,0 +1,196 @@
+"""Datasets of parquet shards behind URLs: the same images and labels as in the folder they are from."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import s3fs
+from moto.server import ThreadedMotoServer
+
+from tests.hub import CIFAR10, DATASET, StandInHub, make_dataset
+from tests.web import FileServer
+from vitft.data.sources.identity import content_hashes, is_streamed, sample_names
+from vitft.data.sources.source import Source, class_indices, open_dataset
+from vitft.errors import DataError
+
+pytestmark = pytest.mark.usefixtures("fetched")
+
+
+def content(source: Source) -> dict[str, list[tuple[str, str]]]:
+    """The images and classes of each split."""
+    return {
+        str(name): [
+            (image, source.labels[label])
+            for image, label in zip(
+                content_hashes(split, np.arange(len(split))), class_indices(split).tolist(), strict=True
+            )
+        ]
+        for name, split in source.splits.items()
+    }
+
+
+def write(folder: Path, name: str, row_group_size: int = 5, **columns: Any) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), folder / name, row_group_size=row_group_size)
+
+
+def images(count: int, first: int = 0) -> list[dict[str, Any]]:
+    return [{"bytes": b"image %d" % (first + number), "path": None} for number in range(count)]
+
+
+def opened(folder: Path, **options: Any) -> Source:
+    return open_dataset(f"file://{folder}", **options)
+
+
+def test_shards_on_a_web_server_are_read_as_those_in_a_folder(server: FileServer, digit_shards: Path) -> None:
+    here, there = open_dataset(str(digit_shards)), open_dataset(f"{server.url}/digits")
+    assert there.labels == here.labels
+    assert [{*one} for one in (here.splits, there.splits)] == [{"train", "test"}] * 2
+    before = len(server.fetched())
+    labels = {name: class_indices(split).tolist() for name, split in there.splits.items()}
+    assert labels == {name: class_indices(split).tolist() for name, split in here.splits.items()}
+    assert len(server.fetched()) == before  # no image was needed
+    assert content(there) == content(here)
+    assert there.name == "digits"
+    assert all(map(is_streamed, there.splits.values()))
+    first = sample_names(there.splits["train"], np.array([0, 488, 489]))
+    assert first == [f"train-0000{shard}-of-00003.parquet/{row}" for shard, row in ((0, 0), (0, 488), (1, 0))]
+
+
+@pytest.fixture
+def bucket(digit_shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of the shards in an object store on loopback."""
+    store = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    store.start()
+    host, port = store.get_host_and_port()
+    settings = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "key", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in (settings | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}).items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()  # those of other stores and credentials
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="photos")
+    for file in digit_shards.iterdir():
+        client.put_object(Bucket="photos", Key=f"sets/digits/{file.name}", Body=file.read_bytes())
+    yield "s3://photos/sets/digits"
+    store.stop()
+
+
+def test_shards_in_a_bucket(bucket: str, digit_shards: Path) -> None:
+    there = open_dataset(bucket)
+    assert content(there) == content(open_dataset(str(digit_shards)))
+    one = open_dataset(f"{bucket}/train-00001-of-00003.parquet")
+    assert content(one)["train"] == content(there)["train"][489:977]
+    with pytest.raises(DataError, match=r"^s3://photos/sets/letters: there is no such file\.$"):
+        open_dataset("s3://photos/sets/letters")
+    with pytest.raises(DataError, match=r"^s3://other/sets: there is no such file\.$"):
+        open_dataset("s3://other/sets")
+
+
+def test_a_bucket_without_credentials(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(DataError, match="no credentials; set AWS_ACCESS_KEY_ID"):
+        open_dataset(bucket)
+
+
+def test_the_shards_of_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants, hf_file_system
+
+    make_dataset(tmp_path / "datasets" / DATASET)
+    with StandInHub(tmp_path) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(hf_file_system.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        source = open_dataset("cifar10", streaming=True)
+        found = content(source)
+        assert source.revision == hub.sha("datasets", DATASET)
+    assert source.name == "cifar10"
+    assert source.labels == CIFAR10
+    assert {name: len(rows) for name, rows in found.items()} == {"train": 40, "test": 20}
+    own = open_dataset(str(tmp_path / "datasets" / DATASET / "plain_text"))
+    assert found == content(own)
+
+
+def test_splits_are_found_in_names_and_folders(tmp_path: Path) -> None:
+    write(tmp_path / "a", "data/train-0.parquet", image=images(12), label=["cat", "dog"] * 6)
+    write(tmp_path / "a", "data/test-0.parquet", image=images(4, 12), label=["dog", "cat"] * 2)
+    write(tmp_path / "b", "train/0.parquet", image=images(12), label=["cat", "dog"] * 6)
+    write(tmp_path / "b", "test/0.parquet", image=images(4, 12), label=["dog", "cat"] * 2)
+    write(
+        tmp_path / "c",
+        "part-0.parquet",
+        image=images(12),
+        label=["cat", "dog"] * 6,
+        split=["train", "test", "train"] * 4,
+    )
+    for name in "abc":
+        assert content(opened(tmp_path / name)) == content(open_dataset(str(tmp_path / name))), name
+    rows = opened(tmp_path / "c").splits["test"]
+    assert sample_names(rows, np.arange(4)) == [f"part-0.parquet/{row}" for row in (1, 4, 7, 10)]
+
+
+def test_columns_are_found_as_in_a_folder(tmp_path: Path) -> None:
+    more = {"id": range(12), "caption": ["a cat"] * 12}
+    write(tmp_path, "train.parquet", picture=[one["bytes"] for one in images(12)], category=[1, 2, 3] * 4, **more)
+    found, here = opened(tmp_path), open_dataset(str(tmp_path))
+    assert content(found) == content(here)
+    assert found.decisions == here.decisions
+    with pytest.raises(DataError, match=r"no column 'pictures'.*did you mean picture"):
+        opened(tmp_path, image_column="pictures")
+
+
+def test_what_cannot_be_streamed_is_said(tmp_path: Path) -> None:
+    write(tmp_path / "names", "x.parquet", file_name=["a.jpg", "b.jpg"], label=[0, 1])
+    with pytest.raises(DataError, match="column 'file_name' holds string; only encoded images can be streamed"):
+        opened(tmp_path / "names")
+    write(tmp_path / "none", "x.parquet", image=images(3))
+    with pytest.raises(DataError, match="no labels"):
+        opened(tmp_path / "none")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/cat.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match=r"photos has no parquet files; `vitft data pack DATASET FOLDER` makes them"):
+        opened(tmp_path / "photos")
+    for name in "ab":
+        write(tmp_path / "two", f"{name}/x.parquet", image=images(3), label=[0, 1, 2])
+    with pytest.raises(DataError, match=r"two/? holds parquet files in 2 folders: a, b; give one of them\.$"):
+        opened(tmp_path / "two")
+
+
+def test_shards_that_are_sorted_by_class_are_warned_of(tmp_path: Path) -> None:
+    labels = [name for name in ("ant", "bee", "cat", "dog") for _ in range(20)]
+    write(tmp_path / "sorted", "train.parquet", image=images(80), label=labels)
+    mixed = [labels[place] for place in np.random.default_rng(0).permutation(80)]
+    write(tmp_path / "mixed", "train.parquet", image=images(80), label=mixed)
+    assert any("sorted by class" in warning for warning in opened(tmp_path / "sorted").warnings)
+    assert not any("sorted by class" in warning for warning in opened(tmp_path / "mixed").warnings)
+
+
+def test_a_version_is_refused_once_the_shards_have_changed(tmp_path: Path) -> None:
+    write(tmp_path, "train.parquet", image=images(12), label=[0, 1] * 6)
+    version = opened(tmp_path).revision
+    assert opened(tmp_path, revision=version).revision == version
+    write(tmp_path, "train.parquet", image=images(12, 1), label=[0, 1] * 6)
+    os.utime(tmp_path / "train.parquet", (1, 1))
+    with pytest.raises(DataError, match=r"its shards have changed since the run began\.$"):
+        opened(tmp_path, revision=version)
+
+
+def test_shards_of_other_programs(tmp_path: Path) -> None:
+    """ClassLabel features, as `datasets` writes them."""
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["dog", "cat"]))
+    made = datasets.Dataset.from_dict({"image": images(6), "label": [0, 1, 0, 1, 1, 0]}, features=features)
+    made.to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    assert opened(tmp_path).labels == ("dog", "cat")
+    assert content(opened(tmp_path)) == content(open_dataset(str(tmp_path)))

@@ -1,0 +1,149 @@
+"""Training on shards behind a URL: the same samples whatever is interrupted, fails, or shares the work."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.forked import finish_two, flags
+from tests.training.test_trainer import AUGMENTED, assert_same_weights, config, interrupted, lines
+from tests.web import FileServer, Request
+from vitft import train
+from vitft.data.augment import Preprocess
+from vitft.data.augmentation.settings import Augmentation
+from vitft.data.loader import TrainLoader
+from vitft.data.sources.source import class_indices, open_dataset
+from vitft.data.stores.lazy_store import LazyStore
+from vitft.data.streaming import blocks
+from vitft.errors import DataError, UsageError
+from vitft.training.trainer import resume
+
+
+def is_block(request: Request) -> bool:
+    """Whether a request is for the images of a row group; footers are longer, labels shorter."""
+    return request.first is not None and request.last is not None and 3000 < request.last - request.first < 20_000
+
+
+LONGER = {"max_train_samples": None, "batch_size": 16, "max_steps": 60, "epochs": 1, "save_every": 10, "log_every": 1}
+
+
+def story(run: Path) -> list[tuple[object, ...]]:
+    return [(line["step"], line["split"], line["loss"], line["accuracy"]) for line in lines(run)]
+
+
+@pytest.mark.parametrize(
+    "other", [{}, AUGMENTED, {"augment": "crop", "epochs": 3}], ids=["plain", "augmented", "crops"]
+)
+def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, Any]
+) -> None:
+    settings = config(dataset=f"{server.url}/digits", **LONGER | other)
+    whole = train(settings, output=tmp_path / "whole")
+    interrupted(settings, tmp_path / "cut", 37, monkeypatch)
+    blocks.clear()
+    resumed = resume(tmp_path / "cut")
+    assert story(resumed.run) == story(whole.run)
+    assert_same_weights(whole.run / "last", resumed.run / "last")
+
+
+def test_two_processes_train_as_one_does(digit_shards: Path, tmp_path: Path) -> None:
+    changes = LONGER | {"dataset": f"file://{digit_shards}", "max_steps": 40}
+    one = train(config(**changes), output=tmp_path / "one")
+    ended = finish_two("train", *flags(**changes), "--output", str(tmp_path / "two"), log=tmp_path / "log")
+    assert [code for code, _ in ended] == [0, 0], ended
+    for ours, theirs in zip(lines(one.run), lines(tmp_path / "two"), strict=True):
+        assert (ours["step"], ours["split"]) == (theirs["step"], theirs["split"])
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def test_a_server_that_fails_stops_the_run_with_everything_saved(server: FileServer, tmp_path: Path) -> None:
+    settings = config(dataset=f"{server.url}/digits", **LONGER | {"stream_gb": 0, "head_init": "random"})
+    whole = train(settings, output=tmp_path / "whole")
+    seen: list[Request] = []
+
+    def fails(request: Request, number: int) -> int | None:
+        seen.extend([request] if is_block(request) else [])
+        return 503 if is_block(request) and len(seen) > 14 else None
+
+    server.fault = fails
+    blocks.clear()
+    with pytest.raises(DataError, match=r"train-0000.*cannot be fetched: 503.*vitft train --resume") as caught:
+        train(settings, output=tmp_path / "cut")
+    assert "\n" not in str(caught.value)
+    server.fault = lambda request, number: None
+    resumed = resume(tmp_path / "cut")
+    assert story(resumed.run) == story(whole.run)
+    assert_same_weights(whole.run / "last", resumed.run / "last")
+
+
+def test_what_fails_now_and_then_changes_nothing(server: FileServer, tmp_path: Path) -> None:
+    settings = config(dataset=f"{server.url}/digits", **LONGER | {"stream_gb": 0})
+    whole = train(settings, output=tmp_path / "whole")
+    faults: list[int | str] = [503, "cut", "damaged", 500]
+    server.fault = lambda request, number: faults[number // 5 % 4] if number % 5 == 0 else None
+    blocks.clear()
+    flaky = train(settings, output=tmp_path / "flaky")
+    assert_same_weights(whole.run / "last", flaky.run / "last")
+
+
+def test_a_shard_that_is_gone_is_not_skipped(server: FileServer, tmp_path: Path) -> None:
+    """Hundreds of images are missing then, not a bad one."""
+    settings = config(dataset=f"{server.url}/digits", on_bad_image="skip", stream_gb=0, **LONGER)
+    server.fault = lambda request, number: 404 if is_block(request) else None
+    with pytest.raises(DataError, match="cannot be fetched: there is no such file"):
+        train(settings, output=tmp_path / "run")
+
+
+def test_shards_that_change_are_refused_on_resume(
+    digit_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fetched: Path
+) -> None:
+    (tmp_path / "set").mkdir()
+    for file in digit_shards.glob("*.parquet"):
+        (tmp_path / "set" / file.name).write_bytes(file.read_bytes())
+    with FileServer(tmp_path) as server:
+        settings = config(dataset=f"{server.url}/set", **LONGER)
+        interrupted(settings, tmp_path / "run", 37, monkeypatch)
+        changed = min((tmp_path / "set").glob("train*"))
+        changed.write_bytes(changed.read_bytes().replace(b"\x89PNG", b"\x88PNG", 1))
+        with pytest.raises(DataError, match=r"its shards have changed since the run began\.$"):
+            resume(tmp_path / "run")
+
+
+def test_balanced_sampling_is_refused_with_a_remedy(digit_shards: Path, tmp_path: Path) -> None:
+    settings = config(dataset=f"file://{digit_shards}", sampling="balanced", max_steps=1)
+    with pytest.raises(
+        UsageError, match=r"sampling balanced repeats images of the whole dataset.*--logit-adjustment 1"
+    ):
+        train(settings, output=tmp_path / "run")
+
+
+def loader(url: str, rank: int, world: int, batch_size: int = 16) -> TrainLoader:
+    rows = open_dataset(url).splits["train"]
+    how = Preprocess(height=8, width=8, mean=(0.5,) * 3, std=(0.5,) * 3, resample="bilinear", rescale=1 / 255)
+    store = LazyStore(rows, class_indices(rows), how, crops=False, max_pixels=10**6, skip_bad=False)
+    augmentation = Augmentation.of(config(augment="flip"))
+    return TrainLoader(
+        store, class_indices(rows), how, augmentation=augmentation, classes=10, batch_size=batch_size,
+        device=store.device, rank=rank, world=world,
+    )  # fmt: skip
+
+
+def test_the_first_steps_fetch_what_they_need_and_what_comes_next(server: FileServer) -> None:
+    one = loader(f"{server.url}/digits", 0, 1)
+    one.end = 3
+    for step in range(3):
+        one.batch(step)
+    shown = one.store.blocks[np.concatenate([one.samples(step) for step in range(3)])]  # type: ignore[union-attr]
+    first = one.store.blocks[:1]  # type: ignore[union-attr,index]  # looked at for the format of images
+    assert len({*filter(is_block, server.requests)}) == len(np.union1d(shown, first)) < 20
+
+
+def test_processes_fetch_different_shards(digit_shards: Path) -> None:
+    both = [loader(f"file://{digit_shards}", rank, 2) for rank in range(2)]
+    wanted = [
+        {*one.store.blocks[np.concatenate([one.shard(step) for step in range(one.steps_per_epoch)])].tolist()}  # type: ignore[union-attr]
+        for one in both
+    ]
+    assert len(wanted[0] & wanted[1]) <= 4  # of 24
+    assert len(wanted[0] | wanted[1]) == 24

@@ -1,0 +1,173 @@
+"""A part of a shard at a time on this disk: fetched by one process, read by all of this machine, bounded, verified.
+
+A block is the images of one row group, as an Arrow file. While there is room, blocks are kept for later epochs and
+runs. What exceeds that passes through: the oldest such block makes room for the next. So of data that is larger than
+the disk, every epoch fetches only the part that does not fit.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+from xxhash import xxh3_64_hexdigest, xxh3_128_hexdigest
+
+from vitft.io.atomic import new_file
+from vitft.io.paths import cache_folder
+
+_KEPT, _PASSING = ".kept", ".passing"
+_FOR_KEPT = 0.75  # of the room; the rest is for what passes through
+_UNUSED_S = 86400.0  # kept blocks that nobody has opened for so long make room for others
+_OPEN = 64  # blocks that a process has mapped into memory; they can be read even after they have made room
+_LOCKS = 256  # files; two blocks may share one, and then wait for each other
+_SUM = b"xxh3"
+
+
+class Kept(NamedTuple):
+    """How many blocks are on this disk, their bytes, and when one was last opened."""
+
+    blocks: int
+    size: int
+    used: float
+
+
+def root() -> Path:
+    """The folder of the blocks."""
+    return cache_folder("streamed")
+
+
+_mapped: dict[str, pa.LargeBinaryArray] = {}
+
+
+def images(name: str, limit: int, fetch: Callable[[], pa.LargeBinaryArray]) -> pa.LargeBinaryArray:
+    """The encoded images of the block with this name: from the disk, or from `fetch`, which may take a while.
+
+    Blocks may take `limit` bytes on the disk together. If that is 0, or nothing can be written there, a block is in
+    memory. Raises what `fetch` raises.
+    """
+    found = _mapped.pop(name, None)
+    if found is None:
+        found = _found(xxh3_128_hexdigest(name.encode()), limit, fetch) if limit else fetch()
+    _mapped[name] = found  # the last one now
+    with suppress(StopIteration, RuntimeError):  # other threads do the same
+        while len(_mapped) > _OPEN:
+            _mapped.pop(next(iter(_mapped)), None)
+    return found
+
+
+def _found(key: str, limit: int, fetch: Callable[[], pa.LargeBinaryArray]) -> pa.LargeBinaryArray:
+    if (found := _read(key)) is not None:
+        return found
+    try:
+        with _lock(key):
+            if (found := _read(key)) is None:  # no other process was faster
+                fetched = fetch()
+                with suppress(OSError):  # the disk is full, or read-only
+                    _write(key, fetched, limit)
+                    found = _read(key)
+                found = fetched if found is None else found
+            return found
+    except _NoDisk:
+        return fetch()
+
+
+class _NoDisk(Exception):  # noqa: N818
+    """Nothing can be locked there."""
+
+
+def _read(key: str) -> pa.LargeBinaryArray | None:
+    """A block, mapped into memory; None if it is not there, or is not what was written."""
+    for suffix in (_KEPT, _PASSING):
+        file = root() / (key + suffix)
+        try:
+            with pa.memory_map(str(file)) as mapped:
+                reader = pa.ipc.open_file(mapped)
+                found = reader.get_batch(0).column(0)
+                intact = (reader.schema.metadata or {}).get(_SUM) == _checksum(found)
+        except FileNotFoundError:
+            continue
+        except (OSError, pa.ArrowInvalid):
+            intact = False
+        with suppress(OSError):
+            if intact:
+                os.utime(file)
+                return found
+            file.unlink()
+    return None
+
+
+def _checksum(block: pa.LargeBinaryArray) -> bytes:
+    return xxh3_64_hexdigest(memoryview(block.buffers()[2] or b"")).encode()
+
+
+def _write(key: str, block: pa.LargeBinaryArray, limit: int) -> None:
+    kept = [(file, status) for file, status in _files() if file.suffix == _KEPT]
+    taken, room = sum(status.st_size for _, status in kept), int(_FOR_KEPT * limit)
+    for file, status in kept:
+        if taken + block.nbytes <= room or time.time() - status.st_mtime < _UNUSED_S:
+            break
+        file.unlink(missing_ok=True)
+        taken -= status.st_size
+    suffix = _KEPT if taken + block.nbytes <= room else _PASSING
+    schema = pa.schema([("image", block.type)], {_SUM: _checksum(block)})
+    with new_file(root() / (key + suffix)) as file, pa.ipc.new_file(str(file), schema) as writer:
+        writer.write_batch(pa.record_batch([block], schema=schema))
+    passing = [(file, status) for file, status in _files() if file.suffix == _PASSING]
+    excess = sum(status.st_size for _, status in passing) + taken - limit
+    for file, status in passing[:-1]:
+        if excess <= 0:
+            break
+        file.unlink(missing_ok=True)
+        excess -= status.st_size
+
+
+def _files() -> list[tuple[Path, os.stat_result]]:
+    """All blocks, those first that were opened longest ago."""
+    found = []
+    for file in root().glob("*.*"):
+        with suppress(OSError):  # removed just now
+            if file.suffix in (_KEPT, _PASSING):
+                found.append((file, file.stat()))
+    return sorted(found, key=lambda each: each[1].st_mtime)
+
+
+@contextmanager
+def _lock(key: str) -> Iterator[None]:
+    """Let one process and thread fetch a block; others wait for it."""
+    try:
+        import fcntl
+
+        root().mkdir(parents=True, exist_ok=True)
+        handle = os.open(root() / f"lock-{int(key[:8], 16) % _LOCKS:02}", os.O_CREAT | os.O_RDWR, 0o666)
+    except (ImportError, OSError) as error:
+        raise _NoDisk from error
+    try:
+        with suppress(OSError):  # some network disks cannot lock
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a process that was forked meanwhile has it open, too
+        os.close(handle)
+
+
+def kept() -> Kept:
+    """What is on this disk."""
+    found = _files()
+    return Kept(
+        len(found), sum(each.st_size for _, each in found), max((each.st_mtime for _, each in found), default=0.0)
+    )
+
+
+def clear() -> int:
+    """Remove all blocks; returns the number of bytes freed."""
+    freed = 0
+    for file, status in _files():
+        with suppress(OSError):
+            file.unlink()
+            freed += status.st_size
+    _mapped.clear()
+    return freed
