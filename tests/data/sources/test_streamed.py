@@ -1,6 +1,9 @@
 """Datasets of parquet shards behind URLs: the same images and labels as in the folder they are from."""
 
+import io
+import json
 import os
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,9 @@ from moto.server import ThreadedMotoServer
 
 from tests.hub import CIFAR10, DATASET, StandInHub, make_dataset
 from tests.web import FileServer
-from vitft.data.sources.identity import content_hashes, is_streamed, sample_names
+from vitft.data.sources.identity import blocks_of, content_hashes, is_streamed, sample_names
 from vitft.data.sources.source import Source, class_indices, open_dataset
+from vitft.data.streaming import tars
 from vitft.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("fetched")
@@ -160,7 +164,9 @@ def test_what_cannot_be_streamed_is_said(tmp_path: Path) -> None:
         opened(tmp_path / "none")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/cat.jpg").write_bytes(b"")
-    with pytest.raises(DataError, match=r"photos has no parquet files; `vitft data pack DATASET FOLDER` makes them"):
+    with pytest.raises(
+        DataError, match=r"photos has no \.parquet or \.tar files; `vitft data pack DATASET FOLDER` makes some"
+    ):
         opened(tmp_path / "photos")
     for name in "ab":
         write(tmp_path / "two", f"{name}/x.parquet", image=images(3), label=[0, 1, 2])
@@ -194,3 +200,66 @@ def test_shards_of_other_programs(tmp_path: Path) -> None:
     made.to_parquet(tmp_path / "train-00000-of-00001.parquet")
     assert opened(tmp_path).labels == ("dog", "cat")
     assert content(opened(tmp_path)) == content(open_dataset(str(tmp_path)))
+
+
+def write_tar(file: Path, rows: list[tuple[str, bytes, str | None]], form: str = "cls") -> None:
+    """A WebDataset shard of images by name, each with its label in a .cls, or in a .json, or in none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as tar:
+        for name, image, label in rows:
+            text = label if form == "cls" else json.dumps({"label": label, "caption": "x" * 700})
+            members = [(f"{name}.jpg", image), *([] if label is None else [(f"{name}.{form}", str(text).encode())])]
+            for path, data in members:
+                info = tarfile.TarInfo(path)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def jpegs(count: int, first: int = 0) -> list[tuple[str, bytes, str | None]]:
+    """Images of many sizes, of three classes."""
+    return [
+        (f"{number:06}", bytes([number % 256]) * (number % 7 * 900 + 1), ("ant", "bee", "cat")[number % 3])
+        for number in range(first, first + count)
+    ]
+
+
+@pytest.mark.parametrize("form", ["cls", "json"])
+def test_webdataset_shards(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tars, "BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(tars, "_WINDOW", 4096)
+    for number in range(2):
+        write_tar(tmp_path / f"set/train-{number:05}.tar", jpegs(60, 60 * number), form)
+    write_tar(tmp_path / "set/test-00000.tar", jpegs(20, 200), form)
+    here = open_dataset(str(tmp_path / "set"))
+    with FileServer(tmp_path) as server:
+        there = open_dataset(f"{server.url}/set")
+        assert content(there) == content(here)
+        assert there.labels == ("ant", "bee", "cat")
+        assert sample_names(there.splits["train"], np.array([0, 61])) == [
+            "train-00000.tar/000000.jpg",
+            "train-00001.tar/000061.jpg",
+        ]
+        sizes = np.unique(blocks_of(there.splits["train"]), return_counts=True)[1]
+        assert len(sizes) > 10
+        before = len(server.fetched())
+        again = open_dataset(f"{server.url}/set")  # the pass over the shards is not repeated
+        assert len(server.fetched()) == before
+        assert content(again) == content(here)
+
+
+def test_tars_that_cannot_be_streamed(tmp_path: Path) -> None:
+    write_tar(tmp_path / "none/train.tar", [(name, image, None) for name, image, _ in jpegs(3)])
+    with pytest.raises(DataError, match=r"train\.tar has no image with a \.cls or \.json beside it"):
+        opened(tmp_path / "none")
+    write_tar(tmp_path / "some/train.tar", [*jpegs(3), ("x", b"image", None)])
+    with pytest.raises(DataError, match="1 of 4 images have no label"):
+        opened(tmp_path / "some")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/train.tar").write_bytes(b"no tar" * 1000)
+    with pytest.raises(DataError, match=r"train\.tar is not a readable archive: "):
+        opened(tmp_path / "bad")
+    write_tar(tmp_path / "cut/train.tar", jpegs(30))
+    raw = (tmp_path / "cut/train.tar").read_bytes()
+    (tmp_path / "cut/train.tar").write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(DataError, match=r"train\.tar is not a readable archive: "):
+        opened(tmp_path / "cut")

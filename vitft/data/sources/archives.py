@@ -8,9 +8,10 @@ import os
 import re
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import datasets
 import psutil
@@ -23,6 +24,8 @@ from vitft.data.sources.layouts import splits_of
 from vitft.data.sources.schema import IMAGE_TYPE, Notes, Splits, image_structs, make_split
 from vitft.errors import DataError
 from vitft.io.console import size
+
+T = TypeVar("T")
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _LABELS = ("cls", "cls.txt", "label", "label.txt")  # WebDataset fields; json is the other one
@@ -100,7 +103,7 @@ def _walk_zip(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, 
 
 def _walk_tar(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, int, bytes]]:
     left = psutil.virtual_memory().total  # a compressed archive's content is counted while reading
-    with tarfile.open(file, "r:*", tarinfo=_Member) as tar:
+    with tarfile.open(file, "r:*", tarinfo=BoundedMember) as tar:
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # else it keeps a kilobyte for each
             left -= member.size
@@ -112,7 +115,7 @@ def _walk_tar(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, 
                 yield name, member.size, b"" if stream is None else stream.read()
 
 
-class _Member(tarfile.TarInfo):
+class BoundedMember(tarfile.TarInfo):
     """A member with a limit on the size of its extended header, which tarfile reads whole."""
 
     @classmethod
@@ -201,21 +204,32 @@ def _is_shard(names: list[str]) -> bool:
 def _read_shards(files: list[Path]) -> datasets.Dataset:
     rows: list[tuple[str, str | None, bytes]] = []
     for file in files:
-        images: dict[str, tuple[str, bytes]] = {}
-        labels: dict[str, str | None] = {}
-        for name, length, data in _walk(file, _is_read):
-            key, field = _key(name)
-            if _is_image(field):
-                if key in images:
-                    raise DataError(f"{file}: {key} has two images, {images[key][0]} and {name}; keep one of them.")
-                images[key] = (name, data)
-            elif length < 1_000_000 and (field in _LABELS or (field == "json" and key not in labels)):
-                labels[key] = _label(file, name, field, data)
-        rows += [(name, labels.get(key), data) for key, (name, data) in images.items()]
+        members = ((name, length, data, partial(bytes, data)) for name, length, data in _walk(file, _is_read))
+        rows += label_members(str(file), members)
     return _dataset(rows, None)
 
 
-def _label(file: Path, name: str, field: str, data: bytes) -> str | None:
+def label_members(
+    where: str, members: Iterable[tuple[str, int, T, Callable[[], bytes]]]
+) -> list[tuple[str, str | None, T]]:  # fmt: skip
+    """Name, label and content of the images of a WebDataset shard: those members beside which there is a label.
+
+    A member is its name, its size, whatever stands for its content, and how to read that. Raises DataError.
+    """
+    images: dict[str, tuple[str, T]] = {}
+    labels: dict[str, str | None] = {}
+    for name, length, content, read in members:
+        key, field = _key(name)
+        if _is_image(field):
+            if key in images:
+                raise DataError(f"{where}: {key} has two images, {images[key][0]} and {name}; keep one of them.")
+            images[key] = (name, content)
+        elif length < 1_000_000 and (field in _LABELS or (field == "json" and key not in labels)):
+            labels[key] = _label(where, name, field, read())
+    return [(name, labels.get(key), content) for key, (name, content) in images.items()]
+
+
+def _label(file: str, name: str, field: str, data: bytes) -> str | None:
     try:
         text = data.decode().strip()
         label = json.loads(text) if field == "json" else text

@@ -18,7 +18,7 @@ from xxhash import xxh3_64_hexdigest, xxh3_128_hexdigest
 from vitft.io.atomic import new_file
 from vitft.io.paths import cache_folder
 
-_KEPT, _PASSING = ".kept", ".passing"
+_KEPT, _PASSING, _INDEX = ".kept", ".passing", ".index"
 _FOR_KEPT = 0.75  # of the room; the rest is for what passes through
 _UNUSED_S = 86400.0  # kept blocks that nobody has opened for so long make room for others
 _OPEN = 64  # blocks that a process has mapped into memory; they can be read even after they have made room
@@ -129,7 +129,7 @@ def _files() -> list[tuple[Path, os.stat_result]]:
     found = []
     for file in root().glob("*.*"):
         with suppress(OSError):  # removed just now
-            if file.suffix in (_KEPT, _PASSING):
+            if file.suffix in (_KEPT, _PASSING, _INDEX):
                 found.append((file, file.stat()))
     return sorted(found, key=lambda each: each[1].st_mtime)
 
@@ -154,9 +154,31 @@ def _lock(key: str) -> Iterator[None]:
         os.close(handle)
 
 
+def index(name: str, make: Callable[[], pa.Table]) -> pa.Table:
+    """The table with this name: from the disk, or from `make`, which may take a while. Raises what `make` raises."""
+    file = root() / (xxh3_128_hexdigest(name.encode()) + _INDEX)
+    with suppress(OSError):
+        raw = file.read_bytes()
+        if xxh3_64_hexdigest(raw[_DIGITS:]).encode() == raw[:_DIGITS]:
+            return pa.ipc.open_stream(raw[_DIGITS:]).read_all()
+    table = make()
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    raw = sink.getvalue().to_pybytes()
+    with suppress(OSError):  # the disk is full, or read-only
+        root().mkdir(parents=True, exist_ok=True)
+        with new_file(file) as temporary:
+            temporary.write_bytes(xxh3_64_hexdigest(raw).encode() + raw)
+    return table
+
+
+_DIGITS = 16  # of the checksum before a table
+
+
 def kept() -> Kept:
     """What is on this disk."""
-    found = _files()
+    found = [each for each in _files() if each[0].suffix != _INDEX]
     return Kept(
         len(found), sum(each.st_size for _, each in found), max((each.st_mtime for _, each in found), default=0.0)
     )

@@ -51,8 +51,8 @@ def in_requests(work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
         yield from pool.map(work, items)
 
 
-def list_files(url: str, suffix: str) -> list[RemoteFile]:
-    """The files with this suffix that a URL stands for, at any depth, sorted.
+def list_files(url: str, suffixes: str | tuple[str, ...]) -> list[RemoteFile]:
+    """The files with one of these suffixes that a URL stands for, at any depth, sorted.
 
     The URL is of a file, a folder, or of several files: `train-*.parquet`, `train-{00000..00012}.parquet`. Raises
     DataError if there are none, or if the server does not answer, UsageError if a package is missing.
@@ -66,25 +66,25 @@ def list_files(url: str, suffix: str) -> list[RemoteFile]:
         remedy = f"pip install 'vitft[{_EXTRAS[kind]}]'" if kind in _EXTRAS else f"{error}"
         raise UsageError(f"{without_secrets(url)}: to read {kind}:// takes another package: {remedy}") from error
     try:
-        listed = lambda: sorted(_listed(filesystem, url, suffix), key=lambda file: file.url)  # noqa: E731
+        listed = lambda: sorted(_listed(filesystem, url, suffixes), key=lambda file: file.url)  # noqa: E731
         return _retried(listed, url, _FIRST_ATTEMPTS)  # it may have been mistyped
     except OSError as error:
         raise DataError(f"{without_secrets(url)}: {reason(error)}.") from error
 
 
-def _listed(filesystem: Any, url: str, suffix: str) -> Iterator[RemoteFile]:
+def _listed(filesystem: Any, url: str, suffixes: str | tuple[str, ...]) -> Iterator[RemoteFile]:
     scheme = url.split("://")[0]
     web = scheme in ("http", "https")
     if "{" in url:
         yield from in_requests(_described, _expanded(url))
-    elif url.split("?")[0].endswith(suffix) and "*" not in url:
+    elif url.split("?")[0].endswith(suffixes) and "*" not in url:
         yield _described(url)
-    elif web and (named := _named(filesystem, url, suffix)):
+    elif web and (named := _named(filesystem, url, suffixes)):
         yield from in_requests(_described, named)
     else:
         path = _opened(url)[1]
         found = filesystem.glob(path, detail=True) if "*" in url else filesystem.find(path, detail=True)
-        names = [name for name in found if str(name).endswith(suffix)]
+        names = [name for name in found if str(name).endswith(suffixes)]
         if not names and "*" not in url and not filesystem.exists(path):
             raise FileNotFoundError(errno.ENOENT, "there is nothing", url)
         if web:  # an index page does not tell sizes
@@ -93,7 +93,7 @@ def _listed(filesystem: Any, url: str, suffix: str) -> Iterator[RemoteFile]:
             yield from (_file(filesystem.unstrip_protocol(name), found[name]) for name in names)
 
 
-def _named(filesystem: Any, url: str, suffix: str) -> list[str]:
+def _named(filesystem: Any, url: str, suffixes: str | tuple[str, ...]) -> list[str]:
     """The URLs of the files that a list in a folder names."""
     folder = url.rstrip("/")
     try:
@@ -101,7 +101,7 @@ def _named(filesystem: Any, url: str, suffix: str) -> list[str]:
     except (FileNotFoundError, UnicodeDecodeError):
         return []
     names = [line.split(maxsplit=1)[1].lstrip("*") for line in text.splitlines() if len(line.split(maxsplit=1)) == 2]
-    return [f"{folder}/{name}" for name in names if name.endswith(suffix) and ".." not in name]
+    return [f"{folder}/{name}" for name in names if name.endswith(suffixes) and ".." not in name]
 
 
 def _expanded(url: str) -> list[str]:

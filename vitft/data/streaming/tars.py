@@ -1,0 +1,104 @@
+"""Tar shards: where each member is, and a block is the images that follow one another.
+
+A tar has no table of contents. To find its members takes a pass over it, whose result is kept on this disk.
+"""
+
+import io
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from vitft.data.streaming import remote
+from vitft.data.streaming.remote import RemoteFile
+from vitft.data.streaming.shards import Shard
+
+BLOCK_BYTES = 16_000_000
+"""Bytes of a block, unless a single image has more."""
+_WINDOW = 1 << 23  # bytes fetched at a time for the pass
+
+
+class Member(NamedTuple):
+    """A file in a tar: its name, and where its bytes are."""
+
+    name: str
+    start: int
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class TarShard(Shard):
+    """An uncompressed tar behind a URL: where its images are, in order, (count,) each."""
+
+    starts: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+
+    def fetch(self, block: int, column: str) -> pa.LargeBinaryArray:
+        """The images of a block, in one request."""
+        ends = [*self.first[1:].tolist(), self.count]
+        rows = range(int(self.first[block]), ends[block])
+        starts, sizes = self.starts[rows.start : rows.stop], self.sizes[rows.start : rows.stop]
+        begin = int(starts[0])
+        data = remote.read_range(self.file.url, begin, int(starts[-1] + sizes[-1]))
+        places = zip((starts - begin).tolist(), sizes.tolist(), strict=True)
+        return pa.array([data[start : start + size] for start, size in places], pa.large_binary())
+
+
+def tar_shard(file: RemoteFile, disk: int, starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> TarShard:
+    """A shard of the images at these places, in order. `disk`: see `Shard`."""
+    first: list[int] = []
+    begin = 0
+    for row, (start, size) in enumerate(zip(starts.tolist(), sizes.tolist(), strict=True)):
+        if not first or start + size - begin > BLOCK_BYTES:
+            first.append(row)
+            begin = start
+    return TarShard(file, len(starts), np.array(first, np.int64), disk, starts, sizes)
+
+
+def walk(file: RemoteFile, member: type[tarfile.TarInfo] = tarfile.TarInfo) -> Iterator[tuple[Member, IO[bytes]]]:
+    """The regular files of a tar, in order, each with a stream to read it from before the next one.
+
+    Raises OSError, and what tarfile raises.
+    """
+    stream = _Stream(file)
+    with tarfile.open(fileobj=stream, mode="r:", tarinfo=member) as tar:
+        while (one := tar.next()) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # else it keeps a kilobyte for each
+            content = tar.extractfile(one) if one.isreg() else None
+            if content is not None:
+                yield Member(one.name.removeprefix("./"), one.offset_data, one.size), content
+
+
+class _Stream(io.RawIOBase):
+    """A remote file, of which a window is in memory: for reading from the start to the end."""
+
+    def __init__(self, file: RemoteFile) -> None:
+        self._file, self._place, self._begin, self._window = file, 0, 0, b""
+
+    def read(self, count: int = -1) -> bytes:
+        left = self._file.size - self._place
+        count = left if count < 0 else min(count, left)
+        inside = self._begin <= self._place and self._place + count <= self._begin + len(self._window)
+        if count and not inside:
+            end = min(self._file.size, self._place + max(count, _WINDOW))
+            self._begin, self._window = self._place, remote.read_range(self._file.url, self._place, end)
+        start = self._place - self._begin
+        self._place += count
+        return self._window[start : start + count] if count else b""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._file.size}[whence]
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
