@@ -4,7 +4,6 @@ Training, evaluation, prediction and export all decode images here, so the diffe
 formats are handled in one place.
 """
 
-import errno
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -57,8 +56,7 @@ def encoded(cell: dict[str, Any]) -> bytes | Path:
     try:
         return read_image(cell["path"])
     except OSError as error:
-        why = f"cannot be fetched: {reason(error)}"
-        raise BadImage(why) from OSError(errno.EIO, why)  # whatever the server says, the image may be intact
+        raise BadImage(f"cannot be fetched: {reason(error)}") from error
     except ValueError as error:
         raise BadImage("its shard is corrupt") from error
 
