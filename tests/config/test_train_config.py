@@ -34,7 +34,7 @@ def test_only_settings_that_do_not_affect_weights_can_change_on_resume() -> None
 
     assert changeable == {
         "allow_outside", "cache_gb", "check", "device", "grad_checkpointing", "save_every", "keep", "keep_finished",
-        "log_every", "on_bad_image", "on_nan", "parallel", "reference_images", "threads", "tracker",
+        "log_every", "on_bad_image", "on_nan", "parallel", "reference_images", "stream_gb", "threads", "tracker",
     }  # fmt: skip
 
 

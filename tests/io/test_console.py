@@ -95,7 +95,7 @@ def test_a_dataset_report_fits_80_columns() -> None:
     }
     described = {
         "name": "mine",
-        "revision": "0123456789abcdef",
+        "revision": "0123456789abcdef0123456789abcdef01234567",
         "labels": labels,
         "splits": [split, split | {"name": "test"}],
     }

@@ -465,7 +465,7 @@ def data_report(described: Mapping[str, Any]) -> RenderableType:
     """The report of `vitft data info`: splits, counts, sizes, classes."""
     head = Text.assemble((safe(described["name"]), "bold"), f", {len(described['labels'])} classes")
     if described.get("revision"):
-        kind = "commit" if len(described["revision"]) == 40 else "version"  # of a hub dataset, or of shards
+        kind = "version" if len(described["revision"]) == 16 else "commit"  # of shards, or of a hub dataset
         head.append(f", {kind} {described['revision'][:12]}", "dim")
     splits = _table("split", *_numbers("images"), "smallest", "median", "largest", "formats")
     for split in described["splits"]:

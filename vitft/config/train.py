@@ -38,8 +38,6 @@ class TrainConfig(Settings):
     max_pixels: int = setting(50_000_000, "Data", "Refuse images with more pixels than this. Decoding the default takes about 0.5 GB.", ge=1)
     value_range: str | None = setting(None, "Data", "Pixel values of black and white in images of more than 8 bits, as BLACK:WHITE, such as 0:4095. Default: the full range of the format.")
     cache_gb: float = setting(20.0, "Data", "Disk space for decoded images, which the next run reuses, in GB (see vitft data cache). 0: no cache.", changeable=True, ge=0, le=1e6)
-    streaming: bool = setting(False, "Data", "Fetch the shards of a hub dataset when they are needed, as those of a URL, instead of downloading it first.")
-    stream_gb: float = setting(20.0, "Data", "Disk space for what is fetched from a URL, which later epochs and runs reuse, in GB.", changeable=True, ge=0, le=1e6)
     sampling: Literal["uniform", "balanced"] = setting("uniform", "Data", "balanced: repeat images of rare classes, and leave out some of frequent ones, so that an epoch has each class equally often.")
 
     image_column: str | None = setting(None, "Reading", "Name or number of the image column. Default: detected.")
@@ -50,6 +48,8 @@ class TrainConfig(Settings):
     image_folder: str | None = setting(None, "Reading", "Folder that the image paths in a table are relative to. Default: the folder of the table.")
     encoding: str | None = setting(None, "Reading", "Text encoding of a table: utf-8, utf-16, cp1252, gbk, ... Default: detected.")
     allow_outside: bool = setting(False, "Reading", "Also read images outside of the table's folder.", changeable=True)
+    streaming: bool = setting(False, "Reading", "Fetch the shards of a hub dataset when they are needed, as those of a URL, instead of downloading it first.")
+    stream_gb: float = setting(20.0, "Reading", "Disk space for what is fetched from a URL, which later epochs and runs reuse, in GB.", changeable=True, ge=0, le=1e6)
 
     augment: Literal["none", "flip", "crop", "trivial", "rand"] = setting("flip", "Augmentation", "flip: random horizontal flip. crop: random resized crop and flip. trivial: flip, and one random operation (TrivialAugment). rand: flip, and two (RandAugment).")
     color_jitter: float = setting(0.0, "Augmentation", "Multiply brightness, contrast and color by random factors between 1 - this and 1 + this. Often 0.4.", ge=0, le=1)

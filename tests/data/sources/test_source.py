@@ -699,5 +699,7 @@ def test_no_token_in_a_url_is_printed(monkeypatch, text):
     monkeypatch.setattr("vitft.io.hub_errors.constants.ENDPOINT", text)
     said += refused("owner/name", "could not be reached")
     if "://" in text.split()[0]:
-        said += refused(text, "is a URL")
+        monkeypatch.setattr("vitft.data.streaming.remote._WAIT_S", 0.0)
+        monkeypatch.setattr("vitft.data.streaming.remote._listed", fail)
+        said += refused(text, "could not read")
     assert not [secret for secret in SECRETS if secret in said], said

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 from tests.corpus import photos
 from vitft import TrainConfig
 from vitft.cli.app import app
-from vitft.data.sources import columns
-from vitft.data.sources.image_paths import ImagePaths
-from vitft.data.sources.rows import Table
 from vitft.data.sources.schema import MISSING, Notes, ReadOptions
 from vitft.data.sources.source import open_dataset, source_of
+from vitft.data.sources.tables import columns
+from vitft.data.sources.tables.image_paths import ImagePaths
+from vitft.data.sources.tables.rows import Table
 from vitft.data.validation.check import check
 from vitft.training.setup import absolute
 

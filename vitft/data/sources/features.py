@@ -22,8 +22,6 @@ from datasets.features.features import generate_from_arrow_type
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitft.data.sources import columns
-from vitft.data.sources.rows import SPLIT, Table, shorten
 from vitft.data.sources.schema import (
     IMAGE_TYPE,
     MISSING,
@@ -35,6 +33,8 @@ from vitft.data.sources.schema import (
     role_of,
     to_int64,
 )
+from vitft.data.sources.tables import columns
+from vitft.data.sources.tables.rows import SPLIT, Table, shorten
 from vitft.errors import DataError, UsageError, nearest
 
 Features = Mapping[str, Any]

@@ -14,7 +14,7 @@ import numpy as np
 
 from vitft.data.sources.folders import Folder, Listing, describe_others, relative
 from vitft.data.sources.schema import Notes, ReadOptions, Splits, group_rows, role_of, split_of_files
-from vitft.data.sources.tables import read_table
+from vitft.data.sources.tables.files import read_table
 from vitft.errors import DataError, UsageError, as_flag
 from vitft.io.paths import composed
 

@@ -20,7 +20,7 @@ from vitft.data.sources.arrow_memory import check_memory
 from vitft.data.sources.folders import Folder, Listing
 from vitft.data.sources.layouts import read_folder
 from vitft.data.sources.schema import Notes, ReadOptions, Splits, role_of
-from vitft.data.sources.tables import TABLE_SUFFIXES, read_table
+from vitft.data.sources.tables.files import TABLE_SUFFIXES, read_table
 from vitft.errors import DataError
 
 IN_MEMORY_BYTES = 4_000_000_000

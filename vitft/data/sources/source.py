@@ -17,8 +17,8 @@ from vitft.config.train import TrainConfig, require_dataset
 from vitft.data.sources import arrays, hub, local, streamed
 from vitft.data.sources.features import normalize_splits
 from vitft.data.sources.identity import has_names, sample_names
-from vitft.data.sources.image_paths import resolve_paths
 from vitft.data.sources.schema import Notes, ReadOptions, Splits, standardize, whole_numbers
+from vitft.data.sources.tables.image_paths import resolve_paths
 from vitft.data.streaming.remote import is_url
 from vitft.errors import DataError, UsageError, nearest
 from vitft.io.console import without_secrets

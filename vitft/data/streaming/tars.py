@@ -65,7 +65,7 @@ def walk(file: RemoteFile, member: type[tarfile.TarInfo] = tarfile.TarInfo) -> I
     Raises OSError, and what tarfile raises.
     """
     stream = _Stream(file)
-    with tarfile.open(fileobj=stream, mode="r:", tarinfo=member) as tar:
+    with tarfile.TarFile(fileobj=stream, tarinfo=member) as tar:
         while (one := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # else it keeps a kilobyte for each
             content = tar.extractfile(one) if one.isreg() else None

@@ -13,9 +13,9 @@ from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
-from vitft.data.sources.image_paths import ImagePaths
-from vitft.data.sources.rows import FOLD, IMAGE, LABEL, SPLIT, Table, shorten, simplify
 from vitft.data.sources.schema import MISSING, ROLES, Notes, ReadOptions
+from vitft.data.sources.tables.image_paths import ImagePaths
+from vitft.data.sources.tables.rows import FOLD, IMAGE, LABEL, SPLIT, Table, shorten, simplify
 from vitft.errors import DataError, UsageError, nearest
 
 _FLAGS = {  # columns of yes and no, and the role that a yes gives

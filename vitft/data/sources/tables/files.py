@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vitft.data.sources import columns
-from vitft.data.sources.image_paths import ImagePaths, PathError, absolute, role_within
-from vitft.data.sources.rows import Table, read_rows, shorten
 from vitft.data.sources.schema import Notes, ReadOptions, Splits, group_rows, role_of, split_of_files
+from vitft.data.sources.tables import columns
+from vitft.data.sources.tables.image_paths import ImagePaths, PathError, absolute, role_within
+from vitft.data.sources.tables.rows import Table, read_rows, shorten
 from vitft.errors import DataError
 from vitft.io.paths import expanded
 

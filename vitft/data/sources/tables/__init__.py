@@ -1,0 +1,1 @@
+"""Tables of text: a row for each image, with its path and its label."""
