@@ -172,6 +172,21 @@ def test_one_process_fetches_for_all(fetched: Path, tmp_path: Path) -> None:
     assert asked.read_text() == "x"
 
 
+def test_what_a_killed_process_was_writing_is_removed_a_day_later(fetched: Path, giver: Giver) -> None:
+    giver.get("a")
+    unfinished = fetched / ".0123.kept.17.42"
+    unfinished.write_bytes(b"half a block")
+    giver.get("b")
+    assert unfinished.exists()  # it may be of a process that still writes
+    os.utime(unfinished, (time.time() - 86400 - 60,) * 2)
+    giver.get("c")
+    assert not unfinished.exists()
+    unfinished.write_bytes(b"half a block")
+    os.utime(unfinished, (time.time() - 60,) * 2)
+    blocks.clear()
+    assert not unfinished.exists()
+
+
 def test_a_killed_process_leaves_nothing_that_is_taken_for_a_block(fetched: Path, tmp_path: Path) -> None:
     script = SCRIPT.replace("return pa", "import os; os.kill(os.getpid(), 9)\n    return pa")
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "asked")], check=False)

@@ -6,6 +6,7 @@ the disk, every epoch fetches only the part that does not fit.
 """
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +16,6 @@ from typing import NamedTuple
 import pyarrow as pa
 from xxhash import xxh3_64_hexdigest, xxh3_128_hexdigest
 
-from vitft.io.atomic import new_file
 from vitft.io.paths import cache_folder
 
 _KEPT, _PASSING, _INDEX = ".kept", ".passing", ".index"
@@ -67,7 +67,7 @@ def _found(key: str, limit: int, fetch: Callable[[], pa.LargeBinaryArray]) -> pa
                 fetched = fetch()
                 with suppress(OSError):  # the disk is full, or read-only
                     _write(key, fetched, limit)
-                    found = _read(key)
+                    found = _read(key, verify=False)
                 found = fetched if found is None else found
             return found
     except _NoDisk:
@@ -78,7 +78,7 @@ class _NoDisk(Exception):  # noqa: N818
     """Nothing can be locked there."""
 
 
-def _read(key: str) -> pa.LargeBinaryArray | None:
+def _read(key: str, *, verify: bool = True) -> pa.LargeBinaryArray | None:
     """A block, mapped into memory; None if it is not there, or is not what was written."""
     for suffix in (_KEPT, _PASSING):
         file = root() / (key + suffix)
@@ -86,7 +86,7 @@ def _read(key: str) -> pa.LargeBinaryArray | None:
             with pa.memory_map(str(file)) as mapped:
                 reader = pa.ipc.open_file(mapped)
                 found = reader.get_batch(0).column(0)
-                intact = (reader.schema.metadata or {}).get(_SUM) == _checksum(found)
+                intact = not verify or (reader.schema.metadata or {}).get(_SUM) == _checksum(found)
         except FileNotFoundError:
             continue
         except (OSError, pa.ArrowInvalid):
@@ -111,9 +111,10 @@ def _write(key: str, block: pa.LargeBinaryArray, limit: int) -> None:
             break
         file.unlink(missing_ok=True)
         taken -= status.st_size
+    _remove_unfinished(_UNUSED_S)
     suffix = _KEPT if taken + block.nbytes <= room else _PASSING
     schema = pa.schema([("image", block.type)], {_SUM: _checksum(block)})
-    with new_file(root() / (key + suffix)) as file, pa.ipc.new_file(str(file), schema) as writer:
+    with _renamed(root() / (key + suffix)) as file, pa.ipc.new_file(str(file), schema) as writer:
         writer.write_batch(pa.record_batch([block], schema=schema))
     passing = [(file, status) for file, status in _files() if file.suffix == _PASSING]
     excess = sum(status.st_size for _, status in passing) + taken - limit
@@ -122,6 +123,25 @@ def _write(key: str, block: pa.LargeBinaryArray, limit: int) -> None:
             break
         file.unlink(missing_ok=True)
         excess -= status.st_size
+
+
+@contextmanager
+def _renamed(file: Path) -> Iterator[Path]:
+    """As `atomic.new_file`, but nothing is synced: what a power cut leaves does not match its checksum."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        yield unfinished
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _remove_unfinished(seconds: float) -> None:
+    """Remove what killed processes were writing, if it is that old."""
+    for file in root().glob(".*"):
+        with suppress(OSError):
+            if time.time() - file.stat().st_mtime > seconds:
+                file.unlink()
 
 
 def _files() -> list[tuple[Path, os.stat_result]]:
@@ -168,8 +188,8 @@ def index(name: str, make: Callable[[], pa.Table]) -> pa.Table:
     raw = sink.getvalue().to_pybytes()
     with suppress(OSError):  # the disk is full, or read-only
         root().mkdir(parents=True, exist_ok=True)
-        with new_file(file) as temporary:
-            temporary.write_bytes(xxh3_64_hexdigest(raw).encode() + raw)
+        with _renamed(file) as unfinished:
+            unfinished.write_bytes(xxh3_64_hexdigest(raw).encode() + raw)
     return table
 
 
@@ -187,6 +207,7 @@ def kept() -> Kept:
 def clear() -> int:
     """Remove all blocks; returns the number of bytes freed."""
     freed = 0
+    _remove_unfinished(0)
     for file, status in _files():
         with suppress(OSError):
             file.unlink()

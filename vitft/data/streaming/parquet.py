@@ -33,12 +33,11 @@ class ParquetShard(Shard):
 
     def fetch(self, block: int, column: str) -> pa.LargeBinaryArray:
         """The images of a row group; those that are missing have no bytes."""
-        chunk = _read_group(self, block, [column]).column(0).combine_chunks()
-        if isinstance(chunk, pa.ChunkedArray):
-            chunk = pa.concat_arrays(chunk.chunks)
-        if pa.types.is_struct(chunk.type):
-            chunk = chunk.field("bytes")
-        return chunk.cast(pa.large_binary()).fill_null(b"")
+        chunks = _read_group(self, block, [column]).column(0).chunks
+        chunks = [chunk.field("bytes") if pa.types.is_struct(chunk.type) else chunk for chunk in chunks]
+        plain = [chunk.cast(pa.large_binary()) for chunk in chunks]
+        whole = plain[0] if len(plain) == 1 else pa.concat_arrays(plain)
+        return whole.fill_null(b"") if whole.null_count else whole
 
     def read_columns(self, names: Sequence[str]) -> pa.Table:
         """Small columns of all rows. Raises DataError."""
