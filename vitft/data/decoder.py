@@ -4,6 +4,7 @@ Training, evaluation, prediction and export all decode images here, so the diffe
 formats are handled in one place.
 """
 
+import errno
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -44,10 +45,18 @@ class BadImage(DataError):  # noqa: N818  (reads better without Error)
     """An image that cannot be decoded. The message says why; callers that know the image's name put it in front."""
 
 
+class Unavailable(BadImage):
+    """An image that may be intact, though it cannot be read now: a disk or a server failed, or memory ran out."""
+
+
+# Of an OSError: what does not pass by itself.
+_LASTING = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
+
+
 def encoded(cell: dict[str, Any]) -> bytes | Path:
     """The encoded image of a dataset row, {"bytes", "path"}: its bytes, or its file; of a shard, fetched now.
 
-    Raises BadImage if it cannot be fetched.
+    Raises Unavailable if it cannot be fetched, and BadImage if its shard is corrupt.
     """
     if cell["bytes"] is not None:
         return bytes(cell["bytes"])
@@ -56,7 +65,7 @@ def encoded(cell: dict[str, Any]) -> bytes | Path:
     try:
         return read_image(cell["path"])
     except OSError as error:
-        raise BadImage(f"cannot be fetched: {reason(error)}") from error
+        raise Unavailable(f"cannot be fetched: {reason(error)}") from error
     except ValueError as error:
         raise BadImage("its shard is corrupt") from error
 
@@ -289,7 +298,9 @@ def _as_bad_image(max_pixels: int) -> Iterator[None]:
     except BadImage:
         raise
     except Exception as error:
-        raise BadImage(_reason(error, max_pixels)) from error
+        passing = isinstance(error, OSError) and error.errno is not None and error.errno not in _LASTING
+        kind = Unavailable if passing or isinstance(error, MemoryError) else BadImage
+        raise kind(_reason(error, max_pixels)) from error
 
 
 def _reason(error: Exception, max_pixels: int) -> str:

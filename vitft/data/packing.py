@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vitft.data.color import Range
-from vitft.data.decoder import BadImage, decode, encoded, header, image_info
+from vitft.data.decoder import BadImage, Unavailable, decode, encoded, header, image_info
 from vitft.data.sources.identity import content_hashes, has_names, keys_of, sample_id
 from vitft.data.sources.local import by_split
 from vitft.data.sources.source import Source, class_indices
@@ -123,7 +123,10 @@ def _sizes(split: datasets.Dataset) -> NDArray[np.int64]:
     """Bytes of each encoded image, 0 where there is no file: (n,)."""
 
     def size(cell: dict[str, Any]) -> int:
-        source = encoded(cell)
+        try:
+            source = encoded(cell)
+        except Unavailable as error:
+            raise UnreadableError.for_now(str(cell["path"]), error) from error
         if not isinstance(source, Path):
             return len(source)
         return source.stat().st_size if source.is_file() else 0
@@ -194,6 +197,8 @@ def _write(
                     name = sample_id(split, row)
                     try:
                         raw = make(encoded(cell))
+                    except Unavailable as error:
+                        raise UnreadableError.for_now(name, error) from error
                     except BadImage as error:
                         bad.append(Skipped(row, name, str(error)))
                         continue

@@ -5,7 +5,6 @@ that is decoded each time. Forked processes that prepare batches share what is k
 images are, they are cached for later runs.
 """
 
-import errno
 import hashlib
 import mmap
 import os
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitft.data.augment import Images, Preprocess
-from vitft.data.decoder import BadImage, are_tiny
+from vitft.data.decoder import BadImage, Unavailable, are_tiny
 from vitft.data.sources.identity import blocks_of, is_streamed, rows_to_look_at, sample_id
 from vitft.data.stores import cache
 from vitft.data.stores.store import IN_MEMORY, PixelHash, Skipped, UnreadableError, decoding, first_is_large, made_by
@@ -186,9 +185,11 @@ class LazyStore:
                 raise BadImage("decodes to different pixels")
         except BadImage as error:
             name = sample_id(self._rows, position)
+            if isinstance(error, Unavailable):
+                raise UnreadableError.for_now(name, error) from error
             if seen:
                 raise UnreadableError(f"{name}: {error}; it has changed since the run began.", []) from error
-            if not self._skip_bad or _is_of_the_machine(error.__cause__):
+            if not self._skip_bad:
                 raise UnreadableError.of([Skipped(position, name, str(error))], "fix it") from error
             self._kept.count_bad(known)
             return None
@@ -230,13 +231,6 @@ class LazyStore:
         images = (self._kept.view(known[position]).numpy() for position in range(len(self)))
         key = cache.key_of((one.tobytes() for one in known["identity"]), *self._made_by, whole=self._whole)
         cache.write(key, self._name, images, shapes, known["sum"].tolist(), pixels.digest, self._limit)
-
-
-def _is_of_the_machine(cause: BaseException | None) -> bool:
-    """Whether an image may be intact though it could not be read now: its disk failed, or there was no memory left."""
-    lasting = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
-    failed = isinstance(cause, OSError) and cause.errno is not None and cause.errno not in lasting
-    return failed or isinstance(cause, MemoryError)
 
 
 class _Kept:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitft.data.augment import CROP_AREA, Images, Preprocess, apply_resize, resize
-from vitft.data.decoder import BadImage, are_tiny, choose_map, decode, encoded, header, image_info
+from vitft.data.decoder import BadImage, Unavailable, are_tiny, choose_map, decode, encoded, header, image_info
 from vitft.data.sources.identity import is_streamed, sample_id
 from vitft.data.stores import cache
 from vitft.data.streaming import shards
@@ -124,6 +124,11 @@ class UnreadableError(DataError):
         first, more = skipped[0], f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
         message = f"{first.name}: {first.reason}{more}; {remedy}, or add --on-bad-image skip."
         return cls(message, [image.name for image in skipped])
+
+    @classmethod
+    def for_now(cls, name: str, error: Unavailable) -> Self:
+        """The error for an image that may be intact, and so is not skipped."""
+        return cls(f"{name}: {error}; it may be intact: try again once it can be read.", [name])
 
 
 def decode_all(
@@ -276,6 +281,8 @@ def _map_rows(
     for start, results in zip(starts, chunks, strict=True):
         for row, result in enumerate(results, start):
             progress(row + 1, len(rows))
+            if isinstance(result, Unavailable):
+                raise UnreadableError.for_now(sample_id(rows, row), result) from result
             if isinstance(result, BadImage):
                 skipped.append(Skipped(row, sample_id(rows, row), str(result)))
             else:

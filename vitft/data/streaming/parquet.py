@@ -93,9 +93,12 @@ def _fetch_group(shard: ParquetShard, group: int, names: Sequence[str]) -> pa.Ta
     stream = _Parts(shard.file.size, parts)
     try:
         with pq.ParquetFile(stream, metadata=shard.metadata, page_checksum_verification=True) as file:
-            return file.read_row_group(group, columns=list(names), use_threads=False)
+            table = file.read_row_group(group, columns=list(names), use_threads=False)
     except OSError as error:  # a page does not match its checksum
         raise ValueError(str(error)) from error
+    if len(table) != shard.metadata.row_group(group).num_rows:  # headers of pages have no checksum
+        raise ValueError(f"{len(table)} of {shard.metadata.row_group(group).num_rows} rows are there")
+    return table
 
 
 class _Parts(io.RawIOBase):

@@ -164,7 +164,6 @@ def _retried(work: Callable[[], B], url: str, attempts: int = _ATTEMPTS) -> B:
             if not _is_final(error) and attempt + 1 < attempts:
                 time.sleep(_WAIT_S * 2**attempt * random.uniform(0.75, 1.25))
                 continue
-            # Whatever the server says, the data may be intact: to LazyStore, no image is bad for this.
             raise OSError(errno.EIO, reason(error), without_secrets(url)) from error
     raise AssertionError("unreachable")
 
