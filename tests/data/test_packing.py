@@ -192,7 +192,9 @@ def test_a_bad_image_is_an_error_or_is_left_out(folder: Path, tmp_path: Path) ->
 def test_what_cannot_be_fetched_is_not_left_out(server: FileServer, tmp_path: Path) -> None:
     source = open_dataset(f"{server.url}/digits", stream_gb=0)
     server.fault = lambda request, number: 404 if "train-00001" in request.name else None
-    with pytest.raises(UnreadableError, match=r"train-00001.*: cannot be fetched: there is no such file; it may be"):
+    with pytest.raises(
+        UnreadableError, match=r"train-00001.*: cannot be fetched: there is no such file or folder; it may be"
+    ):
         pack(source, tmp_path / "out", skip_bad=True, max_pixels=MAX_PIXELS)
     server.fault = lambda request, number: None
     assert pack(source, tmp_path / "again", skip_bad=True, max_pixels=MAX_PIXELS).images == 1797

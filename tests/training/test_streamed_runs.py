@@ -17,6 +17,7 @@ from vitft.data.sources.source import class_indices, open_dataset
 from vitft.data.stores.lazy_store import LazyStore
 from vitft.data.streaming import blocks
 from vitft.errors import DataError, UsageError
+from vitft.training.cost.dry_run import plan
 from vitft.training.trainer import resume
 
 
@@ -92,7 +93,9 @@ def test_a_shard_that_is_gone_is_not_skipped(server: FileServer, tmp_path: Path,
     """Hundreds of images are missing then, not a bad one."""
     settings = config(dataset=f"{server.url}/digits", on_bad_image="skip", stream_gb=0, **LONGER)
     server.fault = lambda request, number: 404 if is_block(request) and gone in request.name else None
-    with pytest.raises(DataError, match=rf"^{gone}.*: cannot be fetched: there is no such file; it may be intact: try"):
+    with pytest.raises(
+        DataError, match=rf"^{gone}.*: cannot be fetched: there is no such file or folder; it may be intact: try"
+    ):
         train(settings, output=tmp_path / "run")
 
 
@@ -117,6 +120,12 @@ def test_balanced_sampling_is_refused_with_a_remedy(digit_shards: Path, tmp_path
         UsageError, match=r"sampling balanced repeats images of the whole dataset.*--logit-adjustment 1"
     ):
         train(settings, output=tmp_path / "run")
+
+
+def test_a_dry_run_fetches_next_to_nothing(server: FileServer) -> None:
+    settings = config(dataset=f"{server.url}/digits", stream_gb=0)
+    plan(settings)
+    assert len({*filter(is_block, server.requests)}) <= 2
 
 
 def loader(url: str, rank: int, world: int, batch_size: int = 16) -> TrainLoader:

@@ -98,7 +98,7 @@ class Prepared:
         if not is_large(rows, self.loaded.preprocess):
             return self.decode()
         skipped: dict[str, list[Skipped]] = {role: [] for role in self.used}
-        if config.check == "fast" and not resumes and not is_streamed(rows):
+        if config.check == "fast" and not resumes:
             return self.check_headers(skipped)._open_lazily(skipped)
         return self._open_lazily(skipped)
 
@@ -124,10 +124,15 @@ class Prepared:
         return Decoded(config, self.source, self.splits, self.loaded, stores, skipped, readable)
 
     def check_headers(self, skipped: dict[str, list[Skipped]] | None = None) -> Self:
-        """Read the header of every image, decoding no pixels; otherwise like `decode`. Adds to `skipped`, by role."""
+        """Read the header of every image, decoding no pixels; otherwise like `decode`. Adds to `skipped`, by role.
+
+        Of streamed splits nothing is read: all of it would have to be fetched.
+        """
         splits = dict(self.splits)
         for role in self.used:
             split = self.splits[role]
+            if is_streamed(self.source.splits[split.source]):
+                continue
             with console.working(f"opening the {role} images") as progress:
                 bad = check_headers(
                     self.source.splits[split.source].select(split.rows), max_pixels=self.config.max_pixels,

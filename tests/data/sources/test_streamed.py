@@ -91,9 +91,9 @@ def test_shards_in_a_bucket(bucket: str, digit_shards: Path) -> None:
     assert content(there) == content(open_dataset(str(digit_shards)))
     one = open_dataset(f"{bucket}/train-00001-of-00003.parquet")
     assert content(one)["train"] == content(there)["train"][489:977]
-    with pytest.raises(DataError, match=r"^s3://photos/sets/letters: there is no such file\.$"):
+    with pytest.raises(DataError, match=r"^s3://photos/sets/letters: there is no such file or folder\.$"):
         open_dataset("s3://photos/sets/letters")
-    with pytest.raises(DataError, match=r"^s3://other/sets: there is no such file\.$"):
+    with pytest.raises(DataError, match=r"^s3://other/sets: there is no such file or folder\.$"):
         open_dataset("s3://other/sets")
 
 
@@ -153,6 +153,12 @@ def test_columns_are_found_as_in_a_folder(tmp_path: Path) -> None:
     assert found.decisions == here.decisions
     with pytest.raises(DataError, match=r"no column 'pictures'.*did you mean picture"):
         opened(tmp_path, image_column="pictures")
+
+
+@pytest.mark.parametrize("text", ["s3:/bucket/photos", "https:/example.org/photos"])
+def test_a_slash_too_few_is_noticed(text: str) -> None:
+    with pytest.raises(DataError, match=f"did you mean {text.replace(':/', '://')}"):
+        open_dataset(text)
 
 
 def test_what_cannot_be_streamed_is_said(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_what_fails_for_a_moment_is_tried_again(
 @pytest.mark.parametrize(
     ("fault", "attempts", "why"),
     [
-        (404, 1, "there is no such file"),
+        (404, 1, "there is no such file or folder"),
         ("whole", 1, "the server sends whole files when it is asked for a part"),
         (503, 7, "503"),
         ("cut", 7, ""),

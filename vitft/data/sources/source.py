@@ -220,6 +220,8 @@ def class_indices(split: datasets.Dataset) -> NDArray[np.int64]:
 
 def _unknown(dataset: str) -> str:
     known = sorted([*ALIASES, DIGITS])
+    if found := re.match(r"(\w{2,}):/(?!/)(.+)", dataset):
+        return f"no dataset {dataset!r}; did you mean {found[1]}://{found[2]}?"
     if dataset.startswith((".", "~", os.sep)) or dataset.count("/") > 1:
         return f"no file or folder {dataset}; give an existing one, or one of {', '.join(known)}."
     return (

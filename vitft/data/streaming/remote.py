@@ -180,7 +180,7 @@ def _is_final(error: Exception) -> bool:
 def reason(error: BaseException) -> str:
     """Why a request failed, in a few words."""
     if isinstance(error, FileNotFoundError):
-        return "there is no such file"
+        return "there is no such file or folder"
     if isinstance(error, PermissionError):
         return "access is denied; are the credentials set?"
     if type(error).__name__ in _NO_CREDENTIALS:

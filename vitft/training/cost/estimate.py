@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from vitft.data.augment import augment, preprocess_images
 from vitft.data.augmentation.settings import Augmentation
 from vitft.data.decoder import BadImage, decode, encoded
+from vitft.data.sources.identity import rows_to_look_at
 from vitft.data.stores.store import IN_MEMORY, decode_all, shrink
 from vitft.hardware.device import autocast, micro_batch
 from vitft.hardware.timers import synchronize
@@ -58,9 +59,10 @@ def cost(prepared: Prepared) -> Cost:
 
 
 def decode_image_s(prepared: Prepared) -> float:
-    """Measure the seconds to decode an image as a run does, on the first training images."""
+    """Measure the seconds to decode an image as a run does, on some training images."""
     split, config = prepared.splits["train"], prepared.config
-    rows = prepared.source.splits[split.source].select(split.rows[:_DECODED])
+    rows = prepared.source.splits[split.source].select(split.rows)
+    rows = rows.select(rows_to_look_at(rows, _DECODED))
     started = time.perf_counter()
     decode_all(
         rows, prepared.loaded.preprocess, crops=config.augment == "crop", max_pixels=config.max_pixels, skip_bad=True,
