@@ -3,13 +3,13 @@
 python benchmarks/settings.py --dataset CIFAR10_FOLDER --model VIT_S14_FOLDER --image-size 98 [--rounds 3]
 
 Each measurement is a process of its own: batches of 32, two steps to warm up, then STEPS. Memory is the most that was
-resident in those (VmHWM, reset before them) beyond what the process held before its first step.
+resident in those (VmHWM, reset before them) beyond what the process held before its first step. The least of all
+rounds counts: other programs only add to it.
 """
 
 import argparse
 import json
 import shlex
-import statistics
 import subprocess
 import sys
 import time
@@ -38,8 +38,8 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found[setting].append(json.loads(done.stdout.splitlines()[-1]))
             print(number, setting or "the defaults", found[setting][-1], file=sys.stderr, flush=True)
-    seconds = {setting: statistics.median(one for one, _ in runs) for setting, runs in found.items()}
-    memory = {setting: statistics.median(one for _, one in runs) for setting, runs in found.items()}
+    seconds = {setting: min(one for one, _ in runs) for setting, runs in found.items()}
+    memory = {setting: min(one for _, one in runs) for setting, runs in found.items()}
     print("| setting | a step | beside the defaults | memory beyond the weights |\n|---|---|---|---|")
     for setting in SETTINGS:
         name = f"`{setting}`" if setting else "the defaults"
