@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vitft.evaluation.novelty import Novelty, fit_novelty, read_novelty
+from vitft.evaluation.novelty import Novelty, fit_novelty, read_novelty, reduced
 
 SIZE, CLASSES = 8, 3
 HEAD = np.eye(CLASSES, SIZE, dtype=np.float32)
@@ -26,7 +26,7 @@ def logits(features: np.ndarray) -> np.ndarray:
 
 def fitted(training: int = 300) -> Novelty:
     held_out = clusters(400, 1)
-    return fit_novelty(clusters(training, 0), held_out, logits(held_out))
+    return fit_novelty(clusters(training, 0), held_out, *reduced(logits(held_out)))
 
 
 def test_scores_are_those_of_the_paper() -> None:
@@ -39,7 +39,7 @@ def test_scores_are_those_of_the_paper() -> None:
     virtual = scale * lengths["others"]
     # The probability of the virtual class, which the score orders images by.
     expected = np.exp(virtual) / (np.exp(virtual) + np.exp(logits(others)).sum(axis=1))
-    found = fit_novelty(features, held_out, logits(held_out)).strangeness(others, logits(others))
+    found = fit_novelty(features, held_out, *reduced(logits(held_out))).strangeness(others, logits(others))
     np.testing.assert_allclose(1 / (1 + np.exp(-found)), expected, rtol=1e-3)
 
 
@@ -68,6 +68,6 @@ def test_a_file_has_the_same_bits(tmp_path: Path) -> None:
 
 def test_features_that_are_all_alike_are_no_error() -> None:
     same = np.ones((60, 3), np.float32)
-    found = fit_novelty(same[:1], same, same)
+    found = fit_novelty(same[:1], same, *reduced(same))
     assert np.isfinite(found.strangeness(2 * same, same)).all()
     assert (found.rank(found.strangeness(same, same)) == 0).all()

@@ -37,8 +37,11 @@ class Novelty:
 
     def strangeness(self, features: Array, logits: Array) -> Array:
         """The score of each image, (N, F) and (N, C) to (N,): high for strange ones."""
+        return self._strangeness(features, reduced(logits)[1])
+
+    def _strangeness(self, features: Array, energy: Array) -> Array:
         length = np.linalg.norm((_flat(features) - self.origin) @ self.directions, axis=1)
-        found: Array = self.scale * length - logsumexp(logits, axis=1)
+        found: Array = self.scale * length - energy
         return found
 
     def rank(self, strangeness: Array) -> NDArray[np.float64]:
@@ -62,11 +65,17 @@ def read_novelty(checkpoint: str | Path) -> Novelty:
     return Novelty(**load_file(folder / FILE))
 
 
-def fit_novelty(features: Array, held_out: Array, held_out_logits: Array) -> Novelty:
+def reduced(logits: Array) -> tuple[Array, Array]:
+    """All that counts of logits, (N, C): the largest, and the logarithm of the sum of the exponentials, (N,) each."""
+    energy: Array = logsumexp(logits, axis=1)
+    return logits.max(axis=1), energy
+
+
+def fit_novelty(features: Array, held_out: Array, largest: Array, energy: Array) -> Novelty:
     """Learn what is strange from the features of training images, (N, F), and from validation images.
 
-    The latter's features are (M, F), and their logits (M, C). The directions are those beyond half of the dimensions,
-    or beyond half as many as there are training images.
+    The latter's features are (M, F), and their logits, `reduced`, (M,) each. The directions are those beyond half of the
+    dimensions, or beyond half as many as there are training images.
     """
     features, held_out = _flat(features), _flat(held_out)
     origin = features.mean(axis=0)
@@ -75,9 +84,9 @@ def fit_novelty(features: Array, held_out: Array, held_out_logits: Array) -> Nov
     least = directions[:, : features.shape[1] - min(features.shape[1], len(features)) // 2]
     plain = Novelty(origin, np.ascontiguousarray(least, np.float32), np.ones(1, np.float32), np.zeros(0, np.float32))
     lengths = np.linalg.norm((held_out - origin) @ plain.directions, axis=1)
-    scale = max(held_out_logits.max(axis=1).mean(), 0.0) / max(lengths.mean(), np.finfo(np.float32).tiny)
+    scale = max(largest.mean(), 0.0) / max(lengths.mean(), np.finfo(np.float32).tiny)
     fitted = replace(plain, scale=np.array([scale], np.float32))
-    return replace(fitted, known=np.sort(fitted.strangeness(held_out, held_out_logits)))
+    return replace(fitted, known=np.sort(fitted._strangeness(held_out, energy)))
 
 
 def _flat(features: Array) -> Array:

@@ -6,7 +6,7 @@ from accelerate.utils import gather_object
 
 from vitft.data.loader import EvalLoader
 from vitft.evaluation.evaluation import BATCH
-from vitft.evaluation.novelty import FEWEST, Novelty, fit_novelty
+from vitft.evaluation.novelty import FEWEST, Novelty, fit_novelty, reduced
 from vitft.io import console
 from vitft.models.features import backbone, heads_input
 from vitft.randomness import permutation
@@ -50,7 +50,7 @@ def run_novelty(learner: Learner, decoded: Decoded, watched: Watched) -> Novelty
         for number, batch in enumerate(batches, 1):
             with torch.no_grad(), heads_input(model) as given:
                 logits = network(pixel_values=batch.pixels).logits
-            parts.append((given[0].float().cpu().numpy(), logits.float().cpu().numpy()))
+            parts.append((given[0].float().cpu().numpy(), *reduced(logits.float().cpu().numpy())))
             progress(number, len(batches))
-        features, every = map(np.concatenate, zip(*gather(parts), strict=True))
-    return fit_novelty(known.numpy(), features, every)
+        features, largest, energy = map(np.concatenate, zip(*gather(parts), strict=True))
+    return fit_novelty(known.numpy(), features, largest, energy)
