@@ -74,8 +74,8 @@ def reduced(logits: Array) -> tuple[Array, Array]:
 def fit_novelty(features: Array, held_out: Array, largest: Array, energy: Array) -> Novelty:
     """Learn what is strange from the features of training images, (N, F), and from validation images.
 
-    The latter's features are (M, F), and their logits, `reduced`, (M,) each. The directions are those beyond half of the
-    dimensions, or beyond half as many as there are training images.
+    The latter's features are (M, F), and their logits, `reduced`, (M,) each. The directions are those beyond half of
+    the dimensions, or beyond half as many as there are training images.
     """
     features, held_out = _flat(features), _flat(held_out)
     origin = features.mean(axis=0)
