@@ -10,12 +10,15 @@ from tests.forked import finish_two, flags
 from tests.training.test_trainer import AUGMENTED, assert_same_weights, config, interrupted, lines
 from tests.web import FileServer, Request
 from vitft import train
+from vitft.data import packing
 from vitft.data.augment import Preprocess
 from vitft.data.augmentation.settings import Augmentation
+from vitft.data.decoder import MAX_PIXELS
 from vitft.data.loader import TrainLoader
 from vitft.data.sources.source import class_indices, open_dataset
 from vitft.data.stores.lazy_store import LazyStore
 from vitft.data.streaming import blocks
+from vitft.data.streaming.parquet import ParquetShard
 from vitft.errors import DataError, UsageError
 from vitft.training.cost.dry_run import plan
 from vitft.training.trainer import resume
@@ -147,6 +150,28 @@ def test_the_first_steps_fetch_what_they_need_and_what_comes_next(server: FileSe
     shown = one.store.blocks[np.concatenate([one.samples(step) for step in range(3)])]  # type: ignore[union-attr]
     first = one.store.blocks[:1]  # type: ignore[union-attr,index]  # looked at for the format of images
     assert len({*filter(is_block, server.requests)}) == len(np.union1d(shown, first)) < 20
+
+
+@pytest.mark.usefixtures("fetched")
+def test_without_a_disk_an_epoch_fetches_every_block_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in use and what comes next are in memory together."""
+    monkeypatch.setattr(packing, "_ROW_GROUP", 8)
+    monkeypatch.setattr(packing, "_SMALL_GROUP", 0)
+    packing.pack(open_dataset("digits"), tmp_path / "set", max_pixels=MAX_PIXELS)
+    seen: list[tuple[object, int]] = []
+    fetch = ParquetShard.fetch
+
+    def spy(self: ParquetShard, block: int, column: str) -> object:
+        seen.append((self, block))
+        return fetch(self, block, column)
+
+    monkeypatch.setattr(ParquetShard, "fetch", spy)
+    one = loader(f"file://{tmp_path}/set", 0, 1, batch_size=32)
+    one.end = one.steps_per_epoch
+    for step in range(one.steps_per_epoch):
+        one.batch(step)
+    assert len({*seen}) == len(np.unique(one.store.blocks)) == 180  # type: ignore[union-attr]
+    assert len(seen) <= 180 + 15  # where one of 16 lanes ends and the next one begins, they share a block
 
 
 def test_processes_fetch_different_shards(digit_shards: Path) -> None:

@@ -77,7 +77,8 @@ class TrainLoader:
                 draw(labels, seed, epoch) if blocks is None else streamed_order(blocks, seed, epoch, batch_size)
             )
         )
-        self._ahead = 0 if blocks is None else max(1, -(-images_in_use(blocks) // batch_size))  # steps
+        # Steps: two thirds of what is in use, so that both together are less than a process has open.
+        self._ahead = 0 if blocks is None else max(1, images_in_use(blocks) * 2 // 3 // batch_size)
         self._fetched = -1  # the step before which nothing more is to be fetched
         self.end = sys.maxsize
         """The number of steps of the run: what others would need is not fetched."""

@@ -21,8 +21,9 @@ from vitft.io.paths import cache_folder
 _KEPT, _PASSING, _INDEX = ".kept", ".passing", ".index"
 _FOR_KEPT = 0.75  # of the room; the rest is for what passes through
 _UNUSED_S = 86400.0  # kept blocks that nobody has opened for so long make room for others
-_OPEN = 64  # blocks that a process has mapped into memory; they can be read even after they have made room
-_LOCKS = 256  # files; two blocks may share one, and then wait for each other
+# Blocks that a process has mapped into memory, in use or coming next. They can be read even after they have made room.
+_OPEN = 96
+_LOCKS = 256  # two blocks may share one, and then wait for each other
 _SUM = b"xxh3"
 
 
@@ -40,6 +41,21 @@ def root() -> Path:
 
 
 _mapped: dict[str, pa.LargeBinaryArray] = {}
+_guards = [threading.Lock() for _ in range(_LOCKS)]
+
+
+def _renew_guards() -> None:
+    """In a forked process, those that other threads held will never be released."""
+    _guards[:] = [threading.Lock() for _ in range(_LOCKS)]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_guards)
+
+
+def _number(key: str) -> int:
+    """The number of a block's lock."""
+    return int(key[:8], 16) % _LOCKS
 
 
 def images(name: str, limit: int, fetch: Callable[[], pa.LargeBinaryArray]) -> pa.LargeBinaryArray:
@@ -48,10 +64,12 @@ def images(name: str, limit: int, fetch: Callable[[], pa.LargeBinaryArray]) -> p
     Blocks may take `limit` bytes on the disk together. If that is 0, or nothing can be written there, a block is in
     memory. Raises what `fetch` raises.
     """
-    found = _mapped.pop(name, None)
-    if found is None:
-        found = _found(xxh3_128_hexdigest(name.encode()), limit, fetch) if limit else fetch()
-    _mapped[name] = found  # the last one now
+    key = xxh3_128_hexdigest(name.encode())
+    with _guards[_number(key)]:  # one thread fetches for all
+        found = _mapped.pop(name, None)
+        if found is None:
+            found = _found(key, limit, fetch) if limit else fetch()
+        _mapped[name] = found  # the last one now
     with suppress(StopIteration, RuntimeError):  # other threads do the same
         while len(_mapped) > _OPEN:
             _mapped.pop(next(iter(_mapped)), None)
@@ -156,12 +174,12 @@ def _files() -> list[tuple[Path, os.stat_result]]:
 
 @contextmanager
 def _lock(key: str) -> Iterator[None]:
-    """Let one process and thread fetch a block; others wait for it."""
+    """Let one process fetch a block; others wait for it."""
     try:
         import fcntl
 
         root().mkdir(parents=True, exist_ok=True)
-        handle = os.open(root() / f"lock-{int(key[:8], 16) % _LOCKS:02}", os.O_CREAT | os.O_RDWR, 0o666)
+        handle = os.open(root() / f"lock-{_number(key):03}", os.O_CREAT | os.O_RDWR, 0o666)
     except (ImportError, OSError) as error:
         raise _NoDisk from error
     try:

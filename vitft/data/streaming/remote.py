@@ -47,8 +47,11 @@ def is_url(text: str) -> bool:
 
 def in_requests(work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
     """`map` for work that waits for a server, several at a time."""
-    with ThreadPoolExecutor(_REQUESTS, thread_name_prefix="vitft-request") as pool:
+    pool = ThreadPoolExecutor(_REQUESTS, thread_name_prefix="vitft-request")
+    try:
         yield from pool.map(work, items)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after an error, or Ctrl-C, the others are not needed
 
 
 def list_files(url: str, suffixes: str | tuple[str, ...]) -> list[RemoteFile]:
