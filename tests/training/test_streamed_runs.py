@@ -9,7 +9,8 @@ import pytest
 from tests.forked import finish_two, flags
 from tests.training.test_trainer import AUGMENTED, assert_same_weights, config, interrupted, lines
 from tests.web import FileServer, Request
-from vitft import train
+from vitft import evaluate, train
+from vitft.checkpoints.metadata import name_of
 from vitft.data import packing
 from vitft.data.augment import Preprocess
 from vitft.data.augmentation.settings import Augmentation
@@ -115,6 +116,17 @@ def test_shards_that_change_are_refused_on_resume(
         changed.write_bytes(changed.read_bytes().replace(b"\x89PNG", b"\x88PNG", 1))
         with pytest.raises(DataError, match=r"its shards have changed since the run began\.$"):
             resume(tmp_path / "run")
+
+
+def test_a_checkpoint_has_the_name_of_a_dataset_not_its_url(server: FileServer, tmp_path: Path) -> None:
+    """It can be shared; who may read the URL need not be everyone, and it may have a token."""
+    url = f"{server.url}/digits?token=s3cret"
+    run = train(config(dataset=f"{server.url}/digits", **LONGER | {"max_steps": 2}), output=tmp_path / "run").run
+    for file in ("README.md", "vitft.json"):
+        assert "127.0.0.1" not in (run / "best" / file).read_text()
+    assert evaluate(run).count == 50  # the run knows the URL
+    assert name_of(url) == name_of(f"{server.url}/digits/") == "digits"
+    assert name_of("hf://datasets/owner/name@main/data") == "hf://datasets/owner/name@main/data"
 
 
 def test_balanced_sampling_is_refused_with_a_remedy(digit_shards: Path, tmp_path: Path) -> None:

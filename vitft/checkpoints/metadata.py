@@ -13,12 +13,13 @@ from vitft import __version__
 from vitft.config.train import TrainConfig, of_any_version
 from vitft.errors import ModelError, UsageError
 from vitft.io.atomic import json_text, write_json, write_text
+from vitft.io.paths import is_url
 
 # What reading a JSON document with unexpected contents can raise.
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 _PATH_SETTINGS = ("dataset", "model", "exclude", "labels")
-"""Settings that can be local paths. A checkpoint can be shared, so it stores only their last component."""
+"""Settings that can be paths or URLs. A checkpoint can be shared, so it stores only their last component."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,17 @@ def read_card(folder: Path) -> Card | None:
 
 
 def _is_path(value: str | None) -> bool:
-    """Whether a setting is a local path (as `paths.absolute` writes it), not a hub id or a built-in name."""
-    return value is not None and (value.startswith("~") or Path(value).is_absolute())
+    """Whether a setting is a local path (as `paths.absolute` writes it) or a URL, not a name on the hub or here."""
+    if value is None or value.startswith("hf://"):
+        return False
+    return value.startswith("~") or Path(value).is_absolute() or is_url(value)
 
 
 def name_of(value: str) -> str:
-    """The last component of a local path; anything else unchanged."""
-    return Path(value).name if _is_path(value) else value
+    """The last component of a local path or a URL; anything else unchanged."""
+    if not _is_path(value):
+        return value
+    return Path(value.split("?")[0] if is_url(value) else value).name
 
 
 def _full_path(folder: Path, name: str, basename: str) -> str | None:
@@ -97,7 +102,7 @@ def _full_path(folder: Path, name: str, basename: str) -> str | None:
     for run in folder.absolute().parents[:2]:
         with suppress(*READ_ERRORS, yaml.YAMLError):
             path = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))[name]
-            if Path(path).name == basename:
+            if name_of(str(path)) == basename:
                 return str(path)
     return None if name == "dataset" else basename
 

@@ -1,6 +1,7 @@
 """Paths in settings and messages: absolute, with the home folder as `~`."""
 
 import os
+import re
 import unicodedata
 from collections.abc import Container
 from importlib.resources import files
@@ -24,6 +25,11 @@ def expanded(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:  # no such user, no home folder
         return Path(path)
+
+
+def is_url(text: str) -> bool:
+    """Whether a text has the form of a URL, and is not a path."""
+    return re.match(r"[A-Za-z][\w+.-]+://.", text) is not None
 
 
 def cache_folder(name: str) -> Path:

@@ -7,8 +7,9 @@ import pytest
 
 from tests.web import FileServer
 from vitft.data.streaming import remote
-from vitft.data.streaming.remote import RemoteFile, is_url, list_files, read_range
+from vitft.data.streaming.remote import RemoteFile, list_files, read_range
 from vitft.errors import DataError, UsageError
+from vitft.io.paths import is_url
 
 
 @pytest.fixture

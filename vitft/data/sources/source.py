@@ -19,10 +19,9 @@ from vitft.data.sources.features import normalize_splits
 from vitft.data.sources.identity import has_names, sample_names
 from vitft.data.sources.schema import Notes, ReadOptions, Splits, standardize, whole_numbers
 from vitft.data.sources.tables.image_paths import resolve_paths
-from vitft.data.streaming.remote import is_url
 from vitft.errors import DataError, UsageError, nearest
 from vitft.io.console import without_secrets
-from vitft.io.paths import expanded
+from vitft.io.paths import expanded, is_url
 
 
 class Alias(NamedTuple):

@@ -19,7 +19,6 @@ B = TypeVar("B")
 
 SUMS = "SHA256SUMS"
 """A list of files with this name, as `vitft data pack` writes it, tells what a web server has."""
-_URL = re.compile(r"([a-z][a-z0-9+.-]+)://.", re.IGNORECASE)
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _ATTEMPTS, _FIRST_ATTEMPTS, _WAIT_S = (
     7,
@@ -38,11 +37,6 @@ class RemoteFile:
     url: str
     size: int
     version: str
-
-
-def is_url(text: str) -> bool:
-    """Whether a text has the form of a URL, and is not a path."""
-    return bool(_URL.match(text))
 
 
 def in_requests(work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:

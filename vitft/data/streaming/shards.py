@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from vitft.data.streaming import blocks, remote
+from vitft.data.streaming import blocks
 from vitft.data.streaming.remote import RemoteFile
+from vitft.io.paths import is_url
 
 _AHEAD = 8  # blocks fetched at a time
 
@@ -51,7 +52,7 @@ _shards: dict[str, Shard] = {}
 
 def is_address(path: str | None) -> bool:
     """Whether the path of an image is its address in a shard."""
-    return path is not None and remote.is_url(path)
+    return path is not None and is_url(path)
 
 
 def read_image(address: str) -> bytes:
