@@ -22,7 +22,6 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests.data.stores.test_store import photos
-from tests.web import FileServer
 from vitft.cli.app import app
 from vitft.data import packing
 from vitft.data.decoder import MAX_PIXELS, decode
@@ -189,15 +188,10 @@ def test_a_bad_image_is_an_error_or_is_left_out(folder: Path, tmp_path: Path) ->
         packed(folder, tmp_path / "skipped", shard_bytes=20_000, skip_bad=True)
 
 
-def test_what_cannot_be_fetched_is_not_left_out(server: FileServer, tmp_path: Path) -> None:
-    source = open_dataset(f"{server.url}/digits", stream_gb=0)
-    server.fault = lambda request, number: 404 if "train-00001" in request.name else None
-    with pytest.raises(
-        UnreadableError, match=r"train-00001.*: cannot be fetched: there is no such file or folder; it may be"
-    ):
-        pack(source, tmp_path / "out", skip_bad=True, max_pixels=MAX_PIXELS)
-    server.fault = lambda request, number: None
-    assert pack(source, tmp_path / "again", skip_bad=True, max_pixels=MAX_PIXELS).images == 1797
+def test_what_is_streamed_is_not_packed(digit_shards: Path, tmp_path: Path) -> None:
+    """Its images would be read at random."""
+    with pytest.raises(UsageError, match=r"copy the dataset first\.$"):
+        pack(open_dataset(f"file://{digit_shards}"), tmp_path / "out", max_pixels=MAX_PIXELS)
 
 
 @pytest.mark.parametrize("change", [{"resize": 50}, {"shard_bytes": 10_000}])

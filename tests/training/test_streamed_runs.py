@@ -103,6 +103,20 @@ def test_a_shard_that_is_gone_is_not_skipped(server: FileServer, tmp_path: Path,
         train(settings, output=tmp_path / "run")
 
 
+def test_a_shard_that_stays_damaged_is_not_skipped(server: FileServer, tmp_path: Path) -> None:
+    settings = config(dataset=f"{server.url}/digits", on_bad_image="skip", stream_gb=0, **LONGER)
+    server.fault = lambda request, number: "damaged" if is_block(request) and "train-00001" in request.name else None
+    with pytest.raises(DataError, match=r"^train-00001.*: its shard is corrupt, or has changed; it may be intact: try"):
+        train(settings, output=tmp_path / "run")
+
+
+def test_a_run_on_other_data_is_scored_on_shards(server: FileServer, digits_run: Any) -> None:
+    """Settings for reading its own dataset do not apply, and its training images are not looked for among all others."""
+    found = evaluate(digits_run.run, dataset=f"{server.url}/digits")
+    assert (found.split, found.count) == ("test", 359)
+    assert not [one for one in server.requests if is_block(one) and "train" in one.name]
+
+
 def test_shards_that_change_are_refused_on_resume(
     digit_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fetched: Path
 ) -> None:

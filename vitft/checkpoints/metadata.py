@@ -94,7 +94,7 @@ def name_of(value: str) -> str:
     """The last component of a local path or a URL; anything else unchanged."""
     if not _is_path(value):
         return value
-    return Path(value.split("?")[0] if is_url(value) else value).name
+    return Path(value.split("?")[0].rpartition("@")[2] if is_url(value) else value).name
 
 
 def _full_path(folder: Path, name: str, basename: str) -> str | None:

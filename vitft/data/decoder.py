@@ -56,7 +56,7 @@ _LASTING = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM
 def encoded(cell: dict[str, Any]) -> bytes | Path:
     """The encoded image of a dataset row, {"bytes", "path"}: its bytes, or its file; of a shard, fetched now.
 
-    Raises Unavailable if it cannot be fetched, and BadImage if its shard is corrupt.
+    Raises Unavailable if it cannot be fetched.
     """
     if cell["bytes"] is not None:
         return bytes(cell["bytes"])
@@ -67,7 +67,7 @@ def encoded(cell: dict[str, Any]) -> bytes | Path:
     except OSError as error:
         raise Unavailable(f"cannot be fetched: {reason(error)}") from error
     except ValueError as error:
-        raise BadImage("its shard is corrupt") from error
+        raise Unavailable("its shard is corrupt, or has changed") from error
 
 
 def are_tiny(cells: Sequence[dict[str, Any]]) -> bool:

@@ -23,7 +23,7 @@ from PIL import Image
 
 from vitft.data.color import Range
 from vitft.data.decoder import BadImage, Unavailable, decode, encoded, header, image_info
-from vitft.data.sources.identity import content_hashes, has_names, keys_of, sample_id
+from vitft.data.sources.identity import content_hashes, has_names, is_streamed, keys_of, sample_id
 from vitft.data.sources.local import by_split
 from vitft.data.sources.source import Source, class_indices
 from vitft.data.stores.store import Skipped, UnreadableError
@@ -74,6 +74,10 @@ def pack(
     call has written stay. Raises UsageError for a folder with anything else in it, and UnreadableError for images that
     cannot be read, unless `skip_bad`.
     """
+    if any(map(is_streamed, source.splits.values())):
+        raise UsageError(
+            f"{source.name}: its images come in another order than shards are read; copy the dataset first."
+        )
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; choose a new folder.")
     hashes = {str(name): content_hashes(split, np.arange(len(split))) for name, split in source.splits.items()}
@@ -123,10 +127,7 @@ def _sizes(split: datasets.Dataset) -> NDArray[np.int64]:
     """Bytes of each encoded image, 0 where there is no file: (n,)."""
 
     def size(cell: dict[str, Any]) -> int:
-        try:
-            source = encoded(cell)
-        except Unavailable as error:
-            raise UnreadableError.for_now(str(cell["path"]), error) from error
+        source = encoded(cell)
         if not isinstance(source, Path):
             return len(source)
         return source.stat().st_size if source.is_file() else 0

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vitft.data.sampling import HELD_OUT, OPEN, TEST, TRAIN, Sides
-from vitft.data.sources.identity import content_hashes, ids, sample_names
+from vitft.data.sources.identity import content_hashes, ids, is_streamed, sample_names
 from vitft.data.sources.schema import ROLES, ROW, whole_numbers
 from vitft.data.sources.source import Source, class_indices
 from vitft.data.splits import Rows, Split, split_hash
@@ -98,7 +98,9 @@ def _find_rows(source: Source, name: str, wanted: Ids, *, by_content: bool) -> t
     split = source.splits[name]
     rows = np.arange(len(split))
     present: Ids
-    if by_content:
+    if by_content and is_streamed(split):
+        present = []  # to hash all images would fetch all of them
+    elif by_content:
         present = content_hashes(split, rows)
     else:
         present = whole_numbers(split, ROW).tolist() if wanted and isinstance(wanted[0], int) else ids(split, rows)

@@ -148,7 +148,8 @@ def reading(
     if dataset is not None and (place is None or place != config.dataset):
         # Settings for reading the checkpoint's own dataset do not apply to another one.
         reset = {"dataset_revision", "exclude", *ReadOptions.__dataclass_fields__}
-        config = config.model_copy(update=dict.fromkeys(reset) | {"dataset": place, "allow_outside": False})
+        unset = {name: TrainConfig.model_fields[name].default for name in reset}
+        config = config.model_copy(update=unset | {"dataset": place})
     return config.model_copy(update={name: value for name, value in typed.items() if value is not None}), card
 
 

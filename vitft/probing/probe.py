@@ -71,8 +71,8 @@ class ProbeResult:
             )
         }
         curve = [asdict(point) | {"mean": point.mean, "spread": point.spread} for point in self.few_shot]
-        settings = {"dataset": self.config.dataset, "model": self.config.model, "image_size": self.config.image_size,
-                    "seed": self.config.seed}  # fmt: skip
+        settings = {name: getattr(self.config, name) for name in ("dataset", "model", "image_size", "seed")}
+        settings["dataset"] = console.without_secrets(str(self.config.dataset))
         return {
             "settings": settings, "train_images": self.images, "features": self.width,
             "images_per_s": self.images_per_s, "penalty": best_of(self.logistic).setting,

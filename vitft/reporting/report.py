@@ -19,8 +19,8 @@ from vitft.evaluation.calibration import Calibration, at_temperature, calibratio
 from vitft.evaluation.results import Results, read_results
 from vitft.evaluation.split_predictions import Predictions
 from vitft.io.atomic import write_text
-from vitft.io.console import percent, safe
-from vitft.io.paths import expanded, shown
+from vitft.io.console import percent, safe, without_secrets
+from vitft.io.paths import expanded, is_url, shown
 from vitft.reporting.charts import Axis, Line, chart
 from vitft.reporting.looks import add_looks
 from vitft.reporting.pictures import Gallery, gallery
@@ -88,7 +88,7 @@ def _facts(run: Path, results: Results, dataset: DatasetLike | None, progress: _
     lines = recorded(run)
     return {
         "name": safe(run.name), "style": _text("report.css"), "script": _text("report.js"),
-        "config": config, "model": safe(Path(config.model).name), "dataset": safe(shown(Path(str(config.dataset)))),
+        "config": config, "model": safe(Path(config.model).name), "dataset": safe(_readable(config.dataset)),
         "split": split, "scores": scores, "results": results, "others": _others(results, split),
         "classes": classes, "rows": scores.get("per_class", []), "crossed": len(classes) <= CROSSED,
         "confusion": _confusion(scores, classes), "pictures": pictures, "missing": missing,
@@ -218,7 +218,13 @@ def _settings(config: TrainConfig) -> list[tuple[str, str]]:
     """What differs from the defaults."""
     fields = TrainConfig.model_fields
     changed = ((name, getattr(config, name)) for name in fields if getattr(config, name) != fields[name].default)
-    return [(name, safe(shown(Path(str(value))) if "/" in str(value) else str(value))) for name, value in changed]
+    return [(name, safe(_readable(value))) for name, value in changed]
+
+
+def _readable(value: object) -> str:
+    """A setting, with a path or URL as it may be seen."""
+    text = without_secrets(str(value))
+    return shown(Path(text)) if "/" in text and not is_url(text) else text
 
 
 def _machine(run: Path) -> list[tuple[str, str]]:

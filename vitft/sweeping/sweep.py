@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from vitft.checkpoints.checkpoint import is_run
+from vitft.checkpoints.metadata import name_of
 from vitft.config.recipe import read_recipe
 from vitft.config.train import TrainConfig, require_dataset
 from vitft.data.split_record import read_record
@@ -234,7 +235,7 @@ def _text(values: Any) -> str:
 
 
 def _free_folder(config: TrainConfig) -> Path:
-    stem = f"{Path(str(config.dataset)).name}-{Path(config.model).name}"
+    stem = f"{Path(name_of(str(config.dataset))).name}-{Path(config.model).name}"
     return next(path for number in count(1) if not (path := Path("sweeps") / f"{stem}-{number}").exists())
 
 

@@ -19,10 +19,13 @@ from moto.server import ThreadedMotoServer
 
 from tests.hub import CIFAR10, DATASET, StandInHub, make_dataset
 from tests.web import FileServer
+from vitft.data.decoder import BadImage, decode, encoded
+from vitft.data.sources import streamed
 from vitft.data.sources.identity import blocks_of, content_hashes, is_streamed, sample_names
+from vitft.data.sources.schema import Notes, ReadOptions
 from vitft.data.sources.source import Source, class_indices, open_dataset
 from vitft.data.streaming import tars
-from vitft.errors import DataError
+from vitft.errors import DataError, UsageError
 
 pytestmark = pytest.mark.usefixtures("fetched")
 
@@ -125,6 +128,30 @@ def test_the_shards_of_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert {name: len(rows) for name, rows in found.items()} == {"train": 40, "test": 20}
     own = open_dataset(str(tmp_path / "datasets" / DATASET / "plain_text"))
     assert found == content(own)
+
+
+def test_a_configuration_of_a_hub_dataset_and_a_part_of_one(tmp_path: Path) -> None:
+    write(tmp_path / "one", "main/train/0.parquet", image=images(12), label=["cat", "dog"] * 6)
+    notes = Notes()
+    splits, _ = streamed.read(f"file://{tmp_path}/one", ReadOptions(), notes, inside="main")
+    assert {name: len(split) for name, split in splits.items()} == {"train": 12}
+    assert splits["train"]["name"][0] == "main/train/0.parquet/0"  # whatever other splits there are
+    write(tmp_path / "part", "main/partial-train/0.parquet", image=images(12), label=["cat", "dog"] * 6)
+    with pytest.raises(DataError, match="the hub has converted only a part of it; leave --streaming out"):
+        streamed.read(f"file://{tmp_path}/part", ReadOptions(), notes, inside="main")
+
+
+def test_a_revision_of_a_url_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "train.parquet", image=images(12), label=[0, 1] * 6)
+    with pytest.raises(UsageError, match=r"revision main: .* is a URL, which has none; leave it out\."):
+        opened(tmp_path, revision="main")
+
+
+def test_an_image_whose_path_is_any_url_is_a_bad_image() -> None:
+    made = datasets.Dataset.from_dict({"image": ["https://example.org/cat.jpg"] * 2, "label": [0, 1]})
+    rows = open_dataset(made.cast_column("image", datasets.Image(decode=False))).splits["train"]
+    with pytest.raises(BadImage):
+        decode(encoded(rows[0]["image"]))
 
 
 def test_splits_are_found_in_names_and_folders(tmp_path: Path) -> None:
@@ -264,6 +291,12 @@ def test_tars_that_cannot_be_streamed(tmp_path: Path) -> None:
     (tmp_path / "bad/train.tar").write_bytes(b"no tar" * 1000)
     with pytest.raises(DataError, match=r"train\.tar is not a readable archive: "):
         opened(tmp_path / "bad")
+    write_tar(tmp_path / "flipped/train.tar", jpegs(30))
+    whole = bytearray((tmp_path / "flipped/train.tar").read_bytes())
+    whole[whole.index(b"000017.jpg")] ^= 1
+    (tmp_path / "flipped/train.tar").write_bytes(bytes(whole))
+    with pytest.raises(DataError, match=r"train\.tar is not a readable archive: the header at byte .* is damaged"):
+        opened(tmp_path / "flipped")
     write_tar(tmp_path / "cut/train.tar", jpegs(30))
     raw = (tmp_path / "cut/train.tar").read_bytes()
     (tmp_path / "cut/train.tar").write_bytes(raw[: len(raw) // 2])

@@ -105,6 +105,17 @@ def test_a_block_whose_file_has_changed_is_fetched_again(fetched: Path, giver: G
     assert giver.get("a") == giver.content("a")
 
 
+def test_a_changed_length_of_an_image_is_noticed(fetched: Path) -> None:
+    fetch = lambda: pa.array([b"a" * 1000, b"b" * 2000, b"c" * 500], pa.large_binary())  # noqa: E731
+    blocks.images("a", 10**9, fetch)
+    (file,) = fetched.glob("*.kept")
+    raw = file.read_bytes()
+    assert raw.count((3000).to_bytes(8, "little")) == 1
+    file.write_bytes(raw.replace((3000).to_bytes(8, "little"), (2900).to_bytes(8, "little")))
+    blocks._mapped.clear()
+    assert blocks.images("a", 10**9, fetch)[1].as_py() == b"b" * 2000
+
+
 def test_without_a_disk_blocks_are_in_memory(fetched: Path, giver: Giver, monkeypatch: pytest.MonkeyPatch) -> None:
     assert giver.get("a", limit=0) == giver.content("a")
     assert not fetched.exists()

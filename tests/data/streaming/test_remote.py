@@ -1,14 +1,19 @@
 """Files behind URLs: how they are listed and read, and what happens when that fails."""
 
+import time
 from pathlib import Path
+from threading import Event
+from threading import enumerate as enumerate_threads
 
 import fsspec
 import pytest
+from huggingface_hub import HfFileSystem
 
 from tests.web import FileServer
 from vitft.data.streaming import remote
-from vitft.data.streaming.remote import RemoteFile, list_files, read_range
+from vitft.data.streaming.remote import RemoteFile, in_requests, list_files, read_range
 from vitft.errors import DataError, UsageError
+from vitft.hardware.pools import map_in_processes
 from vitft.io.paths import is_url
 
 
@@ -156,3 +161,38 @@ def test_a_password_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError) as caught:
         list_files("http://me:hunter2@127.0.0.1:9/set?token=hunter2", ".parquet")
     assert "hunter2" not in str(caught.value)
+
+
+def test_a_forked_process_does_not_make_its_parent_deaf(folder: Path) -> None:
+    """Were its filesystem collected there, the connections of both would close, and the parent would wait in vain."""
+    with FileServer(folder) as server:
+        url = f"{server.url}/set/train-00000.parquet"
+        read_range(url, 0, 10)
+        assert list(map_in_processes(lambda start: read_range(url, start, 50), [1, 2], 1)) == [
+            bytes(range(start, 50)) for start in (1, 2)
+        ]
+        began = time.monotonic()
+        assert read_range(url, 3, 9) == bytes(range(3, 9))
+        assert time.monotonic() - began < remote._SILENCE_S / 2
+
+
+def test_what_is_abandoned_is_not_waited_for() -> None:
+    never = Event()
+    requests = in_requests(lambda item: item or never.wait(), [1, *[0] * 100])
+    assert next(requests) == 1
+    requests.close()
+    waiting = [thread for thread in enumerate_threads() if thread.name == "vitft-request"]
+    assert all(thread.daemon for thread in waiting)
+    never.set()
+
+
+def test_requests_come_in_order_and_raise_what_the_work_raises() -> None:
+    assert list(in_requests(str, range(50))) == [str(number) for number in range(50)]
+    assert list(in_requests(str, [])) == []
+    with pytest.raises(ZeroDivisionError):
+        list(in_requests(lambda number: 1 // number, [1, 0, 1]))
+
+
+def test_the_hub_is_not_read_ahead() -> None:
+    assert remote._unbuffered(HfFileSystem()) == {"cache_type": "none"}
+    assert remote._unbuffered(fsspec.filesystem("http")) == {}

@@ -17,8 +17,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from vitft.data.sources.schema import BLOCK, NAME, ROW, whole_numbers
+from vitft.data.streaming.remote import reason
 from vitft.data.streaming.shards import is_address, read_image
+from vitft.errors import DataError
 from vitft.hardware.pools import map_in_processes, processes
+from vitft.io.console import without_secrets
 from vitft.io.paths import composed
 
 Rows = NDArray[np.int64]
@@ -115,16 +118,19 @@ def _hash_bytes(cell: pa.BinaryScalar) -> str:
 
 
 def _hash_file(path: str) -> str:
-    try:
-        if is_address(path):
+    if is_address(path):
+        try:
             image = read_image(path)
-            return _hash(len(image), lambda start, count: image[start : start + count])
+        except (OSError, ValueError) as error:
+            raise DataError(f"{without_secrets(path)}: cannot be fetched: {reason(error)}.") from error
+        return _hash(len(image), lambda start, count: image[start : start + count])
+    try:
         file = os.open(path, _READ)
         try:
             return _hash(os.fstat(file).st_size, lambda start, count: os.pread(file, count, start))
         finally:
             os.close(file)
-    except (OSError, ValueError):  # decoding it reports the error
+    except OSError:  # decoding it reports the error
         return _hash(-1, lambda start, count: path.encode())
 
 

@@ -103,9 +103,11 @@ def open_dataset(
     dataset = str(dataset)
     if is_url(dataset):
         raw, version = streamed.read(dataset, options, notes)
+        if revision is not None and not re.fullmatch("[0-9a-f]{16}", revision):
+            raise UsageError(f"revision {revision}: {without_secrets(dataset)} is a URL, which has none; leave it out.")
         if revision not in (None, version):
             raise DataError(f"{without_secrets(dataset)}: its shards have changed since the run began.")
-        name = re.split(r"[/\\]", dataset.split("?")[0].rstrip("/"))[-1].removesuffix(".parquet")
+        name = re.split(r"[/\\@]", dataset.split("?")[0].rstrip("/"))[-1].removesuffix(".parquet")
         return _source(dataset, name, raw, version, options, notes, folders=None, is_normalized=True)
     path = expanded(dataset) if dataset else Path()
     hub_id = ALIASES.get(dataset) or (Alias(*match.groups()) if (match := _HUB_ID.fullmatch(dataset)) else None)

@@ -1,6 +1,7 @@
 """Datasets of shards behind a URL: labels are read now, images when they are needed."""
 
 import hashlib
+import re
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from itertools import pairwise, takewhile
@@ -37,13 +38,15 @@ def read(url: str, options: ReadOptions, notes: Notes, inside: str = "") -> tupl
     `inside`: the folder, below the URL, to which shards are restricted.
     """
     shown, files = without_secrets(url), list_files(url, (_PARQUET, _TAR))
-    base = _folder(files)
+    base = _base(url, files)
     files = [file for file in files if file.url.removeprefix(base).startswith(inside and f"{inside}/")]
     if not files:
         where = f"{shown}/{inside}" if inside else shown
         raise DataError(
             f"{where} has no .parquet or .tar files; `vitft data pack DATASET FOLDER` makes some, then copy the folder."
         )
+    if part := next((file.url for file in files if "/partial-" in file.url), None):  # of the hub
+        raise DataError(f"{without_secrets(part)}: the hub has converted only a part of it; leave --streaming out.")
     kind = next((kind for kind in (_PARQUET, _TAR) if any(_is(kind, file.url) for file in files)), "")
     by_path = {Path(file.url.removeprefix(base)): file for file in files if _is(kind, file.url)}
     if len(by_path) < len(files):
@@ -85,9 +88,15 @@ def _is(kind: str, name: str) -> bool:
     return name.split("?")[0].endswith(kind)
 
 
-def _folder(files: Sequence[RemoteFile]) -> str:
-    """What the URLs of files begin with: the folder that all are in, with a slash."""
-    levels = zip(*(file.url.split("?")[0].split("/")[:-1] for file in files), strict=False)
+def _base(url: str, files: Sequence[RemoteFile]) -> str:
+    """What comes before the names of files: the folder that the URL gives, or for several its part before those."""
+    given = re.split(r"[*{?]", url)[0]
+    folder = given.rstrip("/") + "/"
+    if given != url or not all(file.url.startswith(folder) for file in files):  # a file, or a pattern
+        folder = given.rpartition("/")[0] + "/"
+    if all(file.url.startswith(folder) for file in files):
+        return folder
+    levels = zip(*(file.url.split("?")[0].split("/")[:-1] for file in files), strict=False)  # the URL was rewritten
     return "".join(f"{names[0]}/" for names in takewhile(lambda names: len({*names}) == 1, levels))
 
 

@@ -163,6 +163,8 @@ def decode_all(
             image = work(rows[row]["image"])
             if cache.checksum(image) != sums[position]:
                 raise BadImage("decodes to different pixels")
+        except Unavailable as error:
+            raise UnreadableError.for_now(sample_id(rows, row), error) from error
         except BadImage as error:
             raise DataError(f"{sample_id(rows, row)}: {error}; it has changed since the run began.") from error
         return image

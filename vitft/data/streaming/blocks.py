@@ -118,7 +118,8 @@ def _read(key: str, *, verify: bool = True) -> pa.LargeBinaryArray | None:
 
 
 def _checksum(block: pa.LargeBinaryArray) -> bytes:
-    return xxh3_64_hexdigest(memoryview(block.buffers()[2] or b"")).encode()
+    _, offsets, data = block.buffers()
+    return (xxh3_64_hexdigest(memoryview(offsets or b"")) + xxh3_64_hexdigest(memoryview(data or b""))).encode()
 
 
 def _write(key: str, block: pa.LargeBinaryArray, limit: int) -> None:

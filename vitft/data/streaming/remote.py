@@ -5,8 +5,11 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any, TypeVar
 
 import fsspec
@@ -20,11 +23,9 @@ B = TypeVar("B")
 SUMS = "SHA256SUMS"
 """A list of files with this name, as `vitft data pack` writes it, tells what a web server has."""
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-_ATTEMPTS, _FIRST_ATTEMPTS, _WAIT_S = (
-    7,
-    3,
-    0.5,
-)  # the first wait is so long, then twice as long each time: half a minute
+_ATTEMPTS, _FIRST_ATTEMPTS = 7, 3
+_WAIT_S = 0.5  # after the first attempt, then twice as long each time: half a minute in all
+_GIVE_UP_S = 120.0  # after which no attempt begins: each may take half a minute of silence
 _CONNECT_S, _SILENCE_S = 10, 30
 _REQUESTS = 16  # at a time
 _VERSIONS = ("ETag", "etag", "generation", "blob_id", "oid", "mtime", "LastModified")  # of filesystems' `info`
@@ -41,11 +42,33 @@ class RemoteFile:
 
 def in_requests(work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
     """`map` for work that waits for a server, several at a time."""
-    pool = ThreadPoolExecutor(_REQUESTS, thread_name_prefix="vitft-request")
+    # Daemon threads, and not a pool of concurrent.futures: after an error, or Ctrl-C, nobody waits for the others.
+    waiting: SimpleQueue[tuple[Future[B], A] | None] = SimpleQueue()
+
+    def serve() -> None:
+        while (job := waiting.get()) is not None:
+            future, item = job
+            try:
+                future.set_result(work(item))
+            except BaseException as error:
+                future.set_exception(error)
+
+    jobs = [(Future[B](), item) for item in items]
+    for job in jobs:
+        waiting.put(job)
+    threads = [Thread(target=serve, name="vitft-request", daemon=True) for _ in range(min(_REQUESTS, len(jobs)))]
     try:
-        yield from pool.map(work, items)
+        for thread in threads:
+            waiting.put(None)
+            thread.start()
+        for future, _ in jobs:
+            yield future.result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # after an error, or Ctrl-C, the others are not needed
+        with suppress(Empty):
+            while True:  # what has not begun is not needed
+                waiting.get_nowait()
+        for _ in threads:
+            waiting.put(None)
 
 
 def list_files(url: str, suffixes: str | tuple[str, ...]) -> list[RemoteFile]:
@@ -127,7 +150,7 @@ def read_range(url: str, start: int, end: int) -> bytes:
 
     def read() -> bytes:
         filesystem, path = _opened(url)
-        data = bytes(filesystem.cat_file(path, start=start, end=end))
+        data = bytes(filesystem.cat_file(path, start=start, end=end, **_unbuffered(filesystem)))
         if len(data) > end - start:
             raise NotImplementedError("the server sends whole files when it is asked for a part")
         if len(data) < end - start:
@@ -135,6 +158,12 @@ def read_range(url: str, start: int, end: int) -> bytes:
         return data
 
     return _retried(read, url)
+
+
+def _unbuffered(filesystem: Any) -> dict[str, str]:
+    """What keeps filesystems that read through a file, such as the hub's, from reading ahead."""
+    own = type(filesystem).cat_file is not fsspec.AbstractFileSystem.cat_file or filesystem.async_impl
+    return {} if own else {"cache_type": "none"}
 
 
 def _opened(url: str) -> tuple[Any, str]:
@@ -148,17 +177,27 @@ def _opened(url: str) -> tuple[Any, str]:
         options["client_kwargs"] = {"timeout": timeout}
     elif scheme in ("s3", "s3a"):
         options["config_kwargs"] = {"connect_timeout": _CONNECT_S, "read_timeout": _SILENCE_S}
+        options["config_kwargs"]["retries"] = {"max_attempts": 1}  # `_retried` does that
     filesystem, path = fsspec.core.url_to_fs(url, **options)
+    if hasattr(filesystem, "retries"):
+        filesystem.retries = 1  # of s3fs, likewise
+    _used[id(filesystem)] = filesystem
     return filesystem, str(path)
+
+
+# A forked process must not clean up what its parent uses: closing an inherited connection makes the parent deaf to it.
+_used: dict[int, Any] = {}
 
 
 def _retried(work: Callable[[], B], url: str, attempts: int = _ATTEMPTS) -> B:
     """The result of work that may fail for a moment. Raises OSError with the last failure."""
+    began = time.monotonic()
     for attempt in range(attempts):
         try:
             return work()
         except Exception as error:  # aiohttp, botocore, huggingface_hub and fsspec each raise their own
-            if not _is_final(error) and attempt + 1 < attempts:
+            late = time.monotonic() - began > _GIVE_UP_S
+            if not _is_final(error) and not late and attempt + 1 < attempts:
                 time.sleep(_WAIT_S * 2**attempt * random.uniform(0.75, 1.25))
                 continue
             raise OSError(errno.EIO, reason(error), without_secrets(url)) from error

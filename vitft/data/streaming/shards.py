@@ -51,8 +51,8 @@ _shards: dict[str, Shard] = {}
 
 
 def is_address(path: str | None) -> bool:
-    """Whether the path of an image is its address in a shard."""
-    return path is not None and is_url(path)
+    """Whether the path of an image is its address in a shard that is open."""
+    return path is not None and is_url(path) and path.rpartition("#")[0] in _shards
 
 
 def read_image(address: str) -> bytes:
@@ -110,4 +110,5 @@ def _found(address: str) -> tuple[Shard, str, int]:
 
 def _images(shard: Shard, column: str, block: int) -> pa.LargeBinaryArray:
     name = f"{shard.file.url} {shard.file.version} {shard.file.size} {column} {block}"
-    return blocks.images(name, shard.disk, partial(shard.fetch, block, column))
+    disk = shard.disk if shard.file.version else 0  # what has changed would not be noticed there
+    return blocks.images(name, disk, partial(shard.fetch, block, column))

@@ -71,6 +71,10 @@ def walk(file: RemoteFile, member: type[tarfile.TarInfo] = tarfile.TarInfo) -> I
             content = tar.extractfile(one) if one.isreg() else None
             if content is not None:
                 yield Member(one.name.removeprefix("./"), one.offset_data, one.size), content
+        # tarfile ends at the first header that it cannot read, as if it were the end.
+        stream.seek(tar.offset)
+        if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise tarfile.ReadError(f"the header at byte {tar.offset:,} is damaged")
 
 
 class _Stream(io.RawIOBase):
