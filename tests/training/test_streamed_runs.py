@@ -111,7 +111,7 @@ def test_a_shard_that_stays_damaged_is_not_skipped(server: FileServer, tmp_path:
 
 
 def test_a_run_on_other_data_is_scored_on_shards(server: FileServer, digits_run: Any) -> None:
-    """Settings for reading its own dataset do not apply, and its training images are not looked for among all others."""
+    """Settings for reading its own dataset do not apply, and its training images are not looked for among others."""
     found = evaluate(digits_run.run, dataset=f"{server.url}/digits")
     assert (found.split, found.count) == ("test", 359)
     assert not [one for one in server.requests if is_block(one) and "train" in one.name]
