@@ -123,6 +123,11 @@ def test_the_shards_of_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyP
         source = open_dataset("cifar10", streaming=True)
         found = content(source)
         assert source.revision == hub.sha("datasets", DATASET)
+        by_url = open_dataset(f"hf://datasets/{DATASET}/plain_text")
+        assert content(by_url) == found
+        assert source.revision in by_url.splits["train"][0]["image"]["path"]  # pinned
+        with pytest.raises(DataError, match=r"hub dataset owner/none: the hub at .* has none that you may read"):
+            open_dataset("hf://datasets/owner/none")
     assert source.name == "cifar10"
     assert source.labels == CIFAR10
     assert {name: len(rows) for name, rows in found.items()} == {"train": 40, "test": 20}

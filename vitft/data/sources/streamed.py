@@ -37,6 +37,7 @@ def read(url: str, options: ReadOptions, notes: Notes, inside: str = "") -> tupl
 
     `inside`: the folder, below the URL, to which shards are restricted.
     """
+    url = _pinned(url)
     shown, files = without_secrets(url), list_files(url, (_PARQUET, _TAR))
     base = _base(url, files)
     files = [file for file in files if file.url.removeprefix(base).startswith(inside and f"{inside}/")]
@@ -82,6 +83,17 @@ def read_hub(
         if revision is not None:
             break
     raise DataError(f"hub dataset {repo} has no parquet files, so that it cannot be streamed; leave --streaming out.")
+
+
+def _pinned(url: str) -> str:
+    """A URL of a hub dataset with its commit, so that nothing changes while it is read; others unchanged."""
+    match = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)((?:/.*)?)", url)
+    if match is None:
+        return url
+    try:
+        return f"hf://datasets/{match[1]}@{HfApi().dataset_info(match[1]).sha}{match[2]}"
+    except Exception as error:  # huggingface_hub and its HTTP client each raise their own
+        raise DataError(hub.failure(match[1], None, None, error)) from error
 
 
 def _is(kind: str, name: str) -> bool:
