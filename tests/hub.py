@@ -23,14 +23,15 @@ import re
 from collections.abc import Iterator
 from hashlib import sha1, sha256
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from io import BytesIO
 from pathlib import Path
-from threading import Thread
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
+
+from tests.web import Loopback
 
 MODEL = "google/vit-base-patch16-224-in21k"
 DATASET = "uoft-cs/cifar10"
@@ -38,56 +39,16 @@ TOKEN = "hf_" + "Stand" * 6
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-class StandInHub:
-    """Serves the repositories root/models/ORG/NAME and root/datasets/ORG/NAME while a `with` lasts.
-
-    A repository has one commit, the hash of its contents, which `main` names too. `requests` lists
-    what was asked for, as `GET /path`.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.requests: list[str] = []
-        self.owners: set[str] = set()  # where TOKEN may write
-        self.private: set[str] = set()
-        self.large: dict[str, bytes] = {}  # uploaded, by SHA-256
-        self.commits: list[tuple[str, str]] = []  # repository and branch, and message
-
-    def __enter__(self) -> "StandInHub":
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        self._thread = Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    @property
-    def url(self) -> str:
-        """What HF_ENDPOINT is set to."""
-        return f"http://127.0.0.1:{self._server.server_port}"
-
-    def sha(self, kind: str, name: str) -> str:
-        """The commit of a repository; kind is `models` or `datasets`."""
-        folder = self.root / kind / name
-        contents = [path.relative_to(folder).as_posix().encode() + path.read_bytes() for path in _files(folder)]
-        return sha1(b"\0".join(contents)).hexdigest()
-
-
 class _Handler(BaseHTTPRequestHandler):
     """One request, answered from the folders of `hub`."""
 
-    hub: StandInHub
+    site: "StandInHub"
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         length = int(self.headers.get("Content-Length", 0))
         body = self.rfile.read(length)
-        self.hub.requests.append(f"{self.command} {self.path}")
+        self.site.requests.append(f"{self.command} {self.path}")
         address = urlsplit(self.path)
         path, query = unquote(address.path), parse_qs(address.query, keep_blank_values=True)
         token = self.headers.get("Authorization")
@@ -107,7 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/paths-info/([^/]+)", path):
             kind, name, revision = found.groups()
             if self._known(kind, name, revision):
-                folder = self.hub.root / kind / name
+                folder = self.site.root / kind / name
                 asked = _asked_paths(body, self.headers.get("Content-Type", ""))
                 self._json([_entry(folder, folder / p) for p in asked if (folder / p).exists()])
         elif found := re.fullmatch(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -121,7 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _write(self, path: str, body: bytes) -> None:
         """Answer what an upload asks for."""
-        hub = self.hub
+        hub = self.site
         if path == "/api/validate-yaml":
             self._json({"errors": [], "warnings": []})
         elif path == "/api/repos/create":
@@ -161,20 +122,25 @@ class _Handler(BaseHTTPRequestHandler):
         for line in lines:
             value = line["value"]
             if line["key"] == "header":
-                self.hub.commits.append((f"{name}@{branch}", value["summary"]))
+                self.site.commits.append((f"{name}@{branch}", value["summary"]))
                 continue
             assert line["key"] in ("file", "lfsFile"), line["key"]  # nothing is deleted
             file = folder / value["path"]
             file.parent.mkdir(parents=True, exist_ok=True)
-            content = base64.b64decode(value["content"]) if line["key"] == "file" else self.hub.large[value["oid"]]
+            content = base64.b64decode(value["content"]) if line["key"] == "file" else self.site.large[value["oid"]]
             file.write_bytes(content)
-        self._json({"commitUrl": f"{self.hub.url}/{name}/commit/x", "commitOid": self.hub.sha("models", name)})
+        self._json(
+            {
+                "commitUrl": f"{self.site.url}/{name}/commit/x",
+                "commitOid": self.site.sha("models", name),
+            }
+        )
 
     def _folder(self, kind: str, name: str, revision: str) -> Path:
         """Where the files of a revision are."""
-        folder = self.hub.root / kind / name
-        known = revision == "main" or (folder.is_dir() and revision == self.hub.sha(kind, name))
-        return folder if known else self.hub.root / "branches" / kind / name / revision
+        folder = self.site.root / kind / name
+        known = revision == "main" or (folder.is_dir() and revision == self.site.sha(kind, name))
+        return folder if known else self.site.root / "branches" / kind / name / revision
 
     def _refuse(self, status: HTTPStatus, message: str) -> None:
         headers = {"X-Error-Message": message, "Content-Type": "application/json"}
@@ -185,22 +151,22 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _known(self, kind: str, name: str, revision: str | None, inside: str | None = None) -> bool:
         """Whether this exists here; if not, answer so."""
-        folder = self.hub.root / kind / name
+        folder = self.site.root / kind / name
         if not folder.is_dir():
             self._missing("RepoNotFound", "Repository not found")
         elif revision is not None and not self._folder(kind, name, revision).is_dir():
             self._missing("RevisionNotFound", f"Invalid rev id: {revision}")
         elif inside and not (folder / inside).exists():
-            self._missing("EntryNotFound", "Entry not found", self.hub.sha(kind, name))
+            self._missing("EntryNotFound", "Entry not found", self.site.sha(kind, name))
         else:
             return True
         return False
 
     def _description(self, kind: str, name: str) -> dict[str, Any]:
-        folder = self.hub.root / kind / name
+        folder = self.site.root / kind / name
         siblings = [{"rfilename": path.relative_to(folder).as_posix()} for path in _files(folder)]
-        described = {"_id": "0" * 24, "id": name, "sha": self.hub.sha(kind, name), "siblings": siblings}
-        private = name in self.hub.private
+        described = {"_id": "0" * 24, "id": name, "sha": self.site.sha(kind, name), "siblings": siblings}
+        private = name in self.site.private
         return described | {"private": private, "gated": False, "disabled": False, "tags": [], "downloads": 0}
 
     def _tree(self, folder: Path, inside: str, recursive: bool) -> list[dict[str, Any]]:
@@ -208,8 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
         return [_entry(folder, path) for path in sorted(paths)]
 
     def _file(self, kind: str, name: str, file: str) -> None:
-        content = (self.hub.root / kind / name / file).read_bytes()
-        headers = {"ETag": f'"{sha256(content).hexdigest()}"', "X-Repo-Commit": self.hub.sha(kind, name)}
+        content = (self.site.root / kind / name / file).read_bytes()
+        headers = {"ETag": f'"{sha256(content).hexdigest()}"', "X-Repo-Commit": self.site.sha(kind, name)}
         headers |= {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes"}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if not wanted:
@@ -233,6 +199,30 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
+
+
+class StandInHub(Loopback):
+    """Serves the repositories root/models/ORG/NAME and root/datasets/ORG/NAME.
+
+    A repository has one commit, the hash of its contents, which `main` names too. `requests` lists
+    what was asked for, as `GET /path`.
+    """
+
+    handler = _Handler
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.requests: list[str] = []
+        self.owners: set[str] = set()  # where TOKEN may write
+        self.private: set[str] = set()
+        self.large: dict[str, bytes] = {}  # uploaded, by SHA-256
+        self.commits: list[tuple[str, str]] = []  # repository and branch, and message
+
+    def sha(self, kind: str, name: str) -> str:
+        """The commit of a repository; kind is `models` or `datasets`."""
+        folder = self.root / kind / name
+        contents = [path.relative_to(folder).as_posix().encode() + path.read_bytes() for path in _files(folder)]
+        return sha1(b"\0".join(contents)).hexdigest()
 
 
 def _files(folder: Path) -> Iterator[Path]:

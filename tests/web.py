@@ -6,7 +6,7 @@ from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock, Thread
-from typing import NamedTuple
+from typing import NamedTuple, Self
 from urllib.parse import unquote, urlsplit
 
 
@@ -19,21 +19,16 @@ class Request(NamedTuple):
     last: int | None
 
 
-class FileServer:
-    """Serves the files below `root` while a `with` lasts.
+class Loopback:
+    """Answers on a free port of this machine, in threads, while a `with` lasts.
 
-    `fault` gets each request and its number, from 0, and returns what goes wrong with it: the status of an answer
-    without content, "cut" for a connection that ends in the middle, "whole" for a file that is sent although a range
-    was asked for, "damaged" for a wrong byte, or None.
+    `handler` is a kind of request handler; each has this object as `site`.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.requests, self.lock = root, list[Request](), Lock()
-        self.fault: Callable[[Request, int], int | str | None] = lambda request, number: None
-        self.lists = True  # what is in a folder
+    handler: type[BaseHTTPRequestHandler]
 
-    def __enter__(self) -> "FileServer":
-        handler = type("Handler", (_Handler,), {"shelf": self})
+    def __enter__(self) -> Self:
+        handler = type("Handler", (self.handler,), {"site": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         self._thread = Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
@@ -47,15 +42,12 @@ class FileServer:
 
     @property
     def url(self) -> str:
+        """Where it answers."""
         return f"http://127.0.0.1:{self._server.server_port}"
-
-    def fetched(self, name: str = "") -> list[Request]:
-        """The requests for parts of files."""
-        return [one for one in self.requests if one.first is not None and one.name.endswith(name)]
 
 
 class _Handler(BaseHTTPRequestHandler):
-    shelf: FileServer
+    site: "FileServer"
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
@@ -63,15 +55,15 @@ class _Handler(BaseHTTPRequestHandler):
         span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         first, last = map(int, span.groups()) if span else (None, None)
         request = Request(self.command, name, first, last)
-        with self.shelf.lock:
-            self.shelf.requests.append(request)
-            fault = self.shelf.fault(request, len(self.shelf.requests) - 1)
-        file = self.shelf.root / name
+        with self.site.lock:
+            self.site.requests.append(request)
+            fault = self.site.fault(request, len(self.site.requests) - 1)
+        file = self.site.root / name
         if isinstance(fault, int):
             self._answer(fault, b"")
         elif file.is_file():
             self._send(file.read_bytes(), first, last, fault)
-        elif file.is_dir() and self.shelf.lists:
+        elif file.is_dir() and self.site.lists:
             links = [f"<a href='{each.name}{'/' * each.is_dir()}'>{each.name}</a>" for each in sorted(file.iterdir())]
             self._answer(200, "\n".join(links).encode(), {"Content-Type": "text/html"})
         else:
@@ -101,3 +93,23 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+class FileServer(Loopback):
+    """Serves the files below `root`.
+
+    `fault` gets each request and its number, from 0, and returns what goes wrong with it: the status of an answer
+    without content, "cut" for a connection that ends in the middle, "whole" for a file that is sent although a range
+    was asked for, "damaged" for a wrong byte, or None.
+    """
+
+    handler = _Handler
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.requests, self.lock = root, list[Request](), Lock()
+        self.fault: Callable[[Request, int], int | str | None] = lambda request, number: None
+        self.lists = True  # what is in a folder
+
+    def fetched(self, name: str = "") -> list[Request]:
+        """The requests for parts of files."""
+        return [one for one in self.requests if one.first is not None and one.name.endswith(name)]

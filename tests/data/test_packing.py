@@ -25,10 +25,11 @@ from tests.data.stores.test_store import photos
 from vitft.cli.app import app
 from vitft.data import packing
 from vitft.data.decoder import MAX_PIXELS, decode
-from vitft.data.packing import SUMS, Packed, pack
+from vitft.data.packing import Packed, pack
 from vitft.data.sources.identity import content_hashes
 from vitft.data.sources.source import Source, class_indices, open_dataset
 from vitft.data.stores.store import UnreadableError
+from vitft.data.streaming.remote import SUMS
 from vitft.errors import UsageError
 
 SIZES = [(100 + i, 64) for i in range(20)]

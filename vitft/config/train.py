@@ -23,7 +23,7 @@ class TrainConfig(Settings):
     command = "vitft train"
 
     # fmt: off
-    dataset: str | None = setting(None, "Data", "Alias (cifar10, digits, ...), hub id[:config], folder, CSV, JSONL or Parquet file, or URL of parquet shards.")
+    dataset: str | None = setting(None, "Data", "Alias (cifar10, digits, ...), hub id[:config], folder, CSV, JSONL or Parquet file, or URL of parquet or WebDataset shards.")
     dataset_revision: str | None = setting(None, "Data", "Commit, tag or branch of a hub dataset.")
     val_fraction: float = setting(0.1, "Data", "Fraction of the training images, about the same of each class, to hold out if the dataset has no validation split. 0: none.", ge=0, lt=1)
     test_fraction: float = setting(0.0, "Data", "Fraction of the training images to hold out for an independent score, if the dataset has no test split; before the validation images.", ge=0, lt=1)

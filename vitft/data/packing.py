@@ -27,11 +27,11 @@ from vitft.data.sources.identity import content_hashes, has_names, is_streamed, 
 from vitft.data.sources.local import by_split
 from vitft.data.sources.source import Source, class_indices
 from vitft.data.stores.store import Skipped, UnreadableError
+from vitft.data.streaming.remote import SUMS
 from vitft.errors import UsageError
 from vitft.hardware.pools import map_in_groups, map_in_processes, processes
 from vitft.io.atomic import clean_up, lock_folder, new_file, write_text
 
-SUMS = "SHA256SUMS"
 _ROW_GROUP, _SMALL_GROUP = 200, 4_000_000  # images, which readers load at once; more if they have fewer bytes
 _LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "HEIF", "JXL")
 _META = "vitft"

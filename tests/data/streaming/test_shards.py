@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.web import FileServer
-from vitft.data.streaming import parquet
+from vitft.data.streaming import parquet, remote
 from vitft.data.streaming.parquet import ParquetShard, open_parquet
 from vitft.data.streaming.remote import RemoteFile, list_files
 from vitft.data.streaming.shards import fetch_ahead, read_image
@@ -111,6 +111,30 @@ def test_damage_on_the_way_is_noticed(server: FileServer) -> None:
     server.fault = lambda request, count: "damaged"
     with pytest.raises(ValueError, match="CRC"):
         read_image(where[-1])
+
+
+@pytest.mark.parametrize(("column", "stride"), [("label", 1), ("image", 61)])
+def test_no_changed_byte_goes_unnoticed(
+    digit_shards: Path, column: str, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each gives an error, or what was packed: some bytes of a page's header mean nothing."""
+    shard = open_parquet(list_files(f"file://{digit_shards}", ".parquet")[-1], 0)
+    good, real, noticed = parquet._fetch_group(shard, 2, [column]), remote.read_range, 0
+    chunks = parquet._chunks(shard.metadata, 2, column)
+    length = max(end for _, end in chunks) - min(start for start, _ in chunks)
+    for place in range(0, length, stride):
+
+        def damaged(url: str, start: int, end: int, place: int = place) -> bytes:
+            data = bytearray(real(url, start, end))
+            data[place] ^= 1
+            return bytes(data)
+
+        monkeypatch.setattr(remote, "read_range", damaged)
+        try:
+            assert parquet._fetch_group(shard, 2, [column]).equals(good), place
+        except ValueError:
+            noticed += 1
+    assert noticed > 0.5 * length / stride
 
 
 def test_footers_of_any_length(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """What identifies an image: a name for people, and an id that depends on the image alone, not on its row.
 
 An image file is identified by its path in the dataset; an image in a parquet file, an archive or on the hub, by its
-content. So ids stay the same when images are added, removed or reordered.
+content. So ids stay the same when images are added, removed or reordered. An image in a shard behind a URL is
+identified by its place there, because its content would have to be fetched; shards do not change.
 """
 
 import os

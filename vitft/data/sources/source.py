@@ -57,7 +57,8 @@ class Source:
     """An open dataset. Nothing is decoded yet.
 
     Every split has columns `image` ({"bytes", "path"}, one of them None), `label` (ClassLabel) and `row`; splits of
-    files that vitft named itself also have `name`, the path relative to the dataset's folder.
+    files that vitft named itself also have `name`, the path relative to the dataset's folder; those of shards behind a
+    URL that, with a row, and `block`, the number of what is fetched together.
     """
 
     name: str  # short, for run folders: "cifar10", or the folder's name

@@ -1,6 +1,6 @@
 """A part of a shard at a time on this disk: fetched by one process, read by all of this machine, bounded, verified.
 
-A block is the images of one row group, as an Arrow file. While there is room, blocks are kept for later epochs and
+A block is images that are fetched together, as an Arrow file. While there is room, blocks are kept for later epochs and
 runs. What exceeds that passes through: the oldest such block makes room for the next. So of data that is larger than
 the disk, every epoch fetches only the part that does not fit.
 """

@@ -1,6 +1,5 @@
 """Parquet shards: their footers and small columns are read at once, and a block is the images of a row group."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vitft.data.streaming import remote
-from vitft.data.streaming.remote import RemoteFile
+from vitft.data.streaming.remote import RemoteFile, Seekable
 from vitft.data.streaming.shards import Shard
 from vitft.errors import DataError
 from vitft.io.console import size, without_secrets
@@ -101,32 +100,20 @@ def _fetch_group(shard: ParquetShard, group: int, names: Sequence[str]) -> pa.Ta
     return table
 
 
-class _Parts(io.RawIOBase):
+class _Parts(Seekable):
     """A file of which some parts are in memory."""
 
     def __init__(self, length: int, parts: list[tuple[int, bytes]]) -> None:
-        self._length, self._parts, self._place = length, parts, 0
+        super().__init__(length)
+        self._parts = parts
 
     def read(self, count: int = -1) -> bytes:
-        start, count = self._place, self._length - self._place if count < 0 else count
+        start, count = self.place, self.wanted(count)
         for begin, data in self._parts:
             if begin <= start and start + count <= begin + len(data):
-                self._place += count
+                self.place += count
                 return data[start - begin : start - begin + count]
         raise OSError(f"bytes {start} to {start + count} were not fetched")
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._length}[whence]
-        return self._place
-
-    def tell(self) -> int:
-        return self._place
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
 
 
 def _chunks(metadata: pq.FileMetaData, group: int, column: str) -> list[tuple[int, int]]:

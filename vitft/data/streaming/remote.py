@@ -1,6 +1,7 @@
 """Files behind URLs (https://, s3://, gs://, hf://, ...): list them, and read parts of them, through fsspec."""
 
 import errno
+import io
 import random
 import re
 import time
@@ -38,6 +39,35 @@ class RemoteFile:
     url: str
     size: int
     version: str
+
+
+class Seekable(io.RawIOBase):
+    """A file of this length for libraries that seek in it; its `read` begins at `place`, and moves it on."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.place = length, 0
+
+    def wanted(self, count: int) -> int:
+        """How many bytes a `read` of `count` is to return: -1 asks for all, and the file may end before."""
+        left = self.length - self.place
+        return left if count < 0 else min(count, left)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """As in `io.IOBase`, like those that follow."""
+        self.place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.length}[whence]
+        return self.place
+
+    def tell(self) -> int:
+        """The place."""
+        return self.place
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
 
 
 def in_requests(work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:

@@ -24,7 +24,10 @@ _AHEAD = 8  # blocks fetched at a time
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """A file of images: how many, the first of each block, and the bytes on disk that the blocks of all may take."""
+    """A file of images: how many, the first of each block, and the bytes on disk that the blocks of all may take.
+
+    Once it is made, its images can be read by their addresses.
+    """
 
     file: RemoteFile
     count: int

@@ -3,7 +3,6 @@
 A tar has no table of contents. To find its members takes a pass over it, whose result is kept on this disk.
 """
 
-import io
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from vitft.data.streaming import remote
-from vitft.data.streaming.remote import RemoteFile
+from vitft.data.streaming.remote import RemoteFile, Seekable
 from vitft.data.streaming.shards import Shard
 
 BLOCK_BYTES = 16_000_000
@@ -77,32 +76,19 @@ def walk(file: RemoteFile, member: type[tarfile.TarInfo] = tarfile.TarInfo) -> I
             raise tarfile.ReadError(f"the header at byte {tar.offset:,} is damaged")
 
 
-class _Stream(io.RawIOBase):
+class _Stream(Seekable):
     """A remote file, of which a window is in memory: for reading from the start to the end."""
 
     def __init__(self, file: RemoteFile) -> None:
-        self._file, self._place, self._begin, self._window = file, 0, 0, b""
+        super().__init__(file.size)
+        self._url, self._begin, self._window = file.url, 0, b""
 
     def read(self, count: int = -1) -> bytes:
-        left = self._file.size - self._place
-        count = left if count < 0 else min(count, left)
-        inside = self._begin <= self._place and self._place + count <= self._begin + len(self._window)
+        count = self.wanted(count)
+        inside = self._begin <= self.place and self.place + count <= self._begin + len(self._window)
         if count and not inside:
-            end = min(self._file.size, self._place + max(count, _WINDOW))
-            self._begin, self._window = self._place, remote.read_range(self._file.url, self._place, end)
-        start = self._place - self._begin
-        self._place += count
+            end = min(self.length, self.place + max(count, _WINDOW))
+            self._begin, self._window = self.place, remote.read_range(self._url, self.place, end)
+        start = self.place - self._begin
+        self.place += count
         return self._window[start : start + count] if count else b""
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._file.size}[whence]
-        return self._place
-
-    def tell(self) -> int:
-        return self._place
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
