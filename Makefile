@@ -51,7 +51,7 @@ smoke: .venv/.installed  ## tiny subsets through the real command line
 # torch stays at the version of constraints.txt: its own lower bound is declared, and not tested.
 lowest: pyproject.toml constraints.txt  ## tests of data, models and commands with the lowest versions that pyproject.toml allows
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
-	sed -n '/^dependencies/,/^dev/p' pyproject.toml | grep -o '[A-Za-z0-9_-]*>=[0-9.]*' | grep -v '^torch>' | sed 's/>=/==/' \
+	sed -n '/^dependencies/,/^dev/p' pyproject.toml | grep -o '[A-Za-z0-9_-][A-Za-z0-9_-]*>=[0-9.]*' | grep -v '^torch>' | sed 's/>=/==/' \
 		> .venv-lowest/lowest.txt
 	grep '^torch==' constraints.txt >> .venv-lowest/lowest.txt
 	.venv-lowest/bin/python -m pip --disable-pip-version-check install --quiet --constraint .venv-lowest/lowest.txt \
