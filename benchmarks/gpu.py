@@ -14,23 +14,16 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import contenders
 import torch
 from peers import machine, write_images
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 import vitft
 from vitft.config.train import TrainConfig
-from vitft.hardware.device import make_accelerator, resolve_auto
-from vitft.hardware.timers import synchronize
-from vitft.training.cost.bench import WARM_UP, bench
-from vitft.training.setup import prepare
-from vitft.training.step import Learner
+from vitft.training.cost.bench import bench
 
 
 def main() -> None:
@@ -59,12 +52,13 @@ def main() -> None:
     for name, settings in rows.items():
         found[f"vitft, {name}"] = bench("train", common | settings, given.steps)
         print(json.dumps(found), flush=True)
-    for batch_size in (given.batch_size // 8, given.batch_size):
-        settings = common | {"augment": "crop", "compile": "off", "batch_size": batch_size}
-        found[f"a step of {batch_size} with crops"] = step_profile(settings)
-        print(json.dumps(found), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        for batch_size in (given.batch_size // 8, given.batch_size):
+            settings = common | {"augment": "crop", "compile": "off", "batch_size": batch_size}
+            row = bench("train", settings, 1, profile=folder / "trace.json")
+            found[f"a step of {batch_size} with crops"] = row["profile"]
+            print(json.dumps(found), flush=True)
         write_images(given.dataset, "train", given.images, folder)
         for name in ("Transformers Trainer", "Transformers Trainer, bf16"):
             run, _ = contenders.STEPS[name]
@@ -80,40 +74,6 @@ def main() -> None:
         found["two epochs and an evaluation, s"] = time.perf_counter() - started
         found["test accuracy"] = result.scores["test"].accuracy
     print(json.dumps(found))
-
-
-def step_profile(settings: dict[str, Any], steps: int = 4) -> dict[str, Any]:
-    """Of a training step in a row of several: kernels launched, milliseconds they took, the longest, and waits.
-
-    On a CPU what is counted is torch's operations.
-    """
-    config = resolve_auto(TrainConfig.parse(settings | {"from_scratch": True, "val_fraction": 0.0}, "flags"))
-    accelerator = make_accelerator(config)
-    prepared = prepare(config)
-    learner = Learner(accelerator, prepared.decode())
-    on_gpu = config.device == "cuda"
-    for step in range(WARM_UP):
-        learner.step(step)
-    synchronize(config.device)
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    with profile(activities=activities) as seen:
-        for step in range(WARM_UP, WARM_UP + steps):
-            learner.step(step)
-        synchronize(config.device)
-    device = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    events = [
-        event
-        for event in seen.events()
-        if event.device_type == device and "#" not in event.name  # a mark around kernels
-    ]
-    took = Counter[str]()
-    for event in events:
-        took[event.name] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
-    waits = Counter(event.name for event in seen.events() if "Synchronize" in event.name)
-    return {
-        "launches": len(events) / steps, "waits in all": waits, "ms": sum(took.values()) / steps / 1e3,
-        "ms of the longest": {name: ms / steps / 1e3 for name, ms in took.most_common(12)},
-    }  # fmt: skip
 
 
 if __name__ == "__main__":

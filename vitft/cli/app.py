@@ -284,6 +284,7 @@ def bench(
     device: Device = "auto",
     max_train_samples: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Decode at most this many images.")] = None,
     steps: Annotated[int, typer.Option(min=1, metavar="<int>", help="Steps to time, after a warm-up.")] = 20,
+    profile: Annotated[Path | None, typer.Option(metavar="FILE.json", help="For train: show the longest kernels or operators of a step, and write a Chrome trace.")] = None,
     json: Json = False,
     *, overrides: dict[str, Any],
 ) -> None:  # fmt: skip
@@ -295,8 +296,10 @@ def bench(
         model=model, dataset=dataset, image_size=image_size, batch_size=batch_size, freeze=freeze,
         precision=precision, attention=attention, compile=compile, device=device, max_train_samples=max_train_samples,
     )  # fmt: skip
-    found = measured(what, settings | overrides, steps)
+    found = measured(what, settings | overrides, steps, profile and expanded(profile))
     console.say_json(found) if json else console.say(tables.bench_report(found))
+    if profile is not None:
+        console.note(f"{profile}: open it in chrome://tracing or ui.perfetto.dev")
 
 
 @recipes_app.command("ls")

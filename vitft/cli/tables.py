@@ -514,7 +514,19 @@ def bench_report(found: Mapping[str, Any]) -> RenderableType:
     memory = found["peak_memory_bytes"]
     on_device = f", {size(memory['device'])} on the device" if memory["device"] else ""
     lines.append(f"peak memory: {size(memory['process'])} in the process{on_device}")
-    return Group(head, table, Text("\n" + "\n".join(lines)))
+    seen = (_profile_table(found["profile"]),) if "profile" in found else ()
+    return Group(head, table, *seen, Text("\n" + "\n".join(lines)))
+
+
+def _profile_table(seen: Mapping[str, Any]) -> RenderableType:
+    """The longest kernels or operators of a step."""
+    of = seen["of"]
+    longest = _table(_names(f"\nlongest {of}"), *_numbers("\nms per step", "\nlaunches", f"of all\n{of}"))
+    for one in seen["longest"]:
+        longest.add_row(Text(safe(one["name"])), f"{one['ms']:.3f}", f"{one['launches']:,.0f}", percent(one["share"]))
+    waits = "" if seen["waits"] is None else f"; the host waits for the GPU {seen['waits']:,.0f} times"
+    gaps = f"in {percent(seen['idle'])} of the time none runs{waits}"
+    return Group(longest, Text(f"\n{seen['launches']:,.0f} {of} a step; {gaps}"))
 
 
 class PredictionsTable:

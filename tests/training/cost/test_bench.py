@@ -2,17 +2,24 @@
 
 import importlib.metadata
 import json
+import re
 import time
 from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.autograd import DeviceType
+from torch.profiler import record_function
 from typer.testing import CliRunner
 
 from vitft.cli.app import app
 from vitft.hardware.device import peak_flops
 from vitft.hardware.timers import DataWait, Stopwatch
 from vitft.spec import PRESETS, total, training_flops
+from vitft.training.cost.profiling import _summary
 
 SMALL = ["--batch-size", "8", "--max-train-samples", "40", "--device", "cpu", "--precision", "fp32", "--steps", "3"]
 MICRO = PRESETS["vit-micro"]
@@ -78,15 +85,85 @@ def test_a_preset_has_random_weights_and_a_probe_no_flops() -> None:
     assert measured("train", *SMALL, "--freeze", "backbone", "--augment", "crop")["mfu"] is None
 
 
-def test_it_is_shown_to_people_too() -> None:
-    shown = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["bench", "train", *SMALL]).stdout
+def test_it_is_shown_to_people_too(tmp_path: Path) -> None:
+    words = ["bench", "train", *SMALL, "--profile", str(tmp_path / "trace.json")]
+    shown = CliRunner(env={"COLUMNS": "80"}).invoke(app, words).stdout
     assert "images/s" in shown
     assert "of a large fp32 product here" in shown
     assert "backward" in shown
+    assert re.search(r"aten::addmm +[\d.]+ +\d+ +[\d.]+ %", shown)
+    assert re.search(r"operators a step; in [\d.]+ % of the time none runs", shown)
     assert max(map(len, shown.splitlines())) <= 80
 
 
+def test_a_profile_has_the_longest_operators_of_the_step_that_training_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def marked(module: Any) -> Any:
+        def forward(**inputs: Any) -> Any:
+            with record_function("the compiled model"):
+                return module(**inputs)
+
+        return forward
+
+    monkeypatch.setattr("vitft.training.step.compiled", marked)
+    trace = tmp_path / "trace.json"
+    found = measured("train", *SMALL, "--compile", "on", "--profile", str(trace))["profile"]
+    names = [event.get("name") for event in json.loads(trace.read_text())["traceEvents"]]
+    assert names.count("the compiled model") == found["steps"]
+    assert [path.name for path in tmp_path.iterdir()] == ["trace.json"]
+    assert (found["of"], found["waits"], len(found["longest"])) == ("operators", None, 12)
+    assert {"aten::mm", "aten::addmm"} <= {one["name"] for one in found["longest"]}
+    shares = [one["share"] for one in found["longest"]]
+    assert shares == sorted(shares, reverse=True)
+    assert 0.5 < sum(shares) <= 1 + 1e-9
+    assert found["launches"] > sum(one["launches"] for one in found["longest"])
+    assert 0 <= found["idle"] < 1
+
+
+@dataclass
+class Seen:
+    """An event as the profiler reports it; times are in microseconds."""
+
+    name: str
+    start: float
+    end: float
+    device_type: DeviceType = DeviceType.CUDA
+
+    @property
+    def time_range(self) -> Any:
+        return SimpleNamespace(start=self.start, end=self.end)
+
+    @property
+    def self_device_time_total(self) -> float:
+        return self.end - self.start
+
+
+def test_kernels_of_a_gpu_their_gaps_and_what_the_host_waits() -> None:
+    host = DeviceType.CPU
+    events = [
+        Seen("gemm", 1000, 1400), Seen("Memcpy HtoD", 1300, 1500), Seen("gemm", 1700, 2000), Seen("norm", 2000, 2100),
+        Seen("Optimizer.step#AdamW.step", 900, 5000),  # a mark
+        Seen("aten::mm", 0, 50, host), Seen("cudaStreamSynchronize", 60, 70, host),
+        Seen("cudaDeviceSynchronize", 80, 3000, host),
+    ]  # fmt: skip
+    found = _summary(events, 2, on_gpu=True)
+    assert (found["of"], found["launches"], found["waits"]) == ("kernels", 2, 0.5)
+    assert found["ms"] == pytest.approx(1.1 / 2)
+    assert found["idle"] == pytest.approx(200 / 1100)  # from 1,500 to 1,700
+    assert [(one["name"], one["launches"]) for one in found["longest"]] == [
+        ("gemm", 1), ("Memcpy HtoD", 0.5), ("norm", 0.5)
+    ]  # fmt: skip
+    assert [one["share"] for one in found["longest"]] == pytest.approx([0.7, 0.2, 0.1])
+    assert found["longest"][0]["ms"] == pytest.approx(0.35)
+    assert _summary([], 2, on_gpu=True)["longest"] == []
+
+
 def test_what_cannot_be_measured_is_one_line() -> None:
+    assert "use `vitft bench train`" in measured("data", *SMALL, "--profile", "trace.json", code=2)
+    for name in ("trace.txt", "nowhere/trace.json"):
+        refused = measured("train", *SMALL, "--profile", name, code=2)
+        assert f"--profile {name}: give a .json file in a folder that exists." in refused
     assert "has 40 training images; take fewer" in measured("train", *SMALL, "--batch-size", "64", code=2)
     assert "did you mean" in measured("data", *SMALL, "--model", "vit-tinny", code=4)
     assert measured("nothing", code=2)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import count, pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -30,6 +31,7 @@ from vitft.hardware.timers import Stopwatch, seconds_between, synchronize, times
 from vitft.models.load import BUNDLED, shape_of
 from vitft.spec import PRESETS, total, training_flops
 from vitft.training.cost.autotune import autotuned
+from vitft.training.cost.profiling import profiled
 from vitft.training.setup import Decoded, Prepared, prepare
 from vitft.training.step import Learner
 
@@ -37,12 +39,15 @@ What = Literal["data", "train", "eval"]
 WARM_UP = 3  # steps not counted: they start threads, and allocate memory
 
 
-def bench(what: What, settings: dict[str, Any], steps: int) -> dict[str, Any]:
+def bench(what: What, settings: dict[str, Any], steps: int, profile: Path | None = None) -> dict[str, Any]:
     """Measure, and return figures for JSON. Times are in seconds unless the name says ms.
 
     data: images from the store to the model's input. train: whole optimizer steps, and then as many more
-    with a clock around each part. eval: forward passes with their data. Raises VitftError.
+    with a clock around each part; then, with a `profile`, some more under PyTorch's profiler, whose Chrome trace is
+    written there. eval: forward passes with their data. Raises VitftError.
     """
+    if profile is not None:
+        _check_profile(what, profile)
     new = settings.get("model") in PRESETS and settings.get("model") != BUNDLED
     fixed = {"from_scratch": new, "val_fraction": 0.0, "epochs": 1e5, "schedule": "constant"}
     if new and settings.get("freeze", "none") != "none":
@@ -69,7 +74,7 @@ def bench(what: What, settings: dict[str, Any], steps: int) -> dict[str, Any]:
         "decode_images_per_s": images / (time.perf_counter() - started),
     }
     with memory_guard(config), threads(config.threads), deterministic(config), ExitStack() as ending:
-        measured = _MEASURES[what](accelerator, decoded, steps, ending)
+        measured = _MEASURES[what](accelerator, decoded, steps, ending, profile)
     device = torch.cuda.max_memory_allocated() if config.device == "cuda" else None
     unit = 1 if sys.platform == "darwin" else 1024  # unit of ru_maxrss in bytes
     memory = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "device": device}
@@ -82,7 +87,17 @@ _NAMED = (
 )  # fmt: skip
 
 
-def _data(accelerator: Any, decoded: Decoded, steps: int, ending: ExitStack) -> dict[str, Any]:
+def _check_profile(what: What, profile: Path) -> None:
+    """Check a trace's path before the work. Raises UsageError."""
+    if what != "train":
+        raise UsageError(f"--profile is of training steps, not of {what}; use `vitft bench train`.")
+    if profile.suffix.lower() != ".json" or not profile.parent.is_dir():
+        raise UsageError(f"--profile {profile}: give a .json file in a folder that exists.")
+
+
+def _data(
+    accelerator: Any, decoded: Decoded, steps: int, ending: ExitStack, profile: Path | None = None
+) -> dict[str, Any]:  # fmt: skip
     config = decoded.config
     clock = Stopwatch(config.device)
     loader = TrainLoader(
@@ -95,7 +110,9 @@ def _data(accelerator: Any, decoded: Decoded, steps: int, ending: ExitStack) -> 
     return {"images_per_s": _rates(times, config.batch_size), "ms_per_step": parts}
 
 
-def _train(accelerator: Any, decoded: Decoded, steps: int, ending: ExitStack) -> dict[str, Any]:
+def _train(
+    accelerator: Any, decoded: Decoded, steps: int, ending: ExitStack, profile: Path | None = None
+) -> dict[str, Any]:  # fmt: skip
     config = decoded.config
     learner = Learner(accelerator, decoded)
     ending.callback(learner.close)
@@ -110,17 +127,20 @@ def _train(accelerator: Any, decoded: Decoded, steps: int, ending: ExitStack) ->
     waited_s = learner.data_wait_s
     times = _in_a_row(step, steps, config.device)
     wait = (learner.data_wait_s - waited_s) / sum(times)
+    seen = {} if profile is None else {"profile": profiled(step, config.device, profile)}
     clock = Stopwatch(config.device)
     learner.clock = learner.loader.clock = clock
     _, parts = _timed(step, steps, config.device, clock, warm_up=0)
     flops = _flops(decoded, training_flops)
     return {
-        "images_per_s": _rates(times, config.batch_size), "ms_per_step": parts, "data_wait": wait,
+        "images_per_s": _rates(times, config.batch_size), "ms_per_step": parts, "data_wait": wait, **seen,
         **_share(config, flops if config.freeze == "none" and config.lora_rank is None else None, times),
     }  # fmt: skip
 
 
-def _eval(accelerator: Any, decoded: Decoded, steps: int, ending: ExitStack) -> dict[str, Any]:
+def _eval(
+    accelerator: Any, decoded: Decoded, steps: int, ending: ExitStack, profile: Path | None = None
+) -> dict[str, Any]:  # fmt: skip
     config, model = decoded.config, decoded.loaded.model.to(accelerator.device).eval()
     loader = EvalLoader(
         *decoded.stores["train"], decoded.loaded.preprocess, batch_size=config.batch_size, device=accelerator.device

@@ -1,0 +1,79 @@
+"""Where the time of a training step goes, by PyTorch's profiler: kernels or operators, and the gaps between them."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
+from torch.profiler import ProfilerActivity, profile
+
+from vitft.hardware.timers import synchronize
+from vitft.io.atomic import new_file
+
+STEPS = 4
+_LONGEST = 12
+
+
+def profiled(step: Callable[[], Any], device: str, trace: Path, steps: int = STEPS) -> dict[str, Any]:
+    """Take some steps in a row under the profiler, and write a Chrome trace of them.
+
+    On a GPU, what is counted are kernels, and copies from and to its memory; elsewhere PyTorch's operators, each
+    without those that it calls. The profiler itself takes time, on the CPU much: the shares say more than the milliseconds.
+
+    Args:
+        step: takes a step, of a run that is warmed up.
+        device: "cuda", or another, of which the host's side is seen.
+        trace: the file, for chrome://tracing or ui.perfetto.dev; replaced if there is one.
+        steps: how many.
+
+    Returns:
+        For JSON, of a step on average: how many were launched and how often the host waited for the GPU; milliseconds
+        in all; `idle`, the fraction of those in which nothing ran; and the longest by name, with their share of the
+        time in which something did.
+    """
+    synchronize(device)
+    on_gpu = device == "cuda"
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as seen:
+        for _ in range(steps):
+            step()
+    with new_file(trace) as temporary:
+        seen.export_chrome_trace(str(temporary))
+    return {"trace": str(trace), "steps": steps, **_summary(seen.events(), steps, on_gpu=on_gpu)}
+
+
+def _summary(events: Iterable[Any], steps: int, *, on_gpu: bool) -> dict[str, Any]:
+    events = [*events]
+    wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    # On a GPU, names with # are marks around kernels. On the CPU, they have a time of their own.
+    ran = [event for event in events if event.device_type == wanted and not (on_gpu and "#" in event.name)]
+    took, launches = Counter[str](), Counter[str]()
+    for event in ran:
+        took[event.name] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        launches[event.name] += 1
+    busy_us, whole_us = _covered((event.time_range.start, event.time_range.end) for event in ran)
+    waits = sum(event.device_type == DeviceType.CPU and "Synchronize" in event.name for event in events)
+    return {
+        "of": "kernels" if on_gpu else "operators",
+        "launches": len(ran) / steps,
+        "waits": max(0, waits - 1) / steps if on_gpu else None,  # the profiler itself waits, at its end
+        "ms": whole_us / steps / 1e3,
+        "idle": 1 - busy_us / whole_us if whole_us else 0.0,
+        "longest": [
+            {
+                "name": name, "ms": microseconds / steps / 1e3, "share": microseconds / max(1e-9, took.total()),
+                "launches": launches[name] / steps,
+            }
+            for name, microseconds in took.most_common(_LONGEST)
+        ],
+    }  # fmt: skip
+
+
+def _covered(spans: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    """How long at least one of the spans lasts, and how long it is from the first start to the last end."""
+    covered, first, last = 0.0, None, float("-inf")
+    for start, end in sorted(spans):
+        first = start if first is None else first
+        covered += max(0.0, end - max(start, last))
+        last = max(last, end)
+    return covered, 0.0 if first is None else last - first
