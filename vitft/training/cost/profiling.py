@@ -19,7 +19,7 @@ def profiled(step: Callable[[], Any], device: str, trace: Path, steps: int = STE
     """Take some steps in a row under the profiler, and write a Chrome trace of them.
 
     On a GPU, what is counted are kernels, and copies from and to its memory; elsewhere PyTorch's operators, each
-    without those that it calls. The profiler itself takes time, on the CPU much: the shares say more than the milliseconds.
+    without those that it calls. The profiler itself takes time, on the CPU much: shares say more than milliseconds.
 
     Args:
         step: takes a step, of a run that is warmed up.
