@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from vitft.config.train import TrainConfig
+from vitft.evaluation.label_noise import label_noise
 from vitft.hardware.device import resolve_auto, threads
 from vitft.probing.classifiers import Examples
-from vitft.probing.doubt import FOLDS, _out_of_fold, noise
+from vitft.probing.doubt import FOLDS, _out_of_fold
 from vitft.probing.probe import examples
 from vitft.training.setup import prepare
 
@@ -42,13 +43,13 @@ def main() -> None:
             labels = np.where(planted, (truth + rng.integers(1, classes, len(truth))) % classes, truth)
             started = time.perf_counter()
             logits = _out_of_fold(Examples(known.features, torch.from_numpy(labels)), classes, FOLDS, seed)
-            estimated, wrong = noise(logits, labels)
+            noise = label_noise(logits, labels)
             seconds = time.perf_counter() - started
             for bound in (0.5, 0.3):
-                listed = wrong >= bound
+                listed = noise.wrong >= bound
                 hits = int((planted & listed).sum())
                 found, precision = hits / max(1, planted.sum()), hits / max(1, listed.sum())
-                row = (f"{rate:g}", seed, f"{estimated:.3f}", bound, listed.sum(), f"{found:.1%}", f"{precision:.1%}")
+                row = (f"{rate:g}", seed, f"{noise.rate:.3f}", bound, listed.sum(), f"{found:.1%}", f"{precision:.1%}")
                 print(*row, f"{seconds:.0f}", sep=", ")
 
 

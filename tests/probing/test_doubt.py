@@ -1,4 +1,4 @@
-"""Doubtful labels: the noise model against labels drawn from it, and planted errors among real digits."""
+"""Doubtful labels: planted errors among real digits."""
 
 import json
 from io import BytesIO
@@ -12,42 +12,8 @@ from typer.testing import CliRunner
 
 from vitft import DataError, TrainConfig, UsageError, doubt, open_dataset
 from vitft.cli.app import app
-from vitft.probing.doubt import noise
 
 MODEL = {"model": "vit-micro", "image_size": 20}
-
-
-def drawn(rate: float, count: int = 6000, classes: int = 6, sharper: float = 1.0) -> tuple[np.ndarray, ...]:
-    """Logits, labels of which a fraction was replaced, and which those are; `sharper` multiplies honest logits."""
-    rng = np.random.default_rng(0)
-    logits = rng.normal(0, 3, (count, classes))
-    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    truth = (probabilities.cumsum(1) > rng.random((count, 1))).argmax(1)
-    wrong = rng.random(count) < rate
-    labels = np.where(wrong, (truth + rng.integers(1, classes, count)) % classes, truth)
-    return sharper * logits, labels, wrong
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.02, 0.1, 0.3])
-@pytest.mark.parametrize("sharper", [0.5, 1.0, 3.0])
-def test_the_fraction_of_wrong_labels_is_estimated_however_sure_the_model_is(rate: float, sharper: float) -> None:
-    logits, labels, _ = drawn(rate, sharper=sharper)
-    estimated, _ = noise(logits, labels)
-    assert estimated == pytest.approx(rate, abs=0.015)
-
-
-def test_a_label_is_wrong_as_often_as_its_probability_says() -> None:
-    logits, labels, wrong = drawn(0.1, count=40_000)
-    _, probability = noise(logits, labels)
-    for low, high in ((0.05, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0)):
-        within = (probability >= low) & (probability < high)
-        assert within.sum() > 100
-        assert wrong[within].mean() == pytest.approx(probability[within].mean(), abs=0.06)
-
-
-def test_labels_that_fit_are_not_doubted() -> None:
-    logits, labels, _ = drawn(0.0)
-    assert (noise(logits, labels)[1] >= 0.3).sum() <= 3
 
 
 @pytest.fixture(scope="module")

@@ -212,6 +212,54 @@ def test_a_report_that_fails_costs_no_run(tmp_path: Path, monkeypatch: pytest.Mo
     assert "test accuracy" in done.stdout
 
 
+def test_labels_that_are_probably_wrong_are_listed_with_what_they_look_like(
+    hostile: Path, opened: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Labels are drawn as the model says, and every twentieth is replaced by another."""
+    rng, count = np.random.default_rng(0), 60
+    said = rng.dirichlet(np.full(5, 0.02), count).astype(np.float32)
+    said = (said + 1e-4) / (said + 1e-4).sum(axis=1, keepdims=True)
+    truth = (said.cumsum(axis=1) > rng.random((count, 1))).argmax(axis=1)
+    planted = np.arange(0, count, 20)
+    labels = truth.copy()
+    labels[planted] = (truth[planted] + rng.integers(1, 5, len(planted))) % 5
+    run = with_results(hostile, tmp_path / "run", labels, said)
+    file = write_report(run)
+    names = read_results(run).predictions("test").ids
+    doubted = {image["name"]: image for image in document(file.read_text())["images"] if "wrong" in image}
+    assert set(doubted) == {names[place] for place in planted}
+    for place in planted:
+        image = doubted[names[place]]
+        assert (image["truth"], image["likely"]) == (labels[place], truth[place])
+        assert image["wrong"] > 0.9
+    page = opened(file, 360)
+    assert page.locator("#labels li").count() == len(planted)
+    first = page.locator("#labels li").first.text_content()
+    worst = max(doubted.values(), key=lambda image: image["wrong"])
+    assert f"class {worst['truth']}" in first
+    assert f"looks like class {worst['likely']}" in first
+    page.get_by_text("By name").press("Enter")
+    rows = page.eval_on_selector_all("#labels details tbody tr", "rows => rows.map(row => row.cells[0].textContent)")
+    assert sorted(rows) == sorted(doubted)
+
+
+def with_results(hostile: Path, run: Path, truth: np.ndarray, said: np.ndarray) -> Path:
+    """A copy of the run with these results, (n,) and (n, classes): what a page says depends on them alone."""
+    shutil.copytree(hostile, run)
+    count, classes = said.shape
+    labels = tuple(f"class {number}" for number in range(classes))
+    top = np.argsort(-said, axis=1)[:, : min(5, classes)]
+    losses = -np.log(said[np.arange(count), truth] + 1e-9)
+    measured = score(truth, top, losses, labels, split="test", split_hash="0123456789abcdef", elapsed_s=1.0)
+    write_results(run, "best", 1, {"test": measured}, None)
+    known = read_results(hostile).predictions("test").ids
+    ids = tuple(known[number % len(known)] for number in range(count))
+    Predictions("test", "0123456789abcdef", "test", labels, (), ids, np.arange(count), truth, said).write(
+        predictions_file(run, "test")
+    )
+    return run
+
+
 # -- in a browser -----------------------------------------------------------------------------------
 
 
@@ -285,22 +333,10 @@ def test_the_table_sorts_by_each_column_both_ways(hostile: Path, opened: Callabl
 
 @pytest.mark.parametrize("classes", [2, 1000])
 def test_two_classes_and_a_thousand(hostile: Path, opened: Callable[..., Any], tmp_path: Path, classes: int) -> None:
-    """With results made for it: what the page does depends on them alone."""
-    run = tmp_path / "run"
-    shutil.copytree(hostile, run)
     rng = np.random.default_rng(0)
-    labels = tuple(f"class {number}" for number in range(classes))
     said = rng.dirichlet(np.full(classes, 0.2), 3000).astype(np.float32)
     truth = np.where(rng.random(3000) < 0.7, said.argmax(1), rng.integers(0, classes, 3000))
-    top = np.argsort(-said, axis=1)[:, : min(5, classes)]
-    losses = -np.log(said[np.arange(3000), truth] + 1e-9)
-    measured = score(truth, top, losses, labels, split="test", split_hash="0123456789abcdef", elapsed_s=1.0)
-    write_results(run, "best", 1, {"test": measured}, None)
-    ids = read_results(hostile).predictions("test").ids * 50
-    Predictions("test", "0123456789abcdef", "test", labels, (), ids[:3000], np.arange(3000), truth, said).write(
-        predictions_file(run, "test")
-    )
-    file = write_report(run)
+    file = write_report(with_results(hostile, tmp_path / "run", truth, said))
     assert file.stat().st_size < 5_000_000
     page = opened(file, 360)
     assert page.locator("#classes tbody tr").count() == classes

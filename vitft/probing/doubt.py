@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize, minimize_scalar
-from scipy.special import expit, log_softmax, logit
 
 from vitft.config.train import TrainConfig
 from vitft.data.sources.identity import sample_names
 from vitft.data.sources.source import DatasetLike, Source, exclusion_line
 from vitft.data.validation.check import KINDS, Finding
 from vitft.errors import DataError, UsageError
+from vitft.evaluation.label_noise import MOST_LIKELY, label_noise
 from vitft.hardware.device import memory_guard, resolve_auto, threads
 from vitft.io import console
 from vitft.models.logistic import location_and_scale, regress
@@ -25,8 +24,6 @@ from vitft.training.setup import prepare
 
 KIND = "doubtful-label"
 FOLDS = 10
-MOST_LIKELY = 0.3
-"""By default, labels are listed from this probability of being wrong on."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def doubt(
 
     One pass over the images. Each image is then judged by a logistic regression on the features of the others, in
     `folds` parts. From its probabilities, the fraction of wrong labels and the probability that each is wrong are
-    estimated: see `noise`.
+    estimated: see `label_noise`.
 
     Args:
         config: the dataset, the model and how they are read.
@@ -109,17 +106,17 @@ def doubt(
         if len(labels) < 2 * folds:
             raise DataError(f"{prepared.source.name}: {len(labels)} images are too few to judge labels by each other.")
         logits = _out_of_fold(known, len(decoded.loaded.labels), folds, config.seed)
-    rate, wrong = noise(logits, labels)
-    suggested = _best_other(logits, labels)
+    found = label_noise(logits, labels)
     split, names = decoded.splits["train"], decoded.loaded.labels
-    order = [place for place in np.argsort(-wrong, kind="stable").tolist() if wrong[place] >= from_probability]
     images = sample_names(prepared.source.splits[split.source], split.rows)
     doubts = tuple(
-        Doubt(split.source, images[i], int(split.rows[i]), names[labels[i]], names[suggested[i]], float(wrong[i]))
-        for i in order
+        Doubt(
+            split.source, images[i], int(split.rows[i]), names[labels[i]], names[found.likely[i]], float(found.wrong[i])
+        )
+        for i in found.places(from_probability)
     )
     accuracy = float((logits.argmax(axis=1) == labels).mean())
-    return DoubtResult(prepared.config, prepared.source, len(labels), accuracy, rate, doubts)
+    return DoubtResult(prepared.config, prepared.source, len(labels), accuracy, found.rate, doubts)
 
 
 def _out_of_fold(known: Examples, classes: int, folds: int, seed: int) -> NDArray[np.float64]:
@@ -140,43 +137,3 @@ def _out_of_fold(known: Examples, classes: int, folds: int, seed: int) -> NDArra
             logits[held.numpy()] = found.double().cpu().numpy()
             progress(number + 1, folds)
     return logits
-
-
-def noise(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> tuple[float, NDArray[np.float64]]:
-    """The fraction of wrong labels, and the probability that each is wrong: (N, C) and (N,) -> a number and (N,).
-
-    The model: with probability e a label was replaced by one of the C - 1 others, whichever (random classification
-    noise, Angluin and Laird 1988), so label y has the probability (1 - e) p + e (1 - p) / (C - 1), where p is that of
-    class y under softmax(logits / T). The likelihood of all labels is maximized over e and T: T makes the
-    probabilities honest, without which doubt would only measure how sure a classifier is of itself. A label is then
-    wrong with probability e (1 - p) / (C - 1), divided by that of the label.
-    """
-    count, classes = logits.shape
-    rows = np.arange(count)
-
-    def parts(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        rate, temperature = expit(values[0]), np.exp(values[1])
-        p = np.exp(log_softmax(logits / temperature, axis=1)[rows, labels])
-        return (1 - rate) * p, rate * (1 - p) / (classes - 1)
-
-    def loss(values: NDArray[np.float64]) -> float:
-        right, wrong = parts(values)
-        return -float(np.log(np.maximum(right + wrong, 1e-300)).mean())
-
-    def from_rate(rate: float) -> Any:
-        # The temperature first: probabilities that are far off look like no noise at all, from where no way leads back.
-        start = minimize_scalar(lambda log_t: loss(np.array([logit(rate), log_t])), bounds=(-4, 4), method="bounded").x
-        options = {"xatol": 1e-4, "fatol": 1e-9, "maxiter": 1000}
-        return minimize(loss, np.array([logit(rate), start]), method="Nelder-Mead", options=options)
-
-    found = min((from_rate(rate) for rate in (0.01, 0.1, 0.3)), key=lambda one: one.fun).x
-    right, wrong = parts(found)
-    return float(expit(found[0])), wrong / np.maximum(right + wrong, 1e-300)
-
-
-def _best_other(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The best class of each image apart from its label."""
-    others = logits.copy()
-    others[np.arange(len(labels)), labels] = -np.inf
-    best: NDArray[np.int64] = others.argmax(axis=1)
-    return best

@@ -10,12 +10,13 @@ from datasets import Dataset
 
 from vitft.data.decoder import BadImage
 from vitft.data.thumbnail import data_url
+from vitft.evaluation.label_noise import LabelNoise
 from vitft.evaluation.split_predictions import Predictions
 from vitft.hardware.pools import map_in_threads
 from vitft.io.console import safe
 
 BYTES = 3_500_000  # of all pictures
-SURE, UNSURE, EXAMPLES, OF_A_CELL = 48, 24, 2, 12  # images of each kind
+SURE, DOUBTFUL, UNSURE, EXAMPLES, OF_A_CELL = 48, 48, 24, 2, 12  # images of each kind
 EXAMPLE_CLASSES = 40  # up to so many classes have examples
 SIDE = 112  # pixels
 
@@ -24,11 +25,13 @@ SIDE = 112  # pixels
 class Gallery:
     """Images with what they are and what the model said, and which of them to show where, by position in `images`.
 
-    `cells` are those of the confusion matrix, `i,j` for class i that was taken for j.
+    `doubtful` are those whose label is probably wrong. `cells` are those of the confusion matrix, `i,j` for class i
+    that was taken for j.
     """
 
     images: list[dict[str, Any]] = field(default_factory=list)
     sure: list[int] = field(default_factory=list)
+    doubtful: list[int] = field(default_factory=list)
     unsure: list[int] = field(default_factory=list)
     examples: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     cells: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
@@ -37,14 +40,16 @@ class Gallery:
 
 
 def gallery(
-    predictions: Predictions, places: Sequence[int | None], rows: Dataset, progress: Callable[[int, int], None]
+    predictions: Predictions, noise: LabelNoise | None, places: Sequence[int | None], rows: Dataset,
+    progress: Callable[[int, int], None],
 ) -> Gallery:  # fmt: skip
-    """Collect the images: the surest mistakes first, then the least certain, examples, and the rest of the mistakes.
+    """Collect the images: the surest mistakes first, the doubtful labels, the least certain, examples, other mistakes.
 
-    `places` has the row of each image in `rows`; None for one that is gone.
+    `noise` says whose label is probably wrong. `places` has the row of each image in `rows`; None for one that is gone.
     """
     found, number_of, used = Gallery(), {}, 0
-    wanted = [place for place in dict.fromkeys(_in_order(predictions)) if places[place] is not None]
+    doubts = [] if noise is None else noise.places()[:DOUBTFUL]
+    wanted = [place for place in dict.fromkeys(_in_order(predictions, doubts)) if places[place] is not None]
 
     def picture(place: int) -> str | None:
         try:
@@ -73,6 +78,11 @@ def gallery(
             cell.append(number_of[place])
             if len(found.sure) < SURE:
                 found.sure.append(number_of[place])
+    for place in doubts:
+        if noise is not None and place in number_of:
+            found.doubtful.append(number_of[place])
+            likely, wrong = int(noise.likely[place]), round(float(noise.wrong[place]), 4)
+            found.images[number_of[place]] |= {"likely": likely, "wrong": wrong}
     found.unsure = [number_of[place] for place in _unsure(predictions) if place in number_of]
     for place in _examples(predictions):
         if place in number_of:
@@ -80,9 +90,10 @@ def gallery(
     return found
 
 
-def _in_order(predictions: Predictions) -> Iterable[int]:
+def _in_order(predictions: Predictions, doubts: Sequence[int]) -> Iterable[int]:
     mistakes = predictions.mistakes().tolist()
     yield from mistakes[:SURE]
+    yield from doubts
     yield from _unsure(predictions)
     yield from _examples(predictions)
     shown: dict[tuple[int, int], int] = defaultdict(int)

@@ -12,16 +12,19 @@ look?.addEventListener("change", () => {
   }
 });
 
-function figure(number) {
+function figure(number, about) {
   const image = data.images[number], item = make("li"), picture = make("img");
   const truth = data.classes[image.truth], said = data.classes[image.said];
   picture.addEventListener("load", () => { picture.style.imageRendering = picture.naturalWidth < 48 ? "pixelated" : ""; });
   picture.src = looking() && image.look ? image.look : image.src;
   picture.dataset.number = number;
   picture.alt = image.truth === image.said ? `${truth}, found` : `${truth}, taken for ${said}`;
-  item.append(picture, make("b", said));
-  item.append(` ${percent(image.sure)}`);
-  if (image.truth !== image.said) { item.append(make("br"), `is ${truth}`); }
+  item.append(picture);
+  if (about === "label") item.append(make("b", truth), ` wrong with ${percent(image.wrong)}`, make("br"), `looks like ${data.classes[image.likely]}`);
+  else {
+    item.append(make("b", said), ` ${percent(image.sure)}`);
+    if (image.truth !== image.said) item.append(make("br"), `is ${truth}`);
+  }
   const name = make("div", image.name); name.className = "soft"; item.append(name);
   return item;
 }
@@ -29,11 +32,12 @@ function figure(number) {
 const FIRST = 18;
 for (const list of document.querySelectorAll("ul[data-images]")) {
   const numbers = JSON.parse(list.dataset.images), rest = numbers.slice(FIRST);
-  list.append(...numbers.slice(0, FIRST).map(figure));
+  const figures = (some) => some.map((number) => figure(number, list.dataset.about));
+  list.append(...figures(numbers.slice(0, FIRST)));
   if (!rest.length) continue;
   const button = make("button", `Show ${count(rest.length, "more image")}`);
   button.type = "button"; button.className = "open";
-  button.addEventListener("click", () => { list.append(...rest.map(figure)); button.remove(); });
+  button.addEventListener("click", () => { list.append(...figures(rest)); button.remove(); });
   list.after(button);
 }
 
@@ -44,7 +48,7 @@ for (const button of document.querySelectorAll("[data-cell]"))
     dialog.querySelector("h2").textContent = `${data.classes[truth]}, taken for ${data.classes[said]}`;
     const all = Number(button.dataset.count);
     dialog.querySelector("p").textContent = count(all, "image") + (shown.length < all ? `, ${shown.length} of them shown` : "");
-    dialog.querySelector("ul").replaceChildren(...shown.map(figure));
+    dialog.querySelector("ul").replaceChildren(...shown.map((number) => figure(number, "answer")));
     dialog.showModal();
   });
 dialog.querySelector("button").addEventListener("click", () => dialog.close());

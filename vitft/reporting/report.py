@@ -16,6 +16,7 @@ from vitft.data.sources.source import DatasetLike, Source, source_of
 from vitft.data.split_record import read_record, restore_splits
 from vitft.errors import DataError, ModelError, UsageError, VitftError
 from vitft.evaluation.calibration import Calibration, at_temperature, calibration, coverage_curve, describe
+from vitft.evaluation.label_noise import MOST_LIKELY, LabelNoise, noise_of
 from vitft.evaluation.results import Results, read_results
 from vitft.evaluation.split_predictions import Predictions
 from vitft.io.atomic import write_text
@@ -29,6 +30,7 @@ from vitft.training.callbacks import recorded
 FILE = "report.html"
 CROSSED = 30  # up to so many classes, the confusion matrix is a table
 CONFUSIONS = 40  # else so many of the most frequent ones are listed
+LISTED = 200  # doubtful labels by name
 _Progress = Callable[[int, int], None]
 
 
@@ -83,7 +85,8 @@ def _facts(run: Path, results: Results, dataset: DatasetLike | None, progress: _
     split = "test" if "test" in results.splits else next(iter(results.splits), None)
     scores = results.splits.get(str(split), {})
     predictions = results.predictions(split) if split else None
-    pictures, missing = _pictures(run, config, dataset, predictions, progress)
+    noise = None if predictions is None else noise_of(predictions)
+    pictures, missing = _pictures(run, config, dataset, predictions, noise, progress)
     classes = [safe(row["label"]) for row in scores.get("per_class", ())]
     lines = recorded(run)
     return {
@@ -92,7 +95,7 @@ def _facts(run: Path, results: Results, dataset: DatasetLike | None, progress: _
         "split": split, "scores": scores, "results": results, "others": _others(results, split),
         "classes": classes, "rows": scores.get("per_class", []), "crossed": len(classes) <= CROSSED,
         "confusion": _confusion(scores, classes), "pictures": pictures, "missing": missing,
-        "charts": _charts(lines), "trust": _trust(predictions, scores),
+        "doubts": _doubts(predictions, noise), "charts": _charts(lines), "trust": _trust(predictions, scores),
         "data": _data(run), "speed": _speed(lines), "settings": _settings(config), "machine": _machine(run),
         "again": f"vitft train --recipe {shlex.quote(str(run / 'config.yaml'))}",
         "document": {"classes": classes, "images": pictures.images, "cells": pictures.cells},
@@ -100,8 +103,9 @@ def _facts(run: Path, results: Results, dataset: DatasetLike | None, progress: _
 
 
 def _pictures(
-    run: Path, config: TrainConfig, dataset: DatasetLike | None, predictions: Predictions | None, progress: _Progress
-) -> tuple[Gallery, str]:
+    run: Path, config: TrainConfig, dataset: DatasetLike | None, predictions: Predictions | None,
+    noise: LabelNoise | None, progress: _Progress,
+) -> tuple[Gallery, str]:  # fmt: skip
     """The images to show, and why there are none. Images are found by what they are called, or by their content."""
     if predictions is None:
         return Gallery(), "there are too many images and classes to keep what was said of each"
@@ -115,7 +119,7 @@ def _pictures(
             return Gallery(), "none of them is in the dataset any more"
         row_of = dict(zip(map(str, split.ids), split.rows.tolist(), strict=True))
         rows = source.splits[split.source]
-        found = gallery(predictions, [row_of.get(image) for image in predictions.ids], rows, progress)
+        found = gallery(predictions, noise, [row_of.get(image) for image in predictions.ids], rows, progress)
         add_looks(found, rows, run)
         return found, ""
     except (VitftError, OSError) as error:
@@ -128,6 +132,18 @@ def _source(config: TrainConfig, dataset: DatasetLike | None) -> Source:
     if config.dataset is None and dataset is None:
         raise DataError("the dataset was loaded in Python")
     return source_of(config, dataset)
+
+
+def _doubts(predictions: Predictions | None, noise: LabelNoise | None) -> dict[str, Any]:
+    """The labels that are probably wrong, the worst first. Empty where nothing can be said."""
+    if predictions is None or noise is None:
+        return {}
+    rows = [
+        {"name": safe(predictions.name(place)), "label": safe(predictions.class_name(predictions.truth[place])),
+         "likely": safe(predictions.class_name(noise.likely[place])), "wrong": float(noise.wrong[place])}
+        for place in noise.places()
+    ]  # fmt: skip
+    return {"rate": noise.rate, "from": MOST_LIKELY, "rows": rows, "listed": rows[:LISTED]}
 
 
 def _others(results: Results, split: str | None) -> list[dict[str, Any]]:
