@@ -1,4 +1,4 @@
-"""What a linear probe of many epochs takes, against one forward pass over its images.
+"""What `vitft probe`, and a linear probe of many epochs, take against one forward pass over their images.
 
 python benchmarks/probe.py --dataset CIFAR10_FOLDER --model VIT_FOLDER --image-size 98
 """
@@ -9,7 +9,8 @@ import time
 import torch
 
 from vitft.config.train import TrainConfig
-from vitft.hardware.device import autocast, make_accelerator, resolve_auto
+from vitft.hardware.device import autocast, make_accelerator, resolve_auto, threads
+from vitft.probing.probe import examples, probe
 from vitft.training.setup import prepare
 from vitft.training.step import Learner
 
@@ -20,10 +21,13 @@ def main() -> None:
     parser.add_argument("--dataset", default="digits", help="as for `vitft train`")
     parser.add_argument("--model", default="vit-micro", help="as for `vitft train`")
     parser.add_argument("--image-size", type=int)
-    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--images", type=int, default=4000, help="training images")
+    parser.add_argument("--held-out", type=int, default=1000, help="validation images of `vitft probe`")
+    parser.add_argument("--rounds", type=int, default=3, help="of `vitft probe`, in turns with a pass")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=64)
     given = parser.parse_args()
+    whole_command(given)
     for augment in ("none", "flip"):
         config = TrainConfig.parse({
             "dataset": given.dataset, "model": given.model, "image_size": given.image_size, "augment": augment,
@@ -46,6 +50,25 @@ def main() -> None:
             f"features {features_s:.1f} s and {given.epochs} epochs of the head {took_s - features_s:.1f} s:", end=" "
         )
         print(f"{took_s / pass_s:.2f} of it", flush=True)
+
+
+def whole_command(given: argparse.Namespace) -> None:
+    """Time all that `vitft probe` does after its imports, in turns with a pass over the same images, decoded before."""
+    config = resolve_auto(TrainConfig.parse({
+        "dataset": given.dataset, "model": given.model, "image_size": given.image_size, "skip_test": True,
+        "max_train_samples": given.images, "max_eval_samples": given.held_out,
+    }, "flags"))  # fmt: skip
+    decoded = prepare(config).with_settings(augment="none").decode()
+    passes, probes = [], []
+    for _ in range(given.rounds):
+        with threads(config.threads):
+            parts = [examples(decoded, role) for role in ("train", "validation")]
+        passes.append(sum(seconds for _, seconds in parts))
+        started = time.perf_counter()
+        probe(config)
+        probes.append(time.perf_counter() - started)
+    print(f"vitft probe, {' + '.join(f'{len(read):,}' for read, _ in parts)} images, {config.precision}:", end=" ")
+    print(f"{min(probes):.1f} s, {min(probes) / min(passes):.2f} of one pass, {min(passes):.1f} s", flush=True)
 
 
 def forward_s(learner: Learner) -> float:

@@ -18,7 +18,7 @@ from pathlib import Path
 SETTINGS = (
     "", "--head-init random", "--freeze backbone --augment crop", "--layer-decay 0.75", "--drop-path 0.1", "--ema 0.99",
     "--augment none", "--augment crop", "--augment trivial", "--mixup 0.2", "--cutmix 1", "--erase 0.25",
-    "--label-smoothing 0.1", "--focal-loss 2", "--lora-rank 8", "--grad-checkpointing",
+    "--label-smoothing 0.1", "--focal-loss 2", "--lora-rank 8", "--lora-rank 16", "--grad-checkpointing",
 )  # fmt: skip
 WARM, STEPS = 2, 8
 

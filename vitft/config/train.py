@@ -67,7 +67,7 @@ class TrainConfig(Settings):
     heads: int | None = setting(None, "Model", "With --from-scratch: attention heads per block.", ge=1, le=256)
     mlp: int | None = setting(None, "Model", "With --from-scratch: hidden size of the MLP in each block.", ge=1, le=65_536)
     freeze: PositiveInt | Literal["none", "backbone"] = setting("none", "Model", "backbone: train only the head (linear probe). A number: freeze the embeddings and so many of the first blocks, which saves time and memory.")
-    lora_rank: int | None = setting(None, "Model", "Train a low-rank adapter (LoRA) of this rank, such as 8, and the head; all other weights stay. Needs vitft[lora].", ge=1, le=1024)
+    lora_rank: int | None = setting(None, "Model", "Train a low-rank adapter (LoRA) of this rank, such as 16, and the head; all other weights stay. Needs vitft[lora].", ge=1, le=1024)
     lora_alpha: float | None = setting(None, "Model", "Scale of the adapter, divided by its rank. Default: the rank.", gt=0, le=100_000)
     lora_targets: Literal["attention", "all"] = setting("attention", "Model", "Linear layers that the adapter changes: those of attention, or all in the blocks.")
     dora: bool = setting(False, "Model", "With --lora-rank: train the length of each row of the weights apart from its direction (DoRA). Takes more time and memory.")
