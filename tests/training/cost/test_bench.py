@@ -16,6 +16,8 @@ from torch.profiler import record_function
 from typer.testing import CliRunner
 
 from vitft.cli.app import app
+from vitft.data.loader import TrainLoader
+from vitft.data.stores.lazy_store import LazyStore
 from vitft.hardware.device import peak_flops
 from vitft.hardware.timers import DataWait, Stopwatch
 from vitft.spec import PRESETS, total, training_flops
@@ -76,6 +78,20 @@ def test_flops_are_the_specs_over_the_measured_time(what: str, flops: int) -> No
     assert 0 <= found["data_wait"] < 1
 
 
+@pytest.mark.parametrize("what", ["data", "train"])
+def test_a_large_split_is_read_as_in_training_once_it_is_decoded(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitft.data.stores.lazy_store.SMALL", 99)
+    begin, kept = TrainLoader.__init__, []
+
+    def began(loader: TrainLoader, store: LazyStore, *rest: Any, **more: Any) -> None:
+        kept.append(store._kept.images)
+        begin(loader, store, *rest, **more)
+
+    monkeypatch.setattr(TrainLoader, "__init__", began)
+    assert measured(what, *SMALL, "--max-train-samples", "100")["decode_images_per_s"] > 0
+    assert kept == [100]
+
+
 def test_a_preset_has_random_weights_and_a_probe_no_flops() -> None:
     found = measured("eval", *SMALL, "--model", "vit-tiny", "--image-size", "32")
     assert (found["settings"]["model"], found["settings"]["image_size"]) == ("vit-tiny", 32)
@@ -91,7 +107,7 @@ def test_it_is_shown_to_people_too(tmp_path: Path) -> None:
     assert "images/s" in shown
     assert "of a large fp32 product here" in shown
     assert "backward" in shown
-    assert re.search(r"aten::addmm +[\d.]+ +\d+ +[\d.]+ %", shown)
+    assert re.search(r"aten::\w+ +[\d.]+ +\d+ +[\d.]+ %", shown)
     assert re.search(r"operators a step; in [\d.]+ % of the time none runs", shown)
     assert max(map(len, shown.splitlines())) <= 80
 
@@ -113,10 +129,11 @@ def test_a_profile_has_the_longest_operators_of_the_step_that_training_runs(
     assert names.count("the compiled model") == found["steps"]
     assert [path.name for path in tmp_path.iterdir()] == ["trace.json"]
     assert (found["of"], found["waits"], len(found["longest"])) == ("operators", None, 12)
-    assert {"aten::mm", "aten::addmm"} <= {one["name"] for one in found["longest"]}
+    for one in found["longest"]:
+        assert names.count(one["name"]) == one["launches"] * found["steps"]
     shares = [one["share"] for one in found["longest"]]
     assert shares == sorted(shares, reverse=True)
-    assert 0.5 < sum(shares) <= 1 + 1e-9
+    assert 0 < sum(shares) <= 1 + 1e-9
     assert found["launches"] > sum(one["launches"] for one in found["longest"])
     assert 0 <= found["idle"] < 1
 
