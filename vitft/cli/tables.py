@@ -521,12 +521,12 @@ def bench_report(found: Mapping[str, Any]) -> RenderableType:
 def _profile_table(seen: Mapping[str, Any]) -> RenderableType:
     """The longest kernels or operators of a step."""
     of = seen["of"]
-    longest = _table(_names(f"\nlongest {of}"), *_numbers("\nms per step", "\nlaunches", f"of all\n{of}"))
+    longest = _table(_names(f"\nlongest {of}", 44), *_numbers("\nms per step", "\nlaunches", f"of all\n{of}"))
     for one in seen["longest"]:
         longest.add_row(Text(safe(one["name"])), f"{one['ms']:.3f}", f"{one['launches']:,.0f}", percent(one["share"]))
-    waits = "" if seen["waits"] is None else f"; the host waits for the GPU {seen['waits']:,.0f} times"
-    gaps = f"in {percent(seen['idle'])} of the time none runs{waits}"
-    return Group(longest, Text(f"\n{seen['launches']:,.0f} {of} a step; {gaps}"))
+    waits = "" if seen["waits"] is None else f"\nthe host waits for the GPU {seen['waits']:,.0f} times a step"
+    gaps = f"none runs in {percent(seen['idle'])} of the time"
+    return Group(longest, Text(f"\n{seen['launches']:,.0f} {of} a step; {gaps}{waits}"))
 
 
 class PredictionsTable:

@@ -1,6 +1,7 @@
 """`vitft bench`: figures that hang together, of the real loader, the real step and the real forward pass."""
 
 import importlib.metadata
+import io
 import json
 import re
 import time
@@ -11,11 +12,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 from torch.autograd import DeviceType
 from torch.profiler import record_function
 from typer.testing import CliRunner
 
 from vitft.cli.app import app
+from vitft.cli.tables import _profile_table
 from vitft.data.loader import TrainLoader
 from vitft.data.stores.lazy_store import LazyStore
 from vitft.hardware.device import peak_flops
@@ -108,8 +111,15 @@ def test_it_is_shown_to_people_too(tmp_path: Path) -> None:
     assert "of a large fp32 product here" in shown
     assert "backward" in shown
     assert re.search(r"aten::\w+ +[\d.]+ +\d+ +[\d.]+ %", shown)
-    assert re.search(r"operators a step; in [\d.]+ % of the time none runs", shown)
+    assert re.search(r"operators a step; none runs in [\d.]+ % of the time", shown)
     assert max(map(len, shown.splitlines())) <= 80
+    one = {"name": "void at::native::elementwise_kernel<128, 4, " * 9, "ms": 12.5, "launches": 12345, "share": 1.0}
+    console = Console(width=80, file=io.StringIO())
+    console.print(_profile_table({"of": "kernels", "longest": [one], "launches": 1.0, "idle": 0.1, "waits": 2.0}))
+    shown = console.file.getvalue()
+    assert "12,345  100.0 %" in shown
+    assert "the host waits for the GPU 2 times a step\n" in shown
+    assert shown.count("\n") == 6
 
 
 def test_a_profile_has_the_longest_operators_of_the_step_that_training_runs(
