@@ -8,11 +8,13 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.forked import HANGS_S, LONGER, ended, finish_two, flags, start, steps_done, wait_for_step
@@ -23,6 +25,7 @@ from vitft.data.loader import EvalLoader
 from vitft.errors import UsageError
 from vitft.evaluation import evaluation
 from vitft.evaluation.results import read_results
+from vitft.training.callbacks import MetricsFile
 from vitft.training.trainer import resume
 
 
@@ -166,18 +169,68 @@ def test_a_run_of_one_process_resumes_on_two(tmp_path: Path) -> None:
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
 
 
-def signalled(folder: str) -> None:
-    """The second of two processes is told to stop after its first batch of a validation; each leaves a file a batch."""
+def signalled(folder: str, last: int) -> None:
+    """The second of two processes is told to stop after this batch of a validation; each leaves a file a batch."""
     evaluation.BATCH, real, rank = 4, EvalLoader.__iter__, os.environ["RANK"]
 
     def batches(self: EvalLoader) -> Iterator[Any]:
         for number, batch in enumerate(real(self)):
             Path(folder, f"batch-{rank}-{number}").touch()
             yield batch
-            if rank == "1" and number == 0:
+            if rank == "1" and number == last:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     EvalLoader.__iter__ = batches  # type: ignore[method-assign]
+
+
+def recorded_calls(folder: str) -> None:
+    """Write down, in order, what this process asks of all others, its log lines, and its batches of evaluation."""
+    evaluation.BATCH, file = 4, Path(folder, os.environ["RANK"])
+
+    def say(what: str) -> None:
+        with file.open("a") as written:
+            written.write(f"{what}\n")
+
+    def recording(owner: Any, name: str, what: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*given: Any, **named: Any) -> Any:
+            later = named.get("async_op", False)
+            say("ask" if later else what)
+            work = real(*given, **named)
+
+            def wait() -> None:
+                say("answer")
+                work.wait()
+
+            return SimpleNamespace(wait=wait) if later else work
+
+        setattr(owner, name, call)
+
+    for name in ("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "barrier", "broadcast",
+                 "broadcast_object_list", "gather_object", "reduce", "scatter"):  # fmt: skip
+        recording(torch.distributed, name, name)
+    recording(MetricsFile, "on_log", "line")
+    real = EvalLoader.__iter__
+
+    def batches(self: EvalLoader) -> Iterator[Any]:
+        for batch in real(self):
+            say("batch")
+            yield batch
+
+    EvalLoader.__iter__ = batches  # type: ignore[method-assign]
+
+
+def test_nobody_waits_for_another_between_two_lines_or_two_batches(tmp_path: Path) -> None:
+    """Whether all go on is asked once a step, and answered a step later."""
+    words = ["train", *flags(max_steps=12, log_every=4, max_eval_samples=49), "--output", str(tmp_path / "run")]
+    both = finish_two(*words, log=tmp_path / "log", before=partial(recorded_calls, str(tmp_path)))
+    assert [code for code, _ in both] == [0, 0], both
+    said = (tmp_path / "0").read_text().splitlines()
+    first, second = [number for number, what in enumerate(said) if what == "line"][:2]
+    assert said[first + 1 : second] == [*["answer", "ask"] * 4, "all_reduce"]  # the last one: the line's means
+    batches = [number for number, what in enumerate(said) if what == "batch"]
+    assert said[batches[1] : batches[6] + 1] == [*["batch", "answer", "ask"] * 5, "batch"]
 
 
 def killed_in_a_save() -> None:
@@ -193,17 +246,18 @@ def killed_in_a_save() -> None:
     os.fsync = fsync
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_interrupt_a_validation_together(tmp_path: Path, parallel: str) -> None:
-    """One is told to stop after its first batch; of 49 images the other has one batch more than it."""
+@pytest.mark.parametrize(("parallel", "last"), [("ddp", 0), ("fsdp", 0), ("fsdp", 4)])
+def test_two_processes_interrupt_a_validation_together(tmp_path: Path, parallel: str, last: int) -> None:
+    """One is told to stop after its first batch, or its last but one; of 49 images the other has one batch more."""
     changes = {"max_eval_samples": 49, "max_train_samples": 64, "save_every": 100}
     words = ["train", *flags(**changes, parallel=parallel), "--output", str(tmp_path / "run")]
-    both = finish_two(*words, log=tmp_path / "log", before=partial(signalled, str(tmp_path)))
+    both = finish_two(*words, log=tmp_path / "log", before=partial(signalled, str(tmp_path), last))
     assert [code for code, _ in both] == [143, 143], both
     said = " ".join(both[0][1].split())
     assert "stopped by SIGTERM at step 8 of 16; everything is saved" in said, said[-2000:]
-    assert len(list(tmp_path.glob("batch-1-*"))) < 6  # of six
-    assert len(list(tmp_path.glob("batch-0-*"))) < 6  # of seven
+    # The others are told after the next batch, and stop after the one that they are at by then.
+    assert len(list(tmp_path.glob("batch-1-*"))) == min(last + 3, 6)
+    assert len(list(tmp_path.glob("batch-0-*"))) == min(last + 3, 7)
     folder, passed = newest_intact(tmp_path / "run")
     assert folder is not None
     assert passed == []
