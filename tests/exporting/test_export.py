@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from typer.testing import CliRunner
 
 from tests.families import tiny_classifier
 from vitft import Predictor, TrainConfig, evaluate, load_model
+from vitft.checkpoints import exported
 from vitft.checkpoints.exported import Document, open_exported, read_exported
 from vitft.checkpoints.metadata import read_card
 from vitft.cli.app import app
 from vitft.data.augment import Preprocess, normalize, resize_and_crop
 from vitft.errors import ModelError, UsageError
-from vitft.evaluation.evaluation import read_images
+from vitft.evaluation.calibration import at_temperature, fit_temperature, threshold_for
+from vitft.evaluation.evaluation import read_images, reading
+from vitft.evaluation.split_predictions import Predictions, of_split
 from vitft.exporting import export as exporting
 from vitft.exporting import proof as proving
 from vitft.exporting.export import Exported, export
@@ -176,7 +180,7 @@ def quick(run: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any
     To be called with what is wrong with the file's probabilities.
     """
     loaded = load_model(run)
-    module = Classifier(loaded)
+    module = Classifier(loaded, "inside")
 
     def classify(images: torch.Tensor) -> Any:
         with torch.no_grad():
@@ -194,7 +198,7 @@ def quick(run: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any
         monkeypatch.setattr(exporting, "open_exported", opened)
 
     monkeypatch.setattr(exporting, "read_images", always_right)
-    monkeypatch.setattr(exporting, "traced", Classifier)
+    monkeypatch.setattr(exporting, "traced", lambda loaded, resize: module)
     monkeypatch.setattr(exporting, "write_torch", lambda model, file, document: file.write_text(document.to_json()))
     wrong(lambda found: found)
     return wrong
@@ -214,9 +218,10 @@ def test_a_file_that_predicts_something_else_is_refused(run: Path, quick: Any, t
     assert "worse by more than 1.0 %, so no file was left" in " ".join(said.stderr.split())
     assert not target.parent.exists()
     quick(lambda found: found * np.float32(0.99))  # the right classes
-    with pytest.raises(ModelError, match="a probability differs from the model's by 0"):
-        export(run, format="torch", output=target, images=60)
-    assert not target.parent.exists()
+    for resize in ("outside", "inside"):
+        with pytest.raises(ModelError, match="a probability differs from the model's by 0"):
+            export(run, format="torch", output=target, images=60, resize=resize)
+        assert not target.parent.exists()
     quick(lambda found: found + np.float32(1e-6))
     assert export(run, format="torch", output=target, images=60).file.is_file()
 
@@ -255,7 +260,8 @@ def test_the_comparison_counts_what_it_says() -> None:
         truth = np.array([0, 1, 1, 2])
         split = type("Split", (), {"name": "test", "hash": "abc"})
 
-    found = compare(before, after, Images, Speed(1, 2), Speed(3, 4))  # type: ignore[arg-type]
+    found = compare(before, after, after + 0.125, Images, Speed(1, 2), Speed(3, 4))  # type: ignore[arg-type]
+    assert found.by_network == 0.125
     assert (found.agreement, found.untied, found.images) == (0.5, 1, 4)  # the second is a tie
     assert found.largest == pytest.approx(0.4)
     assert (found.before, found.accuracy) == (0.5, 0.5)  # one lost, one gained
@@ -321,10 +327,11 @@ def test_int8_is_calibrated_on_training_images(
     monkeypatch.setattr(exporting, "traced", lambda loaded, resize: None)
     monkeypatch.setattr(exporting, "write_onnx", lambda program, file, document: shutil.copy(made("onnx").file, file))
     result = export(run, dtype="int8", output=tmp_path / "int8", images=60, tolerance=1)
-    assert [split.name for split in seen] == ["test", "train"]
+    assert [split.name for split in seen] == ["test", "train", "validation"]
     assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in onnx.load(result.file).graph.node}
     assert 0 < result.proof.largest < 0.2
     assert [file.name for file in result.file.parent.glob("*.onnx*")] == ["model.onnx"]
+    decides_by_its_own(result.file, run)
     assert read_exported(result.file).labels == load_model(run).labels
 
 
@@ -345,7 +352,7 @@ def test_int8_for_openvino(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_what_an_export_is_not_for(run: Path, made: Any, saved: Any, tmp_path: Path, monkeypatch: Any) -> None:
     folder = made("torch").file.parent
     for model in (folder, folder / "model.pt2"):
-        with pytest.raises(ModelError, match="is exported, so its weights cannot be trained"):
+        with pytest.raises(ModelError, match=r"is exported, so its weights cannot be trained"):
             trainer.train(TrainConfig(dataset="digits", model=str(model)), output=tmp_path / "run")
         with pytest.raises(UsageError, match="is exported already"):
             export(model, format="torch")
@@ -401,9 +408,108 @@ def test_an_export_knows_its_run(made: Any, run: Path) -> None:
     card, own = read_card(folder), read_card(run / "best")
     assert card is not None
     assert own is not None
-    assert (card.splits, card.config, card.temperature) == (own.splits, own.config, own.temperature)
     document, _ = open_exported(folder / "model.pt2")
+    assert (card.splits, card.config, card.temperature) == (own.splits, own.config, document.temperature)
     assert (document.splits, document.labels) == (own.splits, own.labels)
+
+
+@pytest.mark.parametrize("format", HERE)
+def test_a_lone_file_knows_how_sure_to_be(format: Any, made: Any, run: Path, tmp_path: Path) -> None:
+    """Its temperature, and the confidence for a precision, are by its own probabilities of validation images."""
+    result = made(format)
+    for part in result.file.parent.glob("model.*"):
+        shutil.copy(part, tmp_path)
+    alone = tmp_path / result.file.name
+    plain, calibrated = (Predictor(alone, calibrated=on) for on in (False, True))
+    temperature = plain.document.temperature
+    assert temperature not in (None, 1.0, read_card(run / "best").temperature)  # of 60 images, not of all
+    assert temperature == pytest.approx(fit_temperature(said_of(result.file, run)), rel=1e-3)
+    (before,), (after,) = plain([photo()], top_k=10), calibrated([photo()], top_k=10)
+    powers = {label: score ** (1 / temperature) for label, score in before.top}
+    assert dict(after.top) == pytest.approx(
+        {label: one / sum(powers.values()) for label, one in powers.items()}, abs=1e-5
+    )
+    decides_by_its_own(alone, run)
+
+
+@needs_onnx
+def test_an_exported_file_is_served(made: Any, run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("fastapi")
+    from fastapi.testclient import TestClient
+
+    from vitft.serving.app import Service, create_app
+    from vitft.serving.model import open_model
+    from vitft.serving.uploads import Limits
+
+    alone = shutil.copy(made("onnx").file, tmp_path)
+    encoded = BytesIO()
+    photo().save(encoded, "PNG")
+    (expected,) = Predictor(run)([photo()], top_k=10)
+    for checkpoint in (made("onnx").file.parent, alone):
+        served = open_model(checkpoint, min_precision=0.2)
+        with TestClient(create_app(Service(served, Limits())), base_url="http://127.0.0.1") as client:
+            (found,) = client.post("/predict?top_k=10", files={"file": encoded.getvalue()}).json()["predictions"]
+            assert {one["label"]: one["score"] for one in found["top"]} == pytest.approx(dict(expected.top), abs=1e-5)
+            about = client.get("/model").json()
+            assert about["threshold"] == Predictor(alone, min_precision=0.2).threshold
+            assert about["scores"]["test"]["accuracy"] == read_card(run / "best").scores["test"]["accuracy"]
+            picture = client.post("/explain", files={"file": encoded.getvalue()})
+            assert (picture.status_code, picture.headers["content-type"]) == (200, "image/png")
+
+
+@pytest.mark.parametrize("how", [
+    Preprocess(8, 8, (0.4, 0.5, 0.6)), Preprocess(8, 8, (0.2,)), Preprocess(8, 8, (0.6, 0.5, 0.4), flips_channels=True),
+])  # fmt: skip
+def test_a_file_hides_places_in_gray_too(how: Preprocess, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Occlusion's zeros are the mean of the normalization, as for the model: black would be something to see."""
+    seen = []
+
+    def run(images: Any) -> Any:
+        seen.append(images[0, 0, 0].tolist())
+        return np.full((len(images), 2), 0.5, np.float32)
+
+    document = Document("0", "torch", "fp32", "outside", ("a", "b"), how)
+    monkeypatch.setattr(exported, "open_exported", lambda file: (document, run))
+    read = read_exported(tmp_path / "model.pt2")
+    read.model(pixel_values=torch.zeros(1, 3, 8, 8))
+    pixels = torch.tensor([[[[200, 100, 3]]]], dtype=torch.uint8).expand(1, 8, 8, 3)
+    read.model(pixel_values=normalize(pixels, read.preprocess))
+    red_first = how.mean[::-1] if how.flips_channels else (how.mean * 3)[:3]
+    assert seen == [[round(255 * value) for value in red_first], [200, 100, 3]]
+
+
+def test_what_a_file_cannot_say_is_refused_with_a_remedy(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = made("torch").file
+    with pytest.raises(UsageError, match=r"is exported, so it does not give the features.*use the run it came from"):
+        Predictor(file, none_of_these=0.99)
+    document = replace(read_exported(file).model.document, thresholds=None, temperature=None)
+    monkeypatch.setattr(exported, "open_exported", lambda file: (document, None))
+    with pytest.raises(UsageError, match=r"was exported without validation images.*export it again"):
+        Predictor(file, min_precision=0.5)
+    with pytest.raises(UsageError, match="has no temperature"):
+        Predictor(file, calibrated=True)
+
+
+def said_of(file: Path, run: Path) -> Predictions:
+    """What a file says of 60 validation images of a run."""
+    config, _ = reading(run, None)
+    images = read_images(run, load_model(run), config, split="validation", limit=60)
+    predictor = Predictor(file)
+    pixels = resize_and_crop(images.store.gather(np.arange(60)), predictor.preprocess)
+    return of_split(images.split, images.truth, predictor.score(pixels).probabilities, predictor.labels, ())
+
+
+def decides_by_its_own(file: Path, run: Path) -> None:
+    said, temperature = said_of(file, run), Predictor(file).document.temperature
+    for precision in (0.1, 0.2, 0.3):
+        for known, calibrated in ((said, False), (at_temperature(said, temperature), True)):
+            found = threshold_for(known, precision)
+            if found is None:
+                with pytest.raises(UsageError, match="not even the surest"):
+                    Predictor(file, min_precision=precision, calibrated=calibrated)
+            else:
+                threshold = Predictor(file, min_precision=precision, calibrated=calibrated).threshold
+                assert threshold == pytest.approx(found.confidence, abs=1e-6)
 
 
 @pytest.mark.slow

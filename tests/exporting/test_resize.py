@@ -1,6 +1,7 @@
 """A file that resizes photos itself does so as Pillow does, to the bit."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from vitft.checkpoints import exported
 from vitft.checkpoints.exported import Document, open_exported, read_exported
 from vitft.data.augment import Preprocess, normalize, resize_and_crop
 from vitft.errors import ModelError, UsageError
+from vitft.exporting import proof
 from vitft.exporting.export import export
 from vitft.exporting.files import openvino_model, write_onnx, write_openvino, write_torch
 from vitft.exporting.graph import Classifier, traced
@@ -77,6 +79,24 @@ def test_vitft_reads_a_file_that_resizes(way: str, monkeypatch: pytest.MonkeyPat
         pixels = normalize(resize_and_crop(images, read.preprocess), read.preprocess)
         torch.testing.assert_close(read.model(pixel_values=pixels).logits.softmax(1), expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(torch.from_numpy(run(images.numpy())), expected, atol=1e-5, rtol=0)
+
+
+def test_a_file_is_not_blamed_for_how_pillow_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Pillow gives other pixels than the file's resize, its network is compared on the latter."""
+    loaded, _ = inside(WAYS["bicubic"])
+    images = [picture(300, 100), picture(90, 130)]
+    exact = torch.cat([Resize(loaded.preprocess)(image) for image in images]).to(torch.uint8)
+    rounded = exact + (exact < 255).to(torch.uint8) * 4  # as from another Pillow
+    monkeypatch.setattr(proof, "resize_and_crop", lambda images, how: images)
+    monkeypatch.setattr(proof, "_speeds", lambda model, run, images: proof.Speed(1, 1))
+    split = SimpleNamespace(name="test", hash="abc")
+    store = SimpleNamespace(gather=lambda places: rounded[places])
+    given: Any = SimpleNamespace(
+        truth=np.zeros(2, np.int64), split=split, store=store, original=lambda place, how: images[place][0].numpy()
+    )
+    module = Classifier(loaded, "inside")
+    found = proof.prove(loaded, lambda images: module(torch.from_numpy(images)).detach().numpy(), given, whole=True)
+    assert found.by_network < 1e-6 < found.largest
 
 
 def test_what_cannot_be_resized_inside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, saved: Any) -> None:

@@ -147,9 +147,6 @@ def test_a_picture_of_what_speaks_for_a_class(client: TestClient) -> None:
     assert refused("?top_k=2", **one).startswith("unknown parameter 'top_k'")
     assert refused(files=[("f", ("a.png", picture())), ("f", ("b.png", picture()))]) == "2 images; send one."
     assert refused(files={"file": ("a.png", b"<html>")}) == "a.png: is not an image in a supported format"
-    with client_of(Service(model(picture=None), Limits())) as other:
-        answer = other.post("/explain", files={"file": picture()})
-        assert (answer.status_code, "serve the run" in answer.json()["error"]) == (501, True)
 
 
 def test_an_unreadable_image_among_others_has_its_error(client: TestClient) -> None:

@@ -156,7 +156,7 @@ def url() -> Iterator[str]:
     """A running server whose classes have names that would break a careless page."""
     labels = HOSTILE
     about = {"labels": list(labels), "image_size": [4, 4], "threshold": 0.85, "none_of_these": 0.99,
-             "calibrated": True, "explains": True,
+             "calibrated": True,
              "scores": {"test": {"accuracy": 0.5, "count": 1000}}}  # fmt: skip
     service = Service(model(labels=labels, threshold=0.85, about=about), Limits(upload_bytes=20_000))
     with bound("127.0.0.1", 0) as server:

@@ -37,7 +37,12 @@ Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class Document:
-    """What an exported file says of itself. `resize`: whether it resizes images, or they come at the model's size."""
+    """What an exported file says of itself. `resize`: whether it resizes images, or they come at the model's size.
+
+    `temperature` and `thresholds` are by what the file itself says of validation images. The latter has their number,
+    `images`, and under `plain` and `calibrated` what deciding only from a confidence on leads to, for each confidence
+    that some precision asks for: [confidence, fraction decided, fraction of these that is right].
+    """
 
     vitft: str  # the version that wrote it
     format: Format
@@ -48,6 +53,7 @@ class Document:
     temperature: float | None = None
     splits: dict[str, dict[str, Any]] | None = None  # source, count and hash of each split of its run
     scores: dict[str, Any] | None = None  # of the checkpoint, by split
+    thresholds: dict[str, Any] | None = None  # confidences to decide from, by the file's own validation images
 
     def to_json(self) -> str:
         """The document as text."""
@@ -86,18 +92,26 @@ def read_exported(file: Path) -> Loaded:
     """Read an exported file as a model.
 
     The logits of the model are logarithms of probabilities, which softmax turns into these again. Its preprocessing
-    resizes, and leaves pixels as they are. Raises ModelError, or UsageError if the runtime is not installed.
+    resizes, and only takes the mean from pixels. Raises ModelError, or UsageError if the runtime is not installed.
     """
     document, run = open_exported(file)
     how = document.preprocess
-    as_pixels = replace(how, mean=(0.0,) * 3, std=(1.0,) * 3, rescale=1.0, flips_channels=False)
-    model = _Exported(run, _unchanged(document) or (how.height, how.width))
+    # In pixels, from the mean of the normalization, which occlusion hides places with.
+    mean = tuple(value / how.rescale for value in (how.mean * 3)[:3])
+    mean = mean[::-1] if how.flips_channels else mean
+    as_pixels = replace(how, mean=mean, std=(1.0,) * 3, rescale=1.0, flips_channels=False)
+    model = _Exported(document, run, _unchanged(document) or (how.height, how.width), mean)
     if document.resize == "inside" and _unchanged(document) is None:
         raise ModelError(
             f"{file}: resizes photos itself, to less than the model's input, and vitft would do so twice; use it "
             "without vitft, or export another one with --resize outside."
         )
     return Loaded(model, as_pixels, document.labels, None, False)
+
+
+def document_of(model: Any) -> Document | None:
+    """What the file of a model that `read_exported` read says of itself; None for any other model."""
+    return model.document if isinstance(model, _Exported) else None
 
 
 def _unchanged(document: Document) -> tuple[int, int] | None:
@@ -130,16 +144,16 @@ def open_exported(file: Path) -> tuple[Document, Run]:
 
 
 class _Exported(nn.Module):
-    """Called like a model of Transformers: pixels (B, 3, H, W) from 0 to 255 in, `logits` (B, K) out."""
+    """Called like a model of Transformers: pixels (B, 3, H, W), less a mean, in; `logits` (B, K) out."""
 
-    def __init__(self, run: Run, size: tuple[int, int]) -> None:
+    def __init__(self, document: Document, run: Run, size: tuple[int, int], mean: tuple[float, ...]) -> None:
         """`size`: of images that the file does not resize (height, width); those given are its center."""
         super().__init__()
-        self.run, self.size = run, size
+        self.document, self.run, self.size, self.mean = document, run, size, torch.tensor(mean)
 
     def forward(self, pixel_values: Tensor) -> SimpleNamespace:
-        """Pixels (B, 3, H, W) from 0 to 255 to an object with `logits` (B, K)."""
-        images = pixel_values.detach().cpu().permute(0, 2, 3, 1).round().clamp(0, 255).to(torch.uint8)
+        """Pixels (B, 3, H, W) from 0 to 255, less the mean, to an object with `logits` (B, K)."""
+        images = (pixel_values.detach().cpu().permute(0, 2, 3, 1) + self.mean).round().clamp(0, 255).to(torch.uint8)
         (height, width), (rows, columns) = images.shape[1:3], self.size
         top, left = (rows - height) // 2, (columns - width) // 2
         images = F.pad(images, (0, 0, left, columns - width - left, top, rows - height - top)).contiguous()

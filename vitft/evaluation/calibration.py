@@ -112,15 +112,24 @@ def threshold_for(predictions: Predictions, precision: float) -> Coverage | None
     It decides as many of these images as that allows. On other images, precision and coverage are about the same, as
     far as the number of images tells.
     """
+    return precise(thresholds(predictions), precision)
+
+
+def precise(known: list[Coverage], precision: float) -> Coverage | None:
+    """The first of `thresholds` that is right often enough."""
+    return next((one for one in known if one.accuracy >= precision), None)
+
+
+def thresholds(predictions: Predictions) -> list[Coverage]:
+    """What `threshold_for` finds for any precision, from the lowest on: each decides less, and is right more often."""
     order = np.argsort(-predictions.confidence, kind="stable")
     confidence = predictions.confidence[order]
     fractions = np.cumsum(predictions.predicted[order] == predictions.truth[order]) / np.arange(1, len(order) + 1)
     last_of_equals = np.append(confidence[:-1] != confidence[1:], True)
-    enough = np.flatnonzero(last_of_equals & (fractions >= precision))
-    if not len(enough):
-        return None
-    n = enough[-1]
-    return Coverage(float(confidence[n]), (n + 1) / len(order), float(fractions[n]))
+    places = np.flatnonzero(last_of_equals)[::-1]  # those that decide most first
+    best = np.maximum.accumulate(fractions[places])
+    better = places[np.append(True, best[1:] > best[:-1])]
+    return [Coverage(float(confidence[n]), float((n + 1) / len(order)), float(fractions[n])) for n in better]
 
 
 def describe(predictions: Predictions, temperature: float | None) -> dict[str, float]:

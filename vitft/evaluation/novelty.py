@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.special import logsumexp
 
 from vitft.checkpoints.checkpoint import find_model
+from vitft.checkpoints.exported import exported_file
 from vitft.errors import UsageError
 from vitft.io.paths import expanded
 
@@ -57,6 +58,11 @@ class Novelty:
 def read_novelty(checkpoint: str | Path) -> Novelty:
     """What tells how strange an image is to a checkpoint. Raises UsageError if it has nothing to compare with."""
     folder = find_model(expanded(checkpoint))
+    if exported_file(folder) is not None:
+        raise UsageError(
+            f"{checkpoint}: is exported, so it does not give the features by which strange images are told; for "
+            "none of these, use the run it came from."
+        )
     if not (folder / FILE).is_file():
         raise UsageError(
             f"{checkpoint}: does not say what it knows, to tell what it does not; the best checkpoint of a run with "

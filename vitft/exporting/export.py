@@ -1,8 +1,9 @@
 """`vitft export`: a model as a file for another runtime, which is kept only if it predicts what the model does."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +17,7 @@ from vitft.checkpoints.exported import (
     Document,
     Format,
     Resizing,
+    Run,
     exported_file,
     open_exported,
     require_runtime,
@@ -24,11 +26,13 @@ from vitft.checkpoints.metadata import read_card, write_card
 from vitft.data.augment import resize_and_crop
 from vitft.data.sources.source import DatasetLike
 from vitft.errors import DataError, ModelError, UsageError, VitftError, first_line
+from vitft.evaluation.calibration import at_temperature, fit_temperature, thresholds
 from vitft.evaluation.evaluation import Progress, SplitImages, read_images, reading
 from vitft.evaluation.loading import load_model
-from vitft.exporting.files import openvino_model, write_onnx, write_openvino, write_torch
+from vitft.evaluation.split_predictions import of_split
+from vitft.exporting.files import edit_onnx, openvino_model, write_onnx, write_openvino, write_torch
 from vitft.exporting.graph import traced
-from vitft.exporting.proof import TIE, Proof, prove
+from vitft.exporting.proof import TIE, Proof, predicted, prove
 from vitft.exporting.quantize import quantize_onnx, quantize_openvino
 from vitft.exporting.readme import readme
 from vitft.io import console
@@ -116,7 +120,7 @@ def export(
         with new_folder(target) as temporary:
             file = temporary / f"model{SUFFIX[format]}"
             try:
-                _write(loaded, file, document, batches)
+                rewrite = _write(loaded, file, document, batches)
             except VitftError:
                 raise
             except Exception as error:  # each library has its own for an operator that it does not have
@@ -125,8 +129,11 @@ def export(
             size = sum(one.stat().st_size for one in temporary.iterdir())
             run = open_exported(file)[1]
             proof = prove(loaded, run, found, whole=resize == "inside", progress=progress)
-            del run  # closes the file
             _refuse(proof, document, tolerance)
+            if found is not None and (known := _validation(checkpoint, loaded, dataset, found, images, progress)):
+                document = _trusted(document, run, known, progress)
+            del run  # closes the file
+            rewrite(document)
             weights = sum(tensor.nbytes for tensor in loaded.model.state_dict().values())
             result = Exported(target / file.name, document, size, weights, proof, unproved)
             write_json(temporary / REPORT, result.to_dict())
@@ -134,7 +141,7 @@ def export(
             if card is None:
                 (temporary / "README.md").write_text(text, encoding="utf-8")
             else:
-                write_card(temporary, card, text=text)
+                write_card(temporary, replace(card, temperature=document.temperature), text=text)
     except BaseException:
         if parent_is_new:
             with suppress(OSError):
@@ -191,15 +198,47 @@ def _calibration(
         )
 
 
-def _write(loaded: Loaded, file: Path, document: Document, batches: Iterator[NDArray[np.uint8]]) -> None:
+def _validation(
+    checkpoint: str | Path, loaded: Loaded, dataset: DatasetLike | None, found: SplitImages, limit: int,
+    progress: Progress,
+) -> SplitImages | None:  # fmt: skip
+    """Validation images, of the dataset whose images were `found`; None if it has none."""
+    if found.split.name == "validation":
+        return found
+    config, _ = reading(checkpoint, dataset)
+    try:
+        return read_images(
+            checkpoint, loaded, config, dataset=dataset, split="validation", limit=limit, progress=progress
+        )  # fmt: skip
+    except (UsageError, DataError) as error:
+        console.note(f"the file has no thresholds for --min-precision: {error}")
+        return None
+
+
+def _trusted(document: Document, run: Run, images: SplitImages, progress: Progress) -> Document:
+    """The document with the temperature and the thresholds of the file, by what it says of validation images."""
+    found = predicted(run, images, document.preprocess, whole=document.resize == "inside", progress=progress)
+    said = of_split(images.split, images.truth, found, document.labels, images.others)
+    temperature = fit_temperature(said) or document.temperature
+    known = {"plain": said} | ({} if temperature is None else {"calibrated": at_temperature(said, temperature)})
+    curves = {name: [list(astuple(one)) for one in thresholds(those)] for name, those in known.items()}
+    return replace(document, temperature=temperature, thresholds={"images": len(said.truth), **curves})
+
+
+def _write(
+    loaded: Loaded, file: Path, document: Document, batches: Iterator[NDArray[np.uint8]]
+) -> Callable[[Document], None]:
+    """Write the file; returns what writes another document into it."""
     program = traced(loaded, document.resize)
     if document.format == "torch":
         write_torch(program, file, document)
-    elif document.format == "openvino":
+        return partial(write_torch, program, file)
+    if document.format == "openvino":
         network = openvino_model(program, document)
         network = quantize_openvino(network, batches, document) if document.dtype == "int8" else network
         write_openvino(network, file, document)
-    elif document.dtype == "int8":
+        return partial(write_openvino, network, file)
+    if document.dtype == "int8":
         exact = file.with_name("exact.onnx")
         write_onnx(program, exact, document)
         quantize_onnx(exact, file, batches, document)
@@ -207,6 +246,7 @@ def _write(loaded: Loaded, file: Path, document: Document, batches: Iterator[NDA
             part.unlink()
     else:
         write_onnx(program, file, document)
+    return partial(edit_onnx, file)
 
 
 def _refuse(proof: Proof, document: Document, tolerance: float) -> None:
@@ -218,8 +258,8 @@ def _refuse(proof: Proof, document: Document, tolerance: float) -> None:
             f"{percent(proof.before)}: worse by more than {percent(tolerance)}, so no file was left; use another "
             "dtype, or a larger --tolerance."
         )
-    if document.dtype == "fp32" and document.resize == "outside" and not proof.largest <= TIE:
+    if document.dtype == "fp32" and not proof.by_network <= TIE:
         raise ModelError(
-            f"{what}: a probability differs from the model's by {proof.largest:.2g}, more than rounding explains, so "
-            "no file was left; please report this with the model."
+            f"{what}: a probability differs from the model's by {proof.by_network:.2g}, more than rounding explains, "
+            "so no file was left; please report this with the model."
         )

@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from vitft.checkpoints.exported import Run
-from vitft.data.augment import normalize, resize_and_crop
+from vitft.data.augment import Preprocess, normalize, resize_and_crop
 from vitft.evaluation.comparison import Difference, mcnemar, paired_difference
 from vitft.evaluation.evaluation import BATCH, Progress, SplitImages
+from vitft.exporting.resize import Resize
 from vitft.hardware.device import threads
 from vitft.models.load import Loaded
 
@@ -36,7 +37,8 @@ class Proof:
     """How an exported file compares with its model, on `images` images.
 
     `agreement` is the fraction of images with the same best class, and `untied` how many of the others had no tie (two
-    best classes within 1e-3). `largest` is the largest difference of a probability. Of random noise (`split` is None),
+    best classes within 1e-3). `largest` is the largest difference of a probability, `by_network` that from the model
+    on the pixels that the file's own resize gives, which are not always Pillow's. Of random noise (`split` is None),
     there is no accuracy.
     """
 
@@ -46,6 +48,7 @@ class Proof:
     agreement: float
     untied: int
     largest: float
+    by_network: float
     accuracy: float | None  # of the file
     before: float | None  # of the model
     difference: Difference | None  # of the two, with its 95 % interval
@@ -64,41 +67,68 @@ def prove(
     how = loaded.preprocess
     if images is None:
         draw = np.random.default_rng(0)
-        pixels: Any = torch.from_numpy(draw.integers(0, 256, (NOISE, how.height, how.width, 3), dtype=np.uint8))
+        noise = draw.integers(0, 256, (NOISE, how.height, how.width, 3), dtype=np.uint8)
         count = NOISE
     else:
         count = len(images.truth)
 
     def prepared(places: NDArray[np.int64]) -> torch.Tensor:
-        return pixels[places] if images is None else resize_and_crop(images.store.gather(places), how)
+        return resize_and_crop(torch.from_numpy(noise[places]) if images is None else images.store.gather(places), how)
 
-    model = _in_torch(loaded)
-    before, after = [], []
+    def original(place: int) -> NDArray[np.uint8]:
+        return noise[place] if images is None else images.original(place, how)
+
+    model, resize = _in_torch(loaded), Resize(how)
+    before, after, expected = [], [], []
     for places in np.array_split(np.arange(count), -(-count // BATCH)):
         ready = prepared(places)
         before.append(model(ready))
-        if whole and images is not None:
-            after += [run(images.original(place, how)[None]) for place in places.tolist()]
+        expected.append(before[-1])
+        if whole:
+            originals = [original(place)[None] for place in places.tolist()]
+            after += [run(one) for one in originals]
+            pixels = torch.cat([resize(torch.from_numpy(one)) for one in originals]).to(torch.uint8)
+            if not torch.equal(pixels, ready):  # tall images, from Pillow 13 on
+                expected[-1] = model(pixels)
         else:
             after.append(run(ready.numpy()))
         progress(int(places[-1]) + 1, count)
     first = prepared(np.arange(min(count, BATCHED)))
     sample = first.repeat(-(-BATCHED // len(first)), 1, 1, 1)[:BATCHED].contiguous()
     one, batch = (_speeds(model, run, sample[:size]) for size in (1, BATCHED))
-    return compare(np.concatenate(before), np.concatenate(after), images, one, batch)
+    joined = [np.concatenate(parts) for parts in (before, after, expected)]
+    return compare(joined[0], joined[1], joined[2], images, one, batch)
+
+
+def predicted(
+    run: Run, images: SplitImages, how: Preprocess, *, whole: bool, progress: Progress = lambda done, count: None
+) -> NDArray[np.float32]:  # fmt: skip
+    """The file's probabilities for all images of a split, (n, K); `whole` as in `prove`."""
+    count, found = len(images.truth), []
+    for places in np.array_split(np.arange(count), -(-count // BATCH)):
+        if whole:
+            found += [run(images.original(place, how)[None]) for place in places.tolist()]
+        else:
+            found.append(run(resize_and_crop(images.store.gather(places), how).numpy()))
+        progress(int(places[-1]) + 1, count)
+    return np.concatenate(found)
 
 
 def compare(
-    before: NDArray[np.float32], after: NDArray[np.float32], images: SplitImages | None, one: Speed, batch: Speed
-) -> Proof:
-    """The comparison of two sets of probabilities (n, K) for the same images."""
+    before: NDArray[np.float32], after: NDArray[np.float32], expected: NDArray[np.float32], images: SplitImages | None,
+    one: Speed, batch: Speed,
+) -> Proof:  # fmt: skip
+    """The comparison of two sets of probabilities (n, K) for the same images, of the model and of the file.
+
+    `expected` are those of the model for the pixels that the file's resize gives.
+    """
     best, predicted = before.argmax(axis=1), after.argmax(axis=1)
     top = np.sort(before, axis=1)[:, ::-1]
     tied = top[:, 0] - top[:, 1] <= TIE if before.shape[1] > 1 else np.ones(len(before), bool)
     differ = best != predicted
-    largest = float(np.abs(before.astype(np.float64) - after).max())
+    largest, by_network = (float(np.abs(those.astype(np.float64) - after).max()) for those in (before, expected))
     found = Proof(
-        None, None, len(before), float(1 - differ.mean()), int((differ & ~tied).sum()), largest,
+        None, None, len(before), float(1 - differ.mean()), int((differ & ~tied).sum()), largest, by_network,
         None, None, None, None, one, batch,
     )  # fmt: skip
     if images is None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vitft.attribution.maps import Map, Method, class_maps
+from vitft.checkpoints.exported import document_of
 from vitft.data.augment import normalize
 from vitft.data.decoder import MAX_PIXELS, BadImage
 from vitft.errors import ModelError, UsageError
@@ -105,8 +106,8 @@ class Predictor:
 
     `labels` are its classes, in the order of the logits; `preprocess` is how an image becomes the model's input.
     `threshold` is the confidence below which a prediction is unsure, and `none_of_these` the novelty above which an
-    image is of none of the classes, if they were asked for. Several threads may use one predictor, but not for `maps`
-    and novelty, which look into the model while it computes.
+    image is of none of the classes, if they were asked for. `document` is what an exported file says of itself. Several
+    threads may use one predictor, but not for `maps` and novelty, which look into the model while it computes.
     """
 
     def __init__(
@@ -119,12 +120,13 @@ class Predictor:
             raise UsageError("min_confidence and min_precision both set the confidence to decide at; remove one.")
         self.checkpoint, self.max_pixels = checkpoint, max_pixels
         loaded = load_model(checkpoint)
+        self.document = document_of(loaded.model)
         self.labels, self.preprocess = loaded.labels, loaded.preprocess.with_value_range(value_range)
         self._scoring: Scoring = loaded.scoring
-        self._temperature = temperature_of(checkpoint) if calibrated else 1.0
+        self._temperature = temperature_of(checkpoint, self.document) if calibrated else 1.0
         self.threshold = min_confidence
         if min_precision is not None:
-            self.threshold = threshold_of(checkpoint, min_precision, self._temperature)
+            self.threshold = threshold_of(checkpoint, self.document, min_precision, calibrated=calibrated)
         self.none_of_these = none_of_these
         self._novelty = None if none_of_these is None else read_novelty(checkpoint)
         self._device = find_device(device)
@@ -199,11 +201,6 @@ class Predictor:
         novelty = None if scores.novelty is None else float(scores.novelty[place])
         none = novelty is not None and self.none_of_these is not None and novelty > self.none_of_these
         return Prediction(path, top, unsure=unsure, novelty=novelty, none_of_these=none, probabilities=probabilities)
-
-    @property
-    def has_maps(self) -> bool:
-        """Whether `maps` can look into the model: not into an exported one."""
-        return isinstance(self._model, torch.nn.Module)
 
     def maps(self, pixels: torch.Tensor, classes: Sequence[int], by: Method | None = None) -> list[Map]:
         """What speaks for a class in each image, by place: (rows, columns), high where much does.

@@ -71,9 +71,7 @@ class Service:
 
     async def explain(self, request: Request, label: str | None) -> Response:
         """Draw what in the image of a request speaks for a class."""
-        draw, labels = self.model.picture, self.model.labels
-        if draw is None:
-            raise HTTPException(501, "an exported model does not say what speaks for a class; serve the run.")
+        labels = self.model.labels
         if label is not None and label not in labels:
             raise HTTPException(422, f"label {label!r}: unknown{nearest(label, labels) or '; /model lists them.'}")
         names, read = await self._read(request)
@@ -84,7 +82,7 @@ class Service:
         if label is None:
             (best,) = await self.batcher.classify(read)
             label = best.top[0][0]
-        png = await self.batcher.with_model(draw, read[0].pixels, labels.index(label))
+        png = await self.batcher.with_model(self.model.picture, read[0].pixels, labels.index(label))
         return Response(png, media_type="image/png")
 
     async def predict(self, request: Request, top_k: int, every: bool) -> Answer:

@@ -13,6 +13,7 @@ from PIL import Image
 from vitft import __version__
 from vitft.attribution.maps import overlay
 from vitft.checkpoints.checkpoint import find_model, run_of
+from vitft.checkpoints.exported import Document
 from vitft.checkpoints.metadata import read_card
 from vitft.io.paths import expanded
 from vitft.prediction.predictor import Prediction, Predictor
@@ -24,7 +25,7 @@ WIDTH = 416  # pixels of a picture of what speaks for a class
 class Model:
     """A classifier: `read` decodes an image, `classify` predicts several; `sample` is an image.
 
-    `picture` draws what in an image speaks for a class, given by its place in the labels, as a PNG; None if it cannot.
+    `picture` draws what in an image speaks for a class, given by its place in the labels, as a PNG.
     `about` is what is known of it, as JSON values.
     """
 
@@ -33,7 +34,7 @@ class Model:
     read: Callable[[bytes], Any]
     classify: Callable[[Sequence[Any]], Sequence[Prediction]]
     sample: Any
-    picture: Callable[[Any, int], bytes] | None = None
+    picture: Callable[[Any, int], bytes]
     about: dict[str, Any] = field(default_factory=dict)
 
 
@@ -60,13 +61,11 @@ def open_model(checkpoint: str | Path, **options: Any) -> Model:
     about = {
         "image_size": [size.height, size.width], "labels": list(predictor.labels), "threshold": predictor.threshold,
         "none_of_these": predictor.none_of_these, "calibrated": bool(options.get("calibrated", False)),
-        **_recorded(checkpoint),
+        **_recorded(checkpoint, predictor.document),
         "versions": {"vitft": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }  # fmt: skip
     sample = predictor.read(_png(Image.new("RGB", (8, 8))))
-    draws = picture if predictor.has_maps else None
-    about["explains"] = draws is not None
-    return Model(name_of(checkpoint), predictor.labels, predictor.read, classify, sample, draws, about)
+    return Model(name_of(checkpoint), predictor.labels, predictor.read, classify, sample, picture, about)
 
 
 def _png(image: Image.Image) -> bytes:
@@ -85,12 +84,16 @@ def name_of(checkpoint: str | Path) -> str:
     return (Path(folder.name) / path.relative_to(folder)).as_posix()
 
 
-def _recorded(checkpoint: str | Path) -> dict[str, Any]:
-    """What vitft wrote down when it saved the checkpoint: steps, and the score of each split."""
+def _recorded(checkpoint: str | Path, document: Document | None) -> dict[str, Any]:
+    """What vitft wrote down when it saved the checkpoint: steps, and the score of each split.
+
+    Of a lone exported file, the latter alone, by its `document`.
+    """
     folder = find_model(expanded(checkpoint))
     card = read_card(folder) if folder.is_dir() else None
-    if card is None:
+    known = card or document
+    if known is None or known.scores is None:
         return {}
     names = ("accuracy", "accuracy_interval", "count", "split_hash")
-    scores = {split: {name: score[name] for name in names} for split, score in card.scores.items()}
-    return {"step": card.step, "scores": scores}
+    scores = {split: {name: score[name] for name in names} for split, score in known.scores.items()}
+    return {"scores": scores} | ({} if card is None else {"step": card.step})

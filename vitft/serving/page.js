@@ -12,7 +12,7 @@ const count = (number, name) => `${number.toLocaleString("en")} ${name}${number 
 const megabytes = (bytes) => `${(bytes / 1e6).toFixed(bytes < 1e7 ? 1 : 0)} MB`;
 const pause = (seconds) => new Promise((done) => setTimeout(done, 1000 * seconds));
 
-let model = { labels: [], limits: { upload_bytes: Infinity }, threshold: null, none_of_these: null, explains: false };
+let model = { labels: [], limits: { upload_bytes: Infinity }, threshold: null, none_of_these: null };
 const loaded = (async () => {
   const answer = await fetch("model");
   if (!answer.ok) throw new Error(`the server answers ${answer.status}`);
@@ -44,7 +44,7 @@ function report() {
   if (tally.done) parts.push(`${count(tally.done, "photo")} classified`);
   if (tally.failed) parts.push(`${tally.failed.toLocaleString("en")} failed`);
   get("status").textContent = parts.join(", ");
-  get("hint").hidden = !(model.explains && tally.done);
+  get("hint").hidden = !tally.done;
   get("clear").hidden = !get("results").children.length;
 }
 
@@ -128,13 +128,11 @@ async function ask(file) {
 }
 
 function row({ label, score }, first, isProbability) {
-  const one = make(model.explains ? "button" : "div", first ? "class first" : "class");
-  if (model.explains) {
-    one.type = "button";
-    one.title = `what speaks for ${label}?`;
-    one.dataset.label = label;
-    one.setAttribute("aria-pressed", "false");
-  }
+  const one = make("button", first ? "class first" : "class");
+  one.type = "button";
+  one.title = `what speaks for ${label}?`;
+  one.dataset.label = label;
+  one.setAttribute("aria-pressed", "false");
   one.append(make("span", "label", label), make("span", "number", isProbability ? percent(score) : score.toFixed(3)));
   if (isProbability) {
     const track = make("div", "track"), fill = make("span", "fill");
