@@ -74,6 +74,11 @@ def test_the_commands_show_runs_and_the_worst_mistakes(
     assert scored.exit_code == 0, scored.output
     assert "runs/killed, the newest run" in scored.stderr
     assert "Misclassified, surest first:" in scored.stdout
+    image = str(Path(__file__).parents[2] / "docs" / "digits" / "nine.png")
+    newest, named = (run(app, ["predict", image, *words]) for words in ((), ("--checkpoint", "runs/killed")))
+    assert (newest.exit_code, newest.stderr.count("runs/killed, the newest run")) == (0, 1)
+    assert newest.stdout == named.stdout
+    assert "newest" not in named.stderr
     assert (tmp_path / "said.parquet").is_file()
     wrong = json.loads(run(app, ["eval", "runs/first", "--errors", "3", "--json"]).stdout)["errors"]
     assert len(wrong) == 3

@@ -1,6 +1,7 @@
 """`vitft predict --explain`: a picture for each image, of where it speaks for its best class."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,6 +45,28 @@ def test_each_image_has_a_picture_that_is_bright_where_its_map_is_high(photos: P
     # Amber where the map is high, dark where it is low: the brightness of each patch, relative to the image's own.
     ratio = (shown / np.maximum(plain, 1)).reshape(rows, 336 // rows, columns, 336 // columns).mean(axis=(1, 3))
     assert np.corrcoef(ratio.ravel(), weights.ravel())[0, 1] > 0.9
+
+
+def test_a_picture_shows_the_method_that_was_asked_for(photos: Path, tmp_path: Path) -> None:
+    pictures = {}
+    for by in ("attention", "occlusion", None):
+        folder = tmp_path / str(by)
+        words = ["predict", str(photos / "a"), "--checkpoint", "vit-micro", "--explain", str(folder)]
+        done = CliRunner().invoke(app, words + ([] if by is None else ["--explain-by", by]))
+        assert done.exit_code == 0, done.output
+        pictures[by] = (folder / "one.png").read_bytes()
+    assert pictures["attention"] == pictures[None] != pictures["occlusion"]
+    alone = CliRunner().invoke(app, ["predict", str(photos), "--checkpoint", "vit-micro", "--explain-by", "occlusion"])
+    assert (alone.exit_code, "add --explain FOLDER" in alone.stderr) == (2, True)
+
+
+def test_a_model_without_attention_says_so(photos: Path, tmp_path: Path, saved: Any) -> None:
+    words = ["predict", str(photos / "a"), "--checkpoint", str(saved("swin")), "--explain", str(tmp_path / "why")]
+    words += ["--output", str(tmp_path / "out.csv")]
+    done = CliRunner().invoke(app, [*words, "--explain-by", "attention"])
+    assert (done.exit_code, done.stderr.strip().splitlines()[-1].endswith("use occlusion.")) == (4, True)
+    assert not list(tmp_path.glob("out*"))
+    assert CliRunner().invoke(app, words).exit_code == 0
 
 
 def test_a_folder_that_cannot_be_is_refused_before_the_work(photos: Path, tmp_path: Path) -> None:

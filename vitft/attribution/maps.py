@@ -35,7 +35,7 @@ def class_maps(model: Any, pixels: Tensor, classes: Tensor, by: Method | None = 
         some, of = pixels[start : start + _BATCH], classes[start : start + _BATCH]
         found = None if by == "occlusion" else gradient_attention(model, some, of)
         if found is None and by == "attention":
-            raise ModelError("its patches do not all attend to each other; use occlusion.")
+            raise ModelError("attention: not between all patches of this model, so it shows nothing; use occlusion.")
         by = "occlusion" if found is None else "attention"
         maps += list((occlusion(model, some, of) if found is None else found).detach().cpu().numpy())
     return maps, by or "attention"

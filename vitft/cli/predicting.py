@@ -22,7 +22,7 @@ OUTPUT, SORTING = "Output", "Sorting"
 def predict(
     paths: Annotated[list[str] | None, typer.Argument(metavar="PATH", help="Image files, folders and globs.", show_default=False)] = None,
     *,
-    checkpoint: Annotated[str, typer.Option(help="Run folder, one of its checkpoints, or a Transformers folder or hub id.")],
+    checkpoint: Annotated[str | None, typer.Option(help="Run folder, one of its checkpoints, a Transformers folder or hub id, or an exported file. Default: the newest run in runs/.")] = None,
     paths_from: Annotated[str | None, typer.Option(metavar="FILE", help="Also read paths from this file, one a line or ended by NUL; - for standard input.")] = None,
     top_k: Annotated[int, typer.Option(min=1, metavar="<int>", help="Classes per image.")] = 3,
     calibrated: Annotated[bool, typer.Option("--calibrated", help="Divide logits by the temperature that the run fitted on its validation images.")] = False,
@@ -41,14 +41,16 @@ def predict(
     sort_into: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Copy each image into FOLDER/CLASS/, unsure ones into FOLDER/unsure/, and so on.", rich_help_panel=SORTING)] = None,
     link: Annotated[Literal["hard", "symbolic"] | None, typer.Option(help="Link instead of copying.", rich_help_panel=SORTING)] = None,
     explain: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Draw for each image what spoke for its best class.", rich_help_panel=OUTPUT)] = None,
+    explain_by: Annotated[Literal["attention", "occlusion"] | None, typer.Option(help="attention: its weights times gradients; occlusion: what hiding each part costs, for any model. Default: attention if the model has it.", rich_help_panel=OUTPUT)] = None,
 ) -> None:  # fmt: skip
     """Classify images. An unreadable image gets a row with its error, and the exit code is 3."""
     paths = paths or []
     _check(
         paths, paths_from, json=json, format=format, output=output, overwrite=overwrite, resume=resume,
-        sort_into=sort_into, link=link,
+        sort_into=sort_into, link=link, explain=explain, explain_by=explain_by,
     )  # fmt: skip
     with loading():
+        from vitft.evaluation.runs import newest_run
         from vitft.hardware.device import find_device
         from vitft.hardware.processes import join_processes
         from vitft.prediction.explaining import Explainer
@@ -67,6 +69,9 @@ def predict(
         return
     if sort_into is not None:
         check_apart(sort_into, paths)
+    if checkpoint is None:
+        checkpoint = str(newest_run())
+        console.note(f"{checkpoint}, the newest run")
     processes = join_processes(find_device(device))
     if processes.count > 1 and paths_from == "-":
         raise UsageError("--paths-from -: several processes cannot share standard input; give a file.")
@@ -87,7 +92,7 @@ def predict(
         return
     sorter = None if sort_into is None else Sorter(sort_into, predictor.labels, link=link)
     beside: list[Writer] = [] if sorter is None else [sorter]
-    beside += [] if explain is None else [Explainer(explain, predictor)]
+    beside += [] if explain is None else [Explainer(explain, predictor, explain_by)]
     with _writer(kind, file, layout, collected, appends=done.count > 0) as writer, _progress(kind, file) as progress:
         run(shared, [*beside, writer], tally, lambda count: progress(count, total))
     if file is not None:
@@ -114,6 +119,8 @@ def _check(paths: list[str], paths_from: str | None, **options: Any) -> None:
         raise UsageError("--resume goes on with a file, and --overwrite starts again; remove one.")
     if options["link"] and options["sort_into"] is None:
         raise UsageError("--link says how to sort; add --sort-into FOLDER.")
+    if options["explain_by"] and options["explain"] is None:
+        raise UsageError("--explain-by says how to explain; add --explain FOLDER.")
 
 
 def _target(format: str | None, output: Path | None, *, overwrite: bool, resume: bool) -> tuple[str, Path | None]:

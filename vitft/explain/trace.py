@@ -98,7 +98,8 @@ def trace_image(image: Path, checkpoint: str | Path) -> Trace:
         spec = spec_from_config(config := model.config.to_dict())
         if config["model_type"] != "vit":
             raise ModelError(
-                f"{checkpoint} is a {config['model_type']}, but the chapters follow plain ViTs; use one (vit)."
+                f"{checkpoint} is a {config['model_type']}, but the chapters follow plain ViTs; use one (vit), or, for "
+                "what speaks for a class, vitft predict --explain."
             )
         preprocess = loaded.preprocess
         mean, std, pixels = preprocess.mean, preprocess.std, _model_input(image, preprocess)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vitft.attribution.maps import overlay
+from vitft.attribution.maps import Method, overlay
 from vitft.data.decoder import BadImage
 from vitft.errors import UsageError
 from vitft.io.console import percent, safe
@@ -22,11 +22,11 @@ class Explainer:
     """Writes a PNG for each image into a folder: what the model was shown, and beside it what spoke for its best class.
 
     A picture is called after its image; where two images have one name, after a hash of the path, too, so that the same
-    call writes the same files. Images that could not be read have none.
+    call writes the same files. Images that could not be read have none. `by`: as in `Predictor.maps`.
     """
 
-    def __init__(self, folder: str | Path, predictor: Predictor) -> None:
-        self.folder, self.predictor = expanded(folder), predictor
+    def __init__(self, folder: str | Path, predictor: Predictor, by: Method | None = None) -> None:
+        self.folder, self.predictor, self._by = expanded(folder), predictor, by
         self._place = {label: place for place, label in reversed(list(enumerate(predictor.labels)))}
         self._used: set[str] = set()
         try:
@@ -37,7 +37,7 @@ class Explainer:
             ) from error
 
     def write(self, rows: Sequence[Prediction]) -> None:
-        """Explain some more predictions. Raises UsageError if a picture cannot be written."""
+        """Explain some more predictions. Raises UsageError if a picture cannot be written, and what `maps` raises."""
         for row in rows:
             if row.error is not None:
                 continue
@@ -46,7 +46,7 @@ class Explainer:
             except BadImage:  # it was replaced since
                 continue
             label, score = row.top[0]
-            (weights,) = self.predictor.maps(pixels[None], [self._place[label]])
+            (weights,) = self.predictor.maps(pixels[None], [self._place[label]], self._by)
             shown = pixels.numpy()
             height = round(_WIDTH * shown.shape[0] / shown.shape[1])
             sheet = Image.new("RGB", (2 * _WIDTH + 6, height + _CAPTION), "white")

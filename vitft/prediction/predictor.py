@@ -164,7 +164,7 @@ class Predictor:
             done += len(part)
 
     def read(self, image: str | Path | bytes | Image.Image) -> torch.Tensor:
-        """Decode and resize an image: uint8 (height, width, 3), as `probabilities` takes them. Raises DataError."""
+        """Decode and resize an image: uint8 (height, width, 3), as `score` takes them. Raises DataError."""
         result = read_image(str(image) if isinstance(image, Path) else image, self.preprocess, self.max_pixels)
         if isinstance(result, str):
             raise BadImage(result)
