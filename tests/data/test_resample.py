@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
-from vitft.data.augment import Preprocess, augment, augment_by_matmul
+from vitft.data.augment import Preprocess, augment, augment_by_matmul, resize
 from vitft.data.augmentation.settings import Augmentation
 from vitft.data.resample import RADIUS, crop_and_resize, filter_weights
 
@@ -60,8 +60,9 @@ def test_weights_sum_to_one_and_stay_inside_the_box(resample: str) -> None:
     [
         Preprocess(24, 24), Preprocess(20, 30, mean=(0.1, 0.2, 0.3), std=(0.2, 0.3, 0.4), resample="bicubic"),
         Preprocess(24, 24, mean=(0.5,), std=(0.25,)), Preprocess(24, 24, flips_channels=True),
+        Preprocess(24, 24, resample="lanczos"), Preprocess(24, 24, resample="hamming"),
     ],
-    ids=["square", "bicubic", "gray", "blue first"],
+    ids=["square", "bicubic", "gray", "blue first", "lanczos", "hamming"],
 )  # fmt: skip
 def test_matmul_augmentation_matches_the_threaded_version(kind: str, preprocess: Preprocess) -> None:
     images, index = noise(16, 16, 19), np.arange(16) * 7
@@ -71,6 +72,15 @@ def test_matmul_augmentation_matches_the_threaded_version(kind: str, preprocess:
     assert by_matmul.shape == by_threads.shape
     step = preprocess.rescale / min(preprocess.std)  # model input per 1/255
     assert (by_matmul - by_threads).abs().max() <= 1.6 * step
+
+
+@pytest.mark.parametrize("resample", ["lanczos", "hamming"])
+def test_a_gpu_resizes_by_filters_that_torch_does_not_have(resample: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = noise(3, 20, 50)  # taller afterwards: Pillow resizes columns first, too
+    expected = resize(images, 24, 36, resample)
+    monkeypatch.setattr("vitft.data.augment.many_launches_cost", lambda device: True)
+    monkeypatch.setattr("vitft.data.augment.pillow_resize", None)
+    assert (resize(images, 24, 36, resample).int() - expected.int()).abs().max() <= 2
 
 
 def test_the_number_of_operations_does_not_depend_on_the_batch_size() -> None:

@@ -13,7 +13,7 @@ import torch
 from vitft import TrainConfig, __version__, evaluate, predict
 from vitft.errors import UsageError
 from vitft.hardware import device as devices
-from vitft.hardware.device import find_attention, find_precision
+from vitft.hardware.device import find_attention, find_precision, on_host
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no CPU affinity on this system")
@@ -92,3 +92,12 @@ def test_an_unknown_device_or_precision_is_refused_in_a_library_call(
     if "device" in options:
         with pytest.raises(UsageError, match=re.escape(message)):
             predict("docs/digits", digits_run.run, **options)
+
+
+def test_a_gpu_is_waited_for_once_in_sixteen_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: waits.append(1) or tensor)
+    batches = [torch.full((2, 3), number) for number in range(35)]
+    blocks = list(on_host(iter(batches)))
+    assert len(waits) == 3
+    assert torch.equal(torch.cat(blocks), torch.cat(batches))

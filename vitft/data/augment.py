@@ -24,7 +24,7 @@ from vitft.data.augmentation.policies import operate
 from vitft.data.augmentation.settings import Augmentation
 from vitft.data.resample import RADIUS, crop_and_resize
 from vitft.errors import ModelError
-from vitft.hardware.device import cpus, to_device
+from vitft.hardware.device import cpus, many_launches_cost, to_device
 from vitft.hardware.pools import map_in_threads
 from vitft.randomness import uniform
 
@@ -39,6 +39,8 @@ CROP_RATIO = (3 / 4, 4 / 3)  # range of a random crop's width / height
 
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 """Pillow's filters by the numbers that `preprocessor_config.json` uses."""
+
+_OF_TORCH = ("bilinear", "bicubic")  # filters that `interpolate` has, with antialiasing
 
 
 @dataclass(frozen=True)
@@ -137,11 +139,16 @@ def resize(images: Tensor, height: int, width: int, resample: str) -> Tensor:
     """Antialiased resize, uint8 (B, H, W, 3) -> (B, height, width, 3): columns first, then rows.
 
     For training: fast, and within 2/255 of Pillow. Scores and predictions use `pillow_resize`, and so do filters that
-    torch does not have.
+    neither torch has nor, where launches cost, the matrix products.
     """
     if images.shape[1:3] == (height, width):
         return images
-    if resample not in ("bilinear", "bicubic"):
+    if resample not in _OF_TORCH:
+        if resample in RADIUS and many_launches_cost(images.device):
+            whole = _constant((0, 0, *images.shape[1:3]), images.device).expand(len(images), 4)
+            straight = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+            planes = crop_and_resize(images, whole, straight, height, width, resample)
+            return planes.round_().to(torch.uint8).permute(0, 2, 3, 1)
         return pillow_resize(images, height, width, resample)
     channels_last = images.permute(0, 3, 1, 2)
     if images.device.type == "cpu":
@@ -249,7 +256,7 @@ def resize_and_crop(images: Images, preprocess: Preprocess, *, exact: bool = Tru
     """
     if isinstance(images, Tensor):
         # torch is done with a batch before threads have memory for their parts, which the system clears first.
-        quick = not exact and preprocess.resample in RADIUS
+        quick = not exact and preprocess.resample in _OF_TORCH
         pieces = 1 if quick or len(images) < 8 else min(len(images), cpus())
         return _joined(images.chunk(pieces), lambda piece: _resize_and_crop(piece, preprocess, exact))
     return _joined(images, lambda image: _resize_and_crop(image[None], preprocess, exact))
@@ -263,7 +270,7 @@ def augment(
     Every change is a function of (seed, epoch, sample index), `index` being (B,). Erasing and mixing, which change the
     model input, come later. `out` is a buffer: see `normalize`.
     """
-    if isinstance(images, Tensor) and images.device.type != "cpu" and _can_use_matmul(images, preprocess, how.kind):
+    if isinstance(images, Tensor) and _matmul_pays(images, preprocess, how.kind):
         return augment_by_matmul(images, preprocess, how, epoch, index)
     return normalize(augment_pixels(images, preprocess, how, epoch, index), preprocess, out)
 
@@ -319,8 +326,13 @@ def augment_by_matmul(images: Tensor, preprocess: Preprocess, how: Augmentation,
     return (planes * preprocess.rescale - mean) / std
 
 
-def _can_use_matmul(images: Tensor, preprocess: Preprocess, kind: str) -> bool:
-    """Whether this is one resize, of the whole image or of a crop, by a filter that the matrix products support."""
+def _matmul_pays(images: Tensor, preprocess: Preprocess, kind: str) -> bool:
+    """Whether this is one resize, of the whole image or of a crop, by a filter that the matrix products support.
+
+    And on a device where they are faster than a resize of each image.
+    """
+    if not many_launches_cost(images.device):
+        return False
     whole = preprocess.resizes and preprocess.shortest_edge is None and preprocess.before_crop is None
     resized = images.shape[1:3] != (preprocess.height, preprocess.width)
     return preprocess.resample in RADIUS and (kind == "crop" or (whole and resized))

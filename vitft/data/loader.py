@@ -20,10 +20,11 @@ from vitft.data.augment import Images, Preprocess, augment, augment_pixels, flip
 from vitft.data.augmentation.erasing import erase
 from vitft.data.augmentation.mixing import draw_mixes, mix, mix_labels
 from vitft.data.augmentation.settings import Augmentation
+from vitft.data.resample import RADIUS
 from vitft.data.sampling import balanced_order, images_in_use, positions, streamed_order, uniform_order
 from vitft.data.stores.lazy_store import LazyStore
 from vitft.data.stores.store import Store, move_to_device
-from vitft.hardware.device import to_device
+from vitft.hardware.device import many_launches_cost, to_device
 from vitft.hardware.pools import map_in_processes, processes
 from vitft.hardware.timers import Clock
 from vitft.randomness import permutation
@@ -52,7 +53,8 @@ class TrainLoader:
     """The training batches of one process, by step.
 
     If a GPU trains and the images stay in host memory, host threads crop and resize the next batches while the GPU
-    computes. Images that are small enough to stay on the GPU are cropped and resized there.
+    computes. Images that are small enough to stay on the GPU are cropped and resized there, unless their filter is one
+    of Pillow's alone.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class TrainLoader:
     ) -> None:  # fmt: skip
         """`classes`: of the model."""
         self.clock = clock or Clock()
-        if device.type == "cuda" and isinstance(store, Store):
+        if device.type == "cuda" and isinstance(store, Store) and preprocess.resample in RADIUS:
             store = move_to_device(store, device, torch.cuda.mem_get_info(device)[0])
         self.store, self.preprocess, self.augmentation, self.classes = store, preprocess, augmentation, classes
         self.seed = seed = augmentation.seed
@@ -194,7 +196,7 @@ class TrainLoader:
     def _gather(self, index: NDArray[np.int64]) -> Images:
         # Images that the host crops stay views; on a device, a batch is one tensor.
         crops = self.augmentation.kind == "crop"
-        return self.store.gather(index, stacked=not crops or self.store.device.type != "cpu")
+        return self.store.gather(index, stacked=not crops or many_launches_cost(self.store.device))
 
     def _prefetcher(self) -> Callable[[int], Tensor]:
         how, pin = self.preprocess, self.device.type == "cuda"

@@ -9,26 +9,29 @@ mirrors the image. On a GPU this takes a few kernels for a batch of any size ins
 import torch
 from torch import Tensor
 
-RADIUS = {"bilinear": 1.0, "bicubic": 2.0}
-"""Support of each filter, in output pixels when shrinking and in input pixels when enlarging."""
+RADIUS = {"bilinear": 1.0, "bicubic": 2.0, "hamming": 1.0, "lanczos": 3.0}
+"""Support of each filter, in output pixels when shrinking and in input pixels when enlarging.
+
+Pillow's box and nearest are left out: where a pixel lies on an edge, rounding decides whether it counts.
+"""
 
 
 def crop_and_resize(images: Tensor, boxes: Tensor, flip: Tensor, height: int, width: int, resample: str) -> Tensor:
     """Crop a box from each image, mirror it where `flip` is true, and resize it with antialiasing.
 
     images is (B, H, W, 3), of any dtype; boxes is (B, 4): top, left, height and width in pixels; flip is bool (B,);
-    resample is a key of RADIUS. The result is float32 (B, 3, height, width), in the images' own range: bicubic
-    overshoot is clipped to 0..255 after each pass, as in Pillow. Within 1.6/255 of Pillow, which rounds twice.
+    resample is a key of RADIUS. The result is float32 (B, 3, height, width), in the images' own range: the overshoot of
+    bicubic and lanczos is clipped to 0..255 after each pass, as in Pillow. Within 1.6/255 of it, which rounds twice.
     """
     top, left, rows, columns = boxes.unbind(1)
     across = filter_weights(images.shape[2], left, columns, width, resample, flip)  # (B, width, W)
     down = filter_weights(images.shape[1], top, rows, height, resample)  # (B, height, H)
     planes = images.permute(0, 3, 1, 2).float()  # (B, 3, H, W)
     planes = planes @ across.mT[:, None]
-    if resample == "bicubic":
+    if overshoots := resample in ("bicubic", "lanczos"):
         planes.clamp_(0, 255)
     planes = down[:, None] @ planes
-    return planes.clamp_(0, 255) if resample == "bicubic" else planes
+    return planes.clamp_(0, 255) if overshoots else planes
 
 
 def filter_weights(
@@ -62,4 +65,12 @@ def _cubic(x: Tensor, a: float = -0.5) -> Tensor:
     return torch.where(x < 1, near, torch.where(x < RADIUS["bicubic"], a * far, 0.0))
 
 
-_FILTERS = {"bilinear": _triangle, "bicubic": _cubic}
+def _hamming(x: Tensor) -> Tensor:
+    return torch.where(x < 1, x.sinc() * (0.54 + 0.46 * (torch.pi * x).cos()), 0.0)
+
+
+def _lanczos(x: Tensor) -> Tensor:
+    return torch.where(x < RADIUS["lanczos"], x.sinc() * (x / 3).sinc(), 0.0)
+
+
+_FILTERS = {"bilinear": _triangle, "bicubic": _cubic, "hamming": _hamming, "lanczos": _lanczos}

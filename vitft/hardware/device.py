@@ -6,7 +6,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from importlib.metadata import version
@@ -172,6 +172,29 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def on_host(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The tensors in host memory, sixteen of them joined along their first dimension.
+
+    A GPU is waited for only so often: meanwhile the host prepares what comes next, but no more than it has room for.
+    """
+    block: list[torch.Tensor] = []
+    for tensor in tensors:
+        block.append(tensor)
+        if len(block) == 16:
+            yield torch.cat(block).cpu()
+            block.clear()
+    if block:
+        yield torch.cat(block).cpu()
+
+
+def many_launches_cost(device: torch.device) -> bool:
+    """Whether it is better to work on a whole batch at once than only where there is something to do.
+
+    On a GPU the host launches each operation, which takes as long as much arithmetic does. A CPU only has to calculate.
+    """
+    return device.type != "cpu"
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -4,7 +4,7 @@ If images are at most mirrored, a frozen backbone gives an image the same featur
 for the image and one for its mirror image). So a hundred epochs cost little more than one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from vitft.data.augment import draw_flips
 from vitft.data.augmentation.settings import Augmentation
 from vitft.data.loader import Batch, EvalLoader, TrainLoader
 from vitft.evaluation.evaluation import BATCH
-from vitft.hardware.device import micro_batch, to_device
+from vitft.hardware.device import micro_batch, on_host, to_device
 from vitft.models.features import Features, backbone
 from vitft.models.heads import classifier_of, head_of
 
@@ -62,13 +62,16 @@ def read_features(
     mine = np.array_split(positions, loader.world)[loader.rank]
     size = min(BATCH, micro_batch(config, loader.world))
     chunks = [mine[start : start + size] for start in range(0, len(mine), size)]
-    parts = []
     ahead = -(-_AHEAD // size)
-    for number, chunk in enumerate(chunks, 1):
-        if number % ahead == 1 or ahead == 1:
-            loader.fetch_ahead(np.concatenate(chunks[number - 1 : number + 2 * ahead]))
-        parts.append(features(loader.unaugmented(chunk, mirror=mirror)).cpu())
-        progress(number, len(chunks))
+
+    def read() -> Iterator[Tensor]:
+        for number, chunk in enumerate(chunks, 1):
+            if number % ahead == 1 or ahead == 1:
+                loader.fetch_ahead(np.concatenate(chunks[number - 1 : number + 2 * ahead]))
+            yield features(loader.unaugmented(chunk, mirror=mirror))
+            progress(number, len(chunks))
+
+    parts = list(on_host(read()))
     return torch.cat(gather([torch.cat(parts)] if parts else []))
 
 

@@ -1,5 +1,7 @@
 """At the end of a run: what its model knows, so that it can say of an image that it is none of its classes."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from accelerate.utils import gather_object
@@ -7,6 +9,7 @@ from accelerate.utils import gather_object
 from vitft.data.loader import EvalLoader
 from vitft.evaluation.evaluation import BATCH
 from vitft.evaluation.novelty import FEWEST, Novelty, fit_novelty, reduced
+from vitft.hardware.device import on_host
 from vitft.io import console
 from vitft.models.features import backbone, heads_input
 from vitft.randomness import permutation
@@ -46,11 +49,18 @@ def run_novelty(learner: Learner, decoded: Decoded, watched: Watched) -> Novelty
             rank=accelerator.process_index, world=accelerator.num_processes, only=compared,
         )  # fmt: skip
         batches = loader if probe is None else probe.scoring("validation", loader, progress)
-        network, parts = model if probe is None else probe.head, []
-        for number, batch in enumerate(batches, 1):
-            with torch.no_grad(), heads_input(model) as given:
-                logits = network(pixel_values=batch.pixels).logits
-            parts.append((given[0].float().cpu().numpy(), *reduced(logits.float().cpu().numpy())))
-            progress(number, len(batches))
+        network = model if probe is None else probe.head
+
+        def answers() -> Iterator[torch.Tensor]:
+            """Features and logits, side by side."""
+            for number, batch in enumerate(batches, 1):
+                with torch.no_grad(), heads_input(model) as given:
+                    logits = network(pixel_values=batch.pixels).logits
+                yield torch.cat([given[0].flatten(1).float(), logits.float()], dim=1)
+                progress(number, len(batches))
+
+        classes = model.config.num_labels
+        both = (block.numpy() for block in on_host(answers()))
+        parts = [(block[:, :-classes].copy(), *reduced(block[:, -classes:])) for block in both]
         features, largest, energy = map(np.concatenate, zip(*gather(parts), strict=True))
     return fit_novelty(known.numpy(), features, largest, energy)

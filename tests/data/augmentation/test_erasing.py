@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.stats import kstest, uniform
 
+from vitft.data.augmentation import boxes
 from vitft.data.augmentation.erasing import draw_erased, erase
 
 SOME = np.arange(6000)
@@ -12,17 +13,17 @@ SOME = np.arange(6000)
 
 @pytest.mark.parametrize("probability", [0.25, 1.0])
 def test_so_many_are_erased(probability: float) -> None:
-    places, boxes = draw_erased(probability, 200, 200, 3, 1, SOME)
+    places, found = draw_erased(probability, 200, 200, 3, 1, SOME)
     # A box longer than the image is drawn again, ten times at most, which almost always finds one.
     assert abs(len(places) / len(SOME) - probability) < 4 * (0.25 / len(SOME)) ** 0.5
-    assert len(places) == len(boxes) == len(set(places.tolist()))
+    assert len(places) == len(found) == len(set(places.tolist()))
 
 
 def test_areas_ratios_and_places_are_uniform_as_in_the_paper() -> None:
     """Zhong et al. 2020, algorithm 1, by the accepted boxes of a plain loop over random numbers of another kind."""
     height, width = 300, 400
-    _, boxes = draw_erased(1.0, height, width, 3, 1, SOME)
-    top, left, tall, wide = boxes.T
+    _, found = draw_erased(1.0, height, width, 3, 1, SOME)
+    top, left, tall, wide = found.T
     assert (top + tall <= height).all()
     assert (left + wide <= width).all()
     rng, areas, ratios = np.random.default_rng(0), [], []
@@ -39,13 +40,15 @@ def test_areas_ratios_and_places_are_uniform_as_in_the_paper() -> None:
     assert kstest(part, uniform.cdf).pvalue > 1e-4
 
 
-def test_a_box_becomes_zero_and_the_rest_stays() -> None:
+@pytest.mark.parametrize("launches", [False, True], ids=["one by one", "at once"])
+def test_a_box_becomes_zero_and_the_rest_stays(launches: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(boxes, "many_launches_cost", lambda device: launches)
     index = np.arange(100, 140)
     pixels = torch.full((40, 3, 32, 24), 7.0)
     erase(pixels, 0.5, 3, 1, index)
-    places, boxes = draw_erased(0.5, 32, 24, 3, 1, index)
+    places, found = draw_erased(0.5, 32, 24, 3, 1, index)
     expected = np.full((40, 3, 32, 24), 7.0)
-    for place, (top, left, height, width) in zip(places, boxes, strict=True):
+    for place, (top, left, height, width) in zip(places, found, strict=True):
         expected[place, :, top : top + height, left : left + width] = 0
     assert np.array_equal(pixels.numpy(), expected)
     assert 10 < len(places) < 30

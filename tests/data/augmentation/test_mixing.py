@@ -6,6 +6,7 @@ import torch
 from scipy.stats import beta, kstest
 
 from vitft.config.train import TrainConfig
+from vitft.data.augmentation import boxes
 from vitft.data.augmentation.mixing import Mixes, draw_mixes, mix, mix_labels
 from vitft.data.augmentation.settings import Augmentation
 from vitft.training.loss import summed_loss
@@ -60,7 +61,9 @@ def test_with_both_each_has_half_of_the_images() -> None:
     assert kstest(mixes.share[~mixes.cut], beta(0.8, 0.8).cdf).pvalue > 1e-4
 
 
-def test_images_and_labels_are_mixed_in_the_same_shares() -> None:
+@pytest.mark.parametrize("launches", [False, True], ids=["one by one", "at once"])
+def test_images_and_labels_are_mixed_in_the_same_shares(launches: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(boxes, "many_launches_cost", lambda device: launches)
     rng = np.random.default_rng(0)
     pixels = rng.normal(size=(4, 3, 6, 8)).astype(np.float32)
     mixes = Mixes(np.array([0.3, 1 - 12 / 48, 1.0]), np.array([False, True, False]),

@@ -1,8 +1,11 @@
-"""Random boxes within images, by area and aspect ratio: for crops and for erasing."""
+"""Boxes within images: random ones, by area and aspect ratio, and what is done inside of them."""
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from vitft.hardware.device import many_launches_cost, to_device
 from vitft.randomness import uniform
 
 ATTEMPTS = 10
@@ -35,3 +38,21 @@ def draw_boxes(
         found[remaining[fits]] = True
         remaining = remaining[~fits]
     return boxes, found
+
+
+def overwrite(pixels: Tensor, edges: NDArray[np.int64], source: Tensor) -> None:
+    """In place, the inside of a box of each image becomes what `source` has there.
+
+    pixels is (B, C, H, W), edges (B, 4): top, left, bottom, right, equal where there is no box; source is broadcast.
+    """
+    height, width = pixels.shape[2:]
+    if many_launches_cost(pixels.device):
+        top, left, bottom, right = to_device(torch.from_numpy(edges), pixels.device).T[:, :, None]
+        down, across = (torch.arange(side, device=pixels.device) for side in (height, width))
+        rows, columns = (down >= top) & (down < bottom), (across >= left) & (across < right)
+        torch.where(rows[:, None, :, None] & columns[:, None, None, :], source, pixels, out=pixels)
+        return
+    source = source.expand_as(pixels)
+    for place in np.flatnonzero((edges[:, :2] < edges[:, 2:]).all(axis=1)).tolist():
+        top, left, bottom, right = edges[place].tolist()
+        pixels[place, :, top:bottom, left:right] = source[place, :, top:bottom, left:right]

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitft.data.augmentation.boxes import draw_boxes
+from vitft.data.augmentation.boxes import draw_boxes, overwrite
 from vitft.randomness import uniform
 
 AREAS = (0.02, 1 / 3)  # of a box, as fractions of the image's
@@ -26,6 +26,8 @@ def erase(pixels: Tensor, probability: float, seed: int, epoch: int, index: NDAr
 
     Erased pixels become 0, the model's mean color: about as good as noise in that paper, and the same on every device.
     """
-    places, boxes = draw_erased(probability, pixels.shape[2], pixels.shape[3], seed, epoch, index)
-    for place, (top, left, height, width) in zip(places.tolist(), boxes.tolist(), strict=True):
-        pixels[place, :, top : top + height, left : left + width] = 0
+    height, width = pixels.shape[2:]
+    places, boxes = draw_erased(probability, height, width, seed, epoch, index)
+    edges = np.zeros((len(index), 4), np.int64)  # of those that stay, an empty box
+    edges[places] = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+    overwrite(pixels, edges, pixels.new_zeros(()))

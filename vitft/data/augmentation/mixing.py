@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy.special import betaincinv
 from torch import Tensor
 
+from vitft.data.augmentation.boxes import overwrite
 from vitft.data.augmentation.settings import Augmentation
 from vitft.hardware.device import to_device
 from vitft.randomness import uniform
@@ -50,9 +51,8 @@ def mix(pixels: Tensor, mixes: Mixes, out: Tensor | None = None) -> Tensor:
     blended = np.where(mixes.cut, 1.0, mixes.share)
     share = to_device(torch.from_numpy(blended).to(pixels.dtype), pixels.device)
     mixed = torch.lerp(pixels[1:], pixels[:-1], share[:, None, None, None], out=out)
-    for place in np.flatnonzero(mixes.cut).tolist():
-        top, left, bottom, right = mixes.boxes[place].tolist()
-        mixed[place, :, top:bottom, left:right] = pixels[place + 1, :, top:bottom, left:right]
+    if mixes.cut.any():
+        overwrite(mixed, np.where(mixes.cut[:, None], mixes.boxes, 0), pixels[1:])
     return mixed
 
 

@@ -6,6 +6,7 @@ map from output to input pixels. Both are applied once for all images of a batch
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
@@ -178,8 +179,13 @@ TABLES: dict[str, Callable[[Tensor, Strengths], Tensor]] = {
 
 def luminance(images: Tensor) -> Tensor:
     """uint8 (B, H, W, 3) -> (B, H, W, 1) by ITU-R 601, rounded as in Pillow: gray pixels keep their value."""
-    weights = torch.tensor(LUMINANCE, dtype=torch.int32, device=images.device)
-    return ((images.int() * weights).sum(dim=3, keepdim=True) + 0x8000 >> 16).to(torch.uint8)
+    return ((images.int() * _weights(images.device)).sum(dim=3, keepdim=True) + 0x8000 >> 16).to(torch.uint8)
+
+
+@cache
+def _weights(device: torch.device) -> Tensor:
+    """Of `luminance`: to move them to a GPU in each step would wait for it."""
+    return torch.tensor(LUMINANCE, dtype=torch.int32, device=device)
 
 
 def _color(images: Tensor, factor: Strengths) -> Tensor:
