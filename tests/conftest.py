@@ -167,6 +167,42 @@ def server(digit_shards: Path, fetched: Path) -> Iterator[Any]:
         yield running
 
 
+@pytest.fixture(scope="session")
+def object_store(digit_shards: Path) -> Iterator[str]:
+    """An S3 server on loopback, `host:port`, with the shards of digits in BUCKET."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    store = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    store.start()
+    place = ":".join(map(str, store.get_host_and_port()))
+    session = boto3.Session(*BUCKET_KEYS.values())
+    client = session.client("s3", endpoint_url=f"http://{place}", region_name="us-east-1")
+    client.create_bucket(Bucket="photos")
+    for file in digit_shards.iterdir():
+        client.put_object(Bucket="photos", Key=f"sets/digits/{file.name}", Body=file.read_bytes())
+    yield place
+    store.stop()
+
+
+BUCKET, BUCKET_KEYS = "s3://photos/sets/digits", {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "key"}
+
+
+@pytest.fixture
+def bucket(object_store: str, fetched: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Stands before the object store, and is what s3:// means."""
+    import s3fs
+
+    from tests.web import FaultyStore
+
+    with FaultyStore(object_store) as running:
+        for name, value in (BUCKET_KEYS | {"AWS_ENDPOINT_URL": running.url}).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        s3fs.S3FileSystem.clear_instance_cache()  # those of other stores and credentials
+        yield running
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Headless Chromium. One a module, because Playwright's loop lives in one thread as long as it is open."""

@@ -1,8 +1,11 @@
 """A web server on loopback for the files of a folder, which answers ranges, and fails as servers and networks do."""
 
 import re
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from hashlib import sha1
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock, Thread
@@ -58,49 +61,45 @@ class _Handler(BaseHTTPRequestHandler):
         with self.site.lock:
             self.site.requests.append(request)
             fault = self.site.fault(request, len(self.site.requests) - 1)
-        file = self.site.root / name
         if isinstance(fault, int):
-            self._answer(fault, b"")
-        elif file.is_file():
-            self._send(file.read_bytes(), first, last, fault)
-        elif file.is_dir() and self.site.lists:
-            links = [f"<a href='{each.name}{'/' * each.is_dir()}'>{each.name}</a>" for each in sorted(file.iterdir())]
-            self._answer(200, "\n".join(links).encode(), {"Content-Type": "text/html"})
+            self._answer(fault, {}, self.site.refusal(fault))
         else:
-            self._answer(404, b"")
+            self._answer(*self.site.answer(request._replace(first=None) if fault == "whole" else request, self), fault)
 
     do_HEAD = do_GET  # noqa: N815
 
-    def _send(self, content: bytes, first: int | None, last: int | None, fault: str | None) -> None:
-        about = {"ETag": f'"{sha1(content).hexdigest()}"', "Accept-Ranges": "bytes"}
-        status, part = 200, content
-        if first is not None and fault != "whole":
-            status, part = 206, content[first : (last or 0) + 1]
-            about["Content-Range"] = f"bytes {first}-{first + len(part) - 1}/{len(content)}"
+    def _answer(self, status: int, headers: dict[str, str], body: bytes, fault: str | None = None) -> None:
         if fault == "damaged":
-            part = part[: len(part) // 2] + bytes([part[len(part) // 2] ^ 1]) + part[len(part) // 2 + 1 :]
-        self._answer(status, part, about, cut=fault == "cut")
-
-    def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, *, cut: bool = False) -> None:
+            body = body[: len(body) // 2] + bytes([body[len(body) // 2] ^ 1]) + body[len(body) // 2 + 1 :]
         self.send_response(status)
-        for name, value in (headers or {}).items():
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body[: len(body) // 2] if cut else body)
-        self.close_connection = cut
+            sent = len(body) // 2 if fault in ("cut", "stall") else len(body)
+            step = max(1, sent // _PIECES) if fault == "slow" else max(1, sent)
+            for start in range(0, sent, step):
+                self.wfile.write(body[start : min(start + step, sent)])
+                time.sleep(_PAUSE_S if fault == "slow" else 0)
+        if fault == "stall":
+            with suppress(ConnectionError):
+                self.connection.recv(1)  # until the other side has had enough
+        self.close_connection = fault in ("cut", "stall")
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+_PIECES, _PAUSE_S = 5, 0.3  # of a slow answer
 
 
 class FileServer(Loopback):
     """Serves the files below `root`.
 
     `fault` gets each request and its number, from 0, and returns what goes wrong with it: the status of an answer
-    without content, "cut" for a connection that ends in the middle, "whole" for a file that is sent although a range
-    was asked for, "damaged" for a wrong byte, or None.
+    without content, "cut" for a connection that ends in the middle, "stall" for one that stays open and says no more,
+    "slow" for pauses, "whole" for a file that is sent although a range was asked for, "damaged" for a wrong byte, or
+    None.
     """
 
     handler = _Handler
@@ -110,6 +109,59 @@ class FileServer(Loopback):
         self.fault: Callable[[Request, int], int | str | None] = lambda request, number: None
         self.lists = True  # what is in a folder
 
+    def answer(self, request: Request, asked: BaseHTTPRequestHandler) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and content."""
+        file = self.root / request.name
+        if file.is_file():
+            content = file.read_bytes()
+            about = {"ETag": f'"{sha1(content).hexdigest()}"', "Accept-Ranges": "bytes"}
+            if request.first is None:
+                return 200, about, content
+            part = content[request.first : (request.last or 0) + 1]
+            about["Content-Range"] = f"bytes {request.first}-{request.first + len(part) - 1}/{len(content)}"
+            return 206, about, part
+        if file.is_dir() and self.lists:
+            links = [f"<a href='{each.name}{'/' * each.is_dir()}'>{each.name}</a>" for each in sorted(file.iterdir())]
+            return 200, {"Content-Type": "text/html"}, "\n".join(links).encode()
+        return 404, {}, b""
+
+    def refusal(self, status: int) -> bytes:
+        """What comes with the status of an error."""
+        return b""
+
     def fetched(self, name: str = "") -> list[Request]:
         """The requests for parts of files."""
         return [one for one in self.requests if one.first is not None and one.name.endswith(name)]
+
+
+class FaultyStore(FileServer):
+    """Passes requests on to an object store at `host:port`, with the faults of `FileServer`."""
+
+    def __init__(self, store: str) -> None:
+        super().__init__(Path())
+        self._store = store
+
+    def answer(self, request: Request, asked: BaseHTTPRequestHandler) -> tuple[int, dict[str, str], bytes]:
+        """What the store answers."""
+        connection = HTTPConnection(self._store)
+        try:
+            given = {k: v for k, v in asked.headers.items() if k != "Range" or request.first is not None}
+            connection.request(asked.command, asked.path, headers=given)
+            found = connection.getresponse()
+            headers = {name: value for name, value in found.getheaders() if name.lower() not in _OF_A_CONNECTION}
+            return found.status, headers, found.read()
+        finally:
+            connection.close()
+
+    def refusal(self, status: int) -> bytes:
+        """As Amazon S3 says it."""
+        code, text = _REFUSALS[status]
+        return f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{text}</Message></Error>".encode()
+
+
+_OF_A_CONNECTION = ("connection", "transfer-encoding", "server", "date")
+_REFUSALS = {
+    404: ("NoSuchKey", "The specified key does not exist."),
+    500: ("InternalError", "We encountered an internal error. Please try again."),
+    503: ("SlowDown", "Please reduce your request rate."),
+}

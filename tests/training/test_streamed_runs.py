@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.conftest import BUCKET
 from tests.forked import finish_two, flags
 from tests.training.test_trainer import AUGMENTED, assert_same_weights, config, interrupted, lines
 from tests.web import FileServer, Request
@@ -18,7 +19,7 @@ from vitft.data.decoder import MAX_PIXELS
 from vitft.data.loader import TrainLoader
 from vitft.data.sources.source import class_indices, open_dataset
 from vitft.data.stores.lazy_store import LazyStore
-from vitft.data.streaming import blocks
+from vitft.data.streaming import blocks, remote
 from vitft.data.streaming.parquet import ParquetShard
 from vitft.errors import DataError, UsageError
 from vitft.training.cost.dry_run import plan
@@ -62,19 +63,37 @@ def test_two_processes_train_as_one_does(digit_shards: Path, tmp_path: Path) -> 
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
-def test_a_server_that_fails_stops_the_run_with_everything_saved(server: FileServer, tmp_path: Path) -> None:
-    settings = config(dataset=f"{server.url}/digits", **LONGER | {"stream_gb": 0, "head_init": "random"})
+@pytest.fixture(params=["https", "s3"])
+def faulty(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[FileServer, str]:
+    """What serves the shards of digits and can fail, and their URL."""
+    monkeypatch.setattr(remote, "_SILENCE_S", 1)
+    if request.param == "s3":
+        return request.getfixturevalue("bucket"), BUCKET
+    server = request.getfixturevalue("server")
+    return server, f"{server.url}/digits"
+
+
+@pytest.mark.parametrize(("fault", "why"), [(503, "503|reduce your request rate"), ("stall", "the server is silent")])
+def test_a_server_that_fails_stops_the_run_with_everything_saved(
+    faulty: tuple[FileServer, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: int | str, why: str
+) -> None:
+    server, url = faulty
+    settings = config(dataset=url, **LONGER | {"stream_gb": 0, "head_init": "random"})
     whole = train(settings, output=tmp_path / "whole")
     seen: list[Request] = []
 
-    def fails(request: Request, number: int) -> int | None:
+    def fails(request: Request, number: int) -> int | str | None:
         seen.extend([request] if is_block(request) else [])
-        return 503 if is_block(request) and len(seen) > 14 else None
+        return fault if is_block(request) and len(seen) > 14 else None
 
     server.fault = fails
     blocks.clear()
-    with pytest.raises(DataError, match=r"train-0000.*cannot be fetched: 503.*vitft train --resume") as caught:
-        train(settings, output=tmp_path / "cut")
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "_ATTEMPTS", 2)
+        with pytest.raises(
+            DataError, match=rf"train-0000.*cannot be fetched: .*({why}).*vitft train --resume"
+        ) as caught:
+            train(settings, output=tmp_path / "cut")
     assert "\n" not in str(caught.value)
     server.fault = lambda request, number: None
     resumed = resume(tmp_path / "cut")
@@ -82,20 +101,31 @@ def test_a_server_that_fails_stops_the_run_with_everything_saved(server: FileSer
     assert_same_weights(whole.run / "last", resumed.run / "last")
 
 
-def test_what_fails_now_and_then_changes_nothing(server: FileServer, tmp_path: Path) -> None:
-    settings = config(dataset=f"{server.url}/digits", **LONGER | {"stream_gb": 0})
+def test_what_fails_now_and_then_changes_nothing(faulty: tuple[FileServer, str], tmp_path: Path) -> None:
+    server, url = faulty
+    settings = config(dataset=url, **LONGER | {"stream_gb": 0})
     whole = train(settings, output=tmp_path / "whole")
-    faults: list[int | str] = [503, "cut", "damaged", 500]
-    server.fault = lambda request, number: faults[number // 5 % 4] if number % 5 == 0 else None
+    faults: list[int | str] = [503, "cut", "damaged", 500, "stall"]
+    met: list[int | str] = []
+
+    def fails(request: Request, number: int) -> int | str | None:
+        if not is_block(request) or number % 3:
+            return None
+        met.append(faults[len(met) % len(faults)])
+        return met[-1]
+
+    server.fault = fails
     blocks.clear()
     flaky = train(settings, output=tmp_path / "flaky")
+    assert {*met} == {*faults}
     assert_same_weights(whole.run / "last", flaky.run / "last")
 
 
 @pytest.mark.parametrize("gone", ["train-00001", "test-00000"])
-def test_a_shard_that_is_gone_is_not_skipped(server: FileServer, tmp_path: Path, gone: str) -> None:
+def test_a_shard_that_is_gone_is_not_skipped(faulty: tuple[FileServer, str], tmp_path: Path, gone: str) -> None:
     """Hundreds of images are missing then, not a bad one."""
-    settings = config(dataset=f"{server.url}/digits", on_bad_image="skip", stream_gb=0, **LONGER)
+    server, url = faulty
+    settings = config(dataset=url, on_bad_image="skip", stream_gb=0, **LONGER)
     server.fault = lambda request, number: 404 if is_block(request) and gone in request.name else None
     with pytest.raises(
         DataError, match=rf"^{gone}.*: cannot be fetched: there is no such file or folder; it may be intact: try"

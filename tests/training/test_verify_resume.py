@@ -1,14 +1,17 @@
 """`vitft verify-resume`: a real run, a real kill -9, and a verdict that can fail."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from tests.conftest import BUCKET, BUCKET_KEYS
 from tests.forked import ended, start
 from tests.training.test_trainer import config
+from tests.web import FaultyStore
 from vitft.cli.app import app
 from vitft.config.recipe import load_config
 from vitft.config.train import TrainConfig
@@ -19,8 +22,8 @@ from vitft.training import verify_resume
 class Forked:
     """A run as `subprocess` has it, in a process that need not import everything first."""
 
-    def __init__(self, words: list[str], log: Path) -> None:
-        self._process, self._log = start("train", *words, log=log), log
+    def __init__(self, words: list[str], log: Path, environment: dict[str, str] | None = None) -> None:
+        self._process, self._log = start("train", *words, log=log, environment=environment), log
 
     @property
     def returncode(self) -> int | None:
@@ -45,6 +48,24 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path: Path, monkeypatch
     assert found.equal
     assert found.left == ()
     assert found.repeated <= 1
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_streamed_run_that_is_killed_ends_like_an_uninterrupted_one(
+    bucket: FaultyStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int
+) -> None:
+    """A kill may come while a part of a shard is fetched, written or mapped; little is kept, so most comes again."""
+    given = {name: os.environ[name] for name in (*BUCKET_KEYS, "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "VITFT_CACHE")}
+    monkeypatch.setattr(verify_resume, "_start", lambda words: Forked(words, tmp_path / "log", given))
+    small = {"width": 32, "layers": 2, "heads": 2, "image_size": 16, "patch_size": 4, "from_scratch": True}
+    settings = load_config("verify-resume", small | {
+        "dataset": BUCKET, "stream_gb": 1e-4, "device": "cpu", "precision": "fp32", "max_steps": 30 * (kills + 1),
+        "save_every": 10,
+    })  # fmt: skip
+    found = verify_resume.verify_resume(settings, tmp_path, kills=kills, seed=kills)
+    assert (found.steps, len(found.kills)) == (settings.max_steps, kills)
+    assert (found.equal, found.left) == (True, ())
+    assert len(bucket.fetched("train-00001-of-00003.parquet")) > 8 * (kills + 2)  # it has eight row groups
 
 
 def run(*words: str) -> Any:

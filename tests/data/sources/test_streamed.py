@@ -4,19 +4,17 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import s3fs
-from moto.server import ThreadedMotoServer
 
+from tests.conftest import BUCKET
 from tests.hub import CIFAR10, DATASET, StandInHub, make_dataset
 from tests.web import FileServer
 from vitft.data.decoder import BadImage, decode, encoded
@@ -71,28 +69,11 @@ def test_shards_on_a_web_server_are_read_as_those_in_a_folder(server: FileServer
     assert first == [f"train-0000{shard}-of-00003.parquet/{row}" for shard, row in ((0, 0), (0, 488), (1, 0))]
 
 
-@pytest.fixture
-def bucket(digit_shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URL of the shards in an object store on loopback."""
-    store = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    store.start()
-    host, port = store.get_host_and_port()
-    settings = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "key", "AWS_DEFAULT_REGION": "us-east-1"}
-    for name, value in (settings | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}).items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()  # those of other stores and credentials
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="photos")
-    for file in digit_shards.iterdir():
-        client.put_object(Bucket="photos", Key=f"sets/digits/{file.name}", Body=file.read_bytes())
-    yield "s3://photos/sets/digits"
-    store.stop()
-
-
-def test_shards_in_a_bucket(bucket: str, digit_shards: Path) -> None:
-    there = open_dataset(bucket)
+@pytest.mark.usefixtures("bucket")
+def test_shards_in_a_bucket(digit_shards: Path) -> None:
+    there = open_dataset(BUCKET)
     assert content(there) == content(open_dataset(str(digit_shards)))
-    one = open_dataset(f"{bucket}/train-00001-of-00003.parquet")
+    one = open_dataset(f"{BUCKET}/train-00001-of-00003.parquet")
     assert content(one)["train"] == content(there)["train"][489:977]
     with pytest.raises(DataError, match=r"^s3://photos/sets/letters: there is no such file or folder\.$"):
         open_dataset("s3://photos/sets/letters")
@@ -100,13 +81,14 @@ def test_shards_in_a_bucket(bucket: str, digit_shards: Path) -> None:
         open_dataset("s3://other/sets")
 
 
-def test_a_bucket_without_credentials(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("bucket")
+def test_a_bucket_without_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(DataError, match="no credentials; set AWS_ACCESS_KEY_ID"):
-        open_dataset(bucket)
+        open_dataset(BUCKET)
 
 
 def test_the_shards_of_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ import fsspec
 import pytest
 from huggingface_hub import HfFileSystem
 
-from tests.web import FileServer
+from tests.conftest import BUCKET
+from tests.web import FaultyStore, FileServer
 from vitft.data.streaming import remote
 from vitft.data.streaming.remote import RemoteFile, in_requests, list_files, read_range
 from vitft.errors import DataError, UsageError
@@ -95,11 +96,12 @@ def test_a_range(folder: Path, start: int, end: int) -> None:
     assert server.fetched()[-1][2:] == (start, end - 1)
 
 
-@pytest.mark.parametrize("fault", [503, 500, 429, "cut"])
+@pytest.mark.parametrize("fault", [503, 500, 429, "cut", "stall"])
 def test_what_fails_for_a_moment_is_tried_again(
     folder: Path, fault: int | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "_WAIT_S", 0.001)
+    monkeypatch.setattr(remote, "_SILENCE_S", 1)
     with FileServer(folder) as server:
         server.fault = lambda request, number: fault if number % 3 else None
         server.requests.append(remote)  # type: ignore[arg-type]  # so that the first one fails
@@ -114,18 +116,49 @@ def test_what_fails_for_a_moment_is_tried_again(
         ("whole", 1, "the server sends whole files when it is asked for a part"),
         (503, 7, "503"),
         ("cut", 7, ""),
+        ("stall", 7, "the server is silent"),
     ],
 )
 def test_what_fails_for_good(
     folder: Path, fault: int | str, attempts: int, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "_WAIT_S", 0.001)
+    monkeypatch.setattr(remote, "_SILENCE_S", 0.2)
     with FileServer(folder) as server:
         server.fault = lambda request, number: fault
         with pytest.raises(OSError, match="127") as caught:
             read_range(f"{server.url}/set/train-00000.parquet", 10, 90)
     assert why in remote.reason(caught.value)
     assert len(server.requests) == attempts
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [(503, "Please reduce your request rate."), (500, "We encountered an internal error."), ("cut", "not completed"),
+     ("stall", "the server is silent")],
+)  # fmt: skip
+def test_a_bucket_is_asked_as_often_as_any_server(
+    bucket: FaultyStore, fault: int | str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """s3fs and botocore have their own ways to try again, which would multiply."""
+    monkeypatch.setattr(remote, "_SILENCE_S", 0.5)
+    monkeypatch.setattr(remote, "_ATTEMPTS", 3)
+    (file,) = list_files(f"{BUCKET}/test-*.parquet", ".parquet")
+    before = len(bucket.requests)
+    bucket.fault = lambda request, number: fault
+    with pytest.raises(OSError, match="s3://photos/sets/digits/test") as caught:
+        read_range(file.url, 0, 1000)
+    assert why in remote.reason(caught.value)
+    assert len(bucket.requests) == before + 3
+
+
+def test_what_comes_slowly_is_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer may take longer than a server may be silent."""
+    monkeypatch.setattr(remote, "_SILENCE_S", 1)
+    monkeypatch.setattr(remote, "_ATTEMPTS", 1)
+    with FileServer(folder) as server:
+        server.fault = lambda request, number: "slow"
+        assert read_range(f"{server.url}/set/train-00000.parquet", 0, 100) == bytes(range(100))
 
 
 def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,7 +187,7 @@ def read_range(url: str, start: int, end: int) -> bytes:
             raise OSError(errno.EIO, f"{len(data):,} of {end - start:,} bytes came", url)
         return data
 
-    return _retried(read, url)
+    return _retried(read, url, _ATTEMPTS)
 
 
 def _unbuffered(filesystem: Any) -> dict[str, str]:
@@ -207,7 +207,7 @@ def _opened(url: str) -> tuple[Any, str]:
         options["client_kwargs"] = {"timeout": timeout}
     elif scheme in ("s3", "s3a"):
         options["config_kwargs"] = {"connect_timeout": _CONNECT_S, "read_timeout": _SILENCE_S}
-        options["config_kwargs"]["retries"] = {"max_attempts": 1}  # `_retried` does that
+        options["config_kwargs"]["retries"] = {"total_max_attempts": 1}  # `_retried` does that
     filesystem, path = fsspec.core.url_to_fs(url, **options)
     if hasattr(filesystem, "retries"):
         filesystem.retries = 1  # of s3fs, likewise
@@ -219,7 +219,7 @@ def _opened(url: str) -> tuple[Any, str]:
 _used: dict[int, Any] = {}
 
 
-def _retried(work: Callable[[], B], url: str, attempts: int = _ATTEMPTS) -> B:
+def _retried(work: Callable[[], B], url: str, attempts: int) -> B:
     """The result of work that may fail for a moment. Raises OSError with the last failure."""
     began = time.monotonic()
     for attempt in range(attempts):
@@ -251,5 +251,7 @@ def reason(error: BaseException) -> str:
         return "access is denied; are the credentials set?"
     if type(error).__name__ in _NO_CREDENTIALS:
         return "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or FSSPEC_S3_ANON=true"
+    if isinstance(error, TimeoutError) and not error.strerror:  # aiohttp's, of which fsspec keeps nothing
+        return "the server is silent"
     text = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split()) or type(error).__name__
     return without_secrets(str(text))[:200]
