@@ -22,6 +22,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests.data.stores.test_store import photos
+from tests.web import FileServer
 from vitft.cli.app import app
 from vitft.data import packing
 from vitft.data.decoder import MAX_PIXELS, decode
@@ -29,6 +30,7 @@ from vitft.data.packing import Packed, pack
 from vitft.data.sources.identity import content_hashes
 from vitft.data.sources.source import Source, class_indices, open_dataset
 from vitft.data.stores.store import UnreadableError
+from vitft.data.streaming import blocks
 from vitft.data.streaming.remote import SUMS
 from vitft.errors import UsageError
 
@@ -189,10 +191,47 @@ def test_a_bad_image_is_an_error_or_is_left_out(folder: Path, tmp_path: Path) ->
         packed(folder, tmp_path / "skipped", shard_bytes=20_000, skip_bad=True)
 
 
-def test_what_is_streamed_is_not_packed(digit_shards: Path, tmp_path: Path) -> None:
-    """Its images would be read at random."""
-    with pytest.raises(UsageError, match=r"copy the dataset first\.$"):
-        pack(open_dataset(f"file://{digit_shards}"), tmp_path / "out", max_pixels=MAX_PIXELS)
+@pytest.mark.parametrize("forks", [0, 2])
+def test_what_is_streamed_is_packed_again_and_fetched_once(
+    server: FileServer, digit_shards: Path, tmp_path: Path, forks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "processes", lambda: forks)
+    before = open_dataset(str(digit_shards))
+    done = pack(open_dataset(f"{server.url}/digits"), tmp_path / "out", shard_bytes=40_000, max_pixels=MAX_PIXELS)
+    fetched = [(one.name, one.first) for one in server.fetched()]
+    assert len(fetched) == len({*fetched})
+    after = open_dataset(str(tmp_path / "out"))
+    assert after.labels == before.labels
+    for split in ("train", "test"):
+        assert content(after, split) == content(before, split)
+    train = sorted((tmp_path / "out").glob("train-*.parquet"))
+    assert (done.images, len(train)) == (1797, 6)  # of 3
+    for file in train[:-1]:
+        images = pq.read_table(file).column("image").to_pylist()
+        assert 25_000 < sum(len(image["bytes"]) for image in images) < 41_000
+    first = pq.read_table(train[0]).column("image").to_pylist()
+    assert len({image["path"].split("/")[0] for image in first[:100]}) == 3  # shards, of which the first images are
+
+
+def test_packing_what_is_streamed_goes_on_where_its_server_failed(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "processes", lambda: 0)
+    url, options = f"{server.url}/digits", {"shard_bytes": 20_000, "max_pixels": MAX_PIXELS}
+    pack(open_dataset(url), tmp_path / "whole", **options)
+    blocks.clear()
+    source = open_dataset(url)
+    server.fault = lambda request, number: 404 if "test-" in request.name else None
+    with pytest.raises(UnreadableError, match=r"cannot be fetched: there is no such file or folder; it may be intact"):
+        pack(source, tmp_path / "out", skip_bad=True, **options)
+    there = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*.parquet")}
+    assert {name.split("-")[0] for name in there} == {"train"}
+    server.fault = lambda request, number: None
+    with pytest.raises(UsageError, match="was packed from other images"):
+        pack(replace(source, revision="of other shards"), tmp_path / "out", skip_bad=True, **options)
+    pack(source, tmp_path / "out", skip_bad=True, **options)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert all((tmp_path / "out" / name).stat().st_mtime_ns == time for name, time in there.items())
 
 
 @pytest.mark.parametrize("change", [{"resize": 50}, {"shard_bytes": 10_000}])

@@ -57,7 +57,7 @@ def test_a_streamed_run_that_is_killed_ends_like_an_uninterrupted_one(
     """A kill may come while a part of a shard is fetched, written or mapped; little is kept, so most comes again."""
     given = {name: os.environ[name] for name in (*BUCKET_KEYS, "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "VITFT_CACHE")}
     monkeypatch.setattr(verify_resume, "_start", lambda words: Forked(words, tmp_path / "log", given))
-    small = {"width": 32, "layers": 2, "heads": 2, "image_size": 16, "patch_size": 4, "from_scratch": True}
+    small = {"width": 32, "layers": 2, "image_size": 16, "patch_size": 4}
     settings = load_config("verify-resume", small | {
         "dataset": BUCKET, "stream_gb": 1e-4, "device": "cpu", "precision": "fp32", "max_steps": 30 * (kills + 1),
         "save_every": 10,

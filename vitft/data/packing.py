@@ -2,6 +2,7 @@
 
 Shards have their images in random order, so that each is a sample of its split. Which images they have depends on the
 dataset and the settings alone; each is whole or absent and says of what it is a part, so that a killed command goes on.
+What is streamed is fetched once, in the order of a training: images move among some dozens of the parts it comes in.
 """
 
 import hashlib
@@ -23,11 +24,21 @@ from PIL import Image
 
 from vitft.data.color import Range
 from vitft.data.decoder import BadImage, Unavailable, decode, encoded, header, image_info
-from vitft.data.sources.identity import content_hashes, has_names, is_streamed, keys_of, sample_id
+from vitft.data.sampling import streamed_order
+from vitft.data.sources.identity import (
+    blocks_of,
+    content_hashes,
+    has_names,
+    is_streamed,
+    keys_of,
+    sample_id,
+    sample_names,
+)  # fmt: skip
 from vitft.data.sources.local import by_split
 from vitft.data.sources.source import Source, class_indices
 from vitft.data.stores.store import Skipped, UnreadableError
 from vitft.data.streaming.remote import SUMS
+from vitft.data.streaming.shards import fetch_ahead, is_address, mean_size
 from vitft.errors import UsageError
 from vitft.hardware.pools import map_in_groups, map_in_processes, processes
 from vitft.io.atomic import clean_up, lock_folder, new_file, write_text
@@ -68,19 +79,20 @@ def pack(
 ) -> Packed:  # fmt: skip
     """Write every split of a dataset to `folder` as SPLIT-00000-of-N.parquet, and the checksums of the files.
 
-    A shard has at most `shard_bytes` of encoded images, or a single one. With `resize`, images whose shorter side is
+    A shard has at most `shard_bytes` of encoded images, or a single one; of streamed ones, which are not looked at
+    before, so many that they have that on average. With `resize`, images whose shorter side is
     longer than that are decoded and shrunk to it; all others are copied bit for bit, and so are those of more than 8
     bits, unless `value_range` says what is black and white in them. Shards that an earlier, killed
     call has written stay. Raises UsageError for a folder with anything else in it, and UnreadableError for images that
     cannot be read, unless `skip_bad`.
     """
-    if any(map(is_streamed, source.splits.values())):
-        raise UsageError(
-            f"{source.name}: its images come in another order than shards are read; copy the dataset first."
-        )
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; choose a new folder.")
-    hashes = {str(name): content_hashes(split, np.arange(len(split))) for name, split in source.splits.items()}
+    # What is streamed is identified by its place, and by the version of the dataset: see `_digest`.
+    hashes = {
+        str(name): (sample_names if is_streamed(split) else content_hashes)(split, np.arange(len(split)))
+        for name, split in source.splits.items()
+    }
     shards = [shard for name in hashes for shard in _plan(source, name, hashes[name], shard_bytes)]
     _check_names(shards)
     plan = _digest(source, shards, hashes, [resize, max_pixels, value_range])
@@ -109,9 +121,12 @@ def pack(
 
 
 def _plan(source: Source, name: str, hashes: list[str], shard_bytes: int) -> Iterator[_Shard]:
-    """The shards of a split: its images in the order of a hash of their content hashes."""
+    """The shards of a split: its images in the order of a hash of their content hashes, or as they are streamed."""
     split = source.splits[name]
-    order = np.argsort(keys_of(hashes), kind="stable")
+    if is_streamed(split):
+        order = streamed_order(blocks_of(split), seed=0, epoch=0, batch_size=1)
+    else:
+        order = np.argsort(keys_of(hashes), kind="stable")
     ends, filled = [], 0
     for place, size in enumerate(_sizes(split)[order].tolist()):
         if filled and filled + size > shard_bytes:
@@ -124,9 +139,11 @@ def _plan(source: Source, name: str, hashes: list[str], shard_bytes: int) -> Ite
 
 
 def _sizes(split: datasets.Dataset) -> NDArray[np.int64]:
-    """Bytes of each encoded image, 0 where there is no file: (n,)."""
+    """Bytes of each encoded image, 0 where there is no file; of one that is streamed, the mean of its shard: (n,)."""
 
     def size(cell: dict[str, Any]) -> int:
+        if is_address(cell["path"]):
+            return mean_size(cell["path"])
         source = encoded(cell)
         if not isinstance(source, Path):
             return len(source)
@@ -149,6 +166,8 @@ def _check_names(shards: Sequence[_Shard]) -> None:
 
 def _digest(source: Source, shards: Sequence[_Shard], hashes: dict[str, list[str]], settings: list[Any]) -> str:
     """What the shards depend on, as a hash."""
+    if any(map(is_streamed, source.splits.values())):
+        settings = [*settings, source.revision]
     digest = hashlib.blake2b(json.dumps([list(source.labels), settings]).encode(), digest_size=8)
     for shard in shards:
         digest.update("".join([shard.name, *(hashes[shard.split][row] for row in shard.rows.tolist())]).encode())
@@ -194,6 +213,9 @@ def _write(
             kept: list[int] = []
             for start in range(0, len(shard.rows), _ROW_GROUP):
                 rows = shard.rows[start : start + _ROW_GROUP]
+                if is_streamed(split):
+                    coming = split[shard.rows[start : start + 2 * _ROW_GROUP]]["image"]
+                    fetch_ahead(cell["path"] for cell in coming)
                 for row, cell in zip(rows.tolist(), split[rows]["image"], strict=True):
                     name = sample_id(split, row)
                     try:

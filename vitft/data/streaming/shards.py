@@ -65,6 +65,12 @@ def read_image(address: str) -> bytes:
     return bytes(_images(shard, column, block)[row - int(shard.first[block])].as_buffer())
 
 
+def mean_size(address: str) -> int:
+    """About the bytes of an encoded image: the mean of the shard."""
+    shard, _, _ = _found(address)
+    return shard.file.size // max(1, shard.count)
+
+
 def fetch_ahead(wanted: Iterable[str]) -> None:
     """Fetch the blocks of these addresses in threads, if they are not here. Failures are left to the reader."""
     for address in wanted:
