@@ -3,7 +3,8 @@
     python benchmarks/doubt.py CIFAR10_FOLDER VIT_S14_FOLDER --image-size 98 --images 4000 --rate 0.05 --seeds 5
 
 The labels of a fraction of the training images are replaced by other ones, drawn from the seed. Real errors of the
-dataset count as false alarms. The features are read once.
+dataset count as false alarms. The features are read once. --cleanlab adds what cleanlab (pip install cleanlab) lists at
+its defaults, by the same probabilities.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import time
 
 import numpy as np
 import torch
+from scipy.special import softmax
 
 from vitft.config.train import TrainConfig
 from vitft.evaluation.label_noise import label_noise
@@ -30,6 +32,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--rate", type=float, nargs="+", default=[0.05])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--folds", type=int, default=FOLDS)
+    parser.add_argument("--cleanlab", action="store_true")
     parser.add_argument("--features", help="a file to keep the features in, or to read them from")
     given = parser.parse_args()
     known = features(given)
@@ -42,11 +46,15 @@ def main() -> None:
             planted = rng.random(len(truth)) < rate
             labels = np.where(planted, (truth + rng.integers(1, classes, len(truth))) % classes, truth)
             started = time.perf_counter()
-            logits = _out_of_fold(Examples(known.features, torch.from_numpy(labels)), classes, FOLDS, seed)
+            logits = _out_of_fold(Examples(known.features, torch.from_numpy(labels)), classes, given.folds, seed)
             noise = label_noise(logits, labels)
             seconds = time.perf_counter() - started
-            for bound in (0.5, 0.3):
-                listed = noise.wrong >= bound
+            found_by = {bound: noise.wrong >= bound for bound in (0.5, 0.3)}
+            if given.cleanlab:
+                from cleanlab.filter import find_label_issues
+
+                found_by["cleanlab"] = find_label_issues(labels, softmax(logits, axis=1))
+            for bound, listed in found_by.items():
                 hits = int((planted & listed).sum())
                 found, precision = hits / max(1, planted.sum()), hits / max(1, listed.sum())
                 row = (f"{rate:g}", seed, f"{noise.rate:.3f}", bound, listed.sum(), f"{found:.1%}", f"{precision:.1%}")

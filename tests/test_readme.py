@@ -54,6 +54,8 @@ def test_a_command_of_the_docs_parses(line: str) -> None:
 def test_a_promise_names_a_test_that_there_is(name: str) -> None:
     named = re.findall(r"`(?:tests/)?([\w/]*test_\w+\.py)::(test_\w+)`", TEXTS[name])
     assert len(named) >= 5
+    for file in re.findall(r"[\w/]*test_\w+\.py", TEXTS[name]):  # also where no test of it is named
+        assert (ROOT / "tests" / file.removeprefix("tests/")).is_file(), file
     for file, test in named:
         assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
 

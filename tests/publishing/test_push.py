@@ -19,7 +19,7 @@ from transformers import AutoModelForImageClassification
 from typer.testing import CliRunner
 
 from tests.hub import TOKEN, StandInHub
-from vitft import load_model
+from vitft import load_model, train
 from vitft.checkpoints.checkpoint import save_model
 from vitft.checkpoints.metadata import read_card
 from vitft.checkpoints.model_card import readme
@@ -198,6 +198,23 @@ def test_an_adapter_goes_with_it(hub: StandInHub, run: Path) -> None:
     push(run, REPO)
     assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} < files(hub).keys()
     assert "state.json" not in files(hub)
+
+
+def test_peft_reads_a_pushed_adapter_back(hub: StandInHub, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from tests.training.test_lora_runs import adapted, start
+
+    run = train(adapted(start(tmp_path / "model"), max_steps=4), output=tmp_path / "run").run
+    push(run, REPO)
+    base = AutoModelForImageClassification.from_pretrained(run / "base")
+    pixels = torch.rand(2, 3, 28, 28)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        file = hf.hf_hub_download(REPO, f"adapter/{name}", cache_dir=constants.HF_HUB_CACHE)
+    with torch.no_grad():
+        before = base(pixels).logits
+        theirs = peft.PeftModel.from_pretrained(base, Path(file).parent).eval()
+        found, merged = theirs(pixel_values=pixels).logits, load_model(REPO).model(pixels).logits
+    assert (found - merged).abs().max() < 1e-4 < (merged - before).abs().max()
 
 
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
