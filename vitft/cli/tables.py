@@ -453,7 +453,13 @@ def _cluster_rows(plan: Any) -> dict[str, str]:
     shown = ", ".join(f"{name} {1000 * seconds:.1f}" for name, seconds in parts.items())
     rows = {
         "a step": f"{1000 * step.seconds:.1f} ms for {step.images} images each: {shown}",
-        "gradients": f"{size(plan.gradient_bytes)}, over links of {plan.cluster.link_gbps:g} Gbit/s",
+        **(
+            {"first epoch": f"{1000 * step.seconds_with(1.0):.1f} ms a step, in which images are decoded"}
+            if step.decode_s
+            else {}
+        ),
+        "weights" if plan.shards else "gradients": f"{size(plan.exchanged_bytes)}, over links of "
+        f"{plan.cluster.link_gbps:g} Gbit/s",
         "time": f"about {duration(plan.total_s)}, at {percent(plan.efficiency)} of the speed of so many single devices",
         "memory": f"about {size(plan.memory_bytes)} each" if plan.memory_bytes else "unknown for this architecture",
         "longest": step.bottleneck,

@@ -77,6 +77,11 @@ class Prepared:
         """The roles whose images are read: all, or with `skip_test` all but test, which stays held out."""
         return tuple(role for role in self.splits if role != "test" or not self.config.skip_test)
 
+    @property
+    def decodes_later(self) -> bool:
+        """Whether training images are decoded when they are first needed, and not before the first step."""
+        return is_large(self._rows("train"), self.loaded.preprocess)
+
     def with_settings(self, **changes: Any) -> Self:
         """A copy with other settings."""
         return replace(self, config=self.config.model_copy(update=changes))
@@ -94,11 +99,10 @@ class Prepared:
 
         Of those, only the headers are read now, unless the run `resumes`.
         """
-        rows, config = self._rows("train"), self.config
-        if not is_large(rows, self.loaded.preprocess):
+        if not self.decodes_later:
             return self.decode()
         skipped: dict[str, list[Skipped]] = {role: [] for role in self.used}
-        if config.check == "fast" and not resumes:
+        if self.config.check == "fast" and not resumes:
             return self.check_headers(skipped)._open_lazily(skipped)
         return self._open_lazily(skipped)
 

@@ -34,7 +34,7 @@ class Sharded:
             raise UsageError(f"parallel fsdp: a {kind} model has a weight that is one number; use ddp.")
         self.model, self._empty = model, _without_memory(model)
         mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
-        for part in (*chain.from_iterable(block_stacks(model)), model):
+        for part in _parts(model):
             # Also of the whole model, around its blocks: else what an evaluation gathered would stay, and become old.
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
@@ -51,6 +51,22 @@ class Sharded:
             yield self._empty
         finally:
             self._empty.to("meta")
+
+
+def _parts(model: nn.Module) -> tuple[nn.Module, ...]:
+    """What is gathered at once: each block, and the rest of the model."""
+    return (*chain.from_iterable(block_stacks(model)), model)
+
+
+def part_bytes(model: nn.Module) -> list[tuple[int, int]]:
+    """Of each part of a model that `Sharded` gathers at once: bytes of its weights, and of those that are trained."""
+    counted: set[int] = set()
+    sizes = []
+    for part in _parts(model):
+        own = [weights for weights in part.parameters() if id(weights) not in counted]
+        counted |= {*map(id, own)}
+        sizes.append((sum(4 * w.numel() for w in own), sum(4 * w.numel() for w in own if w.requires_grad)))
+    return sizes
 
 
 def _without_memory(model: nn.Module) -> Any:

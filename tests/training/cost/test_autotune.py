@@ -3,6 +3,7 @@
 import copy
 import json
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -192,7 +193,7 @@ def test_decoding_is_tried_as_the_run_decodes(
 ) -> None:
     prepared = prepared.with_settings(augment=augment)
     asked: list[bool] = []
-    monkeypatch.setattr(estimate, "decode_all", lambda *given, crops, **others: asked.append(crops))
+    monkeypatch.setattr(estimate, "decode_all", lambda *given, crops, **others: (asked.append(crops) or [], []))
     estimate.decode_image_s(prepared)
     assert asked == [augment == "crop"]
 
@@ -336,6 +337,22 @@ def test_decoding_is_tried_with_a_few_images(prepared: Prepared, monkeypatch: py
 def test_a_batch_keeps_as_much_as_counted_in_full(prepared: Prepared) -> None:
     with estimate.untouched(prepared):
         assert estimate._saved_bytes(prepared, 7) == pytest.approx(estimate._count_saved_bytes(prepared, 7), rel=0.01)
+
+
+def test_what_was_counted_is_not_kept(prepared: Prepared) -> None:
+    made = []
+
+    def remember(module: Any, given: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            made.append(weakref.ref(output))
+
+    with estimate.untouched(prepared) as model:
+        hooks = [part.register_forward_hook(remember) for part in model.modules()]
+        estimate._count_saved_bytes(prepared, 1)
+        for hook in hooks:
+            hook.remove()
+    assert len(made) > 20
+    assert not any(output() is not None for output in made)
 
 
 @pytest.mark.parametrize(("first_s", "start_s", "largest"), [(0.125, 7.0, 4), (50.0, 57.0, 1)])

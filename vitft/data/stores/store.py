@@ -85,9 +85,14 @@ class Store:
         return self.pixels[start:end].view(height, width, 3)
 
 
+def fits_on_device(store: Store, count: int, free_bytes: int) -> bool:
+    """Whether `count` images like these have the same size and take at most a tenth of a device's free memory."""
+    return store.uniform and store.size * count <= free_bytes // 10 * len(store)
+
+
 def move_to_device(store: Store, device: torch.device, free_bytes: int) -> Store:
-    """The store on a device, if its images have the same size and take at most a tenth of the free memory there."""
-    if not store.uniform or store.size > free_bytes // 10:
+    """The store on a device, if it fits there."""
+    if not fits_on_device(store, len(store), free_bytes):
         return store
     if store.load is None:
         return replace(store, pixels=store.pixels.to(device))

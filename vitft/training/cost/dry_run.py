@@ -11,8 +11,8 @@ from vitft.io.console import duration
 from vitft.io.paths import expanded
 from vitft.models.head_init import images_for_head, starts_from_features
 from vitft.training.cost.autotune import autotuned
-from vitft.training.cost.cluster import Cluster, ClusterPlan, plan_for_cluster
-from vitft.training.cost.estimate import Cost, cost, decode_image_s, first_image_s, memory_bytes
+from vitft.training.cost.cluster import Cluster, ClusterPlan, memory_each, plan_for_cluster
+from vitft.training.cost.estimate import Cost, Decoding, cost, decode_image_s, first_image_s, memory_bytes
 from vitft.training.linear_probe import features_pay, passes
 from vitft.training.optim import total_steps
 from vitft.training.run_folder import folder_of
@@ -39,7 +39,7 @@ class Plan:
     size: Size
     parameters: int
     trainable: int
-    decode_s: float
+    decode_s: float  # of what is decoded before the first step and the evaluations
     memory_bytes: int | None  # None if it cannot be estimated for this architecture
     folder: Path
     replaces: bool  # whether there is a run in the folder, which would be replaced
@@ -70,14 +70,20 @@ def plan(
         prepared = autotuned(prepared)
         with threads(prepared.config.threads):
             memory = memory_bytes(prepared, micro_batch(prepared.config))  # before the trial, which uses memory, too
-            images = sum(len(prepared.splits[role].rows) for role in prepared.used)
-            decode_s = decode_image_s(prepared) * images  # an upper bound: cached pixels are read faster
+            each_memory = None if cluster is None else memory_each(prepared, cluster)
+            decoding = _decoding(prepared)
             each = cost(prepared)
-            size = size_of(prepared, each)
+            size = size_of(prepared, each, decoding.image_s)
             many = None
             if cluster is not None:
                 many = plan_for_cluster(
-                    prepared, cluster, each, steps=size.steps, decode_s=decode_s, evaluate_s=size.evaluate_s
+                    prepared,
+                    cluster,
+                    each,
+                    steps=size.steps,
+                    decoding=decoding,
+                    evaluate_s=size.evaluate_s,
+                    memory=each_memory,
                 )
     folder = folder_of(prepared.config, prepared.source.name, output)
     weights = [(parameter.numel(), parameter.requires_grad) for parameter in prepared.loaded.model.parameters()]
@@ -91,7 +97,7 @@ def plan(
     chosen |= {"lr"} if prepared.config.lr == usual else set()
     return Plan(
         prepared, size, sum(count for count, _ in weights), sum(count for count, trained in weights if trained),
-        decode_s, memory, folder, ckpt.is_run(folder),
+        decoding.before_s, memory, folder, ckpt.is_run(folder),
         chosen={name: value for name, value in changed.items() if name in chosen},
         given={name: value for name, value in changed.items() if name not in chosen}, cluster=many,
     )  # fmt: skip
@@ -113,18 +119,32 @@ def warn_if_long(prepared: Prepared, processes: int = 1) -> None:
         )
 
 
-def size_of(prepared: Prepared, each: Cost) -> Size:
-    """The steps and seconds of a run, by what an image and a step take."""
+def _decoding(prepared: Prepared) -> Decoding:
+    """What decoding takes: an upper bound, for cached pixels are read faster."""
+    image_s, later = decode_image_s(prepared), prepared.decodes_later
+    before = sum(len(prepared.splits[role].rows) for role in prepared.used if role != "train" or not later)
+    return Decoding(image_s * before, image_s if later else 0.0)
+
+
+def size_of(prepared: Prepared, each: Cost, decode_image_s: float = 0.0) -> Size:
+    """The steps and seconds of a run, by what an image and a step take, and to decode an image in the first epoch."""
     config, model = prepared.config, prepared.loaded.model
     splits = {role: len(prepared.splits[role].rows) for role in prepared.used}
     steps_per_epoch = -(-splits["train"] // config.batch_size)
     steps = total_steps(config, steps_per_epoch)
     validations = -(-steps // (config.eval_every or steps_per_epoch))
     evaluated = splits.get("validation", 0) * validations + splits.get("test", 0)
-    train_s = each.start_s + each.image_s * steps / steps_per_epoch * splits["train"] + each.step_s * steps
+    images = steps / steps_per_epoch * splits["train"]
+    device_s, host_s = each.image_s * images + each.step_s * steps, each.host_image_s * images
+    first = min(1.0, steps_per_epoch / steps)  # the part of the run in which images are decoded
+    decode_s = decode_image_s * min(images, splits["train"])
+    if config.device == "cpu":
+        train_s = each.start_s + device_s + decode_s
+    else:  # the host decodes and augments while the device computes
+        train_s = each.start_s + max(first * device_s, first * host_s + decode_s) + (1 - first) * max(device_s, host_s)
     if features_pay(config, model, steps, splits["train"]):  # the head itself costs almost nothing
         evaluated = splits.get("validation", 0) + splits.get("test", 0)
-        train_s = each.evaluate_image_s * splits["train"] * passes(config)
+        train_s = (each.evaluate_image_s * passes(config) + decode_image_s) * splits["train"]
     elif starts_from_features(config, model, new_head=prepared.loaded.new_head):
         seen = steps * config.batch_size
         train_s += each.evaluate_image_s * images_for_head(splits["train"], len(prepared.loaded.labels), seen)

@@ -13,11 +13,11 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from vitft.data.augment import augment, preprocess_images
+from vitft.data.augment import augment, augment_pixels, preprocess_images
 from vitft.data.augmentation.settings import Augmentation
 from vitft.data.decoder import BadImage, decode, encoded
 from vitft.data.sources.identity import rows_to_look_at
-from vitft.data.stores.store import IN_MEMORY, decode_all, shrink
+from vitft.data.stores.store import IN_MEMORY, Skipped, Store, decode_all, fits_on_device, shrink
 from vitft.hardware.device import autocast, micro_batch
 from vitft.hardware.timers import synchronize
 from vitft.models.heads import classifier_of
@@ -26,6 +26,7 @@ from vitft.spec import peak_activation_bytes
 from vitft.training.linear_probe import features_pay, passes
 from vitft.training.optim import MOMENTS, make_optimizer, total_steps
 from vitft.training.setup import Prepared
+from vitft.training.sharding import part_bytes
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,15 @@ class Cost:
     step_s: float
     evaluate_image_s: float
     start_s: float = 0.0  # the extra time of the first step: memory is allocated, kernels are made
+    host_image_s: float = 0.0  # to augment an image on the host, while the device trains on others
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Seconds of decoding: before the first step and the evaluations, and of each training image that is left then."""
+
+    before_s: float
+    image_s: float = 0.0
 
 
 def cost(prepared: Prepared) -> Cost:
@@ -55,23 +65,47 @@ def cost(prepared: Prepared) -> Cost:
         (_, first_step_s), *others = turns  # the first allocates the moments
         again_s, step_s = map(statistics.median, zip(*others, strict=True))
         start_s = max(took_s - again_s, 0.0) + first_step_s - step_s
-        return Cost(again_s / count, step_s, evaluated_s / count, start_s)
+        return Cost(again_s / count, step_s, evaluated_s / count, start_s, _host_image_s(prepared))
 
 
 def decode_image_s(prepared: Prepared) -> float:
     """Measure the seconds to decode an image as a run does, on some training images."""
+    started = time.perf_counter()
+    store, skipped = _decode_some(prepared)
+    return (time.perf_counter() - started) / max(1, len(store) + len(skipped))
+
+
+def _decode_some(prepared: Prepared) -> tuple[Store, list[Skipped]]:
     split, config = prepared.splits["train"], prepared.config
     rows = prepared.source.splits[split.source].select(split.rows)
-    rows = rows.select(rows_to_look_at(rows, _DECODED))
-    started = time.perf_counter()
-    decode_all(
-        rows, prepared.loaded.preprocess, crops=config.augment == "crop", max_pixels=config.max_pixels, skip_bad=True,
-        training=True,
+    return decode_all(
+        rows.select(rows_to_look_at(rows, _DECODED)), prepared.loaded.preprocess, crops=config.augment == "crop",
+        max_pixels=config.max_pixels, skip_bad=True, training=True,
     )  # fmt: skip
-    return (time.perf_counter() - started) / len(rows)
 
 
 _DECODED = 64  # images: more large photos would take seconds
+
+
+def _host_image_s(prepared: Prepared) -> float:
+    """Measure the seconds to augment an image beside the device; 0 if that does it, or is the host."""
+    config = prepared.config
+    if config.device == "cpu" or _stays_on_gpu(prepared):
+        return 0.0
+    count = min(config.batch_size, _DECODED)
+    images = stored_image(prepared)[None].expand(count, -1, -1, -1)
+    started = time.perf_counter()
+    augment_pixels(images, prepared.loaded.preprocess, Augmentation.of(config), 0, np.arange(count))
+    return (time.perf_counter() - started) / count
+
+
+def _stays_on_gpu(prepared: Prepared) -> bool:
+    """Whether the training images will be in the GPU's memory, as far as some of them tell."""
+    if prepared.config.device != "cuda" or prepared.decodes_later:
+        return False
+    store, _ = _decode_some(prepared)
+    free, _ = torch.cuda.mem_get_info()
+    return len(store) > 0 and fits_on_device(store, len(prepared.splits["train"].rows), free)
 
 
 def first_image_s(prepared: Prepared) -> float:
@@ -80,11 +114,12 @@ def first_image_s(prepared: Prepared) -> float:
         return pass_s(prepared, stored_image(prepared)[None])
 
 
-def memory_bytes(prepared: Prepared, micro: int) -> int | None:
-    """Estimate the peak memory of training with micro-batches of `micro` images: of the GPU, or else of this process.
+def memory_bytes(prepared: Prepared, micro: int, devices: int = 1) -> int | None:
+    """Estimate the peak memory of training with micro-batches of `micro` images: of a GPU, or else of a process.
 
-    It covers weights, gradients, moments, saved activations, a batch of inputs, and the decoded images. None for
-    checkpointed activations in an architecture without a stage table.
+    It covers weights, gradients, moments, saved activations, a batch of inputs, and the decoded images; of several
+    devices, also what they exchange. With `fsdp`, each has its part of the weights, gradients and moments, and a few
+    whole blocks. None for checkpointed activations in an architecture without a stage table.
     """
     config, model = prepared.config, prepared.loaded.model
     splits = {role: len(split.rows) for role, split in prepared.splits.items()}
@@ -107,10 +142,14 @@ def memory_bytes(prepared: Prepared, micro: int) -> int | None:
             kept = kept * checkpointed // peak_activation_bytes(spec, micro)
     state: int = 4 * trainable * (1 + MOMENTS[config.optimizer] + (config.ema > 0))
     weights: int = 4 * sum(p.numel() for p in model.parameters())
-    if config.device == "cuda":
-        return weights + state + kept + batch
-    taken: int = psutil.Process().memory_info().rss
-    return taken + state + kept + batch + decoded
+    taken: int = 0 if config.device == "cuda" else psutil.Process().memory_info().rss - weights + decoded
+    if devices > 1 and config.parallel == "fsdp":
+        largest, largest_trained = map(max, zip(*part_bytes(model), strict=True))
+        # The block that is used, the next one, and the gradient of one.
+        held: int = (weights + state) // devices + 2 * largest + largest_trained
+    else:
+        held = weights + state + 4 * trainable * (devices > 1)  # DDP exchanges gradients in buckets of their own
+    return taken + held + kept + batch
 
 
 @contextmanager
@@ -158,8 +197,9 @@ def pass_s(prepared: Prepared, images: torch.Tensor, module: Any = None) -> floa
     started = time.perf_counter()
     index = np.arange(len(images))
     how = Augmentation.of(config)
-    on_host = how.kind == "crop" or (how.operates and config.device != "cuda")
-    images = images if on_host else images.to(config.device)  # as the loader does
+    # What the host augments for a GPU, it does meanwhile: `host_image_s`.
+    on_host = config.device != "cuda" and (how.kind == "crop" or how.operates)
+    images = images if on_host else images.to(config.device)
     pixels = augment(images, prepared.loaded.preprocess, how, 0, index).to(config.device)
     torch.autograd.backward(_loss(prepared, model if module is None else module, pixels))
     synchronize(config.device)
@@ -206,7 +246,7 @@ def _count_saved_bytes(prepared: Prepared, images: int) -> int:
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
+        return tensor.detach()  # an operation that kept its own output would keep itself, and so all of its inputs
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         _loss(prepared, model, _noise(prepared, images))
