@@ -78,7 +78,11 @@ mutation: .venv/.installed-dev  ## a sample of small faults in the code: what sh
 	$(BIN)/python tests/mutants/sample.py run --count 600
 	$(BIN)/python tests/mutants/sample.py report
 
-soak: .venv/.installed-dev  ## the longer proofs: all tests under other kernels, an hour of faults; about four hours, idle
+.venv/.installed-soak: .venv/.installed-dev
+	$(PIP) --editable '.[dev,openvino]'
+	touch $@
+
+soak: .venv/.installed-soak  ## the longer proofs: all tests under other kernels, an hour of faults; about four hours, idle
 	$(BIN)/python -m tests.kernels
 	$(BIN)/python -m tests.soak --minutes 60
 	$(BIN)/python -m pytest -m slow -s --timeout 7200
