@@ -24,7 +24,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "swin": _SWIN,
     "swinv2": _SWIN,
     "siglip": _TWO,
-    "siglip2": {"vision_config": _SIZES | {"num_patches": 16, "patch_size": 8}, "text_config": _TEXT},
     "clip": _TWO,
     "metaclip_2": _TWO,
     "vit_msn": _VIT,

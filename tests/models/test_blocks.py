@@ -40,8 +40,6 @@ def test_the_first_blocks_and_what_precedes_them_are_frozen(family: str) -> None
         own = {n for n in depths if n.startswith(f"{name}.") or not name}
         if own:
             assert module.training == (not own <= frozen), name
-    if family == "siglip2":  # takes patches, not images
-        return
     before = {name: tensor.clone() for name, tensor in model.named_buffers()}
     height, width = side if isinstance(side := FAMILIES[family].get("image_size", 32), list) else (side, side)
     model(pixel_values=torch.rand(2, 3, height, width)).logits.sum().backward()

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from tests.hub import MODEL, StandInHub, make_model
 from vitft.cli.tables import models_report
-from vitft.models.catalog import FAMILIES, Known, catalog
+from vitft.models.catalog import FAMILIES, TRIED, Known, catalog
 from vitft.models.load import BUNDLED
 
 GATED = "facebook/dinov2-small"
@@ -67,9 +67,10 @@ def test_the_table_fits_a_terminal() -> None:
         Known("owner/gone", "b", problem="owner/gone: not found"),
     ]
     console = Console(width=80, record=True, force_terminal=False)
-    console.print(models_report(models))
+    console.print(models_report(models, TRIED))
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= 80
     assert any(line.split()[-4:] == ["27.8", "M", "any", "other"] for line in lines)
     assert any(line.split()[1:] == ["86.4", "M", "224", "apache-2.0"] for line in lines)
     assert "owner/gone: not found" in lines[-1]
+    assert TRIED in " ".join(" ".join(lines).split())

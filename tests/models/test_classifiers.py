@@ -1,5 +1,6 @@
 """Classifiers made here, for backbones that Transformers has no classifier for, and those that are another's layers."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tests.models.test_heads import NEW, load, saved
 from vitft import TrainConfig, evaluate, train
 from vitft.errors import ModelError
 from vitft.models.classifiers import classifier_class
-from vitft.models.load import load_trained
+from vitft.models.load import load_trained, read_config
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 MADE_HERE = ("dinov3_vit", "dinov3_convnext")
@@ -35,13 +36,33 @@ def test_transformers_loads_the_backbone_and_vitft_the_whole(family: str, tmp_pa
 
 def test_every_architecture_of_transformers_is_tested_or_refused() -> None:
     others = set(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES) - FAMILIES.keys()
-    # ShieldGemma 2 answers questions; natten and timm are not installed here.
-    assert others == {"imagegpt", "pp_lcnet", "shieldgemma2", "dinat", "timm_wrapper"}
-    for config in (tf.ImageGPTConfig(), tf.PPLCNetConfig()):
-        with pytest.raises(ModelError, match=f"a {config.model_type} model cannot classify images"):
-            classifier_class(config)
+    assert others == REFUSED.keys() | {"timm_wrapper"}  # tests/models/test_timm.py
     with pytest.raises(ModelError, match="a bert model cannot classify images"):
         classifier_class(tf.BertConfig())
+
+
+REFUSED = {
+    "imagegpt": "an imagegpt model reads colors as words, not pixels; use a ViT.",
+    "pp_lcnet": "a pp_lcnet model returns no logits in Transformers; use a MobileNet or a small ResNet.",
+    "shieldgemma2": "a shieldgemma2 model answers yes or no to a question about an image; use a SigLIP.",
+    "siglip2": "a siglip2 model of any aspect ratio (NaFlex) reads lists of patches, not images; "
+    "use one of a fixed size, such as google/siglip2-base-patch16-224.",
+    "dinat": "a dinat model needs NATTEN, which is not installed; use a Swin.",
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_cannot_be_trained_is_refused_with_its_reason(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitft.models.classifiers.find_spec", lambda name: None)
+    name = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES[family]
+    name = name if isinstance(name, str) else name[0]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "architectures": [name]}))
+    for read in (load_trained, read_config, lambda folder: load(folder)):
+        with pytest.raises(ModelError) as caught:
+            read(tmp_path)
+        assert str(caught.value) == f"{tmp_path}: {REFUSED[family]}"
 
 
 def test_a_masked_autoencoder_is_fine_tuned_as_the_vit_it_contains(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from vitft.errors import UsageError
 from vitft.models.blocks import block_stacks
 from vitft.models.load import checkpoint_activations
 
-OURS = ("vit", "deit", "siglip", "siglip2", "clip", "metaclip_2", "vit_msn", "ijepa")
+OURS = ("vit", "deit", "siglip", "clip", "metaclip_2", "vit_msn", "ijepa")
 NONE = ("resnet", "regnet", "mobilevit", "mobilenet_v2", "efficientnet", "perceiver", "cvt", "levit", "mobilenet_v1",
         "mobilevitv2", "hgnet_v2", "textnet")  # fmt: skip
 THEIRS = tuple(family for family in FAMILIES if family not in OURS + NONE)
@@ -28,7 +28,7 @@ def tokens(width: int = 16, images: int = 64) -> torch.Tensor:
 
 
 def output_of(block: Any, given: torch.Tensor, family: str) -> torch.Tensor:
-    out = block(given, attention_mask=None) if family in ("siglip", "siglip2", "clip", "metaclip_2") else block(given)
+    out = block(given, attention_mask=None) if family in ("siglip", "clip", "metaclip_2") else block(given)
     return out[0] if isinstance(out, tuple) else out
 
 

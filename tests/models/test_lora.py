@@ -25,7 +25,7 @@ CONVOLUTIONS = {
     "resnet", "regnet", "bit", "mobilenet_v1", "mobilenet_v2", "mobilevitv2", "hgnet_v2", "textnet", "poolformer",
     "efficientnet",
 }  # fmt: skip
-TESTED = sorted(FAMILIES.keys() - {"siglip2", "mobilevit"})  # the one takes patches, not images, and the other is slow
+TESTED = sorted(FAMILIES.keys() - {"mobilevit"})  # which is slow
 WITHOUT_ATTENTION = {"convnext", "convnextv2", "focalnet"}
 
 

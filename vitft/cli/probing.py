@@ -32,11 +32,14 @@ def list_models(json: Json = False) -> None:
     Any other image classifier or backbone of Transformers can be named, too. Without network, what is in the cache is shown.
     """
     with loading():
-        from vitft.models.catalog import catalog
+        from vitft.models.catalog import TRIED, catalog
 
     with console.working("asking the hub") as progress:
         models = catalog(progress)
-    console.say_json({"models": [asdict(one) for one in models]}) if json else console.say(tables.models_report(models))
+    if json:
+        console.say_json({"models": [asdict(one) for one in models], "tried": TRIED})
+    else:
+        console.say(tables.models_report(models, TRIED))
 
 
 @options_from(TRAIN_SETTINGS, *_OF_A_PROBE)

@@ -233,8 +233,8 @@ def lessons_table(lessons: Sequence[Any], textbook: str) -> RenderableType:
     return Group(table, Text(said, "dim"))
 
 
-def models_report(models: Sequence[Any]) -> RenderableType:
-    """The report of `vitft models ls`, by how the models were trained."""
+def models_report(models: Sequence[Any], tried: str = "") -> RenderableType:
+    """The report of `vitft models ls`, by how the models were trained; `tried` says how far that was tried."""
     table = _table("model", *_numbers("parameters", "input", no_wrap=True), Column("license", overflow="fold"))
     problems = []
     for number, one in enumerate(models):
@@ -249,7 +249,8 @@ def models_report(models: Sequence[Any]) -> RenderableType:
         said = [f"{len(problems)} of {len(models)}: {problems[0].problem}"]
     else:
         said = [one.problem for one in problems]
-    return Group(table, *([""] * bool(said)), *(Text(safe(sentence), "yellow") for sentence in said))
+    note: list[RenderableType] = ["", Text(tried, "dim")] if tried else []
+    return Group(table, *note, *([""] * bool(said)), *(Text(safe(sentence), "yellow") for sentence in said))
 
 
 def probe_report(result: Any) -> RenderableType:

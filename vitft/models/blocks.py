@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import accumulate, chain
+from typing import Any
 
 from torch import nn
 
@@ -10,8 +11,16 @@ from vitft.models.heads import in_head
 
 
 def block_stacks(model: nn.Module) -> list[nn.ModuleList]:
-    """The lists of blocks of one type, in order; of nested ones (the stages of a Swin) the innermost."""
-    stacks = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len({*map(type, part)}) == 1]
+    """The lists of blocks of one type, in order; of nested ones (the stages of a Swin) the innermost.
+
+    timm has its blocks in an `nn.Sequential`, as it has other things.
+    """
+    stacks: list[Any] = [
+        part
+        for part in model.modules()
+        if isinstance(part, nn.ModuleList | nn.Sequential) and len({*map(type, part)}) == 1
+        if isinstance(part, nn.ModuleList) or type(part[0]).__module__.startswith("timm.")
+    ]
     return [stack for stack in stacks if not any(part in stacks for part in stack.modules() if part is not stack)]
 
 

@@ -33,7 +33,12 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "google/siglip-base-patch16-224", "google/siglip2-base-patch16-224", "openai/clip-vit-base-patch32",
     ),
 }  # fmt: skip
-"""Models by how they were trained. The tests train a tiny model of each architecture, not these checkpoints."""
+"""Models by how they were trained. The tests try a tiny, random model of each architecture, not these checkpoints."""
+
+TRIED = (
+    "The tests try a tiny, random model of each of these architectures (a training step, saving, reading again, "
+    "another input size), not these checkpoints themselves; of them, only the bundled one."
+)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,19 +12,47 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from vitft.errors import ModelError
 
-_UNUSABLE = ("imagegpt", "pp_lcnet")
-"""Classifiers of Transformers that are not used: ImageGPT reads colors as words, and PP-LCNet returns no logits."""
+TIMM = "timm_wrapper"
+"""The model type of a timm checkpoint, which Transformers wraps."""
+
+_REFUSED = {
+    "imagegpt": "an imagegpt model reads colors as words, not pixels; use a ViT",
+    "pp_lcnet": "a pp_lcnet model returns no logits in Transformers; use a MobileNet or a small ResNet",
+    "shieldgemma2": "a shieldgemma2 model answers yes or no to a question about an image; use a SigLIP",
+    "siglip2": "a siglip2 model of any aspect ratio (NaFlex) reads lists of patches, not images; "
+    "use one of a fixed size, such as google/siglip2-base-patch16-224",
+}
+"""Why a classifier of Transformers is not used, and what to use instead."""
+
+_LIBRARIES = {
+    TIMM: ("timm", "timm checkpoints need timm: pip install 'vitft[timm]'"),
+    "dinat": ("natten", "a dinat model needs NATTEN, which is not installed; use a Swin."),
+}
+"""By model type: the module that Transformers imports for it, and what to say without it."""
+
+
+def check_family(family: str, where: str = "") -> None:
+    """Raise ModelError, with the reason, for a model type whose classifier cannot be used, or not on this machine.
+
+    `where`: the folder or hub id, for the message.
+    """
+    before = f"{where}: " if where else ""
+    if family in _REFUSED:
+        raise ModelError(f"{before}{_REFUSED[family]}.")
+    module, message = _LIBRARIES.get(family, (None, ""))
+    if module is not None and find_spec(module) is None:
+        raise ModelError(f"{before}{message}")
 
 
 def classifier_class(hf_config: Any) -> Any:
     """The class that classifies images with this configuration. Raises ModelError if there is none."""
+    check_family(hf_config.model_type)
     mapping = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
     if type(hf_config) in mapping:
         classes = mapping[type(hf_config)]
         classes = classes if isinstance(classes, tuple | list) else [classes]
         # The rule of AutoModelForImageClassification: a distilled DeiT keeps its two heads.
-        if hf_config.model_type not in _UNUSABLE:
-            return next((cls for cls in classes if cls.__name__ in (hf_config.architectures or ())), classes[0])
+        return next((cls for cls in classes if cls.__name__ in (hf_config.architectures or ())), classes[0])
     if hf_config.model_type in _POOLED:
         kind: Any = type(hf_config)
         return _with_head(kind)
@@ -34,8 +63,11 @@ def classifier_class(hf_config: Any) -> Any:
 def classifier_config(hf_config: Any) -> Any:
     """The configuration of the classifier that has the layers of this backbone.
 
-    The encoder of a masked autoencoder (He et al. 2022) is a ViT. Other configurations are returned as they are.
+    The encoder of a masked autoencoder (He et al. 2022) is a ViT. `model_args` of a timm checkpoint may have the
+    number of classes, too, which Transformers does not expect there. Other configurations are returned as they are.
     """
+    if hf_config.model_type == TIMM and hf_config.model_args:
+        hf_config.model_args = {name: value for name, value in hf_config.model_args.items() if name != "num_classes"}
     if hf_config.model_type != "vit_mae":
         return hf_config
     given = hf_config.to_dict()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vitft.errors import UsageError
 from vitft.models.blocks import block_stacks
+from vitft.models.classifiers import TIMM
 
 _ATTENTION = ("attention", "self_attn")
 
@@ -17,6 +18,9 @@ def set_drop_path_rate(hf_config: Any, rate: float | None) -> None:
 
     Raises UsageError if it cannot be set: each stage of a CvT has its own, and LeViT's has to be an integer.
     """
+    if rate is not None and hf_config.model_type == TIMM:
+        hf_config.model_args = {**(hf_config.model_args or {}), "drop_path_rate": rate}
+        return
     own = getattr(hf_config, "drop_path_rate", None)
     if rate is None or own is None:
         return
@@ -34,7 +38,7 @@ def drop_paths(model: Any, rate: float | None) -> None:
     the division while training instead of the product while testing). Does nothing to an architecture that has
     stochastic depth of its own. Raises UsageError for other blocks.
     """
-    if not rate or hasattr(model.config, "drop_path_rate"):
+    if not rate or hasattr(model.config, "drop_path_rate") or model.config.model_type == TIMM:
         return
     stacks = block_stacks(model)
     branches = [_branches(block) for stack in stacks for block in stack]

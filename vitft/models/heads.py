@@ -7,6 +7,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from vitft.models.classifiers import TIMM
+
 _cache: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 
 
@@ -26,8 +28,11 @@ def label_tensors(model: Any) -> frozenset[str]:
 def head_of(model: Any) -> tuple[str, ...]:
     """The names of the head's modules: the largest ones around `label_tensors` that contain no stack of blocks.
 
-    Usually one linear layer; with LeViT also the norm before it, with a distilled DeiT two layers.
+    Usually one linear layer; with LeViT also the norm before it, with a distilled DeiT two layers. Of a timm model it
+    is the layer alone: the module around it also pools.
     """
+    if model.config.model_type == TIMM:
+        return tuple(dict.fromkeys(name.rpartition(".")[0] for name in sorted(label_tensors(model))))
     return tuple(dict.fromkeys(_largest(model, name) for name in sorted(label_tensors(model))))
 
 

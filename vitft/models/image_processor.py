@@ -1,6 +1,7 @@
 """Read a checkpoint's image processor as a `Preprocess`. Every key is either supported or refused by name."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from vitft.data.augment import RESAMPLE, Preprocess, parse_value_range, preprocess_images
 from vitft.errors import ModelError, first_line
 from vitft.io import console
+from vitft.models.classifiers import TIMM
 from vitft.models.resize import input_channels, input_size
 
 FILE = "preprocessor_config.json"  # or, since Transformers 5, "image_processor" in processor_config.json
@@ -37,17 +39,52 @@ def read_processor(name_or_path: str, hf_config: Any, **options: Any) -> Preproc
         raise ModelError(f"{name_or_path}: {error}") from error
     try:
         if find_processor_file(name_or_path, **options) is None:
+            if hf_config.model_type == TIMM:
+                return _of_timm(getattr(hf_config, "pretrained_cfg", None) or {}, channels)
             preprocess = to_preprocess(_default_processor(hf_config, name_or_path), channels)
             size = input_size(hf_config)
             return preprocess if size is None else preprocess.with_size(*size)
+        if hf_config.model_type == TIMM:
+            options["image_processor_filename"] = (
+                FILE  # Transformers would take pretrained_cfg, which has no value_range
+            )
         processor = transformers.AutoImageProcessor.from_pretrained(
             name_or_path, config=hf_config, backend="pil", trust_remote_code=False, **options
         )
         return to_preprocess(processor, channels)
     except ModelError as error:
-        raise ModelError(f"{name_or_path}: {FILE}: {error}") from error
+        raise ModelError(f"{name_or_path}: {_named(hf_config)}: {error}") from error
     except Exception as error:  # unexpected values can raise anything
-        raise ModelError(f"{name_or_path}: {FILE} is invalid: {first_line(error)}.") from error
+        raise ModelError(f"{name_or_path}: {_named(hf_config)} is invalid: {first_line(error)}.") from error
+
+
+def _named(hf_config: Any) -> str:
+    """Where the preprocessing of a model stands, for messages."""
+    return f"{FILE}, or pretrained_cfg in its config.json," if hf_config.model_type == TIMM else FILE
+
+
+def _of_timm(given: dict[str, Any], channels: int) -> Preprocess:
+    """The preprocessing in `pretrained_cfg` of a timm checkpoint's config.json, as timm's evaluation does it.
+
+    The shorter side becomes the input size divided by `crop_pct`, or both sides with `crop_mode` `squash`; the center
+    is cropped. What is missing has timm's defaults. Raises ModelError for what timm does in another way.
+    """
+    _, height, width = map(int, given.get("input_size") or (channels, 224, 224))
+    within = tuple(math.floor(side / (given.get("crop_pct") or 0.875)) for side in (height, width))
+    mode, resample = given.get("crop_mode") or "center", given.get("interpolation") or "bicubic"
+    if mode not in ("center", "squash") or (mode == "center" and height != width):
+        raise ModelError(f"crop_mode {mode} with input_size {height} x {width} is not supported; use squash.")
+    if resample not in RESAMPLE.values():
+        raise ModelError(f"interpolation {resample} is not supported; use one of {', '.join(RESAMPLE.values())}.")
+    mean, std = (_channels(given.get(name) or default, channels, name)
+                 for name, default in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)))  # fmt: skip
+    squashes = mode == "squash"
+    preprocess = Preprocess(
+        height, width, mean, std, resample,
+        shortest_edge=None if squashes else within[0], before_crop=(within[0], within[1]) if squashes else None,
+    )  # fmt: skip
+    preprocess.check()
+    return preprocess
 
 
 def find_processor_file(name_or_path: str, **options: Any) -> Path | None:

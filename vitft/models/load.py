@@ -27,7 +27,7 @@ from vitft.io.hub_errors import answers, reason
 from vitft.io.library_logs import quiet_transformers
 from vitft.io.paths import composed, expanded
 from vitft.models.blocks import block_stacks, freeze_first, frozen_parts
-from vitft.models.classifiers import classifier_class, classifier_config
+from vitft.models.classifiers import TIMM, check_family, classifier_class, classifier_config
 from vitft.models.custom_sizes import with_sizes
 from vitft.models.drop_path import drop_paths, set_drop_path_rate
 from vitft.models.heads import head_modules, in_head, label_tensors
@@ -279,7 +279,10 @@ def _read_hf_config(origin: _Origin) -> Any:
     """Read and check the Transformers configuration. Raises ModelError unless it can classify images."""
     try:
         file = transformers.utils.cached_file(origin.name_or_path, "config.json", **origin.arguments())
-        check_lengths(json.loads(Path(str(file)).read_text(encoding="utf-8")), origin.name_or_path)
+        document = json.loads(Path(str(file)).read_text(encoding="utf-8"))
+        check_lengths(document, origin.name_or_path)
+        family = TIMM if "pretrained_cfg" in document else document.get("model_type")
+        check_family(family, origin.name_or_path)
         hf_config = transformers.AutoConfig.from_pretrained(
             origin.name_or_path, trust_remote_code=False, **origin.arguments()
         )
@@ -440,6 +443,8 @@ def _set_labels(hf_config: Any, names: Sequence[str]) -> None:
     hf_config.id2label = dict(enumerate(names))
     hf_config.label2id = {name: i for i, name in enumerate(names)}
     hf_config.problem_type = None
+    if hf_config.model_type == TIMM:
+        hf_config.label_names, hf_config.label_descriptions = list(names), None
 
 
 def _labels_of(hf_config: Any) -> tuple[str, ...]:
@@ -450,6 +455,8 @@ def _labels_of(hf_config: Any) -> tuple[str, ...]:
 
 
 def _has_head(hf_config: Any) -> bool:
+    if hf_config.model_type == TIMM and not hf_config.architectures:  # timm's own checkpoints name no class
+        return bool(hf_config.num_labels)
     return any("ForImageClassification" in name for name in hf_config.architectures or ())
 
 

@@ -1,5 +1,6 @@
 """Change the input size of a model: position embeddings are resized once, when it is loaded."""
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitft.errors import ModelError
-from vitft.models.classifiers import classifier_class
+from vitft.models.classifiers import TIMM, classifier_class
 from vitft.models.memory_guard import check_memory
 
 
@@ -26,6 +27,8 @@ def resize_model(model: Any, image_size: int) -> Any:
     config = with_image_size(model.config, image_size)
     check_size(config, image_size, image_size)
     check_memory(type(model), config, f"image_size {image_size}")
+    if config.model_type == TIMM:
+        return _resized_by_timm(model, config, image_size)
     resized = type(model)(config)
     wanted, weights = resized.state_dict(), model.state_dict()
     patch = _pair(_vision(config).patch_size) if hasattr(_vision(config), "patch_size") else (1, 1)
@@ -60,6 +63,30 @@ def resize_model(model: Any, image_size: int) -> Any:
         raise ModelError(
             f"image_size {image_size}: {config.model_type} does not accept it; use {_listed(old)}."
         ) from error
+    return resized
+
+
+def _resized_by_timm(model: Any, config: Any, image_size: int) -> Any:
+    """A copy of a timm model for another input size, resized by its own method."""
+    resized = copy.deepcopy(model)
+    with torch.device("meta"):  # what the configuration will be loaded as
+        shapes = {name: tensor.shape for name, tensor in type(model)(config).state_dict().items()}
+    patch = getattr(getattr(model.timm_model, "patch_embed", None), "patch_size", (1, 1))
+    try:
+        if any(image_size % side for side in patch):
+            raise ValueError(f"not a multiple of {patch}")
+        resized.timm_model.set_input_size(img_size=(image_size, image_size))
+        if shapes != {name: tensor.shape for name, tensor in resized.state_dict().items()}:
+            raise ValueError("its tensors would have other shapes")
+        with torch.no_grad():
+            resized.eval()(pixel_values=torch.zeros(1, input_channels(config), image_size, image_size))
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        old = input_size(model.config)
+        assert old is not None
+        raise ModelError(
+            f"image_size {image_size}: {config.architecture} does not accept it; use {_listed(old)}."
+        ) from error
+    resized.config = config
     return resized
 
 
@@ -100,14 +127,22 @@ def _vision(config: Any) -> Any:
 
 
 def input_size(config: Any) -> tuple[int, int] | None:
-    """The input height and width in a configuration; None if it has none."""
+    """The input height and width in a configuration; None if it has none, or if a timm model takes any size."""
+    if config.model_type == TIMM:
+        given = getattr(config, "pretrained_cfg", None) or {}
+        fixed = tuple(given.get("input_size") or (3, 224, 224))[1:] if given.get("fixed_input_size") else None
+        chosen = (config.model_args or {}).get("img_size", fixed)
+        return None if chosen is None else _pair(chosen)
     size = getattr(_vision(config), "image_size", None)
     return None if size is None else _pair(size)
 
 
 def input_channels(config: Any) -> int:
     """The number of input channels: 3, or 1 for grayscale. Raises ModelError for others."""
-    channels = getattr(_vision(config), "num_channels", 3)
+    if config.model_type == TIMM:
+        channels = (config.model_args or {}).get("in_chans", 3)
+    else:
+        channels = getattr(_vision(config), "num_channels", 3)
     if channels not in (1, 3):
         raise ModelError(f"a model with {channels} channels; use one with 3, or with 1 for grayscale images.")
     return int(channels)
@@ -116,6 +151,11 @@ def input_channels(config: Any) -> int:
 def with_image_size(config: Any, image_size: int) -> Any:
     """A copy of the configuration for a square input of this size."""
     changed = type(config).from_dict(config.to_dict())
+    if config.model_type == TIMM:
+        given = getattr(config, "pretrained_cfg", None) or {}
+        changed.model_args = {**(config.model_args or {}), "img_size": image_size}
+        changed.pretrained_cfg = given | {"input_size": [input_channels(config), image_size, image_size]}
+        return changed
     vision = _vision(changed)
     is_int = isinstance(getattr(vision, "image_size", image_size), int)
     vision.image_size = image_size if is_int else [image_size, image_size]
