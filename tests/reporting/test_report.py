@@ -1,10 +1,12 @@
 """The report of a run: that its numbers are the run's, and that it works in a browser."""
 
+import csv
 import json
 import re
 import shutil
 from base64 import b64decode
 from collections.abc import Callable, Iterator
+from html import unescape
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 
 from vitft import ModelError, Predictor, TrainConfig, UsageError, resume, train, write_report
 from vitft.cli.app import app
+from vitft.evaluation.loading import load_model
 from vitft.evaluation.metrics import score
 from vitft.evaluation.results import FILE as RESULTS
 from vitft.evaluation.results import predictions_file, read_results, write_results
@@ -64,6 +67,11 @@ def document(page: str) -> dict[str, Any]:
     return found
 
 
+def scored(page: str) -> list[dict[str, Any]]:
+    """The images of the scored split that a page has."""
+    return [image for image in document(page)["images"] if "said" in image]
+
+
 def test_the_page_has_the_numbers_of_the_results(hostile: Path) -> None:
     page = (hostile / "report.html").read_text()
     results = read_results(hostile)
@@ -83,6 +91,70 @@ def test_the_page_has_the_numbers_of_the_results(hostile: Path) -> None:
             assert (image["truth"], image["said"]) == (truth, predicted)
             assert (said.truth[place], said.predicted[place]) == (truth, predicted)
             assert image["sure"] == pytest.approx(said.confidence[place], abs=1e-4)
+    assert any(cell.split(",")[0] == cell.split(",")[1] for cell in data["cells"]), "right answers, too"
+
+
+def table(page: str, section: str) -> list[list[str]]:
+    """The texts of the rows of a section's first table, its head among them."""
+    rows = page.partition(f'id="{section}"')[2].partition("</table>")[0].split("<tr>")[1:]
+    return [[unescape(re.sub("<[^>]*>", "", cell)).strip() for cell in re.split("</t[dh]>", row)[:-1]] for row in rows]
+
+
+def test_each_class_has_its_images_in_every_split(hostile: Path) -> None:
+    head, *rows = table((hostile / "report.html").read_text(), "classes")
+    assert head[:4] == ["class", "train", "validation", "test"]
+    splits = json.loads((hostile / "splits.json").read_text())
+    truth = read_results(hostile).predictions("test").truth
+    for number, row in enumerate(rows):
+        assert row[0] == sorted(HOSTILE)[number]
+        place = splits["labels"].index(row[0])
+        kept = [splits["splits"][role]["classes"][place] for role in ("train", "validation")]
+        assert list(map(int, row[1:4])) == [*kept, int((truth == number).sum())]
+        assert sum(kept) == 12
+    assert all(sum(one["classes"]) == one["count"] for one in splits["splits"].values())
+
+
+def test_training_images_of_each_class_are_shown(hostile: Path) -> None:
+    data = document((hostile / "report.html").read_text())
+    shown = [image for image in data["images"] if "said" not in image]
+    lines = (hostile.parent / "photos" / "data.csv").read_text(encoding="utf-8").splitlines()
+    classes = {name: label for name, label, _ in csv.reader(lines[1:])}
+    assert [image["truth"] for image in shown] == sorted([*range(5)] * 2)
+    for image in shown:
+        assert image["name"].startswith("train-")
+        assert classes[image["name"]] == data["classes"][image["truth"]]
+
+
+def test_what_was_left_out_is_said(tmp_path: Path) -> None:
+    data = photos(tmp_path / "photos", ["a", "b"])
+    (tmp_path / "photos" / "train-3.png").unlink()
+    (tmp_path / "exclude.txt").write_text("train\ttrain-5.png\n")
+    limits = {"max_train_samples": 10, "on_bad_image": "skip", "exclude": str(tmp_path / "exclude.txt")}
+    run = trained(data, tmp_path / "run", epochs=1, **limits).run
+    page = write_report(run).read_text()
+    section = page.partition('id="data-read"')[2].partition("</section>")[0]
+    splits = json.loads((run / "splits.json").read_text())
+    used = splits["splits"]["train"]["count"] + splits["splits"]["validation"]["count"]
+    assert f"{23 - used} of the 23 images of train are in no split" in section, "24 but for the one that is listed"
+    assert "1 of 48 images do not exist" in section
+    assert "1 image left out: listed in exclude.txt" in section
+    assert "images: column &#39;file&#39;" in section
+    for name in ("decisions", "warnings", "images"):  # as earlier versions left it
+        del splits[name]
+    for one in splits["splits"].values():
+        del one["classes"]
+    (run / "splits.json").write_text(json.dumps(splits))
+    old = write_report(run).read_text()
+    assert table(old, "data-read")[0][:2] == ["train", "10"]
+    assert table(old, "classes")[0][:2] == ["class", "test"]
+
+
+def shown_in(page: str, section: str) -> list[int]:
+    """The numbers of the images of a section."""
+    numbers: list[int] = json.loads(
+        page.partition(f'id="{section}"')[2].partition('data-images="')[2].partition('"')[0]
+    )
+    return numbers
 
 
 def test_images_that_could_not_be_read_are_listed(tmp_path: Path) -> None:
@@ -124,24 +196,30 @@ def test_images_are_found_again_after_others_were_added(tmp_path: Path) -> None:
     for number in range(40):
         noise(f"{('train', 'test')[number % 2]}/{'ab'[number // 2 % 2]}/{number:02}.png")
     run = trained(tmp_path / "data", tmp_path / "run", image_size=16, patch_size=8).run
-    before = document(write_report(run).read_text())["images"]
+    before = scored(write_report(run).read_text())
     for name in ("a/000.png", "a/new.png", "b/000.png"):
         noise(f"test/{name}")
-    assert document(write_report(run).read_text())["images"] == before
+    assert scored(write_report(run).read_text()) == before
     gone = tmp_path / "data" / before[0]["name"]
     gone.unlink()
-    after = document(write_report(run).read_text())["images"]
+    after = scored(write_report(run).read_text())
     assert [image["name"] for image in after] == [
         image["name"] for image in before if image["name"] != before[0]["name"]
     ]
 
 
-def test_the_surest_mistakes_show_where_the_model_looked(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = document((hostile / "report.html").read_text())
-    said = read_results(hostile).predictions("test")
-    sure = [said.ids[place] for place in said.mistakes()[: looks.LOOKS]]
+def test_the_surest_mistakes_and_the_least_certain_images_show_where_the_model_looked(hostile: Path) -> None:
+    page = (hostile / "report.html").read_text()
+    data, said = document(page), read_results(hostile).predictions("test")
+    sure = [said.ids[place] for place in said.mistakes()[: pictures.SURE]]
+    unsure = [data["images"][number]["name"] for number in shown_in(page, "unsure")]
     with_look = [image for image in data["images"] if "look" in image]
-    assert [image["name"] for image in with_look] == sure
+    names = {image["name"] for image in with_look}
+    assert len(names) == len(with_look) == looks.LOOKS
+    of_each = [sum(name in names for name in some) for some in (sure, unsure)]
+    assert min(of_each) >= min(looks.LOOKS // 2, len(unsure)), "in turn"
+    assert set(sure[:12]) | set(unsure[:12]) <= names <= set(sure) | set(unsure), "the first ones"
+    assert f"({looks.LOOKS} images" in page
     # Bright where the model's own map is high: computed here once more for one image.
     image = with_look[0]
     predictor = Predictor(hostile)
@@ -157,6 +235,26 @@ def test_large_models_show_fewer_of_them(hostile: Path, monkeypatch: pytest.Monk
     page = write_report(hostile, tmp_path / "page.html").read_text()
     assert not any("look" in image for image in document(page)["images"])
     assert 'id="look"' not in page
+    assert "Where the model looked is not shown: the model is so large" in page
+
+
+def test_some_architectures_show_none_and_say_so(saved: Callable[..., Path], tmp_path: Path) -> None:
+    data = photos(tmp_path / "photos", ["ant", "bee", "cat"])
+    settings: dict[str, Any] = dict.fromkeys(("width", "layers", "heads", "mlp"))
+    run = trained(data, tmp_path / "run", epochs=1, model=str(saved("swin")), from_scratch=False, **settings).run
+    page = write_report(run).read_text()
+    assert not any("look" in image for image in document(page)["images"])
+    assert "Where the model looked is not shown: in this architecture" in page
+
+
+def test_where_the_model_looked_is_shown_for_as_many_as_there_is_time_for(
+    hostile: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = load_model(hostile).model
+    patches = (model.config.image_size / model.config.patch_size) ** 2
+    monkeypatch.setattr(looks, "_COST", 5.5 * sum(weight.numel() for weight in model.parameters()) * patches)
+    page = write_report(hostile, tmp_path / "page.html").read_text()
+    assert sum("look" in image for image in document(page)["images"]) == 5
 
 
 def test_without_the_dataset_the_rest_is_there(hostile: Path, tmp_path: Path) -> None:
@@ -297,7 +395,7 @@ def test_it_fits_the_window_and_shows_names_as_they_are(
 
 def test_a_switch_shows_where_the_model_looked(hostile: Path, opened: Callable[..., Any]) -> None:
     page = opened(hostile / "report.html")
-    image = document((hostile / "report.html").read_text())["images"][0]
+    image = scored((hostile / "report.html").read_text())[0]
     first = page.locator("#mistakes img").first
     assert first.get_attribute("src") == image["src"]
     page.get_by_label("Show where the model looked").check()
@@ -306,29 +404,73 @@ def test_a_switch_shows_where_the_model_looked(hostile: Path, opened: Callable[.
     assert first.get_attribute("src") == image["src"]
 
 
-def test_a_cell_opens_its_images_by_keyboard_and_escape_closes_them(hostile: Path, opened: Callable[..., Any]) -> None:
-    page = opened(hostile / "report.html")
-    button = page.locator("[data-cell]").first
-    button.focus()
-    page.keyboard.press("Enter")
-    assert page.evaluate("document.querySelector('dialog').open")
-    shown = page.locator("dialog li").count()
-    assert shown == min(int(button.get_attribute("data-count")), pictures.OF_A_CELL)
-    assert page.evaluate("document.querySelector('dialog img').naturalWidth") > 0
-    page.keyboard.press("Escape")
-    assert not page.evaluate("document.querySelector('dialog').open")
+@pytest.mark.parametrize("width", [360, 1440])
+def test_the_matrix_is_walked_and_opened_by_keyboard(hostile: Path, opened: Callable[..., Any], width: int) -> None:
+    page = opened(hostile / "report.html", width)
+    focused = "document.activeElement.dataset.cell"
+    page.locator("#classes th button").last.focus()
+    page.keyboard.press("Tab")
+    first = page.evaluate(focused)
+    assert first == page.locator("[data-cell]").first.get_attribute("data-cell")
+    row, column = map(int, first.split(","))
+    page.keyboard.press("ArrowDown")
+    below = page.evaluate(focused)
+    assert below == f"{row + 1},{column}", "every class was taken for one"
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowLeft")
+    assert page.evaluate(focused) == first, "nothing is left of it"
+    page.keyboard.press("ArrowDown")
+    for key in ("Enter", "Space"):
+        page.keyboard.press(key)
+        assert page.evaluate("document.querySelector('dialog').open")
+        shown = page.locator("dialog li").count()
+        count = int(page.locator(f'[data-cell="{below}"]').get_attribute("data-count"))
+        assert shown == min(count, pictures.OF_A_CELL)
+        assert page.evaluate("document.querySelector('dialog img').naturalWidth") > 0
+        page.keyboard.press("Escape")
+        assert not page.evaluate("document.querySelector('dialog').open")
+        assert page.evaluate(focused) == below, "where it was"
+    page.keyboard.press("Tab")
+    assert page.evaluate(focused) is None, "one stop for all numbers"
 
 
-def test_the_table_sorts_by_each_column_both_ways(hostile: Path, opened: Callable[..., Any]) -> None:
+def test_the_diagonal_opens_right_answers(hostile: Path, opened: Callable[..., Any]) -> None:
     page = opened(hostile / "report.html")
-    button = page.get_by_role("button", name="recall")
-    for order in ("ascending", "descending"):
-        button.click()
-        values = page.eval_on_selector_all(
-            "#classes tbody tr", "rows => rows.map(row => Number(row.children[3].dataset.value))"
-        )
-        assert values == sorted(values, reverse=order == "descending")
-        assert page.get_by_role("columnheader", name="recall").get_attribute("aria-sort") == order
+    cells = page.eval_on_selector_all("[data-cell]", "cells => cells.map(cell => cell.dataset.cell)")
+    cell = next(cell for cell in cells if cell.split(",")[0] == cell.split(",")[1])
+    page.locator(f'[data-cell="{cell}"]').click()
+    label = sorted(HOSTILE)[int(cell.split(",")[0])]
+    assert page.locator("dialog h2").text_content() == f"{label}, found"
+    for text in page.locator("dialog li").all_text_contents():
+        assert text.startswith(label)
+        assert f"is {label}" not in text
+
+
+@pytest.mark.parametrize("width", [360, 1440])
+def test_the_table_sorts_by_each_column_both_ways_by_keyboard(
+    hostile: Path, opened: Callable[..., Any], width: int
+) -> None:
+    page = opened(hostile / "report.html", width)
+    heads = page.locator("#classes th button")
+    names = heads.all_text_contents()
+    assert names == ["class", "train", "validation", "test", "precision", "recall", "F1"]
+    for column, name in enumerate(names):
+        if column == 0:
+            heads.first.focus()
+        else:
+            page.keyboard.press("Tab")
+        for order, key in (("ascending", "Enter"), ("descending", "Space")):
+            page.keyboard.press(key)
+            values = page.eval_on_selector_all(
+                "#classes tbody tr",
+                "(rows, at) => rows.map(row => at ? Number(row.cells[at].dataset.value) : row.cells[at].textContent)",
+                column,
+            )  # fmt: skip
+            compare = "a.localeCompare(b)" if column == 0 else "a - b"
+            wanted = page.evaluate(f"values => values.toSorted((a, b) => {compare})", values)
+            assert values == (wanted if order == "ascending" else wanted[::-1]), name
+            assert page.locator("#classes th").nth(column).get_attribute("aria-sort") == order
+            assert page.evaluate("document.activeElement.textContent") == name
 
 
 @pytest.mark.parametrize("classes", [2, 1000])

@@ -123,6 +123,7 @@ def find_split_name(source: Source, role: str) -> str | None:
 def manifest(source: Source, splits: Mapping[str, Split], *, contents: bool = True) -> dict[str, Any]:
     """The content of `splits.json`, JSON-ready: the images of each split, and the size of each source split.
 
+    `classes` has the number of images of each of the `labels`; `decisions` and `warnings` say how the source was read.
     `by` says whether the ids are paths, content hashes, or places in shards. Paths come with `contents`, the hashes of
     `contents_of`.
     """
@@ -132,10 +133,18 @@ def manifest(source: Source, splits: Mapping[str, Split], *, contents: bool = Tr
         "revision": source.revision,
         "labels": list(source.labels),
         "images": {str(name): len(split) for name, split in source.splits.items()},
+        "decisions": list(source.decisions),
+        "warnings": list(source.warnings),
         "splits": {},
     }
     for role, split in splits.items():
-        entry = {"source": split.source, "count": len(split.rows), "hash": split.hash, "ids": list(split.ids)}
+        entry: dict[str, Any] = {
+            "source": split.source,
+            "count": len(split.rows),
+            "hash": split.hash,
+            "ids": list(split.ids),
+        }
+        entry["classes"] = np.bincount(split.labels, minlength=len(source.labels)).tolist()
         by = {"by": _identified_by(source.splits[split.source])}
         document["splits"][role] = entry | by | ({"contents": hashes[role]} if role in hashes else {})
     return document

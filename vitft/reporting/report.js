@@ -18,9 +18,10 @@ function figure(number, about) {
   picture.addEventListener("load", () => { picture.style.imageRendering = picture.naturalWidth < 48 ? "pixelated" : ""; });
   picture.src = looking() && image.look ? image.look : image.src;
   picture.dataset.number = number;
-  picture.alt = image.truth === image.said ? `${truth}, found` : `${truth}, taken for ${said}`;
+  picture.alt = said === undefined ? truth : image.truth === image.said ? `${truth}, found` : `${truth}, taken for ${said}`;
   item.append(picture);
-  if (about === "label") item.append(make("b", truth), ` wrong with ${percent(image.wrong)}`, make("br"), `looks like ${data.classes[image.likely]}`);
+  if (about === "training") item.append(make("b", truth));
+  else if (about === "label") item.append(make("b", truth), ` wrong with ${percent(image.wrong)}`, make("br"), `looks like ${data.classes[image.likely]}`);
   else {
     item.append(make("b", said), ` ${percent(image.sure)}`);
     if (image.truth !== image.said) item.append(make("br"), `is ${truth}`);
@@ -45,12 +46,32 @@ const dialog = document.querySelector("dialog");
 for (const button of document.querySelectorAll("[data-cell]"))
   button.addEventListener("click", () => {
     const cell = button.dataset.cell, [truth, said] = cell.split(",").map(Number), shown = data.cells[cell] || [];
-    dialog.querySelector("h2").textContent = `${data.classes[truth]}, taken for ${data.classes[said]}`;
+    dialog.querySelector("h2").textContent = data.classes[truth] + (truth === said ? ", found" : `, taken for ${data.classes[said]}`);
     const all = Number(button.dataset.count);
     dialog.querySelector("p").textContent = count(all, "image") + (shown.length < all ? `, ${shown.length} of them shown` : "");
     dialog.querySelector("ul").replaceChildren(...shown.map((number) => figure(number, "answer")));
     dialog.showModal();
   });
+
+// Of the confusion matrix, Tab stops at one number; arrow keys go to the next one in their direction.
+const cells = [...document.querySelectorAll(".matrix button")];
+for (const [number, cell] of cells.entries()) {
+  cell.tabIndex = number ? -1 : 0;
+  cell.addEventListener("keydown", (event) => {
+    const [down, right] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key] ?? [0, 0];
+    let row = cell.closest("tr"), column = cell.parentNode.cellIndex, next;
+    while ((down || right) && !next) {
+      if (down) row = down > 0 ? row.nextElementSibling : row.previousElementSibling;
+      column += right;
+      if (!row?.cells[column]) return;
+      next = row.cells[column].querySelector("button");
+    }
+    if (!next) return;
+    event.preventDefault();
+    next.focus();
+  });
+  cell.addEventListener("focus", () => { for (const other of cells) other.tabIndex = other === cell ? 0 : -1; });
+}
 dialog.querySelector("button").addEventListener("click", () => dialog.close());
 dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
 

@@ -2,7 +2,8 @@
 
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from jinja2 import Environment
 
 from vitft.checkpoints.checkpoint import is_run, read_config
 from vitft.config.train import TrainConfig
+from vitft.data.sources.identity import is_streamed
+from vitft.data.sources.schema import ROLES
 from vitft.data.sources.source import DatasetLike, Source, source_of
 from vitft.data.split_record import read_record, restore_splits
 from vitft.errors import DataError, ModelError, UsageError, VitftError
@@ -21,14 +24,13 @@ from vitft.evaluation.results import Results, read_results
 from vitft.evaluation.split_predictions import Predictions
 from vitft.io.atomic import write_text
 from vitft.io.console import percent, safe, without_secrets
-from vitft.io.paths import expanded, is_url, shown
+from vitft.io.paths import composed, expanded, is_url, shown
 from vitft.reporting.charts import Axis, Line, chart
 from vitft.reporting.looks import add_looks
-from vitft.reporting.pictures import Gallery, gallery
+from vitft.reporting.pictures import CROSSED, OF_A_CELL, Gallery, add_scored, add_training
 from vitft.training.callbacks import recorded
 
 FILE = "report.html"
-CROSSED = 30  # up to so many classes, the confusion matrix is a table
 CONFUSIONS = 40  # else so many of the most frequent ones are listed
 LISTED = 200  # doubtful labels by name
 _Progress = Callable[[int, int], None]
@@ -88,15 +90,17 @@ def _facts(run: Path, results: Results, dataset: DatasetLike | None, progress: _
     noise = None if predictions is None else noise_of(predictions)
     pictures, missing = _pictures(run, config, dataset, predictions, noise, progress)
     classes = [safe(row["label"]) for row in scores.get("per_class", ())]
-    lines = recorded(run)
+    data, lines = _data(run, [row["label"] for row in scores.get("per_class", ())]), recorded(run)
     return {
         "name": safe(run.name), "style": _text("report.css"), "script": _text("report.js"),
         "config": config, "model": safe(Path(config.model).name), "dataset": safe(_readable(config.dataset)),
         "split": split, "scores": scores, "results": results, "others": _others(results, split),
         "classes": classes, "rows": scores.get("per_class", []), "crossed": len(classes) <= CROSSED,
         "confusion": _confusion(scores, classes), "pictures": pictures, "missing": missing,
+        "of_a_cell": OF_A_CELL,
         "doubts": _doubts(predictions, noise), "charts": _charts(lines), "trust": _trust(predictions, scores),
-        "data": _data(run), "speed": _speed(lines), "settings": _settings(config), "machine": _machine(run),
+        "data": data, "roles": [role for role in ROLES if role == split or role in data["counts"]],
+        "speed": _speed(lines), "settings": _settings(config), "machine": _machine(run),
         "again": f"vitft train --recipe {shlex.quote(str(run / 'config.yaml'))}",
         "document": {"classes": classes, "images": pictures.images, "cells": pictures.cells},
     }  # fmt: skip
@@ -112,14 +116,16 @@ def _pictures(
     try:
         source = _source(config, dataset)
         record = read_record(run)
-        split = (
-            None if record is None else restore_splits(record, source, moved=dataset is not None).get(predictions.split)
-        )
-        if split is None:
+        splits = {} if record is None else restore_splits(record, source, moved=dataset is not None)
+        if (split := splits.get(predictions.split)) is None:
             return Gallery(), "none of them is in the dataset any more"
         row_of = dict(zip(map(str, split.ids), split.rows.tolist(), strict=True))
-        rows = source.splits[split.source]
-        found = gallery(predictions, noise, [row_of.get(image) for image in predictions.ids], rows, progress)
+        rows, found = source.splits[split.source], Gallery()
+        if (train := splits.get("train")) is not None and not is_streamed(source.splits[train.source]):
+            known = {composed(label): place for place, label in enumerate(predictions.labels + predictions.others)}
+            class_of = np.array([known.get(composed(label), len(known)) for label in source.labels])
+            add_training(found, source.splits[train.source], train, class_of[train.labels], len(known))
+        add_scored(found, predictions, noise, [row_of.get(image) for image in predictions.ids], rows, progress)
         add_looks(found, rows, run)
         return found, ""
     except (VitftError, OSError) as error:
@@ -162,7 +168,7 @@ def _confusion(scores: Mapping[str, Any], classes: list[str]) -> dict[str, Any]:
         cells = [(int(i), int(j), int(matrix[i, j])) for i, j in np.argwhere(matrix) if i != j]
     else:
         cells = [(i, j, count) for i, j, count in found.get("cells", ()) if i != j]
-    return {"worst": sorted(cells, key=lambda cell: -cell[2])[:CONFUSIONS]}
+    return {"worst": sorted(cells, key=lambda cell: -cell[2])[:CONFUSIONS], "kinds": len(cells)}
 
 
 def _charts(lines: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -210,15 +216,41 @@ def _reliability(name: str, found: Calibration, kind: str) -> Line:
     return Line(name, [(one.confidence, one.accuracy) for one in found.bins], kind)
 
 
-def _data(run: Path) -> list[dict[str, Any]]:
-    """The splits that the run recorded, with their sizes, and the images that could not be read."""
+def _data(run: Path, names: Sequence[str]) -> dict[str, Any]:
+    """What the run recorded of its data: splits, images by class, how it was read, what was left out.
+
+    `counts` has of each class, by its number in `names`, the images in each split. Runs of early versions lack some.
+    """
     try:
-        splits = json.loads((run / "splits.json").read_text(encoding="utf-8"))["splits"]
-        return [{"role": role, "source": safe(str(one["source"])), "count": int(one["count"]), "hash": str(one["hash"]),
-                 "skipped": [(safe(str(name)), safe(str(why))) for name, why in one.get("skipped", ())]}
-                for role, one in splits.items()]  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []
+        document = json.loads((run / "splits.json").read_text(encoding="utf-8"))
+        splits = [{"role": role, "source": safe(str(one["source"])), "count": int(one["count"]),
+                   "hash": str(one["hash"]),
+                   "skipped": [(safe(str(name)), safe(str(why))) for name, why in one.get("skipped", ())]}
+                  for role, one in document["splits"].items()]  # fmt: skip
+        labels = {composed(label): place for place, label in enumerate(document["labels"])}
+        of_class = {
+            role: list(map(int, one["classes"])) for role, one in document["splits"].items() if "classes" in one
+        }
+        same = list(document["labels"]) == list(names)  # also where two classes share a name, as in ImageNet
+        places = range(len(names)) if same else [labels.get(composed(name)) for name in names]
+        taken = Counter[str]()
+        for one in splits:
+            taken[one["source"]] += one["count"]
+        unused = [(safe(name), count - taken[safe(name)], count) for name, count in document.get("images", {}).items()]
+        return {
+            "splits": splits, "counts": {role: [0 if place is None else int(found[place]) for place in places]
+                                          for role, found in of_class.items()},
+            "unused": [one for one in unused if one[1] > 0],
+            "decisions": [_sentence(text) for text in document.get("decisions", ())],
+            "warnings": [_sentence(text) for text in document.get("warnings", ())],
+        }  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return {"splits": [], "counts": {}, "unused": [], "decisions": [], "warnings": []}
+
+
+def _sentence(text: object) -> str:
+    """A sentence of those who read the data, without what is private."""
+    return safe(without_secrets(str(text))).replace(f"{expanded('~')}/", "~/")
 
 
 def _speed(lines: list[dict[str, Any]]) -> dict[str, float]:

@@ -205,14 +205,16 @@ def excluding(source: Source, file: Path) -> Source:
     splits, found = dict(source.splits), set()
     for split_name, rows in source.splits.items():
         if any(split == split_name for split, _ in line_of):
-            images = [(str(split_name), name) for name in sample_names(rows, np.arange(len(rows)))]
-            splits[split_name] = rows.select([row for row, image in enumerate(images) if image not in line_of])
-            found.update(images)
+            named = [(str(split_name), name) for name in sample_names(rows, np.arange(len(rows)))]
+            splits[split_name] = rows.select([row for row, image in enumerate(named) if image not in line_of])
+            found.update(named)
     if unknown := [line for image, line in line_of.items() if image not in found]:
         raise UsageError(
             f"exclude {file}: {unknown[0]!r} names no image of {source.name}; write a line as SPLIT, a tab, IMAGE."
         )
-    return replace(source, splits=datasets.DatasetDict(splits))
+    images = "1 image" if len(line_of) == 1 else f"{len(line_of):,} images"
+    left = (f"{images} left out: listed in {file.name}",) if line_of else ()
+    return replace(source, splits=datasets.DatasetDict(splits), decisions=source.decisions + left)
 
 
 def class_indices(split: datasets.Dataset) -> NDArray[np.int64]:
