@@ -293,8 +293,11 @@ def test_manifest_is_json_with_ids():
     assert document["splits"]["train"]["ids"] == splits["train"].ids
     assert document["splits"]["test"] == {
         "source": "test", "count": 2, "hash": splits["test"].hash, "ids": ids(source.splits["test"], np.arange(2)),
-        "by": "content",
+        "by": "content", "classes": [1, 1, 0, 0, 0],
     }  # fmt: skip
+    assert document["splits"]["train"]["classes"] == [2, 2, 0, 0, 0]
+    noted = manifest(replace(source, decisions=("read so",), warnings=("one left out",)), splits)
+    assert (noted["decisions"], noted["warnings"]) == (["read so"], ["one left out"])
     assert all(len(name) == 16 for name in document["splits"]["test"]["ids"])
 
 
