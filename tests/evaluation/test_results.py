@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from io import BytesIO, StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from tests.training.test_trainer import config as tiny
 from vitft import ModelError, Predictor, TrainConfig, UsageError, evaluate, predict, train
+from vitft.checkpoints.checkpoint import newest_intact, read_state
 from vitft.checkpoints.metadata import read_card
 from vitft.cli.app import app
 from vitft.data.augment import normalize, resize_and_crop
@@ -22,8 +24,10 @@ from vitft.data.sources.source import open_dataset
 from vitft.evaluation import evaluation
 from vitft.evaluation.calibration import at_temperature, calibration, fit_temperature, threshold_for
 from vitft.evaluation.loading import load_model
-from vitft.evaluation.results import predictions_file, read_results
+from vitft.evaluation.results import predictions_file, read_results, write_results
 from vitft.evaluation.split_predictions import Predictions, require
+from vitft.hardware.timers import Phases
+from vitft.training import trainer
 from vitft.training.trainer import Result, resume
 
 
@@ -182,6 +186,43 @@ def test_results_are_written_again_where_they_are_missing_and_when_a_run_goes_on
     assert read_results(run) is None, "of the shorter run"
     assert not predictions_file(run, "test").exists()
     assert read_results(resume(run, {"epochs": 4}).run).splits.keys() == {"validation", "test"}
+
+
+def test_the_phases_of_a_run_add_up_to_its_time_also_over_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that goes on by a second whenever it is looked at."""
+    clocks: list[int] = []
+    at_the_end: list[int] = []  # of each command, when it writes its results
+
+    def phases() -> Phases:
+        place = len(clocks)
+        clocks.append(-1)
+
+        def now() -> float:
+            clocks[place] += 1
+            return clocks[place]
+
+        return Phases(now)
+
+    def written(*given: Any) -> None:
+        at_the_end.append(clocks[-1])
+        write_results(*given)
+
+    monkeypatch.setattr(trainer, "Phases", phases)
+    monkeypatch.setattr(trainer, "write_results", written)
+    done = train(config(epochs=1), output=tmp_path / "run")
+    seconds = read_results(done.run).seconds
+    assert done.seconds == done.to_dict()["seconds"] == seconds
+    assert sum(seconds.values()) == pytest.approx(at_the_end[0])
+    assert min(seconds[name] for name in seconds if name not in ("data_wait", "tuning")) > 0
+    saved = read_state(newest_intact(done.run)[0]).seconds
+    assert 0 < sum(saved.values()) < sum(seconds.values()), "what it took until then"
+    longer = resume(done.run, {"epochs": 2})
+    assert sum(longer.seconds.values()) == pytest.approx(sum(saved.values()) + at_the_end[1])
+    assert longer.seconds["steps"] > saved["steps"] > 0
+    before = read_results(done.run).seconds
+    assert sum(resume(done.run).seconds.values()) == pytest.approx(sum(before.values()) + at_the_end[2])
 
 
 def test_too_many_probabilities_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,6 +125,25 @@ def test_training_images_of_each_class_are_shown(hostile: Path) -> None:
         assert classes[image["name"]] == data["classes"][image["truth"]]
 
 
+def test_where_the_time_went(hostile: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(hostile, run)
+    results = json.loads((run / RESULTS).read_text())
+    seconds = {"opening": 30.0, "steps": 150.0, "data_wait": 20.0, "tuning": 0.0, "phase of a later version": 0.2}
+    (run / RESULTS).write_text(json.dumps(results | {"seconds": seconds}))
+    page = write_report(run).read_text()
+    assert "Where 3 min 20 s went" in page
+    rows = [[re.sub("<[^>]*>", "", cell) for cell in row.split("</td>")[:3]]
+            for row in page.partition('class="times"')[2].partition("</table>")[0].split("<tr>")[1:]]  # fmt: skip
+    assert rows == [
+        ["opening and decoding", "30 s", "15.0 %"], ["steps", "2 min 30 s", "74.9 %"],
+        ["waiting for data", "20 s", "10.0 %"], ["phase of a later version", "0 s", "0.1 %"],
+    ]  # fmt: skip
+    del results["seconds"]  # as an earlier version left it
+    (run / RESULTS).write_text(json.dumps(results))
+    assert 'class="times"' not in write_report(run).read_text()
+
+
 def test_what_was_left_out_is_said(tmp_path: Path) -> None:
     data = photos(tmp_path / "photos", ["a", "b"])
     (tmp_path / "photos" / "train-3.png").unlink()
@@ -349,7 +368,7 @@ def with_results(hostile: Path, run: Path, truth: np.ndarray, said: np.ndarray) 
     top = np.argsort(-said, axis=1)[:, : min(5, classes)]
     losses = -np.log(said[np.arange(count), truth] + 1e-9)
     measured = score(truth, top, losses, labels, split="test", split_hash="0123456789abcdef", elapsed_s=1.0)
-    write_results(run, "best", 1, {"test": measured}, None)
+    write_results(run, "best", 1, {"test": measured}, None, {})
     known = read_results(hostile).predictions("test").ids
     ids = tuple(known[number % len(known)] for number in range(count))
     Predictions("test", "0123456789abcdef", "test", labels, (), ids, np.arange(count), truth, said).write(

@@ -16,7 +16,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class State:
     total_steps: int | None = None  # planned when this was saved
     validation_due: bool = False  # a signal came before or during the validation of this step
     scaler: dict[str, Any] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)  # of each phase of the run until this was saved
 
 
 def create_run(path: Path, *, overwrite: bool) -> None:

@@ -18,12 +18,16 @@ FILE = "results.json"
 
 @dataclass(frozen=True)
 class Results:
-    """The scores of a run's chosen checkpoint: `splits` has of each split what `Metrics.to_dict` gives."""
+    """The scores of a run's chosen checkpoint: `splits` has of each split what `Metrics.to_dict` gives.
+
+    `seconds` has those of each phase of the run; it is empty in runs of early versions.
+    """
 
     run: Path
     checkpoint: str  # best or last
     step: int
     splits: dict[str, dict[str, Any]]
+    seconds: dict[str, float]
 
     def predictions(self, split: str) -> Predictions | None:
         """What the checkpoint said about the images of a split; None if they were too many. Raises ModelError."""
@@ -37,7 +41,8 @@ def predictions_file(run: Path, split: str) -> Path:
 
 
 def write_results(
-    run: Path, checkpoint: str, step: int, measured: Mapping[str, Metrics | dict[str, Any]], temperature: float | None
+    run: Path, checkpoint: str, step: int, measured: Mapping[str, Metrics | dict[str, Any]], temperature: float | None,
+    seconds: Mapping[str, float],
 ) -> None:  # fmt: skip
     """Write `results.json` and the predictions. A split that is given as a dictionary was written before."""
     for split, metrics in measured.items():
@@ -47,7 +52,8 @@ def write_results(
         split: replace(one, temperature=temperature).to_dict() if isinstance(one, Metrics) else one
         for split, one in measured.items()
     }
-    write_json(run / FILE, {"vitft": __version__, "checkpoint": checkpoint, "step": step, "splits": splits})
+    facts = {"vitft": __version__, "checkpoint": checkpoint, "step": step, "seconds": dict(seconds)}
+    write_json(run / FILE, facts | {"splits": splits})
 
 
 def read_results(run: Path) -> Results | None:
@@ -57,8 +63,9 @@ def read_results(run: Path) -> Results | None:
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        return Results(run, str(found["checkpoint"]), int(found["step"]), dict(found["splits"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        seconds = {name: float(value) for name, value in found.get("seconds", {}).items()}
+        return Results(run, str(found["checkpoint"]), int(found["step"]), dict(found["splits"]), seconds)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{file}: cannot be read ({error}); resume the run, and it is written again.") from error
 
 

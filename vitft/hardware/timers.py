@@ -1,10 +1,13 @@
-"""Timers for the parts of a step. Training uses the `Clock` that measures nothing; `bench` uses a `Stopwatch`."""
+"""Timers for the parts of a step and the phases of a run.
+
+Within a step, training uses the `Clock` that measures nothing; `bench` uses a `Stopwatch`.
+"""
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -34,6 +37,49 @@ class Stopwatch(Clock):
         yield
         synchronize(self.device)
         self.seconds[name] += time.perf_counter() - started
+
+
+Phase = Literal["opening", "tuning", "head", "steps", "data_wait", "validation", "saving", "scoring", "other"]
+
+
+class Phases:
+    """Where the time of a run goes: at any moment in one phase, so that the seconds of all are those of the run."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now, self._phase, self._since = now, "other", now()
+        self._seconds = dict.fromkeys(get_args(Phase), 0.0)
+
+    @contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        """Within, time counts for this phase, and not for the one around it."""
+        outer = self._turn(name)
+        try:
+            yield
+        finally:
+            self._turn(outer)
+
+    def _turn(self, phase: str) -> str:
+        """Go to another phase; return the one that ends."""
+        ended, moment = self._phase, self._now()
+        self._seconds[ended] += moment - self._since
+        self._phase, self._since = phase, moment
+        return ended
+
+    def move(self, source: Phase, target: Phase, seconds: float) -> None:
+        """Count seconds of one phase for another, at most what it has."""
+        moved = max(0.0, min(seconds, self._seconds[source]))
+        self._seconds[source] -= moved
+        self._seconds[target] += moved
+
+    def include(self, earlier: Mapping[str, float]) -> None:
+        """Add the seconds of an earlier process."""
+        for name, seconds in earlier.items():
+            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    def seconds(self) -> dict[str, float]:
+        """The seconds of each phase until now, to the millisecond."""
+        self._turn(self._phase)
+        return {name: round(seconds, 3) for name, seconds in self._seconds.items()}
 
 
 Timestamp = float | torch.cuda.Event

@@ -23,7 +23,7 @@ from vitft.evaluation.label_noise import MOST_LIKELY, LabelNoise, noise_of
 from vitft.evaluation.results import Results, read_results
 from vitft.evaluation.split_predictions import Predictions
 from vitft.io.atomic import write_text
-from vitft.io.console import percent, safe, without_secrets
+from vitft.io.console import duration, percent, safe, without_secrets
 from vitft.io.paths import composed, expanded, is_url, shown
 from vitft.reporting.charts import Axis, Line, chart
 from vitft.reporting.looks import add_looks
@@ -100,7 +100,8 @@ def _facts(run: Path, results: Results, dataset: DatasetLike | None, progress: _
         "of_a_cell": OF_A_CELL,
         "doubts": _doubts(predictions, noise), "charts": _charts(lines), "trust": _trust(predictions, scores),
         "data": data, "roles": [role for role in ROLES if role == split or role in data["counts"]],
-        "speed": _speed(lines), "settings": _settings(config), "machine": _machine(run),
+        "speed": _speed(lines), "times": _times(results.seconds), "settings": _settings(config),
+        "machine": _machine(run),
         "again": f"vitft train --recipe {shlex.quote(str(run / 'config.yaml'))}",
         "document": {"classes": classes, "images": pictures.images, "cells": pictures.cells},
     }  # fmt: skip
@@ -260,6 +261,25 @@ def _speed(lines: list[dict[str, Any]]) -> dict[str, float]:
         return {}
     names = ("images_per_s", "data_wait")
     return {name: float(np.median([line[name] for line in trained if name in line])) for name in names}
+
+
+_PHASES = {
+    "opening": "opening and decoding", "tuning": "trying out settings", "head": "fitting the head",
+    "steps": "steps", "data_wait": "waiting for data", "validation": "validation", "saving": "saving",
+    "scoring": "final scores", "other": "everything else",
+}  # fmt: skip
+
+
+def _times(seconds: Mapping[str, float]) -> dict[str, Any]:
+    """The phases that took time, with their share of all of it. Empty for runs of early versions."""
+    total = sum(seconds.values())
+    if not total:
+        return {}
+    parts = [
+        {"kind": name, "title": _PHASES.get(name, safe(name)), "share": took / total, "took": duration(took)}
+        for name, took in seconds.items() if round(took, 1) > 0
+    ]  # fmt: skip
+    return {"total": duration(total), "parts": parts}
 
 
 def _settings(config: TrainConfig) -> list[tuple[str, str]]:

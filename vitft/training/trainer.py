@@ -31,6 +31,7 @@ from vitft.evaluation.novelty import Novelty
 from vitft.evaluation.results import read_results, remove_results, write_results
 from vitft.hardware.device import deterministic, is_out_of_memory, make_accelerator, memory_guard, resolve_auto, threads
 from vitft.hardware.shards import each_joined
+from vitft.hardware.timers import Phases
 from vitft.io import console
 from vitft.io.paths import expanded
 from vitft.io.signals import Interrupted, StopSignals
@@ -53,6 +54,7 @@ class Result:
 
     `run` is its folder, `checkpoint` its best checkpoint, of step `step`, and `scores` has the scores of that by split.
     `skipped` has the splits that `skip_test` left alone. `speed` is None if the run had already finished before.
+    `seconds` has those of each phase of the run, also before it was resumed; together they are all that it took.
     """
 
     run: Path
@@ -61,6 +63,7 @@ class Result:
     scores: dict[str, Score] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
     speed: Speed | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON values."""
@@ -118,6 +121,7 @@ def _begin(
     model: str | None = None,
 ) -> Result:  # fmt: skip
     """Train; `model` is the name to record for a model that is at `config.model` only temporarily."""
+    phases = Phases()
     config = resolve_auto(config)
     accelerator = make_accelerator(config)
     output = None if output is None else expanded(output)
@@ -125,25 +129,26 @@ def _begin(
         if ckpt.newest_intact(begun)[0] is not None:
             return resume(begun, dataset=dataset, callbacks=callbacks)
         output, overwrite = begun, True  # it has saved nothing
-    with accelerator.main_process_first():
+    with phases.phase("opening"), accelerator.main_process_first():
         if output is not None and accelerator.is_main_process:
             run_folder.check_output(output, overwrite=overwrite)
         prepared = prepare(config, dataset=dataset)
     if model is not None:
         prepared = prepared.with_settings(model=model)
-    with memory_guard(config, accelerator.num_processes):
+    with phases.phase("tuning"), memory_guard(config, accelerator.num_processes):
         advise(prepared)
         warn_if_long(prepared, accelerator.num_processes)
         prepared = autotuned(prepared, accelerator.num_processes)
     with ExitStack() as held:
         held.enter_context(threads(prepared.config.threads))
         held.enter_context(deterministic(config))
-        decoded = prepared.open_images()  # before anything is written or overwritten: an image may be bad
+        with phases.phase("opening"):
+            decoded = prepared.open_images()  # before anything is written or overwritten: an image may be bad
         run = held.enter_context(run_folder.new_run(run_folder.Beginning(decoded, accelerator), output, overwrite))
         parts = [(accelerator, decoded)]
         # A rollback loads the model and the images again: the first ones must be gone by then.
         del accelerator, prepared, decoded
-        first = lambda: _Run(*parts.pop(), run, callbacks).train(State())  # noqa: E731
+        first = lambda: _Run(*parts.pop(), run, phases, callbacks).train(State())  # noqa: E731
         return with_recovery(run, first, again=lambda: _resume(run, {}, dataset, callbacks, rolled_back=True))
 
 
@@ -180,6 +185,7 @@ def resume(
 def _resume(
     run: Path, changes: dict[str, Any], dataset: Any, callbacks: Sequence[Callback], *, rolled_back: bool = False
 ) -> Result:  # fmt: skip
+    phases = Phases()
     folder, passed = ckpt.newest_intact(run)
     for fault in passed:
         console.warn(f"passed over {fault}")
@@ -188,9 +194,11 @@ def _resume(
     config = resolve_auto(run_folder.changed(run, before, changes, finished=run_folder.is_finished(state)))
     with threads(config.threads or run_folder.threads_of(run)), deterministic(config):
         accelerator = make_accelerator(config)
-        with accelerator.main_process_first():
-            prepared = run_folder.prepare_resume(run, config, folder, dataset)
-        resumed = _Run(accelerator, prepared.open_images(resumes=True), run, callbacks, resumed_from=folder)
+        with phases.phase("opening"):
+            with accelerator.main_process_first():
+                prepared = run_folder.prepare_resume(run, config, folder, dataset)
+            decoded = prepared.open_images(resumes=True)
+        resumed = _Run(accelerator, decoded, run, phases, callbacks, resumed_from=folder)
         if rolled_back:
             resumed.keep_earlier_best(state)
         if (config.epochs, config.max_steps) != (before.epochs, before.max_steps) and state.step >= resumed.total_steps:
@@ -211,10 +219,11 @@ class _Run:
     """A run in progress, on one process."""
 
     def __init__(
-        self, accelerator: Any, decoded: Decoded, run: Path, callbacks: Sequence[Callback] = (),
+        self, accelerator: Any, decoded: Decoded, run: Path, phases: Phases, callbacks: Sequence[Callback] = (),
         resumed_from: Path | None = None,
     ) -> None:  # fmt: skip
         self.accelerator, self.decoded, self.run = accelerator, decoded, run
+        self.phases, self.waited_s = phases, 0.0  # seconds for data that phases already count
         self.labels, self.how = decoded.loaded.labels, decoded.loaded.preprocess
         self.callbacks, self.resumed_from = callbacks, resumed_from
         self.followers: list[Callback] = []  # empty except on the main process
@@ -261,6 +270,8 @@ class _Run:
         """Take the remaining steps, then score the chosen checkpoint on the test split."""
         config = self.config
         self.begun, state.total_steps = state.step, self.total_steps
+        written = read_results(self.run) if self.is_over(state) else None
+        self.phases.include(state.seconds if written is None else written.seconds)
         if self.resumed_from is not None:
             self._load_optimizer(self.resumed_from, state)
         if self.accelerator.is_main_process:
@@ -278,19 +289,21 @@ class _Run:
             try:
                 if not self.is_over(state):
                     console.note(run_folder.start_note(self.decoded, self.total_steps, self.run))
-                    self.learner.get_ready(self.signals.watched, start_head=state.step == 0)
+                    with self.phases.phase("head"):
+                        self.learner.get_ready(self.signals.watched, start_head=state.step == 0)
                 window.restart(self.learner.data_wait_s)
                 while not self.is_over(state):
-                    saves = self._advance(state, bar)
+                    with self.phases.phase("steps"):
+                        saves = self._advance(state, bar)
                     if state.validation_due:
-                        with self.learner.averaged():
+                        with self.phases.phase("validation"), self.learner.averaged():
                             self._validate(state, bar)
                         saves = saves or state.stopped_early
                         window.restart(self.learner.data_wait_s)
                     if saves:
                         self._save(state)
                         window.restart(self.learner.data_wait_s)
-                with self.learner.averaged():
+                with self.phases.phase("scoring"), self.learner.averaged():
                     result = self._finish(state, bar)
             except Interrupted as stop:
                 raise self._stopped(state, stop.number, bar) from None
@@ -470,12 +483,24 @@ class _Run:
         self._write_model("best", card)
         self.learner.module.load_state_dict(now)
 
+    def _seconds(self) -> dict[str, float]:
+        """The seconds of each phase of the run until now; of the steps, those that waited for data are apart."""
+        waited_s = self.learner.data_wait_s
+        self.phases.move("steps", "data_wait", waited_s - self.waited_s)
+        self.waited_s = waited_s
+        return self.phases.seconds()
+
     def _save(self, state: State) -> None:
+        with self.phases.phase("saving"):
+            self._save_step(state)
+
+    def _save_step(self, state: State) -> None:
         if not self.learner.is_finite():
             raise self._diverged("weights are not finite", state.step)
         self._flush_best()
         scaler = self.accelerator.scaler
         state.scaler = scaler.state_dict() if scaler else None
+        state.seconds = self._seconds()
         moments = ckpt.optimizer_tensors(self.unwrapped, self.learner.optimizer.optimizer)
         with self.learner.whole() as model:
             if model is not None:
@@ -504,15 +529,17 @@ class _Run:
     def _write_model(
         self, name: str, card: Card, state: State | None = None, *, novelty: Novelty | None = None
     ) -> None:  # fmt: skip
-        with self.learner.whole() as model:
-            if model is not None:
-                beside = [] if novelty is None else [novelty.write]
-                ckpt.save_model(self.run / name, model, self.how, card, state, beside=beside)
-        if self.contents is not None:  # what a model was trained on is known wherever it is
-            self.contents.record()
-        self.accelerator.wait_for_everyone()
+        with self.phases.phase("saving"):
+            with self.learner.whole() as model:
+                if model is not None:
+                    beside = [] if novelty is None else [novelty.write]
+                    ckpt.save_model(self.run / name, model, self.how, card, state, beside=beside)
+            if self.contents is not None:  # what a model was trained on is known wherever it is
+                self.contents.record()
+            self.accelerator.wait_for_everyone()
 
     def _write_last(self, state: State) -> None:
+        state.seconds = self._seconds()
         self._write_model("last", self._card(state), state)
         self.written_last = state.step
 
@@ -581,12 +608,13 @@ class _Run:
             with self.signals.interruptible():
                 novelty = run_novelty(self.learner, self.decoded, self.signals.watched)
             self._write_model("best", self._card(scored), novelty=novelty)
+        seconds = self._seconds()
         if self.accelerator.is_main_process:
-            write_results(self.run, chosen, scored.step, details, self.temperature)
+            write_results(self.run, chosen, scored.step, details, self.temperature, seconds)
             ckpt.prune(self.run, state.step, self.config.keep_finished)
         scores = {role: Score.from_summary(summary) for role, summary in self.scores.items()}
         skipped = tuple(role for role in self.decoded.splits if role not in self.decoded.stores)
-        return Result(self.run, self.run / chosen, scored.step, scores, skipped)
+        return Result(self.run, self.run / chosen, scored.step, scores, skipped, seconds=seconds)
 
     def _validation_details(self, step: int, bar: "console.TrainingProgress") -> dict[str, Any]:
         """The best checkpoint's scores in full: in memory, written before, or, after a resume, measured again."""
