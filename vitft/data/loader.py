@@ -23,7 +23,7 @@ from vitft.data.augmentation.settings import Augmentation
 from vitft.data.resample import RADIUS
 from vitft.data.sampling import balanced_order, images_in_use, positions, streamed_order, uniform_order
 from vitft.data.stores.lazy_store import LazyStore
-from vitft.data.stores.store import Store, move_to_device
+from vitft.data.stores.store import Part, Store, move_to_device
 from vitft.hardware.device import many_launches_cost, to_device
 from vitft.hardware.pools import map_in_processes, processes
 from vitft.hardware.timers import Clock
@@ -265,13 +265,14 @@ class EvalLoader:
     """The evaluation batches of one process; over all processes, each image of the split occurs exactly once."""
 
     def __init__(
-        self, store: Store, labels: NDArray[np.int64], preprocess: Preprocess, *, batch_size: int,
+        self, store: Store | Part, labels: NDArray[np.int64], preprocess: Preprocess, *, batch_size: int,
         device: torch.device, rank: int = 0, world: int = 1, only: NDArray[np.int64] | None = None,
     ) -> None:  # fmt: skip
-        """`only`: the positions to read, instead of all."""
+        """`only`: the positions to read, instead of all. A process with a part of the images reads these."""
         self.store, self.labels, self.preprocess = store, torch.from_numpy(labels.copy()), preprocess
         self.device = device
-        shard = np.array_split(np.arange(len(store)) if only is None else np.sort(only), world)[rank]
+        chosen = np.arange(len(store)) if only is None else np.sort(only)
+        shard = store.among(chosen) if isinstance(store, Part) else np.array_split(chosen, world)[rank]
         self._batches = [shard[i : i + batch_size] for i in range(0, len(shard), batch_size)]
         self._buffer = InputBuffer(preprocess, device)
 

@@ -19,12 +19,13 @@ from vitft.data.sources.source import ALIASES, DIGITS, Source, source_of
 from vitft.data.split_record import Record, describe_changes, read_record, restore_splits
 from vitft.data.splits import Split, find_split_name, make_splits
 from vitft.data.stores.lazy_store import LazyStore, is_large
-from vitft.data.stores.store import Skipped, check_headers, decode_all
+from vitft.data.stores.store import Part, Skipped, Store, UnreadableError, check_headers, decode_all
 from vitft.data.validation.check import check, check_labels, imbalance, samples
 from vitft.errors import DataError, UsageError
 from vitft.evaluation.evaluation import listed, matched, without
 from vitft.evaluation.held_out import earlier_sides, refuse_trained
 from vitft.hardware.device import find_attention
+from vitft.hardware.processes import Processes
 from vitft.io import console, paths
 from vitft.io.paths import composed, expanded
 from vitft.models.load import Loaded, load_for_training, shape_of
@@ -34,7 +35,7 @@ from vitft.training.loss import counts_alike, pinned_weights
 from vitft.training.optim import unusual_lr
 
 Labeled = tuple[Any, NDArray[np.int64]]
-"""A `Store`, or of the training images a `LazyStore`, and its labels, numbered as in the model."""
+"""A `Store`, or a `Part` of it, or of the training images a `LazyStore`; and its labels, numbered as in the model."""
 
 
 class Stores(Mapping[str, Labeled]):
@@ -94,19 +95,20 @@ class Prepared:
             decoded.stores.made[role], decoded.splits[role] = self._decode(role, decoded.skipped)
         return decoded
 
-    def open_images(self, *, resumes: bool = False) -> "Decoded":
+    def open_images(self, processes: Processes | None = None, *, resumes: bool = False) -> "Decoded":
         """Like `decode`, for training: of a large dataset, images are decoded when they are first needed.
 
-        Of those, only the headers are read now, unless the run `resumes`.
+        Of those, only the headers are read now, unless the run `resumes`. Of what is only scored, each of the processes
+        will decode its part, when all ask for it.
         """
         if not self.decodes_later:
             return self.decode()
-        skipped: dict[str, list[Skipped]] = {role: [] for role in self.used}
+        skipped, processes = {role: list[Skipped]() for role in self.used}, processes or Processes()
         if self.config.check == "fast" and not resumes:
-            return self.check_headers(skipped)._open_lazily(skipped)
-        return self._open_lazily(skipped)
+            return self.check_headers(skipped)._open_lazily(skipped, processes)
+        return self._open_lazily(skipped, processes)
 
-    def _open_lazily(self, skipped: dict[str, list[Skipped]]) -> "Decoded":
+    def _open_lazily(self, skipped: dict[str, list[Skipped]], processes: Processes) -> "Decoded":
         """`skipped` has the images that are already left out."""
         self._tell_unused_range()
         config, split = self.config, self.splits["train"]
@@ -118,7 +120,7 @@ class Prepared:
         def later(role: str) -> Callable[[], Labeled]:
             def decode() -> Labeled:
                 found: dict[str, list[Skipped]] = {}
-                labeled, readable[role] = self._decode(role, found, remedy="fix it")
+                labeled, readable[role] = self._decode_part(role, found, processes)
                 skipped[role].extend(found[role])
                 return labeled
 
@@ -160,21 +162,41 @@ class Prepared:
     def _rows(self, role: str) -> Any:
         return self.source.splits[self.splits[role].source].select(self.splits[role].rows)
 
-    def _decode(
-        self, role: str, skipped: dict[str, list[Skipped]], remedy: str = "fix or remove it"
-    ) -> tuple[Labeled, Split]:
+    def _decode(self, role: str, skipped: dict[str, list[Skipped]]) -> tuple[Labeled, Split]:
         """A split's images and labels, and the split without those that are added to `skipped`."""
-        with console.working(f"decoding {role}") as progress:
-            store, skipped[role] = decode_all(
-                self._rows(role),
-                self.loaded.preprocess,
-                training=role == "train",
-                remedy=remedy,
-                progress=progress,
-                **self._how(role),
-            )
+        store, skipped[role] = self._decode_rows(role, self._rows(role), "fix or remove it")
         split = self._without(role, skipped[role])
         return (store, self._match(split, role)[0]), split
+
+    def _decode_part(
+        self, role: str, skipped: dict[str, list[Skipped]], processes: Processes
+    ) -> tuple[Labeled, Split]:  # fmt: skip
+        """Like `_decode`, but only the images that this process scores. All processes have to call this.
+
+        Raises in all of them, with `by_all`, what any one raises.
+        """
+        rows, store, bad, fault = self._rows(role), None, list[Skipped](), None
+        mine = np.array_split(np.arange(len(rows)), processes.count)[processes.rank]
+        try:
+            store, bad = self._decode_rows(role, rows.select(mine), "fix it")
+        except UnreadableError as error:
+            fault = error
+        bad = [replace(image, position=int(mine[image.position])) for image in bad]
+        faults, bads, sizes = zip(*processes.gather([(fault, bad, len(mine) - len(bad))]), strict=True)
+        for fault in filter(None, faults):
+            raise UnreadableError(str(fault), fault.names, by_all=True)
+        assert store is not None
+        skipped[role] = [image for part in bads for image in part]
+        split = self._without(role, skipped[role])
+        part = Part(store, sum(sizes[: processes.rank]), sum(sizes))
+        return (part, self._match(split, role)[0]), split
+
+    def _decode_rows(self, role: str, rows: Any, remedy: str) -> tuple[Store, list[Skipped]]:
+        with console.working(f"decoding {role}") as progress:
+            return decode_all(
+                rows, self.loaded.preprocess, training=role == "train", remedy=remedy, progress=progress,
+                **self._how(role),
+            )  # fmt: skip
 
     def _how(self, role: str) -> dict[str, Any]:
         """What decoding depends on."""

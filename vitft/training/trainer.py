@@ -30,6 +30,7 @@ from vitft.evaluation.metrics import Metrics, Score
 from vitft.evaluation.novelty import Novelty
 from vitft.evaluation.results import read_results, remove_results, write_results
 from vitft.hardware.device import deterministic, is_out_of_memory, make_accelerator, memory_guard, resolve_auto, threads
+from vitft.hardware.processes import Processes
 from vitft.hardware.shards import each_joined
 from vitft.hardware.timers import Phases
 from vitft.io import console
@@ -143,7 +144,8 @@ def _begin(
         held.enter_context(threads(prepared.config.threads))
         held.enter_context(deterministic(config))
         with phases.phase("opening"):
-            decoded = prepared.open_images()  # before anything is written or overwritten: an image may be bad
+            # Before anything is written or overwritten: an image may be bad.
+            decoded = prepared.open_images(_all(accelerator))
         run = held.enter_context(run_folder.new_run(run_folder.Beginning(decoded, accelerator), output, overwrite))
         parts = [(accelerator, decoded)]
         # A rollback loads the model and the images again: the first ones must be gone by then.
@@ -197,7 +199,7 @@ def _resume(
         with phases.phase("opening"):
             with accelerator.main_process_first():
                 prepared = run_folder.prepare_resume(run, config, folder, dataset)
-            decoded = prepared.open_images(resumes=True)
+            decoded = prepared.open_images(_all(accelerator), resumes=True)
         resumed = _Run(accelerator, decoded, run, phases, callbacks, resumed_from=folder)
         if rolled_back:
             resumed.keep_earlier_best(state)
@@ -441,18 +443,9 @@ class _Run:
             return self.measured
 
     def _images(self, role: str) -> Any:
-        """A split's images and labels; of a large dataset, they are decoded now, by each process."""
-        stores = self.decoded.stores
-        if role not in stores.made:
-            failed: list[tuple[str, list[str]]] = []
-            with self.signals.interruptible():
-                try:
-                    stores[role]
-                except UnreadableError as error:
-                    failed = [(str(error), error.names)]
-            if failed := gather_object(failed):
-                raise UnreadableError(*failed[0], by_all=True)
-        return stores[role]
+        """A split's images and labels; of a large dataset, each process decodes its part of them now."""
+        with self.signals.interruptible():
+            return self.decoded.stores[role]
 
     # -- what is written --------------------------------------------------------------------------
 
@@ -631,6 +624,10 @@ class _Run:
         if card is None:
             raise ModelError(f"{self.run / 'best'}: is no longer what the run wrote, for vitft.json is gone.")
         return card
+
+
+def _all(accelerator: Any) -> Processes:
+    return Processes(accelerator.process_index, accelerator.num_processes)
 
 
 def _temperature(validation: Metrics | dict[str, Any] | None) -> float | None:

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,16 @@ from tests.training.test_trainer import lines
 from vitft.checkpoints import checkpoint as ckpt
 from vitft.config.train import TrainConfig
 from vitft.data.augment import Preprocess
+from vitft.data.sources.identity import sample_id
 from vitft.data.sources.source import open_dataset
 from vitft.data.stores import cache, lazy_store
 from vitft.data.stores.lazy_store import LazyStore, is_large
 from vitft.data.stores.store import Store, UnreadableError, decode_all
 from vitft.errors import DataError, Stopped
+from vitft.evaluation.novelty import read_novelty
+from vitft.evaluation.results import read_results
 from vitft.hardware.pools import map_in_processes
-from vitft.training import trainer
+from vitft.training import novelty, setup, trainer
 from vitft.training.setup import prepare
 from vitft.training.trainer import resume, train
 
@@ -512,6 +516,42 @@ def test_two_processes_that_cannot_decode_a_validation_image_save_together(many:
     assert f"To go on from step {int(folders[0].name.removeprefix('step-'))}:" in " ".join(said.split())
     bad.write_bytes(raw)
     assert resume(run).scores["validation"].count == len(held_out)
+
+
+def few_are_many_and_decoding_is_told(folder: str) -> None:
+    """Write down the names of the images that this process decodes at once."""
+    few_are_many()
+    novelty.FEWEST, real, file = 5, setup.decode_all, Path(folder, os.environ["RANK"])
+
+    def decode_and_tell(rows: Any, *given: Any, **how: Any) -> Any:
+        file.write_text("\n".join(sample_id(rows, row) for row in range(len(rows))))
+        return real(rows, *given, **how)
+
+    setup.decode_all = decode_and_tell
+
+
+def test_each_of_two_processes_decodes_the_validation_images_that_it_scores(
+    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of which cannot be read."""
+    held_out = [str(name) for name in prepare(settings(many)).splits["validation"].ids]
+    damage(many / held_out[-2])
+    skipping = settings(many, on_bad_image="skip", reference_images=20)
+    monkeypatch.setattr(novelty, "FEWEST", 5)
+    one, two = train(skipping, output=tmp_path / "one").run, tmp_path / "two"
+    words, told = [*words_of(skipping), "--output", str(two)], partial(few_are_many_and_decoding_is_told, str(tmp_path))
+    both = finish_two("train", *words, log=tmp_path / "log", before=told)
+    assert [code for code, _ in both] == [0, 0], both
+    parts = [(tmp_path / str(rank)).read_text().splitlines() for rank in range(2)]
+    assert parts[0] + parts[1] == held_out
+    assert len(parts[0]) in (len(parts[1]), len(parts[1]) + 1)
+    alone, shared = (read_results(run).predictions("validation") for run in (one, two))
+    assert alone.ids == shared.ids
+    assert len(alone.ids) == len(held_out) - 1
+    np.testing.assert_allclose(alone.probabilities, shared.probabilities, atol=1e-4)
+    np.testing.assert_allclose(*(read_novelty(run).known for run in (one, two)), atol=1e-2)
+    skipped = [json.loads((run / "splits.json").read_text())["splits"]["validation"]["skipped"] for run in (one, two)]
+    assert skipped[0] == skipped[1] != []
 
 
 @pytest.mark.parametrize("role", ["train", "validation"])

@@ -90,6 +90,31 @@ def fits_on_device(store: Store, count: int, free_bytes: int) -> bool:
     return store.uniform and store.size * count <= free_bytes // 10 * len(store)
 
 
+@dataclass(frozen=True)
+class Part:
+    """Of a split that processes share, the images that this one has: those from `first` on, of `count` in all."""
+
+    store: Store
+    first: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def shapes(self) -> NDArray[np.int64]:
+        """Of the images that it has."""
+        return self.store.shapes
+
+    def among(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those positions in the split whose images it has."""
+        return positions[(positions >= self.first) & (positions < self.first + len(self.store))]
+
+    def gather(self, index: NDArray[np.int64]) -> Images:
+        """The images at these positions in the split: see `Store.gather`."""
+        return self.store.gather(index - self.first)
+
+
 def move_to_device(store: Store, device: torch.device, free_bytes: int) -> Store:
     """The store on a device, if it fits there."""
     if not fits_on_device(store, len(store), free_bytes):
