@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from io import BytesIO
@@ -269,6 +270,24 @@ def test_the_comparison_counts_what_it_says() -> None:
     assert found.difference.value == 0
     assert found.difference.low < 0 < found.difference.high
     assert found.p == 1.0
+
+
+@pytest.mark.parametrize(
+    ("format", "resize", "dtype", "largest", "refused"),
+    [
+        ("onnx", "inside", "fp32", 0.002, True), ("onnx", "inside", "fp32", 0.0009, False),
+        ("openvino", "inside", "fp32", 0.002, False), ("openvino", "inside", "fp32", 0.02, True),
+        ("openvino", "outside", "fp32", 0.002, True), ("onnx", "inside", "int8", 0.3, False),
+        ("onnx", "outside", "fp32", float("nan"), True),
+    ],
+)  # fmt: skip
+def test_how_far_a_probability_may_be_off(
+    format: Any, resize: Any, dtype: str, largest: float, refused: bool
+) -> None:  # fmt: skip
+    found = compare(*[np.full((4, 2), 0.5, np.float32)] * 3, None, Speed(1, 1), Speed(1, 1))
+    document = Document("0", format, dtype, resize, ("a", "b"), Preprocess(8, 8))
+    with pytest.raises(ModelError, match="a probability differs") if refused else nullcontext():
+        exporting._refuse(replace(found, by_network=largest), document, 0.01)
 
 
 def test_without_images_nothing_is_said_to_be_proved(run: Path, quick: Any, tmp_path: Path) -> None:

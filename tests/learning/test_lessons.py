@@ -35,7 +35,7 @@ def test_it_runs_and_prints_what_it_says(lesson: Lesson, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     printed = run(lesson, tmp_path / "plots")
     assert [words(text) for text in printed] == [words(text) for text in lesson.outputs]
-    drawn = {file.name for file in (tmp_path / "plots").glob("*")}  # one lesson draws nothing
+    drawn = {file.name for file in (tmp_path / "plots").glob("*")}
     assert drawn == {file.name for file in (COURSE / "images").glob(f"{lesson.name}-*.png")}
     assert drawn == set(re.findall(r"!\[[^\]]+\]\(images/([^)]+)\)", lesson.text))
 

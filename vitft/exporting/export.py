@@ -258,7 +258,9 @@ def _refuse(proof: Proof, document: Document, tolerance: float) -> None:
             f"{percent(proof.before)}: worse by more than {percent(tolerance)}, so no file was left; use another "
             "dtype, or a larger --tolerance."
         )
-    if document.dtype == "fp32" and not proof.by_network <= TIE:
+    # OpenVINO's own resize is off by 1/255 in a few pixels.
+    allowed = 10 * TIE if document.format == "openvino" and document.resize == "inside" else TIE
+    if document.dtype == "fp32" and not proof.by_network <= allowed:
         raise ModelError(
             f"{what}: a probability differs from the model's by {proof.by_network:.2g}, more than rounding explains, "
             "so no file was left; please report this with the model."
