@@ -11,17 +11,24 @@ from vitft.models.heads import in_head
 
 
 def block_stacks(model: nn.Module) -> list[nn.ModuleList]:
-    """The lists of blocks of one type, in order; of nested ones (the stages of a Swin) the innermost.
+    """The lists of blocks of one type, in order; where all of them have such lists (the stages of a Swin), those.
 
-    timm has its blocks in an `nn.Sequential`, as it has other things.
+    timm has its blocks in an `nn.Sequential`, as it has other things. Layers of torch itself are parts of a block.
     """
-    stacks: list[Any] = [
-        part
+    lists: dict[nn.Module, Any] = {
+        part: part
         for part in model.modules()
         if isinstance(part, nn.ModuleList | nn.Sequential) and len({*map(type, part)}) == 1
-        if isinstance(part, nn.ModuleList) or type(part[0]).__module__.startswith("timm.")
-    ]
-    return [stack for stack in stacks if not any(part in stacks for part in stack.modules() if part is not stack)]
+        if not (origin := type(part[0]).__module__).startswith("torch.")
+        if isinstance(part, nn.ModuleList) or origin.startswith("timm.")
+    }
+    found, inside = [], set[nn.Module]()
+    for part, stack in lists.items():  # the outer ones first
+        stages = all(any(inner in lists for inner in block.modules()) for block in stack)
+        if part not in inside and not stages:
+            found.append(stack)
+            inside.update(part.modules())
+    return found
 
 
 def parameter_depths(model: nn.Module) -> dict[str, int]:
