@@ -78,7 +78,9 @@ def test_scores_are_scikit_learns(digits_run: Any, role: str) -> None:
     assert got.macro_f1 == pytest.approx(sk.f1_score(truth, predicted, average="macro"), abs=1e-12)
     assert got.balanced_accuracy == pytest.approx(sk.balanced_accuracy_score(truth, predicted), abs=1e-12)
     matrix = sk.confusion_matrix(truth, predicted, labels=classes)
-    assert got.confusion == {"labels": list(labels), "matrix": matrix.tolist()}
+    assert got.matrix.tolist() == matrix.tolist()
+    cells = [[i, j, matrix[i, j]] for i, j in np.argwhere(matrix).tolist()]
+    assert got.confusion == {"labels": list(labels), "cells": cells}
     table = sk.precision_recall_fscore_support(truth, predicted, labels=classes, zero_division=0)
     rows = [(row.precision, row.recall, row.f1, row.count) for row in got.per_class]
     np.testing.assert_allclose(rows, np.array(table).T, atol=1e-12)
@@ -315,7 +317,7 @@ def test_json_is_one_document_with_the_keys_that_scripts_rely_on(digits_run: Any
     document = json.loads(done.stdout)
     assert list(document) == KEYS
     assert list(document["per_class"][0]) == ["label", "precision", "recall", "f1", "count"]
-    assert list(document["confusion"]) == ["labels", "matrix"]
+    assert list(document["confusion"]) == ["labels", "cells"]
     assert 0 <= document["accuracy"] <= 1
     assert document["split"] == "test"
 

@@ -24,6 +24,7 @@ from vitft.evaluation.results import FILE as RESULTS
 from vitft.evaluation.results import predictions_file, read_results, write_results
 from vitft.evaluation.split_predictions import Predictions
 from vitft.reporting import looks, pictures
+from vitft.reporting.report import CROSSED, _confusion
 from vitft.training.trainer import Result
 
 HOSTILE = ["<img src=x onerror=alert(1)>", "</script><b>", "a\"b'c", "ünï çödé 猫", "x" * 60]
@@ -82,9 +83,10 @@ def test_the_page_has_the_numbers_of_the_results(hostile: Path) -> None:
     data = document(page)
     assert data["classes"] == [row["label"] for row in test["per_class"]]
     said = results.predictions("test")
+    counts = {(truth, predicted): count for truth, predicted, count in test["confusion"]["cells"]}
     for cell, numbers in data["cells"].items():
         truth, predicted = map(int, cell.split(","))
-        assert len(numbers) == min(test["confusion"]["matrix"][truth][predicted], pictures.OF_A_CELL)
+        assert len(numbers) == min(counts[truth, predicted], pictures.OF_A_CELL)
         for number in numbers:
             image = data["images"][number]
             place = said.ids.index(image["name"])
@@ -504,3 +506,16 @@ def test_two_classes_and_a_thousand(hostile: Path, opened: Callable[..., Any], t
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     page.locator("[data-cell]").first.click()
     assert page.locator("dialog li").count() > 0
+
+
+def test_a_confusion_matrix_of_an_early_version_is_shown_as_its_cells_are() -> None:
+    few, many = ["cat", "dog"], [f"class {number}" for number in range(CROSSED + 1)]
+    for classes in (few, many):
+        matrix = [[0] * len(classes) for _ in classes]
+        matrix[0][0], matrix[0][1], matrix[1][0] = 3, 1, 2
+        dense, sparse = {"matrix": matrix}, {"cells": [[0, 0, 3], [0, 1, 1], [1, 0, 2]]}
+        shown = _confusion({"confusion": sparse}, classes)
+        assert _confusion({"confusion": dense}, classes) == shown
+    assert shown == {"worst": [(1, 0, 2), (0, 1, 1)], "kinds": 2}
+    assert _confusion({"confusion": sparse}, few)["fractions"] == [[0.75, 0.25], [1.0, 0.0]]
+    assert _confusion({}, few) == {"worst": [], "kinds": 0}

@@ -48,7 +48,7 @@ def metrics_report(metrics: Any) -> RenderableType:
         f"{top5}loss {metrics.loss:.4f}, {_calibrated(metrics)}{metrics.images_per_s:.0f} images/s"
     )
     few = len(metrics.per_class) <= CROSSED_CLASSES
-    confusion = _confusion_table(metrics.confusion) if few else _mistakes_table(metrics)
+    confusion = _confusion_table(metrics) if few else _mistakes_table(metrics)
     return Group(headline, rest, "", *_class_table(metrics), "", *confusion)
 
 
@@ -84,9 +84,9 @@ def _class_table(metrics: Any) -> list[RenderableType]:
     return [*title, table]
 
 
-def _confusion_table(confusion: Mapping[str, Any]) -> list[RenderableType]:
+def _confusion_table(metrics: Any) -> list[RenderableType]:
     """The confusion matrix; columns are headed by the first letters of the class name."""
-    labels, matrix = confusion["labels"], confusion["matrix"]
+    labels, matrix = [row.label for row in metrics.per_class], metrics.matrix.tolist()
     digits = len(str(max(map(max, matrix))))
     room = max(digits, min(14, 62 // len(labels) - 1))  # 18 of 80 columns for row names, 1 between columns
     heads = (Text(safe(label), no_wrap=True, overflow="crop") for label in labels)

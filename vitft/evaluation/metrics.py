@@ -14,8 +14,6 @@ from vitft.errors import DataError, ModelError
 from vitft.evaluation.calibration import describe
 from vitft.evaluation.split_predictions import Predictions
 
-CROSSED = 1000  # up to so many classes, the confusion matrix is dense; for more, only non-zero cells are listed
-
 
 @dataclass(frozen=True)
 class ClassScore:
@@ -78,16 +76,18 @@ class Metrics(Score):
 
     @cached_property
     def confusion(self) -> dict[str, Any]:
-        """`labels`, and `matrix`: `matrix[i][j]` counts the images of class `labels[i]` predicted as `labels[j]`.
+        """`labels`, and `cells`: `[i, j, count]`, how many images of class `labels[i]` were called `labels[j]`.
 
-        Over `CROSSED` classes, `cells` instead of `matrix`: rows `[i, j, count]` of the counts that are not zero.
+        Pairs that do not occur are left out: for 1,000 classes, a matrix would take 15 MB. Early versions wrote one.
         """
-        labels = [row.label for row in self.per_class]
-        if len(labels) > CROSSED:
-            return {"labels": labels, "cells": self.cells.tolist()}
-        matrix = np.zeros((len(labels), len(labels)), np.int64)
+        return {"labels": [row.label for row in self.per_class], "cells": self.cells.tolist()}
+
+    @property
+    def matrix(self) -> NDArray[np.int64]:
+        """The confusion matrix, (C, C): rows are true classes. For few classes: see `confusion`."""
+        matrix = np.zeros((len(self.per_class),) * 2, np.int64)
         matrix[self.cells[:, 0], self.cells[:, 1]] = self.cells[:, 2]
-        return {"labels": labels, "matrix": matrix.tolist()}
+        return matrix
 
     def to_dict(self) -> dict[str, Any]:
         """The summary, `per_class`, `confusion` and `calibration`."""

@@ -160,16 +160,19 @@ def _others(results: Results, split: str | None) -> list[dict[str, Any]]:
 def _confusion(scores: Mapping[str, Any], classes: list[str]) -> dict[str, Any]:
     """The matrix with the fraction of its row in each cell, or the most frequent confusions."""
     found = scores.get("confusion", {})
-    if "matrix" in found and len(classes) <= CROSSED:
-        matrix = np.array(found["matrix"], int).reshape(len(classes), -1)
+    if "matrix" in found:  # of an early version
+        dense = np.array(found["matrix"], int)
+        cells = [(int(i), int(j), int(dense[i, j])) for i, j in np.argwhere(dense)]
+    else:
+        cells = [(i, j, count) for i, j, count in found.get("cells", ())]
+    if len(classes) <= CROSSED and cells:
+        matrix = np.zeros((len(classes),) * 2, int)
+        for i, j, count in cells:
+            matrix[i, j] = count
         fractions = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
         return {"counts": matrix.tolist(), "fractions": fractions.round(4).tolist()}
-    if "matrix" in found:
-        matrix = np.array(found["matrix"], int)
-        cells = [(int(i), int(j), int(matrix[i, j])) for i, j in np.argwhere(matrix) if i != j]
-    else:
-        cells = [(i, j, count) for i, j, count in found.get("cells", ()) if i != j]
-    return {"worst": sorted(cells, key=lambda cell: -cell[2])[:CONFUSIONS], "kinds": len(cells)}
+    wrong = [cell for cell in cells if cell[0] != cell[1]]
+    return {"worst": sorted(wrong, key=lambda cell: -cell[2])[:CONFUSIONS], "kinds": len(wrong)}
 
 
 def _charts(lines: list[dict[str, Any]]) -> list[dict[str, str]]:
