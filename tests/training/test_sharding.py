@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from vitft.errors import UsageError
 from vitft.evaluation import evaluation
 from vitft.hardware.device import make_accelerator, resolve_auto
 from vitft.hardware.shards import local
-from vitft.training.sharding import Sharded
+from vitft.models.blocks import block_stacks
+from vitft.training.sharding import Sharded, part_bytes
 from vitft.training.step import Learner
 from vitft.training.trainer import resume
 
@@ -63,6 +65,71 @@ def test_two_processes_that_share_the_weights_train_as_one_does(
         assert {key: tensor.dtype for key, tensor in mine.items()} == {k: t.dtype for k, t in theirs.items()}
         assert max(float((mine[key] - theirs[key]).abs().max()) for key in mine) < 10 * close
     assert evaluate(two).count == 49
+
+
+def test_a_plan_counts_what_is_gathered() -> None:
+    *blocks, rest = part_bytes(model := tiny_classifier("vit"), "fp32")
+    assert part_bytes(model, "bf16") == [*((weights // 2, trained) for weights, trained in blocks), rest]
+    assert sum(weights for weights, _ in blocks) + rest[0] == 4 * sum(one.numel() for one in model.parameters())
+
+
+def types_told(folder: str) -> None:
+    """Write down which types the weights of a block have in its forward passes, and between steps."""
+    real, rank = Learner.step, os.environ["RANK"]
+
+    def step(self: Learner, number: int) -> Any:
+        block, found = block_stacks(self.unwrapped)[0][0], set()
+        hook = block.register_forward_pre_hook(lambda *_: found.update(str(one.dtype) for one in block.parameters()))
+        done = real(self, number)
+        hook.remove()
+        kept = {str(value.dtype) for one in block.parameters() for value in (one, one.grad) if value is not None}
+        moments = {str(value.dtype) for state in self.optimizer.optimizer.state.values() for value in state.values()}
+        Path(folder, rank).write_text(json.dumps([[*found], [*kept | moments]]))
+        return done
+
+    Learner.step = step  # type: ignore[method-assign]
+
+
+def test_in_bf16_blocks_are_gathered_in_bf16_and_kept_in_float32(tmp_path: Path) -> None:
+    """And the losses are those of ddp in bf16, as far as such numbers tell them apart."""
+    changes = TWO | MIXED | {"precision": "bf16", "micro_batch_size": 2, "ema": 0.9}
+    for kind, gathered in (("ddp", "torch.float32"), ("fsdp", "torch.bfloat16")):
+        words = ["train", *flags(**changes | {"parallel": kind}), "--output", str(tmp_path / kind)]
+        both = finish_two(*words, log=tmp_path / "log", before=partial(types_told, str(tmp_path)))
+        assert [code for code, _ in both] == [0, 0], both
+        for rank in range(2):
+            assert json.loads((tmp_path / str(rank)).read_text()) == [[gathered], ["torch.float32"]]
+    for a, b in zip(lines(tmp_path / "ddp"), lines(tmp_path / "fsdp"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=0.03)
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """As one process of one."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "family", ["vit", "beit", "dinov2", "swinv2", "convnext", "convnextv2", "poolformer", "bit", "pvt", "segformer"]
+)
+def test_blocks_of_all_kinds_compute_with_weights_in_bf16(family: str, alone: None) -> None:
+    """As they do whole, up to the rounding of weights that autocast does not round: of norms, of scales of branches."""
+    model, whole = tiny_classifier(family), tiny_classifier(family)
+    Sharded(model, "cpu", "bf16")
+    pixels = torch.randn((4, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    said = []
+    for one in (model, whole):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = one(pixel_values=pixels).logits.float()
+        logits.square().mean().backward()
+        said.append((logits.detach(), [local(weight.grad) for weight in one.parameters() if weight.grad is not None]))
+    (logits, gradients), (expected, right) = said
+    assert {one.dtype for one in gradients} == {torch.float32}
+    mine, theirs = (torch.cat([one.flatten() for one in every]) for every in (gradients, right))
+    assert (mine - theirs).norm() < 0.3 * theirs.norm()
+    assert (logits - expected).abs().max() < 0.1 * expected.abs().max()
 
 
 def test_a_run_whose_weights_are_shared_resumes_with_the_same_bits(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ class Learner:
         if config.grad_checkpointing:
             checkpoint_activations(self.unwrapped)
         shards = config.parallel == "fsdp" and accelerator.num_processes > 1
-        self._sharded = Sharded(self.unwrapped, accelerator.device.type) if shards else None
+        self._sharded = Sharded(self.unwrapped, accelerator.device.type, config.precision) if shards else None
         self._preprocess = decoded.loaded.preprocess
         self.keep_up = self._keep_up if shards else None
         """For StopSignals: a sharded model is run by all processes, equally often."""

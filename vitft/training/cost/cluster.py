@@ -113,7 +113,7 @@ def plan_for_cluster(
     shared = _share(prepared, cluster)
     micro, share = micro_batch(shared.config), shared.config.batch_size
     each = alone if devices == 1 else cost(shared)
-    parts = part_bytes(model)
+    parts = part_bytes(model, config.precision)
     trainable = sum(trained for _, trained in parts)
     compute_s = each.image_s * share
     if shards:

@@ -144,7 +144,7 @@ def memory_bytes(prepared: Prepared, micro: int, devices: int = 1) -> int | None
     weights: int = 4 * sum(p.numel() for p in model.parameters())
     taken: int = 0 if config.device == "cuda" else psutil.Process().memory_info().rss - weights + decoded
     if devices > 1 and config.parallel == "fsdp":
-        largest, largest_trained = map(max, zip(*part_bytes(model), strict=True))
+        largest, largest_trained = map(max, zip(*part_bytes(model, config.precision), strict=True))
         # The block that is used, the next one, and the gradient of one.
         held: int = (weights + state) // devices + 2 * largest + largest_trained
     else:
