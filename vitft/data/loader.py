@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Thread
 from typing import Protocol
 
 import numpy as np
@@ -79,6 +80,7 @@ class TrainLoader:
                 draw(labels, seed, epoch) if blocks is None else streamed_order(blocks, seed, epoch, batch_size)
             )
         )
+        self._next_order: Thread | None = None
         # Steps: two thirds of what is in use, so that both together are less than a process has open.
         self._ahead = 0 if blocks is None else max(1, images_in_use(blocks) * 2 // 3 // batch_size)
         self._fetched = -1  # the step before which nothing more is to be fetched
@@ -109,7 +111,17 @@ class TrainLoader:
     def _draws(self, step: int) -> NDArray[np.int64]:
         epoch, place = divmod(step, self.steps_per_epoch)
         order: NDArray[np.int64] = self._order(epoch)
+        if place == self.steps_per_epoch // 2 and len(order) >= _MANY_TO_ORDER:
+            self._prepare_order(epoch + 1)
         return order[place * self.batch_size : (place + 1) * self.batch_size]
+
+    def _prepare_order(self, epoch: int) -> None:
+        """Draw the order of an epoch in a thread, unless one has begun to: the step that needs it would wait."""
+        name = f"vitft-order-{epoch}"
+        drawn = self._next_order is not None and self._next_order.name == name
+        if not drawn and epoch * self.steps_per_epoch < self.end:
+            self._next_order = Thread(target=self._order, args=(epoch,), name=name, daemon=True)
+            self._next_order.start()
 
     def unaugmented(self, index: NDArray[np.int64], *, mirror: bool) -> Tensor:
         """Model input for these positions, either all mirrored or none: (B, C, H, W)."""
@@ -211,6 +223,9 @@ class TrainLoader:
     def _augment_on_host(self, step: int) -> Tensor:
         shown, epoch = self._shown(step), step // self.steps_per_epoch
         return augment_pixels(self._gather(positions(shown)), self.preprocess, self.augmentation, epoch, shown)
+
+
+_MANY_TO_ORDER = 100_000  # images, whose order takes some hundredths of a second
 
 
 class Prefetcher:

@@ -1,14 +1,18 @@
 """A batch with every augmentation is a function of its step, on any number of processes."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 
+from vitft.data import loader as loaders
 from vitft.data.augment import Preprocess, augment
 from vitft.data.augmentation.erasing import erase
 from vitft.data.augmentation.mixing import draw_mixes, mix, mix_labels
 from vitft.data.augmentation.settings import Augmentation
 from vitft.data.loader import Batch, TrainLoader
+from vitft.data.sampling import uniform_order
 from vitft.data.sources.source import open_dataset
 from vitft.data.stores.store import decode_all
 
@@ -82,3 +86,26 @@ def test_without_mixing_targets_are_class_indices() -> None:
     batch = loader(how=Augmentation("trivial", erase=0.5)).batch(0)
     assert batch.probabilities is None
     assert torch.equal(batch.targets, torch.from_numpy(LABELS[batch.index]))
+
+
+def test_the_order_of_an_epoch_is_drawn_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not after the last."""
+    drawn: list[tuple[int, bool]] = []
+
+    def draw(labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        drawn.append((epoch, threading.current_thread() is threading.main_thread()))
+        return uniform_order(labels, seed, epoch)
+
+    monkeypatch.setattr(loaders, "uniform_order", draw)
+    monkeypatch.setattr(loaders, "_MANY_TO_ORDER", len(STORE))
+    ahead, plain = loader(), loader()
+    ahead.end = 2 * ahead.steps_per_epoch
+    for step in range(ahead.end):
+        ahead.samples(step)
+        ahead.samples(step)
+        for thread in threading.enumerate():
+            if thread.name.startswith("vitft-order"):
+                thread.join()
+    assert drawn == [(0, True), (1, False)]
+    monkeypatch.undo()
+    assert all(np.array_equal(ahead.samples(step), plain.samples(step)) for step in range(ahead.end))
