@@ -1,6 +1,6 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const make = (name, text) => { const one = document.createElement(name); if (text !== undefined) one.textContent = text; return one; };
-const percent = (value) => `${(100 * value).toFixed(1)} %`;
+const percent = (value) => `${(100 * value).toFixed(1)}\u00a0%`;
 
 const count = (number, name) => `${number.toLocaleString("en")} ${name}${number === 1 ? "" : "s"}`;
 
