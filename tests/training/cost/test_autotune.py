@@ -242,7 +242,9 @@ def test_a_long_run_is_compiled_where_a_trial_is_faster(
     monkeypatch.setattr(autotune, "compiled", lambda module: "fast")
     monkeypatch.setattr(autotune, "pass_s", lambda prepared, images, module: slower if module == "fast" else 1.0)
     assert autotune.autotuned(prepared).config.compile == chosen
-    assert autotune.autotuned(prepared, processes=2).config.compile == "off"
+    assert autotune.autotuned(prepared, processes=2).config.compile == chosen
+    for settings in ({"parallel": "fsdp"}, {"grad_checkpointing": True}):
+        assert autotune.autotuned(prepared.with_settings(**settings), processes=2).config.compile == "off"
 
 
 @pytest.mark.parametrize(("worth_s", "chosen"), [(40.0, "on"), (40.5, "off")])
@@ -254,8 +256,20 @@ def test_a_run_is_as_long_as_its_images_take(
     monkeypatch.setattr(autotune, "first_image_s", lambda prepared: 1.0)
     monkeypatch.setattr(autotune, "cost", lambda prepared: estimate.Cost(1.0, 0.0, 1.0))
     monkeypatch.setattr(autotune, "compiled", lambda module: "fast")
-    monkeypatch.setattr(autotune, "pass_s", lambda prepared, images, module: 0.5 if module == "fast" else 1.0)
+    tried = []
+
+    def pass_s(prepared: Prepared, images: torch.Tensor, module: Any) -> float:
+        tried.append(len(images))
+        return 0.5 if module == "fast" else 1.0
+
+    monkeypatch.setattr(autotune, "pass_s", pass_s)
     assert autotune.autotuned(prepared).config.compile == chosen
+    assert {*tried} == ({16} if chosen == "on" else set())
+    assert autotune.autotuned(prepared, processes=2).config.compile == "off"  # each has half of the images
+    monkeypatch.setattr(autotune, "_COMPILING_PAYS_S", {"cpu": worth_s / 2})
+    tried.clear()
+    assert autotune.autotuned(prepared, processes=2).config.compile == chosen
+    assert {*tried} == ({8} if chosen == "on" else set())
 
 
 def test_without_a_compiler_a_long_run_continues_with_one_warning(

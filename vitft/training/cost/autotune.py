@@ -114,17 +114,21 @@ def _pass_flops(prepared: Prepared) -> float:
 
 
 def _compiling_pays(prepared: Prepared, config: TrainConfig, processes: int) -> bool:
-    """Whether a compiled step is faster, by trial if the run is long enough to be worth it."""
-    if processes > 1 or config.freeze == "backbone" or config.grad_checkpointing:
+    """Whether a compiled step is faster, by trial if the run is long enough to be worth it.
+
+    What one of several processes computes is tried by one, while the others wait.
+    """
+    sharded = config.parallel == "fsdp" and processes > 1
+    if sharded or config.freeze == "backbone" or config.grad_checkpointing:
         return False
     worth = _COMPILING_PAYS_S.get(config.device, _COMPILING_PAYS_S["cpu"])
     images = len(prepared.splits["train"].rows)
     steps_per_epoch = -(-images // config.batch_size)
-    run_images = total_steps(config, steps_per_epoch) / steps_per_epoch * images
+    run_images = total_steps(config, steps_per_epoch) / steps_per_epoch * images / processes
     # A single first image takes longest: most runs are too short even by that.
     if first_image_s(prepared) * run_images < worth or cost(prepared).image_s * run_images < worth:
         return False
-    stored = stored_image(prepared)[None].expand(micro_batch(config), -1, -1, -1)
+    stored = stored_image(prepared)[None].expand(micro_batch(config, processes), -1, -1, -1)
     with console.working("trying torch.compile"), untouched(prepared) as model:
         try:
             fast = compiled(model)
