@@ -140,6 +140,45 @@ def test_killed_at_random_moments(tmp_path: Path, whole: Path, runs: int) -> Non
     assert most <= 10
 
 
+EVERYTHING = AUGMENTED | {
+    "layers": 2, "drop_path": 0.3, "ema": 0.9, "layer_decay": 0.7, "label_smoothing": 0.1, "max_steps": 24,
+    "save_every": 4,
+}  # fmt: skip
+"""With two layers: the first of them never drops a path."""
+
+PRETRAINED = dict.fromkeys(("patch_size", "width", "layers", "heads", "mlp")) | {"from_scratch": False}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"logit_adjustment": 1.0}, id="logit adjustment"),
+        pytest.param(
+            {"sampling": "balanced", "focal_loss": 2.0}, id="balanced sampling, focal loss", marks=pytest.mark.slow
+        ),
+        pytest.param(PRETRAINED | {"lora_rank": 4}, id="LoRA", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_with_everything_switched_on(changes: dict[str, Any], tmp_path: Path) -> None:
+    """kill -9 at any moment of a run with drop path, a moving average, layer decay and all that changes a batch."""
+    if "lora_rank" in changes:
+        pytest.importorskip("peft")
+    words = flags(**EVERYTHING | changes)
+    uninterrupted = train_in(tmp_path / "whole", words)
+    run, moments = tmp_path / "run", random.Random(3)
+    for step in sorted(moments.sample(range(5, 23), 2)):  # after the first save
+        process = start(*begin_or_resume(run, words), log=tmp_path / "log")
+        wait_for_step(process.is_alive, run, step)
+        process.kill()
+        assert ended(process) == KILLED
+        newest, _ = newest_intact(run)
+        assert newest is not None
+        assert 0 < read_state(newest).step <= steps_done(run)
+    code, said = finish(*begin_or_resume(run, words), log=tmp_path / "log")
+    assert code == 0, said
+    assert_like_uninterrupted(run, uninterrupted)
+
+
 def slow_to_sync(marker: str) -> None:
     """From now on a save takes many minutes, and leaves this file when it begins."""
     real = os.fsync
