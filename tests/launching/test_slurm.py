@@ -25,6 +25,14 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         yield environment
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert ended(start("train", *flags(**RUN), "--output", str(folder / "run"), log=folder / "log")) == 0
+    return folder / "run"
+
+
 @pytest.fixture(autouse=True)
 def _in_the_cluster(slurm: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -96,20 +104,18 @@ def preempt(job: str) -> None:
     slurm_says("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
 
 
-@pytest.mark.parametrize(
-    "disturb", [signal_of_time, *(pytest.param(one, marks=pytest.mark.slow) for one in (requeue, preempt))]
-)
-def test_a_job_goes_on_and_ends_with_the_bits_of_an_undisturbed_one(disturb: Callable[[str], object]) -> None:
+@pytest.mark.parametrize("disturb", [signal_of_time, requeue, pytest.param(preempt, marks=pytest.mark.slow)])
+def test_a_job_goes_on_and_ends_with_the_bits_of_an_undisturbed_one(
+    disturb: Callable[[str], object], whole: Path
+) -> None:
     job, run = train_and_disturb(disturb)
     saved = [folder.name for folder in (run / "checkpoints").iterdir()]
     said = finish(job)
     assert len(saved) == 1
     assert re.search(rf"resuming {run} at step \d+ of 240, from {saved[0]}", said)
 
-    whole = start("train", *flags(**RUN), "--output", "whole", log=Path("log"))
-    assert ended(whole) == 0
-    assert_same_weights(Path("whole/last"), run / "last")
-    assert_same_weights(Path("whole/best"), run / "best")
+    assert_same_weights(whole / "last", run / "last")
+    assert_same_weights(whole / "best", run / "best")
 
 
 @pytest.mark.slow
@@ -121,6 +127,28 @@ def test_two_nodes_train_as_two_processes_do() -> None:
 
     assert [code for code, _ in finish_two("train", *flags(**RUN), "--output", "whole", log=Path("log"))] == [0, 0]
     assert_same_weights(Path("whole/last"), run / "last")
+
+
+@pytest.mark.slow
+def test_the_notice_comes_in_time_and_without_requeue_the_job_saves_and_ends() -> None:
+    """SLURM looks at the time every half a minute, and may give notice a minute before it should."""
+    job = submit(
+        "--no-requeue",
+        "--time",
+        "3",
+        "--notice",
+        "90",
+        "--",
+        "train",
+        *flags(**RUN | {"epochs": 5000, "save_every": 10**6}),
+    )
+    wait_for(lambda: state(job).split()[0] not in ("PENDING", "RUNNING", "COMPLETING"), job)
+    said = Path(f"slurm-{job}.out").read_text()
+    assert state(job) == "FAILED 0", said
+    assert "ExitCode=143:0" in slurm_says("scontrol", "show", "job", job)
+    assert "stopped by SIGTERM" in said
+    (saved,) = Path(f"runs/slurm-{job}/checkpoints").iterdir()
+    assert int(saved.name.partition("-")[2]) > 0
 
 
 def test_a_canceled_job_saves_and_stays_canceled() -> None:

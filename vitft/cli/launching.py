@@ -25,9 +25,11 @@ def launch(
     nodes: Annotated[int, typer.Option(min=1, metavar="<int>", help="Machines.", rich_help_panel=RESOURCES)] = 1,
     gpus_per_node: Annotated[str, typer.Option(metavar="[TYPE:]N", help="GPUs of each, with a process for each; 0: CPUs.", rich_help_panel=RESOURCES)] = "1",
     cpus_per_task: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="CPUs of each process; default: the cluster's, often 1.", rich_help_panel=RESOURCES)] = None,
-    time: Annotated[str | None, typer.Option(help="Time limit, such as 90 (minutes), 4:00:00 or 2-12 (days-hours). When it is up, the job is queued again.", rich_help_panel=RESOURCES)] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit, such as 90 (minutes), 4:00:00 or 2-12 (days-hours). When it is up, the job is queued again, unless --no-requeue.", rich_help_panel=RESOURCES)] = None,
     partition: Annotated[str | None, typer.Option(help="Where to queue.", rich_help_panel=RESOURCES)] = None,
     account: Annotated[str | None, typer.Option(help="Whose share is used.", rich_help_panel=RESOURCES)] = None,
+    no_requeue: Annotated[bool, typer.Option("--no-requeue", help="When it is preempted or its time is up, save and end; do not queue the job again.", rich_help_panel=RESOURCES)] = False,
+    notice: Annotated[int | None, typer.Option(min=1, max=65_535, metavar="SECONDS", help="How long before its time is up the job begins to save; longer for large checkpoints. Default: 120.", rich_help_panel=RESOURCES)] = None,
     sbatch: Annotated[list[str] | None, typer.Option(metavar="OPTION", help="Another option of sbatch: --sbatch=--qos=low. Can be repeated.", rich_help_panel=RESOURCES)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script instead of submitting it.")] = False,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the script instead of submitting it.")] = None,
@@ -50,7 +52,9 @@ def launch(
     from vitft.launching.requeued import requeued
     from vitft.launching.slurm import Resources, job_script, submit
 
-    resources = Resources(nodes, gpus_per_node, cpus_per_task, time, partition, account, sbatch or ())
+    resources = Resources(
+        nodes, gpus_per_node, cpus_per_task, time, partition, account, not no_requeue, notice, sbatch or ()
+    )  # fmt: skip
     work = requeued(name, words, options)
     script = job_script(name, work, resources, Path.cwd())
     if dry_run:

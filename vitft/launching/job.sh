@@ -4,9 +4,9 @@
 #SBATCH {{ option }}
 {% endfor %}
 #SBATCH --open-mode=append
-#SBATCH --requeue
+#SBATCH --{{ 'requeue' if requeue else 'no-requeue' }}
 {% if saves %}
-#SBATCH --signal=B:USR1@{{ before_s }}
+#SBATCH --signal=B:USR1@{{ notice_s }}
 {% endif %}
 
 # shellcheck disable=SC2016 # what is in single quotes is not for this shell
@@ -17,11 +17,11 @@ run={{ place }}
 {% endif %}
 command=({{ command }})
 {% if begun %}
-if [ -e {{ begun }} ]; then # before the job was requeued
+if [ -e {{ begun }} ]; then # by an earlier start of the job
   command=({{ again }})
 fi
 {% endif %}
-{% if saves %}
+{% if saves and requeue %}
 saved() { ls -ld {{ saves }} 2>/dev/null; }
 before=$(saved)
 warned=
@@ -30,8 +30,8 @@ warned=
 # SIGTERM, of a preemption or of scancel, reaches the processes of srun as well: wait until they have saved and ended.
 trap 'interrupted=yes' TERM
 {% if saves %}
-# {{ before_s }} s before the time is up SLURM sends SIGUSR1 to this script alone. A second SIGTERM would end vitft at once.
-trap 'trap "" USR1; scancel --signal=TERM "$SLURM_JOB_ID"; interrupted=yes; warned=yes' USR1
+# {{ notice_s }} s before the time is up SLURM sends SIGUSR1 to this script alone. A second SIGTERM would end vitft at once.
+trap 'trap "" USR1; scancel --signal=TERM "$SLURM_JOB_ID"; interrupted=yes{{ '; warned=yes' if requeue }}' USR1
 {% endif %}
 {% if processes > 1 %}
 # The {{ processes }} processes meet on the first node; these variables are those that torchrun sets.
@@ -49,6 +49,7 @@ while [ "$interrupted" ]; do # a signal interrupts `wait`
   code=$?
 done
 
+{% if requeue %}
 # 143: SIGTERM stopped it. The job is still running, so neither SLURM nor scancel has decided what becomes of it.
 if [ "$code" = 143 ] && [ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)" = RUNNING ]; then
 {% if saves %}
@@ -59,4 +60,5 @@ if [ "$code" = 143 ] && [ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %
 {% endif %}
   scontrol requeue "$SLURM_JOB_ID"
 fi
+{% endif %}
 exit "$code"

@@ -1,5 +1,6 @@
 """A job of SLURM: the script, which is text to read and to edit, and its submission."""
 
+import math
 import os
 import re
 import shlex
@@ -15,10 +16,10 @@ from jinja2 import Environment, StrictUndefined
 from vitft.errors import UsageError
 from vitft.launching.requeued import SHARED, Work
 
-BEFORE_S = 120
-"""How many seconds before the end of a job's time it is asked to save."""
+NOTICE_S = 120
+"""How many seconds before the end of a job's time it is asked to save, unless it is told."""
 
-_TIME = r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}|UNLIMITED"
+_TIME = r"(?:(\d+)-(\d{1,2})|(\d+))(?::(\d{1,2}))?(?::(\d{1,2}))?|UNLIMITED"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Resources:
         time: The time limit: minutes, hours:minutes:seconds or days-hours.
         partition: Where to queue.
         account: Whose share is used.
+        requeue: Whether the job is queued again when it is preempted or its time is up.
+        notice: How many seconds before its time is up it is asked to save; None for NOTICE_S.
         options: Other options of sbatch, each as one text such as --qos=low.
     """
 
@@ -41,6 +44,8 @@ class Resources:
     time: str | None = None
     partition: str | None = None
     account: str | None = None
+    requeue: bool = True
+    notice: int | None = None
     options: Sequence[str] = ()
 
     @property
@@ -73,6 +78,21 @@ class Resources:
                 f"leave out --nodes and --gpus-per-node ({', '.join(SHARED)} share their work)."
             )
 
+    def check_notice(self, name: str, *, saves: bool) -> None:
+        """Raise UsageError if a job with this command cannot be asked to save so early."""
+        if not saves and self.notice is not None:
+            raise UsageError(f"--notice {self.notice}: {name} has nothing to save before its time is up; leave it out.")
+        if saves and self.time is not None and self.notice_s >= _seconds(self.time):
+            raise UsageError(
+                f"--time {self.time}: the job is asked to save {self.notice_s} s before its time is up, which is "
+                "at once; give a longer --time or a shorter --notice."
+            )
+
+    @property
+    def notice_s(self) -> int:
+        """Seconds before the time is up."""
+        return NOTICE_S if self.notice is None else self.notice
+
     def lines(self) -> list[str]:
         """The options of sbatch."""
         tasks = self.per_node if self.processes > 1 else None
@@ -86,7 +106,7 @@ class Resources:
 
 
 def job_script(name: str, work: Work, resources: Resources, folder: Path) -> str:
-    """The script of a job, which requeues itself when it is preempted or its time is up, and then goes on.
+    """The script of a job, which saves when it is preempted or its time is up, requeues itself, and then goes on.
 
     Args:
         name: The command of vitft.
@@ -101,17 +121,32 @@ def job_script(name: str, work: Work, resources: Resources, folder: Path) -> str
         UsageError: if the command cannot use the resources.
     """
     resources.check(name)
+    resources.check_notice(name, saves=work.saves is not None)
     template = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined).from_string(
         files("vitft").joinpath("launching", "job.sh").read_text(encoding="utf-8")
     )
     # srun takes no number of CPUs from sbatch since SLURM 22.05.
     cpus = f"--cpus-per-task={resources.cpus_per_task} " if resources.cpus_per_task else ""
     return template.render(
-        name=f"vitft-{name.replace(' ', '-')}", options=resources.lines(), before_s=BEFORE_S,
+        name=f"vitft-{name.replace(' ', '-')}", options=resources.lines(), notice_s=resources.notice_s,
+        requeue=resources.requeue,
         folder=shlex.quote(str(folder)), place=work.place, command=_array(work.command), begun=work.begun,
         again=_array(work.again), saves=work.saves, processes=resources.processes, per_node=resources.per_node,
         srun_options=cpus,
     )  # fmt: skip
+
+
+def _seconds(time: str) -> float:
+    """A time limit of sbatch, in seconds. Without days, the first number is of minutes; of three, of hours."""
+    found = re.fullmatch(_TIME, time, re.ASCII)
+    if found is None or time == "UNLIMITED":
+        return math.inf
+    days, hours, number, second, third = (None if part is None else int(part) for part in found.groups())
+    if days is not None:
+        return 86400 * days + 3600 * (hours or 0) + 60 * (second or 0) + (third or 0)
+    if third is not None:
+        return 3600 * (number or 0) + 60 * (second or 0) + third
+    return 60 * (number or 0) + (second or 0)
 
 
 def _array(words: Sequence[str]) -> str:
