@@ -11,6 +11,7 @@ of the set's groups of 200 neighbors the images of a batch of 256 are.
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+sys.path.pop(0)  # the streaming.py beside this file is not MosaicML's
 SHARDS, GROUP, BATCH, BYTES = 25, 200, 256, 3000
 QUANTILES = (1, 10, 50, 90, 99)
 
