@@ -33,6 +33,39 @@ class Processes:
         done: T = broadcast_object_list([work() if self.rank == 0 else None])[0]
         return done
 
+    def share_files(self, make: Callable[[], list[int]]) -> list[int]:
+        """Descriptors of the files that `make` opens, which may have no names: the same for all processes of a machine.
+
+        Its first process makes them; the system removes them when the last one ends, however it ends. A process that
+        may not open those of another has its own. All have to call this.
+        """
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        made = make() if self.is_first_here else []
+        if self.count == 1:
+            return made
+        pid, there = self.gather([(os.getpid(), made)])[self.rank - local]
+        if not made:
+            try:
+                made = [os.open(f"/proc/{pid}/fd/{file}", os.O_RDWR) for file in there]
+            except OSError:  # no Linux, or another container
+                made = make()
+        self.gather([None])  # the first one may end from here on
+        return made
+
+    @property
+    def here(self) -> int:
+        """How many of them are on this machine."""
+        return 1 if self.count == 1 else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+    @property
+    def is_first_here(self) -> bool:
+        """Whether this is the first one of this machine."""
+        return self.count == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+ALONE = Processes()
+"""One process."""
+
 
 def restarts() -> int:
     """How often torchrun has started this command again, after one of its processes failed."""

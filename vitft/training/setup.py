@@ -98,8 +98,9 @@ class Prepared:
     def open_images(self, processes: Processes | None = None, *, resumes: bool = False) -> "Decoded":
         """Like `decode`, for training: of a large dataset, images are decoded when they are first needed.
 
-        Of those, only the headers are read now, unless the run `resumes`. Of what is only scored, each of the processes
-        will decode its part, when all ask for it.
+        Of those, only the headers are read now, unless the run `resumes`. All `processes` have to call this: those of a
+        machine share what they decode for training. Of what is only scored, each will decode its part, when all ask
+        for it.
         """
         if not self.decodes_later:
             return self.decode()
@@ -113,7 +114,8 @@ class Prepared:
         self._tell_unused_range()
         config, split = self.config, self.splits["train"]
         labels = self._match(split, "train")[0]
-        train = LazyStore(self._rows("train"), labels, self.loaded.preprocess, **self._how("train"))
+        how = self._how("train") | {"processes": processes}
+        train = LazyStore(self._rows("train"), labels, self.loaded.preprocess, **how)
         train.skipped.extend(skipped["train"])
         readable, skipped["train"] = dict(self.splits), train.skipped
 

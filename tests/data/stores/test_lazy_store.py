@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import threading
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from vitft.config.train import TrainConfig
 from vitft.data.augment import Preprocess
 from vitft.data.sources.identity import sample_id
 from vitft.data.sources.source import open_dataset
-from vitft.data.stores import cache, lazy_store
+from vitft.data.stores import cache, lazy_store, store
 from vitft.data.stores.lazy_store import LazyStore, is_large
 from vitft.data.stores.store import Store, UnreadableError, decode_all
 from vitft.errors import DataError, Stopped
@@ -499,6 +500,37 @@ def test_two_processes_show_the_same_in_place_of_a_bad_image_as_one(many: Path, 
     listed = [json.loads((run / "splits.json").read_text())["splits"]["train"]["skipped"] for run in (one, two)]
     assert len(listed[0]) == 2
     assert sorted(listed[0]) == sorted(listed[1])
+
+
+def counting(record: str, place: str) -> None:
+    """Of each image that this process decodes, write the name down; what is cached is in `place`."""
+    few_are_many()
+    os.environ["VITFT_CACHE"] = place
+    real = store.decode
+
+    def decode(source: Any, *more: Any) -> Any:
+        with Path(record).open("a") as file:
+            file.write(f"{Path(source).name}\n")
+        return real(source, *more)
+
+    store.decode = decode
+
+
+def test_two_processes_decode_each_training_image_once(many: Path, tmp_path: Path) -> None:
+    """In three epochs, each would decode nearly all images. Both decode what they need at the same moment."""
+    words = [*words_of(settings(many, cache_gb=1.0, log_every=1)), "--output", str(tmp_path / "two")]
+    record = tmp_path / "decoded"
+    both = finish_two(
+        "train", *words, log=tmp_path / "log", before=partial(counting, str(record), os.environ["VITFT_CACHE"])
+    )
+    assert [code for code, _ in both] == [0, 0], both
+    names = [name.rpartition("/")[2] for name in trained_on(many)]
+    times = Counter(record.read_text().split())
+    assert len(names) <= sum(times[name] for name in names) <= len(names) + 10  # of 33; else it would be 57
+    assert len(names) in [entry.images for entry in cache.entries()]  # for the next run
+    one = train(settings(many, log_every=1), output=tmp_path / "one").run
+    for ours, theirs in zip(lines(one), lines(tmp_path / "two"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
 
 
 def test_two_processes_that_cannot_decode_a_validation_image_save_together(many: Path, tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
 """The images of a large split, each decoded when it is first needed: the first step waits for its batch alone.
 
 What was decoded is kept, as in `store`: in memory and beyond IN_MEMORY in a temporary file, up to a limit; what exceeds
-that is decoded each time. Forked processes that prepare batches share what is kept, and what is known of it. Once all
-images are, they are cached for later runs.
+that is decoded each time. All processes of a machine that train together, and those that they fork to prepare batches,
+share what is kept, and what is known of it, in files without names. Once all images are, they are cached for later
+runs.
 """
 
 import hashlib
 import mmap
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -27,6 +29,7 @@ from vitft.data.stores import cache
 from vitft.data.stores.store import IN_MEMORY, PixelHash, Skipped, UnreadableError, decoding, first_is_large, made_by
 from vitft.data.streaming import shards
 from vitft.hardware.pools import map_in_threads, shared_lock
+from vitft.hardware.processes import ALONE, Processes
 from vitft.io import console
 
 PHOTOS, SMALL = 1000, 100_000
@@ -68,8 +71,12 @@ class LazyStore:
     def __init__(
         self, rows: datasets.Dataset, labels: NDArray[np.int64], preprocess: Preprocess, *, crops: bool,
         max_pixels: int, skip_bad: bool, cache_gb: float = 0.0, whole: bool = False, name: str = "images",
+        processes: Processes = ALONE,
     ) -> None:  # fmt: skip
-        """As for `decode_all`; `labels` is (N,). Decodes a few images. Raises UnreadableError as `gather` does."""
+        """As for `decode_all`; `labels` is (N,). Decodes a few images. Raises UnreadableError as `gather` does.
+
+        `processes`: those that show the images of this split together; all of them have to make the store.
+        """
         self._rows, self._labels, self._skip_bad, self._name = rows, labels, skip_bad, name
         self.blocks = blocks_of(rows) if is_streamed(rows) else None
         """The number of the part of a shard that each image is fetched with, (N,); None if nothing is fetched."""
@@ -80,9 +87,9 @@ class LazyStore:
         self._whole, self._made_by = whole, made_by(preprocess, crops, True, max_pixels)
         self._caches = self._limit > 0 and self.blocks is None and first_is_large(rows, preprocess)
         self._entry = self._open_entry() if self._caches else None
-        # Zeros that forked processes share: `start` is one more than where the pixels are, and 0 until they are there.
-        self._known = np.frombuffer(mmap.mmap(-1, max(1, len(rows)) * _KNOWN.itemsize), _KNOWN)[: len(rows)]
-        self._kept = _Kept(max(self._limit, IN_MEMORY))
+        self._kept = _Kept(len(rows), max(self._limit, IN_MEMORY), processes)
+        self._known = self._kept.known
+        self._is_first = processes.is_first_here
         self._writing: Thread | None = None
         self._told: set[int] = set()
         self.skipped: list[Skipped] = []
@@ -117,7 +124,8 @@ class LazyStore:
     def attend(self) -> None:
         """Between two steps: tell of images that could not be read, and once all are there, cache them."""
         if self._entry is not None and self._kept.is_cache_corrupt:
-            cache.discard(self._entry.key)
+            if self._is_first:
+                cache.discard(self._entry.key)
             self._entry, self._caches = None, False  # to cache it again would need the identities of all files
         if self._kept.bad > len(self._told):
             for position in np.flatnonzero(self._known["bad"]).tolist():
@@ -126,7 +134,9 @@ class LazyStore:
                     bad = Skipped(position, sample_id(self._rows, position), self._fault(position))
                     self.skipped.append(bad)
                     console.warn(f"skipped {bad.name} (train): {bad.reason}; another image of its class is shown")
-        if self._caches and self._entry is None and self._writing is None and self._kept.images == len(self):
+        if not self._caches or not self._is_first:
+            return
+        if self._entry is None and self._writing is None and self._kept.images == len(self):
             self._writing = Thread(target=self._cache, daemon=True)
             self._writing.start()
 
@@ -139,7 +149,7 @@ class LazyStore:
     def _read(self, positions: Sequence[int]) -> dict[int, Tensor]:
         """The images at these positions that can be read."""
         known = self._known
-        found = {p: self._kept.view(known[p]) for p in positions if known["start"][p]}
+        found = {p: self._kept.view(known[p]) for p in positions if self._kept.has(known[p])}
         missing = [p for p in positions if p not in found and not known["bad"][p]]
         if self._entry is not None and not self._kept.is_cache_corrupt:
             cached = zip(missing, map_in_threads(self._cached, missing), strict=True)
@@ -234,13 +244,14 @@ class LazyStore:
 
 
 class _Kept:
-    """Pixels of images, in memory and then in a file, both shared with processes that are forked later."""
+    """Pixels of images, in memory and then in a file, and a table of what is known of them, which processes share."""
 
-    def __init__(self, limit: int) -> None:
-        """`limit`: bytes, at least IN_MEMORY."""
+    def __init__(self, count: int, limit: int, processes: Processes) -> None:
+        """For so many images; `limit`: bytes, at least IN_MEMORY."""
         self._room = limit
-        memory = os.fdopen(os.memfd_create("vitft"), "r+b", 0) if hasattr(os, "memfd_create") else _temporary_file()
-        self._files = memory, _temporary_file()
+        table_size = max(1, count) * _KNOWN.itemsize + _COUNTS
+        shared = processes.share_files(lambda: [_memory(), _temporary(), _memory()])
+        *self._files, table = (os.fdopen(file, "r+b", 0) for file in shared)  # closed with this object
         self._maps: list[Tensor] = []
         for file, size in zip(self._files, (IN_MEMORY, limit - IN_MEMORY), strict=True):
             try:
@@ -249,9 +260,15 @@ class _Kept:
             except OSError:  # so large a file, or so much address space, is not allowed
                 self._room, pixels = IN_MEMORY * len(self._maps), torch.empty(0)
             self._maps.append(pixels)
-        self._lock = shared_lock()
+        os.truncate(table.fileno(), table_size)
+        mapped = mmap.mmap(table.fileno(), table_size)
+        # Zeros at first: `start` is one more than where the pixels are, and 0 until they are there.
+        self.known = np.frombuffer(mapped, _KNOWN, count, _COUNTS)
         # End of the pixels; images kept, images that are bad; whether the cache is corrupt.
-        self._counts = np.frombuffer(mmap.mmap(-1, 32), "<i8")
+        self._counts = np.frombuffer(mapped, "<i8", _COUNTS // 8)
+        self._table = table
+        alone = processes.here == 1 or sys.platform != "linux"
+        self._lock = shared_lock() if alone else _FileLock(table.fileno())
 
     @property
     def images(self) -> int:
@@ -277,6 +294,10 @@ class _Kept:
         with self._lock:
             self._counts[2] += int(not known["bad"][0])
             known["bad"] = True
+
+    def has(self, known: Any) -> bool:
+        """Whether an image is there. Another process may be allowed larger files than this one."""
+        return bool(0 < known["start"] <= self._room)
 
     def view(self, known: Any) -> Tensor:
         """An image that is kept: (H, W, 3)."""
@@ -308,5 +329,35 @@ class _Kept:
         return (0, start) if start < IN_MEMORY else (1, start - IN_MEMORY)
 
 
-def _temporary_file() -> Any:
-    return tempfile.TemporaryFile(buffering=0)
+class _FileLock:
+    """A lock that all processes and threads share which have the same file open; it ends with a process that has it."""
+
+    def __init__(self, file: int) -> None:
+        import fcntl  # Windows has none
+
+        self._path, self._held = f"/proc/self/fd/{file}", -1
+        self._flock, self._exclusive, self._unlock = fcntl.flock, fcntl.LOCK_EX, fcntl.LOCK_UN
+
+    def __enter__(self) -> None:
+        handle = os.open(self._path, os.O_RDWR)  # locks are of a handle, so that threads wait for each other, too
+        self._flock(handle, self._exclusive)
+        self._held = handle
+
+    def __exit__(self, *_: object) -> None:
+        handle = self._held
+        self._flock(handle, self._unlock)  # a process that was forked meanwhile has it open, too
+        os.close(handle)
+
+
+_COUNTS = 32  # bytes
+
+
+def _memory() -> int:
+    """A file without a name, in memory where there is such a thing."""
+    return os.memfd_create("vitft") if hasattr(os, "memfd_create") else _temporary()
+
+
+def _temporary() -> int:
+    """A file without a name, on the disk."""
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
