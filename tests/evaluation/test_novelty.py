@@ -4,8 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from vitft.evaluation.novelty import Novelty, fit_novelty, read_novelty, reduced
+from vitft.errors import ModelError
+from vitft.evaluation.novelty import FILE, Novelty, fit_novelty, read_novelty, reduced
 
 SIZE, CLASSES = 8, 3
 HEAD = np.eye(CLASSES, SIZE, dtype=np.float32)
@@ -64,6 +66,12 @@ def test_a_file_has_the_same_bits(tmp_path: Path) -> None:
     scores = [one.strangeness(strange, logits(strange)) for one in (read, novelty)]
     np.testing.assert_array_equal(*scores)
     np.testing.assert_array_equal(read.rank(scores[0]), novelty.rank(scores[0]))
+
+
+def test_a_file_of_another_version_is_one_line(tmp_path: Path) -> None:
+    save_file({"mean": np.zeros(3, np.float32)}, tmp_path / FILE)
+    with pytest.raises(ModelError, match=r"novelty.safetensors: was written by another version"):
+        read_novelty(tmp_path)
 
 
 def test_features_that_are_all_alike_are_no_error() -> None:

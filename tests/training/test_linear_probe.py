@@ -14,6 +14,8 @@ from tests.training.test_trainer import PowerCut, assert_same_weights, config, l
 from vitft import Callback, TrainConfig, evaluate, train
 from vitft.data.loader import Batch
 from vitft.errors import Stopped
+from vitft.hardware.device import make_accelerator
+from vitft.models.features import heads_input
 from vitft.models.load import load_for_training
 from vitft.training.cost.dry_run import plan
 from vitft.training.cost.estimate import Cost
@@ -200,6 +202,17 @@ def test_features_are_those_of_evaluation_whatever_the_model_did_before() -> Non
     features = Probe(model, probe())._features()
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(features(pixels), features(pixels))
+
+
+def test_features_have_the_precision_that_is_asked_for_whatever_the_training_has() -> None:
+    model, pixels = tiny_model("vit").eval(), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    features = backbone(model, "cpu", "fp32")
+    before = features(pixels)
+    make_accelerator(config(device="cpu", precision="bf16")).prepare(model)
+    assert torch.equal(features(pixels), before)
+    with heads_input(model) as read, torch.no_grad():
+        model(pixel_values=pixels)  # as in training, again
+    assert not torch.equal(read[0], before)
 
 
 def test_the_plan_of_a_probe_does_not_grow_with_its_epochs(monkeypatch: pytest.MonkeyPatch) -> None:

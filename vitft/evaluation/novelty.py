@@ -18,7 +18,7 @@ from scipy.special import logsumexp
 
 from vitft.checkpoints.checkpoint import find_model
 from vitft.checkpoints.exported import exported_file
-from vitft.errors import UsageError
+from vitft.errors import ModelError, UsageError
 from vitft.io.paths import expanded
 
 FILE = "novelty.safetensors"
@@ -56,7 +56,10 @@ class Novelty:
 
 
 def read_novelty(checkpoint: str | Path) -> Novelty:
-    """What tells how strange an image is to a checkpoint. Raises UsageError if it has nothing to compare with."""
+    """What tells how strange an image is to a checkpoint.
+
+    Raises UsageError if it has nothing to compare with, and ModelError if another version of vitft wrote that.
+    """
     folder = find_model(expanded(checkpoint))
     if exported_file(folder) is not None:
         raise UsageError(
@@ -68,7 +71,12 @@ def read_novelty(checkpoint: str | Path) -> Novelty:
             f"{checkpoint}: does not say what it knows, to tell what it does not; the best checkpoint of a run with "
             f"{FEWEST} validation images or more does, unless --reference-images 0."
         )
-    return Novelty(**load_file(folder / FILE))
+    try:
+        return Novelty(**load_file(folder / FILE))
+    except TypeError:
+        raise ModelError(
+            f"{folder / FILE}: was written by another version of vitft; use that, or train again for none of these."
+        ) from None
 
 
 def reduced(logits: Array) -> tuple[Array, Array]:

@@ -11,7 +11,7 @@ from vitft.evaluation.evaluation import BATCH
 from vitft.evaluation.novelty import FEWEST, Novelty, fit_novelty, reduced
 from vitft.hardware.device import on_host
 from vitft.io import console
-from vitft.models.features import backbone, heads_input
+from vitft.models.features import backbone, heads_input, own_precision
 from vitft.randomness import permutation
 from vitft.training.linear_probe import FeatureLoader, read_features
 from vitft.training.setup import Decoded
@@ -54,7 +54,7 @@ def run_novelty(learner: Learner, decoded: Decoded, watched: Watched) -> Novelty
         def answers() -> Iterator[torch.Tensor]:
             """Features and logits, side by side."""
             for number, batch in enumerate(batches, 1):
-                with torch.no_grad(), heads_input(model) as given:
+                with torch.no_grad(), own_precision(model), heads_input(model) as given:
                     logits = network(pixel_values=batch.pixels).logits
                 yield torch.cat([given[0].flatten(1).float(), logits.float()], dim=1)
                 progress(number, len(batches))
