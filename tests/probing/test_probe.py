@@ -64,7 +64,6 @@ def test_the_scores_are_of_the_validation_images_of_a_run(result: ProbeResult) -
     assert result.tuning.memory_bytes is not None
 
 
-@pytest.mark.usefixtures("no_trial")
 def counted(folder: str) -> None:
     """Each process writes down how many images the backbone read."""
     real, read = probing_module.backbone, list[int]()
