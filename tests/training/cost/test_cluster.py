@@ -100,19 +100,21 @@ def test_images_that_are_decoded_when_needed_are_decoded_by_each_process_that_me
     planned: Any, prepared: Prepared
 ) -> None:
     step = ClusterStep(4, 0.08, 0.01, 0.0, 0.01, decode_s=0.04, beside=False)
-    assert steps_s(step, 25, 10, devices=1) == pytest.approx(10 * 0.14 + 15 * 0.10)
-    assert steps_s(step, 25, 10, devices=2) == pytest.approx(10 * 0.14 + 10 * 0.12 + 5 * 0.11)
-    assert steps_s(step, 5, 10, devices=2) == pytest.approx(5 * 0.14)
+    assert steps_s(step, 25, 10, machines=1) == pytest.approx(10 * 0.14 + 15 * 0.10)
+    assert steps_s(step, 25, 10, machines=2) == pytest.approx(10 * 0.14 + 10 * 0.12 + 5 * 0.11)
+    assert steps_s(step, 5, 10, machines=2) == pytest.approx(5 * 0.14)
     on_gpu = replace(step, beside=True, input_s=0.05, decode_s=0.1)  # the host has to do 0.15 s, the GPU 0.1
-    assert steps_s(on_gpu, 25, 10, devices=1) == pytest.approx(10 * 0.15 + 15 * 0.10)
-    assert steps_s(replace(on_gpu, decode_s=0.01), 25, 10, devices=1) == pytest.approx(25 * 0.1)
+    assert steps_s(on_gpu, 25, 10, machines=1) == pytest.approx(10 * 0.15 + 15 * 0.10)
+    assert steps_s(replace(on_gpu, decode_s=0.01), 25, 10, machines=1) == pytest.approx(25 * 0.1)
 
     plan = planned(2, decoding=Decoding(3.0, 0.02))
     per_epoch = -(-len(prepared.splits["train"].rows) // 32)
-    later = steps_s(plan.step, 100, per_epoch, 2)
+    later = steps_s(plan.step, 100, per_epoch, 1)
     assert plan.step.decode_s == pytest.approx(16 * 0.02)
     assert later > 100 * plan.step.seconds
     assert plan.total_s == pytest.approx(3 + 0.5 + later + 4)
+    two_machines = planned(16, decoding=Decoding(3.0, 0.02))
+    assert two_machines.total_s == pytest.approx(3 + 0.5 + steps_s(two_machines.step, 100, per_epoch, 2) + 8 / 16)
 
 
 def test_one_device_decodes_in_the_first_epoch_too_a_gpu_beside_its_work(prepared: Prepared) -> None:

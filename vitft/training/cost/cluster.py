@@ -10,6 +10,7 @@ from vitft.training.sharding import part_bytes
 
 _LATENCY_S = 20e-6  # of a message between two devices
 _BUCKET = 25 * 2**20  # bytes of gradients that DDP sends at once; those of the first layers come last
+_PER_MACHINE = 8  # devices, whose processes share what they decode
 _BACKWARD = 2 / 3  # of the arithmetic of a training pass
 
 
@@ -131,7 +132,7 @@ def plan_for_cluster(
         each.host_image_s * share, decoding.image_s * share, beside, idle=max(0, devices - config.batch_size),
     )  # fmt: skip
     per_epoch = -(-len(prepared.splits["train"].rows) // config.batch_size)
-    train_s = each.start_s + steps_s(step, steps, per_epoch, devices)
+    train_s = each.start_s + steps_s(step, steps, per_epoch, -(-devices // _PER_MACHINE))
     single = ClusterStep(
         config.batch_size, alone.image_s * config.batch_size, 0.0, 0.0, alone.step_s,
         alone.host_image_s * config.batch_size, beside=beside,
@@ -143,13 +144,13 @@ def plan_for_cluster(
     )  # fmt: skip
 
 
-def steps_s(step: ClusterStep, steps: int, per_epoch: int, devices: int) -> float:
-    """Seconds of so many steps. Every process decodes what it has not seen: (1 - 1/D)^e of its images in epoch e."""
+def steps_s(step: ClusterStep, steps: int, per_epoch: int, machines: int) -> float:
+    """Seconds of so many steps. Of M, each decodes what it has not seen: (1 - 1/M)^e of its images in epoch e."""
     if not step.decode_s:
         return steps * step.seconds
     epochs = range(-(-steps // per_epoch))
     counts = (min(per_epoch, steps - epoch * per_epoch) for epoch in epochs)
-    return sum(n * step.seconds_with((1 - 1 / devices) ** epoch) for epoch, n in zip(epochs, counts, strict=True))
+    return sum(n * step.seconds_with((1 - 1 / machines) ** epoch) for epoch, n in zip(epochs, counts, strict=True))
 
 
 def sharded_s(parts: Sequence[tuple[int, int]], passes: int, cluster: Cluster) -> float:
