@@ -2,6 +2,7 @@
 
 import logging
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ import pytest
 import typer
 
 from vitft.cli.app import app
+from vitft.config.train import TrainConfig
+from vitft.errors import as_flag
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))
@@ -96,6 +99,15 @@ def restored(logger: logging.Logger) -> Iterator[None]:
     level = logger.level
     yield
     logger.setLevel(level)
+
+
+def test_the_page_of_settings_has_them_all() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "settings_page.py"))["page"]()
+    for name in TrainConfig.model_fields:
+        assert len(re.findall(rf"^\| `{as_flag(name)}`(?: ↻)? \|.*\| \S.* \|$", page, re.MULTILINE)) == 1, name
+    assert "| `--lr` | number, `auto` | `auto` | Peak learning rate." in page
+    assert "| `--skip-test` | on, off | off |" in page
+    assert "| `--erase` | number | `0.0` |" in page
 
 
 def test_links_between_pages_lead_somewhere() -> None:

@@ -84,7 +84,7 @@ def test_a_byte_order_mark_and_crlf_are_accepted(mine: Path) -> None:
         ("lr: .nan\n", "finite"),
         ("epochs: .inf\n", "epochs should be"),
         ("optim:\n  lr: 3\n", "unknown setting 'optim'"),
-        ("lr:\n  peak: 3\n", "lr should be a valid number, got {'peak': 3}"),
+        ("lr:\n  peak: 3\n", "lr should be a valid number or 'auto', got {'peak': 3}"),
         ("- lr\n- 3\n", "a recipe is `setting: value` lines, got list"),
         ("just words", "a recipe is `setting: value` lines, got str"),
         ("lr: 1\nepochs: 2\nlr: 3\n", "line 3: lr is already set"),

@@ -228,7 +228,9 @@ def test_the_default_rate_is_that_of_what_is_trained() -> None:
         TrainConfig(freeze="backbone").lr == TrainConfig.parse({"freeze": "backbone", "optimizer": "adam"}).lr == 1e-2
     )
     assert TrainConfig(lora_rank=8, lr=1e-4).lr == 1e-4
-    assert load_config("digits", {"lr": None}).lr == TrainConfig().lr < load_config("digits", {}).lr
+    for chosen in (None, "auto"):
+        assert load_config("digits", {"lr": chosen}).lr == TrainConfig().lr < load_config("digits", {}).lr
+        assert "lr" not in TrainConfig.parse({"lr": chosen}).model_fields_set
     assert TrainConfig(**TrainConfig(lora_rank=8).model_dump()) == TrainConfig(lora_rank=8)
 
 

@@ -6,9 +6,9 @@
 # ruff: noqa: E501  (one line per setting)
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from vitft.config.base import Settings, setting
 from vitft.errors import UsageError
@@ -77,9 +77,9 @@ class TrainConfig(Settings):
     batch_size: int = setting(32, "Optimization", "Images per optimizer step, over all processes and gradient accumulation.", ge=1, le=1_048_576)
     micro_batch_size: PositiveInt | Literal["auto"] | None = setting(None, "Optimization", "Images per forward pass of one process. Default: the entire batch of that process. auto: as many as fit in memory.")
     if TYPE_CHECKING:
-        lr: float = setting(None, "", "")  # once validated, it is never None
+        lr: float = setting("auto", "", "")  # once validated, it is a number
     else:
-        lr: float | None = setting(None, "Optimization", "Peak learning rate. Default, also of none: by what is trained; with adamw 2e-5 for all weights (1e-3 of a model below 3 M), 1e-3 for an adapter, 1e-2 for a head alone, 1e-3 for new weights.", gt=0, le=100)
+        lr: Annotated[float, Field(gt=0, le=100)] | Literal["auto"] | None = setting("auto", "Optimization", "Peak learning rate. auto, also of none: by what is trained; with adamw 2e-5 for all weights (1e-3 of a model below 3 M), 1e-3 for an adapter, 1e-2 for a head alone, 1e-3 for new weights.")
     schedule: Literal["constant", "linear", "cosine", "step"] = setting("linear", "Optimization", "Learning rate decay after warmup; linear and cosine end at 0.")
     head_init: Literal["auto", "features", "random"] = setting("auto", "Optimization", "Start of a new head. features: logistic regression on the features of the pretrained backbone, fitted before the first step. auto: that, if possible.")
     layer_decay: float = setting(1.0, "Optimization", "Multiply the learning rate by this for each layer below the head, so that early layers change less. Often 0.65 to 0.9.", gt=0, le=1)
@@ -164,7 +164,7 @@ class TrainConfig(Settings):
 
         It is not marked as set, because a small model will have another.
         """
-        if not self.lr:
+        if vars(self)["lr"] in (None, "auto"):
             self.__dict__["lr"] = usual_lr(self)  # the settings are frozen
             self.__pydantic_fields_set__.discard("lr")
         return self
