@@ -19,7 +19,7 @@ def block_stacks(model: nn.Module) -> list[nn.ModuleList]:
         part: part
         for part in model.modules()
         if isinstance(part, nn.ModuleList | nn.Sequential) and len({*map(type, part)}) == 1
-        if not (origin := type(part[0]).__module__).startswith("torch.")
+        if not (origin := _origin(part[0])).startswith("torch.")
         if isinstance(part, nn.ModuleList) or origin.startswith("timm.")
     }
     found, inside = [], set[nn.Module]()
@@ -29,6 +29,12 @@ def block_stacks(model: nn.Module) -> list[nn.ModuleList]:
             found.append(stack)
             inside.update(part.modules())
     return found
+
+
+def _origin(module: nn.Module) -> str:
+    """Where the type of a module is from; FSDP has made its own of it."""
+    names = (kind.__module__ for kind in type(module).__mro__)
+    return next(name for name in names if not name.startswith("torch.distributed."))
 
 
 def parameter_depths(model: nn.Module) -> dict[str, int]:
