@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="digits", help="as for `vitft train`")
     parser.add_argument("--model", default="vit-micro", help="as for `vitft train`")
     parser.add_argument("--image-size", type=int)
+    parser.add_argument("--precision", default="auto")
     parser.add_argument("--images", type=int, default=4000, help="training images")
     parser.add_argument("--held-out", type=int, default=1000, help="validation images of `vitft probe`")
     parser.add_argument("--rounds", type=int, default=3, help="of `vitft probe`, in turns with a pass")
@@ -32,6 +33,7 @@ def main() -> None:
         config = TrainConfig.parse({
             "dataset": given.dataset, "model": given.model, "image_size": given.image_size, "augment": augment,
             "max_train_samples": given.images, "val_fraction": 0.0, "max_eval_samples": 10, "freeze": "backbone",
+            "precision": given.precision,
             "batch_size": given.batch_size, "epochs": given.epochs, "lr": 1e-3,
         }, "flags")  # fmt: skip
         config = resolve_auto(config)
@@ -56,6 +58,7 @@ def whole_command(given: argparse.Namespace) -> None:
     """Time all that `vitft probe` does after its imports, in turns with a pass over the same images, decoded before."""
     config = resolve_auto(TrainConfig.parse({
         "dataset": given.dataset, "model": given.model, "image_size": given.image_size, "skip_test": True,
+        "precision": given.precision,
         "max_train_samples": given.images, "max_eval_samples": given.held_out,
     }, "flags"))  # fmt: skip
     decoded = prepare(config).with_settings(augment="none").decode()

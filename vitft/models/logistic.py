@@ -25,19 +25,20 @@ def location_and_scale(features: Tensor) -> tuple[Tensor, Tensor]:
 
 def regress(
     features: Tensor, labels: Tensor, classes: int, strength: float, start: Tensor | None = None,
-    mean_loss: Loss = F.cross_entropy,
+    mean_loss: Loss = F.cross_entropy, tolerance: float = 1e-5,
 ) -> Tensor:  # fmt: skip
     """Fit by L-BFGS: features (N, F), labels (N,) in 0..C-1 -> weights and, in the last column, biases: (C, F + 1).
 
     What is minimized is `mean_loss` plus strength / 2 times the squared norm of all parameters. `start` is where to
-    begin, such as the fit of a neighboring strength. With features (D, N, F) and labels (D, N), D fits are made at
-    once, (D, C, F + 1): of a few images each, they take hardly longer than one.
+    begin, such as the fit of a neighboring strength; a fit ends when no gradient is above `tolerance`. With features
+    (D, N, F) and labels (D, N), D fits are made at once, (D, C, F + 1): of a few images each, they take hardly longer
+    than one.
     """
     inputs, fits = F.pad(features, (0, 1), value=1.0), features.shape[:-2].numel()
     parameters = features.new_zeros(*features.shape[:-2], classes, inputs.shape[-1]) if start is None else start.clone()
     parameters.requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [parameters], max_iter=100, tolerance_grad=1e-5, tolerance_change=1e-7, line_search_fn="strong_wolfe"
+        [parameters], max_iter=100, tolerance_grad=tolerance, tolerance_change=1e-7, line_search_fn="strong_wolfe"
     )
 
     def loss() -> Tensor:
