@@ -289,7 +289,7 @@ def test_errors_of_a_library_call_speak_of_arguments() -> None:
         for wrong, said in (
             ({"device": "gpu"}, "TrainConfig: device should be 'auto', 'cpu', 'cuda' or 'mps', got 'gpu'"),
             ({"learning_rate": 1}, "TrainConfig: unknown setting 'learning_rate'; did you mean lr?"),
-            ({"lr": -1}, "TrainConfig: lr should be greater than 0, got -1"),
+            ({"lr": -1}, "TrainConfig: lr should be greater than 0 or 'auto', got -1"),
             ({"patch_size": 4}, "TrainConfig: patch_size applies only to a new model; add from_scratch"),
         ):
             with pytest.raises(UsageError, match=re.escape(said)):
