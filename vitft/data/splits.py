@@ -143,8 +143,8 @@ def manifest(source: Source, splits: Mapping[str, Split], *, contents: bool = Tr
             "count": len(split.rows),
             "hash": split.hash,
             "ids": list(split.ids),
+            "classes": np.bincount(split.labels, minlength=len(source.labels)).tolist(),
         }
-        entry["classes"] = np.bincount(split.labels, minlength=len(source.labels)).tolist()
         by = {"by": _identified_by(source.splits[split.source])}
         document["splits"][role] = entry | by | ({"contents": hashes[role]} if role in hashes else {})
     return document

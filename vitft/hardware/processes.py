@@ -104,7 +104,7 @@ def meet_again(device: str) -> None:
 def join_processes(device: str) -> Processes:
     """Meet the other processes, if there are any; each has a GPU of its own."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        return Processes()
+        return ALONE
     meet_again(device)
     from accelerate import PartialState
 

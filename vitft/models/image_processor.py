@@ -45,9 +45,8 @@ def read_processor(name_or_path: str, hf_config: Any, **options: Any) -> Preproc
             size = input_size(hf_config)
             return preprocess if size is None else preprocess.with_size(*size)
         if hf_config.model_type == TIMM:
-            options["image_processor_filename"] = (
-                FILE  # Transformers would take pretrained_cfg, which has no value_range
-            )
+            # Transformers would take pretrained_cfg, which has no value_range.
+            options["image_processor_filename"] = FILE
         processor = transformers.AutoImageProcessor.from_pretrained(
             name_or_path, config=hf_config, backend="pil", trust_remote_code=False, **options
         )

@@ -19,7 +19,7 @@ from vitft.errors import ModelError, UsageError, as_flag
 from vitft.evaluation.evaluation import BATCH, NO_CLASS
 from vitft.evaluation.metrics import Metrics, score
 from vitft.hardware.device import memory_guard, micro_batch, resolve_auto, threads
-from vitft.hardware.processes import Processes, join_processes
+from vitft.hardware.processes import ALONE, Processes, join_processes
 from vitft.io import console
 from vitft.models.features import backbone
 from vitft.probing.classifiers import Examples, Point, Trial, best_of, few_shot, logistic_trials, neighbor_trials
@@ -142,13 +142,12 @@ def _tuning(prepared: Prepared) -> Tuning:
     return Tuning(prepared.config.epochs, size.train_s + size.evaluate_s, memory)
 
 
-def examples(decoded: Decoded, role: str, processes: Processes | None = None) -> tuple[Examples, float]:
+def examples(decoded: Decoded, role: str, processes: Processes = ALONE) -> tuple[Examples, float]:
     """The features of a split's images, and the seconds that they took. Raises ModelError if they are not finite.
 
     The processes share the images, and each gets the features of all.
     """
     config, loaded = decoded.config, decoded.loaded
-    processes = processes or Processes()
     device = torch.device(config.device)
     read = backbone(loaded.model.to(device).eval(), config.device, config.precision)
     loader = EvalLoader(

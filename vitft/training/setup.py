@@ -25,7 +25,7 @@ from vitft.errors import DataError, UsageError
 from vitft.evaluation.evaluation import listed, matched, without
 from vitft.evaluation.held_out import earlier_sides, refuse_trained
 from vitft.hardware.device import find_attention
-from vitft.hardware.processes import Processes
+from vitft.hardware.processes import ALONE, Processes
 from vitft.io import console, paths
 from vitft.io.paths import composed, expanded
 from vitft.models.load import Loaded, load_for_training, shape_of
@@ -95,7 +95,7 @@ class Prepared:
             decoded.stores.made[role], decoded.splits[role] = self._decode(role, decoded.skipped)
         return decoded
 
-    def open_images(self, processes: Processes | None = None, *, resumes: bool = False) -> "Decoded":
+    def open_images(self, processes: Processes = ALONE, *, resumes: bool = False) -> "Decoded":
         """Like `decode`, for training: of a large dataset, images are decoded when they are first needed.
 
         Of those, only the headers are read now, unless the run `resumes`. All `processes` have to call this: those of a
@@ -104,7 +104,7 @@ class Prepared:
         """
         if not self.decodes_later:
             return self.decode()
-        skipped, processes = {role: list[Skipped]() for role in self.used}, processes or Processes()
+        skipped = {role: list[Skipped]() for role in self.used}
         if self.config.check == "fast" and not resumes:
             return self.check_headers(skipped)._open_lazily(skipped, processes)
         return self._open_lazily(skipped, processes)

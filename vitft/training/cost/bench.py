@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -80,7 +81,8 @@ def bench(what: What, settings: dict[str, Any], steps: int, profile: Path | None
         "decode_images_per_s": images / (time.perf_counter() - started),
     }
     with memory_guard(config), threads(config.threads), deterministic(config), ExitStack() as ending:
-        measured = _MEASURES[what](accelerator, decoded, steps, ending, profile)
+        measure = _MEASURES[what] if profile is None else partial(_train, profile=profile)
+        measured = measure(accelerator, decoded, steps, ending)
     device = torch.cuda.max_memory_allocated() if config.device == "cuda" else None
     unit = 1 if sys.platform == "darwin" else 1024  # unit of ru_maxrss in bytes
     memory = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "device": device}
@@ -113,9 +115,7 @@ def _check_profile(what: What, profile: Path) -> None:
         raise UsageError(f"--profile {profile}: give a .json file in a folder that exists.")
 
 
-def _data(
-    accelerator: Any, decoded: Decoded, steps: int, ending: ExitStack, profile: Path | None = None
-) -> dict[str, Any]:  # fmt: skip
+def _data(accelerator: Any, decoded: Decoded, steps: int, ending: ExitStack) -> dict[str, Any]:
     config = decoded.config
     clock = Stopwatch(config.device)
     loader = TrainLoader(
@@ -156,9 +156,7 @@ def _train(
     }  # fmt: skip
 
 
-def _eval(
-    accelerator: Any, decoded: Decoded, steps: int, ending: ExitStack, profile: Path | None = None
-) -> dict[str, Any]:  # fmt: skip
+def _eval(accelerator: Any, decoded: Decoded, steps: int, ending: ExitStack) -> dict[str, Any]:
     config, model = decoded.config, decoded.loaded.model.to(accelerator.device).eval()
     loader = EvalLoader(
         *decoded.stores["train"], decoded.loaded.preprocess, batch_size=config.batch_size, device=accelerator.device
