@@ -216,7 +216,7 @@ def test_a_script_is_written_to_a_file() -> None:
     [
         ([], "nothing to launch; add a command after --"),
         (["--", "trian"], "vitft trian: No such command 'trian'. Did you mean 'train'?"),
-        (["--", "train", "--datset", "x"], "No such option: --datset"),
+        (["--", "train", "--datset", "x"], "--datset: `vitft train` has no such flag; did you mean --dataset?"),
         (["--", "train"], "no dataset"),
         (["--", "train", "--dataset", "digits", "--epochs", "-1"], "--epochs"),
         (["--", "train", "--dataset", "digits", "--overwrite"], "--overwrite would replace what the job itself"),

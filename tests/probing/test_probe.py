@@ -205,4 +205,4 @@ def test_a_bad_request_fails_before_anything_is_loaded(monkeypatch: pytest.Monke
     monkeypatch.setattr(probing, "loading", lambda: pytest.fail("it was loaded"))
     assert "give a .png file" in vitft("probe", "digits", "--plot", "curve.pdf").stderr
     assert "--val-fraction" in vitft("probe", "digits", "--val-fraction", "2").stderr
-    assert "No such option: --lr" in vitft("probe", "digits", "--lr", "1").stderr
+    assert "--lr: `vitft probe` has no such flag" in vitft("probe", "digits", "--lr", "1").stderr

@@ -6,8 +6,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from vitft.cli.options import name_what_was_meant, with_flags
-from vitft.errors import VitftError, typed_flags
+from vitft.cli.options import with_flags
+from vitft.cli.usage import in_one_line, is_usage_error, shows_help
+from vitft.errors import UsageError, VitftError, typed_flags
 from vitft.io import console
 
 
@@ -19,7 +20,13 @@ class Group(TyperGroup):
         end = args.index("--") if "--" in args else len(args)
         if "--debug" in args[:end]:
             args = ["--debug", *(word for word in args[:end] if word != "--debug"), *args[end:]]
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if not is_usage_error(error):
+                raise
+            console.fail(in_one_line(error))
+            raise typer.Exit(UsageError.exit_code) from error
 
     def get_params(self, ctx: Any) -> list[Any]:
         """As in Typer; for help."""
@@ -45,9 +52,11 @@ class Group(TyperGroup):
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except Exception as error:
-            if hasattr(error, "show"):  # wrong usage, which Typer shows in a box
-                name_what_was_meant(error)
+            if shows_help(error):
                 raise
+            if is_usage_error(error):
+                console.fail(in_one_line(error))
+                raise typer.Exit(UsageError.exit_code) from error
             if ctx.find_root().params.get("debug"):
                 console.traceback()
             if isinstance(error, VitftError):

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from vitft.cli.arguments import TRAIN_SETTINGS
-from vitft.cli.options import name_what_was_meant, overrides_of
+from vitft.cli.options import overrides_of
+from vitft.cli.usage import in_one_line, is_usage_error
 from vitft.errors import UsageError
 from vitft.io import console
 from vitft.io.paths import expanded
@@ -78,16 +79,15 @@ def _parsed(ctx: typer.Context, words: list[str]) -> tuple[str, dict[str, Any]]:
     context, rest = None, words
     try:
         while hasattr(command, "resolve_command"):
-            context = command.make_context("vitft", rest, parent=context)
+            context = command.make_context(names[-1] if names else "vitft", rest, parent=context)
             name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
             names.append(name)
         with command.make_context(name, rest, parent=context) as context:
             options = dict(context.params)
     except Exception as error:
-        if not hasattr(error, "format_message"):
+        if not is_usage_error(error):
             raise
-        name_what_was_meant(error)
-        raise UsageError(f"vitft {shlex.join(words)}: {error.format_message()}") from error
+        raise UsageError(f"vitft {shlex.join(words)}: {in_one_line(error)}") from error
     if names == ["launch"]:
         raise UsageError("launch cannot be launched; give another command of vitft after --.")
     if names[0] in ("train", "sweep") and options["resume"] is None:

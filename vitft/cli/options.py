@@ -10,7 +10,7 @@ import typer
 import typer.main
 from rich.markup import escape
 
-from vitft.errors import as_flag, from_synonym
+from vitft.errors import as_flag
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -137,11 +137,3 @@ def _help(field: "FieldInfo", undo: str) -> str:
     default = field.default
     shown = "" if default is None or default is False else f" [dim]\\[default: {default}][/]"
     return f"{escape(field.description or '')}{undo}{shown}"
-
-
-def name_what_was_meant(error: Any) -> None:
-    """Let Typer's error of an unknown flag suggest ours, where the flag is called so elsewhere."""
-    if getattr(error, "option_name", None) and error.ctx is not None:
-        found = from_synonym(error.option_name, [option.name for option in error.ctx.command.params])
-        if found is not None:
-            error.possibilities = [as_flag(found)]
