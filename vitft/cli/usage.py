@@ -1,0 +1,56 @@
+"""Typer's errors of usage, which it shows in a box, as one line: what, got, remedy."""
+
+import re
+from typing import Any
+
+from vitft.errors import as_flag, from_synonym, nearest
+
+# Errors are told by what they have: recent versions of Typer have classes of their own, older ones those of click.
+
+
+def shows_help(error: BaseException) -> bool:
+    """Whether Typer raised this to show the help of a command without arguments."""
+    return type(error).__name__ == "NoArgsIsHelpError"
+
+
+def is_usage_error(error: BaseException) -> bool:
+    """Whether Typer raised this because of what was typed."""
+    return hasattr(error, "format_message") and not shows_help(error)
+
+
+def in_one_line(error: Any) -> str:
+    """What is wrong with what was typed, in the words that checks of settings use."""
+    message = " ".join(error.message.removeprefix("Value error, ").removeprefix("Input ").split())
+    option, parameter = getattr(error, "option_name", None), getattr(error, "param", None)
+    if option and not hasattr(error, "possibilities"):
+        return f"{option} needs a value" if "requires an argument" in message else message.rstrip(".")
+    help_of = f"`{_typed(error.ctx)} --help`"
+    if option:
+        known = from_synonym(option, [each.name for each in error.ctx.command.params])
+        flags = [flag for each in error.ctx.command.params for flag in each.opts if flag.startswith("--")]
+        hint = f"; did you mean {as_flag(known)}?" if known else nearest(option, flags)
+        return f"{option}: `{_typed(error.ctx)}` has no such flag" + (hint or f"; {help_of} lists them")
+    if parameter is None:
+        return message if message.endswith("?") else f"{message.rstrip('.')}; see {help_of}"
+    name = next((flag for flag in parameter.opts if flag.startswith("--")), parameter.metavar or parameter.name.upper())
+    if not message:
+        return f"{name} is missing; see {help_of}"
+    if match := re.fullmatch(r"'(.*)' is not one of (.*)\.", message):
+        *first, last = re.findall("'(.*?)'", match[2])
+        return f"{name} should be {_or(first, last)}, got {match[1]!r}{nearest(match[1], [*first, last])}"
+    got = error.__cause__.errors()[0]["input"] if hasattr(error.__cause__, "errors") else None
+    message = message.partition(", unable")[0].rstrip(".")
+    return f"{name} {message}" + ("" if got is None or repr(got) in message else f", got {got!r}")
+
+
+def _or(first: list[str], last: str) -> str:
+    return " or ".join([", ".join(map(repr, first)), repr(last)] if first else [repr(last)])
+
+
+def _typed(context: Any) -> str:
+    """The command, however vitft was started."""
+    names = []
+    while context.parent is not None:
+        names.append(context.info_name)
+        context = context.parent
+    return " ".join(["vitft", *reversed(names)])
