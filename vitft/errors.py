@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib.util import find_spec
 
 # Names of settings and flags in other trainers.
 _SYNONYMS = {
@@ -103,6 +104,18 @@ class Stopped(VitftError):  # noqa: N818 (not an error: the run was asked to sto
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def require_extra(extra: str, what: str, *modules: str) -> None:
+    """Raise UsageError if a module is not installed that comes with an extra, as in `pip install 'vitft[lora]'`.
+
+    Args:
+        extra: its name in pyproject.toml.
+        what: what needs the modules, for the message: a command or a setting.
+        modules: the modules, as they are imported.
+    """
+    if missing := [name for name in modules if find_spec(name) is None]:
+        raise UsageError(f"{what} needs {' and '.join(missing)}, not installed here; pip install 'vitft[{extra}]'.")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -177,6 +177,14 @@ def test_the_model_folder_for_a_path(tmp_path: Path, digits_run: object) -> None
         ckpt.find_model(tmp_path)
 
 
+def test_a_misspelled_exported_file_gets_a_suggestion(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no\.onnx: no such file; `vitft export RUN` makes one\.$"):
+        ckpt.find_model(tmp_path / "no.onnx")
+    (tmp_path / "model.onnx").write_text("")
+    with pytest.raises(ModelError, match=rf"no\.onnx: no such file; did you mean {tmp_path}/model\.onnx\?$"):
+        ckpt.find_model(tmp_path / "no.onnx")
+
+
 @pytest.mark.parametrize("typed", ["step-2", "step-000002", "checkpoints/step-2", "checkpoints/step2", "2"])
 def test_a_misspelled_step_folder_gets_a_suggestion(digits_run: object, typed: str) -> None:
     run: Path = digits_run.run  # type: ignore[attr-defined]

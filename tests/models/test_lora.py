@@ -14,7 +14,6 @@ from tests.families import FAMILIES, tiny_classifier
 from tests.models.test_heads import marked
 from vitft import TrainConfig
 from vitft.errors import ModelError, UsageError
-from vitft.models import lora
 from vitft.models.heads import in_head
 from vitft.models.load import set_training
 from vitft.models.lora import add_adapter, read_adapter, require_peft, write_base, write_weights
@@ -157,9 +156,9 @@ def test_a_rank_that_is_not_low_is_refused() -> None:
 
 
 def test_without_peft_one_line_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora, "find_spec", lambda name: None)
+    monkeypatch.setattr("vitft.errors.find_spec", lambda name: None)
     require_peft(TrainConfig())
-    with pytest.raises(UsageError, match=r"^lora_rank needs PEFT, which is not installed; pip install 'vitft\[lora\]'"):
+    with pytest.raises(UsageError, match=r"^lora_rank needs peft, not installed here; pip install 'vitft\[lora\]'"):
         require_peft(TrainConfig(lora_rank=2))
 
 

@@ -11,7 +11,7 @@ import transformers as tf
 
 from vitft import TrainConfig, evaluate, train
 from vitft.data.augment import Preprocess, preprocess_images
-from vitft.errors import ModelError
+from vitft.errors import ModelError, UsageError
 from vitft.models.blocks import block_stacks, parameter_depths
 from vitft.models.heads import head_of
 from vitft.models.image_processor import read_processor
@@ -61,8 +61,8 @@ def test_what_timm_does_in_another_way_is_refused(given: dict[str, Any], told: s
 def test_without_timm_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"architecture": "vit_tiny_patch16_224", "num_classes": 1000, "pretrained_cfg": GIVEN}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr("vitft.models.classifiers.find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=rf"{tmp_path}: timm checkpoints need timm: pip install 'vitft\[timm\]'$"):
+    monkeypatch.setattr("vitft.errors.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=rf"^{tmp_path}: a timm checkpoint needs timm, .*'vitft\[timm\]'\.$"):
         read_config(tmp_path)
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from vitft import Predictor, UsageError
+from vitft import Predictor, UsageError, export
 from vitft.cli.app import app
 from vitft.prediction.explaining import Explainer
 
@@ -67,6 +67,15 @@ def test_a_model_without_attention_says_so(photos: Path, tmp_path: Path, saved: 
     assert (done.exit_code, done.stderr.strip().splitlines()[-1].endswith("use occlusion.")) == (4, True)
     assert not list(tmp_path.glob("out*"))
     assert CliRunner().invoke(app, words).exit_code == 0
+
+
+def test_an_exported_file_is_explained_by_occlusion(photos: Path, tmp_path: Path, saved: Any) -> None:
+    export(saved("vit"), format="torch", output=tmp_path / "file")
+    words = ["predict", str(photos / "a"), "--checkpoint", str(tmp_path / "file"), "--explain", str(tmp_path / "why")]
+    done = CliRunner().invoke(app, [*words, "--explain-by", "attention"])
+    assert (done.exit_code, "an exported file does not give it; use occlusion" in done.stderr) == (2, True)
+    done = CliRunner().invoke(app, words)
+    assert (done.exit_code, f"of 1 images: {tmp_path / 'why'}" in done.stderr) == (0, True)
 
 
 def test_a_folder_that_cannot_be_is_refused_before_the_work(photos: Path, tmp_path: Path) -> None:

@@ -49,9 +49,9 @@ def test_what_cannot_be_served_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     code, line = said(str(tmp_path), "--port", "0")
     assert (code, line.startswith(f"error: {tmp_path}: no config.json")) == (4, True)
     assert said(MICRO, "--max-files", "9", "--max-queue", "8")[0] == 2
-    monkeypatch.setattr("vitft.cli.serving.find_spec", lambda name: None if name == "fastapi" else name)
+    monkeypatch.setattr("vitft.errors.find_spec", lambda name: None if name == "fastapi" else name)
     assert said(MICRO) == (
-        2, "error: serve needs FastAPI and Uvicorn, which are not installed; pip install 'vitft[serve]'."
+        2, "error: serve needs fastapi, not installed here; pip install 'vitft[serve]'."
     )  # fmt: skip
 
 

@@ -205,7 +205,7 @@ def test_what_cannot_begin_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(UsageError, match="each trial trains in one process"):
         sweep(config(), {"lr": "1e-4,1e-3"}, output=tmp_path / "d")
     monkeypatch.delenv("WORLD_SIZE")
-    monkeypatch.setattr(sweeping, "find_spec", lambda name: None)
+    monkeypatch.setattr("vitft.errors.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'vitft\[sweep\]'"):
         sweep(config(), {"lr": "1e-4,1e-3"}, output=tmp_path / "e")
 

@@ -182,7 +182,7 @@ def test_only_the_adapter_and_the_head_have_gradients_and_moments(
 
 
 def test_without_peft_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitft.models.lora.find_spec", lambda name: None)
+    monkeypatch.setattr("vitft.errors.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'vitft\[lora\]'") as caught:
         train(adapted(start(tmp_path / "model")), output=tmp_path / "run")
     assert caught.value.exit_code == 2

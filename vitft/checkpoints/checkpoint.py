@@ -379,6 +379,10 @@ def find_model(path: Path) -> Path:
     if path.suffix in EXPORTED and path.is_file():
         own = (path.parent / "vitft.json").is_file() and not (path.parent / "config.json").exists()
         return verify(path.parent) if own else path
+    if path.suffix in EXPORTED and not path.exists():
+        other = next((file for suffix in EXPORTED if (file := path.parent / f"model{suffix}").is_file()), None)
+        remedy = f"did you mean {other}?" if other else "`vitft export RUN` makes one."
+        raise ModelError(f"{path}: no such file; {remedy}")
     run = run_of(path)
     if run is not None and not path.exists():
         find_model(run)  # raises if the run has no checkpoint at all

@@ -7,7 +7,6 @@ normalization, the classes, and how images were resized, in a JSON document amon
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, Self
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vitft.data.augment import Preprocess
-from vitft.errors import ModelError, UsageError, first_line
+from vitft.errors import ModelError, first_line, require_extra
 from vitft.hardware.device import cpus
 from vitft.models.load import EXPORTED, Loaded
 
@@ -81,11 +80,7 @@ def exported_file(path: Path) -> Path | None:
 def require_runtime(format: Format, *, writing: bool = False) -> None:
     """Raise UsageError if what reads a format, or with `writing` writes it, is not installed."""
     needed = NEEDS[format] if writing else NEEDS[format][-1:] if format == "onnx" else NEEDS[format][:1]
-    if missing := [name for name in needed if find_spec(name) is None]:
-        verb = "need" if len(missing) > 1 else "needs"
-        raise UsageError(
-            f"the {format} format {verb} {', '.join(missing)}, not installed here; pip install 'vitft[{format}]'."
-        )
+    require_extra(format, f"the {format} format", *needed)
 
 
 def read_exported(file: Path) -> Loaded:

@@ -91,8 +91,8 @@ def predict(
         run(shared, [], tally, lambda count: None)
         return
     sorter = None if sort_into is None else Sorter(sort_into, predictor.labels, link=link)
-    beside: list[Writer] = [] if sorter is None else [sorter]
-    beside += [] if explain is None else [Explainer(explain, predictor, explain_by)]
+    explainer = None if explain is None else Explainer(explain, predictor, explain_by)
+    beside: list[Writer] = [writer for writer in (sorter, explainer) if writer is not None]
     with _writer(kind, file, layout, collected, appends=done.count > 0) as writer, _progress(kind, file) as progress:
         run(shared, [*beside, writer], tally, lambda count: progress(count, total))
     if file is not None:
@@ -100,6 +100,8 @@ def predict(
     if sorter is not None:
         folders = ", ".join(f"{count:,} {name}" for name, count in sorter.counts.most_common())
         console.note(f"sorted into {sort_into}: {folders or 'none'}")
+    if explainer is not None:
+        console.note(f"what spoke for the best class of {explainer.count:,} images: {explain}")
     if json:
         console.say_json({"predictions": [row.to_dict() for row in collected.rows]})
     tally.check()

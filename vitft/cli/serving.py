@@ -1,13 +1,12 @@
 """The command that lets others use a model: serve."""
 # ruff: noqa: E501  (one line per option)
 
-from importlib.util import find_spec
 from typing import Annotated
 
 import typer
 
 from vitft.cli.arguments import Device, MaxPixels, ValueRange, given, loading
-from vitft.errors import UsageError
+from vitft.errors import UsageError, require_extra
 from vitft.io import console
 
 _NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
@@ -36,8 +35,7 @@ def serve(
 
     Needs the extra vitft\[serve].
     """
-    if any(find_spec(name) is None for name in _NEEDED):
-        raise UsageError("serve needs FastAPI and Uvicorn, which are not installed; pip install 'vitft[serve]'.")
+    require_extra("serve", "serve", *_NEEDED)
     if max_files > max_queue:
         raise UsageError(f"--max-files {max_files}: more than --max-queue {max_queue}; raise that, or lower this.")
     with loading():

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,7 +17,7 @@ import torch
 
 from vitft import __version__
 from vitft.config.train import TrainConfig, device_name
-from vitft.errors import TrainingError, UsageError, nearest
+from vitft.errors import TrainingError, UsageError, nearest, require_extra
 from vitft.hardware.processes import meet_again
 from vitft.hardware.timers import synchronize
 from vitft.io.paths import shown
@@ -139,8 +138,8 @@ def make_accelerator(config: TrainConfig) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    if config.tracker != "none" and find_spec(config.tracker) is None:
-        raise UsageError(f"tracker {config.tracker}: not installed; pip install 'vitft[{config.tracker}]'.")
+    if config.tracker != "none":
+        require_extra(config.tracker, f"tracker {config.tracker}", config.tracker)
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise UsageError(
             "accelerate is configured to use FSDP itself; take that out of its configuration, and use --parallel fsdp."

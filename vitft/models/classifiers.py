@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from vitft.errors import ModelError
+from vitft.errors import ModelError, require_extra
 
 TIMM = "timm_wrapper"
 """The model type of a timm checkpoint, which Transformers wraps."""
@@ -24,24 +24,19 @@ _REFUSED = {
 }
 """Why a classifier of Transformers is not used, and what to use instead."""
 
-_LIBRARIES = {
-    TIMM: ("timm", "timm checkpoints need timm: pip install 'vitft[timm]'"),
-    "dinat": ("natten", "a dinat model needs NATTEN, which is not installed; use a Swin."),
-}
-"""By model type: the module that Transformers imports for it, and what to say without it."""
-
 
 def check_family(family: str, where: str = "") -> None:
-    """Raise ModelError, with the reason, for a model type whose classifier cannot be used, or not on this machine.
+    """Raise ModelError, with the reason, for a model type whose classifier cannot be used, UsageError if timm misses.
 
     `where`: the folder or hub id, for the message.
     """
     before = f"{where}: " if where else ""
     if family in _REFUSED:
         raise ModelError(f"{before}{_REFUSED[family]}.")
-    module, message = _LIBRARIES.get(family, (None, ""))
-    if module is not None and find_spec(module) is None:
-        raise ModelError(f"{before}{message}")
+    if family == TIMM:
+        require_extra("timm", f"{before}a timm checkpoint", "timm")
+    if family == "dinat" and find_spec("natten") is None:
+        raise ModelError(f"{before}a dinat model needs NATTEN, which is not installed; use a Swin.")
 
 
 def classifier_class(hf_config: Any) -> Any:

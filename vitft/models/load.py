@@ -286,7 +286,7 @@ def _read_hf_config(origin: _Origin) -> Any:
         hf_config = transformers.AutoConfig.from_pretrained(
             origin.name_or_path, trust_remote_code=False, **origin.arguments()
         )
-    except ModelError:
+    except VitftError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unreadable(origin, error) from error

@@ -6,7 +6,6 @@ that sum to a trained length, too. The head is trained in full.
 """
 
 import copy
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitft.config.train import TrainConfig
-from vitft.errors import ModelError, UsageError
+from vitft.errors import ModelError, UsageError, require_extra
 from vitft.hardware.shards import write
 from vitft.models.heads import head_modules, head_of, in_head
 from vitft.randomness import derive_seed
@@ -31,8 +30,8 @@ _NAME = "default"  # PEFT's, of the only adapter of a model
 
 def require_peft(config: TrainConfig) -> None:
     """Raise UsageError if the settings need PEFT, and it is not installed."""
-    if config.lora_rank is not None and find_spec("peft") is None:
-        raise UsageError("lora_rank needs PEFT, which is not installed; pip install 'vitft[lora]'.")
+    if config.lora_rank is not None:
+        require_extra("lora", "lora_rank", "peft")
 
 
 def add_adapter(model: Any, config: TrainConfig) -> None:

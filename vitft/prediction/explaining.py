@@ -29,6 +29,8 @@ class Explainer:
         self.folder, self.predictor, self._by = expanded(folder), predictor, by
         self._place = {label: place for place, label in reversed(list(enumerate(predictor.labels)))}
         self._used: set[str] = set()
+        self.count = 0
+        """Pictures written."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -59,6 +61,7 @@ class Explainer:
                 sheet.save(file)
             except OSError as error:
                 raise UsageError(f"{file}: cannot be written: {error.strerror or error}.") from error
+            self.count += 1
 
     def _name(self, path: str) -> str:
         source = Path(os.path.abspath(expanded(path)))  # noqa: PTH100 (a link stays one)

@@ -212,7 +212,10 @@ class Predictor:
 
         Raises:
             ModelError: by attention, but the model does not have it between all patches.
+            UsageError: by attention, but the model is an exported file.
         """
+        if by == "attention" and self.document is not None:
+            raise UsageError("attention: an exported file does not give it; use occlusion, or the run it is from.")
         inputs = normalize(pixels.to(self._device), self.preprocess)
         with threads():
             maps, _ = class_maps(self._model, inputs, torch.tensor(classes), by)

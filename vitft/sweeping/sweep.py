@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -20,7 +19,7 @@ from vitft.checkpoints.metadata import name_of
 from vitft.config.recipe import read_recipe
 from vitft.config.train import TrainConfig, require_dataset
 from vitft.data.split_record import read_record
-from vitft.errors import ModelError, Stopped, TrainingError, UsageError, first_line
+from vitft.errors import ModelError, Stopped, TrainingError, UsageError, first_line, require_extra
 from vitft.evaluation.metrics import Metrics, wilson_interval
 from vitft.io import console
 from vitft.io.atomic import remove_folder, write_text
@@ -215,8 +214,7 @@ def _planned(config: TrainConfig, vary: Mapping[str, Any], trials: int | None, s
 
 
 def _require() -> None:
-    if find_spec("optuna") is None:
-        raise UsageError("sweep needs Optuna, which is not installed; pip install 'vitft[sweep]'.")
+    require_extra("sweep", "sweep", "optuna")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(
             "sweep: each trial trains in one process; start `vitft sweep`, and beside it `vitft sweep --resume` "

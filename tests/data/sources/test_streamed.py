@@ -69,6 +69,21 @@ def test_shards_on_a_web_server_are_read_as_those_in_a_folder(server: FileServer
     assert first == [f"train-0000{shard}-of-00003.parquet/{row}" for shard, row in ((0, 0), (0, 488), (1, 0))]
 
 
+def test_the_ways_to_write_the_url_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a b%2F", "train.parquet", image=images(6), label=list("ababab"))
+    expected = content(open_dataset(str(tmp_path / "a b%2F")))
+    for form in (
+        "file://{}/a b%2F",
+        "file://localhost{}/a%20b%252F",
+        "FILE://{}/a%20b%252F/train.parquet",
+        "file://{}/a b%2F/t*.parquet",
+    ):
+        assert content(open_dataset(form.format(tmp_path))) == expected, form
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"^file://a: the path .* is absolute: file://{tmp_path}/a; or leave file://"):
+        open_dataset("file://a")
+
+
 @pytest.mark.usefixtures("bucket")
 def test_shards_in_a_bucket(digit_shards: Path) -> None:
     there = open_dataset(BUCKET)
@@ -184,9 +199,7 @@ def test_what_cannot_be_streamed_is_said(tmp_path: Path) -> None:
         opened(tmp_path / "none")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/cat.jpg").write_bytes(b"")
-    with pytest.raises(
-        DataError, match=r"photos has no \.parquet or \.tar files; `vitft data pack DATASET FOLDER` makes some"
-    ):
+    with pytest.raises(DataError, match=r"photos has no .* files; for a folder of images leave file:// out\."):
         opened(tmp_path / "photos")
     for name in "ab":
         write(tmp_path / "two", f"{name}/x.parquet", image=images(3), label=[0, 1, 2])

@@ -186,9 +186,11 @@ def test_kernels_of_a_gpu_their_gaps_and_what_the_host_waits() -> None:
     assert _summary([], 2, on_gpu=True)["longest"] == []
 
 
-def test_what_cannot_be_measured_is_one_line() -> None:
+def test_what_cannot_be_measured_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     assert "use `vitft bench train`" in measured("data", *SMALL, "--profile", "trace.json", code=2)
-    for name in ("trace.txt", "nowhere/trace.json"):
+    Path("folder.json").mkdir()
+    for name in ("trace.txt", "nowhere/trace.json", "folder.json"):
         refused = measured("train", *SMALL, "--profile", name, code=2)
         assert f"--profile {name}: give a .json file in a folder that exists." in refused
     assert "has 40 training images; take fewer" in measured("train", *SMALL, "--batch-size", "64", code=2)

@@ -7,6 +7,7 @@ from functools import partial
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import datasets
 import numpy as np
@@ -22,10 +23,11 @@ from vitft.data.streaming import blocks, tars
 from vitft.data.streaming.parquet import ParquetShard, open_parquet
 from vitft.data.streaming.remote import RemoteFile, in_requests, list_files, reason
 from vitft.data.streaming.shards import Shard
-from vitft.errors import DataError
+from vitft.errors import DataError, UsageError
 from vitft.io.console import without_secrets
+from vitft.io.paths import expanded
 
-_PARQUET, _TAR = ".parquet", ".tar"
+_PARQUET, _TAR, _FILE = ".parquet", ".tar", "file://"
 _CONVERTED = "refs/convert/parquet"  # where the hub keeps what it has made of datasets in other formats
 _SORTED = 0.5  # how much more often two images that are fetched together are of one class than any two
 
@@ -37,15 +39,16 @@ def read(url: str, options: ReadOptions, notes: Notes, inside: str = "") -> tupl
 
     `inside`: the folder, below the URL, to which shards are restricted.
     """
-    url = _pinned(url)
+    url = _pinned(_of_file(url))
     shown, files = without_secrets(url), list_files(url, (_PARQUET, _TAR))
     base = _base(url, files)
     files = [file for file in files if file.url.removeprefix(base).startswith(inside and f"{inside}/")]
     if not files:
         where = f"{shown}/{inside}" if inside else shown
-        raise DataError(
-            f"{where} has no .parquet or .tar files; `vitft data pack DATASET FOLDER` makes some, then copy the folder."
-        )
+        remedy = "`vitft data pack DATASET FOLDER` makes some, then copy the folder."
+        if url.startswith(_FILE):
+            remedy = f"for a folder of images leave {_FILE} out."
+        raise DataError(f"{where} has no .parquet or .tar files; {remedy}")
     if part := next((file.url for file in files if "/partial-" in file.url), None):  # of the hub
         raise DataError(f"{without_secrets(part)}: the hub has converted only a part of it; leave --streaming out.")
     kind = next((kind for kind in (_PARQUET, _TAR) if any(_is(kind, file.url) for file in files)), "")
@@ -55,7 +58,7 @@ def read(url: str, options: ReadOptions, notes: Notes, inside: str = "") -> tupl
     names = find_files(_tree(by_path, shown), partial(_is, kind))
     chosen = {split: [by_path[path.relative_to(shown)] for path in paths] for split, paths in names.items()}
     every = [file for of_split in chosen.values() for file in of_split]
-    disk = 0 if url.startswith("file:") else int(options.stream_gb * 1e9)
+    disk = 0 if url.startswith(_FILE) else int(options.stream_gb * 1e9)
     if kind == _PARQUET:
         splits = _read_parquet(chosen, base, disk, Path(shown), options, notes)
     else:
@@ -83,6 +86,21 @@ def read_hub(
         if revision is not None:
             break
     raise DataError(f"hub dataset {repo} has no parquet files, so that it cannot be streamed; leave --streaming out.")
+
+
+def _of_file(url: str) -> str:
+    """A file:// URL as fsspec reads it, with a path that is not encoded; others unchanged. Raises UsageError."""
+    match = re.match(r"file://(?:localhost(?=/))?", url, re.IGNORECASE)
+    if match is None:
+        return url
+    path = url[match.end() :]
+    if not path.startswith("/"):
+        raise UsageError(
+            f"{url}: the path after {_FILE} is absolute: {_FILE}{expanded(path).absolute()}; or leave {_FILE} out."
+        )
+    given, *pattern = re.split(r"(?=[*{?])", path, maxsplit=1)
+    is_encoded = not Path(given.rpartition("/")[0] if pattern else given).exists()
+    return _FILE + (unquote(path) if is_encoded else path)
 
 
 def _pinned(url: str) -> str:
