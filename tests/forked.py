@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import wait
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ def start(
     process = _context.Process(target=_run, args=(words, log, before, largest_file, environment or {}))
     process.start()
     return process
+
+
+def barrier(parties: int) -> Barrier:
+    """Where so many processes wait for each other; `start` passes it on, within `before`."""
+    return _context.Barrier(parties)
 
 
 def finish(*words: str, log: Path, **how: Any) -> tuple[int, str]:
@@ -125,7 +131,7 @@ def wait_for_step(alive: Callable[[], bool], run: Path, step: int) -> None:
     wait_until(lambda: steps_done(run) >= step, alive)
 
 
-def wait_until(reached: Callable[[], bool], alive: Callable[[], bool]) -> None:
+def wait_until(reached: Callable[[], bool], alive: Callable[[], bool] = lambda: True) -> None:
     """Until a running process has got so far."""
     limit = time.monotonic() + HANGS_S
     while not reached():

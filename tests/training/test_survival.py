@@ -7,12 +7,13 @@ import signal
 import time
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.forked import ended, finish, flags, start, steps_done, wait_for_step, wait_until
+from tests.forked import HANGS_S, barrier, ended, finish, flags, start, steps_done, wait_for_step, wait_until
 from tests.training.test_trainer import AUGMENTED
 from vitft.checkpoints.checkpoint import find_damage, is_run, newest_intact, read_config, read_state, step_folders
 from vitft.training.callbacks import recorded
@@ -319,45 +320,59 @@ def test_a_clock_that_was_set_back_changes_nothing(tmp_path: Path, whole: Path) 
 # -- two at once ------------------------------------------------------------------------------------
 
 
-def begins_late() -> None:
-    """Runs that begin at once have prepared, and make their folders in the same moment."""
+def meets(gathered: Barrier, output: str) -> None:
+    """Runs that begin at once are all prepared, and have all found their folder free, before any makes it."""
     from vitft.training import run_folder
 
-    made, environment = run_folder._made, run_folder.environment
+    os.chdir(output)
+    chosen = run_folder.folder_of
 
-    def made_late(*given: Any) -> Path:
-        time.sleep(1 - time.time() % 1)
-        return made(*given)
+    def chosen_together(*given: Any) -> Path:
+        folder = chosen(*given)
+        run_folder.folder_of = chosen  # who has to choose again does so alone
+        gathered.wait(HANGS_S)
+        return folder
 
-    def slow_environment() -> dict[str, Any]:
-        time.sleep(0.5)
+    run_folder.folder_of = chosen_together
+
+
+def meets_and_stays(gathered: Barrier, output: str) -> None:
+    """The same; and whoever got the folder has not written its settings, which would refuse the others, before told."""
+    from vitft.training import run_folder
+
+    meets(gathered, output)
+    environment = run_folder.environment
+
+    def told() -> dict[str, Any]:
+        Path(f"has-it-{os.getpid()}").touch()
+        wait_until(Path("go-on").exists)
         return environment()
 
-    run_folder._made, run_folder.environment = made_late, slow_environment
+    run_folder.environment = told
 
 
 def test_of_two_runs_that_begin_in_one_folder_one_is_refused(tmp_path: Path) -> None:
-    run = tmp_path / "run"
+    run, rates = tmp_path / "run", (1e-3, 2e-3)
+    before = partial(meets_and_stays, barrier(2), str(tmp_path))
     processes = [
-        start("train", *flags(max_steps=40, lr=lr), "--output", str(run), log=tmp_path / f"{lr}", before=begins_late)
-        for lr in (1e-3, 2e-3)
+        start("train", *flags(max_steps=2, lr=lr), "--output", "run", log=tmp_path / f"{lr}", before=before)
+        for lr in rates
     ]
+    wait_until(lambda: sum(p.exitcode is not None for p in processes) + len(list(tmp_path.glob("has-it-*"))) == 2)
+    (tmp_path / "go-on").touch()
     codes = [ended(process) for process in processes]
-    assert sorted(codes) == [0, 2], [(tmp_path / f"{lr}").read_text() for lr in (1e-3, 2e-3)]
-    assert read_config(run).lr == (1e-3, 2e-3)[codes.index(0)]
+    said = [(tmp_path / f"{lr}").read_text() for lr in rates]
+    assert sorted(codes) == [0, 2], said
+    assert "another process is training there" in " ".join(said[codes.index(2)].split())
+    assert read_config(run).lr == rates[codes.index(0)]
 
 
 def test_runs_that_begin_at_once_get_a_number_each(tmp_path: Path) -> None:
-    begin = partial(begins_in, str(tmp_path))
+    begin = partial(meets, barrier(3), str(tmp_path))
     processes = [start("train", *flags(max_steps=2), log=tmp_path / str(n), before=begin) for n in range(3)]
     assert [ended(process) for process in processes] == [0, 0, 0], (tmp_path / "0").read_text()
     names = {folder.name for folder in (tmp_path / "runs").iterdir()}
     assert names == {f"digits-vit-micro-scratch-{number}" for number in (1, 2, 3)}
-
-
-def begins_in(folder: str) -> None:
-    os.chdir(folder)
-    begins_late()
 
 
 def test_a_kill_in_an_overwrite_can_be_overwritten(tmp_path: Path) -> None:
