@@ -71,10 +71,8 @@ def strongest(trace: Trace, layer: int, head: int, token: int) -> str:
     heads = attention_weights(trace)[layer - 1]
     row = (heads[head - 1] if head else heads.mean(axis=0))[token]
     best = int(row[1:].argmax())
-    digits = 1 if row[1 + best] < 0.1 else 0
-    return (
-        f"attends most to the patch in row {best // 7 + 1}, column {best % 7 + 1} ({100 * row[1 + best]:.{digits}f} %)"
-    )
+    percent = f"{100 * row[1 + best]:.{1 if row[1 + best] < 0.1 else 0}f}\u00a0%"
+    return f"attends most to the patch in row {best // 7 + 1}, column {best % 7 + 1} ({percent})"
 
 
 def test_click_a_patch_and_choose_a_head(visit: Any, trace: Trace) -> None:
@@ -109,7 +107,7 @@ def test_choose_a_class_to_see_what_speaks_for_it(visit: Any, trace: Trace) -> N
     row, column = np.unravel_index(share.argmax(), (7, 7))
     digits = 1 if share.max() < 0.1 else 0
     assert page.inner_text("#description").endswith(
-        f"{label}, {100 * share.max():.{digits}f} % is in the patch in row {row + 1}, column {column + 1}."
+        f"{label}, {100 * share.max():.{digits}f}\u00a0% is in the patch in row {row + 1}, column {column + 1}."
     )
     assert not page.is_visible("#heads")
     page.select_option("#speaks", "")
@@ -183,8 +181,13 @@ def test_the_page_is_readable_on_a_phone(visit: Any, scheme: str) -> None:
     assert abs(luminance(ink) - luminance(paper)) > 0.7
     sizes = "[...document.querySelectorAll('p, td, th, button, select')].map(e => getComputedStyle(e).fontSize)"
     assert min(float(size.removesuffix("px")) for size in page.evaluate(sizes)) >= 12
+    shadow = "one => getComputedStyle(one).backgroundAttachment"
+    for parts in page.locator(".flow").all():
+        assert parts.evaluate("one => one.scrollWidth > one.clientWidth")
+        assert parts.evaluate(shadow) == "local, local, scroll, scroll", "where more is to the left or right"
     page.click("#theme")
     assert page.get_attribute("html", "data-theme") != scheme
+    assert abs(luminance(page.evaluate("getComputedStyle(document.body).backgroundColor")) - luminance(paper)) > 0.7
 
 
 def luminance(color: str) -> float:

@@ -414,6 +414,42 @@ def test_it_fits_the_window_and_shows_names_as_they_are(
     assert (light == "rgb(251, 250, 247)") == (scheme == "light")
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_what_is_wider_than_a_phone_shows_it_and_scrolls_by_keyboard(
+    hostile: Path, opened: Callable[..., Any], tmp_path: Path, scheme: str
+) -> None:
+    said = np.random.default_rng(0).dirichlet(np.full(15, 0.2), 600).astype(np.float32)
+    page = opened(write_report(with_results(hostile, tmp_path / "run", np.arange(600) % 15, said)), 360, scheme)
+    for section, label in (("classes", "Scores by class"), ("confusion", "Confusion matrix")):
+        region = page.locator(f"#{section}").get_by_role("region", name=label)
+        assert region.evaluate("one => one.scrollWidth > one.clientWidth + 50")
+        covers = region.evaluate("one => getComputedStyle(one).backgroundAttachment.split(', ')")
+        assert covers == ["local", "local", "scroll", "scroll"], "covers move with the table, shadows stay"
+        colors = region.evaluate("one => getComputedStyle(one).backgroundImage.match(/rgba?[(][^)]*[)]/g)")
+        card, shadow = colors[2], colors[-2]
+        assert card == page.locator(f"#{section}").evaluate("one => getComputedStyle(one).backgroundColor")
+        assert shadow == ("rgba(0, 0, 0, 0.267)" if scheme == "light" else "rgba(255, 255, 255, 0.333)")
+        names = region.locator("tr > :first-child")
+        before = names.evaluate_all("cells => cells.map(cell => cell.getBoundingClientRect().x)")
+        assert region.get_attribute("tabindex") == "0"  # not every browser has a scroller in the tab order
+        region.focus()
+        page.keyboard.press("ArrowRight")
+        page.wait_for_function("document.activeElement.scrollLeft > 0")
+        region.evaluate("one => one.scrollTo(9999, 0)")
+        assert names.evaluate_all("cells => cells.map(cell => cell.getBoundingClientRect().x)") == before
+        assert names.first.evaluate("""cell => { cell.scrollIntoView({ block: "center" });
+            const box = cell.getBoundingClientRect(), places = [...Array(Math.floor(box.width)).keys()];
+            return places.every((x) => document.elementFromPoint(box.x + x, box.bottom - 12).closest("th") === cell);
+        }"""), "on top"
+    row = page.locator(".matrix tr").nth(3).locator("button")
+    row.last.focus()
+    for _ in range(row.count() - 1):
+        page.keyboard.press("ArrowLeft")
+        assert page.evaluate("""() => { const one = document.activeElement, box = one.getBoundingClientRect();
+            return document.elementFromPoint(box.x + 2, box.y + box.height / 2) === one; }"""), "not under the names"
+    assert row.first.evaluate("one => one === document.activeElement")
+
+
 def test_a_switch_shows_where_the_model_looked(hostile: Path, opened: Callable[..., Any]) -> None:
     page = opened(hostile / "report.html")
     image = scored((hostile / "report.html").read_text())[0]
@@ -430,6 +466,8 @@ def test_the_matrix_is_walked_and_opened_by_keyboard(hostile: Path, opened: Call
     page = opened(hostile / "report.html", width)
     focused = "document.activeElement.dataset.cell"
     page.locator("#classes th button").last.focus()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.ariaLabel") == "Confusion matrix", "which arrow keys scroll"
     page.keyboard.press("Tab")
     first = page.evaluate(focused)
     assert first == page.locator("[data-cell]").first.get_attribute("data-cell")

@@ -19,6 +19,7 @@ from vitft.explain.stage import lesson
 from vitft.explain.table import summary
 from vitft.explain.trace import CLASSES, Trace, statistics
 from vitft.io.atomic import write_text
+from vitft.io.pages import shared_style
 from vitft.scratch.tensors import Array
 
 _ROWS, _COLUMNS = 128, 256  # largest size of the picture of a stage
@@ -31,8 +32,9 @@ def write_page(trace: Trace, file: Path) -> None:
     template = files("vitft.explain").joinpath("page.html").read_text(encoding="utf-8")
     # A "<" in a class name must not end the script element that holds the data.
     text = json.dumps(_document(trace), allow_nan=False).replace("<", "\\u003c")
+    page = template.replace("/* pages.css */", shared_style()).replace(">DATA<", f">{text}<")
     try:
-        write_text(file, template.replace(">DATA<", f">{text}<"))
+        write_text(file, page)
     except OSError as error:
         raise UsageError(f"--html {file}: cannot be written: {error.strerror or error}; choose another.") from error
 

@@ -24,6 +24,7 @@ from vitft.evaluation.results import Results, read_results
 from vitft.evaluation.split_predictions import Predictions
 from vitft.io.atomic import write_text
 from vitft.io.console import duration, percent, safe, without_secrets
+from vitft.io.pages import shared_style
 from vitft.io.paths import composed, expanded, is_url, shown
 from vitft.reporting.charts import Axis, Line, chart
 from vitft.reporting.looks import add_looks
@@ -92,7 +93,7 @@ def _facts(run: Path, results: Results, dataset: DatasetLike | None, progress: _
     classes = [safe(row["label"]) for row in scores.get("per_class", ())]
     data, lines = _data(run, [row["label"] for row in scores.get("per_class", ())]), recorded(run)
     return {
-        "name": safe(run.name), "style": _text("report.css"), "script": _text("report.js"),
+        "name": safe(run.name), "style": shared_style() + _text("report.css"), "script": _text("report.js"),
         "config": config, "model": safe(Path(config.model).name), "dataset": safe(_readable(config.dataset)),
         "split": split, "scores": scores, "results": results, "others": _others(results, split),
         "classes": classes, "rows": scores.get("per_class", []), "crossed": len(classes) <= CROSSED,

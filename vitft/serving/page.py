@@ -8,6 +8,8 @@ from typing import Self
 
 from starlette.responses import HTMLResponse
 
+from vitft.io.pages import shared_style
+
 
 @dataclass(frozen=True)
 class Page:
@@ -19,7 +21,7 @@ class Page:
     @classmethod
     def load(cls) -> Self:
         """Put the page together."""
-        style, script = _text("page.css"), _text("page.js")
+        style, script = shared_style() + _text("page.css"), _text("page.js")
         html = _text("page.html").replace("/* page.css */", style).replace("/* page.js */", script)
         policy = {
             "default-src": "'none'", "script-src": _hash(script), "style-src": _hash(style), "img-src": "data: blob:",

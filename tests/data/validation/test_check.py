@@ -23,6 +23,7 @@ from vitft.data.validation import check as check_room
 from vitft.data.validation.check import KINDS, _Image, check, quarantine_lines
 from vitft.data.validation.page import write_report
 from vitft.errors import DataError, UsageError
+from vitft.io.pages import shared_style
 
 Rng = np.random.Generator
 
@@ -460,6 +461,8 @@ def test_the_report_shows_the_images(faulty: Path, tmp_path: Path) -> None:
     assert page.count("<img ") == 3
     assert page.count('<div class="none">no image</div>') == 1
     assert "</div>train/cat/bad.png<span>" in page
+    assert '<meta name="viewport" content="width=device-width' in page, "on a phone"
+    assert shared_style() in page
 
 
 def test_names_cannot_write_html(tmp_path: Path, rng: Rng) -> None:

@@ -15,6 +15,7 @@ from vitft.data.thumbnail import data_url
 from vitft.data.validation.check import KINDS, Finding
 from vitft.io.atomic import write_text
 from vitft.io.console import safe
+from vitft.io.pages import shared_style
 
 MAX_SHOWN = 100  # findings of each kind
 _THUMB = 128  # pixels
@@ -27,7 +28,7 @@ def write_report(findings: Sequence[Finding], source: Source, file: Path) -> Non
         files("vitft.data.validation").joinpath("page.html").read_text(encoding="utf-8")
     )
     page = template.render(
-        name=safe(source.name), kinds=KINDS, most=MAX_SHOWN, safe=safe,
+        style=shared_style(), name=safe(source.name), kinds=KINDS, most=MAX_SHOWN, safe=safe,
         groups={kind: list(group) for kind, group in groupby(findings, lambda finding: finding.kind)},
         thumbnail=lambda finding: _thumbnail(finding, rows, source),
     )  # fmt: skip
