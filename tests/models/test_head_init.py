@@ -42,9 +42,10 @@ def clusters(count: int, classes: int = 3, width: int = 6, spread: float = 1.0) 
     return (centers[labels] + spread * noise) * torch.logspace(-2, 2, width) + 5.0, labels
 
 
+@pytest.mark.parametrize("count", [300, 6])  # more images than features, and fewer
 @pytest.mark.parametrize("strength", [STRENGTHS[0], STRENGTHS[-1]])
-def test_the_regression_is_that_of_scikit_learn(strength: float) -> None:
-    features, labels = clusters(300)
+def test_the_regression_is_that_of_scikit_learn(strength: float, count: int) -> None:
+    features, labels = clusters(count)
     features = ((features - features.mean(0)) / features.std(0, correction=0)).double()
     ours = regress(features, labels, 3, strength)
     constant = np.pad(features.numpy(), ((0, 0), (0, 1)), constant_values=1.0)

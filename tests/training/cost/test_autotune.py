@@ -369,7 +369,7 @@ def test_what_was_counted_is_not_kept(prepared: Prepared) -> None:
     assert not any(output() is not None for output in made)
 
 
-@pytest.mark.parametrize(("first_s", "start_s", "largest"), [(0.125, 7.0, 4), (50.0, 57.0, 1)])
+@pytest.mark.parametrize(("first_s", "start_s", "largest"), [(0.0625, 7.0, 16), (50.0, 57.0, 1)])
 def test_the_cost_of_a_run_counts_its_images_and_its_steps(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch, first_s: float, start_s: float, largest: int
 ) -> None:
@@ -383,7 +383,7 @@ def test_the_cost_of_a_run_counts_its_images_and_its_steps(
 
     def seen(module: Any, given: Any, named: dict[str, torch.Tensor]) -> None:
         counts.append(len(named["pixel_values"]))
-        takes(0.25 * counts[-1] + first.pop("pass", 0.0) if module.training else 0.125 * counts[-1])
+        takes(counts[-1] / 32 + first.pop("pass", 0.0) if module.training else counts[-1] / 64)
 
     class Adam(torch.optim.AdamW):
         def step(self, *given: Any, **named: Any) -> Any:
@@ -395,7 +395,7 @@ def test_the_cost_of_a_run_counts_its_images_and_its_steps(
     monkeypatch.setattr(torch.optim, "AdamW", Adam)
     before = copy.deepcopy(prepared.loaded.model.state_dict())
     found = estimate.cost(prepared)
-    assert found == estimate.Cost(image_s=0.25, step_s=3.0, evaluate_image_s=0.125, start_s=start_s)
+    assert found == estimate.Cost(image_s=1 / 32, step_s=3.0, evaluate_image_s=1 / 64, start_s=start_s)
     assert all(torch.equal(weight, before[name]) for name, weight in prepared.loaded.model.state_dict().items())
     assert max(counts) == largest  # a first pass that takes seconds is not tried with more
 

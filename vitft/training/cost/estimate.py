@@ -53,7 +53,7 @@ def cost(prepared: Prepared) -> Cost:
     one, share = stored_image(prepared)[None], micro_batch(prepared.config)
     with untouched(prepared):
         count, took_s = 1, pass_s(prepared, one)  # the first call pays for threads and kernels
-        while count < share and took_s < 0.5:
+        while count < share and took_s < 0.2:
             count = min(share, 4 * count)  # one image says little about a batch
             took_s = pass_s(prepared, one.expand(count, -1, -1, -1))
         images = one.expand(count, -1, -1, -1)
