@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from tests.hub import MODEL, StandInHub, make_model
+from vitft.cli.app import app
 from vitft.cli.tables import models_report
 from vitft.models.catalog import FAMILIES, TRIED, Known, catalog
 from vitft.models.load import BUNDLED
@@ -58,6 +60,10 @@ def test_the_bundled_model_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("vitft.models.catalog.FAMILIES", {"bundled": (BUNDLED,)})
     (bundled,) = catalog()
     assert (bundled.architecture, bundled.image_size, bundled.problem) == ("vit", (28, 28), "")
+    shown, given = (CliRunner().invoke(app, ["models", "ls", *words]).stdout for words in ([], ["--json"]))
+    assert BUNDLED in shown
+    assert TRIED in " ".join(shown.split())
+    assert json.loads(given)["tried"] == TRIED
 
 
 def test_the_table_fits_a_terminal() -> None:
@@ -70,6 +76,7 @@ def test_the_table_fits_a_terminal() -> None:
     console.print(models_report(models, TRIED))
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= 80
+    assert [line.strip() for line in lines if line.strip() in ("a", "b")] == ["a", "b"]
     assert any(line.split()[-4:] == ["27.8", "M", "any", "other"] for line in lines)
     assert any(line.split()[1:] == ["86.4", "M", "224", "apache-2.0"] for line in lines)
     assert "owner/gone: not found" in lines[-1]

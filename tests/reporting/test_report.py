@@ -102,7 +102,7 @@ def table(page: str, section: str) -> list[list[str]]:
     return [[unescape(re.sub("<[^>]*>", "", cell)).strip() for cell in re.split("</t[dh]>", row)[:-1]] for row in rows]
 
 
-def test_each_class_has_its_images_in_every_split(hostile: Path) -> None:
+def test_each_class_has_its_images_in_every_split(hostile: Path, tmp_path: Path) -> None:
     head, *rows = table((hostile / "report.html").read_text(), "classes")
     assert head[:4] == ["class", "train", "validation", "test"]
     splits = json.loads((hostile / "splits.json").read_text())
@@ -114,6 +114,12 @@ def test_each_class_has_its_images_in_every_split(hostile: Path) -> None:
         assert list(map(int, row[1:4])) == [*kept, int((truth == number).sum())]
         assert sum(kept) == 12
     assert all(sum(one["classes"]) == one["count"] for one in splits["splits"].values())
+    run = tmp_path / "run"  # a model that had its classes before keeps their order, which is not the dataset's
+    shutil.copytree(hostile, run)
+    for of_class in (splits["labels"], *(one["classes"] for one in splits["splits"].values())):
+        of_class.reverse()
+    (run / "splits.json").write_text(json.dumps(splits))
+    assert table(write_report(run).read_text(), "classes") == [head, *rows]
 
 
 def test_training_images_of_each_class_are_shown(hostile: Path) -> None:
@@ -160,6 +166,12 @@ def test_what_was_left_out_is_said(tmp_path: Path) -> None:
     assert "1 of 48 images do not exist" in section
     assert "1 image left out: listed in exclude.txt" in section
     assert "images: column &#39;file&#39;" in section
+    splits["decisions"] = [f"images: {Path.home()}/photos", "shards: https://me:secret@host/a"]
+    (run / "splits.json").write_text(json.dumps(splits))
+    told = write_report(run).read_text()
+    assert '<li class="soft">images: ~/photos</li>' in told
+    assert "shards: " in told
+    assert "secret" not in told
     for name in ("decisions", "warnings", "images"):  # as earlier versions left it
         del splits[name]
     for one in splits["splits"].values():
@@ -491,6 +503,36 @@ def test_the_matrix_is_walked_and_opened_by_keyboard(hostile: Path, opened: Call
         assert page.evaluate(focused) == below, "where it was"
     page.keyboard.press("Tab")
     assert page.evaluate(focused) is None, "one stop for all numbers"
+
+
+def test_arrow_keys_pass_over_what_never_happened(hostile: Path, opened: Callable[..., Any], tmp_path: Path) -> None:
+    """And Tab comes back to the number that it left."""
+    truth, predicted = np.array([(0, 0), (0, 2), (1, 1), (2, 0), (2, 2)] * 2).T
+    said = np.full((len(truth), 3), 0.1, np.float32)
+    said[np.arange(len(truth)), predicted] = 0.8
+    page = opened(write_report(with_results(hostile, tmp_path / "run", truth, said)))
+    focused = "document.activeElement.dataset.cell"
+    assert page.locator(".matrix [tabindex='0']").count() == 1
+    page.locator('[data-cell="0,0"]').focus()
+    walk = [
+        "Right 0,2",
+        "Right 0,2",
+        "Down 2,2",
+        "Down 2,2",
+        "Left 2,0",
+        "Left 2,0",
+        "Up 0,0",
+        "Down 2,0",
+        "Right 2,2",
+        "Up 0,2",
+    ]
+    for key, cell in map(str.split, walk):
+        page.keyboard.press(f"Arrow{key}")
+        assert page.evaluate(focused) == cell, key
+    page.keyboard.press("Tab")
+    assert page.evaluate(focused) is None
+    page.keyboard.press("Shift+Tab")
+    assert page.evaluate(focused) == "0,2"
 
 
 def test_the_diagonal_opens_right_answers(hostile: Path, opened: Callable[..., Any]) -> None:

@@ -68,9 +68,13 @@ def test_two_processes_that_share_the_weights_train_as_one_does(
 
 
 def test_a_plan_counts_what_is_gathered() -> None:
-    *blocks, rest = part_bytes(model := tiny_classifier("vit"), "fp32")
-    assert part_bytes(model, "bf16") == [*((weights // 2, trained) for weights, trained in blocks), rest]
-    assert sum(weights for weights, _ in blocks) + rest[0] == 4 * sum(one.numel() for one in model.parameters())
+    model = tiny_classifier("vit")
+    frozen, trained = block_stacks(model)[0]
+    frozen.requires_grad_(False)
+    one, other, whole = (4 * sum(weights.numel() for weights in part.parameters()) for part in (frozen, trained, model))
+    rest = whole - one - other
+    assert part_bytes(model, "fp32") == [(one, 0), (other, other), (rest, rest)]
+    assert part_bytes(model, "bf16") == [(one // 2, 0), (other // 2, other), (rest, rest)]
 
 
 def types_told(folder: str) -> None:
