@@ -28,7 +28,7 @@ from vitft.data.decoder import decode
 from vitft.data.sources.identity import ids
 from vitft.data.sources.source import open_dataset
 from vitft.data.splits import make_splits
-from vitft.errors import DataError, UsageError
+from vitft.errors import DataError, ModelError, UsageError
 from vitft.evaluation.evaluation import evaluate, matched
 from vitft.evaluation.metrics import Metrics
 from vitft.io.atomic import json_text, write_json
@@ -175,6 +175,10 @@ def test_a_plain_folder_is_scored_on_all_of_the_data_named(saved: Callable[..., 
 def test_a_plain_folder_needs_a_dataset(saved: Callable[..., Path]) -> None:
     with pytest.raises(UsageError, match="add --dataset"):
         evaluate(saved("vit"))
+    with pytest.raises(UsageError, match="vit-micro: it does not say what dataset it was trained on; add --dataset"):
+        evaluate("vit-micro")
+    with pytest.raises(ModelError, match="no such folder here; if it is a hub id, add --dataset"):
+        evaluate("runs/typo")
 
 
 def permuted(folder: Path, order: list[int]) -> None:

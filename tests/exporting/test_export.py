@@ -307,6 +307,21 @@ def test_without_images_nothing_is_said_to_be_proved(run: Path, quick: Any, tmp_
         export(tmp_path / "plain", dtype="int8", output=tmp_path / "f")
 
 
+@pytest.mark.parametrize("checkpoint", ["vit-micro", "owner/name"])
+def test_a_preset_or_a_hub_model_has_no_dataset_to_compare_on(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    micro = exporting.load_model("vit-micro")
+    monkeypatch.setattr(exporting, "load_model", lambda named: micro)
+    unknown = f"{checkpoint}: it does not say what dataset it was trained on; add --dataset."
+    with pytest.raises(UsageError, match=unknown):  # int8 needs images
+        export(checkpoint, format="openvino", dtype="int8", output=tmp_path / "e")
+    monkeypatch.setattr(exporting, "_write", lambda *args: pytest.fail("only up to here"))
+    with pytest.raises(pytest.fail.Exception, match="only up to here"):
+        export(checkpoint, format="torch", output=tmp_path / "e")
+    assert f"random noise only, which proves no accuracy: {unknown}" in capsys.readouterr().err
+
+
 @needs_onnx
 def test_half_precision_halves_the_file(made: Any, run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import onnx

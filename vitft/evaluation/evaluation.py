@@ -33,6 +33,7 @@ from vitft.hardware.processes import join_processes
 from vitft.io import console
 from vitft.io.paths import absolute, composed, expanded
 from vitft.models.load import Loaded, read_config
+from vitft.spec import PRESETS
 
 NO_CLASS = -1  # label, in the loss, of images whose class the model does not have
 BATCH = 64  # images per forward pass; without saved activations, this fits wherever training does
@@ -138,11 +139,11 @@ def reading(
     where = find_model(expanded(checkpoint))
     card = read_card(where) if where.is_dir() else None
     if dataset is None and (card is None or card.config.dataset is None):
-        if not where.exists():
+        if not where.exists() and str(checkpoint) not in PRESETS:
             raise ModelError(f"{checkpoint}: no such folder here; if it is a hub id, add --dataset.")
-        if exported_file(where) is None:
+        if where.exists() and exported_file(where) is None:
             read_config(where)  # raises for what is not a model at all
-        raise UsageError(f"{checkpoint}: it does not say what dataset it was trained on; add --dataset.")
+        raise no_dataset(checkpoint)
     config = card.config if card else TrainConfig()
     place = _place(dataset)
     if dataset is not None and (place is None or place != config.dataset):
@@ -151,6 +152,11 @@ def reading(
         unset = {name: TrainConfig.model_fields[name].default for name in reset}
         config = config.model_copy(update=unset | {"dataset": place})
     return config.model_copy(update={name: value for name, value in typed.items() if value is not None}), card
+
+
+def no_dataset(checkpoint: str | Path) -> UsageError:
+    """The error for a model without a record of its dataset, where one is needed."""
+    return UsageError(f"{checkpoint}: it does not say what dataset it was trained on; add --dataset.")
 
 
 def _place(dataset: DatasetLike | None) -> str | None:

@@ -27,7 +27,7 @@ from vitft.data.augment import resize_and_crop
 from vitft.data.sources.source import DatasetLike
 from vitft.errors import DataError, ModelError, UsageError, VitftError, first_line
 from vitft.evaluation.calibration import at_temperature, fit_temperature, thresholds
-from vitft.evaluation.evaluation import Progress, SplitImages, read_images, reading
+from vitft.evaluation.evaluation import Progress, SplitImages, no_dataset, read_images, reading
 from vitft.evaluation.loading import load_model
 from vitft.evaluation.split_predictions import of_split
 from vitft.exporting.files import edit_onnx, openvino_model, write_onnx, write_openvino, write_torch
@@ -171,6 +171,8 @@ def _held_out(
 ) -> tuple[SplitImages | None, str | None]:  # fmt: skip
     """The images to compare on; or None, and why there are none."""
     try:
+        if dataset is None and not expanded(checkpoint).exists():  # of the hub, or a preset
+            raise no_dataset(checkpoint)
         config, _ = reading(checkpoint, dataset)
         return read_images(
             checkpoint, loaded, config, dataset=dataset, split=split, limit=limit, progress=progress
