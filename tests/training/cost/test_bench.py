@@ -123,7 +123,7 @@ def test_it_is_shown_to_people_too(tmp_path: Path) -> None:
 
 
 def test_a_profile_has_the_longest_operators_of_the_step_that_training_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def marked(module: Any) -> Any:
         def forward(**inputs: Any) -> Any:
@@ -146,6 +146,7 @@ def test_a_profile_has_the_longest_operators_of_the_step_that_training_runs(
     assert 0 < sum(shares) <= 1 + 1e-9
     assert found["launches"] > sum(one["launches"] for one in found["longest"])
     assert 0 <= found["idle"] < 1
+    assert "USDT" not in capfd.readouterr().err
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Where the time of a training step goes, by PyTorch's profiler: kernels or operators, and the gaps between them."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -32,6 +33,8 @@ def profiled(step: Callable[[], Any], device: str, trace: Path, steps: int = STE
         in all; `idle`, the fraction of those in which nothing ran; and the longest by name, with their share of the
         time in which something did.
     """
+    # Kineto, which is the profiler, writes on stderr when it starts and stops, at a level ("USDT", 5) above its errors.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     synchronize(device)
     on_gpu = device == "cuda"
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as seen:
