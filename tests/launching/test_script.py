@@ -43,8 +43,11 @@ def refused(*words: str) -> str:
     return error_of("launch", "--slurm", "--dry-run", *words, code=2)
 
 
-def run(text: str, **files: str) -> list[list[str]]:
-    """Run a script where SLURM's commands only write down what they are called with: the calls, word by word."""
+def run(text: str, *, code: int | None = None, **files: str) -> list[list[str]]:
+    """Run a script where SLURM's commands only write down what they are called with: the calls, word by word.
+
+    `code`: what it has to end with.
+    """
     Path("bin").mkdir(exist_ok=True)
     record = 'printf "%s\\0" "$(basename "$0")" "$@" >>calls; printf "\\n\\0" >>calls\n'
     for name in ("srun", "squeue", "scontrol", "scancel"):
@@ -54,7 +57,8 @@ def run(text: str, **files: str) -> list[list[str]]:
     Path("calls").unlink(missing_ok=True)
     environment = os.environ | {"PATH": f"{Path('bin').resolve()}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
     environment |= {"SLURM_JOB_NODELIST": "n[1-2]"}
-    subprocess.run(["bash"], input=os.fsencode(text), env=environment, timeout=60)
+    done = subprocess.run(["bash"], input=os.fsencode(text), env=environment, cwd="bin", timeout=60)
+    assert code in (None, done.returncode)
     calls = os.fsdecode(Path("calls").read_bytes()).split("\n\0")[:-1]
     return [call.split("\0")[:-1] for call in calls]
 
@@ -82,8 +86,9 @@ def test_a_job_that_is_not_to_be_requeued_saves_and_ends() -> None:
     text = script("--no-requeue", "--notice", "600", "--time", "4:00:00", *DIGITS)
     assert "#SBATCH --no-requeue\n#SBATCH --signal=B:USR1@600\n" in text
     assert "#SBATCH --requeue" not in text
-    waits = 'kill -USR1 "$PPID"; for i in {1..300}; do [ -e signaled ] && break; sleep 0.1; done\nexit 143'
-    calls = run(text, srun=waits, scancel="touch signaled", squeue="echo RUNNING")
+    waits = 'kill -USR1 "$PPID"; for i in {1..300}; do [ -e signaled ] && break; sleep 0.1; done\n'
+    waits += 'kill -USR1 "$PPID"; exit 143'  # a second SIGTERM would end it without a checkpoint
+    calls = run(text, srun=waits, scancel="touch signaled", squeue="echo RUNNING", code=143)
     assert [call[0] for call in calls] == ["srun", "scancel"]
     again = script("--no-requeue", "eval", "runs/a")
     assert "#SBATCH --no-requeue" in again
@@ -163,7 +168,7 @@ def script_output(text: str, **files: str) -> set[str]:
                                     (5, "RUNNING", False), (130, "RUNNING", False), (137, "RUNNING", False)]
 )  # fmt: skip
 def test_only_a_job_that_was_stopped_and_not_canceled_requeues_itself(code: int, state: str, requeues: bool) -> None:
-    calls = run(script(*DIGITS), srun=f"exit {code}", squeue=f"echo {state}")
+    calls = run(script(*DIGITS), srun=f"exit {code}", squeue=f"echo {state}", code=code)
     assert (["scontrol", "requeue", "7"] in calls) is requeues
 
 
@@ -178,7 +183,7 @@ def test_a_job_that_saves_nothing_in_its_time_is_not_queued_forever(saves: bool)
     """SLURM's signal comes to the script, which passes it on to the step."""
     step = "mkdir -p runs/slurm-7/checkpoints/step-1\n" if saves else ""
     waits = f'kill -USR1 "$PPID"; for i in {{1..300}}; do [ -e signaled ] && break; sleep 0.1; done\n{step}exit 143'
-    calls = run(script(*DIGITS), srun=waits, scancel="touch signaled", squeue="echo RUNNING")
+    calls = run(script(*DIGITS), srun=waits, scancel="touch signaled", squeue="echo RUNNING", code=143)
     assert ["scancel", "--signal=TERM", "7"] in calls
     assert (["scontrol", "requeue", "7"] in calls) is saves
 

@@ -78,17 +78,32 @@ def test_a_plan_counts_what_is_gathered() -> None:
 
 
 def types_told(folder: str) -> None:
-    """Write down which types the weights of a block have in its forward passes, and between steps."""
+    """Write down which types the weights of a block have in its forward passes, and all that it is given and keeps.
+
+    And whether its gradients, unclipped, have more digits than bf16: sums over the processes in bf16 would not.
+    """
     real, rank = Learner.step, os.environ["RANK"]
 
     def step(self: Learner, number: int) -> Any:
-        block, found = block_stacks(self.unwrapped)[0][0], set()
-        hook = block.register_forward_pre_hook(lambda *_: found.update(str(one.dtype) for one in block.parameters()))
+        block, update = block_stacks(self.unwrapped)[0][0], self.optimizer.optimizer.step
+        gathered, others, finer = set[str](), set[str](), list[bool]()
+
+        def look(_: Any, given: tuple[torch.Tensor]) -> None:
+            gathered.update(str(weights.dtype) for weights in block.parameters())
+            others.add(str(given[0].dtype))
+
+        def look_and_update(*given: Any, **named: Any) -> Any:
+            sums = [local(weights.grad) for weights in block.parameters()]
+            others.update(str(one.dtype) for one in (*sums, *block.parameters()))
+            finer.append(any(not torch.equal(one, one.bfloat16().float()) for one in sums))
+            return update(*given, **named)
+
+        hook, self.optimizer.optimizer.step = block.register_forward_pre_hook(look), look_and_update
         done = real(self, number)
         hook.remove()
-        kept = {str(value.dtype) for one in block.parameters() for value in (one, one.grad) if value is not None}
-        moments = {str(value.dtype) for state in self.optimizer.optimizer.state.values() for value in state.values()}
-        Path(folder, rank).write_text(json.dumps([[*found], [*kept | moments]]))
+        self.optimizer.optimizer.step = update
+        others.update(str(v.dtype) for state in self.optimizer.optimizer.state.values() for v in state.values())
+        Path(folder, rank).write_text(json.dumps([[*gathered], [*others], *finer]))
         return done
 
     Learner.step = step  # type: ignore[method-assign]
@@ -96,13 +111,13 @@ def types_told(folder: str) -> None:
 
 def test_in_bf16_blocks_are_gathered_in_bf16_and_kept_in_float32(tmp_path: Path) -> None:
     """And the losses are those of ddp in bf16, as far as such numbers tell them apart."""
-    changes = TWO | MIXED | {"precision": "bf16", "micro_batch_size": 2, "ema": 0.9}
+    changes = TWO | MIXED | {"precision": "bf16", "ema": 0.9, "clip_norm": 0.0}
     for kind, gathered in (("ddp", "torch.float32"), ("fsdp", "torch.bfloat16")):
         words = ["train", *flags(**changes | {"parallel": kind}), "--output", str(tmp_path / kind)]
         both = finish_two(*words, log=tmp_path / "log", before=partial(types_told, str(tmp_path)))
         assert [code for code, _ in both] == [0, 0], both
         for rank in range(2):
-            assert json.loads((tmp_path / str(rank)).read_text()) == [[gathered], ["torch.float32"]]
+            assert json.loads((tmp_path / str(rank)).read_text()) == [[gathered], ["torch.float32"], True]
     for a, b in zip(lines(tmp_path / "ddp"), lines(tmp_path / "fsdp"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=0.03)
 
