@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from vitft.reporting.report import write_report
     from vitft.sweeping.sweep import SweepResult, resume_sweep, sweep
     from vitft.training.callbacks import Callback
-    from vitft.training.trainer import Result, resume, train
+    from vitft.training.loop import Result
+    from vitft.training.trainer import resume, train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -89,7 +90,8 @@ _ROOMS = {
     "reporting.report": ("write_report",),
     "sweeping.sweep": ("SweepResult", "resume_sweep", "sweep"),
     "training.callbacks": ("Callback",),
-    "training.trainer": ("Result", "resume", "train"),
+    "training.loop": ("Result",),
+    "training.trainer": ("resume", "train"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

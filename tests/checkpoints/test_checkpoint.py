@@ -458,7 +458,7 @@ def test_a_run_locks_its_folder_while_it_trains(tmp_path: Path, monkeypatch: pyt
             seen.append(locked)
         return "trained"
 
-    monkeypatch.setattr("vitft.training.trainer._Run.train", look)
+    monkeypatch.setattr("vitft.training.loop.Run.train", look)
     settings = TrainConfig(dataset="digits", model="vit-micro", max_train_samples=20, max_steps=1, device="cpu")
     assert train(settings, output=tmp_path / "run") == "trained"  # type: ignore[comparison-overlap]
     assert seen == [False]

@@ -28,7 +28,8 @@ from vitft.evaluation.results import predictions_file, read_results, write_resul
 from vitft.evaluation.split_predictions import Predictions, require
 from vitft.hardware.timers import Phases
 from vitft.training import trainer
-from vitft.training.trainer import Result, resume
+from vitft.training.loop import Result
+from vitft.training.trainer import resume
 
 
 class PowerCut(BaseException):

@@ -13,7 +13,7 @@ from vitft import UsageError, train
 from vitft.cli.app import app
 from vitft.evaluation.runs import list_runs, newest_run
 from vitft.io.atomic import lock_folder
-from vitft.training.trainer import Result
+from vitft.training.loop import Result
 
 
 @pytest.fixture(scope="module")

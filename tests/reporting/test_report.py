@@ -25,7 +25,7 @@ from vitft.evaluation.results import predictions_file, read_results, write_resul
 from vitft.evaluation.split_predictions import Predictions
 from vitft.reporting import looks, pictures
 from vitft.reporting.report import CROSSED, _confusion
-from vitft.training.trainer import Result
+from vitft.training.loop import Result
 
 HOSTILE = ["<img src=x onerror=alert(1)>", "</script><b>", "a\"b'c", "ünï çödé 猫", "x" * 60]
 

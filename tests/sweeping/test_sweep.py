@@ -23,7 +23,7 @@ from vitft.evaluation.metrics import Score
 from vitft.sweeping import sweep as sweeping
 from vitft.sweeping.space import read_space
 from vitft.sweeping.study import Study
-from vitft.training.trainer import Result
+from vitft.training.loop import Result
 
 TINY = tests.training.test_trainer.TINY | {"batch_size": 32, "epochs": 1}
 

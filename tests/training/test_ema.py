@@ -9,7 +9,7 @@ import torch
 from tests.training.test_trainer import PowerCut, assert_same_weights, config, weights
 from vitft import evaluate, train
 from vitft.hardware.device import make_accelerator
-from vitft.training import trainer
+from vitft.training import loop
 from vitft.training.setup import prepare
 from vitft.training.step import Learner
 from vitft.training.trainer import resume
@@ -56,7 +56,7 @@ def test_a_run_that_only_lacks_its_final_score_saves_its_averages(
         raise PowerCut
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Run, "_measure", cut)
+        patch.setattr(loop.Run, "_measure", cut)
         with pytest.raises(PowerCut):
             train(settings, output=tmp_path / "cut")
     resumed = resume(tmp_path / "cut")

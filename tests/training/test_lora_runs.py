@@ -21,9 +21,10 @@ from vitft.checkpoints.metadata import verify
 from vitft.errors import ModelError, UsageError
 from vitft.models.lora import _adapter
 from vitft.training.cost import estimate
+from vitft.training.loop import Result
 from vitft.training.optim import MOMENTS, parameter_groups
 from vitft.training.setup import prepare
-from vitft.training.trainer import Result, resume
+from vitft.training.trainer import resume
 
 peft: Any = pytest.importorskip("peft")
 

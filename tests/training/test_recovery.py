@@ -19,7 +19,7 @@ from vitft import train
 from vitft.checkpoints import checkpoint as ckpt
 from vitft.checkpoints.metadata import read_card
 from vitft.errors import ModelError, TrainingError
-from vitft.training import trainer
+from vitft.training import loop
 from vitft.training.step import Learner
 from vitft.training.trainer import resume
 
@@ -76,7 +76,7 @@ def test_a_run_that_gets_further_each_time_rolls_back_to_the_newest(
 def test_a_non_finite_validation_loss_rolls_the_run_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = trainer.evaluation.measure
+    real = loop.evaluation.measure
 
     def measured(model: Any, *given: Any, **named: Any) -> Any:
         if given[2].name == "validation" and len(scored) == 1:
@@ -86,7 +86,7 @@ def test_a_non_finite_validation_loss_rolls_the_run_back(
         return real(model, *given, **named)
 
     scored: list[str] = []
-    monkeypatch.setattr(trainer.evaluation, "measure", measured)
+    monkeypatch.setattr(loop.evaluation, "measure", measured)
     result = train(config(on_nan="rollback", save_every=2), output=tmp_path / "run")
     assert (
         "loss on validation is nan: the weights or inputs are not finite numbers at step 6; going back to step-000004"
@@ -103,7 +103,7 @@ def test_without_rollback_a_non_finite_validation_loss_ends_the_run(
     def measured(*given: Any, **named: Any) -> Any:
         raise ModelError("loss on validation is nan")
 
-    monkeypatch.setattr(trainer.evaluation, "measure", measured)
+    monkeypatch.setattr(loop.evaluation, "measure", measured)
     with pytest.raises(
         TrainingError, match=r"loss on validation is nan at step 3; the last good checkpoint is .*step-000002"
     ):
@@ -151,7 +151,7 @@ def test_rollback_skips_a_checkpoint_with_non_finite_weights(
 
 def test_after_a_rollback_the_earlier_best_has_to_be_beaten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """best/ was written at step 3; the run goes back to step 2, and is never as good again."""
-    real, scored = trainer.evaluation.measure, []
+    real, scored = loop.evaluation.measure, []
 
     def measured(*given: Any, **named: Any) -> Any:
         found = real(*given, **named)
@@ -160,7 +160,7 @@ def test_after_a_rollback_the_earlier_best_has_to_be_beaten(tmp_path: Path, monk
             return dataclasses.replace(found, accuracy=0.9 if len(scored) == 1 else 0.5)
         return found
 
-    monkeypatch.setattr(trainer.evaluation, "measure", measured)
+    monkeypatch.setattr(loop.evaluation, "measure", measured)
     broken(monkeypatch, lambda settings, step: settings.lr == config().lr and step == 3)
     result = train(config(on_nan="rollback", save_every=2, log_every=1), output=tmp_path / "run")
     assert len(scored) == 4  # at step 3, and again, at step 6, and the best for its results
@@ -173,7 +173,7 @@ def test_after_a_rollback_the_earlier_best_has_to_be_beaten(tmp_path: Path, monk
 def test_a_rollback_frees_the_memory_of_the_first_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[weakref.ref[Any]] = []
     alive: list[int] = []
-    real = trainer._Run.__init__
+    real = loop.Run.__init__
 
     def begin(self: Any, accelerator: Any, decoded: Any, *given: Any, **named: Any) -> None:
         alive.append(sum(one() is not None for one in held))
@@ -181,7 +181,7 @@ def test_a_rollback_frees_the_memory_of_the_first_attempt(tmp_path: Path, monkey
         pixels = [store for store, _ in decoded.stores.values()]
         held.extend(map(weakref.ref, (self, decoded, decoded.loaded.model, self.learner.optimizer, *pixels)))
 
-    monkeypatch.setattr(trainer._Run, "__init__", begin)
+    monkeypatch.setattr(loop.Run, "__init__", begin)
     rate = config().lr
     broken(monkeypatch, lambda settings, step: settings.lr > rate / 3 and step == 4)
     train(config(on_nan="rollback", save_every=2, log_every=1), output=tmp_path / "run")

@@ -27,7 +27,7 @@ from vitft.data.augmentation.settings import Augmentation
 from vitft.data.loader import Batch, EvalLoader, TrainLoader
 from vitft.errors import DataError, ModelError, Stopped, TrainingError, UsageError
 from vitft.hardware.device import make_accelerator
-from vitft.training import trainer
+from vitft.training import loop
 from vitft.training.optim import lr_at, make_optimizer
 from vitft.training.setup import prepare
 from vitft.training.step import Learner
@@ -196,7 +196,7 @@ SCORES = [(0.5, 2.0, 0.4, 0.3), (0.5, 1.9, 0.4, 0.7), (0.5, 1.8, 0.6, 0.6), (0.6
 def test_one_metric_chooses_the_best_and_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object], best: int, stopped: int
 ) -> None:
-    real = trainer.evaluation.measure
+    real = loop.evaluation.measure
 
     def measured(*given: Any, **named: Any) -> Any:
         found = real(*given, **named)
@@ -206,7 +206,7 @@ def test_one_metric_chooses_the_best_and_stops_the_run(
         return replace(found, accuracy=accuracy, loss=loss, macro_f1=macro_f1, balanced_accuracy=balanced)
 
     scores = iter(SCORES)
-    monkeypatch.setattr(trainer.evaluation, "measure", measured)
+    monkeypatch.setattr(loop.evaluation, "measure", measured)
     result = train(config(epochs=4, **{"early_stopping": 2} | settings), output=tmp_path / "run")
     state = ckpt.read_state(result.run / "last")
     assert (state.step, result.step, state.best_step) == (stopped, best, best)
@@ -715,8 +715,8 @@ def test_the_bar_moves_with_each_step(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_scores_compare_equal_apart_from_their_speed() -> None:
     """All processes have to decide alike whether the best weights are those at hand."""
     slow, fast = ({"validation": {"accuracy": 0.5, "images_per_s": rate}} for rate in (1.0, 2.0))
-    assert trainer._alike(slow, fast)
-    assert not trainer._alike(slow, {"validation": {"accuracy": 0.6, "images_per_s": 1.0}})
+    assert loop._alike(slow, fast)
+    assert not loop._alike(slow, {"validation": {"accuracy": 0.6, "images_per_s": 1.0}})
 
 
 def test_tensorboard_gets_the_metrics(tmp_path: Path) -> None:
