@@ -27,7 +27,7 @@ from vitft.evaluation.loading import load_model
 from vitft.evaluation.results import predictions_file, read_results, write_results
 from vitft.evaluation.split_predictions import Predictions, require
 from vitft.hardware.timers import Phases
-from vitft.training import trainer
+from vitft.training import loop, trainer
 from vitft.training.loop import Result
 from vitft.training.trainer import resume
 
@@ -211,7 +211,7 @@ def test_the_phases_of_a_run_add_up_to_its_time_also_over_a_resume(
         write_results(*given)
 
     monkeypatch.setattr(trainer, "Phases", phases)
-    monkeypatch.setattr(trainer, "write_results", written)
+    monkeypatch.setattr(loop, "write_results", written)
     done = train(config(epochs=1), output=tmp_path / "run")
     seconds = read_results(done.run).seconds
     assert done.seconds == done.to_dict()["seconds"] == seconds

@@ -32,7 +32,7 @@ from vitft.errors import DataError, Stopped
 from vitft.evaluation.novelty import read_novelty
 from vitft.evaluation.results import read_results
 from vitft.hardware.pools import map_in_processes
-from vitft.training import novelty, setup, trainer
+from vitft.training import loop, novelty, setup
 from vitft.training.setup import prepare
 from vitft.training.trainer import resume, train
 
@@ -324,14 +324,14 @@ def test_nothing_but_the_first_batch_is_decoded_before_the_first_step(
     many: Path, tmp_path: Path, decoded: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    step = trainer.Learner.step
+    step = loop.Learner.step
 
     def first(self: Any, number: int) -> Any:
         result = step(self, number)
         seen.append(len(decoded))
         return result
 
-    monkeypatch.setattr(trainer.Learner, "step", first)
+    monkeypatch.setattr(loop.Learner, "step", first)
     train(settings(many, epochs=1), output=tmp_path / "run")
     assert seen[0] <= 10
     assert len(decoded) == 48
@@ -411,7 +411,7 @@ def test_content_hashes_are_recorded_with_the_first_checkpoint(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Learner, "step", stop)
+        patch.setattr(loop.Learner, "step", stop)
         with pytest.raises(KeyboardInterrupt):
             train(settings(many), output=tmp_path / "run")
     assert recorded() == [False, False]
@@ -439,7 +439,7 @@ def test_the_name_of_a_repaired_image_may_be_spelled_otherwise(many: Path, tmp_p
 def test_a_run_that_is_stopped_does_not_wait_for_hashes(
     many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    going_on, step = threading.Event(), trainer.Learner.step
+    going_on, step = threading.Event(), loop.Learner.step
 
     def slow(*_: object) -> dict[str, list[str]]:
         going_on.wait()
@@ -452,7 +452,7 @@ def test_a_run_that_is_stopped_does_not_wait_for_hashes(
 
     with monkeypatch.context() as patch:
         patch.setattr("vitft.training.run_folder.contents_of", slow)
-        patch.setattr(trainer.Learner, "step", interrupted)
+        patch.setattr(loop.Learner, "step", interrupted)
         with pytest.raises(Stopped):
             train(settings(many, save_every=100), output=tmp_path / "run")
     going_on.set()
