@@ -18,11 +18,13 @@ from typer.testing import CliRunner
 
 from vitft import ModelError, Predictor, TrainConfig, UsageError, resume, train, write_report
 from vitft.cli.app import app
+from vitft.evaluation.label_noise import noise_of
 from vitft.evaluation.loading import load_model
 from vitft.evaluation.metrics import score
 from vitft.evaluation.results import FILE as RESULTS
 from vitft.evaluation.results import predictions_file, read_results, write_results
 from vitft.evaluation.split_predictions import Predictions
+from vitft.io.console import percent
 from vitft.reporting import looks, pictures
 from vitft.reporting.report import CROSSED, _confusion
 from vitft.training.loop import Result
@@ -369,13 +371,8 @@ def test_labels_that_are_probably_wrong_are_listed_with_what_they_look_like(
     worst = max(doubted.values(), key=lambda image: image["wrong"])
     assert f"class {worst['truth']}" in first
     assert f"looks like class {worst['likely']}" in first
-    assert (
-        2.5
-        < float(
-            re.search(r"([\d.]+) ?\s*% of their labels are wrong", page.locator("#labels p").first.text_content())[1]
-        )
-        < 7.5
-    )
+    rate = noise_of(read_results(run).predictions("test")).rate
+    assert f"{percent(rate)} of their labels are wrong" in page.locator("#labels p").first.text_content()
     page.get_by_text("By name").press("Enter")
     rows = page.eval_on_selector_all(
         "#labels details tbody tr", "rows => rows.map(row => [...row.cells].slice(0, 3).map(cell => cell.textContent))"

@@ -26,7 +26,7 @@ from vitft.data.augment import (
 from vitft.data.augmentation.settings import Augmentation
 from vitft.data.decoder import decode
 from vitft.data.loader import EvalLoader, ForkedPrefetcher, Prefetcher, TrainLoader
-from vitft.data.sampling import REPEAT_BITS, balanced_order
+from vitft.data.sampling import REPEAT_BITS, balanced_order, positions
 from vitft.data.sources.source import open_dataset
 from vitft.data.stores.store import Store, check_headers, decode_all, move_to_device
 from vitft.errors import DataError
@@ -182,6 +182,14 @@ def test_a_balanced_epoch_has_each_class_equally_often(sizes: list[int], seed: i
         assert times.max() - times.min() <= 1  # all images of a class alike
     for position in np.unique(positions):
         assert sorted(repeats[positions == position]) == list(range((positions == position).sum()))
+
+
+def test_the_classes_of_a_balanced_epoch_are_mixed() -> None:
+    """A batch has about as many of each, and neighbors are of one class as often as by chance."""
+    labels = np.repeat(np.arange(4), [400, 300, 200, 100])
+    classes = labels[positions(balanced_order(labels, 3, 1))]
+    assert np.abs([np.bincount(batch, minlength=4) - 12.5 for batch in classes.reshape(-1, 50)]).max() < 12
+    assert 0.2 < (classes[1:] == classes[:-1]).mean() < 0.3
 
 
 def test_balanced_epochs_differ_and_sum_to_all_images_of_a_large_class() -> None:
