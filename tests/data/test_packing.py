@@ -295,6 +295,9 @@ def test_the_command_says_what_it_wrote_and_what_is_next(folder: Path, tmp_path:
     done = run.invoke(app, ["data", "pack", str(folder), str(output), "--on-bad-image", "skip"])
     assert done.exit_code == 0, done.output
     assert "22 images in 2 shards, " in done.stdout
+    assert (
+        "2 images in 1 shard, " in run.invoke(app, ["data", "pack", str(folder / "test"), str(tmp_path / "1")]).stdout
+    )
     assert f"next: vitft train --dataset {output}\n" in done.stdout
     assert "left out train/cat/bad.png: is empty" in done.stderr
     said = json.loads(

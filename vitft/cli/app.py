@@ -457,8 +457,7 @@ def data_check(
     if quarantine is not None:
         lines = quarantine_lines(found)
         write_text(quarantine, "".join(f"{line}\n" for line in lines))
-        again = f"--dataset {shlex.quote(dataset)} --exclude {shlex.quote(str(quarantine))}"
-        console.note(f"{len(lines):,} images to leave out: vitft train {again}")
+        console.note(tables.to_leave_out(len(lines), dataset, quarantine))
     images = sum(len(split) for split in source.splits.values())
     console.say_json(document(found)) if json else console.say(tables.check_report(found, KINDS, images))
     if broken := sum(one.severity == "error" for one in found):
@@ -501,7 +500,8 @@ def data_pack(
         console.say_json(packed.to_dict())
         return
     console.say_text(
-        f"{packed.images:,} images in {packed.shards:,} shards, {console.size(packed.size)}, in {folder}; "
+        f"{packed.images:,} images in {packed.shards:,} shard{'s' * (packed.shards != 1)}, "
+        f"{console.size(packed.size)}, in {folder}; "
         f"checksums in SHA256SUMS\nnext: vitft train --dataset {shlex.quote(str(folder))}\n"
     )
 

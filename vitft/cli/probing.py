@@ -106,8 +106,7 @@ def doubt(
         console.note(f"pictures: {html}")
     if quarantine is not None:
         write_text(quarantine, "".join(f"{line}\n" for line in result.exclusions()))
-        again = f"--dataset {shlex.quote(dataset)} --exclude {shlex.quote(str(quarantine))}"
-        console.note(f"{len(result.doubts):,} images to leave out: vitft train {again}")
+        console.note(tables.to_leave_out(len(result.doubts), dataset, quarantine))
     console.say_json(result.to_dict()) if json else console.say(tables.doubt_report(result))
 
 

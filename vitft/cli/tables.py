@@ -577,6 +577,14 @@ def recipe_table(recipes: Sequence[Any]) -> RenderableType:
     return table
 
 
+def to_leave_out(count: int, dataset: str, listed: Path) -> str:
+    """What a list of images is for, as it is written."""
+    if count == 0:
+        return f"{listed}: empty, there is no image to leave out"
+    again = f"--dataset {shlex.quote(dataset)} --exclude {shlex.quote(str(listed))}"
+    return f"{count:,} image{'s' * (count != 1)} to leave out: vitft train {again}"
+
+
 def check_report(findings: Sequence[Any], kinds: Mapping[str, tuple[str, str]], images: int) -> RenderableType:
     """The report of `vitft data check`: findings by kind, the first few of each, and a verdict."""
     colors = {"error": "red", "warning": "yellow", "note": "cyan"}

@@ -356,9 +356,10 @@ def test_json_is_a_document(faulty: Path) -> None:
 
 
 def test_a_clean_dataset_exits_with_0(folder: Path) -> None:
-    result = vitft(str(folder))
+    result = vitft(str(folder), "--quarantine", str(folder.parent / "out.txt"))
     assert result.exit_code == 0
     assert "24 images: no problems found" in result.stdout
+    assert "out.txt: empty, there is no image to leave out" in result.stderr
 
 
 def test_the_files_of_a_parquet_folder_are_not_beside_it(tmp_path: Path, rng: Rng) -> None:
@@ -373,7 +374,7 @@ def test_the_files_of_a_parquet_folder_are_not_beside_it(tmp_path: Path, rng: Rn
 def test_training_leaves_out_what_is_quarantine_lines(faulty: Path, tmp_path: Path) -> None:
     listed = tmp_path / "out.txt"
     said = vitft(str(faulty), "--quarantine", str(listed)).stderr
-    assert "3 images to leave out" in said
+    assert f"3 images to leave out: vitft train --dataset {faulty} --exclude {listed}" in said
     assert listed.read_text().splitlines() == [
         "train\ttrain/cat/bad.png", "train\ttrain/dog/001.png", "train\ttrain/cat/again.png",
     ]  # fmt: skip
