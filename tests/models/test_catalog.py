@@ -16,7 +16,7 @@ from tests.hub import MODEL, StandInHub, make_model
 from vitft.cli.app import app
 from vitft.cli.tables import models_report
 from vitft.models.catalog import FAMILIES, TRIED, Known, catalog
-from vitft.models.load import BUNDLED
+from vitft.models.load import BUNDLED, load_trained
 
 GATED = "facebook/dinov2-small"
 
@@ -60,6 +60,8 @@ def test_the_bundled_model_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("vitft.models.catalog.FAMILIES", {"bundled": (BUNDLED,)})
     (bundled,) = catalog()
     assert (bundled.architecture, bundled.image_size, bundled.problem) == ("vit", (28, 28), "")
+    model = load_trained(BUNDLED).model  # has a head of ten classes, of 64 weights and a bias each; two are counted
+    assert bundled.parameters == sum(weights.numel() for weights in model.parameters()) - 8 * 65
     shown, given = (CliRunner().invoke(app, ["models", "ls", *words]).stdout for words in ([], ["--json"]))
     assert BUNDLED in shown
     assert TRIED in " ".join(shown.split())

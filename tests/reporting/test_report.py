@@ -143,8 +143,9 @@ def test_where_the_time_went(hostile: Path, tmp_path: Path) -> None:
     (run / RESULTS).write_text(json.dumps(results | {"seconds": seconds}))
     page = write_report(run).read_text()
     assert "Where 3 min 20 s went" in page
-    rows = [[re.sub("<[^>]*>", "", cell) for cell in row.split("</td>")[:3]]
-            for row in page.partition('class="times"')[2].partition("</table>")[0].split("<tr>")[1:]]  # fmt: skip
+    times = page.partition('class="times"')[2].partition("</table>")[0]
+    rows = [[re.sub("<[^>]*>", "", cell) for cell in row.split("</td>")[:3]] for row in times.split("<tr>")[1:]]
+    assert re.findall(r"width:([\d.]+)%", times) == ["15.0", "74.9", "10.0", "0.1"]
     assert rows == [
         ["opening and decoding", "30 s", "15.0 %"], ["steps", "2 min 30 s", "74.9 %"],
         ["waiting for data", "20 s", "10.0 %"], ["phase of a later version", "0 s", "0.1 %"],
