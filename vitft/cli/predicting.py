@@ -65,7 +65,7 @@ def predict(
     if probabilities and kind != "parquet":
         raise UsageError("--probabilities are written to parquet; add --output FILE.parquet.")
     if file is not None and resume and file.exists() and not partial_name(file).exists():
-        console.note(f"{file} is whole; there is nothing to resume")
+        console.note(f"{file} is whole: nothing to resume (for other images: another --output, or --overwrite)")
         return
     if sort_into is not None:
         check_apart(sort_into, paths)
