@@ -4,7 +4,6 @@ import os
 import re
 import unicodedata
 from collections.abc import Container
-from importlib.resources import files
 from pathlib import Path
 
 
@@ -45,6 +44,8 @@ def shipped(name: str, source: str | None = None) -> Path:
         name: Its name in the installed package.
         source: Its path in a checkout, if it is another.
     """
+    from importlib.resources import files  # several milliseconds, which `vitft --help` does not need
+
     package = Path(str(files("vitft")))
     return installed if (installed := package / name).is_dir() else package.parent / (source or name)
 
