@@ -164,9 +164,9 @@ def test_train_without_a_dataset_says_what_is_missing() -> None:
         ("train --model_name_or_path x", "did you mean --model?"),
         ("explain --num-classes 4", "did you mean --classes?"),
         ("explain --hidden-size 4", "did you mean --width?"),
-        ("trian", "'train'"),
-        ("recipes shwo", "'show'"),
-        ("data inf", "'info'"),
+        ("trian", "trian: `vitft` has no such command; did you mean train?"),
+        ("recipes shwo", "did you mean show?"),
+        ("data inf", "inf: `vitft data` has no such command; did you mean info?"),
         ("scratch train --learning-rate 1", "did you mean --lr?"),
         ("--versoin", "--versoin: `vitft` has no such flag; did you mean --version?"),
         ("export x --formt onnx", "--formt: `vitft export` has no such flag; did you mean --format?"),
@@ -206,20 +206,24 @@ def test_a_bad_value_is_wrong_usage_in_one_line(typed: str, says: str) -> None:
             "predict x --format cvs",
             "--format should be 'table', 'csv', 'jsonl' or 'parquet', got 'cvs'; did you mean csv?",
         ),
-        ("predict x --top-k 0", "--top-k should be greater than or equal to 1, got '0'"),
-        ("predict x --top-k two", "--top-k should be a valid integer, got 'two'"),
+        (
+            "predict x --top-k 0",
+            "--top-k should be greater than or equal to 1, got '0' | --top-k 0 is not in the range",
+        ),
+        ("predict x --top-k two", "--top-k should be a valid integer, got 'two' | --top-k 'two' is not a valid"),
         ("eval", "no run"),
         ("eval x y", "unexpected extra argument"),
         ("eval x --device gpu", "--device should be 'auto', 'cpu', 'cuda' or 'mps', got 'gpu'"),
-        ("explain --batch-size 0", "--batch-size should be greater than or equal to 1, got '0'"),
         ("bench", "data|train|eval is missing; see `vitft bench --help`"),
         ("bench trian", "did you mean train?"),
-        ("nonsense", "No such command 'nonsense'; see `vitft --help`"),
-        ("data nonsense", "No such command 'nonsense'; see `vitft data --help`"),
+        ("nonsense", "nonsense: `vitft` has no such command; `vitft --help` lists them"),
+        ("data nonsense", "nonsense: `vitft data` has no such command; `vitft data --help` lists them"),
     ],
 )
 def test_wrong_usage_ends_with_2_in_one_line(typed: str, says: str) -> None:
-    assert says in error_of(*typed.split(), code=2)
+    """Numbers are checked by Typer, whose older versions say it in other words."""
+    said = error_of(*typed.split(), code=2)
+    assert any(words in said for words in says.split(" | "))
 
 
 def test_a_group_without_a_command_shows_its_help() -> None:

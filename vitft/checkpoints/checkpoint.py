@@ -26,6 +26,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from vitft.checkpoints.exported import exported_file
 from vitft.checkpoints.metadata import READ_ERRORS, Card, name_of, sha256, sha256_of, verify, write_card
 from vitft.config.recipe import read_recipe
 from vitft.config.train import TrainConfig, of_any_version
@@ -380,7 +381,7 @@ def find_model(path: Path) -> Path:
         own = (path.parent / "vitft.json").is_file() and not (path.parent / "config.json").exists()
         return verify(path.parent) if own else path
     if path.suffix in EXPORTED and not path.exists():
-        other = next((file for suffix in EXPORTED if (file := path.parent / f"model{suffix}").is_file()), None)
+        other = exported_file(path.parent)
         remedy = f"did you mean {other}?" if other else "`vitft export RUN` makes one."
         raise ModelError(f"{path}: no such file; {remedy}")
     run = run_of(path)

@@ -25,8 +25,7 @@ class Group(TyperGroup):
         except Exception as error:
             if not is_usage_error(error):
                 raise
-            console.fail(in_one_line(error))
-            raise typer.Exit(UsageError.exit_code) from error
+            raise _told(error) from error
 
     def get_params(self, ctx: Any) -> list[Any]:
         """As in Typer; for help."""
@@ -55,8 +54,7 @@ class Group(TyperGroup):
             if shows_help(error):
                 raise
             if is_usage_error(error):
-                console.fail(in_one_line(error))
-                raise typer.Exit(UsageError.exit_code) from error
+                raise _told(error) from error
             if ctx.find_root().params.get("debug"):
                 console.traceback()
             if isinstance(error, VitftError):
@@ -66,6 +64,12 @@ class Group(TyperGroup):
             else:
                 console.fail(f"{type(error).__name__}: {error} (unexpected; `vitft --debug ...` shows where)")
             raise typer.Exit(error.exit_code if isinstance(error, VitftError) else 1) from error
+
+
+def _told(error: Exception) -> typer.Exit:
+    """Print what was wrong with what was typed; returns the exit."""
+    console.fail(in_one_line(error))
+    return typer.Exit(UsageError.exit_code)
 
 
 def _switches_shown_bare(options: list[Any]) -> list[Any]:

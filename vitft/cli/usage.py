@@ -30,8 +30,11 @@ def in_one_line(error: Any) -> str:
         flags = [flag for each in error.ctx.command.params for flag in each.opts if flag.startswith("--")]
         hint = f"; did you mean {as_flag(known)}?" if known else nearest(option, flags)
         return f"{option}: `{_typed(error.ctx)}` has no such flag" + (hint or f"; {help_of} lists them")
+    if match := re.match("No such command '(.*?)'", message):
+        hint = nearest(match[1], error.ctx.command.commands)
+        return f"{match[1]}: `{_typed(error.ctx)}` has no such command" + (hint or f"; {help_of} lists them")
     if parameter is None:
-        return message if message.endswith("?") else f"{message.rstrip('.')}; see {help_of}"
+        return f"{message.rstrip('.')}; see {help_of}"
     name = next((flag for flag in parameter.opts if flag.startswith("--")), parameter.metavar or parameter.name.upper())
     if not message:
         return f"{name} is missing; see {help_of}"
