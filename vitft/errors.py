@@ -9,7 +9,7 @@ VitftError             the user can fix it; one line says what failed, the value
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -106,6 +106,12 @@ class Stopped(VitftError):  # noqa: N818 (not an error: the run was asked to sto
         self.exit_code = 128 + signal_number
 
 
+def joined(words: Sequence[str], last: str) -> str:
+    """Words with commas between them, but for the last two: "a, b and c" if `last` is "and"."""
+    *first, end = words
+    return f" {last} ".join([", ".join(first), end] if first else [end])
+
+
 def require_extra(extra: str, what: str, *modules: str) -> None:
     """Raise UsageError if a module is not installed that comes with an extra, as in `pip install 'vitft[lora]'`.
 
@@ -115,7 +121,7 @@ def require_extra(extra: str, what: str, *modules: str) -> None:
         modules: the modules, as they are imported.
     """
     if missing := [name for name in modules if find_spec(name) is None]:
-        raise UsageError(f"{what} needs {' and '.join(missing)}, not installed here; pip install 'vitft[{extra}]'.")
+        raise UsageError(f"{what} needs {joined(missing, 'and')}, not installed here; pip install 'vitft[{extra}]'.")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -399,7 +399,7 @@ def test_what_an_export_is_not_for(run: Path, made: Any, saved: Any, tmp_path: P
     with pytest.raises(ModelError, match=r"scores each label separately \(sigmoid\)"):
         export(saved(problem_type="multi_label_classification"), format="torch")
     monkeypatch.setattr("vitft.errors.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"needs onnx and onnxscript and onnxruntime.*pip install 'vitft\[onnx\]'"):
+    with pytest.raises(UsageError, match=r"needs onnx, onnxscript and onnxruntime.*pip install 'vitft\[onnx\]'"):
         export(run)
     (tmp_path / "model.onnx").touch()
     with pytest.raises(UsageError, match=r"needs onnxruntime, not installed here; pip install 'vitft\[onnx\]'"):

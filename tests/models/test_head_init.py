@@ -54,6 +54,15 @@ def test_the_regression_is_that_of_scikit_learn(strength: float, count: int) -> 
     assert np.abs(ours.numpy() - theirs.coef_).max() < 1e-2 * np.abs(theirs.coef_).max()
 
 
+def test_features_of_one_direction_alone_are_fitted_too() -> None:
+    """Their curvature has no Cholesky factor in float32."""
+    drawn = torch.Generator().manual_seed(0)
+    features = torch.randn(300, 1, generator=drawn) @ torch.randn(1, 64, generator=drawn) * 100
+    fitted = regress(features, (features[:, 0] > 0).long(), 2, 1e-6)
+    said = (features @ fitted[:, :-1].T + fitted[:, -1]).argmax(dim=1)
+    assert (said == (features[:, 0] > 0)).float().mean() > 0.99
+
+
 def test_the_fit_applies_to_the_features_as_they_are() -> None:
     """It was made on standardized features."""
     features, labels = clusters(400, spread=0.1)

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from vitft.errors import as_flag, from_synonym, nearest
+from vitft.errors import as_flag, from_synonym, joined, nearest
 
 # Errors are told by what they have: recent versions of Typer have classes of their own, older ones those of click.
 
@@ -39,15 +39,12 @@ def in_one_line(error: Any) -> str:
     if not message:
         return f"{name} is missing; see {help_of}"
     if match := re.fullmatch(r"'(.*)' is not one of (.*)\.", message):
-        *first, last = re.findall("'(.*?)'", match[2])
-        return f"{name} should be {_or(first, last)}, got {match[1]!r}{nearest(match[1], [*first, last])}"
+        choices = re.findall("'(.*?)'", match[2])
+        should = joined([repr(choice) for choice in choices], "or")
+        return f"{name} should be {should}, got {match[1]!r}{nearest(match[1], choices)}"
     got = error.__cause__.errors()[0]["input"] if hasattr(error.__cause__, "errors") else None
     message = message.partition(", unable")[0].rstrip(".")
     return f"{name} {message}" + ("" if got is None or repr(got) in message else f", got {got!r}")
-
-
-def _or(first: list[str], last: str) -> str:
-    return " or ".join([", ".join(map(repr, first)), repr(last)] if first else [repr(last)])
 
 
 def _typed(context: Any) -> str:

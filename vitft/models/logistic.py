@@ -34,9 +34,8 @@ def regress(
     (D, N, F) and labels (D, N), D fits are made at once, (D, C, F + 1): of a few images each, they take hardly longer
     than one.
 
-    Of more images than features, it is done in coordinates in which all directions are about equally curved (as a
-    preconditioner does): L-BFGS then takes half as many steps, and the gradient says how far the loss is from its
-    minimum.
+    Of more images than features, it is preconditioned: done in coordinates in which all directions are about equally
+    curved. L-BFGS then takes half as many steps, and the gradient says how far the loss is from its minimum.
     """
     inputs, fits = F.pad(features, (0, 1), value=1.0), features.shape[:-2].numel()
     shape = (*features.shape[:-2], classes, inputs.shape[-1])
@@ -66,16 +65,17 @@ def regress(
     return parameters().detach()
 
 
-def _curvature(inputs: Tensor, classes: int, strength: float) -> Tensor:
+def _curvature(inputs: Tensor, classes: int, strength: float) -> Tensor | None:
     """The Cholesky factor, (F, F), of about the curvature of the loss along the parameters of a class.
 
-    That of class c is the mean of p_c (1 - p_c) x x^T over the images, plus the penalty.
+    That of class c is the mean of p_c (1 - p_c) x x^T over the images, plus the penalty. None if it has no factor by
+    rounding: some direction is millions of times as curved as another, or a feature is not finite.
     """
     share = _SURE / classes
     gram = inputs.mT @ inputs * (share / inputs.shape[-2])
     gram.diagonal(dim1=-2, dim2=-1).add_(strength)
-    factor: Tensor = torch.linalg.cholesky(gram)
-    return factor
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    return None if failed.any() or not factor.isfinite().all() else factor
 
 
 _SURE = 0.3  # the mean of p (1 - p) is about this fraction of 1 / C, between no fit at all (1) and a close one
