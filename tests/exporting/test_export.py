@@ -307,6 +307,7 @@ def test_without_images_nothing_is_said_to_be_proved(run: Path, quick: Any, tmp_
         export(tmp_path / "plain", dtype="int8", output=tmp_path / "f")
 
 
+@needs_onnx
 @pytest.mark.parametrize("checkpoint", ["vit-micro", "owner/name"])
 def test_a_preset_or_a_hub_model_has_no_dataset_to_compare_on(
     checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -315,7 +316,7 @@ def test_a_preset_or_a_hub_model_has_no_dataset_to_compare_on(
     monkeypatch.setattr(exporting, "load_model", lambda named: micro)
     unknown = f"{checkpoint}: it does not say what dataset it was trained on; add --dataset."
     with pytest.raises(UsageError, match=unknown):  # int8 needs images
-        export(checkpoint, format="openvino", dtype="int8", output=tmp_path / "e")
+        export(checkpoint, format="onnx", dtype="int8", output=tmp_path / "e")
     monkeypatch.setattr(exporting, "_write", lambda *args: pytest.fail("only up to here"))
     with pytest.raises(pytest.fail.Exception, match="only up to here"):
         export(checkpoint, format="torch", output=tmp_path / "e")
