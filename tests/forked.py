@@ -152,6 +152,7 @@ def _run(
     os.dup2(handle, 2)
     sys.argv = ["vitft", *words]
     os.environ.update(environment)
+    console.log.handlers.clear()  # otherwise each warning would be printed twice
     importlib.reload(console)  # it asks when it is imported whether this is the process that speaks
     if before is not None:
         before()

@@ -1,9 +1,11 @@
 """A score is what scikit-learn makes of the model's answers, on the split that it names."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from PIL import Image
 from sklearn import metrics as sk
 from typer.testing import CliRunner
 
+from tests.forked import finish_two
 from tests.training.test_trainer import draw
 from vitft import TrainConfig, train
 from vitft.checkpoints.checkpoint import read_config, step_folders, write_config
@@ -29,6 +32,7 @@ from vitft.data.sources.identity import ids
 from vitft.data.sources.source import open_dataset
 from vitft.data.splits import make_splits
 from vitft.errors import DataError, ModelError, UsageError
+from vitft.evaluation import evaluation
 from vitft.evaluation.evaluation import evaluate, matched
 from vitft.evaluation.metrics import Metrics
 from vitft.io.atomic import json_text, write_json
@@ -309,6 +313,40 @@ def test_a_bad_image_stops_it_or_is_left_out_and_reported(saved: Callable[..., P
     assert [one.name for one in skipped] == ["bee/1.png"]
     assert [row.count for row in got.per_class] == [4, 3, 4]
     assert got.split_hash != whole.split_hash
+
+
+def decoding_is_told(folder: str) -> None:
+    """Write down how many images this process decodes."""
+    real, file = evaluation.decode_all, Path(folder, os.environ["RANK"])
+
+    def decode_and_tell(rows: Any, *given: Any, **how: Any) -> Any:
+        file.write_text(str(len(rows)))
+        return real(rows, *given, **how)
+
+    evaluation.decode_all = decode_and_tell  # type: ignore[assignment]
+
+
+def test_each_of_two_processes_decodes_the_images_that_it_scores(saved: Callable[..., Path], tmp_path: Path) -> None:
+    folder, data = saved("vit"), make_data(tmp_path / "data")
+    words = ["eval", str(folder), "--dataset", str(data), "--split", "train", "--device", "cpu", "--json"]
+    for bad, skipping in ((), ()), (("bee/1.png",), ("--on-bad-image", "skip")):
+        for name in bad:
+            (data / name).write_bytes(b"")
+        alone = CliRunner().invoke(app, [*words, *skipping])
+        (first, said), (second, silent) = finish_two(
+            *words, *skipping, log=tmp_path / "log", before=partial(decoding_is_told, str(tmp_path))
+        )
+        assert (first, second, silent) == (0, 0, ""), said
+        together = json.loads(said[said.index("{") :])
+        assert together["count"] == 12 - len(bad)
+        for key in ("confusion", "split_hash", "accuracy", "per_class"):
+            assert together[key] == json.loads(alone.stdout)[key]
+        assert together["loss"] == pytest.approx(json.loads(alone.stdout)["loss"], rel=1e-5)
+        assert said.count("bee/1.png: is empty") == len(bad)
+        assert [(tmp_path / rank).read_text() for rank in "01"] == ["6", "6"]
+    (first, said), (second, same) = finish_two(*words, log=tmp_path / "log")
+    assert (first, second) == (3, 3)
+    assert said.count("bee/1.png: is empty") == same.count("bee/1.png: is empty") == 1
 
 
 # -- the command -----------------------------------------------------------------------------------

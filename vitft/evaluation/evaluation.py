@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,14 +23,14 @@ from vitft.data.loader import Batches, EvalLoader
 from vitft.data.sources.schema import ReadOptions
 from vitft.data.sources.source import ALIASES, DIGITS, DatasetLike, Source, source_of
 from vitft.data.splits import Split
-from vitft.data.stores.store import Skipped, Store, decode_all
+from vitft.data.stores.store import Part, Skipped, Store, decode_all, decode_part
 from vitft.errors import DataError, ModelError, UsageError
 from vitft.evaluation.held_out import choose_split
 from vitft.evaluation.loading import load_model
 from vitft.evaluation.metrics import Metrics, score
 from vitft.evaluation.split_predictions import LARGEST, of_split
 from vitft.hardware.device import autocast, find_device, find_precision, threads
-from vitft.hardware.processes import join_processes
+from vitft.hardware.processes import ALONE, Processes, join_processes
 from vitft.io import console
 from vitft.io.paths import absolute, composed, expanded
 from vitft.models.load import Loaded, read_config
@@ -109,12 +110,12 @@ def evaluate(
              "allow_outside": allow_outside or None}  # fmt: skip
     config, card = reading(checkpoint, dataset, typed)
     loaded = load_model(checkpoint)
-    found = read_images(
-        checkpoint, loaded, config, dataset=dataset, split=split, limit=max_eval_samples, progress=progress,
-        report_skipped=report_skipped,
-    )  # fmt: skip
     device = find_device(device)
     processes = join_processes(device)
+    found = read_images(
+        checkpoint, loaded, config, dataset=dataset, split=split, limit=max_eval_samples, processes=processes,
+        progress=progress, report_skipped=report_skipped,
+    )  # fmt: skip
     recorded = config.precision if card and config.device == device else "fp32"
     precision = find_precision(precision or recorded, device)
     model = loaded.model.to(device)
@@ -166,9 +167,12 @@ def _place(dataset: DatasetLike | None) -> str | None:
 
 @dataclass(frozen=True)
 class SplitImages:
-    """The decoded images of a split. `truth` numbers their classes as the model does, and after them the `others`."""
+    """The decoded images of a split, of which processes that share it have a part each.
 
-    store: Store
+    `truth` numbers the classes of all as the model does, and after them the `others`.
+    """
+
+    store: Store | Part
     truth: NDArray[np.int64]
     split: Split
     others: tuple[str, ...]
@@ -182,12 +186,14 @@ class SplitImages:
 
 def read_images(
     checkpoint: str | Path, loaded: Loaded, config: TrainConfig, *, dataset: DatasetLike | None = None,
-    split: str | None = None, limit: int | None = None, progress: Progress = lambda done, count: None,
+    split: str | None = None, limit: int | None = None, processes: Processes = ALONE,
+    progress: Progress = lambda done, count: None,
     report_skipped: Callable[[list[Skipped]], None] = lambda skipped: None,
 ) -> SplitImages:  # fmt: skip
     """Decode the images of a split for a checkpoint that was loaded; the arguments are those of `evaluate`.
 
-    `config`: of `reading`. `limit`: at most so many images, stratified. Raises VitftError, as `evaluate` does.
+    `config`: of `reading`. `limit`: at most so many images, stratified. `processes`: those that share them, which have
+    to call this together. Raises VitftError, as `evaluate` does.
     """
     where = find_model(expanded(checkpoint))
     card = read_card(where) if where.is_dir() else None
@@ -204,10 +210,11 @@ def read_images(
     truth, others = matched(chosen.labels, source.labels, loaded.labels, name=str(checkpoint), own=own)
     skip_bad = config.on_bad_image == "skip"
     rows = source.splits[chosen.source].select(chosen.rows)
-    store, skipped = decode_all(
-        rows, how, crops=False, max_pixels=config.max_pixels, skip_bad=skip_bad, progress=progress,
+    decode_rows = partial(
+        decode_all, preprocess=how, crops=False, max_pixels=config.max_pixels, skip_bad=skip_bad, progress=progress,
         cache_gb=config.cache_gb, whole=config.check == "full", name=f"{source.name}, {chosen.name}",
     )  # fmt: skip
+    store, skipped = decode_part(rows, decode_rows, processes)
     if skipped:
         places = {one.position for one in skipped}
         rows = rows.select([place for place in range(len(rows)) if place not in places])

@@ -19,7 +19,7 @@ from vitft.data.sources.source import ALIASES, DIGITS, Source, source_of
 from vitft.data.split_record import Record, describe_changes, read_record, restore_splits
 from vitft.data.splits import Split, find_split_name, make_splits
 from vitft.data.stores.lazy_store import LazyStore, is_large
-from vitft.data.stores.store import Part, Skipped, Store, UnreadableError, check_headers, decode_all
+from vitft.data.stores.store import Skipped, Store, check_headers, decode_all, decode_part
 from vitft.data.validation.check import check, check_labels, imbalance, samples
 from vitft.errors import DataError, UsageError
 from vitft.evaluation.evaluation import listed, matched, without
@@ -122,7 +122,7 @@ class Prepared:
         def later(role: str) -> Callable[[], Labeled]:
             def decode() -> Labeled:
                 found: dict[str, list[Skipped]] = {}
-                labeled, readable[role] = self._decode_part(role, found, processes)
+                labeled, readable[role] = self._decode(role, found, processes, remedy="fix it")
                 skipped[role].extend(found[role])
                 return labeled
 
@@ -164,41 +164,29 @@ class Prepared:
     def _rows(self, role: str) -> Any:
         return self.source.splits[self.splits[role].source].select(self.splits[role].rows)
 
-    def _decode(self, role: str, skipped: dict[str, list[Skipped]]) -> tuple[Labeled, Split]:
-        """A split's images and labels, and the split without those that are added to `skipped`."""
-        store, skipped[role] = self._decode_rows(role, self._rows(role), "fix or remove it")
+    def _decode(
+        self,
+        role: str,
+        skipped: dict[str, list[Skipped]],
+        processes: Processes = ALONE,
+        remedy: str = "fix or remove it",
+    ) -> tuple[Labeled, Split]:
+        """A split's images and labels, and the split without those that are added to `skipped`.
+
+        Several processes have to call this together: each decodes what it will score, and `decode_part` says what they
+        raise.
+        """
+
+        def decode_rows(rows: Any) -> tuple[Store, list[Skipped]]:
+            with console.working(f"decoding {role}") as progress:
+                return decode_all(
+                    rows, self.loaded.preprocess, training=role == "train", remedy=remedy, progress=progress,
+                    **self._how(role),
+                )  # fmt: skip
+
+        store, skipped[role] = decode_part(self._rows(role), decode_rows, processes)
         split = self._without(role, skipped[role])
         return (store, self._match(split, role)[0]), split
-
-    def _decode_part(
-        self, role: str, skipped: dict[str, list[Skipped]], processes: Processes
-    ) -> tuple[Labeled, Split]:  # fmt: skip
-        """Like `_decode`, but only the images that this process scores. All processes have to call this.
-
-        Raises in all of them, with `by_all`, what any one raises.
-        """
-        rows, store, bad, fault = self._rows(role), None, list[Skipped](), None
-        mine = np.array_split(np.arange(len(rows)), processes.count)[processes.rank]
-        try:
-            store, bad = self._decode_rows(role, rows.select(mine), "fix it")
-        except UnreadableError as error:
-            fault = error
-        bad = [replace(image, position=int(mine[image.position])) for image in bad]
-        faults, bads, sizes = zip(*processes.gather([(fault, bad, len(mine) - len(bad))]), strict=True)
-        for fault in filter(None, faults):
-            raise UnreadableError(str(fault), fault.names, by_all=True)
-        assert store is not None
-        skipped[role] = [image for part in bads for image in part]
-        split = self._without(role, skipped[role])
-        part = Part(store, sum(sizes[: processes.rank]), sum(sizes))
-        return (part, self._match(split, role)[0]), split
-
-    def _decode_rows(self, role: str, rows: Any, remedy: str) -> tuple[Store, list[Skipped]]:
-        with console.working(f"decoding {role}") as progress:
-            return decode_all(
-                rows, self.loaded.preprocess, training=role == "train", remedy=remedy, progress=progress,
-                **self._how(role),
-            )  # fmt: skip
 
     def _how(self, role: str) -> dict[str, Any]:
         """What decoding depends on."""

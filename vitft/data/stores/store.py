@@ -30,6 +30,7 @@ from vitft.data.streaming import shards
 from vitft.errors import DataError
 from vitft.hardware.device import to_device
 from vitft.hardware.pools import map_in_processes, map_in_threads, processes
+from vitft.hardware.processes import Processes
 
 IN_MEMORY = 2_000_000_000  # bytes; more goes to a file, which the system may page out
 T = TypeVar("T")
@@ -229,6 +230,30 @@ def decode_all(
     if key and not skipped and store.load is None:
         cache.write(key, name, [store.pixels.numpy()], store.shapes, sums, store.digest, limit)
     return store, skipped
+
+
+def decode_part(
+    rows: datasets.Dataset, decode_rows: Callable[[datasets.Dataset], tuple[Store, list[Skipped]]], processes: Processes
+) -> tuple[Store | Part, list[Skipped]]:
+    """Of a split's rows, those of this process decoded; and the images that any process could not read.
+
+    All processes have to call this. `decode_rows` is `decode_all` with its settings; where it raises UnreadableError in
+    one process, all raise it, with `by_all`.
+    """
+    if processes.count == 1:
+        return decode_rows(rows)
+    mine = np.array_split(np.arange(len(rows)), processes.count)[processes.rank]
+    store, bad, fault = None, list[Skipped](), None
+    try:
+        store, bad = decode_rows(rows.select(mine))
+    except UnreadableError as error:
+        fault = error
+    bad = [replace(image, position=int(mine[image.position])) for image in bad]
+    faults, bads, sizes = zip(*processes.gather([(fault, bad, len(mine) - len(bad))]), strict=True)
+    for fault in filter(None, faults):
+        raise UnreadableError(str(fault), fault.names, by_all=True)
+    assert store is not None
+    return Part(store, sum(sizes[: processes.rank]), sum(sizes)), [image for part in bads for image in part]
 
 
 def decoding(
