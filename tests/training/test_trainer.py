@@ -686,10 +686,11 @@ def test_a_signal_before_anything_is_saved_says_so(tmp_path: Path, monkeypatch: 
     settings = config(model=str(start), from_scratch=False, **sizes, freeze="backbone", epochs=4)
     real, read = TrainLoader.unaugmented, []
 
-    def unaugmented(self: TrainLoader, index: Any, **which: bool) -> Any:
-        read.append(len(index))
-        os.kill(os.getpid(), signal.SIGINT)
-        return real(self, index, **which)
+    def unaugmented(self: TrainLoader, chunks: Any, **which: bool) -> Any:
+        for pixels in real(self, chunks, **which):
+            read.append(len(pixels))
+            os.kill(os.getpid(), signal.SIGINT)
+            yield pixels
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainLoader, "unaugmented", unaugmented)

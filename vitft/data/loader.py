@@ -5,7 +5,7 @@ the same augmentations.
 """
 
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -123,12 +123,23 @@ class TrainLoader:
             self._next_order = Thread(target=self._order, args=(epoch,), name=name, daemon=True)
             self._next_order.start()
 
-    def unaugmented(self, index: NDArray[np.int64], *, mirror: bool) -> Tensor:
-        """Model input for these positions, either all mirrored or none: (B, C, H, W)."""
-        images = flip_images(self._gather(index), np.full(len(index), mirror))
-        self._attend()
-        images = resize_and_crop(images, self.preprocess, exact=False)
-        return normalize(to_device(images, self.device), self.preprocess)
+    def unaugmented(self, chunks: Sequence[NDArray[np.int64]], *, mirror: bool) -> Iterator[Tensor]:
+        """Model input for the positions of each chunk, either all mirrored or none: (B, C, H, W), B those of a chunk.
+
+        Prepared ahead of a GPU, and fetched further ahead if images have to be fetched.
+        """
+        every = max(1, _FETCHED // max(map(len, chunks), default=1))
+
+        def load(number: int) -> Tensor:
+            if number % every == 0:
+                self.fetch_ahead(np.concatenate(chunks[number : number + 3 * every]))
+            images = flip_images(self._gather(chunks[number]), np.full(len(chunks[number]), mirror))
+            return resize_and_crop(images, self.preprocess, exact=False)
+
+        ahead = load if self._prefetch is None else Prefetcher(self._pinned(load), len(chunks))
+        for images in map(ahead, range(len(chunks))):
+            self._attend()
+            yield normalize(to_device(images, self.device), self.preprocess)
 
     def batch(self, step: int) -> Batch:
         """This process's shard of a step."""
@@ -211,20 +222,24 @@ class TrainLoader:
         return self.store.gather(index, stacked=not crops or many_launches_cost(self.store.device))
 
     def _prefetcher(self) -> Callable[[int], Tensor]:
-        how, pin = self.preprocess, self.device.type == "cuda"
+        how = self.preprocess
         # Many small operations are mostly Python code: threads would keep the GIL from the one that trains.
         many = self.augmentation.kind == "crop" or self.augmentation.operates
         count = processes(_bytes(-(-self.batch_size // self.world) + 1, how)) if many else 0
         if count:
-            return ForkedPrefetcher(self._augment_on_host, count, pin=pin)
-        work = self._augment_on_host
-        return Prefetcher((lambda step: work(step).pin_memory()) if pin else work)
+            return ForkedPrefetcher(self._augment_on_host, count, pin=self.device.type == "cuda")
+        return Prefetcher(self._pinned(self._augment_on_host))
+
+    def _pinned(self, work: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+        """The work, whose results a GPU can copy while it computes."""
+        return (lambda number: work(number).pin_memory()) if self.device.type == "cuda" else work
 
     def _augment_on_host(self, step: int) -> Tensor:
         shown, epoch = self._shown(step), step // self.steps_per_epoch
         return augment_pixels(self._gather(positions(shown)), self.preprocess, self.augmentation, epoch, shown)
 
 
+_FETCHED = 2000  # images that are fetched at a time, for one pass
 _MANY_TO_ORDER = 100_000  # images, whose order takes some hundredths of a second
 
 

@@ -22,8 +22,6 @@ from vitft.hardware.device import micro_batch, on_host, to_device
 from vitft.models.features import Features, backbone
 from vitft.models.heads import classifier_of, head_of
 
-_AHEAD = 2000  # images, of datasets that are fetched
-
 
 def passes(config: TrainConfig) -> int:
     """Passes over the training images that the features take: with flips, a second one for mirrored images."""
@@ -62,13 +60,10 @@ def read_features(
     mine = np.array_split(positions, loader.world)[loader.rank]
     size = min(BATCH, micro_batch(config, loader.world))
     chunks = [mine[start : start + size] for start in range(0, len(mine), size)]
-    ahead = -(-_AHEAD // size)
 
     def read() -> Iterator[Tensor]:
-        for number, chunk in enumerate(chunks, 1):
-            if number % ahead == 1 or ahead == 1:
-                loader.fetch_ahead(np.concatenate(chunks[number - 1 : number + 2 * ahead]))
-            yield features(loader.unaugmented(chunk, mirror=mirror))
+        for number, pixels in enumerate(loader.unaugmented(chunks, mirror=mirror), 1):
+            yield features(pixels)
             progress(number, len(chunks))
 
     parts = list(on_host(read()))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
+from tests.forked import wait_until
 from vitft.data.augment import (
     CROP_AREA,
     Preprocess,
@@ -421,6 +422,27 @@ def test_prefetched_batches_are_the_same(tmp_path: Path, kind: str) -> None:
     assert processes
     forked.close()
     assert not any(process.is_running() and process.status() != "zombie" for process in processes)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_unaugmented_images_are_prepared_ahead(tmp_path: Path, mirror: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a GPU read their features and images of several sizes stayed in host memory."""
+    store, _ = stored(photos(tmp_path, [(40, 30), (20, 16), (33, 70), (32, 32), (9, 50)] * 2), crops=False)
+    loader = TrainLoader(store, np.zeros(10, np.int64), PREPROCESS, augmentation=Augmentation("none", 3), classes=10,
+                         batch_size=4, device=CPU)  # fmt: skip
+    chunks = np.split(np.arange(10)[::-1], [3, 6, 9])
+    expected = list(loader.unaugmented(chunks, mirror=mirror))
+    one = preprocess_images(store.gather(np.array([9]), stacked=False), PREPROCESS)
+    torch.testing.assert_close(expected[0][:1], one.flip(-1) if mirror else one, atol=2 / 255, rtol=0)
+    gathered, gather = list[int](), loader._gather
+    monkeypatch.setattr(loader, "_gather", lambda index: gathered.append(len(index)) or gather(index))
+    loader._prefetch = Prefetcher(loader._augment_on_host)
+    found = loader.unaugmented(chunks, mirror=mirror)
+    first = next(found)
+    wait_until(lambda: len(gathered) == 3)  # two more, without being asked
+    for whole, ahead in zip(expected, [first, *found], strict=True):
+        assert torch.equal(whole, ahead)
+    assert gathered == [3, 3, 3, 1]
 
 
 def test_two_results_are_prefetched_and_errors_are_raised() -> None:
