@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 560, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 24, 14, 40
+WIDTH, HEIGHT = 360, 204
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 18, 12, 38
 _MARKED = 40  # up to so many points, each has a dot that says its numbers
 
 
