@@ -21,7 +21,12 @@ ValueRange = Annotated[
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="auto: a GPU if available.")]
 
-DatasetName = Annotated[str, typer.Argument(metavar="DATASET", help="Alias, hub id, folder, CSV, JSONL or parquet.")]
+DatasetName = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATASET", help="Alias, hub id, folder, CSV, JSONL, parquet or archive file, or URL of shards."
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub dataset.")]
 TRAIN_SETTINGS = "vitft.config.train:TrainConfig"
 

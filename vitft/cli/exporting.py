@@ -16,7 +16,7 @@ def export(
     format: Annotated[Literal["onnx", "openvino", "torch"], typer.Option(help="onnx and openvino need an extra: pip install 'vitft\\[onnx]' or 'vitft\\[openvino]'.")] = "onnx",
     dtype: Annotated[Literal["fp32", "fp16", "int8"], typer.Option(help="fp16 stores weights in half precision; int8 computes in 8 bits, calibrated on training images.")] = "fp32",
     resize: Annotated[Literal["inside", "outside"], typer.Option(help="inside: the file takes images of any size; outside: of the model's input size.")] = "outside",
-    output: Annotated[Path | None, typer.Option(help="Folder to write. Default: exports/FORMAT-DTYPE in the run.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write. Default: exports/FORMAT-DTYPE in the run, with --resize inside FORMAT-DTYPE-resize; without a run, exports/NAME-FORMAT-DTYPE here.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Compare on this dataset. Default: the one it was trained on.")] = None,
     split: Annotated[str | None, typer.Option(help="Compare on this split. Default: test, else validation.")] = None,
     images: Annotated[int, typer.Option(min=1, metavar="<int>", help="Compare on at most this many images, stratified.")] = 2000,

@@ -26,7 +26,7 @@ def launch(
     nodes: Annotated[int, typer.Option(min=1, metavar="<int>", help="Machines.", rich_help_panel=RESOURCES)] = 1,
     gpus_per_node: Annotated[str, typer.Option(metavar="[TYPE:]N", help="GPUs of each, with a process for each; 0: CPUs.", rich_help_panel=RESOURCES)] = "1",
     cpus_per_task: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="CPUs of each process; default: the cluster's, often 1.", rich_help_panel=RESOURCES)] = None,
-    time: Annotated[str | None, typer.Option(help="Time limit, such as 90 (minutes), 4:00:00 or 2-12 (days-hours). When it is up, the job is queued again, unless --no-requeue.", rich_help_panel=RESOURCES)] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit, such as 90 (minutes), 4:00:00 or 2-12 (days-hours). When it is up, what saves as it goes (train, sweep, predict to .csv or .jsonl) is queued again, unless --no-requeue; other jobs end.", rich_help_panel=RESOURCES)] = None,
     partition: Annotated[str | None, typer.Option(help="Where to queue.", rich_help_panel=RESOURCES)] = None,
     account: Annotated[str | None, typer.Option(help="Whose share is used.", rich_help_panel=RESOURCES)] = None,
     no_requeue: Annotated[bool, typer.Option("--no-requeue", help="When it is preempted or its time is up, save and end; do not queue the job again.", rich_help_panel=RESOURCES)] = False,

@@ -32,7 +32,7 @@ def evaluate(
     max_eval_samples: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="Evaluate at most this many images, stratified.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, metavar="<int>", help="Images per forward pass.")] = 64,
     device: Device = "auto",
-    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Default: as in training.")] = None,
+    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Default: as in training if on the same kind of device, else fp32.")] = None,
     on_bad_image: Annotated[Literal["error", "skip"] | None, typer.Option(help="Default: as in training.")] = None,
     max_pixels: MaxPixels = None,
     value_range: ValueRange = None,
