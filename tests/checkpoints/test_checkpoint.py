@@ -16,11 +16,13 @@ from PIL import Image
 from vitft import TrainConfig, evaluate, predict, train
 from vitft.checkpoints import checkpoint as ckpt
 from vitft.checkpoints.metadata import read_card, verify, write_card
+from vitft.config.train import PATHS
 from vitft.errors import DataError, ModelError, UsageError
 from vitft.explain.trace import trace_image
 from vitft.io.atomic import lock_folder, new_folder, write_json, write_text
 from vitft.training.callbacks import recorded
 from vitft.training.run_folder import locked
+from vitft.training.setup import absolute
 from vitft.training.trainer import resume
 
 
@@ -344,6 +346,29 @@ def test_a_checkpoint_contains_no_local_paths_but_its_run_knows_them(tmp_path: P
     with pytest.raises(UsageError, match="it does not say what dataset it was trained on; add --dataset"):
         evaluate(shared)
     assert evaluate(shared, dataset=str(data), split="train").count == 40
+
+
+@pytest.mark.parametrize("setting", PATHS)
+def test_a_checkpoint_has_the_name_of_any_path_and_its_run_has_the_path(
+    setting: str, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret" / "file").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "secret")
+    config, card = ckpt.read_config(copied), read_card(copied / "best")
+    assert card is not None
+    config = absolute(config.model_copy(update={setting: "file"}))
+    assert getattr(config, setting) == str(tmp_path / "secret" / "file"), "a run goes on from any folder"
+    ckpt.write_config(copied, config)
+    (copied / "best" / "vitft.json").unlink()
+    write_card(copied / "best", dataclasses.replace(card, config=config))
+    for name in ("vitft.json", "README.md"):
+        assert "secret" not in (copied / "best" / name).read_text()
+    inside, outside = read_card(copied / "best"), read_card(shutil.copytree(copied / "best", tmp_path / "b" / "best"))
+    assert inside is not None
+    assert outside is not None
+    assert inside.config == config
+    # A folder of that name may be here, and be another one.
+    assert getattr(outside.config, setting) == (None if setting in ("dataset", "image_folder") else "file")
 
 
 def test_the_readme_states_model_data_and_scores(digits_run: Any, tmp_path: Path) -> None:

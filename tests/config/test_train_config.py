@@ -1,7 +1,7 @@
 """TrainConfig: every setting is defined once, and invalid values get a one-line error."""
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from vitft.config.recipe import load_config
-from vitft.config.train import TrainConfig
+from vitft.config.train import PATHS, TrainConfig
 from vitft.errors import UsageError
 
 PANELS = ["Data", "Reading", "Augmentation", "Model", "Optimization", "Hardware", "Run"]
@@ -35,6 +35,15 @@ def test_only_settings_that_do_not_affect_weights_can_change_on_resume() -> None
     assert changeable == {
         "allow_outside", "cache_gb", "check", "device", "grad_checkpointing", "save_every", "keep", "keep_finished",
         "log_every", "on_bad_image", "on_nan", "parallel", "reference_images", "stream_gb", "threads", "tracker",
+    }  # fmt: skip
+
+
+def test_every_text_says_whether_it_can_be_a_path() -> None:
+    """Paths become absolute, and a checkpoint does not tell them. What cannot be one is listed here."""
+    texts = {n for n, f in TrainConfig.model_fields.items() if f.annotation is str or str in get_args(f.annotation)}
+    assert texts - set(PATHS) == {
+        "betas", "dataset_revision", "encoding", "fold_column", "image_column", "label_column", "model_revision",
+        "split_column", "value_range",
     }  # fmt: skip
 
 

@@ -10,16 +10,13 @@ from typing import Any
 import yaml
 
 from vitft import __version__
-from vitft.config.train import TrainConfig, of_any_version
+from vitft.config.train import PATHS, TrainConfig, of_any_version
 from vitft.errors import ModelError, UsageError
 from vitft.io.atomic import json_text, write_json, write_text
 from vitft.io.paths import is_url
 
 # What reading a JSON document with unexpected contents can raise.
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
-
-_PATH_SETTINGS = ("dataset", "model", "exclude", "labels")
-"""Settings that can be paths or URLs. A checkpoint can be shared, so it stores only their last component."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,8 @@ class Card:
     def to_json(self) -> dict[str, Any]:
         """The document to store. It omits unset settings and reduces the paths listed in `local` to their names."""
         settings = self.config.model_dump(exclude_none=True)
-        local = [name for name in _PATH_SETTINGS if _is_path(settings.get(name))]
+        # A checkpoint can be shared.
+        local = [name for name in PATHS if _is_path(settings.get(name))]
         settings |= {name: name_of(settings[name]) for name in local}
         document = {"vitft": __version__} | asdict(self) | {"config": settings, "local": local}
         return {name: value for name, value in document.items() if value or name not in ("parts", "temperature")}
@@ -64,7 +62,7 @@ def read_card(folder: Path) -> Card | None:
     """Read the metadata of a checkpoint; None if vitft did not write it. Raises ModelError.
 
     Local paths are looked up in the run that contains the checkpoint. Outside of a run, a local `config.dataset` is
-    None.
+    None, and so is `config.image_folder`.
     """
     file = folder / "vitft.json"
     if not file.is_file():
@@ -74,8 +72,7 @@ def read_card(folder: Path) -> Card | None:
         document.pop("vitft")
         document.pop("sha256", None)  # see `verify`
         settings = document.pop("config")
-        for name in document.pop("local", ()):
-            settings[name] = _full_path(folder, name, settings[name])
+        settings |= _full_paths(folder, {name: settings[name] for name in document.pop("local", ())})
         config = TrainConfig.parse(of_any_version(settings), str(file))
         document |= {"labels": tuple(document["labels"]), "parts": tuple(document.get("parts", ()))}
         return Card(config=config, **document)
@@ -97,14 +94,20 @@ def name_of(value: str) -> str:
     return Path(value.split("?")[0].rpartition("@")[2] if is_url(value) else value).name
 
 
-def _full_path(folder: Path, name: str, basename: str) -> str | None:
-    """The full path of a setting whose basename is stored, from the config.yaml of the containing run."""
-    for run in folder.absolute().parents[:2]:
+def _full_paths(folder: Path, basenames: dict[str, str]) -> dict[str, str | None]:
+    """The full paths of settings whose basenames are stored, from the config.yaml of the containing run.
+
+    Where there is none, a basename could be taken for a hub id, or for a folder here: what the images are read from is
+    None then.
+    """
+    unknown = dict.fromkeys(("dataset", "image_folder"))
+    found: dict[str, str | None] = {name: unknown.get(name, basename) for name, basename in basenames.items()}
+    for run in folder.absolute().parents[:2] if basenames else ():
         with suppress(*READ_ERRORS, yaml.YAMLError):
-            path = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))[name]
-            if name_of(str(path)) == basename:
-                return str(path)
-    return None if name == "dataset" else basename
+            settings = dict(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+            kept = {name: str(settings[name]) for name in basenames if name in settings}
+            return found | {name: path for name, path in kept.items() if name_of(path) == basenames[name]}
+    return found
 
 
 def verify(folder: Path) -> Path:

@@ -14,9 +14,14 @@ _brief = reprlib.Repr()
 _brief.maxlevel, _brief.maxstring = 2, 60  # keeps errors to one line
 
 
-def setting(default: Any, panel: str, description: str, *, changeable: bool = False, **bounds: Any) -> Any:
-    """A field of settings. `changeable`: it can change on resume, because it does not affect the result."""
-    extra: dict[str, Any] = {"panel": panel, "changeable": changeable}
+def setting(
+    default: Any, panel: str, description: str, *, changeable: bool = False, path: bool = False, **bounds: Any
+) -> Any:  # fmt: skip
+    """A field of settings.
+
+    `changeable`: it can change on resume, because it does not affect the result. `path`: it can be a local path.
+    """
+    extra: dict[str, Any] = {"panel": panel, "changeable": changeable, "path": path}
     return Field(default, description=description, json_schema_extra=extra, **bounds)
 
 

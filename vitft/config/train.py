@@ -23,7 +23,7 @@ class TrainConfig(Settings):
     command = "vitft train"
 
     # fmt: off
-    dataset: str | None = setting(None, "Data", "Alias (cifar10, digits, ...), hub id[:config], folder, CSV, JSONL or Parquet file, or URL of parquet or WebDataset shards.")
+    dataset: str | None = setting(None, "Data", "Alias (cifar10, digits, ...), hub id[:config], folder, CSV, JSONL or Parquet file, or URL of parquet or WebDataset shards.", path=True)
     dataset_revision: str | None = setting(None, "Data", "Commit, tag or branch of a hub dataset.")
     val_fraction: float = setting(0.1, "Data", "Fraction of the training images, about the same of each class, to hold out if the dataset has no validation split. 0: none.", ge=0, lt=1)
     test_fraction: float = setting(0.0, "Data", "Fraction of the training images to hold out for an independent score, if the dataset has no test split; before the validation images.", ge=0, lt=1)
@@ -31,8 +31,8 @@ class TrainConfig(Settings):
     split_seed: int = setting(0, "Data", "Random seed of the images that are held out or sampled; apart from --seed, so that runs with different seeds have the same images.", ge=0, lt=2**32)
     max_train_samples: int | None = setting(None, "Data", "Train on this many images (stratified, chosen after the validation images).", ge=1)
     max_eval_samples: int | None = setting(None, "Data", "Evaluate on at most this many images of each split (stratified).", ge=1)
-    labels: str | None = setting(None, "Data", "Text file of class names, one per line, that sets the classes of the head and their order. Default: all classes with training images.")
-    exclude: str | None = setting(None, "Data", "File that lists images to leave out, as written by vitft data check --quarantine.")
+    labels: str | None = setting(None, "Data", "Text file of class names, one per line, that sets the classes of the head and their order. Default: all classes with training images.", path=True)
+    exclude: str | None = setting(None, "Data", "File that lists images to leave out, as written by vitft data check --quarantine.", path=True)
     check: Literal["fast", "full", "off"] = setting("fast", "Data", "Validate the data before training. fast: labels, and of large datasets the headers of images; full: every image, like vitft data check.", changeable=True)
     on_bad_image: Literal["error", "skip"] = setting("error", "Data", "If an image cannot be read: stop, or list it and leave it out. Of more than 1,000 photos, some are found to be damaged only while training, where another of the class takes their place.", changeable=True)
     max_pixels: int = setting(50_000_000, "Data", "Refuse images with more pixels than this. Decoding the default takes about 0.5 GB.", ge=1)
@@ -45,7 +45,7 @@ class TrainConfig(Settings):
     split_column: str | None = setting(None, "Reading", "Column of a table that says train, validation or test. Default: detected.")
     fold_column: str | None = setting(None, "Reading", "Column of a table with the fold numbers, for --fold. Default: detected.")
     fold: int | None = setting(None, "Reading", "Validate on this fold of a table and train on the others.")
-    image_folder: str | None = setting(None, "Reading", "Folder that the image paths in a table are relative to. Default: the folder of the table.")
+    image_folder: str | None = setting(None, "Reading", "Folder that the image paths in a table are relative to. Default: the folder of the table.", path=True)
     encoding: str | None = setting(None, "Reading", "Text encoding of a table: utf-8, utf-16, cp1252, gbk, ... Default: detected.")
     allow_outside: bool = setting(False, "Reading", "Also read images outside of the table's folder.", changeable=True)
     streaming: bool = setting(False, "Reading", "Fetch the shards of a hub dataset when they are needed, as those of a URL, instead of downloading it first.")
@@ -57,7 +57,7 @@ class TrainConfig(Settings):
     mixup: float = setting(0.0, "Augmentation", "Mixup: blend each image and its label with another, in shares from Beta(this, this). Often 0.2 to 0.8.", ge=0, le=100)
     cutmix: float = setting(0.0, "Augmentation", "CutMix: replace a box of each image by another, labels in proportion, shares from Beta(this, this). Often 1. With --mixup: one of them, at random.", ge=0, le=100)
 
-    model: str = setting("google/vit-base-patch16-224-in21k", "Model", "Hub id, local folder, vit-micro (bundled) or, with --from-scratch, a preset.")
+    model: str = setting("google/vit-base-patch16-224-in21k", "Model", "Hub id, local folder, vit-micro (bundled) or, with --from-scratch, a preset.", path=True)
     model_revision: str | None = setting(None, "Model", "Commit, tag or branch of a hub model.")
     image_size: int | None = setting(None, "Model", "Height and width of the model input in pixels. Default: the model's own.", ge=8, le=LARGEST_SIDE)
     from_scratch: bool = setting(False, "Model", "Start from random weights. If you set sizes but no model, they apply to vit-micro.")
@@ -94,7 +94,7 @@ class TrainConfig(Settings):
     drop_path: float | None = setting(None, "Optimization", "Stochastic depth: probability of skipping a residual branch of the last block; smaller in earlier blocks. Default: the model's own (0.1 of Swin, 0 of ViT).", ge=0, lt=1)
     ema: float = setting(0.0, "Optimization", "Decay of an exponential moving average of the weights, such as 0.99, which is evaluated and saved as the model. 0: none.", ge=0, lt=1)
     label_smoothing: float = setting(0.0, "Optimization", "Fraction of each target spread evenly over all classes.", ge=0, lt=1)
-    class_weights: str | None = setting(None, "Optimization", "Weights of the classes in the loss, scaled to a mean of 1 over the training images. balanced: inverse to their numbers of images. Else a JSON file such as {\"cat\": 1, \"dog\": 2.5}.")
+    class_weights: str | None = setting(None, "Optimization", "Weights of the classes in the loss, scaled to a mean of 1 over the training images. balanced: inverse to their numbers of images. Else a JSON file such as {\"cat\": 1, \"dog\": 2.5}.", path=True)
     logit_adjustment: float = setting(0.0, "Optimization", "For unequal classes: in training, add this times the log of each class's fraction of the images to the logits, so that predictions favor no class. Usually 1.", ge=0, le=10)
     focal_loss: float = setting(0.0, "Optimization", "Exponent of the focal loss, which gives images that are already right less weight. 0: cross-entropy. Usually 2.", ge=0, le=10)
     seed: int = setting(0, "Optimization", "Random seed of data order, augmentation, dropout and new weights.", ge=0, lt=2**32)
@@ -213,6 +213,14 @@ class TrainConfig(Settings):
         if self.min_delta and self.early_stopping is None:
             raise ValueError("`min_delta` applies only to early stopping; add `early_stopping` or remove `min_delta`")
         return self
+
+
+PATHS = tuple(
+    name
+    for name, field in TrainConfig.model_fields.items()
+    if isinstance(field.json_schema_extra, dict) and field.json_schema_extra["path"]
+)
+"""The settings that can be local paths: a run keeps them absolute, and a checkpoint only their last component."""
 
 
 _USUAL = {

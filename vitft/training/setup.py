@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from vitft.checkpoints.checkpoint import base_of, find_model, is_run
 from vitft.checkpoints.metadata import read_card, verify
-from vitft.config.train import SIZES, TrainConfig, range_of, usual_lr
+from vitft.config.train import PATHS, SIZES, TrainConfig, range_of, usual_lr
 from vitft.data.decoder import unused_range
 from vitft.data.sources.identity import is_streamed
 from vitft.data.sources.source import ALIASES, DIGITS, Source, source_of
@@ -444,8 +444,8 @@ def _load_again(config: TrainConfig, dataset: str, trained: Sequence[str], check
 
 def absolute(config: TrainConfig) -> TrainConfig:
     """The settings with absolute local paths, which are valid from any folder."""
-    dataset = config.dataset and paths.absolute(config.dataset, (*ALIASES, DIGITS))
-    model = paths.absolute(config.model, PRESETS)
-    others = {"exclude": config.exclude, "image_folder": config.image_folder, "labels": config.labels}
-    others = {name: path and paths.absolute(path, ()) for name, path in others.items()}
-    return config.model_copy(update={"dataset": dataset, "model": model} | others)
+    given = {name: value for name in PATHS if (value := getattr(config, name))}
+    known = {"dataset": (*ALIASES, DIGITS), "model": PRESETS, "class_weights": ("balanced",)}
+    return config.model_copy(
+        update={name: paths.absolute(value, known.get(name, ())) for name, value in given.items()}
+    )  # fmt: skip
