@@ -96,6 +96,7 @@ def test_a_byte_order_mark_and_crlf_are_accepted(mine: Path) -> None:
         ("1: 2\n", "unknown setting '1'"),
         ("? [a, b]\n: 3\n", "line 1: the name of a setting must be a word"),
         ("a: &a [*a]\n", "cannot be read"),
+        ("a:\n" + "- 1\n" * 2000, "more than 500 settings, too many for a recipe"),
     ],
 )
 def test_an_invalid_recipe_gets_a_one_line_error(mine: Path, content: str | bytes, expected: str) -> None:

@@ -82,6 +82,21 @@ def test_every_combination_is_tried_and_the_best_becomes_a_recipe(tmp_path: Path
     assert f"on {result.best.scores[0].count} validation images" in header
 
 
+def test_a_sweep_of_files_goes_on_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, first in (("a", 1), ("b", 2)):
+        weights = {str(digit): first + digit for digit in range(10)}
+        (tmp_path / f"{name}.json").write_text(json.dumps(weights))
+    monkeypatch.chdir(tmp_path)
+    with killed_in(1, monkeypatch):
+        sweep(config(class_weights="a.json"), {"class_weights": "a.json,b.json"}, output=tmp_path / "sweep")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    result = resume_sweep(tmp_path / "sweep")
+    assert [one.state for one in result.trials] == ["complete"] * 2
+    assert [one.settings["class_weights"] for one in result.trials] == [str(tmp_path / f"{n}.json") for n in "ab"]
+    assert load_config(str(result.recipe), {}).class_weights == result.best.settings["class_weights"]
+
+
 def test_test_images_are_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = sweep(config(), {"augment": "none,flip"}, output=tmp_path / "sweep")
     seen = [json.loads(line) for file in tmp_path.rglob("metrics.jsonl") for line in file.read_text().splitlines()]

@@ -14,13 +14,16 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from tests.training.test_trainer import assert_same_weights, config, interrupted
 from vitft import TrainConfig, resume, train
+from vitft.checkpoints import checkpoint as ckpt
+from vitft.config.recipe import load_config
 from vitft.errors import UsageError
+from vitft.evaluation.runs import list_runs
 from vitft.hardware.device import make_accelerator
 from vitft.models.head_init import fit_head
 from vitft.training.cost.dry_run import plan
 from vitft.training.cost.estimate import Cost
 from vitft.training.loss import class_balance, head_loss, pinned_weights, read_weights, summed_loss
-from vitft.training.setup import advise, prepare
+from vitft.training.setup import absolute, advise, prepare
 from vitft.training.step import Learner
 
 NAMES = ("ant", "bee", "cat", "dog")
@@ -231,6 +234,18 @@ def test_a_run_with_weights_and_balanced_sampling_resumes_bit_for_bit_without_th
     plain = train(chosen.model_copy(update={"class_weights": None}), output=tmp_path / "plain")
     with pytest.raises(AssertionError):
         assert_same_weights(whole.run / "last", plain.run / "last")
+
+
+def test_a_run_with_weights_of_many_classes_resumes_and_is_a_recipe(tmp_path: Path) -> None:
+    run = train(config(max_steps=1), output=tmp_path / "run").run
+    many = json.dumps({f"{'a class with a long name':>60} {number}": 1.5 for number in range(2000)})
+    ckpt.write_config(run, ckpt.read_config(run).model_copy(update={"class_weights": many}))
+    assert (run / "config.yaml").stat().st_size > 100_000
+    assert ckpt.read_config(run).class_weights == many
+    assert load_config(str(run / "config.yaml"), {}).class_weights == many
+    (listed,) = list_runs(tmp_path)
+    assert listed.state == "finished"
+    assert absolute(ckpt.read_config(run)).class_weights == many, "too long for the name of a file"
 
 
 @pytest.fixture

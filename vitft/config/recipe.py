@@ -96,11 +96,21 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return settings
 
 
-_LARGEST = 100_000  # bytes
+_LARGEST = 10_000_000  # bytes: a run's config.yaml is read here too, and can have a weight for each of many classes
+_MOST = 1000  # names and values: they take the time
 
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML where a duplicate key is an error and `batch-size` means `batch_size`."""
+
+    nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Read a node. Raises yaml.YAMLError for more than a recipe can have."""
+        self.nodes += 1
+        if self.nodes > _MOST:
+            raise yaml.YAMLError(f"more than {_MOST // 2} settings, too many for a recipe; is it another file?")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Read a mapping. Raises yaml.YAMLError for a duplicate key."""

@@ -17,14 +17,14 @@ import yaml
 from vitft.checkpoints.checkpoint import is_run
 from vitft.checkpoints.metadata import name_of
 from vitft.config.recipe import read_recipe
-from vitft.config.train import TrainConfig, require_dataset
+from vitft.config.train import PATHS, TrainConfig, require_dataset
 from vitft.data.split_record import read_record
 from vitft.errors import ModelError, Stopped, TrainingError, UsageError, first_line, require_extra
 from vitft.evaluation.metrics import Metrics, wilson_interval
 from vitft.io import console
 from vitft.io.atomic import remove_folder, write_text
 from vitft.io.paths import expanded
-from vitft.sweeping.space import Space, Values, combinations, point_of, read_space
+from vitft.sweeping.space import Choices, Space, Values, combinations, point_of, read_space
 from vitft.training.callbacks import Callback
 from vitft.training.setup import absolute
 from vitft.training.trainer import resume, train
@@ -206,6 +206,11 @@ def _planned(config: TrainConfig, vary: Mapping[str, Any], trials: int | None, s
     resolved = absolute(config)
     settings = {name: getattr(resolved, name) for name in TrainConfig.model_fields if name in config.model_fields_set}
     texts = {name: _text(values) for name, values in vary.items()}
+    space = read_space(texts, settings)
+    for name, one in space.items():
+        if name in PATHS and isinstance(one, Choices):  # a sweep goes on from any folder
+            given = [TrainConfig.parse({**settings, name: value}) for value in one.values]
+            texts[name] = _text([getattr(absolute(config), name) for config in given])
     space = read_space(texts, settings)
     if not space and seeds == 1:
         raise UsageError("nothing to try: add --set, as in --set lr=1e-5..1e-3, or --seeds 3 to repeat a run.")
