@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.families import tiny_classifier
 from tests.forked import finish_two, flags
@@ -22,7 +23,7 @@ from vitft.config.train import TrainConfig
 from vitft.errors import UsageError
 from vitft.evaluation import evaluation
 from vitft.hardware.device import make_accelerator, resolve_auto
-from vitft.hardware.shards import local
+from vitft.hardware.shards import each_joined, local
 from vitft.models.blocks import block_stacks
 from vitft.training.sharding import Sharded, part_bytes
 from vitft.training.step import Learner
@@ -128,6 +129,13 @@ def alone() -> Iterator[None]:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+def test_what_is_written_is_on_the_cpu() -> None:
+    """Beside shards, a fused AdamW has a whole tensor on a GPU: its step. Here is none, but torch can pretend."""
+    with FakeTensorMode():
+        written = dict(each_joined({"weight|step": torch.zeros((), device="cuda")}))
+    assert written["weight|step"].device.type == "cpu"
 
 
 @pytest.mark.parametrize(

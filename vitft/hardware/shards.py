@@ -30,11 +30,11 @@ def joined(tensor: Any) -> Tensor:
 def each_joined(tensors: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """The whole tensors, on the CPU, by name, in the order of the names. Collective: all processes go through all.
 
-    One after another, so that only a process that keeps them needs the memory of more than one.
+    One after another, so that only a process that keeps them needs the memory of more than one. Beside sharded ones
+    there are whole ones: buffers, and the step that a fused optimizer counts on the device.
     """
     for name in sorted(tensors):
-        tensor = tensors[name]
-        yield name, joined(tensor).cpu() if is_sharded(tensor) else tensor
+        yield name, joined(tensors[name]).cpu()
 
 
 @torch.no_grad()
