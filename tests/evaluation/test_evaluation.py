@@ -1,5 +1,6 @@
 """A score is what scikit-learn makes of the model's answers, on the split that it names."""
 
+import inspect
 import json
 import os
 import shutil
@@ -35,6 +36,7 @@ from vitft.errors import DataError, ModelError, UsageError
 from vitft.evaluation import evaluation
 from vitft.evaluation.evaluation import evaluate, matched
 from vitft.evaluation.metrics import Metrics
+from vitft.evaluation.split_predictions import require
 from vitft.io.atomic import json_text, write_json
 from vitft.models.image_processor import read_processor
 from vitft.training.setup import prepare
@@ -383,6 +385,14 @@ def test_what_cannot_be_scored_is_one_line(digits_run: Any, tmp_path: Path, word
     assert (done.exit_code, len(done.stderr.splitlines())) == (code, 1), done.output
 
 
+def test_each_flag_of_the_command_is_an_argument_and_may_undo_what_the_run_had(digits_run: Any, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["eval", str(digits_run.run), "--no-streaming", "--stream-gb", "1"])
+    assert done.exit_code == 0, done.output
+    fields = TrainConfig.model_fields
+    reading = {name for name, field in fields.items() if field.json_schema_extra["panel"] == "Reading"}  # type: ignore[index, call-overload]
+    assert reading <= inspect.signature(evaluate).parameters.keys()
+
+
 def test_the_confusion_matrix_is_drawn(digits_run: Any, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["eval", str(digits_run.run), "--json", "--plot", str(tmp_path / "plot.png")])
 
@@ -412,6 +422,8 @@ def test_what_one_dataset_was_allowed_another_is_not(tmp_path: Path) -> None:
     small = {"model": "vit-micro", "max_steps": 1, "val_fraction": 0, "device": "cpu", "precision": "fp32"}
     run = train(TrainConfig(dataset=mine, allow_outside=True, **small), output=tmp_path / "run").run  # type: ignore[arg-type]
     assert evaluate(run, split="train").count == 8
+    with pytest.raises(DataError, match="is outside of"):
+        evaluate(run, split="train", allow_outside=False)
     with pytest.raises(DataError, match="is outside of"):
         evaluate(run, dataset=other, split="train")
     assert evaluate(run, dataset=other, split="train", allow_outside=True).count == 8
@@ -704,6 +716,10 @@ def test_a_list_to_leave_out_moves_no_other_image(tmp_path: Path) -> None:
     for role, names in roles(left).items():
         assert names <= roles(whole)[role]
     assert sum(map(len, roles(whole).values())) - sum(map(len, roles(left).values())) == 3
+    every, found = (require(evaluate(run, split="validation").predictions) for run in (whole, left))
+    numbers_of = dict(zip(every.ids, every.rows.tolist(), strict=True))
+    assert found.rows.tolist() == [numbers_of[image] for image in found.ids]
+    assert min(found.rows) > 1
 
 
 # -- runs of old: splits drawn by row numbers -------------------------------------------------------

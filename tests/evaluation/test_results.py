@@ -163,7 +163,7 @@ def test_the_file_is_plain_parquet(done: Result) -> None:
 
 def test_the_surest_mistake_comes_first(done: Result) -> None:
     predictions = read_results(done.run).predictions("test")
-    assert predictions.name(0) == f"row {predictions.rows[0]:,}", "digits are no files"
+    assert predictions.name(0) == f"row {predictions.rows[0]}", "digits are no files"
     assert replace(predictions, ids=("a/b.png",) * 50).name(0) == "a/b.png"
     mistakes = predictions.mistakes()
     assert len(mistakes) == (predictions.predicted != predictions.truth).sum() > 1
@@ -234,6 +234,9 @@ def test_too_many_probabilities_are_not_kept(tmp_path: Path, monkeypatch: pytest
     assert results.predictions("test") is None
     with pytest.raises(UsageError, match="too many to keep every probability"):
         require(evaluate(run).predictions)
+    done = CliRunner().invoke(app, ["eval", str(run), "--errors", "3"])
+    assert (done.exit_code, "too many to keep every probability" in done.stderr) == (2, True)
+    assert done.stdout.startswith("accuracy "), "the scores are not lost"
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"{}"])

@@ -84,6 +84,20 @@ def test_every_reader_reads_it(model: Path, photos: Path, tmp_path: Path) -> Non
     assert np.array_equal(np.array(read["features"], np.float32), stacked(file))
 
 
+def test_the_images_of_a_table_are_named_by_their_files(
+    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = "".join(f"{number}.png,{label}\n" for number, label in ((2, "b"), (3, "a"), (4, "b")))
+    (photos / "bee" / "list.csv").write_text(f"path,label\n{rows}")
+    (tmp_path / "list.csv").write_text(f"path,label\n{rows}")
+    monkeypatch.chdir(tmp_path)
+    embed("photos/bee/list.csv", model, "beside.parquet")
+    embed("list.csv", model, "apart.parquet", image_folder="photos/bee")
+    for file in ("beside.parquet", "apart.parquet"):
+        paths = pd.read_parquet(file)["path"].tolist()
+        assert paths == [f"photos/bee/{number}.png" for number in (2, 3, 4)]
+
+
 def test_row_groups_and_batches_change_nothing(
     model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,6 +47,22 @@ def test_each_image_has_a_picture_that_is_bright_where_its_map_is_high(photos: P
     assert np.corrcoef(ratio.ravel(), weights.ravel())[0, 1] > 0.9
 
 
+def test_nothing_is_replaced_but_pictures_of_before(photos: Path, tmp_path: Path) -> None:
+    one, words = photos / "a" / "one.png", ["--checkpoint", "vit-micro", "--explain"]
+    before = one.read_bytes()
+    for given, folder, why in (
+        (one.parent, photos / "a", "is inside"), (one, photos / "a", "one.png is there already"),
+        (one.parent, photos / "a" / "why", "is inside"),
+    ):  # fmt: skip
+        done = CliRunner().invoke(app, ["predict", str(given), *words, str(folder)])
+        assert (done.exit_code, why in done.stderr) == (2, True), done.output
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "one.png").symlink_to(one)
+    assert CliRunner().invoke(app, ["predict", str(one), *words, str(tmp_path / "links")]).exit_code == 2
+    assert one.read_bytes() == before
+    assert not (photos / "a" / "why").exists()
+
+
 def test_a_picture_shows_the_method_that_was_asked_for(photos: Path, tmp_path: Path) -> None:
     pictures = {}
     for by in ("attention", "occlusion", None):

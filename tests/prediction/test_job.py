@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -292,6 +294,27 @@ def test_a_partial_file_of_something_else_is_left_alone(
     assert Path("out.csv").read_bytes() == Path("whole.csv").read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_another_model_is_told_by_an_image_that_can_be_read(
+    command: Callable[..., Any], kind: str, tmp_path: Path
+) -> None:
+    """The last row of the partial file is of one that cannot."""
+    Path("photos/9.png").write_bytes(b"no image")
+    assert command("photos", "--output", f"whole.{kind}", "--min-confidence", "0.9").exit_code == 3
+    shutil.copy(f"whole.{kind}", f"out.partial.{kind}")
+    other = tiny_model("vit")
+    with torch.no_grad():
+        other.classifier.weight.neg_()
+    other.config.id2label = dict(enumerate(LABELS))
+    save_model(tmp_path / "other", other, Preprocess(32, 32), Card(TrainConfig(), LABELS, 0, 0.0, {}, {}))
+    words = ["photos", "--output", f"out.{kind}", "--resume"]
+    for changed in (["--checkpoint", tmp_path / "other", "--min-confidence", "0.9"], ["--min-confidence", "0"]):
+        done = command(*words, *changed)
+        assert (done.exit_code, "was predicted otherwise" in done.stderr) == (2, True), done.output
+    assert command(*words, "--min-confidence", "0.9").exit_code == 3
+    assert same_rows(f"out.{kind}", f"whole.{kind}")
+
+
 def test_a_full_disk_is_a_line_and_keeps_the_rows(command: Callable[..., Any], monkeypatch: Any) -> None:
     from vitft.prediction import outputs
 
@@ -307,6 +330,28 @@ def test_a_full_disk_is_a_line_and_keeps_the_rows(command: Callable[..., Any], m
     assert done.exit_code == 2
     assert "out.csv: cannot be written: No space left on device" in done.stderr
     assert len(rows_of(Path("out.partial.csv"))) == 4
+
+
+def test_a_path_that_cannot_be_one_gets_a_row(command: Callable[..., Any]) -> None:
+    long = "x" * 300
+    Path("list.txt").write_text(f"photos/0.png\n{long}\nphotos/1.png\n")
+    done = command("--paths-from", "list.txt", "--output", "out.csv")
+    assert done.exit_code == 3, done.output
+    rows = rows_of(Path("out.csv"))
+    assert [row["path"] for row in rows] == ["photos/0.png", long, "photos/1.png"]
+    assert [bool(row["error"]) for row in rows] == [False, True, False]
+    assert command(long, "--output", "one.csv").exit_code == 3
+
+
+def test_a_folder_that_cannot_be_listed_gets_a_row(command: Callable[..., Any], monkeypatch: Any) -> None:
+    def refused(path: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("vitft.prediction.inputs.Listing", refused)
+    done = command("photos/0.png", "photos", "photos/1.png", "--output", "out.csv")
+    assert done.exit_code == 3, done.output
+    assert "photos: cannot be listed: Permission denied" in done.stderr
+    assert [bool(row["error"]) for row in rows_of(Path("out.csv"))] == [False, True, False]
 
 
 # -- lists of paths -----------------------------------------------------------------------------------

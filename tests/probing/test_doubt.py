@@ -1,6 +1,7 @@
 """Doubtful labels: planted errors among real digits."""
 
 import json
+import shutil
 from io import BytesIO
 from pathlib import Path
 
@@ -44,6 +45,14 @@ def test_planted_errors_are_found_and_what_they_are(planted: tuple[Path, set[str
     assert np.mean(right) > 0.8
     assert all(one.label == one.image.split("/")[0] != one.suggested for one in result.doubts)
     assert doubt(TrainConfig(dataset=str(folder), **MODEL), from_probability=1.0).doubts == ()
+
+
+def test_only_training_images_are_read(planted: tuple[Path, set[str]], tmp_path: Path) -> None:
+    shutil.copytree(planted[0], tmp_path / "photos" / "train")
+    for label in "01":
+        (tmp_path / "photos" / "val" / label).mkdir(parents=True)
+        (tmp_path / "photos" / "val" / label / "x.png").write_bytes(b"no image")
+    assert doubt(TrainConfig(dataset=str(tmp_path / "photos"), **MODEL)).images == 600
 
 
 def test_the_command_writes_pictures_and_a_list_that_training_leaves_out(

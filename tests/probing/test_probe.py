@@ -24,6 +24,7 @@ from vitft.models.load import BUNDLED
 from vitft.probing import probe as probing_module
 from vitft.probing.plot import plot_few_shot
 from vitft.probing.probe import ProbeResult, next_commands, probe
+from vitft.training import setup
 from vitft.training.cost.estimate import Cost
 from vitft.training.setup import prepare
 
@@ -65,8 +66,15 @@ def test_the_scores_are_of_the_validation_images_of_a_run(result: ProbeResult) -
 
 
 def counted(folder: str) -> None:
-    """Each process writes down how many images the backbone read."""
-    real, read = probing_module.backbone, list[int]()
+    """Each process writes down how many images it decoded, and how many the backbone read."""
+    real, read, decode_all, decoded = probing_module.backbone, list[int](), setup.decode_all, list[int]()
+
+    def decode(rows: Any, *given: Any, **how: Any) -> Any:
+        decoded.append(len(rows))
+        Path(folder, f"decoded-{os.environ['RANK']}").write_text(str(sum(decoded)))
+        return decode_all(rows, *given, **how)
+
+    setup.decode_all = decode  # type: ignore[assignment]
 
     def backbone(*given: Any) -> Any:
         features = real(*given)
@@ -92,6 +100,7 @@ def test_two_processes_share_the_images(result: ProbeResult, tmp_path: Path) -> 
     assert (first, second, silent) == (0, 0, ""), (said, silent)
     assert plot.is_file()
     assert [int((tmp_path / str(rank)).read_text()) for rank in range(2)] == [105, 105]  # of 150 and 60
+    assert [(tmp_path / f"decoded-{rank}").read_text() for rank in range(2)] == ["105", "105"]
     found, alone = json.loads(said[said.index("{") :]), result.to_dict()
     for one, two in zip(alone["logistic_regression"], found["logistic_regression"], strict=True):
         assert one["accuracy"] == pytest.approx(two["accuracy"], abs=0.02)

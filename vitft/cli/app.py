@@ -452,7 +452,9 @@ def data_check(
     if html is not None:
         from vitft.data.validation.page import write_report
 
-        write_report(found, source, html)
+        write_report(
+            found, source, html, max_pixels=max_pixels or MAX_PIXELS, value_range=range_of(value_range)
+        )  # fmt: skip
         console.note(f"report: {html}")
     if quarantine is not None:
         lines = quarantine_lines(found)

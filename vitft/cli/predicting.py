@@ -67,12 +67,14 @@ def predict(
     if file is not None and resume and file.exists() and not partial_name(file).exists():
         console.note(f"{file} is whole: nothing to resume (for other images: another --output, or --overwrite)")
         return
-    if sort_into is not None:
-        check_apart(sort_into, paths)
+    for flag, folder in (("--sort-into", sort_into), ("--explain", explain)):
+        if folder is not None:
+            check_apart(flag, folder, paths)
     if checkpoint is None:
         checkpoint = str(newest_run())
         console.note(f"{checkpoint}, the newest run")
     processes = join_processes(find_device(device))
+    processes.gather([None])  # each has looked for a partial file before the first one begins to write it
     if processes.count > 1 and paths_from == "-":
         raise UsageError("--paths-from -: several processes cannot share standard input; give a file.")
     images, total = _images(paths, paths_from)

@@ -92,7 +92,7 @@ def doubt(
     for file in filter(None, (quarantine, html)):
         if not file.parent.is_dir():
             raise UsageError(f"{file}: no such folder; make it first, or choose another.")
-    from vitft.config.train import TrainConfig
+    from vitft.config.train import TrainConfig, range_of
 
     config = TrainConfig.parse({"dataset": dataset} | overrides, "flags")
     with loading():
@@ -102,7 +102,9 @@ def doubt(
 
     result = doubted(config, folds=folds, from_probability=from_probability)
     if html is not None:
-        write_report(result.findings(), result.source, html)
+        write_report(
+            result.findings(), result.source, html, max_pixels=config.max_pixels, value_range=range_of(config.value_range)
+        )  # fmt: skip
         console.note(f"pictures: {html}")
     if quarantine is not None:
         write_text(quarantine, "".join(f"{line}\n" for line in result.exclusions()))

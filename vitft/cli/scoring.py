@@ -86,7 +86,7 @@ def evaluate(
 
         plot_confusion(metrics, plot)
         console.note(f"confusion matrix: {plot}")
-    said = require(metrics.predictions) if errors or predictions is not None else None
+    said = metrics.predictions
     if predictions is not None and said is not None:
         said.write(predictions)
         console.note(f"probabilities of {len(said.ids):,} images: {predictions}")
@@ -94,12 +94,14 @@ def evaluate(
     if json:
         more = ({"errors": wrong} if errors else {}) | ({} if apart is None else {"strangers": apart.to_dict()})
         console.say_json(metrics.to_dict() | more)
-        return
-    console.say(tables.metrics_report(metrics))
-    if apart is not None:
-        console.say(tables.strangers_report(apart))
-    if errors:
-        console.say(tables.mistakes_report(wrong))
+    else:
+        console.say(tables.metrics_report(metrics))
+        if apart is not None:
+            console.say(tables.strangers_report(apart))
+        if errors and said is not None:
+            console.say(tables.mistakes_report(wrong))
+    if errors or predictions is not None:
+        require(said)  # only now, so that the scores are not lost
 
 
 def report(

@@ -87,7 +87,8 @@ def _restore(source: Source, role: str, recorded: RecordedSplit, *, moved: bool)
         remaining = [recorded.ids[place] for place in places]
         digest = split_hash(recorded.source, remaining, labels, source.labels)
         if best is None or len(rows) > len(best.rows):
-            best = Split(role, name, rows, labels, remaining, digest)
+            numbers = whole_numbers(source.splits[name], ROW)[rows]
+            best = Split(role, name, rows, numbers, labels, remaining, digest)
     if moved and hashes is None and best is not None and best.hash != recorded.hash:
         return None  # names or row numbers alone could belong to any other dataset
     return best

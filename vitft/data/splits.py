@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from vitft.data.sampling import HELD_OUT, OPEN, TEST, TRAIN, Labels, Mask, Sides, hold_out, stratified_sample
 from vitft.data.sources.identity import content_hashes, has_names, ids, is_streamed, keys_of
-from vitft.data.sources.schema import ROLES, role_of
+from vitft.data.sources.schema import ROLES, ROW, role_of, whole_numbers
 from vitft.data.sources.source import Source, class_indices
 from vitft.errors import DataError
 
@@ -21,11 +21,12 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of one source split that play one role; rows, labels and ids have the same length n."""
+    """The rows of one source split that play one role; all lists have the same length n."""
 
     name: str  # the role: train, validation or test
     source: str  # the source's split that the rows come from
-    rows: Rows  # row numbers there: ascending, or in the order that a run recorded
+    rows: Rows  # positions there: ascending, or in the order that a run recorded
+    numbers: Rows  # their row numbers in all of that split: as positions, unless images were excluded
     labels: Labels  # class indices
     ids: Sequence[str | int]  # see `identity.ids`; row numbers in runs of early versions
     hash: str  # of the source split's name, the ids and their class names
@@ -34,10 +35,11 @@ class Split:
         """The split restricted to the rows where the mask, (n,), is true."""
         if mask.all():
             return self
-        rows, labels = self.rows[mask], self.labels[mask]
+        labels = self.labels[mask]
         names = [name for name, selected in zip(self.ids, mask.tolist(), strict=True) if selected]
         digest = split_hash(self.source, names, labels, class_names)
-        return replace(self, rows=rows, labels=labels, ids=names, hash=digest)
+        rows, numbers = self.rows[mask], self.numbers[mask]
+        return replace(self, rows=rows, numbers=numbers, labels=labels, ids=names, hash=digest)
 
     def sampled(self, limit: int | None, seed: int, class_names: Sequence[str]) -> "Split":
         """A stratified sample of at most `limit` rows; None takes all."""
@@ -104,10 +106,12 @@ def _drawn(train: Split, fraction: float, seed: int, purpose: str, sides: Sides)
 
 def whole_split(source: Source, role: str, name: str) -> Split:
     """All rows of the source's split `name`, in a role."""
-    labels = class_indices(source.splits[name])
+    split = source.splits[name]
+    labels = class_indices(split)
     rows = np.arange(len(labels))
-    names = ids(source.splits[name], rows)
-    return Split(role, name, rows, labels, names, split_hash(name, names, labels, source.labels))
+    names = ids(split, rows)
+    digest = split_hash(name, names, labels, source.labels)
+    return Split(role, name, rows, whole_numbers(split, ROW), labels, names, digest)
 
 
 def find_split_name(source: Source, role: str) -> str | None:

@@ -6,12 +6,16 @@ from typing import Any
 
 from PIL import Image
 
-from vitft.data.decoder import decode, encoded
+from vitft.data.color import Range
+from vitft.data.decoder import MAX_PIXELS, decode, encoded
 
 
-def data_url(image: Any, side: int) -> str:
-    """The address of a JPEG of an image column's cell, at most `side` pixels wide and high. Raises BadImage."""
-    small = Image.fromarray(decode(encoded(image)))
+def data_url(image: Any, side: int, max_pixels: int = MAX_PIXELS, value_range: Range | None = None) -> str:
+    """The address of a JPEG of an image column's cell, at most `side` pixels wide and high. Raises BadImage.
+
+    `max_pixels` and `value_range` are those of `decode`.
+    """
+    small = Image.fromarray(decode(encoded(image), max_pixels, value_range=value_range))
     small.thumbnail((side, side))
     return jpeg_url(small)
 

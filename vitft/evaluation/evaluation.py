@@ -79,7 +79,8 @@ def evaluate(
     precision: str | None = None, on_bad_image: str | None = None, max_pixels: int | None = None,
     image_column: str | None = None, label_column: str | None = None, split_column: str | None = None,
     fold_column: str | None = None, fold: int | None = None, image_folder: str | None = None,
-    encoding: str | None = None, allow_outside: bool = False, value_range: str | None = None,
+    encoding: str | None = None, allow_outside: bool | None = None, value_range: str | None = None,
+    streaming: bool | None = None, stream_gb: float | None = None,
     progress: Progress = lambda done, count: None,
     report_skipped: Callable[[list[Skipped]], None] = lambda skipped: None,
 ) -> Metrics:  # fmt: skip
@@ -106,8 +107,8 @@ def evaluate(
     typed = {"dataset_revision": dataset_revision, "max_pixels": max_pixels, "on_bad_image": on_bad_image,
              "image_column": image_column, "label_column": label_column, "split_column": split_column,
              "fold_column": fold_column, "fold": fold, "image_folder": image_folder, "encoding": encoding,
-             "value_range": value_range,
-             "allow_outside": allow_outside or None}  # fmt: skip
+             "value_range": value_range, "allow_outside": allow_outside, "streaming": streaming,
+             "stream_gb": stream_gb}  # fmt: skip
     config, card = reading(checkpoint, dataset, typed)
     loaded = load_model(checkpoint)
     device = find_device(device)

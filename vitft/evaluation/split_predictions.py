@@ -26,7 +26,7 @@ class Predictions:
 
     `truth` has class numbers: those of `labels`, and after them those of `others`, classes that the model does not
     have. `ids` are paths relative to the dataset, or hashes of the images' content, and `rows` the row numbers in the
-    dataset's split `source`.
+    dataset's split `source`, as `data check` has them.
     """
 
     split: str
@@ -58,7 +58,7 @@ class Predictions:
     def name(self, place: int) -> str:
         """What to call an image: its path, or its row where images have none."""
         image = self.ids[place]
-        return f"row {self.rows[place]:,}" if re.fullmatch("[0-9a-f]{16}", image) else image
+        return f"row {self.rows[place]}" if re.fullmatch("[0-9a-f]{16}", image) else image
 
     def class_name(self, number: int) -> str:
         """The name of a class of the model or of the images."""
@@ -116,5 +116,5 @@ def of_split(
     """The predictions for a `Split`, whose classes the model numbers as `truth` does."""
     ids = tuple(map(str, split.ids))
     return Predictions(
-        split.name, split.hash, split.source, tuple(labels), tuple(others), ids, split.rows, truth, probabilities
+        split.name, split.hash, split.source, tuple(labels), tuple(others), ids, split.numbers, truth, probabilities
     )

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -63,6 +64,9 @@ class Processes:
         return self.count == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+_PATIENCE = timedelta(hours=3)
+"""How long processes wait for one that does alone what cannot be shared, such as drawing explanations."""
+
 ALONE = Processes()
 """One process."""
 
@@ -108,5 +112,5 @@ def join_processes(device: str) -> Processes:
     meet_again(device)
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu")
+    state = PartialState(cpu=device == "cpu", timeout=_PATIENCE)
     return Processes(state.process_index, state.num_processes)

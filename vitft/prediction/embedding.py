@@ -199,7 +199,8 @@ def _dataset_of(images: Any, reading: dict[str, Any]) -> tuple[Source | None, st
             raise UsageError(f"{as_flag(typed[0])} applies to one dataset, not to image files.")
         return None, ""
     if not path.is_dir():
-        return open_dataset(words[0], **reading), ""
+        of_paths = reading.get("image_folder") or Path(words[0]).parent  # of a table
+        return open_dataset(words[0], **reading), str(of_paths) if path.is_file() else ""
     try:
         return open_dataset(words[0], **reading), str(words[0])
     except DataError as error:

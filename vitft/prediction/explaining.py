@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from vitft.attribution.maps import Method, overlay
 from vitft.data.decoder import BadImage
@@ -15,6 +16,7 @@ from vitft.io.fonts import drawable
 from vitft.io.paths import expanded
 from vitft.prediction.predictor import Prediction, Predictor
 
+_SOFTWARE = "vitft predict --explain"
 _WIDTH, _CAPTION = 336, 30  # pixels of each of the two pictures, and of the line below
 
 
@@ -22,7 +24,8 @@ class Explainer:
     """Writes a PNG for each image into a folder: what the model was shown, and beside it what spoke for its best class.
 
     A picture is called after its image; where two images have one name, after a hash of the path, too, so that the same
-    call writes the same files. Images that could not be read have none. `by`: as in `Predictor.maps`.
+    call writes the same files. Only such pictures are replaced. Images that could not be read have none. `by`: as in
+    `Predictor.maps`.
     """
 
     def __init__(self, folder: str | Path, predictor: Predictor, by: Method | None = None) -> None:
@@ -57,8 +60,12 @@ class Explainer:
             text, font = drawable(f"{safe(label)}, {percent(score)}", percent(score))
             ImageDraw.Draw(sheet).text((4, height + 6), text, "#1c1c1f", ImageFont.truetype(font, 15))
             file = self.folder / self._name(row.path)
+            if os.path.lexists(file) and not _is_ours(file):
+                raise UsageError(f"--explain {self.folder}: {file.name} is there already; choose another folder.")
+            about = PngInfo()
+            about.add_text("Software", _SOFTWARE)
             try:
-                sheet.save(file)
+                sheet.save(file, pnginfo=about)
             except OSError as error:
                 raise UsageError(f"{file}: cannot be written: {error.strerror or error}.") from error
             self.count += 1
@@ -70,3 +77,12 @@ class Explainer:
             name = f"{source.stem[:150]}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:8]}.png"
         self._used.add(name.casefold())
         return name
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a file is a picture that an `Explainer` has written."""
+    try:
+        with Image.open(file) as picture:
+            return not file.is_symlink() and picture.info.get("Software") == _SOFTWARE
+    except OSError:
+        return False

@@ -52,15 +52,20 @@ def find_files(given: str | Path) -> Iterator[str]:
     """The image files behind a file, a folder or a glob, as `find_images` does."""
     word = str(given)
     path = expanded(word)
-    if path.is_dir():
-        tree = Listing(path).tree
+    if os.path.isdir(path):  # noqa: PTH112  (unlike Path.is_dir, it raises nothing for a name that is too long)
+        try:
+            tree = Listing(path).tree
+        except OSError as error:
+            console.warn(f"{word}: cannot be listed: {error.strerror or error}")
+            yield word
+            return
         plain, pictures = describe_others(tree.other_files(), tree.path)
         for sentence in plain:
             console.note(f"{word}: {sentence}")
         for sentence in pictures:
             console.warn(f"{word}: {sentence}")
         yield from (str(Path(file)) for file in tree.files())
-    elif not path.exists() and glob.has_magic(word):
+    elif not os.path.exists(path) and glob.has_magic(word):  # noqa: PTH110
         names = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (Path.glob wants relative ones)
         yield from [name for name in names if Path(name).is_file()] or [word]
     else:

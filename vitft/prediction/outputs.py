@@ -184,7 +184,9 @@ def output_file(file: Path, kind: str, layout: Layout, *, appends: bool = False)
     try:
         with _parquet(partial, layout) if kind == "parquet" else _text(partial, kind, layout, appends) as writer:
             counted.writer = writer
+            counted.writes = False
             yield counted
+            counted.writes = True
         with partial.open("rb+") as stream:
             os.fsync(stream.fileno())
         partial.replace(file)
@@ -194,23 +196,25 @@ def output_file(file: Path, kind: str, layout: Layout, *, appends: bool = False)
             console.note(f"what was predicted so far is in {partial}{onward}")
         else:
             partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and counted.writes:
             raise UsageError(f"{file}: cannot be written: {error.strerror or error}.") from error
         raise
 
 
 class _Counted:
-    """A writer, and how many rows it was given."""
+    """A writer, how many rows it was given, and whether it `writes`, rather than waits for the next ones."""
 
     def __init__(self) -> None:
         self.writer: Writer | None = None
-        self.rows = 0
+        self.rows, self.writes = 0, True
 
     def write(self, rows: Sequence[Prediction]) -> None:
         """Write some more."""
         assert self.writer is not None
         self.rows += len(rows)
+        self.writes = True
         self.writer.write(rows)
+        self.writes = False
 
 
 @contextmanager

@@ -25,6 +25,8 @@ class Row:
     score: float
     error: str
     classes: int
+    marks: tuple[bool, bool]
+    """Whether it is unsure, and of none of the classes."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,13 @@ def go_on(
 ) -> Done:  # fmt: skip
     """Skip the images that have a row in an unfinished .csv or .jsonl file, after cutting off a torn last row.
 
-    The last of them is predicted again. Raises UsageError if the images, the model or the options are others.
+    The last of them that could be read is predicted again. Raises UsageError if the images, the model or the options
+    are others.
     """
     end = _end_of_rows(partial, quoted=kind == "csv")
     count = unreadable = 0
-    image: Found | None = None
-    row = None
+    row: Row | None = None
+    known: tuple[Row, str] | None = None
     for row in _rows(partial, end, kind, columns):
         image, count, unreadable = next(images, None), count + 1, unreadable + bool(row.error)
         if not isinstance(image, str) or _text(image, kind) != row.path:
@@ -53,7 +56,10 @@ def go_on(
                 f"{partial}: row {count:,} is {row.path}, but image {count:,} is now {image!s}; "
                 "give the same images in the same order, or --overwrite."
             )
-    if row is not None and isinstance(image, str):
+        if not row.error or known is None:
+            known = row, image
+    if known is not None:
+        row, image = known
         _check_same(row, next(predictor.stream_found([image], top_k=top_k)), partial, kind)
     elif partial.stat().st_size:
         raise UsageError(f"{partial}: has no whole row to go on from; add --overwrite in place of --resume.")
@@ -76,10 +82,11 @@ def _rows(partial: Path, end: int, kind: str, columns: list[str]) -> Iterator[Ro
 def _check_same(row: Row, prediction: Prediction, partial: Path, kind: str) -> None:
     """Raise UsageError unless a prediction says what the row of its image said."""
     label, score = prediction.top[0] if prediction.top else ("", 0.0)
-    now = Row(row.path, _text(label, kind), score, _text(prediction.error or "", kind), len(prediction.top))
-    if (now.label, now.error, now.classes) != (row.label, row.error, row.classes) or not isclose(
-        now.score, row.score, abs_tol=_CLOSE
-    ):
+    now = Row(
+        row.path, _text(label, kind), row.score, _text(prediction.error or "", kind), len(prediction.top),
+        (prediction.unsure, prediction.none_of_these),
+    )  # fmt: skip
+    if now != row or not isclose(score, row.score, abs_tol=_CLOSE):
         raise UsageError(
             f"{partial}: {row.path} was predicted otherwise; give the same checkpoint and options, or --overwrite."
         )
@@ -114,7 +121,9 @@ def _csv_rows(lines: Iterator[str], columns: list[str]) -> Iterator[Row]:
     errors = columns.index("error")
     for cells in reader:
         scores = [float(cells[place]) for place in range(2, errors, 2) if cells[place]]
-        yield Row(cells[0], cells[1], scores[0] if scores else 0.0, cells[errors], len(scores))
+        marks = dict(zip(columns[errors:], cells[errors:], strict=True))
+        unsure, strange = (marks.get(name) == "true" for name in ("unsure", "none_of_these"))
+        yield Row(cells[0], cells[1], scores[0] if scores else 0.0, cells[errors], len(scores), (unsure, strange))
 
 
 def _jsonl_rows(lines: Iterator[str]) -> Iterator[Row]:
@@ -122,4 +131,5 @@ def _jsonl_rows(lines: Iterator[str]) -> Iterator[Row]:
         row = json.loads(line)
         top = row.get("top", [])
         label, score = (top[0]["label"], float(top[0]["score"])) if top else ("", 0.0)
-        yield Row(row["path"], label, score, row.get("error", ""), len(top))
+        marks = bool(row.get("unsure")), bool(row.get("none_of_these"))
+        yield Row(row["path"], label, score, row.get("error", ""), len(top), marks)

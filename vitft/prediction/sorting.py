@@ -96,12 +96,12 @@ class Sorter:
                 raise
 
 
-def check_apart(folder: str | Path, given: Iterable[str]) -> None:
-    """Raise UsageError if a folder that images come from contains the one they go to."""
+def check_apart(flag: str, folder: str | Path, given: Iterable[str]) -> None:
+    """Raise UsageError if a folder that images come from contains the one, of this flag, that files go to."""
     for one in given:
         path = expanded(one)
-        if path.is_dir() and expanded(folder).resolve().is_relative_to(path.resolve()):
-            raise UsageError(f"--sort-into {folder}: is inside {one}, where the images come from; choose another.")
+        if os.path.isdir(path) and expanded(folder).resolve().is_relative_to(path.resolve()):  # noqa: PTH112
+            raise UsageError(f"{flag} {folder}: is inside {one}, where the images come from; choose another.")
 
 
 def folder_names(labels: Sequence[str]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Labels that are probably wrong, by what a pretrained model sees in the other images."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,7 @@ def doubt(
     if isinstance(dataset, str | Path):
         config, dataset = config.model_copy(update={"dataset": str(dataset)}), None
     prepared = prepare(resolve_auto(config), dataset=dataset)
+    prepared = replace(prepared, splits={"train": prepared.splits["train"]})  # no other is read
     with memory_guard(prepared.config), threads(prepared.config.threads):
         decoded = prepared.decode()
         known, _ = examples(decoded, "train")
@@ -111,7 +112,12 @@ def doubt(
     images = sample_names(prepared.source.splits[split.source], split.rows)
     doubts = tuple(
         Doubt(
-            split.source, images[i], int(split.rows[i]), names[labels[i]], names[found.likely[i]], float(found.wrong[i])
+            split.source,
+            images[i],
+            int(split.numbers[i]),
+            names[labels[i]],
+            names[found.likely[i]],
+            float(found.wrong[i]),
         )
         for i in found.places(from_probability)
     )

@@ -109,7 +109,7 @@ def probe(config: TrainConfig | None = None, *, dataset: DatasetLike | None = No
         raise UsageError(f"no validation images to score by: {held}; set --val-fraction, such as 0.2.")
     with memory_guard(prepared.config), threads(prepared.config.threads):
         tuning = processes.by_first(lambda: _tuning(prepared))
-        decoded = prepared.with_settings(augment="none").decode()
+        decoded = prepared.with_settings(augment="none").decode(processes)
         train, _ = examples(decoded, "train", processes)
         held_out, elapsed_s = examples(decoded, "validation", processes)
         return processes.by_first(lambda: _result(decoded, train, held_out, tuning, elapsed_s))

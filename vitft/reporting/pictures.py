@@ -10,7 +10,8 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from vitft.data.decoder import BadImage
+from vitft.data.color import Range
+from vitft.data.decoder import MAX_PIXELS, BadImage
 from vitft.data.sources.identity import sample_names
 from vitft.data.splits import Split
 from vitft.data.thumbnail import data_url
@@ -33,9 +34,12 @@ class Gallery:
     """Images with what they are and what the model said, and which of them to show where, by position in `images`.
 
     `doubtful` are those whose label is probably wrong, and `training` examples of what the model was trained on.
-    `cells` are those of the confusion matrix, `i,j` for class i that was taken for j.
+    `cells` are those of the confusion matrix, `i,j` for class i that was taken for j. `max_pixels` and `value_range`
+    say how images are decoded.
     """
 
+    max_pixels: int = MAX_PIXELS
+    value_range: Range | None = None
     images: list[dict[str, Any]] = field(default_factory=list)
     sure: list[int] = field(default_factory=list)
     doubtful: list[int] = field(default_factory=list)
@@ -53,7 +57,7 @@ class Gallery:
 
         def picture(row: int) -> str | None:
             try:
-                return data_url(rows[row]["image"], SIDE)
+                return data_url(rows[row]["image"], SIDE, self.max_pixels, self.value_range)
             except BadImage:
                 return None
 

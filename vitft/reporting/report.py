@@ -12,7 +12,7 @@ import numpy as np
 from jinja2 import Environment
 
 from vitft.checkpoints.checkpoint import is_run, read_config
-from vitft.config.train import TrainConfig
+from vitft.config.train import TrainConfig, range_of
 from vitft.data.sources.identity import is_streamed
 from vitft.data.sources.schema import ROLES
 from vitft.data.sources.source import DatasetLike, Source, source_of
@@ -122,7 +122,8 @@ def _pictures(
         if (split := splits.get(predictions.split)) is None:
             return Gallery(), "none of them is in the dataset any more"
         row_of = dict(zip(map(str, split.ids), split.rows.tolist(), strict=True))
-        rows, found = source.splits[split.source], Gallery()
+        rows = source.splits[split.source]
+        found = Gallery(config.max_pixels, range_of(config.value_range))
         if (train := splits.get("train")) is not None and not is_streamed(source.splits[train.source]):
             known = {composed(label): place for place, label in enumerate(predictions.labels + predictions.others)}
             class_of = np.array([known.get(composed(label), len(known)) for label in source.labels])

@@ -87,12 +87,15 @@ class Prepared:
         """A copy with other settings."""
         return replace(self, config=self.config.model_copy(update=changes))
 
-    def decode(self) -> "Decoded":
-        """Decode the splits, without unreadable images. Raises DataError for one that may not be skipped."""
+    def decode(self, processes: Processes = ALONE) -> "Decoded":
+        """Decode the splits, without unreadable images. Raises DataError for one that may not be skipped.
+
+        Of several processes that share the work, which have to call this together, each decodes its part.
+        """
         self._tell_unused_range()
         decoded = Decoded(self.config, self.source, dict(self.splits), self.loaded, Stores({}, {}), {})
         for role in self.used:
-            decoded.stores.made[role], decoded.splits[role] = self._decode(role, decoded.skipped)
+            decoded.stores.made[role], decoded.splits[role] = self._decode(role, decoded.skipped, processes)
         return decoded
 
     def open_images(self, processes: Processes = ALONE, *, resumes: bool = False) -> "Decoded":

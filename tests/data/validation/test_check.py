@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+from base64 import b64decode
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -464,6 +466,21 @@ def test_the_report_shows_the_images(faulty: Path, tmp_path: Path) -> None:
     assert "</div>train/cat/bad.png<span>" in page
     assert '<meta name="viewport" content="width=device-width' in page, "on a phone"
     assert shared_style() in page
+
+
+def test_the_page_shows_images_as_they_were_read(tmp_path: Path) -> None:
+    """White of 12 bits, which 16 bits make nearly black."""
+    for number, label in enumerate("aab"):
+        file = tmp_path / "scans" / label / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((20, 20), 4095, np.uint16)).save(file)
+    page = tmp_path / "page.html"
+    for words, bright in ((["--value-range", "0:4095"], True), ([], False)):
+        vitft(str(tmp_path / "scans"), "--html", str(page), *words)
+        shown = re.findall(r"data:image/jpeg;base64,([^\"]+)", page.read_text())
+        means = [np.asarray(Image.open(io.BytesIO(b64decode(one)))).mean() for one in shown]
+        assert means
+        assert all((mean > 250) == bright for mean in means)
 
 
 def test_names_cannot_write_html(tmp_path: Path, rng: Rng) -> None:
