@@ -20,6 +20,7 @@ from vitft.config.recipe import load_config
 from vitft.data.loader import TrainLoader
 from vitft.errors import as_flag
 from vitft.evaluation.metrics import Score
+from vitft.io.atomic import lock_folder
 from vitft.sweeping import sweep as sweeping
 from vitft.sweeping.space import read_space
 from vitft.sweeping.study import Study
@@ -194,6 +195,98 @@ def test_settings_that_contradict_each_other_fail_their_trial_alone(tmp_path: Pa
     assert "applies only to early stopping" in states[None, 0.01].reason
     with pytest.raises(UsageError, match="applies only to adamw"):  # with any value of the others
         sweep(config(betas="0.9,0.99"), {"optimizer": "adamw,sgd"}, output=tmp_path / "other")
+
+
+@pytest.mark.parametrize("sizes", ["28,29,42", "29,28,42"])
+def test_an_impossible_trial_is_named_and_the_others_are_tried(tmp_path: Path, sizes: str) -> None:
+    """Also if it is the first: 29 pixels are no whole number of patches."""
+    result = sweep(config(), {"image_size": sizes}, output=tmp_path / "sweep")
+    states = {one.settings["image_size"]: one.state for one in result.trials}
+    assert states == {28: "complete", 29: "failed", 42: "complete"}
+    shown = Console(width=200, record=True, force_terminal=False)
+    shown.print(sweep_report(result))
+    assert "patch" in next(line for line in shown.export_text().splitlines() if " 29 " in line)
+    assert story(resume_sweep(tmp_path / "sweep")) == story(result)
+
+
+@pytest.mark.parametrize("kind", [UsageError, ModelError])
+def test_a_failed_trial_does_not_stop_the_sweep_from_going_on(
+    kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def fails(settings: TrainConfig, **rest: Any) -> Result:
+        tried.append(settings.lr)
+        if settings.lr in (3e-3, 6e-3):
+            raise kind(f"{settings.lr} is impossible.")
+        return train(settings, **rest)
+
+    monkeypatch.setattr(sweeping, "train", fails)
+    vary = {"lr": "3e-3,5e-3,6e-3"}
+    with pytest.raises(kind, match=r"0\.003 is impossible"):  # the settings as given: those of all
+        sweep(config(), vary, output=tmp_path / "sweep")
+    assert tried == [3e-3]
+    result = resume_sweep(tmp_path / "sweep")
+    assert sorted(tried) == [3e-3, 5e-3, 6e-3], "none twice"
+    assert {one.settings["lr"]: (one.state, one.reason) for one in result.trials} == {
+        3e-3: ("failed", "0.003 is impossible"), 5e-3: ("complete", ""), 6e-3: ("failed", "0.006 is impossible"),
+    }  # fmt: skip
+
+
+def test_what_is_wrong_with_all_trials_ends_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def fails(settings: TrainConfig, **_rest: Any) -> Result:
+        tried.append((settings.layer_decay, settings.lr))
+        raise ModelError("no such model.")
+
+    monkeypatch.setattr(sweeping, "train", fails)
+    with pytest.raises(ModelError, match="no such model"):
+        sweep(config(), {"layer_decay": "0.5,0.6", "lr": "1e-4,1e-3"}, output=tmp_path / "sweep")
+    assert any(a != c and b != d for a, b in tried for c, d in tried), "no value of theirs is to blame"
+    assert len(tried) < 4
+
+
+def test_a_trial_completed_meanwhile_keeps_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one process looks for the best trial, another completes a better one."""
+    settings, listed = config(), Study.trials
+    study, other = (Study(tmp_path, read_space({"lr": "1e-4,1e-3"}, TINY), settings, total=2) for _ in range(2))
+    values = {"accuracy_interval": (0.3, 0.5), "macro_f1": 0.3, "balanced_accuracy": 0.2, "loss": 1.5, "top5": 1.0}
+    kept = [tmp_path / "trials" / str(number) / "seed-0" / "best" for number in (1, 2)]
+    for folder in kept:
+        folder.mkdir(parents=True)
+    with study.claimed() as worse, other.claimed() as better:
+
+        def complete(trial: Any, accuracy: float) -> None:
+            trial.record(0, Score(accuracy=accuracy, count=10, split="validation", split_hash="", images_per_s=1.0, **values), 1.0)  # fmt: skip  # noqa: E501
+            trial.complete(accuracy)
+
+        def then(self: Study) -> Any:
+            found = listed(self)
+            if not any(one.state == "complete" and one.number == better.number for one in found):
+                complete(better, 0.9)
+            return found
+
+        complete(worse, 0.4)
+        monkeypatch.setattr(Study, "trials", then)
+        sweeping._keep_best(study, "accuracy")
+        assert [folder.is_dir() for folder in kept] == [True, True]
+        sweeping._keep_best(study, "accuracy")
+        assert [folder.is_dir() for folder in kept] == [False, True]
+
+
+def test_one_process_at_a_time_removes_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove, held = sweeping.remove_folder, []
+
+    def asks(folder: Path) -> None:
+        with lock_folder(tmp_path / "sweep") as free:
+            held.append(not free)
+        remove(folder)
+
+    monkeypatch.setattr(sweeping, "remove_folder", asks)
+    sweep(config(), {"lr": "1e-6,3e-3"}, output=tmp_path / "sweep")
+    assert held
+    assert all(held)
 
 
 def test_a_sweep_can_become_longer(tmp_path: Path) -> None:

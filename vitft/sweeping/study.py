@@ -115,7 +115,7 @@ class Study:
     def claimed(self) -> Iterator[Handle | None]:
         """Yield a trial for this process alone: one that was interrupted, else a new one; None if none is left."""
         with ExitStack() as held:
-            with self._alone():
+            with self.alone():
                 trial = self._interrupted(held) or self._new(held)
             yield trial
 
@@ -123,18 +123,13 @@ class Study:
         """All trials that have begun."""
         return [_finished(one) for one in self._study.get_trials(deepcopy=False) if one.state != TrialState.WAITING]
 
-    def best(self, by: str) -> Trial | None:
-        """The completed trial with the highest mean score; the first of equals."""
-        done = [trial for trial in self.trials() if trial.state == "complete"]
-        return max(done, key=lambda trial: sum(score.by(by) for score in trial.scores), default=None)
-
     def folder_of(self, number: int) -> Path:
         """The folder with a trial's runs, one for each seed. Trials are counted from 1, unlike in Optuna."""
         return self._folder / RUNS / str(number)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Wait until no other process takes a trial."""
+    def alone(self) -> Iterator[None]:
+        """Wait until no other process takes a trial, or removes weights."""
         with ExitStack() as held:
             while not held.enter_context(lock_folder(self._folder)):
                 held.close()

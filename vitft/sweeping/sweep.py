@@ -126,6 +126,12 @@ def spread(trial: "Trial", name: str) -> float | None:
     return statistics.stdev(_values(trial, name)) if len(trial.scores) > 1 else None
 
 
+def best_of(trials: Sequence["Trial"], by: str) -> "Trial | None":
+    """The completed trial with the highest mean score; the first of equals."""
+    done = [one for one in trials if one.state == "complete"]
+    return max(done, key=lambda one: sum(score.by(by) for score in one.scores), default=None)
+
+
 def interval(trial: "Trial") -> tuple[float, float]:
     """The 95 % interval of the mean accuracy, by the number of validation images."""
     images = trial.scores[0].count
@@ -295,24 +301,36 @@ def _try_one(study: "Study", plan: Plan, folder: Path) -> bool:
             return False
         values = ", ".join(f"{name} {console.brief(value)}" for name, value in trial.settings.items())
         console.note(f"trial {trial.number} of {study.total}: {values or 'the settings as given'}")
-        before = study.best(plan.base.best_by)
         try:
             _train(trial, plan)
         except TrainingError as error:  # it diverged, or memory ran out
             trial.fail(first_line(error))
-        except UsageError as error:
-            if before is None:  # the settings themselves, more likely than this trial's
+        except (UsageError, ModelError) as error:
+            trial.fail(first_line(error))  # in any case: else each process that goes on would begin with it
+            if _is_of_all(study, plan, trial.number):
                 raise
-            trial.fail(first_line(error))
-    after = study.best(plan.base.best_by)
-    done = next(one for one in study.trials() if one.number == trial.number)
+    trials = _keep_best(study, plan.base.best_by)
+    best, done = best_of(trials, plan.base.best_by), next(one for one in trials if one.number == trial.number)
     if done.state == "complete":
-        mark = "  (best so far)" if after is not None and after.number == done.number else ""
+        mark = "  (best so far)" if best is not None and best.number == done.number else ""
         console.note(f"trial {done.number}: {shown(plan.base.best_by, mean(done, plan.base.best_by))}{mark}")
     else:
         console.note(f"trial {done.number}: {done.state}, {done.reason}")
-    _remove_weights(study, after)
     return True
+
+
+def _is_of_all(study: "Study", plan: Plan, number: int) -> bool:
+    """Whether no trial can succeed where this one has failed, as far as one can tell.
+
+    None has, and these are the settings as they were given, or a trial with other values throughout failed likewise.
+    """
+    trials = study.trials()
+    this = next(one for one in trials if one.number == number)
+    likewise = [one for one in trials if one.number != number and one.reason == this.reason]
+    return best_of(trials, plan.base.best_by) is None and (
+        this.settings == point_of(plan.base, plan.space)
+        or any(not one.settings.items() & this.settings.items() for one in likewise)
+    )
 
 
 def _train(trial: "Handle", plan: Plan) -> None:
@@ -333,20 +351,27 @@ def _train(trial: "Handle", plan: Plan) -> None:
     return trial.complete(statistics.fmean(score.by(by) for score in trial.scores.values()))
 
 
-def _remove_weights(study: "Study", best: "Trial | None") -> None:
-    """Keep the weights of the best trial alone: of the others, settings and metrics tell all."""
-    for one in study.trials():
-        if one.state != "unfinished" and (best is None or one.number != best.number):
-            for run in study.folder_of(one.number).glob("seed-*"):
-                for name in ("checkpoints", "best", "last"):
-                    if (run / name).is_dir():
-                        remove_folder(run / name)
+def _keep_best(study: "Study", by: str) -> list["Trial"]:
+    """Keep the weights of the best trial alone: of the others, settings and metrics tell all. Returns the trials.
+
+    Other processes do so too, and what they complete meanwhile may be better.
+    """
+    with study.alone():
+        trials = study.trials()
+        best = best_of(trials, by)
+        for one in trials:
+            if one.state != "unfinished" and (best is None or one.number != best.number):
+                for run in study.folder_of(one.number).glob("seed-*"):
+                    for name in ("checkpoints", "best", "last"):
+                        if (run / name).is_dir():
+                            remove_folder(run / name)
+        return trials
 
 
 def _result(study: "Study", plan: Plan, folder: Path) -> SweepResult:
     """The table, and `best.yaml`. Raises TrainingError if no trial was completed."""
     by, trials = plan.base.best_by, tuple(study.trials())
-    best = study.best(by)
+    best = best_of(trials, by)
     if best is None:
         failed = [one for one in trials if one.state == "failed"]
         if not failed:
