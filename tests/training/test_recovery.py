@@ -245,3 +245,22 @@ def test_memory_that_not_even_one_image_fits_is_an_error(tmp_path: Path, monkeyp
     monkeypatch.setattr(Learner, "step", never)
     with pytest.raises(TrainingError, match="out of memory on cpu"):
         train(config(), output=tmp_path / "run")
+
+
+def test_an_optimizer_that_runs_out_of_memory_is_not_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have updated some of the weights, or allocated some of its moments."""
+    asked = []
+
+    def step(self: Any, closure: Any = None) -> None:
+        asked.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr("vitft.training.trainer.warn_if_long", lambda *given: None)
+    with pytest.raises(TrainingError, match=r"^out of memory on cpu; try [^\n]*$") as caught:
+        train(config(), output=tmp_path / "run")
+    assert caught.value.exit_code == 5
+    assert len(asked) == 1
+    assert ckpt.read_config(tmp_path / "run").micro_batch_size is None

@@ -1,6 +1,7 @@
 """The repeated blocks of a model, in any architecture, found by structure instead of names."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate, chain
 from typing import Any
 
@@ -65,6 +66,27 @@ def freeze_first(model: nn.Module, count: int) -> None:
     for name, parameter in model.named_parameters():
         if depths[name] <= count and not in_head(model, name):
             parameter.requires_grad_(False)
+
+
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """Its batch norms, of any number of dimensions."""
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+@contextmanager
+def normalizing(norms: Sequence[nn.Module], images: int) -> Iterator[None]:
+    """Within this context, batch norms use their running statistics if a pass has one image, which is no batch.
+
+    Where that has one value per channel, it has no variance, and torch refuses it.
+    """
+    trained = [norm for norm in norms if norm.training] if images == 1 else []
+    for norm in trained:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in trained:
+            norm.train()
 
 
 def frozen_parts(model: nn.Module) -> Iterator[nn.Module]:

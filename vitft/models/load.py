@@ -26,7 +26,7 @@ from vitft.io import console
 from vitft.io.hub_errors import answers, reason
 from vitft.io.library_logs import quiet_transformers
 from vitft.io.paths import composed, expanded
-from vitft.models.blocks import block_stacks, freeze_first, frozen_parts
+from vitft.models.blocks import batch_norms, block_stacks, freeze_first, frozen_parts
 from vitft.models.classifiers import TIMM, check_family, classifier_class, classifier_config
 from vitft.models.custom_sizes import with_sizes
 from vitft.models.drop_path import drop_paths, set_drop_path_rate
@@ -399,9 +399,9 @@ def set_training(model: Any, freeze: int | str) -> None:
     elif freeze != "none":
         for part in frozen_parts(model):
             part.eval()
-    for module in model.modules():  # those beside an adapter
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None:
-            module.train(module.training and module.weight.requires_grad)
+    for norm in batch_norms(model):  # those beside an adapter
+        if isinstance(norm.weight, nn.Parameter):
+            norm.train(norm.training and norm.weight.requires_grad)
 
 
 def checkpoint_activations(model: Any) -> None:

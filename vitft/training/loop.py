@@ -224,14 +224,17 @@ class Run:
             state.best_score = state.counted_score = score
 
     def _step(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Take a step; if memory runs out, halve the micro-batch for the rest of the run. The batch stays the same."""
+        """Take a step; if its gradients need too much memory, halve the micro-batch for the rest of the run.
+
+        The batch stays the same.
+        """
         while True:
             try:
                 return self.learner.step(step)
             except RuntimeError as error:
                 # Several processes would have to agree on it in the middle of an all-reduce.
                 alone = self.accelerator.num_processes == 1
-                if not is_out_of_memory(error) or self.learner.micro_batch == 1 or not alone:
+                if not is_out_of_memory(error) or self.learner.updating or self.learner.micro_batch == 1 or not alone:
                     raise
                 before = self.learner.micro_batch
                 self.learner.halve()
@@ -277,6 +280,7 @@ class Run:
 
     def _measure(self, role: str, bar: "console.TrainingProgress") -> Metrics:
         accelerator = self.accelerator
+        self.learner.share_running_means()
         images, labels = self._images(role)
         loader = EvalLoader(
             images, labels, self.how, batch_size=evaluation.BATCH, device=accelerator.device,

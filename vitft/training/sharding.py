@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitft.errors import UsageError
 from vitft.hardware.shards import each_joined
-from vitft.models.blocks import block_stacks
+from vitft.models.blocks import batch_norms, block_stacks
 
 
 class Sharded:
@@ -34,7 +34,7 @@ class Sharded:
 
         kind = model.config.model_type
         # DDP gives all processes the running means of the first; here, each would have its own.
-        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        if batch_norms(model):
             raise UsageError(f"parallel fsdp: a {kind} model has batch norms, which it cannot share; use ddp.")
         if any(parameter.ndim == 0 for parameter in model.parameters()):
             raise UsageError(f"parallel fsdp: a {kind} model has a weight that is one number; use ddp.")

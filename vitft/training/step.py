@@ -1,7 +1,7 @@
 """One optimizer step. Its batch, learning rate and dropout are functions of (seed, step)."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -15,6 +15,7 @@ from vitft.hardware.shards import joined, local
 from vitft.hardware.timers import Clock, DataWait
 from vitft.io import console
 from vitft.io.signals import Gather, Progress
+from vitft.models.blocks import batch_norms, normalizing
 from vitft.models.features import backbone
 from vitft.models.head_init import fit_head, images_for_head, starts_from_features, write_head
 from vitft.models.load import checkpoint_activations, compiled, set_training
@@ -62,6 +63,7 @@ class Learner:
         reads = features_pay(config, self.unwrapped, self.total_steps, len(self.images_loader.store))
         self.probe = Probe(self.unwrapped, config) if reads else None
         self.module: Any = self.unwrapped if self.probe is None else self.probe.head
+        self._norms = batch_norms(self.module)
         optimizer = make_optimizer(self.unwrapped, config)
         # What is sharded already exchanges its gradients: it is not wrapped.
         self.model = accelerator.prepare_model(self.module, evaluation_mode=shards)
@@ -73,6 +75,8 @@ class Learner:
             for parameter in self.unwrapped.parameters():
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(_let_signals_in)
+        self.updating = False
+        """Whether a step has its gradients: one that then fails cannot be repeated, since weights may have changed."""
         self.module.eval()  # the first step switches to training mode
 
     def get_ready(
@@ -135,6 +139,19 @@ class Learner:
                 pixel_values=torch.zeros((1, how.channels, how.height, how.width), device=self.accelerator.device)
             )
 
+    def _running(self) -> list[torch.Tensor]:
+        """What a forward pass changes: running means, variances, counts. (DDP replaces these tensors.)"""
+        return [buffer for norm in self._norms for buffer in norm.buffers()]
+
+    def share_running_means(self) -> None:
+        """Give all processes the first one's running means, which are saved. All processes have to call it.
+
+        Else each would score with those of its own images of the last step.
+        """
+        if self.accelerator.num_processes > 1:
+            for buffer in self._running():
+                torch.distributed.broadcast(buffer, src=0)
+
     def averaged(self) -> AbstractContextManager[None]:
         """With the moving average as the weights, if there is one: what is evaluated and saved."""
         return ema.averaged(self.optimizer)
@@ -167,8 +184,10 @@ class Learner:
 
     def step(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Take a step; return this process's part of the mean loss and the correct answers, and the gradient norm."""
-        with self.breakable():
+        self.updating = False
+        with restored_after_an_error(self._running()), self.breakable():
             loss, correct = self._gradients(step)
+        self.updating = True
         with self.clock.part("optimizer"):
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm or math.inf)
             for group in self.optimizer.param_groups:
@@ -206,7 +225,8 @@ class Learner:
                 targets = labels
             torch.manual_seed(derive_seed(config.seed, "dropout", step, number, accelerator.process_index))
             exchange = number == len(starts) - 1
-            with nullcontext() if exchange else accelerator.no_sync(self.model):
+            # Around the backward pass, too, which may recompute activations.
+            with nullcontext() if exchange else accelerator.no_sync(self.model), normalizing(self._norms, len(pixels)):
                 with clock.part("forward"):
                     model = self._fast if len(labels) == self.micro_batch else self.model
                     logits = model(pixel_values=pixels).logits.float()
@@ -217,6 +237,18 @@ class Learner:
             loss_sum += loss.detach()
             correct += weight * (logits.detach().argmax(dim=1) == labels).sum()
         return loss_sum, correct
+
+
+@contextmanager
+def restored_after_an_error(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """If this context ends with an error, a signal too, these tensors have the values of its beginning."""
+    kept = [tensor.clone() for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        for tensor, value in zip(tensors, kept, strict=True):
+            tensor.copy_(value)
+        raise
 
 
 def _let_signals_in(parameter: torch.Tensor) -> None:

@@ -20,6 +20,7 @@ from vitft.data.sources.identity import rows_to_look_at
 from vitft.data.stores.store import IN_MEMORY, Skipped, Store, decode_all, fits_on_device, shrink
 from vitft.hardware.device import autocast, micro_batch
 from vitft.hardware.timers import synchronize
+from vitft.models.blocks import batch_norms, normalizing
 from vitft.models.heads import classifier_of
 from vitft.models.load import set_training, shape_of
 from vitft.spec import peak_activation_bytes
@@ -201,7 +202,8 @@ def pass_s(prepared: Prepared, images: torch.Tensor, module: Any = None) -> floa
     on_host = config.device != "cuda" and (how.kind == "crop" or how.operates)
     images = images if on_host else images.to(config.device)
     pixels = augment(images, prepared.loaded.preprocess, how, 0, index).to(config.device)
-    torch.autograd.backward(_loss(prepared, model if module is None else module, pixels))
+    with normalizing(batch_norms(model), len(pixels)):
+        torch.autograd.backward(_loss(prepared, model if module is None else module, pixels))
     synchronize(config.device)
     return time.perf_counter() - started
 
@@ -233,9 +235,12 @@ def evaluate_s(prepared: Prepared, images: torch.Tensor) -> float:
 
 
 def _saved_bytes(prepared: Prepared, images: int) -> int:
-    """Bytes of the activations saved by a forward pass of so many images, extrapolated from one and two images."""
-    one, two = (_count_saved_bytes(prepared, count) for count in (1, 2))
-    return one + (two - one) * (images - 1)
+    """Bytes of the activations saved by a forward pass of so many images, extrapolated from two and three images.
+
+    Not from one: batch norms would use running statistics, and so save less than in a batch.
+    """
+    two, three = (_count_saved_bytes(prepared, count) for count in (2, 3))
+    return two + (three - two) * (images - 2)
 
 
 def _count_saved_bytes(prepared: Prepared, images: int) -> int:
