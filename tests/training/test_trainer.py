@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 from collections.abc import Iterator
@@ -18,11 +19,13 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification
+from typer.testing import CliRunner
 
 import vitft.training.step
 from vitft import TrainConfig, evaluate, train
 from vitft.checkpoints import checkpoint as ckpt
 from vitft.checkpoints.metadata import read_card, sha256, sha256_of
+from vitft.cli.app import app
 from vitft.data.augmentation.settings import Augmentation
 from vitft.data.loader import Batch, EvalLoader, TrainLoader
 from vitft.errors import DataError, ModelError, Stopped, TrainingError, UsageError
@@ -537,6 +540,28 @@ def test_resuming_a_finished_run_reports_it_and_changes_nothing(
         f"{done.run} is finished, at step 6 of 6; to train longer: vitft train --resume {done.run} --epochs 4; "
         f"or start a new run from its weights: vitft train --dataset digits --model {done.run / 'last'}\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("length", "words", "steps"),
+    [
+        ({"epochs": 1, "max_steps": 9}, ["--epochs", "2"], 6),
+        ({"epochs": 3, "max_steps": 2}, ["--max-steps", "4"], 4),
+        ({"epochs": 1, "max_steps": 3}, ["--epochs", "2", "--max-steps", "6"], 6),
+        ({"epochs": 0.1}, ["--epochs", "0.4"], 2),  # 0.2 of 3 steps would be one step, too
+    ],
+)
+def test_the_command_that_is_suggested_trains_longer(
+    length: dict[str, float], words: list[str], steps: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(config(max_eval_samples=10, **length), output=tmp_path / "run").run
+    capsys.readouterr()
+    resume(run)
+    command = shlex.split(capsys.readouterr().err.partition("to train longer: vitft ")[2].partition(";")[0])
+    assert command == ["train", "--resume", str(run), *words]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert max(int(str(line["step"])) for line in lines(run)) == steps
 
 
 def test_a_finished_run_keeps_step_checkpoints_only_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

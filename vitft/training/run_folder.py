@@ -25,6 +25,7 @@ from vitft.hardware.device import command, environment
 from vitft.hardware.processes import launch, restarts
 from vitft.io.atomic import clean_up, lock_folder, write_json
 from vitft.io.paths import composed, expanded
+from vitft.training.optim import total_steps
 from vitft.training.setup import Decoded, Prepared, absolute, prepare
 
 GIVEN = "given-in-python"
@@ -135,38 +136,41 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
-def start_note(prepared: Prepared, total_steps: int, run: Path) -> str:
+def start_note(prepared: Prepared, steps: int, run: Path) -> str:
     """The note at the start of a run."""
     config, how = prepared.config, prepared.loaded.preprocess
     images = ", ".join(f"{len(prepared.splits[role].rows):,} {role}" for role in prepared.used)
     return (
         f"{prepared.source.name}: {images} images of {len(prepared.loaded.labels)} classes; "
         f"{Path(config.model).name} at {how.size_text} px on {config.device}, {config.precision}; "
-        f"{total_steps:,} steps of {config.batch_size}; in {run}"
+        f"{steps:,} steps of {config.batch_size}; in {run}"
     )
 
 
 def resume_note(
-    run: Path, config: TrainConfig, state: ckpt.State, total_steps: int, folder: Path | None, *, over: bool
+    run: Path, config: TrainConfig, state: ckpt.State, steps_per_epoch: int, folder: Path | None, *, over: bool
 ) -> str:  # fmt: skip
     """The note at the start of a resumed run: its step, or how to continue if it is finished."""
-    place = f"at step {state.step} of {total_steps}"
+    place = f"at step {state.step} of {total_steps(config, steps_per_epoch)}"
     if not over:
         return f"resuming {run} {place}, {f'from {folder.name}' if folder else 'as nothing was saved'}"
     early = ", stopped early" if state.stopped_early else ""
-    more = ("--epochs", 2 * config.epochs) if config.max_steps is None else ("--max-steps", 2 * config.max_steps)
-    longer = [
-        "vitft",
-        "train",
-        "--resume",
-        str(run),
-        *(f"{word:g}" if isinstance(word, float) else str(word) for word in more),
-    ]
+    more = [word for name, value in _longer(config, steps_per_epoch).items() for word in (as_flag(name), f"{value:g}")]
+    longer = ["vitft", "train", "--resume", str(run), *more]
     start = ["vitft", "train", "--dataset", str(config.dataset), "--model", str(run / "last")]
     return (
         f"{run} is finished, {place}{early}; to train longer: {shlex.join(longer)}; "
         f"or start a new run from its weights: {shlex.join(start)}"
     )
+
+
+def _longer(config: TrainConfig, steps_per_epoch: int) -> dict[str, float]:
+    """What ended a run, `epochs` or `max_steps` or both, with twice its value, or more if that is no further step."""
+    steps, longer = total_steps(config, steps_per_epoch), config.model_copy(update={"max_steps": None})
+    while total_steps(longer, steps_per_epoch) <= steps:
+        longer = longer.model_copy(update={"epochs": 2 * longer.epochs})
+    epochs = {"epochs": longer.epochs} if longer.epochs > config.epochs else {}
+    return epochs | ({"max_steps": 2 * steps} if config.max_steps == steps else {})
 
 
 def is_finished(state: ckpt.State) -> bool:

@@ -166,7 +166,7 @@ def _resume(
         if accelerator.is_main_process:
             run_folder.save_changes(run, prepared.config)
         over = resumed.is_over(state)
-        console.note(run_folder.resume_note(run, resumed.config, state, resumed.total_steps, folder, over=over))
+        console.note(run_folder.resume_note(run, resumed.config, state, resumed.steps_per_epoch, folder, over=over))
         return resumed.train(state)
 
 
