@@ -1,5 +1,7 @@
 """The moving average of the weights: its values, and that it is what a run evaluates, saves and resumes."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,8 @@ import torch
 
 from tests.training.test_trainer import PowerCut, assert_same_weights, config, weights
 from vitft import evaluate, train
+from vitft.checkpoints import checkpoint as ckpt
+from vitft.checkpoints.metadata import read_card, sha256, write_card
 from vitft.hardware.device import make_accelerator
 from vitft.training import loop
 from vitft.training.setup import prepare
@@ -62,6 +66,56 @@ def test_a_run_that_only_lacks_its_final_score_saves_its_averages(
     resumed = resume(tmp_path / "cut")
     assert_same_weights(whole.run / "last", resumed.run / "last")
     assert resumed.scores["test"].loss == whole.scores["test"].loss
+
+
+def test_scores_of_averages_are_not_told_of_the_weights_themselves(tmp_path: Path) -> None:
+    run = train(config(ema=0.9, save_every=2, keep=9, keep_finished=9), output=tmp_path / "run").run
+    for folder in ckpt.step_folders(run):
+        card = read_card(folder)
+        assert card is not None
+        assert card.scores == {}
+        assert "Not scored at this step." in (folder / "README.md").read_text()
+    for name in ("best", "last"):
+        card = read_card(run / name)
+        assert card is not None
+        found = evaluate(run / name, split="validation", device="cpu")
+        assert found.loss == pytest.approx(card.scores["validation"]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_run_of_averages_goes_on_from_its_last_step(
+    earlier: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That step is the best one, too, which the scores say: its test score is that of the averages."""
+    settings = config(ema=0.9, epochs=1)
+    whole = train(settings, output=tmp_path / "whole")
+
+    def cut(*_given: object) -> None:
+        raise PowerCut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "_finish", cut)
+        with pytest.raises(PowerCut):
+            train(settings, output=tmp_path / "cut")
+    (folder,) = ckpt.step_folders(tmp_path / "cut")
+    if earlier:  # versions that had them in vitft.json, and not in the state
+        card, state = read_card(folder), json.loads((folder / "state.json").read_text())
+        assert card is not None
+        card = replace(card, scores=state.pop("scores"))
+        (folder / "state.json").write_text(json.dumps(state))
+        (folder / "vitft.json").unlink()
+        write_card(folder, card)
+        sums = {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in folder.iterdir()}
+        (folder / "manifest.json").write_text(json.dumps({n: s for n, s in sums.items() if n != "manifest.json"}))
+    restored = list[object]()
+    monkeypatch.setattr(loop, "restore_weights", lambda *given: restored.append(given))
+    resumed = resume(tmp_path / "cut")
+    assert restored == [], "the best weights are those at hand"
+    assert resumed.scores["test"].loss == whole.scores["test"].loss
+    for name in ("best", "last"):
+        assert_same_weights(whole.run / name, resumed.run / name)
+        cards = [read_card(one.run / name) for one in (whole, resumed)]
+        assert [sorted(card.scores) for card in cards] == [["test", "validation"]] * 2  # type: ignore[union-attr]
 
 
 def test_a_linear_probe_averages_its_head(tmp_path: Path) -> None:

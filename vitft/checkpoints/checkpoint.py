@@ -53,6 +53,7 @@ class State:
     total_steps: int | None = None  # planned when this was saved
     validation_due: bool = False  # a signal came before or during the validation of this step
     scaler: dict[str, Any] | None = None
+    scores: dict[str, Any] = field(default_factory=dict)  # with `ema`, of the averages, which a step's model is not
     seconds: dict[str, float] = field(default_factory=dict)  # of each phase of the run until this was saved
 
 

@@ -122,6 +122,7 @@ class Run:
         """Take the remaining steps, then score the chosen checkpoint on the test split."""
         config = self.config
         self.begun, state.total_steps = state.step, self.total_steps
+        self.scores = state.scores or self.scores
         written = read_results(self.run) if self.is_over(state) else None
         self.phases.include(state.seconds if written is None else written.seconds)
         if self.resumed_from is not None:
@@ -306,13 +307,15 @@ class Run:
     def _epoch(self, step: int) -> float:
         return step / self.steps_per_epoch
 
-    def _card(self, state: State) -> Card:
+    def _card(self, state: State, *, scores: dict[str, dict[str, Any]] | None = None) -> Card:
+        """The metadata of a model with these `scores`; by default those of the latest evaluation."""
         splits = {
             role: {"source": split.source, "count": len(split.rows), "hash": split.hash}
             for role, split in self.decoded.splits.items()
         }
         epoch, temperature = self._epoch(state.step), self.temperature
-        return Card(self.config, self.labels, state.step, epoch, splits, self.scores, temperature=temperature)
+        scores = self.scores if scores is None else scores
+        return Card(self.config, self.labels, state.step, epoch, splits, scores, temperature=temperature)
 
     def _keep_best(self, state: State) -> None:
         """Write best/. A linear probe's epoch is faster than that: its best weights are copied, and written later."""
@@ -348,10 +351,12 @@ class Run:
         scaler = self.accelerator.scaler
         state.scaler = scaler.state_dict() if scaler else None
         state.seconds = self._seconds()
+        # The averages were scored, and these are the weights themselves.
+        of_model, state.scores = ({}, self.scores) if self.config.ema else (self.scores, {})
         moments = ckpt.optimizer_tensors(self.unwrapped, self.learner.optimizer.optimizer)
         with self.learner.whole() as model:
             if model is not None:
-                folder = ckpt.save_step(self.run, model, moments, self.how, self._card(state), state)
+                folder = ckpt.save_step(self.run, model, moments, self.how, self._card(state, scores=of_model), state)
                 for follower in self.followers:
                     follower.on_save(state.step, folder)
             else:
@@ -387,7 +392,7 @@ class Run:
 
     def _write_last(self, state: State) -> None:
         state.seconds = self._seconds()
-        self._write_model("last", self._card(state), state)
+        self._write_model("last", self._card(state), replace(state, scores={}))
         self.written_last = state.step
 
     # -- the end ----------------------------------------------------------------------------------
