@@ -29,6 +29,7 @@ from vitft.evaluation.calibration import at_temperature, fit_temperature, thresh
 from vitft.evaluation.evaluation import read_images, reading
 from vitft.evaluation.split_predictions import Predictions, of_split
 from vitft.exporting import export as exporting
+from vitft.exporting import files
 from vitft.exporting import proof as proving
 from vitft.exporting.export import Exported, export
 from vitft.exporting.files import quiet, write_onnx
@@ -327,8 +328,10 @@ def test_a_preset_or_a_hub_model_has_no_dataset_to_compare_on(
 def test_half_precision_halves_the_file(made: Any, run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import onnx
 
+    exact = made("onnx").file
+
     def halved(program: Any, file: Path, document: Document) -> None:
-        shutil.copy(made("onnx").file, file)
+        shutil.copy(exact, file)
         exporting_files.edit_onnx(file, document)
 
     from vitft.exporting import files as exporting_files
@@ -341,6 +344,25 @@ def test_half_precision_halves_the_file(made: Any, run: Path, monkeypatch: pytes
     assert onnx.TensorProto.FLOAT not in kinds
     assert 0 < result.proof.largest < 0.01
     assert read_exported(result.file).labels == load_model(run).labels
+
+
+@needs_onnx
+def test_half_precision_leaves_no_file_of_whole_weights(
+    made: Any, run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whole weights may need a second file where half of them do not."""
+    file, program = tmp_path / "model.onnx", traced(load_model(run))
+    document = replace(open_exported(made("onnx").file)[0], dtype="fp16")
+    whole, how = sum(tensor.nbytes for tensor in program.state_dict.values()), document.preprocess
+    images = np.random.default_rng(0).integers(0, 256, (2, how.height, how.width, 3), dtype=np.uint8)
+    expected = open_exported(made("onnx").file)[1](images)
+    for largest, names in ((3 * whole // 4, ["model.onnx"]), (whole // 4, ["model.onnx", "model.onnx.data"])):
+        monkeypatch.setattr(files, "_LARGEST", largest)
+        write_onnx(program, file, document)
+        for _ in range(2):  # another document is written in the end
+            assert sorted(one.name for one in tmp_path.iterdir()) == names
+            np.testing.assert_allclose(open_exported(file)[1](images), expected, atol=0.01)
+            files.edit_onnx(file, document)
 
 
 @needs_onnx

@@ -37,11 +37,14 @@ def edit_onnx(file: Path, document: Document) -> None:
     """Add the document to an ONNX file, and store weights as its dtype says."""
     import onnx
 
-    model = onnx.load(file, load_external_data=document.dtype == "fp16")
-    if document.dtype == "fp16":
+    halves, beside = document.dtype == "fp16", file.with_name(f"{file.name}.data")
+    model = onnx.load(file, load_external_data=halves)
+    if halves:
         _halve(model.graph)
+        beside.unlink(missing_ok=True)  # half of the weights may fit into one file
     onnx.helper.set_model_props(model, {KEY: document.to_json()})
-    onnx.save(model, file)
+    large = halves and sum(len(tensor.raw_data) for tensor in model.graph.initializer) > _LARGEST
+    onnx.save(model, file, save_as_external_data=large, location=beside.name)
 
 
 def _halve(graph: Any) -> None:
