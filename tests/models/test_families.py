@@ -17,13 +17,15 @@ from vitft.errors import ModelError
 from vitft.hardware.device import make_accelerator
 from vitft.models.features import backbone
 from vitft.models.heads import classifier_of, head_of, in_head
-from vitft.models.load import load_trained
+from vitft.models.load import load_for_training, load_trained
 from vitft.models.resize import input_size, resize_model
 from vitft.training.setup import prepare
 from vitft.training.step import Learner
 
 FIXED = {"levit", "hiera", "pvt"}
 """Whose positions cannot be resized."""
+UNUSED = {"clip", "dinov2", "dinov2_with_registers", "dinov3_vit", "metaclip_2", "siglip"}
+"""Who has weights that the logits do not depend on."""
 
 
 @pytest.mark.parametrize("family", marked(FAMILIES))
@@ -64,6 +66,20 @@ def test_a_model_is_trained_saved_and_read_again(family: str, tmp_path: Path) ->
         assert features.shape[0] == 2
         if len(head_of(read)) == 1 and family != "perceiver":  # else the logits are a mean of two, or a query's
             torch.testing.assert_close(classifier_of(read)(features).reshape(logits.shape), logits)
+
+
+@pytest.mark.parametrize("family", marked(FAMILIES))
+def test_all_that_is_trained_gets_a_gradient(family: str, tmp_path: Path) -> None:
+    """Several processes would wait for the gradient of what the logits do not depend on."""
+    given = tiny_classifier(family)
+    side = (input_size(given.config) or (32, 32))[0]
+    config = TrainConfig(model=str(saved(given, tmp_path / "given")), image_size=side)
+    model = load_for_training(config, ["ant", "bee", "cat"]).model.train()
+    model(pixel_values=torch.randn(2, 3, side, side)).logits.square().sum().backward()
+    by_name = {name: (one.requires_grad, one.grad is not None) for name, one in model.named_parameters()}
+    assert {name for name, (trained, reached) in by_name.items() if trained != reached} == set()
+    unused = {name for name, (trained, _) in by_name.items() if not trained}
+    assert bool(unused) == (family in UNUSED)
 
 
 def reshaped(model: Any, other: Any) -> set[str]:

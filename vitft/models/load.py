@@ -100,15 +100,41 @@ def load_for_training(config: TrainConfig, labels: Sequence[str], untrained: Seq
         freeze_first(model, config.freeze)
     if config.lora_rank is not None:
         add_adapter(model, config)
-    _freeze_mask_token(model)
+    _freeze_unused(model, preprocess)
     return Loaded(model, preprocess.with_value_range(config.value_range), names, origin.commit, not keeps_head)
 
 
-def _freeze_mask_token(model: Any) -> None:
-    """Only pretraining gives the mask token a gradient; without one, multi-process training would hang."""
-    for name, parameter in model.named_parameters():
-        if name.endswith("mask_token"):
-            parameter.requires_grad_(False)
+def _freeze_unused(model: Any, how: Preprocess) -> None:
+    """Freeze what the logits do not depend on: mask tokens, the last norm of a CLIP, the pooling of a SigLIP.
+
+    It gets no gradient, and DDP would wait for one.
+    """
+    training = model.training
+    model.eval()
+    for device in ("meta", "cpu"):  # shapes tell, but where a model reads a number (Perceiver)
+        try:
+            unused = _without_gradient(model, how, device)
+        except Exception:  # a model that reads no such image fails where training tries one
+            continue
+        for name in unused:
+            model.get_parameter(name).requires_grad_(False)
+        break
+    model.train(training)
+
+
+def _without_gradient(model: Any, how: Preprocess, device: str) -> list[str]:
+    """The names of trainable parameters that a backward pass does not reach, on the CPU or with shapes alone."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    if device == "meta":
+        tensors = {
+            name: torch.empty_like(tensor, device="meta", requires_grad=tensor.requires_grad)
+            for name, tensor in tensors.items()
+        }
+    trained = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+    pixels = torch.zeros((1, how.channels, how.height, how.width), device=device)
+    logits = torch.func.functional_call(model, tensors, kwargs={"pixel_values": pixels}).logits
+    gradients = torch.autograd.grad(logits.sum(), list(trained.values()), allow_unused=True)
+    return [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]
 
 
 @quiet_transformers()
@@ -237,7 +263,7 @@ def _from_scratch(config: TrainConfig, labels: Sequence[str]) -> Loaded:
     check_size(hf_config, preprocess.height, preprocess.width)
     model = classifier_class(hf_config)(hf_config)
     drop_paths(model, config.drop_path)
-    _freeze_mask_token(model)
+    _freeze_unused(model, preprocess)
     return Loaded(model, preprocess, tuple(labels), commit, True)
 
 
