@@ -801,12 +801,12 @@ def test_checkpointed_activations_are_recomputed(monkeypatch: pytest.MonkeyPatch
     from vitft.models.load import checkpoint_activations, load_for_training
 
     seen = []
+    model = load_for_training(config(layers=3), ["a", "b"]).model.train()
     forward = transformers.models.vit.modeling_vit.ViTAttention.forward
     monkeypatch.setattr(
         transformers.models.vit.modeling_vit.ViTAttention, "forward",
         lambda self, *given, **named: seen.append(1) or forward(self, *given, **named),
     )  # fmt: skip
-    model = load_for_training(config(layers=3), ["a", "b"]).model.train()
     checkpoint_activations(model)
     model(pixel_values=torch.zeros(1, 3, 28, 28)).logits.sum().backward()
     assert len(seen) == 6
