@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.training.test_trainer import PowerCut, assert_same_weights, config, weights
-from vitft import evaluate, train
+from vitft import TrainConfig, evaluate, train
 from vitft.checkpoints import checkpoint as ckpt
 from vitft.checkpoints.metadata import read_card, sha256, write_card
 from vitft.hardware.device import make_accelerator
@@ -50,19 +50,24 @@ def test_a_run_saves_and_scores_its_averages(tmp_path: Path) -> None:
     assert averaged.scores["test"].loss != plain.scores["test"].loss
 
 
-def test_a_run_that_only_lacks_its_final_score_saves_its_averages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = config(ema=0.9, val_fraction=0)
-    whole = train(settings, output=tmp_path / "whole")
+def cut_at(method: str, settings: TrainConfig, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train until a method of the run is called, at which the power goes."""
 
     def cut(*_given: object) -> None:
         raise PowerCut
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "_measure", cut)
+        patch.setattr(loop.Run, method, cut)
         with pytest.raises(PowerCut):
-            train(settings, output=tmp_path / "cut")
+            train(settings, output=run)
+
+
+def test_a_run_that_only_lacks_its_final_score_saves_its_averages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(ema=0.9, val_fraction=0)
+    whole = train(settings, output=tmp_path / "whole")
+    cut_at("_measure", settings, tmp_path / "cut", monkeypatch)
     resumed = resume(tmp_path / "cut")
     assert_same_weights(whole.run / "last", resumed.run / "last")
     assert resumed.scores["test"].loss == whole.scores["test"].loss
@@ -89,14 +94,7 @@ def test_a_run_of_averages_goes_on_from_its_last_step(
     """That step is the best one, too, which the scores say: its test score is that of the averages."""
     settings = config(ema=0.9, epochs=1)
     whole = train(settings, output=tmp_path / "whole")
-
-    def cut(*_given: object) -> None:
-        raise PowerCut
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "_finish", cut)
-        with pytest.raises(PowerCut):
-            train(settings, output=tmp_path / "cut")
+    cut_at("_finish", settings, tmp_path / "cut", monkeypatch)
     (folder,) = ckpt.step_folders(tmp_path / "cut")
     if earlier:  # versions that had them in vitft.json, and not in the state
         card, state = read_card(folder), json.loads((folder / "state.json").read_text())

@@ -35,7 +35,7 @@ class Card:
     def to_json(self) -> dict[str, Any]:
         """The document to store. It omits unset settings and reduces the paths listed in `local` to their names."""
         settings = self.config.model_dump(exclude_none=True)
-        # A checkpoint can be shared.
+        # Names in place of paths, because a checkpoint can be shared.
         local = [name for name in PATHS if _is_path(settings.get(name))]
         settings |= {name: name_of(settings[name]) for name in local}
         document = {"vitft": __version__} | asdict(self) | {"config": settings, "local": local}

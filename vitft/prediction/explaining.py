@@ -84,5 +84,5 @@ def _is_ours(file: Path) -> bool:
     try:
         with Image.open(file) as picture:
             return not file.is_symlink() and picture.info.get("Software") == _SOFTWARE
-    except OSError:
+    except (OSError, Image.DecompressionBombError):  # no image, or one that is too large to be ours
         return False
