@@ -120,6 +120,24 @@ def test_activation_bytes_equal_those_saved_by_autograd(spec: ViTSpec) -> None:
     assert total(spec, 2).activation_bytes == expected
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"activation": "relu"}, {"activation": "gelu_tanh"}, {"norm": "post"}, {"positions": "sinusoidal_2d"},
+        {"final_norm": False}, {"pooling": "mean"}, {"pooling": "mean", "final_norm": False},
+        {"pooling": "mean", "final_norm": False, "norm": "post"},
+        {"pooling": "mean", "prefix_tokens": 0, "layers": 1, "pre_logits": 7},
+    ],
+)  # fmt: skip
+def test_activation_bytes_of_the_other_architectures_of_the_textbook(changed: dict[str, Any]) -> None:
+    from vitft.scratch.torch_vit import TorchViT
+
+    spec = replace(TINY, **changed)
+    model, images = TorchViT(spec), images_of(spec, 2, "cpu")
+
+    assert total(spec, 2).activation_bytes == saved_bytes(lambda: model(images), list(model.parameters()))
+
+
 def test_costs_of_mean_pooling_and_pre_logits_equal_torch() -> None:
     import torch
 

@@ -14,6 +14,9 @@ from vitft.errors import ModelError, UsageError, nearest
 
 FLOAT32_BYTES = 4
 
+MOST_LAYERS, MOST_CLASSES = 1000, 1_000_000
+"""Far above any real model: each layer is several stages, and each class a name, so more could use up all memory."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViTSpec:
@@ -25,7 +28,7 @@ class ViTSpec:
     "post" their sums with the residual (Vaswani et al. 2017). "gelu" is the exact GELU, "gelu_tanh" its tanh
     approximation (Hendrycks & Gimpel 2016).
 
-    Raises UsageError, with the numbers and a remedy, if the sizes are inconsistent.
+    Raises UsageError, with the numbers and a remedy, if the sizes are inconsistent, or far above any real model's.
     """
 
     image_height: int
@@ -60,8 +63,8 @@ class ViTSpec:
                     raise UsageError(f"{field.name} {value!r} is unknown; try {' or '.join(choices)}.")
             elif field.type is int or (field.name == "pre_logits" and value is not None):
                 _check_count(field.name, value)
-        if not self.norm_eps >= 0:
-            raise UsageError(f"norm_eps must be at least 0, got {self.norm_eps}; try 1e-12.")
+        if not isinstance(self.norm_eps, int | float) or not self.norm_eps >= 0:
+            raise UsageError(f"norm_eps must be at least 0, got {self.norm_eps!r}; try 1e-12.")
         if self.pooling == "cls" and self.prefix_tokens == 0:
             raise UsageError("pooling cls needs a class token, got prefix_tokens 0; try 1, or pooling mean.")
         for axis in ("height", "width"):
@@ -137,6 +140,8 @@ def _check_count(name: str, value: Any) -> None:
     minimum = 0 if name in ("padding", "prefix_tokens") else 1
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise UsageError(f"{name} must be an integer of at least {minimum}, got {value!r}; try {minimum}.")
+    if value > (most := {"layers": MOST_LAYERS, "classes": MOST_CLASSES}.get(name, value)):
+        raise UsageError(f"{name} {value:,} is more than {most:,}; try {most}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +168,10 @@ def stages(spec: ViTSpec, batch_size: int = 1) -> list[Stage]:
     FLOPs count only matrix products, 2*m*n*k each, the patch convolution included, as torch.utils.flop_counter
     does for eager attention. Norms, softmax, GELU, biases and sums count as 0.
 
-    Activation bytes count the outputs that autograd saves in eager float32: operands of a product or a norm, and
-    results of a softmax or tanh. Other outputs and views count as 0, as do the two statistics per token that a layer
-    norm saves. Fused attention does not save the softmax.
+    Activation bytes count the outputs that autograd saves in eager float32: operands of a product, a norm or a GELU
+    (one operation of torch, which Transformers' gelu_new is not), and results of a softmax, relu or tanh. Other outputs
+    and views count as 0, as do the two statistics per token that a layer norm saves. Fused attention does not save the
+    softmax.
 
     Raises UsageError for a batch_size below 1.
     """
@@ -208,12 +214,14 @@ def stages(spec: ViTSpec, batch_size: int = 1) -> list[Stage]:
         add_linear(f"{attention}.output", b * n, d, tokens)
         add(f"{attention}.residual", tokens, saved=True)
         add_norm(f"{attention if spec.norm == 'post' else mlp}.norm")
-        add_linear(f"{mlp}.in", b * n, d, (b, n, m), saved=True)
+        add_linear(f"{mlp}.in", b * n, d, (b, n, m), saved=spec.activation != "relu")  # relu saves its result
         add(f"{mlp}.activation", (b, n, m), saved=True)
         add_linear(f"{mlp}.out", b * n, m, tokens)
-        add(f"{mlp}.residual", tokens, saved=True)
+        # What comes next saves its input, except the mean over tokens.
+        read = block < spec.layers or spec.final_norm or spec.pooling == "cls"
+        add(f"{mlp}.residual", tokens, saved=read or spec.norm == "post")
         if spec.norm == "post":
-            add_norm(f"{mlp}.norm")
+            add_norm(f"{mlp}.norm", saved=read)
     # The class token is a view, which keeps the whole normalized sequence in memory; a mean is a tensor of its own.
     if spec.final_norm:
         add_norm("norm", saved=spec.pooling == "cls")
@@ -243,7 +251,8 @@ def peak_activation_bytes(spec: ViTSpec, batch_size: int = 1, *, checkpointed: b
         return saved
     in_blocks = sum(stage.activation_bytes for stage in parts if stage.name.startswith("block."))
     block_input = FLOAT32_BYTES * batch_size * spec.tokens * spec.width
-    return saved - in_blocks + spec.layers * block_input + in_blocks // spec.layers
+    one_block = sum(stage.activation_bytes for stage in parts if stage.name.startswith("block.1."))
+    return saved - in_blocks + spec.layers * block_input + one_block
 
 
 def training_flops(spec: ViTSpec, batch_size: int = 1) -> int:
@@ -293,7 +302,7 @@ def spec_from_config(config: Mapping[str, Any]) -> ViTSpec:
     Missing keys have Transformers' defaults. DeiT is counted with one head: the second, distillation head of
     DeiTForImageClassificationWithTeacher is not fine-tuned.
 
-    Raises ModelError for another architecture and for inconsistent sizes.
+    Raises ModelError for another architecture and for unusable sizes.
     """
     kind = config.get("model_type")
     if kind not in tuple(_PREFIX_TOKENS):  # a tuple, because a config's value may not be hashable
@@ -301,6 +310,8 @@ def spec_from_config(config: Mapping[str, Any]) -> ViTSpec:
     if (activation := config.get("hidden_act", "gelu")) not in tuple(_ACTIVATIONS):
         raise ModelError(f"no stage table for the activation {activation}; {', '.join(_ACTIVATIONS)} have one.")
     labels = config.get("id2label")
+    if not isinstance(labels, dict | None):
+        raise ModelError(f"unusable {kind} config: id2label must be a name for each class, got {labels!r}.")
     image_height, image_width = _height_and_width(config.get("image_size", 224))
     patch_height, patch_width = _height_and_width(config.get("patch_size", 16))
     try:

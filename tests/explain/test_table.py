@@ -215,7 +215,16 @@ def test_a_local_folder_needs_no_hub(tmp_path: Path) -> None:
     [
         (b"{", "is unreadable"),
         (b"\xff\xfe\x00", "is unreadable"),
+        (b"[" * 100_000, "is unreadable"),
         (b"[]", "is not a JSON object"),
+        (
+            b'{"model_type": "vit", "num_hidden_layers": 1000000000}',
+            "layers 1,000,000,000 is more than 1,000; try",
+        ),
+        (b'{"model_type": "vit", "num_labels": 1000000000}', "classes 1,000,000,000 is more than 1,000,000"),
+        (b'{"model_type": "vit", "layer_norm_eps": "x"}', "norm_eps must be at least 0, got 'x'"),
+        (b'{"model_type": "vit", "layer_norm_eps": null}', "norm_eps must be at least 0, got None"),
+        (b'{"model_type": "vit", "id2label": 5}', "id2label must be a name for each class, got 5"),
         (b'{"model_type": "swin"}', "no stage table for this architecture: swin"),
         (None, "no config.json in .*; give a Transformers model folder"),
     ],

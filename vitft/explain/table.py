@@ -79,7 +79,7 @@ def _read_config(path: Path, model: str) -> ViTSpec:
         nested = sorted(path.parent.glob("*/config.json"))
         remedy = f"try {nested[0].parent}" if nested else "give a Transformers model folder"
         raise ModelError(f"no config.json in {model}; {remedy}.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"config.json of {model} is unreadable ({error}); save the model again.") from None
     if not isinstance(config, dict):
         raise ModelError(f"config.json of {model} is not a JSON object; save the model again.")

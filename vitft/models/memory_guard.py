@@ -11,9 +11,10 @@ import torch
 
 from vitft.errors import ModelError, first_line
 from vitft.io.console import size
+from vitft.spec import MOST_CLASSES, MOST_LAYERS
 
-_LIMITS = {"num_labels": 1_000_000, "num_hidden_layers": 1000, "depths": 1000}
-"""Reading a configuration creates lists of these lengths; the limits are far above any real model."""
+_LIMITS = {"num_labels": MOST_CLASSES, "num_hidden_layers": MOST_LAYERS, "depths": MOST_LAYERS}
+"""Reading a configuration creates lists of these lengths."""
 
 
 def check_lengths(document: Any, where: str) -> None:

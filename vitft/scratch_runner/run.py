@@ -42,5 +42,5 @@ def read_run(folder: Path) -> Network:
         return Network(weights, spec, labels, tuple(summary["mean"]), tuple(summary["std"]))
     except FileNotFoundError:
         raise ModelError(f"{folder}: this textbook run has not finished; wait for it or train again.") from None
-    except (ValueError, KeyError, TypeError, OSError, SafetensorError, UsageError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RecursionError, SafetensorError, UsageError) as error:
         raise ModelError(f"{folder}: corrupt textbook run ({error}); train again.") from None
