@@ -20,6 +20,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
+from tests.forked import finish
 from vitft.cli.app import app
 from vitft.config.recipe import recipes
 from vitft.errors import DataError, UsageError
@@ -27,6 +28,7 @@ from vitft.io import console
 from vitft.scratch.scalar_vit import PATTERNS, train
 from vitft.scratch.train import Images, NumpyEngine, Plan, accuracy
 from vitft.scratch.train import load as load_weights
+from vitft.scratch_runner import training
 from vitft.scratch_runner.config import TextbookConfig, load_config
 from vitft.scratch_runner.report import scalar_document
 from vitft.scratch_runner.training import load_data, make_plan, make_spec, mean_and_std
@@ -288,6 +290,36 @@ def test_an_existing_folder_is_not_changed(tmp_path: Path) -> None:
     assert error_of(*DIGITS, "--output", "mine/file", code=2).startswith("output mine/file: exists")
     assert error_of(*DIGITS, "--output", "mine/file/x", code=2).startswith("output mine/file/x: cannot be created")
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["file"]
+
+
+def test_a_run_that_begins_in_the_meantime_keeps_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Path("runs/textbook-digits-1")
+    real = training.make_engine
+
+    def make_engine(*arguments: Any) -> Any:
+        other.mkdir(parents=True)
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "make_engine", make_engine)
+    assert scratch(*DIGITS).exit_code == 0
+    assert list(other.iterdir()) == []
+    assert (other.with_name("textbook-digits-2") / "summary.json").is_file()
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    words = ["scratch", "train", *DIGITS, "--output", str(tmp_path / "new")]
+    code, said = finish(*words, log=tmp_path / "log", largest_file=2000)  # the weights have 4 kB, the settings 1
+    assert (code, said.splitlines()[-1]) == (1, f"error: {tmp_path}/new/weights.safetensors: File too large.")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_files_of_a_run_have_the_permissions_that_the_user_asked_for() -> None:
+    before = os.umask(0o077)
+    try:
+        assert scratch(*DIGITS).exit_code == 0
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in Path("runs/textbook-digits-1").iterdir()} == {0o600}
 
 
 def test_a_non_finite_loss_ends_the_run() -> None:

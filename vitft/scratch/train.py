@@ -10,7 +10,8 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from safetensors.numpy import save as safetensors_bytes
 
 from vitft.scratch.augment import Pixels, crop, flip, normalize
 from vitft.scratch.heads import cross_entropy, cross_entropy_backward
@@ -209,7 +210,7 @@ def accuracy(engine: Engine, images: Images, plan: Plan, batch_size: int = 250) 
 
 def save(path: Path, w: ViT) -> None:
     """Write all weights to a safetensors file, by name."""
-    save_file({name: np.ascontiguousarray(array) for name, array in named_arrays(w)}, path)
+    path.write_bytes(safetensors_bytes({name: np.ascontiguousarray(array) for name, array in named_arrays(w)}))
 
 
 def load(path: Path, spec: ViTSpec) -> ViT:

@@ -28,7 +28,7 @@ from vitft.data.splits import Split, find_split_name, make_splits
 from vitft.errors import DataError, TrainingError, UsageError
 from vitft.evaluation.metrics import wilson_interval
 from vitft.io import console, paths
-from vitft.io.atomic import write_json, write_text
+from vitft.io.atomic import new_file, write_json, write_text
 from vitft.scratch.train import Engine, Epoch, Images, NumpyEngine, Plan, fit, initial_weights, save, steps_per_epoch
 from vitft.scratch_runner.config import TextbookConfig
 from vitft.scratch_runner.run import METRICS, SUMMARY, WEIGHTS
@@ -66,27 +66,22 @@ def train(config: TextbookConfig, *, output: Path | None = None, name: str | Non
         raise UsageError(f"output {output}: exists and is not empty; choose another.")
     data = load_data(config)
     spec, plan = make_spec(config, data), make_plan(config, data)
-    numbered = (Path("runs") / f"textbook-{name or data.source.name}-{number}" for number in count(1))
-    run = output if output is not None else next(path for path in numbered if not path.exists())
     engine = make_engine(config, spec, plan)
     console.note(
         f"{len(data.train.labels):,} training images of {spec.image_height}x{spec.image_width} in {spec.channels} "
         f"channel{'s' if spec.channels > 1 else ''}, {total(spec).parameters:,} parameters, {config.engine} engine"
     )
-    existed = run.exists()
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"output {run}: cannot be created: {error.strerror or error}; choose another.") from error
+    existed = output is not None and output.exists()
+    run = _made(output, name or data.source.name)
     dataset = paths.absolute(config.dataset, (*ALIASES, DIGITS))
     settings = config.model_copy(update={"dataset": dataset}).model_dump(exclude_none=True)
-    write_text(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     started = time.perf_counter()
     try:
+        write_text(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
         history = _fit(engine, data, spec, plan, run)
     except BaseException:
-        if not (run / METRICS).exists():  # no epoch was completed, so there is nothing to keep
-            (run / "config.yaml").unlink()
+        if not (run / WEIGHTS).exists():  # no epoch was completed, so there is nothing to keep
+            (run / "config.yaml").unlink(missing_ok=True)
             if not existed:
                 run.rmdir()
         raise
@@ -94,6 +89,22 @@ def train(config: TextbookConfig, *, output: Path | None = None, name: str | Non
     summary = _summary(config, data, spec, plan, history[-1]) | {"elapsed_s": round(elapsed_s, 2)}
     write_json(run / SUMMARY, summary)
     return Result(run, summary)
+
+
+def _made(output: Path | None, name: str) -> Path:
+    """Create the folder of a run. Two runs that start at the same time get different numbers."""
+    for number in count(1):
+        run = output or Path("runs") / f"textbook-{name}-{number}"
+        try:
+            run.mkdir(parents=True, exist_ok=output is not None)
+        except FileExistsError:
+            if output is not None:
+                raise UsageError(f"output {run}: a file; choose a folder.") from None
+        except OSError as error:
+            raise UsageError(f"output {run}: cannot be created: {error.strerror or error}; choose another.") from error
+        else:
+            break
+    return run
 
 
 def _fit(engine: Engine, data: Data, spec: ViTSpec, plan: Plan, run: Path) -> list[Epoch]:
@@ -109,11 +120,9 @@ def _fit(engine: Engine, data: Data, spec: ViTSpec, plan: Plan, run: Path) -> li
     def on_epoch(epoch: Epoch) -> None:
         elapsed_s = time.perf_counter() - started
         lines.append(asdict(epoch) | {"step": epoch.epoch * per_epoch, "elapsed_s": round(elapsed_s, 2)})
+        with new_file(run / WEIGHTS) as temporary:
+            save(temporary, engine.weights())
         write_text(run / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
-        temporary = run / f".{WEIGHTS}"
-        save(temporary, engine.weights())
-        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
-        temporary.replace(run / WEIGHTS)
         console.note(
             f"epoch {epoch.epoch}/{plan.epochs}  loss {epoch.loss:.4f}  "
             f"accuracy {console.percent(epoch.accuracy, 2)}  test {console.percent(epoch.test_accuracy, 2)}  "
