@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -67,14 +68,15 @@ def test_all_three_computations_have_every_stage_and_agree(trace: Trace) -> None
 
 
 def test_a_difference_in_a_stage_is_reported(trace: Trace) -> None:
+    assert re.search(r"The largest of all is \S+: float32 rounding\.", " ".join(text(trace_table(trace)).split()))
     name = "block.2.mlp.in"
     trace.by_torch[name][0, 3, 5] += 1
     try:
         stage = next(stage for stage in document(trace)["stages"] if stage["name"] == name)
         assert stage["max_abs_diff"]["numpy_torch"] == pytest.approx(1, rel=1e-4)
-        assert f"The largest of all is {stage['max_rel_diff']['numpy_torch']:.1e}" in " ".join(
-            text(trace_table(trace)).split()
-        )
+        told = " ".join(text(trace_table(trace)).split())
+        largest = stage["max_rel_diff"]["numpy_torch"]
+        assert f"The largest of all is {largest:.1e}: more than float32 rounding; please report it." in told
     finally:
         trace.by_torch[name][0, 3, 5] -= 1
 
@@ -107,6 +109,22 @@ def test_worked_examples_match_the_code(trace: Trace, name: str) -> None:
             file, number = line.split()[0].split(":")
             source = (Path(vitft.__file__).parents[1] / file).read_text().splitlines()
             assert source[int(number) - 1].startswith(f"def {line.split()[1]}(")
+
+
+@pytest.mark.parametrize(
+    ("setting", "divided"), [({"rescale_factor": 1 / 127.5}, "127.5"), ({"do_rescale": False}, "1")]
+)
+def test_the_first_pixel_is_that_of_the_picture(
+    picture: Path, setting: dict[str, Any], divided: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(MICRO, folder)
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | setting))
+    trace = trace_image(picture, folder)
+    (lesson,) = find_lessons(trace, "image")
+    assert lesson.worked.startswith(f"({trace.pixels[0, 0, 0]} / {divided} − ")
+    assert lesson.result == pytest.approx(lesson.chapter, rel=1e-5)
 
 
 def test_an_unknown_stage_suggests_the_nearest(trace: Trace) -> None:
@@ -206,6 +224,19 @@ def test_errors_are_one_line(picture: Path, tmp_path: Path) -> None:
     result = run("--image", str(picture), "--attention", str(tmp_path / "file"))
     assert result.exit_code == 2
     assert "cannot be created" in result.output
+
+
+def test_pictures_of_an_earlier_model_are_removed_and_those_of_the_user_kept(trace: Trace, tmp_path: Path) -> None:
+    draw_attention(trace, tmp_path)
+    mine = tmp_path / "mine.png"
+    Image.new("RGB", (8, 8)).save(mine)
+    smaller = replace(trace, spec=replace(trace.spec, layers=2))
+    written = draw_attention(smaller, tmp_path)
+    assert set(tmp_path.iterdir()) == {mine, *written}
+    mine.rename(tmp_path / "rollout.png")
+    with pytest.raises(UsageError, match=r"--attention .*: rollout\.png is there already; choose another folder\."):
+        draw_attention(trace, tmp_path)
+    assert Image.open(tmp_path / "rollout.png").size == (8, 8)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vitft.attribution import marked
 from vitft.attribution.maps import overlay
 from vitft.errors import UsageError
 from vitft.explain.trace import Trace
@@ -12,6 +13,7 @@ from vitft.io.fonts import drawable
 from vitft.scratch.tensors import Array
 from vitft.spec import ViTSpec
 
+_COMMAND = "vitft explain --attention"
 _CELL, _GAP, _MARGIN = 112, 6, 18  # pixels
 _BACKGROUND, _TEXT, _FAINT_TEXT = "#ffffff", "#1c1c1f", "#74747c"
 
@@ -57,7 +59,8 @@ def draw_attention(trace: Trace, folder: Path) -> list[Path]:
 
     Each picture shows the image, bright where the attention weights are high, scaled to the picture's largest weight.
     `class-N.png` is bright where the image speaks for the Nth most probable class (see `Trace.relevance`).
-    Raises UsageError if the folder cannot be created.
+    Pictures that an earlier call wrote there are removed. Raises UsageError if the folder cannot be created or written
+    to, and if it has another file with one of these names.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,8 +77,11 @@ def draw_attention(trace: Trace, folder: Path) -> list[Path]:
         f"class-{place}.png": overlay(trace.pixels, found, 448) for place, found in enumerate(trace.relevance, 1)
     }
     pictures |= {"rollout.png": overlay(trace.pixels, rollout(trace), 448), "attention.png": contact_sheet(trace, maps)}
+    for old in folder.glob("*.png"):  # of a model with more layers, heads or classes
+        if old.name not in pictures and marked.is_by(old, _COMMAND):
+            old.unlink()
     for name, picture in pictures.items():
-        picture.save(folder / name)
+        marked.save(picture, folder / name, _COMMAND)
     return [folder / name for name in pictures]
 
 

@@ -121,9 +121,9 @@ def _linear(x: Array, w: Linear) -> Worked:
 
 
 def _image(trace: Trace, stage: str, x: Array) -> Worked:
-    mean, std = trace.mean, trace.std
-    pixel = round(255 * (float(trace.by_numpy[stage].flat[0]) * std + mean))
-    return f"({pixel} / 255 − {mean:.4g}) / {std:.4g}", (pixel / 255 - mean) / std
+    mean, std, most = trace.mean, trace.std, 1 / trace.rescale
+    pixel = round(most * (float(trace.by_numpy[stage].flat[0]) * std + mean))
+    return f"({pixel} / {most:.4g} − {mean:.4g}) / {std:.4g}", (pixel / most - mean) / std
 
 
 def _projection(trace: Trace, stage: str, x: Array) -> Worked:

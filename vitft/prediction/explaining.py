@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 
+from vitft.attribution import marked
 from vitft.attribution.maps import Method, overlay
 from vitft.data.decoder import BadImage
 from vitft.errors import UsageError
@@ -16,7 +16,7 @@ from vitft.io.fonts import drawable
 from vitft.io.paths import expanded
 from vitft.prediction.predictor import Prediction, Predictor
 
-_SOFTWARE = "vitft predict --explain"
+_COMMAND = "vitft predict --explain"
 _WIDTH, _CAPTION = 336, 30  # pixels of each of the two pictures, and of the line below
 
 
@@ -59,15 +59,7 @@ class Explainer:
             sheet.paste(overlay(shown, weights, _WIDTH).resize((_WIDTH, height)), (_WIDTH + 6, 0))
             text, font = drawable(f"{safe(label)}, {percent(score)}", percent(score))
             ImageDraw.Draw(sheet).text((4, height + 6), text, "#1c1c1f", ImageFont.truetype(font, 15))
-            file = self.folder / self._name(row.path)
-            if os.path.lexists(file) and not _is_ours(file):
-                raise UsageError(f"--explain {self.folder}: {file.name} is there already; choose another folder.")
-            about = PngInfo()
-            about.add_text("Software", _SOFTWARE)
-            try:
-                sheet.save(file, pnginfo=about)
-            except OSError as error:
-                raise UsageError(f"{file}: cannot be written: {error.strerror or error}.") from error
+            marked.save(sheet, self.folder / self._name(row.path), _COMMAND)
             self.count += 1
 
     def _name(self, path: str) -> str:
@@ -77,12 +69,3 @@ class Explainer:
             name = f"{source.stem[:150]}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:8]}.png"
         self._used.add(name.casefold())
         return name
-
-
-def _is_ours(file: Path) -> bool:
-    """Whether a file is a picture that an `Explainer` has written."""
-    try:
-        with Image.open(file) as picture:
-            return not file.is_symlink() and picture.info.get("Software") == _SOFTWARE
-    except (OSError, Image.DecompressionBombError):  # no image, or one that is too large to be ours
-        return False
