@@ -21,6 +21,24 @@ def test_ticks_are_round_numbers(low: float, high: float, expected: list[float])
     assert ticks(low, high) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("values", "style", "expected"),
+    [
+        ([1.0, 1.0], "percent", ["95 %", "96 %", "97 %", "98 %", "99 %", "100 %"]),
+        ([0.0, 0.0], "percent", ["0 %", "10 %", "20 %", "30 %", "40 %", "50 %"]),
+        ([0.98, 0.985], "percent", ["98.0 %", "98.1 %", "98.2 %", "98.3 %", "98.4 %", "98.5 %"]),
+        ([1e-4, 1e-4], "power", ["9.6e-5", "9.8e-5", "1.00e-4", "1.02e-4", "1.04e-4"]),
+        ([0, 2e-5], "power", ["0", "5e-6", "1.0e-5", "1.5e-5", "2.0e-5"]),
+        ([2.30255, 2.30265], "plain", ["2.30256", "2.30258", "2.30260", "2.30262", "2.30264"]),
+        ([0.1, 2.3], "plain", ["0.0", "0.5", "1.0", "1.5", "2.0"]),
+    ],
+)
+def test_numbers_at_an_axis_differ_and_are_possible(values: list[float], style: str, expected: list[str]) -> None:
+    svg = chart([Line("a", list(enumerate(values)))], Axis("epoch"), Axis("value", style), "t")
+    root = ET.fromstring(svg)
+    assert [one.text for one in root.iter("text") if one.get("class") == "y"] == expected
+
+
 def test_points_are_in_proportion_and_inside() -> None:
     svg = chart([Line("a", [(0, 0.0), (5, 0.5), (10, 1.0)])], Axis("step", low=0, high=10),
                 Axis("accuracy", "percent", low=0, high=1), "A & B")  # fmt: skip

@@ -21,18 +21,24 @@ class Line:
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis: its title, and how its numbers are written: plain, percent or power (of ten)."""
+    """An axis: its title, and how its numbers are written: plain, percent (they are from 0 to 1) or power (of ten)."""
 
     title: str
     style: str = "plain"
     low: float | None = None
     high: float | None = None
 
-    def text(self, value: float) -> str:
-        """A number on this axis."""
+    def text(self, value: float, step: float | None = None) -> str:
+        """A number on this axis; with as many digits as tell it from the next one, if that is a `step` away."""
         if self.style == "percent":
-            return f"{100 * value:.4g} %"
-        return f"{value:.1e}" if self.style == "power" and value else f"{value:,.4g}"
+            value, step = 100 * value, step and 100 * step
+        last = None if step is None else math.floor(math.log10(step) + 1e-9)  # the digit that differs, a power of ten
+        if self.style == "power":
+            digits = 1 if last is None or not value else max(0, math.floor(math.log10(abs(value)) + 1e-9) - last)
+            number, power = f"{value:.{digits}e}".split("e")
+            return f"{number}e{int(power)}" if value else "0"
+        text = f"{value:,.4g}" if last is None else f"{value:,.{max(0, -last)}f}"
+        return f"{text} %" if self.style == "percent" else text
 
 
 def chart(lines: Sequence[Line], x: Axis, y: Axis, title: str) -> str:
@@ -51,13 +57,16 @@ def chart(lines: Sequence[Line], x: Axis, y: Axis, title: str) -> str:
         return _LEFT + across * (WIDTH - _LEFT - _RIGHT), HEIGHT - _BOTTOM - up * (HEIGHT - _TOP - _BOTTOM)
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
-    for value in ticks(y_low, y_high):
+    y_ticks, x_ticks = ticks(y_low, y_high), ticks(x_low, x_high)
+    for value in y_ticks:
         _, level = place((x_low, value))
         parts.append(f'<path class="grid" d="M{_LEFT} {level:.1f}H{WIDTH - _RIGHT}"/>')
-        parts.append(f'<text class="y" x="{_LEFT - 7}" y="{level + 4:.1f}">{y.text(value)}</text>')
-    for value in ticks(x_low, x_high):
+        parts.append(f'<text class="y" x="{_LEFT - 7}" y="{level + 4:.1f}">{y.text(value, _step(y_ticks))}</text>')
+    for value in x_ticks:
         across, _ = place((value, y_low))
-        parts.append(f'<text class="x" x="{across:.1f}" y="{HEIGHT - _BOTTOM + 17}">{x.text(value)}</text>')
+        parts.append(
+            f'<text class="x" x="{across:.1f}" y="{HEIGHT - _BOTTOM + 17}">{x.text(value, _step(x_ticks))}</text>'
+        )
     middle = (_LEFT + WIDTH - _RIGHT) / 2
     parts.append(f'<text class="x title" x="{middle:.0f}" y="{HEIGHT - 5}">{escape(x.title)}</text>')
     for one in kept:
@@ -77,7 +86,13 @@ def _limits(values: Sequence[float], axis: Axis) -> tuple[float, float]:
     room = 0.05 * (high - low) or abs(high) * 0.05 or 0.5
     low = axis.low if axis.low is not None else low if axis.style == "plain" and low == 0 else low - room
     high = axis.high if axis.high is not None else high + room
+    if axis.style == "percent":
+        low, high = max(low, 0.0), min(high, 1.0)
     return (low, high) if high > low else (low, low + 1)
+
+
+def _step(values: Sequence[float]) -> float | None:
+    return values[1] - values[0] if len(values) > 1 else None
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
