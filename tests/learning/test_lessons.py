@@ -78,6 +78,9 @@ def test_a_notebook_has_all_code_and_prose_and_no_output(tmp_path: Path) -> None
     prose = "\n".join("".join(cell["source"]) for cell in page["cells"] if cell["cell_type"] == "markdown")
     assert prose.startswith(f"# {lesson.title}")
     assert "Exercise" in prose
+    linked = set(re.findall(r"\]\(([^)]*)\)", prose))
+    assert linked
+    assert linked <= notebooks(LESSONS).keys()
     assert "```" not in prose
     assert "images/" not in prose
     assert len({cell["id"] for cell in page["cells"]}) == len(page["cells"])

@@ -16,6 +16,7 @@ from vitft.learning.textbook import NAME as TEXTBOOK
 
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 """A Python block, and what it printed, if anything."""
+_LINK = re.compile(r"\]\((\d\d-\w+)\.md\)")
 _PLOT = re.compile(r"^!\[.*\]\(images/.*\)\n(?:\n\*.*?\*\n)?", re.MULTILINE | re.DOTALL)
 
 
@@ -92,11 +93,11 @@ def notebook(lesson: Lesson) -> dict[str, Any]:
         if text := text.strip("\n"):
             cells.append({"cell_type": kind, "id": f"cell-{len(cells)}", "metadata": {}, "source": text} | more)
 
-    place = 0
-    for block in BLOCK.finditer(lesson.text):
-        add("markdown", _PLOT.sub("", lesson.text[place : block.start()]))
+    text, place = _LINK.sub(r"](\1.ipynb)", _PLOT.sub("", lesson.text)), 0
+    for block in BLOCK.finditer(text):
+        add("markdown", text[place : block.start()])
         add("code", block["code"], execution_count=None, outputs=[])
         place = block.end()
-    add("markdown", _PLOT.sub("", lesson.text[place:]))
+    add("markdown", text[place:])
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     return {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}

@@ -12,7 +12,7 @@ from vitft.spec import ViTSpec
 
 
 def patchify(images: Array, patch_height: int, patch_width: int) -> Array:
-    """Cut images (B, C, H, W) into flat patches (B, N, C·P·P), row by row, without overlap.
+    """Cut images (B, C, H, W) into flat patches (B, patches, C·P·P), row by row, without overlap.
 
     H = rows · P, so a reshape splits the axis in two, and a transpose brings each patch's pixels together.
     """
@@ -23,7 +23,7 @@ def patchify(images: Array, patch_height: int, patch_width: int) -> Array:
 
 
 def windows(images: Array, spec: ViTSpec) -> Array:
-    """Every patch of images (B, C, H, W) that the convolution's kernel sees, flattened: (B, N, C·P·P).
+    """Every patch of images (B, C, H, W) that the convolution's kernel sees, flattened: (B, patches, C·P·P).
 
     The image is padded with `padding` zeros on each side; a window starts every `stride` pixels.
     """
@@ -49,7 +49,7 @@ def windows_backward(d_patches: Array, spec: ViTSpec) -> Array:
 
 
 def patch_embedding(images: Array, w: Linear, spec: ViTSpec) -> tuple[Array, Array]:
-    """Each patch times the same matrix: images (B, C, H, W) to tokens (B, N, D).
+    """Each patch times the same matrix: images (B, C, H, W) to tokens (B, patches, D).
 
     This is a convolution with the kernel w.weight (D, C, P, P), computed as one product of all its windows with the
     flattened kernel. The backward pass needs the windows.

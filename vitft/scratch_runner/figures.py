@@ -153,7 +153,7 @@ def draw_patchify(figure: Figure) -> None:
     for i in range(len(patches)):
         panels["a"].text(i % 4 * side + 0.3, i // 4 * side + 1, str(i + 1), color=_ORANGE, va="center")
     spaced = [np.pad(patch.reshape(side, side), ((0, 0), (0, 1)), constant_values=np.nan) for patch in patches]
-    _picture(panels["b"], np.hstack(spaced), "the patches as a sequence, N = 16")
+    _picture(panels["b"], np.hstack(spaced), "the 16 patches as a sequence")
     _picture(panels["c"], patches.T, aspect="auto")
     panels["c"].set(ylabel="49 pixels", xlabel="patch (each column is one flat patch)")
     panels["c"].set_xticks(range(16), map(str, range(1, 17)))
