@@ -85,7 +85,7 @@ def doubt(
     json: Json = False,
     *, overrides: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Find training images whose label is probably wrong, by what a pretrained model sees in the others.
+    """Find training images whose label may be wrong, by what a pretrained model sees in the others.
 
     One pass over the images. Look at them before you believe it: the model is not always right.
     """

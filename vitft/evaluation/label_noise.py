@@ -1,4 +1,4 @@
-"""Labels that are probably wrong, by what a model that has not seen the images says of them."""
+"""Labels that may be wrong, by what a model that has not seen the images says of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from scipy.special import expit
 from vitft.evaluation.split_predictions import Predictions
 
 FEWEST = 20  # images: of fewer, neither of the two numbers that are fitted can be told
-MOST_LIKELY = 0.3
+DOUBTED_FROM = 0.3
 """By default, labels are listed from this probability of being wrong on."""
 _LOG_TEMPERATURES = np.linspace(-4, 4, 17)
 _LOGIT_RATES = (-16.0, 4.0)  # of 1e-7 to 98 %
@@ -31,7 +31,7 @@ class LabelNoise:
     wrong: NDArray[np.float64]
     likely: NDArray[np.int64]
 
-    def places(self, from_probability: float = MOST_LIKELY) -> list[int]:
+    def places(self, from_probability: float = DOUBTED_FROM) -> list[int]:
         """The images whose label is wrong with at least this probability, the most probable first."""
         order: list[int] = np.argsort(-self.wrong, kind="stable").tolist()
         return [place for place in order if self.wrong[place] >= from_probability]

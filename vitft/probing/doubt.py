@@ -1,4 +1,4 @@
-"""Labels that are probably wrong, by what a pretrained model sees in the other images."""
+"""Labels that may be wrong, by what a pretrained model sees in the other images."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from vitft.data.sources.identity import sample_names
 from vitft.data.sources.source import DatasetLike, Source, exclusion_line
 from vitft.data.validation.check import KINDS, Finding
 from vitft.errors import DataError, UsageError
-from vitft.evaluation.label_noise import MOST_LIKELY, label_noise
+from vitft.evaluation.label_noise import DOUBTED_FROM, label_noise
 from vitft.hardware.device import memory_guard, resolve_auto, threads
 from vitft.io import console
 from vitft.models.logistic import location_and_scale, regress
@@ -28,7 +28,7 @@ FOLDS = 10
 
 @dataclass(frozen=True)
 class Doubt:
-    """An image whose label is probably wrong: the label, what the image looks like, and the probability of that."""
+    """An image whose label may be wrong: the label, what the image looks like, and the probability of that."""
 
     split: str
     image: str
@@ -75,7 +75,7 @@ class DoubtResult:
 
 def doubt(
     config: TrainConfig | None = None, *, dataset: DatasetLike | None = None, folds: int = FOLDS,
-    from_probability: float = MOST_LIKELY,
+    from_probability: float = DOUBTED_FROM,
 ) -> DoubtResult:  # fmt: skip
     """Find labels of the training images that are probably wrong, by the features of a pretrained model.
 

@@ -33,7 +33,7 @@ _AHEAD = 16  # images read before they are asked for
 class Gallery:
     """Images with what they are and what the model said, and which of them to show where, by position in `images`.
 
-    `doubtful` are those whose label is probably wrong, and `training` examples of what the model was trained on.
+    `doubtful` are those whose label may be wrong, and `training` examples of what the model was trained on.
     `cells` are those of the confusion matrix, `i,j` for class i that was taken for j. `max_pixels` and `value_range`
     say how images are decoded.
     """
@@ -98,7 +98,7 @@ def add_scored(
 ) -> None:  # fmt: skip
     """Add scored images: the surest mistakes first, doubtful labels, the least certain, examples, other mistakes.
 
-    `noise` says whose label is probably wrong. `places` has the row of each image in `rows`; None for one that is gone.
+    `noise` says whose label may be wrong. `places` has the row of each image in `rows`; None for one that is gone.
     """
     number_of: dict[int, int] = {}
     doubts = [] if noise is None else noise.places()[:DOUBTFUL]

@@ -19,7 +19,7 @@ from vitft.data.sources.source import DatasetLike, Source, source_of
 from vitft.data.split_record import read_record, restore_splits
 from vitft.errors import DataError, ModelError, UsageError, VitftError
 from vitft.evaluation.calibration import Calibration, at_temperature, calibration, coverage_curve, describe
-from vitft.evaluation.label_noise import MOST_LIKELY, LabelNoise, noise_of
+from vitft.evaluation.label_noise import DOUBTED_FROM, LabelNoise, noise_of
 from vitft.evaluation.results import Results, read_results
 from vitft.evaluation.split_predictions import Predictions
 from vitft.io.atomic import write_text
@@ -144,7 +144,7 @@ def _source(config: TrainConfig, dataset: DatasetLike | None) -> Source:
 
 
 def _doubts(predictions: Predictions | None, noise: LabelNoise | None) -> dict[str, Any]:
-    """The labels that are probably wrong, the worst first. Empty where nothing can be said."""
+    """The labels that may be wrong, the worst first. Empty where nothing can be said."""
     if predictions is None or noise is None:
         return {}
     rows = [
@@ -152,7 +152,7 @@ def _doubts(predictions: Predictions | None, noise: LabelNoise | None) -> dict[s
          "likely": safe(predictions.class_name(noise.likely[place])), "wrong": float(noise.wrong[place])}
         for place in noise.places()
     ]  # fmt: skip
-    return {"rate": noise.rate, "from": MOST_LIKELY, "rows": rows, "listed": rows[:LISTED]}
+    return {"rate": noise.rate, "from": DOUBTED_FROM, "rows": rows, "listed": rows[:LISTED]}
 
 
 def _others(results: Results, split: str | None) -> list[dict[str, Any]]:

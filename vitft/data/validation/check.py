@@ -39,7 +39,7 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "duplicate": ("warning", "the same pixels twice in a split"),
     "near-duplicate": ("note", "near duplicates in a split"),
     "not-compared": ("note", "too many photos to compare all of them for near duplicates"),
-    "doubtful-label": ("warning", "the label is probably wrong (vitft data doubt)"),
+    "doubtful-label": ("warning", "the label may be wrong (vitft data doubt)"),
     "missing-class": ("warning", "a class without images in a split"),
     "similar-labels": ("warning", "labels that differ only in case, spacing or number format"),
     "reading": ("warning", "the dataset may have been read differently than intended"),
