@@ -236,10 +236,42 @@ def test_an_export_is_replaced_by_a_better_one_only(run: Path, quick: Any, tmp_p
     with pytest.raises(ModelError, match=r"right on 0\.0 % of 30 test images, the model on 100\.0 %"):
         export(run, format="torch", output=target, images=30)
     assert (target / "export.json").read_bytes() == before
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.txt").touch()
+    for names in (["thesis.txt"], ["model.onnx"], ["model.pt2", "thesis.txt"], ["model.pt2", "export.json", "notes"]):
+        folder = tmp_path / f"{len(names)}-{names[0]}s"
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+        with pytest.raises(UsageError, match="no export that could be replaced"):
+            export(run, format="torch", output=folder, images=30)
+        assert sorted(file.name for file in folder.iterdir()) == sorted(names)
+
+
+def test_a_link_to_a_folder_stays_one(run: Path, quick: Any, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk", target_is_directory=True)
+    (tmp_path / "loop").symlink_to("loop")
+    for _ in range(2):
+        export(run, format="torch", output=tmp_path / "out", images=30)
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["disk", "loop", "out"]
+        assert (tmp_path / "out").readlink() == Path("disk")
+        assert (tmp_path / "disk" / "model.pt2").is_file()
     with pytest.raises(UsageError, match="no export that could be replaced"):
-        export(run, format="torch", output=tmp_path / "full")
+        export(run, format="torch", output=tmp_path / "loop", images=30)
+
+
+def test_what_cannot_be_replaced_is_refused_before_the_work(
+    run: Path, quick: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting, "read_images", lambda *_, **__: pytest.fail("is work"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for output in (".", tmp_path / "here"):
+        with pytest.raises(UsageError, match="a new folder cannot take its place; choose one inside of it"):
+            export(run, format="torch", output=output)
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == (tmp_path / "disk").resolve())
+    with pytest.raises(UsageError, match="a new folder cannot take its place"):
+        export(run, format="torch", output=tmp_path / "disk")
 
 
 def test_what_a_format_cannot_say_is_an_error_in_one_line(
@@ -289,6 +321,17 @@ def test_how_far_a_probability_may_be_off(
     document = Document("0", format, dtype, resize, ("a", "b"), Preprocess(8, 8))
     with pytest.raises(ModelError, match="a probability differs") if refused else nullcontext():
         exporting._refuse(replace(found, by_network=largest), document, 0.01)
+
+
+@pytest.mark.parametrize(("count", "right", "were"), [(2000, 1713, 1733), (100, 71, 100), (100, 93, 100), (7, 6, 7)])
+def test_as_much_as_the_tolerance_may_be_lost(count: int, right: int, were: int) -> None:
+    """Fractions are rounded: 0.8665 - 0.8565 > 0.01."""
+    found = compare(*[np.full((4, 2), 0.5, np.float32)] * 3, None, Speed(1, 1), Speed(1, 1))
+    found = replace(found, images=count, before=were / count, accuracy=right / count)
+    document = Document("0", "onnx", "int8", "outside", ("a", "b"), Preprocess(8, 8))
+    exporting._refuse(found, document, (were - right) / count)
+    with pytest.raises(ModelError, match="worse by more than"):
+        exporting._refuse(replace(found, accuracy=(right - 1) / count), document, (were - right) / count)
 
 
 def test_without_images_nothing_is_said_to_be_proved(run: Path, quick: Any, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`vitft export`: a model as a file for another runtime, which is kept only if it predicts what the model does."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, replace
@@ -151,7 +152,7 @@ def export(
 
 
 def _target(checkpoint: str | Path, folder: Path, output: str | Path | None, name: str) -> Path:
-    """The folder to write. Raises UsageError if something else is there."""
+    """The folder to write, of a link the one that it leads to. Raises UsageError if that cannot be replaced."""
     if output is None:
         run = run_of(folder)
         target = (run or Path()) / "exports" / (name if run else f"{Path(str(checkpoint)).name}-{name}")
@@ -159,10 +160,21 @@ def _target(checkpoint: str | Path, folder: Path, output: str | Path | None, nam
         target = expanded(output)
     if target.suffix in SUFFIX.values():
         raise UsageError(f"output {target}: give a folder; the file in it is called model{target.suffix}.")
-    is_empty = target.is_dir() and not any(target.iterdir())
-    if target.exists() and not is_empty and (target.is_file() or exported_file(target) is None):
+    real = Path(os.path.realpath(target))  # to be replaced, rather than a link to it
+    if os.path.lexists(real) and not _is_replaceable(real):
         raise UsageError(f"output {target}: exists, and is no export that could be replaced; choose another folder.")
-    return target
+    if real.is_mount() or Path.cwd().is_relative_to(real):
+        raise UsageError(f"output {target}: a new folder cannot take its place; choose one inside of it.")
+    return real if target.is_symlink() else target
+
+
+def _is_replaceable(folder: Path) -> bool:
+    """Whether a folder is empty, or has an export and nothing else."""
+    if not folder.is_dir():
+        return False
+    names = {file.name if file.is_file() else "" for file in folder.iterdir()}
+    written = all(name in (REPORT, "vitft.json", "README.md") or name.startswith("model.") for name in names)
+    return not names or (written and REPORT in names)
 
 
 def _held_out(
@@ -254,7 +266,8 @@ def _write(
 def _refuse(proof: Proof, document: Document, tolerance: float) -> None:
     """Raise ModelError if the file does not predict what the model does."""
     what = f"{document.format} {document.dtype}"
-    if proof.accuracy is not None and proof.before is not None and proof.before - proof.accuracy > tolerance:
+    most = tolerance + 0.001 / proof.images  # the tolerance itself is allowed, whatever the rounding of the fractions
+    if proof.accuracy is not None and proof.before is not None and proof.before - proof.accuracy > most:
         raise ModelError(
             f"{what}: right on {percent(proof.accuracy)} of {proof.images:,} {proof.split} images, the model on "
             f"{percent(proof.before)}: worse by more than {percent(tolerance)}, so no file was left; use another "
