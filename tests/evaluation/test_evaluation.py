@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -21,7 +22,7 @@ from typer.testing import CliRunner
 
 from tests.forked import finish_two
 from tests.training.test_trainer import draw
-from vitft import TrainConfig, train
+from vitft import Predictor, TrainConfig, load_model, train
 from vitft.checkpoints.checkpoint import read_config, step_folders, write_config
 from vitft.checkpoints.metadata import read_card, sha256, sha256_of, write_card
 from vitft.cli.app import app
@@ -39,6 +40,7 @@ from vitft.evaluation.metrics import Metrics
 from vitft.evaluation.split_predictions import require
 from vitft.io.atomic import json_text, write_json
 from vitft.models.image_processor import read_processor
+from vitft.prediction.predictor import Scores
 from vitft.training.setup import prepare
 from vitft.training.trainer import resume
 
@@ -110,6 +112,37 @@ def test_the_recorded_scores_are_those_of_evaluate(digits_run: Any) -> None:
 
 def test_two_evaluations_give_the_same_numbers(digits_run: Any) -> None:
     assert numbers(evaluate(digits_run.run)) == numbers(evaluate(digits_run.run))
+
+
+def test_of_equal_classes_the_first_is_the_answer_everywhere(
+    digits_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16, the two best logits are often equal."""
+    loaded = load_model(digits_run.run)
+
+    class Coarse(torch.nn.Module):
+        def forward(self, pixel_values: torch.Tensor) -> Any:
+            logits = loaded.model(pixel_values=pixel_values).logits
+            return SimpleNamespace(logits=(logits / 3).round() * 3)
+
+    coarse = replace(loaded, model=Coarse())
+    monkeypatch.setattr(evaluation, "load_model", lambda checkpoint: coarse)
+    found = evaluate(digits_run.run)
+    said = require(found.predictions)
+    best = np.sort(said.probabilities, axis=1)[:, ::-1]
+    assert (best[:, 0] == best[:, 1]).mean() > 0.1
+    assert found.accuracy == (said.predicted == said.truth).mean()
+    assert found.matrix.tolist() == sk.confusion_matrix(said.truth, said.predicted, labels=range(10)).tolist()
+    before = (said.probabilities > best[:, [4]]).sum(axis=1)  # classes that are better than the fifth
+    equal = said.probabilities == best[:, [4]]
+    fifth = equal & (equal.cumsum(axis=1) <= 5 - before[:, None])
+    five = (said.probabilities > best[:, [4]]) | fifth
+    assert found.top5 == five[np.arange(len(said.truth)), said.truth].mean()
+    predictor = Predictor(digits_run.run)
+    for row in (np.full(10, 0.1, np.float32), np.array([0, 0.1, 0.4, 0, 0.1, 0.4, 0, 0, 0, 0], np.float32)):
+        answer = predictor.prediction("", Scores(row[None], None), 0, top_k=3)
+        order = np.argsort(-row, kind="stable")[:3].tolist()
+        assert [label for label, _ in answer.top] == [predictor.labels[place] for place in order]
 
 
 def test_the_batch_size_changes_nothing_but_the_last_digits(digits_run: Any) -> None:

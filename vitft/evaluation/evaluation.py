@@ -28,7 +28,7 @@ from vitft.errors import DataError, ModelError, UsageError
 from vitft.evaluation.held_out import choose_split
 from vitft.evaluation.loading import load_model
 from vitft.evaluation.metrics import Metrics, score
-from vitft.evaluation.split_predictions import LARGEST, of_split
+from vitft.evaluation.split_predictions import LARGEST, most_probable, of_split
 from vitft.hardware.device import autocast, find_device, find_precision, threads
 from vitft.hardware.processes import ALONE, Processes, join_processes
 from vitft.io import console
@@ -58,11 +58,12 @@ def measure(
     with torch.no_grad():
         for number, batch in enumerate(loader, 1):
             logits = model(pixel_values=batch.pixels).logits.float()
-            tops.append(logits.topk(min(5, len(labels)), dim=1).indices)
+            said = logits.softmax(dim=1)
+            tops.append(most_probable(said, min(5, len(labels))))
             known = batch.labels.where(batch.labels < len(labels), NO_CLASS)
             losses.append(F.cross_entropy(logits, known, reduction="none", ignore_index=NO_CLASS))
             truths.append(batch.labels)
-            probabilities += [logits.softmax(dim=1)] if keep else []
+            probabilities += [said] if keep else []
             progress(number, len(loader))
     columns = (truths, tops, losses, *([probabilities] if keep else []))
     mine = tuple(torch.cat(parts).cpu().numpy() if parts else None for parts in columns)

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from torch import Tensor
 
 from vitft.errors import ModelError, UsageError, first_line
 from vitft.io.atomic import new_file
@@ -41,7 +42,7 @@ class Predictions:
 
     @cached_property
     def predicted(self) -> NDArray[np.int64]:
-        """The most probable class of each image: (n,)."""
+        """The most probable class of each image, of equals the first: (n,). See `most_probable`."""
         best: NDArray[np.int64] = self.probabilities.argmax(axis=1)
         return best
 
@@ -101,6 +102,14 @@ class Predictions:
             )  # fmt: skip
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{file}: no predictions that vitft wrote ({first_line(error)}).") from error
+
+
+def most_probable(probabilities: Tensor, count: int) -> Tensor:
+    """The classes with the highest of probabilities (..., K), best first: (..., count).
+
+    Of equals, which bf16 logits often are, the first comes first, as in `argmax`; the order of `topk` is undefined.
+    """
+    return probabilities.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
 def require(found: "Predictions | None") -> Predictions:

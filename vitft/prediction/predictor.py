@@ -19,6 +19,7 @@ from vitft.data.decoder import MAX_PIXELS, BadImage
 from vitft.errors import ModelError, UsageError
 from vitft.evaluation.loading import load_model
 from vitft.evaluation.novelty import read_novelty
+from vitft.evaluation.split_predictions import most_probable
 from vitft.hardware.device import find_device, threads
 from vitft.hardware.pools import map_ahead
 from vitft.models.features import heads_input
@@ -195,7 +196,7 @@ class Predictor:
     def prediction(self, path: str, scores: Scores, place: int, top_k: int) -> Prediction:
         """What is said of one of several scored images."""
         probabilities = scores.probabilities[place]
-        best = torch.from_numpy(probabilities).topk(min(top_k, len(self.labels))).indices.tolist()
+        best = most_probable(torch.from_numpy(probabilities), min(top_k, len(self.labels))).tolist()
         top = tuple((self.labels[label], float(probabilities[label])) for label in best)
         unsure = self.threshold is not None and top[0][1] < self.threshold
         novelty = None if scores.novelty is None else float(scores.novelty[place])

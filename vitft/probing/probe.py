@@ -18,6 +18,7 @@ from vitft.data.sources.source import DatasetLike
 from vitft.errors import ModelError, UsageError, as_flag
 from vitft.evaluation.evaluation import BATCH, NO_CLASS
 from vitft.evaluation.metrics import Metrics, score
+from vitft.evaluation.split_predictions import most_probable
 from vitft.hardware.device import memory_guard, micro_batch, resolve_auto, threads
 from vitft.hardware.processes import ALONE, Processes, join_processes
 from vitft.io import console
@@ -185,7 +186,7 @@ def _result(
         curve = few_shot(train, held_out, classes, decoded.config.seed, progress)
     known = held_out.labels.where(held_out.labels < classes, NO_CLASS)
     losses = F.cross_entropy(logits, known, reduction="none", ignore_index=NO_CLASS)
-    top = logits.topk(min(5, classes), dim=1).indices
+    top = most_probable(logits.softmax(dim=1), min(5, classes))
     metrics = score(
         held_out.labels.cpu().numpy(), top.cpu().numpy(), losses.cpu().numpy(), labels, others,
         split=split.name, split_hash=split.hash, elapsed_s=elapsed_s,
