@@ -18,6 +18,7 @@ from vitft.checkpoints.checkpoint import save_model, write_config
 from vitft.checkpoints.metadata import read_card
 from vitft.cli.app import app
 from vitft.errors import DataError, UsageError
+from vitft.evaluation.calibration import fit_temperature
 from vitft.evaluation.held_out import lineage
 
 SETTINGS: dict[str, Any] = {
@@ -89,6 +90,19 @@ def test_a_soup_is_a_checkpoint_that_names_its_parts(first: Path, variant: Varia
     ancestor = lineage(made.folder)[0]  # so the images that its parts were trained on stay known
     assert ancestor.record is not None
     assert ancestor.record.matches(card.splits)
+
+
+def test_what_a_soup_says_of_itself_is_of_the_soup(first: Path, variant: Variant, tmp_path: Path) -> None:
+    """Neither the temperature nor the step of a part."""
+    from vitft.serving.model import open_model
+
+    made = soup([variant(name, 0.3, {"temperature": 9.0}) for name in ("one", "other")], tmp_path / "soup")
+    card = read_card(made.folder)
+    assert card is not None
+    assert made.metrics.predictions is not None
+    assert card.temperature == fit_temperature(made.metrics.predictions) != 9.0
+    assert "step" in open_model(first).about
+    assert "step" not in open_model(made.folder).about
 
 
 def test_greedy_leaves_out_what_makes_it_worse(first: Path, variant: Variant, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from vitft.data.split_record import FILE, refuse_leak, restore_splits
 from vitft.data.splits import Split
 from vitft.data.stores.store import decode_all
 from vitft.errors import DataError, UsageError
+from vitft.evaluation.calibration import fit_temperature
 from vitft.evaluation.evaluation import BATCH, matched, measure, without
 from vitft.evaluation.held_out import Ancestor, lineage
 from vitft.evaluation.metrics import Metrics
@@ -140,6 +141,7 @@ def soup(
     parts = tuple(Part(member.name, metrics_of[member.folder], member in chosen) for member in ranked)
     card = replace(
         ranked[0].card, scores={"validation": metrics.summary()},
+        temperature=None if metrics.predictions is None else fit_temperature(metrics.predictions),
         parts=tuple(
             {"run": member.short, "step": member.card.step, "validation_accuracy": metrics_of[member.folder].accuracy}
             for member in chosen

@@ -96,4 +96,4 @@ def _recorded(checkpoint: str | Path, document: Document | None) -> dict[str, An
         return {}
     names = ("accuracy", "accuracy_interval", "count", "split_hash")
     scores = {split: {name: score[name] for name in names} for split, score in known.scores.items()}
-    return {"scores": scores} | ({} if card is None else {"step": card.step})
+    return {"scores": scores} | ({} if card is None or card.parts else {"step": card.step})
