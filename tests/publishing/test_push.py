@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from tests.hub import TOKEN, StandInHub
 from vitft import load_model, train
 from vitft.checkpoints.checkpoint import save_model
-from vitft.checkpoints.metadata import read_card
+from vitft.checkpoints.metadata import read_card, write_card
 from vitft.checkpoints.model_card import readme
 from vitft.cli.app import app
 from vitft.errors import ModelError, UsageError
@@ -253,6 +253,27 @@ def test_what_is_wrong_is_a_line(
 def test_only_checkpoints_of_runs_are_pushed(hub: StandInHub, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no run and no checkpoint of one"):
         push(tmp_path, REPO)
+
+
+def test_an_exported_file_is_not_pushed(hub: StandInHub, run: Path, tmp_path: Path) -> None:
+    """The hub is read by Transformers."""
+    card = read_card(run / "best")
+    assert card is not None
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "model.onnx").touch()
+    write_card(tmp_path / "exported", card, text="")
+    for name in ("exported", "exported/model.onnx"):
+        with pytest.raises(UsageError, match=r"is exported.*push the run it came from"):
+            push(tmp_path / name, REPO, dry_run=True)
+
+
+def test_a_connection_lost_on_the_way_is_a_line(hub: StandInHub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: Any, **__: Any) -> None:
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(hf.HfApi, "create_commit", lost)
+    with pytest.raises(UsageError, match="could not be reached; try again, and what has arrived is not sent twice"):
+        push(run, REPO, revision="trial")  # the branch is there already
 
 
 def test_a_damaged_checkpoint_is_not_pushed(hub: StandInHub, run: Path) -> None:

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import get_token
 
 from vitft.checkpoints.checkpoint import find_model
+from vitft.checkpoints.exported import exported_file
 from vitft.checkpoints.metadata import read_card, write_card
 from vitft.errors import ModelError, UsageError
 from vitft.io.paths import expanded
@@ -30,9 +31,13 @@ def published(checkpoint: str | Path, repo: str, license: str | None = None) -> 
 
     The weights, configurations, an adapter if there is one, and `vitft.json` and the model card, written anew for
     the hub id `repo`. Raises ModelError if there is no checkpoint that vitft wrote, or if it is damaged, and
-    UsageError if a file has a secret.
+    UsageError if it is an exported file, or if a file has a secret.
     """
     folder = find_model(expanded(checkpoint))
+    if exported_file(folder) is not None:
+        raise UsageError(
+            f"{checkpoint}: is exported, and a hub id is of a Transformers model; push the run it came from."
+        )
     card = read_card(folder) if folder.is_dir() else None
     if card is None:
         raise ModelError(f"{checkpoint}: no run and no checkpoint of one; give what vitft train wrote.")

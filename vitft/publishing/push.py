@@ -126,7 +126,7 @@ def _reason(error: Exception) -> str:
     """What the hub answered, or that it did not, with a remedy."""
     hub = without_secrets(constants.ENDPOINT)
     if unreachable(error):
-        return f"the hub at {hub} could not be reached; nothing was changed there, so try again."
+        return f"the hub at {hub} could not be reached; try again, and what has arrived is not sent twice."
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status == 401:
         return f"the hub at {hub} does not know your token; run `hf auth login`, or set another HF_TOKEN."
