@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vitft.config import recipe
 from vitft.config.recipe import load_config, recipes
 from vitft.config.train import TrainConfig
 from vitft.io import console
+from vitft.spec import ViTSpec
 from vitft.training.cost import dry_run
 from vitft.training.cost.estimate import Cost
 
@@ -488,7 +490,7 @@ def test_a_long_run_says_so_and_names_cheaper_ways(
     prepared: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(dry_run, "first_image_s", lambda prepared: 30.0)
-    monkeypatch.setattr(dry_run, "cost", lambda prepared: Cost(10.0, 0.0, 1.0))
+    monkeypatch.setattr(dry_run, "cost", lambda prepared, processes: Cost(10.0, 0.0, 1.0))
     dry_run.warn_if_long(prepared)
     train, validation, test = (len(prepared.splits[role].rows) for role in ("train", "validation", "test"))
     took = console.duration(3 * (10 * train + validation) + test)  # 3 epochs, each with its validation
@@ -499,11 +501,38 @@ def test_a_long_run_says_so_and_names_cheaper_ways(
     assert "--model vit-micro" not in said  # it is
 
 
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({}, ["--max-train-samples 2000", "--freeze backbone", "--image-size 112", "--model vit-micro"]),
+        ({"parallel": "fsdp"}, ["--max-train-samples 2000", "--image-size 112", "--model vit-micro"]),
+        ({"lora_rank": 4}, ["--max-train-samples 2000", "--image-size 112", "--model vit-micro"]),
+    ],
+)
+def test_the_cheaper_ways_are_possible_ones(
+    prepared: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], settings: Any, named: list[str]
+) -> None:
+    large = ViTSpec.square(238, 14, 384, 12, 6, 1536, 10)  # half of it is no multiple of 14
+    monkeypatch.setattr(dry_run, "shape_of", lambda model: large)
+    monkeypatch.setattr(dry_run, "first_image_s", lambda prepared: 1e4)
+    monkeypatch.setattr(dry_run, "cost", lambda prepared, processes: Cost(1e4, 0.0, 1.0))
+    split = prepared.splits["train"]
+    many = replace(split, rows=np.resize(split.rows, 3000), labels=np.resize(split.labels, 3000))
+    run = replace(prepared, splits=prepared.splits | {"train": many})
+    dry_run.warn_if_long(run.with_settings(model="vit-small", from_scratch=False, **settings))
+    assert capsys.readouterr().err.strip().split("cheaper: ")[1] == ", or ".join(named) + "."
+
+
+def test_a_model_that_processes_share_is_not_tried_on_one(prepared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_run, "first_image_s", lambda prepared: pytest.fail("tried"))
+    dry_run.warn_if_long(prepared.with_settings(parallel="fsdp"), processes=2)
+
+
 def test_many_processes_share_the_time(
     prepared: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(dry_run, "first_image_s", lambda prepared: 30.0)
-    monkeypatch.setattr(dry_run, "cost", lambda prepared: Cost(10.0, 0.0, 1.0))
+    monkeypatch.setattr(dry_run, "cost", lambda prepared, processes: Cost(10.0, 0.0, 1.0))
     dry_run.warn_if_long(prepared, processes=8)
     assert capsys.readouterr().err == ""
 

@@ -140,6 +140,6 @@ def _out_of_fold(known: Examples, classes: int, folds: int, seed: int) -> NDArra
             mean, scale = location_and_scale(train.features)
             fitted = regress((train.features - mean) / scale, train.labels, classes, penalty)
             found = ((held_out.features - mean) / scale) @ fitted[:, :-1].T + fitted[:, -1]
-            logits[held.numpy()] = found.double().cpu().numpy()
+            logits[held.numpy()] = found.cpu().double().numpy()
             progress(number + 1, folds)
     return logits

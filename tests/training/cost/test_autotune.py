@@ -238,13 +238,14 @@ def test_a_long_run_is_compiled_where_a_trial_is_faster(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch, slower: float, chosen: str
 ) -> None:
     monkeypatch.setattr(autotune, "first_image_s", lambda prepared: 1e3)
-    monkeypatch.setattr(autotune, "cost", lambda prepared: estimate.Cost(1e3, 0.0, 1.0))
+    monkeypatch.setattr(autotune, "cost", lambda prepared, processes: estimate.Cost(1e3, 0.0, 1.0))
     monkeypatch.setattr(autotune, "compiled", lambda module: "fast")
     monkeypatch.setattr(autotune, "pass_s", lambda prepared, images, module: slower if module == "fast" else 1.0)
     assert autotune.autotuned(prepared).config.compile == chosen
     assert autotune.autotuned(prepared, processes=2).config.compile == chosen
     for settings in ({"parallel": "fsdp"}, {"grad_checkpointing": True}):
-        assert autotune.autotuned(prepared.with_settings(**settings), processes=2).config.compile == "off"
+        for processes in (1, 2):
+            assert autotune.autotuned(prepared.with_settings(**settings), processes).config.compile == "off"
 
 
 @pytest.mark.parametrize(("worth_s", "chosen"), [(40.0, "on"), (40.5, "off")])
@@ -254,7 +255,7 @@ def test_a_run_is_as_long_as_its_images_take(
     """An epoch of 40 images in batches of 16: the tail of 8 is no whole batch."""
     monkeypatch.setattr(autotune, "_COMPILING_PAYS_S", {"cpu": worth_s})
     monkeypatch.setattr(autotune, "first_image_s", lambda prepared: 1.0)
-    monkeypatch.setattr(autotune, "cost", lambda prepared: estimate.Cost(1.0, 0.0, 1.0))
+    monkeypatch.setattr(autotune, "cost", lambda prepared, processes: estimate.Cost(1.0, 0.0, 1.0))
     monkeypatch.setattr(autotune, "compiled", lambda module: "fast")
     tried = []
 
@@ -272,18 +273,60 @@ def test_a_run_is_as_long_as_its_images_take(
     assert {*tried} == ({8} if chosen == "on" else set())
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("No working C++ compiler found\nand many lines more"), "No working C++ compiler found"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
 def test_without_a_compiler_a_long_run_continues_with_one_warning(
-    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, said: str
 ) -> None:
     def broken(module: Any) -> Any:
-        raise RuntimeError("No working C++ compiler found\nand many lines more")
+        raise error
 
     monkeypatch.setattr(autotune, "first_image_s", lambda prepared: 1e3)
-    monkeypatch.setattr(autotune, "cost", lambda prepared: estimate.Cost(1e3, 0.0, 1.0))
+    monkeypatch.setattr(autotune, "cost", lambda prepared, processes: estimate.Cost(1e3, 0.0, 1.0))
     monkeypatch.setattr(autotune, "compiled", broken)
     assert autotune.autotuned(prepared).config.compile == "off"
-    said = capsys.readouterr().err.strip().splitlines()
-    assert said[-1].endswith("continues without it: No working C++ compiler found")
+    assert capsys.readouterr().err.strip().splitlines()[-1].endswith(f"continues without it: {said}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes", "largest"),
+    [({"micro_batch_size": "auto"}, 1, 4), ({"micro_batch_size": 8}, 1, 8), ({}, 2, 16), ({}, 1, 32)],
+)
+def test_no_trial_is_larger_than_the_passes_of_the_run(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], processes: int, largest: int
+) -> None:
+    tried = []
+
+    def pass_s(prepared: Prepared, images: torch.Tensor, module: Any = None) -> float:
+        tried.append(len(images))
+        return 0.01
+
+    for module in (autotune, estimate):
+        monkeypatch.setattr(module, "pass_s", pass_s)
+    monkeypatch.setattr(autotune, "_fitting", lambda prepared, processes: 4)
+    monkeypatch.setattr(autotune, "first_image_s", lambda prepared: 1e3)
+    monkeypatch.setattr(autotune, "_COMPILING_PAYS_S", {"cpu": 1e-3})
+    autotune.autotuned(prepared.with_settings(batch_size=32, threads=1, **settings), processes)
+    assert max(tried) == largest
+
+
+def test_a_trial_that_does_not_fit_stops_growing(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, tried = estimate.pass_s, []
+
+    def pass_s(prepared: Prepared, images: torch.Tensor) -> float:
+        tried.append(len(images))
+        if len(images) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return min(real(prepared, images), 0.01)
+
+    monkeypatch.setattr(estimate, "pass_s", pass_s)
+    assert estimate.cost(prepared.with_settings(batch_size=32)).image_s > 0
+    assert tried == [1, 4, 16, 4, 4, 4, 4]
 
 
 def test_what_is_compiled_is_what_is_tried(prepared: Prepared) -> None:

@@ -179,6 +179,10 @@ def test_the_command_shows_it_and_refuses_what_is_no_plan() -> None:
     for more, said in (
         (["--devices", "2"], "--devices plans a run; add --dry-run. To train on several: torchrun"),
         (["--dry-run", "--hourly-price", "2"], "--hourly-price is of a plan; add --dry-run --devices N."),
+        (
+            ["--dry-run", "--devices", "2", "--freeze", "backbone", "--epochs", "90"],
+            "--devices plans steps, and a linear",
+        ),
         (["--dry-run", "--link-gbps", "2"], "--link-gbps is of a plan; add --dry-run --devices N."),
     ):
         done = CliRunner().invoke(app, [*words, *more])

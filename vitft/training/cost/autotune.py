@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from vitft.config.train import TrainConfig
+from vitft.errors import first_line
 from vitft.hardware.device import cpus, micro_batch, threads
 from vitft.io import console
 from vitft.models.load import compiled, shape_of
@@ -118,15 +119,16 @@ def _compiling_pays(prepared: Prepared, config: TrainConfig, processes: int) -> 
 
     What one of several processes computes is tried by one, while the others wait.
     """
-    sharded = config.parallel == "fsdp" and processes > 1
-    if sharded or config.freeze == "backbone" or config.grad_checkpointing:
+    if config.parallel == "fsdp" or config.freeze == "backbone" or config.grad_checkpointing:
         return False
     worth = _COMPILING_PAYS_S.get(config.device, _COMPILING_PAYS_S["cpu"])
     images = len(prepared.splits["train"].rows)
     steps_per_epoch = -(-images // config.batch_size)
     run_images = total_steps(config, steps_per_epoch) / steps_per_epoch * images / processes
     # A single first image takes longest: most runs are too short even by that.
-    if first_image_s(prepared) * run_images < worth or cost(prepared).image_s * run_images < worth:
+    if first_image_s(prepared) * run_images < worth:
+        return False
+    if cost(replace(prepared, config=config), processes).image_s * run_images < worth:
         return False
     stored = stored_image(prepared)[None].expand(micro_batch(config, processes), -1, -1, -1)
     with console.working("trying torch.compile"), untouched(prepared) as model:
@@ -135,7 +137,6 @@ def _compiling_pays(prepared: Prepared, config: TrainConfig, processes: int) -> 
             pass_s(prepared, stored, fast)
             was, now = (min(pass_s(prepared, stored, module) for _ in range(2)) for module in (model, fast))
         except Exception as error:  # compilers are missing or fail in many ways
-            reason = str(error).strip().splitlines()[0]
-            console.note(f"torch.compile does not work here, so the run continues without it: {reason}")
+            console.note(f"torch.compile does not work here, so the run continues without it: {first_line(error)}")
             return False
     return now < 0.97 * was

@@ -2,14 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vitft.checkpoints import checkpoint as ckpt
 from vitft.config.train import TrainConfig, usual_lr
+from vitft.errors import UsageError
 from vitft.hardware.device import memory_guard, micro_batch, resolve_auto, threads
 from vitft.io import console
 from vitft.io.console import duration
 from vitft.io.paths import expanded
 from vitft.models.head_init import images_for_head, starts_from_features
+from vitft.models.load import shape_of
 from vitft.training.cost.autotune import autotuned
 from vitft.training.cost.cluster import Cluster, ClusterPlan, memory_each, plan_for_cluster
 from vitft.training.cost.estimate import Cost, Decoding, cost, decode_image_s, first_image_s, memory_bytes
@@ -75,6 +78,12 @@ def plan(
             each = cost(prepared)
             size = size_of(prepared, each, decoding.image_s)
             many = None
+            images = len(prepared.splits["train"].rows)
+            if cluster is not None and features_pay(prepared.config, prepared.loaded.model, size.steps, images):
+                raise UsageError(
+                    "--devices plans steps, and a linear probe spends its time on reading each image once, which "
+                    "devices share evenly; leave it out."
+                )
             if cluster is not None:
                 many = plan_for_cluster(
                     prepared,
@@ -105,12 +114,15 @@ def plan(
 
 def warn_if_long(prepared: Prepared, processes: int = 1) -> None:
     """Warn if a run will take hours, and name cheaper ways."""
+    # A model that several processes share may be too large to try on one.
+    if prepared.config.parallel == "fsdp" and processes > 1:
+        return
     image_s = first_image_s(prepared)
     # An image takes longer alone than in a batch, and the first one longest: this clears most runs.
     quick = size_of(prepared, Cost(image_s, 0.0, image_s))
     if (quick.train_s + quick.evaluate_s) / processes <= LONG_S:
         return
-    size = size_of(prepared, cost(prepared))
+    size = size_of(prepared, cost(prepared, processes))
     took_s = (size.train_s + size.evaluate_s) / processes
     if took_s > LONG_S:
         console.warn(
@@ -156,7 +168,16 @@ def _cheaper(prepared: Prepared, steps: int) -> list[str]:
     probe = features_pay(config, prepared.loaded.model, steps, images)  # its epochs cost almost nothing
     ways = ["--max-train-samples 2000"] if images > 2000 else ["--epochs 1"] if config.epochs > 1 and not probe else []
     ways += ["--augment none"] if probe and config.augment == "flip" else []
-    ways += ["--freeze backbone"] if config.freeze == "none" and not config.from_scratch else []
-    side = config.image_size or 0
-    ways += [f"--image-size {side // 2}"] if side >= 128 else []
+    ways += ["--freeze backbone"] if config.freeze == "none" and _allows(config, freeze="backbone") else []
+    if (spec := shape_of(prepared.loaded.model)) is not None and spec.image_height >= 128:
+        ways += [f"--image-size {spec.image_height // 2 // spec.patch_height * spec.patch_height}"]
     return ways + (["--model vit-micro"] if config.model != "vit-micro" else [])
+
+
+def _allows(config: TrainConfig, **changes: Any) -> bool:
+    """Whether the other settings allow these."""
+    try:
+        TrainConfig(**config.model_dump() | changes)
+    except UsageError:
+        return False
+    return True

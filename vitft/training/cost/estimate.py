@@ -18,7 +18,7 @@ from vitft.data.augmentation.settings import Augmentation
 from vitft.data.decoder import BadImage, decode, encoded
 from vitft.data.sources.identity import rows_to_look_at
 from vitft.data.stores.store import IN_MEMORY, Skipped, Store, decode_all, fits_on_device, shrink
-from vitft.hardware.device import autocast, micro_batch
+from vitft.hardware.device import autocast, is_out_of_memory, micro_batch
 from vitft.hardware.timers import synchronize
 from vitft.models.blocks import batch_norms, normalizing
 from vitft.models.heads import classifier_of
@@ -49,14 +49,20 @@ class Decoding:
     image_s: float = 0.0
 
 
-def cost(prepared: Prepared) -> Cost:
-    """Measure, for about a second, what an image and a step take."""
-    one, share = stored_image(prepared)[None], micro_batch(prepared.config)
+def cost(prepared: Prepared, processes: int = 1) -> Cost:
+    """Measure, for about a second, what an image and a step take on each of so many processes, this one alone."""
+    one, share = stored_image(prepared)[None], micro_batch(prepared.config, processes)
     with untouched(prepared):
         count, took_s = 1, pass_s(prepared, one)  # the first call pays for threads and kernels
         while count < share and took_s < 0.2:
-            count = min(share, 4 * count)  # one image says little about a batch
-            took_s = pass_s(prepared, one.expand(count, -1, -1, -1))
+            more = min(share, 4 * count)  # one image says little about a batch
+            try:
+                took_s = pass_s(prepared, one.expand(more, -1, -1, -1))
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                break  # as the run will, which then halves its micro-batch
+            count = more
         images = one.expand(count, -1, -1, -1)
         scored = stored_image(prepared, crops=False)[None].expand(count, -1, -1, -1)
         evaluated_s = min(evaluate_s(prepared, scored) for _ in range(2))

@@ -60,7 +60,7 @@ class Window:
 
         Raises FloatingPointError(place in the window, value) for the first loss or norm that is not finite.
         """
-        table = self.accelerator.reduce(torch.stack(self.steps), "sum").double().cpu()
+        table = self.accelerator.reduce(torch.stack(self.steps), "sum").cpu().double()  # Apple's GPUs have no float64
         # In fp16, gradients may overflow: the scaler then skips the step and halves its scale.
         checked = table[:, :1] if self.accelerator.scaler else table[:, ::2]
         bad = (~checked.isfinite()).nonzero()
