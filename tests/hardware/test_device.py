@@ -51,6 +51,15 @@ def test_deterministic_kernels_are_required_only_on_a_gpu_and_during_the_run(
     assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
 
 
+def test_cublas_is_told_before_the_first_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch looks at the variable once, when trials before the first step already multiply."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    devices.make_accelerator(TrainConfig(device="cpu", precision="fp32"))
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    devices.make_accelerator(TrainConfig(device="cpu", precision="fp32", deterministic=True))
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
 def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
     real = devices.version
     monkeypatch.setattr(devices, "version", lambda name: real(name) if name != "vitft" else pytest.fail("called"))

@@ -14,7 +14,7 @@ import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.training.test_trainer import config, interrupted, lines
+from tests.training.test_trainer import assert_same_weights, config, interrupted, lines
 from vitft import train
 from vitft.checkpoints import checkpoint as ckpt
 from vitft.checkpoints.metadata import read_card
@@ -243,8 +243,10 @@ def test_memory_that_not_even_one_image_fits_is_an_error(tmp_path: Path, monkeyp
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Learner, "step", never)
-    with pytest.raises(TrainingError, match="out of memory on cpu"):
+    said = r"^out of memory on cpu; try --grad-checkpointing, a smaller model or --image-size\.$"
+    with pytest.raises(TrainingError, match=said):  # a micro-batch of 1 cannot be halved
         train(config(), output=tmp_path / "run")
+    assert ckpt.read_config(tmp_path / "run").micro_batch_size == 1
 
 
 def test_an_optimizer_that_runs_out_of_memory_is_not_asked_again(
@@ -259,8 +261,52 @@ def test_an_optimizer_that_runs_out_of_memory_is_not_asked_again(
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     monkeypatch.setattr("vitft.training.trainer.warn_if_long", lambda *given: None)
-    with pytest.raises(TrainingError, match=r"^out of memory on cpu; try [^\n]*$") as caught:
+    said = r"^out of memory on cpu; try a smaller model or --image-size\.$"
+    with pytest.raises(TrainingError, match=said) as caught:
         train(config(), output=tmp_path / "run")
     assert caught.value.exit_code == 5
     assert len(asked) == 1
     assert ckpt.read_config(tmp_path / "run").micro_batch_size is None
+
+
+def evaluating_at_most(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Have forward passes of more images than that run out of memory, where nothing is trained."""
+    real = transformers.ViTForImageClassification.forward
+
+    def forward(self: Any, *args: Any, **named: Any) -> Any:
+        if not self.training and len(named["pixel_values"]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, *args, **named)
+
+    monkeypatch.setattr(transformers.ViTForImageClassification, "forward", forward)
+
+
+def test_an_evaluation_out_of_memory_takes_smaller_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(max_train_samples=60, head_init="random", from_scratch=True)
+    expected = train(settings, output=tmp_path / "expected")
+    images = expected.scores["validation"].count
+    assert images > 3
+    monkeypatch.setattr("vitft.training.trainer.warn_if_long", lambda *given: None)
+    monkeypatch.setattr("vitft.training.loop.run_novelty", lambda *given: None)
+    evaluating_at_most(monkeypatch, 2)
+    result = train(settings, output=tmp_path / "run")
+    assert result.scores["validation"].accuracy == expected.scores["validation"].accuracy
+    said = capsys.readouterr().err
+    assert "out of memory: evaluating 2 images at a time from now on" in said
+    assert said.count("images at a time from now on") == 5  # 64 to 2, and then not again
+
+
+def test_an_evaluation_that_does_not_fit_at_all_loses_no_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(head_init="random", from_scratch=True)
+    whole = train(settings, output=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("vitft.training.trainer.warn_if_long", lambda *given: None)
+        evaluating_at_most(patch, 0)
+        with pytest.raises(TrainingError, match=r"^out of memory on cpu"):
+            train(settings, output=tmp_path / "run")
+    newest, _ = ckpt.newest_intact(tmp_path / "run")
+    assert newest is not None
+    assert ckpt.step_of(newest) > 0
+    assert_same_weights(whole.run / "last", resume(tmp_path / "run").run / "last")

@@ -37,7 +37,7 @@ from vitft.models.load import Loaded, read_config
 from vitft.spec import PRESETS
 
 NO_CLASS = -1  # label, in the loss, of images whose class the model does not have
-BATCH = 64  # images per forward pass; without saved activations, this fits wherever training does
+BATCH = 64  # images per forward pass, which saves no activations
 Progress = Callable[[int, int], None]
 """Called with the number done and the total."""
 

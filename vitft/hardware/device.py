@@ -18,7 +18,7 @@ import torch
 from vitft import __version__
 from vitft.config.train import TrainConfig, device_name
 from vitft.errors import TrainingError, UsageError, nearest, require_extra
-from vitft.hardware.processes import meet_again
+from vitft.hardware.processes import PATIENCE, meet_again
 from vitft.hardware.timers import synchronize
 from vitft.io.paths import shown
 
@@ -73,7 +73,6 @@ def deterministic(config: TrainConfig) -> Iterator[None]:
         return
     module: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), module.fill_uninitialized_memory
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
     module.fill_uninitialized_memory = False  # for debugging only, and slow
     torch.use_deterministic_algorithms(True)
     try:
@@ -137,6 +136,7 @@ def make_accelerator(config: TrainConfig) -> Any:
     """The Accelerator for the processes and the precision of a run, from settings without `auto`. Raises UsageError."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import InitProcessGroupKwargs
 
     if config.tracker != "none":
         require_extra(config.tracker, f"tracker {config.tracker}", config.tracker)
@@ -146,11 +146,14 @@ def make_accelerator(config: TrainConfig) -> Any:
         )
     if config.parallel == "fsdp" and config.device == "cpu":
         _return_freed_memory()
+    if config.deterministic:  # torch looks at it once, at the first matrix product of the process
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     precision = "no" if config.precision == "fp32" else config.precision
     if "WORLD_SIZE" not in os.environ:  # an earlier run in this process may have used another precision
         AcceleratorState._reset_state(reset_partial_state=True)
     meet_again(config.device)
-    return Accelerator(cpu=config.device == "cpu", mixed_precision=precision)
+    waits = InitProcessGroupKwargs(timeout=PATIENCE)
+    return Accelerator(cpu=config.device == "cpu", mixed_precision=precision, kwargs_handlers=[waits])
 
 
 def _return_freed_memory() -> None:
@@ -209,11 +212,17 @@ def memory_guard(config: TrainConfig, processes: int = 1) -> Iterator[None]:
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not is_out_of_memory(error):
             raise
-        micro = max(1, micro_batch(config, processes) // 2)
-        raise TrainingError(
-            f"out of memory on {config.device}; try --micro-batch-size {micro} (same batch size for the optimizer), "
-            "--grad-checkpointing, a smaller model or --image-size."
-        ) from error
+        raise out_of_memory(config, processes) from error
+
+
+def out_of_memory(config: TrainConfig, processes: int = 1, *, in_pass: bool = True) -> TrainingError:
+    """The error for a run that does not fit; `in_pass` unless it is the optimizer's step that failed."""
+    micro = micro_batch(config, processes)
+    ways = [f"--micro-batch-size {micro // 2} (same batch size for the optimizer)"] if in_pass and micro > 1 else []
+    ways += [] if config.grad_checkpointing or not in_pass else ["--grad-checkpointing"]
+    return TrainingError(
+        f"out of memory on {config.device}; try {', '.join([*ways, 'a smaller model or --image-size'])}."
+    )
 
 
 def micro_batch(config: TrainConfig, processes: int = 1) -> int:

@@ -64,8 +64,8 @@ class Processes:
         return self.count == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-_PATIENCE = timedelta(hours=3)
-"""How long processes wait for one that does alone what cannot be shared, such as drawing explanations."""
+PATIENCE = timedelta(hours=3)
+"""How long processes wait for one that does alone what cannot be shared, such as a download."""
 
 ALONE = Processes()
 """One process."""
@@ -102,7 +102,8 @@ def meet_again(device: str) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, rank, world = next(distributed.rendezvous("env://"))  # type: ignore[attr-defined]
     named = distributed.PrefixStore(f"restart-{restarts()}", store)  # type: ignore[attr-defined]
-    distributed.init_process_group("nccl" if device == "cuda" else "gloo", store=named, rank=rank, world_size=world)
+    backend = "nccl" if device == "cuda" else "gloo"
+    distributed.init_process_group(backend, store=named, rank=rank, world_size=world, timeout=PATIENCE)
 
 
 def join_processes(device: str) -> Processes:
@@ -112,5 +113,5 @@ def join_processes(device: str) -> Processes:
     meet_again(device)
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu", timeout=_PATIENCE)
+    state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
     return Processes(state.process_index, state.num_processes)

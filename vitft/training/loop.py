@@ -27,8 +27,8 @@ from vitft.evaluation import evaluation
 from vitft.evaluation.calibration import fit_temperature
 from vitft.evaluation.metrics import Metrics, Score
 from vitft.evaluation.novelty import Novelty
-from vitft.evaluation.results import read_results, remove_results, write_results
-from vitft.hardware.device import is_out_of_memory, memory_guard
+from vitft.evaluation.results import Results, read_results, remove_results, write_results
+from vitft.hardware.device import is_out_of_memory, memory_guard, out_of_memory
 from vitft.hardware.shards import each_joined
 from vitft.hardware.timers import Phases
 from vitft.io import console
@@ -86,6 +86,7 @@ class Run:
         self.steps_per_epoch, self.total_steps = self.learner.steps_per_epoch, self.learner.total_steps
         self.pending: tuple[Card, dict[str, torch.Tensor]] | None = None  # a best/ that is still to be written
         self.signals, self.window, self.pace = StopSignals(accelerator), Window(accelerator), PaceWatch()
+        self.eval_batch = evaluation.BATCH
         self.measured: Metrics | None = None  # the latest evaluation
         self.of_best: tuple[int, Metrics] | None = None  # the step of the best validation of this process, and that
         self.temperature: float | None = None  # of the chosen checkpoint, in the end
@@ -123,7 +124,7 @@ class Run:
         config = self.config
         self.begun, state.total_steps = state.step, self.total_steps
         self.scores = state.scores or self.scores
-        written = read_results(self.run) if self.is_over(state) else None
+        written = self._written() if self.is_over(state) else None
         self.phases.include(state.seconds if written is None else written.seconds)
         if self.resumed_from is not None:
             self._load_optimizer(self.resumed_from, state)
@@ -162,6 +163,11 @@ class Run:
                 raise self._stopped(state, stop.number, bar) from None
             except UnreadableError as error:
                 raise self._cannot_read(state, error, bar) from error
+            except RuntimeError as error:
+                # Others may be in the middle of their evaluation.
+                if is_out_of_memory(error) and state.validation_due and self.accelerator.num_processes == 1:
+                    self._save_now(state, bar)
+                raise
         trained = window.pace.images > 0  # else it had finished before, and has already said so
         if trained and self.measured:
             weights = self.decoded.weights
@@ -234,10 +240,11 @@ class Run:
                 return self.learner.step(step)
             except RuntimeError as error:
                 # Several processes would have to agree on it in the middle of an all-reduce.
-                alone = self.accelerator.num_processes == 1
-                if not is_out_of_memory(error) or self.learner.updating or self.learner.micro_batch == 1 or not alone:
+                processes, before = self.accelerator.num_processes, self.learner.micro_batch
+                if not is_out_of_memory(error):
                     raise
-                before = self.learner.micro_batch
+                if self.learner.updating or before == 1 or processes > 1:
+                    raise out_of_memory(self.config, processes, in_pass=not self.learner.updating) from error
                 self.learner.halve()
             ckpt.write_config(self.run, self.config)
             console.warn(
@@ -280,11 +287,26 @@ class Run:
         return bool(self.callbacks) and bool(broadcast_object_list([any(asked)])[0])
 
     def _measure(self, role: str, bar: "console.TrainingProgress") -> Metrics:
+        """Score a split. If that needs too much memory, halve its batches for the rest of the run."""
+        while True:
+            try:
+                return self._scored(role, bar)
+            except RuntimeError as error:
+                # Several processes would have to agree on it.
+                alone = self.accelerator.num_processes == 1
+                if not is_out_of_memory(error) or self.eval_batch == 1 or not alone:
+                    raise
+            self.eval_batch //= 2
+            console.warn(f"out of memory: evaluating {self.eval_batch} images at a time from now on")
+            if self.config.device == "cuda":
+                torch.cuda.empty_cache()
+
+    def _scored(self, role: str, bar: "console.TrainingProgress") -> Metrics:
         accelerator = self.accelerator
         self.learner.share_running_means()
         images, labels = self._images(role)
         loader = EvalLoader(
-            images, labels, self.how, batch_size=evaluation.BATCH, device=accelerator.device,
+            images, labels, self.how, batch_size=self.eval_batch, device=accelerator.device,
             rank=accelerator.process_index, world=accelerator.num_processes,
         )  # fmt: skip
         with self.signals.interruptible(), bar.evaluating(role) as shown:
@@ -472,10 +494,17 @@ class Run:
         """The best checkpoint's scores in full: in memory, written before, or, after a resume, measured again."""
         if self.of_best is not None and self.of_best[0] == step:
             return {"validation": self.of_best[1]}
-        written = read_results(self.run)
+        written = self._written()
         if written is not None and written.step == step and "validation" in written.splits:
             return {"validation": written.splits["validation"]}
         return {"validation": self._measure("validation", bar)}
+
+    def _written(self) -> Results | None:
+        """What the run wrote when it ended before; None if that is damaged, for it is written again."""
+        try:
+            return read_results(self.run)
+        except ModelError:
+            return None
 
     def _best(self) -> Card:
         """The metadata of best/. Raises ModelError."""
