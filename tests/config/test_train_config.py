@@ -33,8 +33,9 @@ def test_only_settings_that_do_not_affect_weights_can_change_on_resume() -> None
     changeable = {n for n, f in TrainConfig.model_fields.items() if f.json_schema_extra["changeable"]}  # type: ignore[index]
 
     assert changeable == {
-        "allow_outside", "cache_gb", "check", "device", "grad_checkpointing", "save_every", "keep", "keep_finished",
-        "log_every", "on_bad_image", "on_nan", "parallel", "reference_images", "stream_gb", "threads", "tracker",
+        "allow_outside", "cache_gb", "check", "compile", "device", "grad_checkpointing", "keep", "keep_finished",
+        "log_every", "micro_batch_size", "on_bad_image", "on_nan", "parallel", "reference_images", "save_every",
+        "stream_gb", "threads", "tracker",
     }  # fmt: skip
 
 

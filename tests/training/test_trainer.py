@@ -379,6 +379,54 @@ def test_resume_refuses_a_changed_setting_and_names_the_setting(
     assert resume(run, {"keep": 5, "log_every": 2}).run == run
 
 
+def test_resume_with_other_settings_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What vitft chose for one machine may be impossible on the next."""
+    run = tmp_path / "run"
+    interrupted(config(save_every=2), run, 3, monkeypatch)
+    chosen = {"compile": "on", "precision": "fp16", "device": "cuda"}
+    ckpt.write_config(run, ckpt.read_config(run).model_copy(update=chosen))
+    with pytest.raises(UsageError, match=r"^--compile compiles whole blocks, which --parallel fsdp shards"):
+        resume(run, {"parallel": "fsdp", "device": "cpu", "precision": "fp32"})
+    with pytest.raises(UsageError, match="precision fp16 needs a CUDA device"):
+        resume(run, {"device": "cpu", "compile": "off"})
+    changes = {"device": "cpu", "compile": "off", "precision": "auto", "micro_batch_size": 8}
+    with pytest.raises(UsageError, match="began with precision fp16, got fp32"):
+        resume(run, {"compile": "off", "precision": "fp32"})
+    assert resume(run, changes).run == run
+    card = read_card(run / "last")
+    assert card is not None
+    assert {name: getattr(card.config, name) for name in changes} == changes | {"precision": card.config.precision}
+
+
+def test_resume_keeps_what_auto_has_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    interrupted(config(save_every=2, micro_batch_size=6), run, 3, monkeypatch)
+    resume(run, {"micro_batch_size": "auto", "compile": "auto"})
+    assert (ckpt.read_config(run).micro_batch_size, ckpt.read_config(run).compile) == (6, "off")
+
+
+def test_a_family_without_gradient_checkpointing_is_refused_before_there_is_a_run(tmp_path: Path) -> None:
+    import transformers
+
+    small = transformers.ConvNextV2Config(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], image_size=32)
+    transformers.ConvNextV2ForImageClassification(small).save_pretrained(tmp_path / "model")
+    settings = config(model=str(tmp_path / "model"), from_scratch=False, grad_checkpointing=True, image_size=32,
+                      patch_size=None, width=None, layers=None, heads=None, mlp=None)  # fmt: skip
+    with pytest.raises(UsageError, match=r"^grad_checkpointing: a convnextv2 has none; leave it out"):
+        train(settings, output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_record_of_results_is_written_again(tmp_path: Path) -> None:
+    run = train(config(), output=tmp_path / "run").run
+    whole = (run / "results.json").read_bytes()
+    (run / "results.json").write_bytes(whole[: len(whole) // 2])
+    resume(run)
+    written = [json.loads(text) for text in (whole, (run / "results.json").read_bytes())]
+    scores = [one["splits"]["test"]["accuracy"] for one in written]
+    assert scores[0] == scores[1]
+
+
 def draw(data: Path, blue: int = 200) -> Path:
     """Forty small photos of each of two classes."""
     from PIL import Image
@@ -416,6 +464,21 @@ def test_resume_finds_the_same_images_in_a_new_place(tmp_path: Path, monkeypatch
         card = read_card(run / name)
         assert card is not None
         assert card.config.dataset == str(moved)
+
+
+def test_a_table_and_its_images_may_move_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, moved = draw(tmp_path / "data"), tmp_path / "moved"
+    rows = [f"{label}/{i}.png,{label}\n" for label in ("cat", "dog") for i in range(40)]
+    (data / "table.csv").write_text("image,label\n" + "".join(rows))
+    (data / "without.txt").write_text("train\tcat/3.png\n")
+    places = {"dataset": "table.csv", "image_folder": ".", "exclude": "without.txt"}
+    settings = config(save_every=2, **{name: str(data / place) for name, place in places.items()})
+    whole = train(settings, output=tmp_path / "whole")
+    run = tmp_path / "cut"
+    interrupted(settings, run, 3, monkeypatch)
+    data.rename(moved)
+    done = resume(run, {name: str(moved / place) for name, place in places.items()})
+    assert_same_weights(whole.run / "last", done.run / "last")
 
 
 @pytest.mark.parametrize(

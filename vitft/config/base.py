@@ -19,7 +19,8 @@ def setting(
 ) -> Any:  # fmt: skip
     """A field of settings.
 
-    `changeable`: it can change on resume, because it does not affect the result. `path`: it can be a local path.
+    `changeable`: it can change on resume, because it does not affect the result, but for rounding. `path`: it can be a
+    local path.
     """
     extra: dict[str, Any] = {"panel": panel, "changeable": changeable, "path": path}
     return Field(default, description=description, json_schema_extra=extra, **bounds)

@@ -75,7 +75,7 @@ class TrainConfig(Settings):
     epochs: float = setting(3.0, "Optimization", "Passes over the training images; may be fractional.", gt=0, le=100_000)
     max_steps: int | None = setting(None, "Optimization", "Stop after this many optimizer steps, regardless of --epochs.", ge=1)
     batch_size: int = setting(32, "Optimization", "Images per optimizer step, over all processes and gradient accumulation.", ge=1, le=1_048_576)
-    micro_batch_size: PositiveInt | Literal["auto"] | None = setting(None, "Optimization", "Images per forward pass of one process. Default: the entire batch of that process. auto: as many as fit in memory.")
+    micro_batch_size: PositiveInt | Literal["auto"] | None = setting(None, "Optimization", "Images per forward pass of one process. Default: the entire batch of that process. auto: as many as fit in memory.", changeable=True)
     if TYPE_CHECKING:
         lr: float = setting("auto", "", "")  # once validated, it is a number
     else:
@@ -104,7 +104,7 @@ class TrainConfig(Settings):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "Hardware", "Precision of matrix products; weights stay float32. auto: the fastest that the hardware supports well.")
     attention: Literal["auto", "eager", "sdpa"] = setting("auto", "Hardware", "eager: plain matrix products. sdpa: PyTorch's fused kernels. auto: whichever was measured faster for the number of tokens.")
     deterministic: bool = setting(False, "Hardware", "Use only deterministic GPU kernels, for bit-identical runs. A few percent slower, because the fastest attention kernel is not deterministic.")
-    compile: Literal["auto", "on", "off"] = setting("auto", "Hardware", "Use torch.compile. auto: on if a trial run is faster and the run is long enough to repay the compile time.")
+    compile: Literal["auto", "on", "off"] = setting("auto", "Hardware", "Use torch.compile. auto: on if a trial run is faster and the run is long enough to repay the compile time.", changeable=True)
     parallel: Literal["auto", "ddp", "fsdp"] = setting("auto", "Hardware", "What several processes share. ddp: the images of a step, with the whole model on each. fsdp: also weights, gradients and moments, which takes less memory and more exchange. auto: ddp.", changeable=True)
     grad_checkpointing: bool = setting(False, "Hardware", "Gradient checkpointing: save only the input of each block and recompute the rest in the backward pass. Much less memory, but slower.", changeable=True)
 

@@ -157,11 +157,19 @@ def resume_note(
     early = ", stopped early" if state.stopped_early else ""
     more = [word for name, value in _longer(config, steps_per_epoch).items() for word in (as_flag(name), f"{value:g}")]
     longer = ["vitft", "train", "--resume", str(run), *more]
-    start = ["vitft", "train", "--dataset", str(config.dataset), "--model", str(run / "last")]
     return (
         f"{run} is finished, {place}{early}; to train longer: {shlex.join(longer)}; "
-        f"or start a new run from its weights: {shlex.join(start)}"
+        f"or start a new run from its weights: {_new_run(config, run / 'last')}"
     )
+
+
+def _new_run(config: TrainConfig, weights: Path | str, **changes: Any) -> str:
+    """The command, or the call, that starts a new run on the dataset of `config` from such weights."""
+    if config.dataset is None:  # it was passed as an object
+        more = "".join(f"{name}={value!r}, " for name, value in changes.items())
+        return f"train(TrainConfig({more}...), dataset=..., model={str(weights)!r})"
+    words = [word for name, value in changes.items() for word in (as_flag(name), str(value))]
+    return shlex.join(["vitft", "train", "--dataset", config.dataset, "--model", str(weights), *words])
 
 
 def _longer(config: TrainConfig, steps_per_epoch: int) -> dict[str, float]:
@@ -208,6 +216,9 @@ def threads_of(run: Path) -> int:
         raise ModelError(f"{file}: not readable ({error}); start a new run from its newest checkpoint.") from error
 
 
+_WITH = {"dataset_revision": "dataset", "image_folder": "dataset", "exclude": "dataset", "precision": "device"}
+"""The settings that can change on resume together with another one: where its data is, what its device can do."""
+
 LONGER = ("epochs", "max_steps")
 """The settings that can be increased for a finished run."""
 
@@ -219,19 +230,23 @@ def changed(run: Path, before: TrainConfig, changes: dict[str, Any], *, finished
     UsageError for any other change, and DataError if the dataset is gone.
     """
     after = absolute(TrainConfig.parse(before.model_dump() | changes, "flags"))
-    if after.dataset != before.dataset and "dataset_revision" not in changes:
+    for name in ("compile", "micro_batch_size"):  # what auto means was settled when the run began
+        if getattr(after, name) == "auto":
+            after = after.model_copy(update={name: getattr(before, name)})
+    moved = {name for name in set(_WITH.values()) if getattr(after, name) != getattr(before, name)}
+    if "dataset" in moved and "dataset_revision" not in changes:
         after = after.model_copy(update={"dataset_revision": None})  # that was of the old location
     for name in changes:
         extra = TrainConfig.model_fields[name].json_schema_extra
         assert isinstance(extra, dict)
         was, now = getattr(before, name), getattr(after, name)
         longer = finished and name in LONGER and was is not None and now > was
-        if was != now and not extra["changeable"] and name != "dataset" and not longer:
-            weights = ckpt.default_model(run) or before.model
-            start = ["vitft", "train", "--dataset", after.dataset, "--model", weights, as_flag(name), now]
+        allowed = extra["changeable"] or name == "dataset" or _WITH.get(name) in moved or longer
+        if was != now and not allowed:
+            start = _new_run(after, ckpt.default_model(run) or before.model, **{name: now})
             raise UsageError(
                 f"{run} began with {name} {was}, got {now}: it would not be the same run any more. "
-                f"Leave out {as_flag(name)}, or start a new run from its weights: {shlex.join(map(str, start))}"
+                f"Leave out {as_flag(name)}, or start a new run from its weights: {start}"
             )
     place = expanded(after.dataset or "")
     if place.is_absolute() and not place.exists():
@@ -265,8 +280,7 @@ def check_splits(run: Path, decoded: Decoded, *, begun: bool, write: bool) -> No
             weights = ckpt.default_model(run) or decoded.config.model
             raise DataError(
                 f"the {role} split differs from the one the run began with: {difference}; "
-                "start a new run from its weights: vitft train "
-                f"--dataset {shlex.quote(str(decoded.config.dataset))} --model {shlex.quote(str(weights))}"
+                f"start a new run from its weights: {_new_run(decoded.config, weights)}"
             )
 
 

@@ -273,6 +273,9 @@ def prepare(
             f"{name}: the training images are all of one class ({loaded.labels[0]}), which is nothing "
             "to classify; add images of another."
         )
+    if config.grad_checkpointing and not loaded.model.supports_gradient_checkpointing:
+        kind = loaded.model.config.model_type
+        raise UsageError(f"grad_checkpointing: a {kind} has none; leave it out, or set a smaller --micro-batch-size.")
     _tell_untrained(source, splits, loaded.labels)
     attention, how = _attend(loaded, config), loaded.preprocess
     lr = config.lr if "lr" in config.model_fields_set else usual_lr(config, _count(loaded.model))
