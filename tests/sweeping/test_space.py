@@ -67,6 +67,17 @@ def test_values_are_checked_beside_the_other_settings() -> None:
     assert read_space({"dora": "true,false"}, BASE | {"lora_rank": 4})["dora"] == Choices((True, False))
 
 
+def test_values_are_checked_beside_what_else_is_varied() -> None:
+    """A value that no others make possible is still refused, and so is one that is none of the setting's."""
+    space = read_space({"lora_alpha": "4,8", "lora_rank": "none,8", "lr": "1e-5..1e-3"}, BASE)
+    assert space["lora_alpha"] == Choices((4.0, 8.0))
+    read_space({"min_delta": "0.01,0", "early_stopping": "none,1"}, BASE)
+    with pytest.raises(UsageError, match=r"lora_alpha=4: .*lora.rank"):
+        read_space({"lora_alpha": "4,8", "lr": "1e-5..1e-3"}, BASE)
+    with pytest.raises(UsageError, match=r"lora_alpha=-4: .*greater than 0"):
+        read_space({"lora_rank": "4,8", "lora_alpha": "-4,8"}, BASE | {"lora_rank": 4})
+
+
 def test_lists_have_combinations_and_ranges_have_none() -> None:
     lists = read_space({"layer_decay": "0.5,1", "augment": "none,flip"}, BASE)
     assert combinations(lists) == [

@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import tests.training.test_trainer
-from vitft import ModelError, TrainConfig, TrainingError, UsageError, resume_sweep, sweep, train
+from vitft import DataError, ModelError, TrainConfig, TrainingError, UsageError, resume_sweep, sweep, train
 from vitft.cli.app import app
 from vitft.cli.tables import sweep_report
 from vitft.config.recipe import load_config
@@ -23,7 +23,7 @@ from vitft.evaluation.metrics import Score
 from vitft.io.atomic import lock_folder
 from vitft.sweeping import sweep as sweeping
 from vitft.sweeping.space import read_space
-from vitft.sweeping.study import Study
+from vitft.sweeping.study import Handle, Study
 from vitft.training.loop import Result
 
 TINY = tests.training.test_trainer.TINY | {"batch_size": 32, "epochs": 1}
@@ -40,6 +40,11 @@ def story(result: Any) -> list[Any]:
         scores = [{k: v for k, v in score.summary().items() if k != "images_per_s"} for score in one.scores]
         found.append((one.number, one.settings, one.state, one.reason, scores))
     return found
+
+
+def scored(accuracy: float) -> Score:
+    values = {"accuracy_interval": (0.3, 0.5), "macro_f1": 0.3, "balanced_accuracy": 0.2, "loss": 1.5, "top5": 1.0}
+    return Score(accuracy=accuracy, count=10, split="validation", split_hash="", images_per_s=1.0, **values)
 
 
 class Killed(BaseException):
@@ -109,6 +114,27 @@ def test_test_images_are_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "skip_test" not in yaml.safe_load(result.recipe.read_text())
 
 
+@pytest.mark.parametrize("name", ["what?", "50%25 #1", "{x}"])
+def test_all_of_a_sweep_is_in_its_folder(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    Study(Path(name), {}, config(), total=1)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name / "study.db").is_file()
+
+
+def test_the_model_below_an_adapter_is_removed_too(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    settings = TrainConfig(
+        dataset="digits", model="vit-micro", lora_rank=2, max_steps=1, max_train_samples=50, max_eval_samples=50,
+        device="cpu", threads=1, compile="off", reference_images=0,
+    )  # fmt: skip
+    result = sweep(settings, {"lr": "1e-6,3e-3"}, output=tmp_path / "sweep")
+    kept = {file.relative_to(result.folder / "trials").parts[0] for file in result.folder.rglob("*.safetensors")}
+    assert kept == {str(result.best.number)}
+    assert (result.folder / "trials" / str(result.best.number) / "seed-0" / "base").is_dir()
+
+
 def test_only_the_best_trial_keeps_its_weights(tmp_path: Path) -> None:
     result = sweep(config(), {"lr": "1e-6,3e-3"}, output=tmp_path / "sweep")
     kept = {file.relative_to(result.folder / "trials").parts[0] for file in result.folder.rglob("model.safetensors")}
@@ -167,6 +193,46 @@ def test_a_run_below_the_median_is_stopped(tmp_path: Path, monkeypatch: pytest.M
     assert all(one.state == "complete" for one in result.trials[:4])
 
 
+def test_a_trial_that_is_killed_before_it_is_pruned_is_still_pruned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = sweeping.Plan(TINY | {"lr": 1e-3}, {"lr": "1e-3,1e-4"}, trials=2, seeds=2)
+    study = Study(tmp_path, plan.space, plan.base, plan.trials)
+
+    def killed(self: Handle) -> None:
+        raise Killed
+
+    def trained(*_: Any, callbacks: list[Any], **__: Any) -> Result:
+        callbacks[0].trial._trial.set_user_attr("pruned_at", 0.5)
+        return Result(tmp_path, tmp_path, 1, {"validation": scored(0.4)})
+
+    monkeypatch.setattr(sweeping, "train", trained)
+    with monkeypatch.context() as patch:
+        patch.setattr(Handle, "prune", killed)
+        with pytest.raises(Killed):
+            sweeping._try_one(study, plan, tmp_path)
+    sweeping._try_one(study, plan, tmp_path)
+    assert [(one.state, len(one.scores)) for one in study.trials()] == [("pruned", 1)]
+
+
+def test_the_time_of_a_trial_is_that_of_all_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also before an interruption, which the run itself counts, and of runs that fail."""
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(sweeping.time, "monotonic", lambda: next(clock))
+    plan = sweeping.Plan(TINY | {"lr": 1e-3}, {"lr": "1e-3,1e-4"}, trials=2, seeds=2)
+    study = Study(tmp_path, plan.space, plan.base, plan.trials)
+
+    def trained(settings: TrainConfig, **_: Any) -> Result:
+        if settings.seed == 1:
+            raise TrainingError("loss is not finite.")
+        return Result(tmp_path, tmp_path, 1, {"validation": scored(0.4)}, seconds={"training": 100.0, "other": 1.0})
+
+    monkeypatch.setattr(sweeping, "train", trained)
+    sweeping._try_one(study, plan, tmp_path)
+    (only,) = study.trials()
+    assert (only.state, only.seconds) == ("failed", 111.0)
+
+
 def test_a_trial_that_fails_is_listed_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(settings: TrainConfig, **rest: Any) -> Result:
         if settings.lr == 5e-3:
@@ -209,7 +275,7 @@ def test_an_impossible_trial_is_named_and_the_others_are_tried(tmp_path: Path, s
     assert story(resume_sweep(tmp_path / "sweep")) == story(result)
 
 
-@pytest.mark.parametrize("kind", [UsageError, ModelError])
+@pytest.mark.parametrize("kind", [UsageError, ModelError, DataError])
 def test_a_failed_trial_does_not_stop_the_sweep_from_going_on(
     kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,14 +317,13 @@ def test_a_trial_completed_meanwhile_keeps_its_weights(tmp_path: Path, monkeypat
     """While one process looks for the best trial, another completes a better one."""
     settings, listed = config(), Study.trials
     study, other = (Study(tmp_path, read_space({"lr": "1e-4,1e-3"}, TINY), settings, total=2) for _ in range(2))
-    values = {"accuracy_interval": (0.3, 0.5), "macro_f1": 0.3, "balanced_accuracy": 0.2, "loss": 1.5, "top5": 1.0}
     kept = [tmp_path / "trials" / str(number) / "seed-0" / "best" for number in (1, 2)]
     for folder in kept:
         folder.mkdir(parents=True)
     with study.claimed() as worse, other.claimed() as better:
 
         def complete(trial: Any, accuracy: float) -> None:
-            trial.record(0, Score(accuracy=accuracy, count=10, split="validation", split_hash="", images_per_s=1.0, **values), 1.0)  # fmt: skip  # noqa: E501
+            trial.record(0, scored(accuracy), 1.0)
             trial.complete(accuracy)
 
         def then(self: Study) -> Any:
@@ -347,6 +412,7 @@ def test_scores_are_compared_by_the_metric_of_the_run(by: str, sign: int) -> Non
         (["--dataset", "digits", "--set", "lr=1,2", "--set", "lr=3,4"], 2, "--set lr: is given twice"),
         (["--dataset", "digits", "--set", "lrr=1,2"], 2, "did you mean lr"),
         (["--set", "lr=1,2"], 2, "no dataset; add --dataset"),
+        (["pretrain-vit-micro", "--set", "layers=2,x"], 2, "--layers should be a valid integer"),
         (["nothing", "--set", "lr=1,2"], 2, "recipe nothing: neither a file nor a known recipe"),
         ([".", "--set", "lr=1,2"], 2, "a folder of images is a dataset: --dataset ."),
         (["--resume", "elsewhere"], 4, "elsewhere: no folder of a sweep"),

@@ -38,7 +38,7 @@ def sweep(
     config, vary = load_config(recipe, overrides), _pairs(set_ or [])
     if resume is None:  # before torch is loaded
         require_dataset(config)
-        read_space(vary, overrides)
+        read_space(vary, {name: getattr(config, name) for name in config.model_fields_set})
     with loading():
         from vitft.sweeping import sweep as sweeping
 

@@ -1,9 +1,9 @@
 """What a sweep varies: settings with a range, `lr=1e-5..1e-3`, or a list of values, `layer_decay=0.6,0.75,1`."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 from vitft.config.base import unsets
@@ -57,22 +57,35 @@ def read_space(vary: Mapping[str, str], base: Mapping[str, Any]) -> Space:
 
     Args:
         vary: the text of each setting that is varied.
-        base: the other settings, beside which the values are checked.
+        base: the other settings. A value has to be possible beside these, with some values of what else is varied.
 
     Raises:
         UsageError: for an unknown setting, a value that it may not have, or a setting that a sweep may not vary.
     """
-    return {name: _read(name, text.strip(), base) for name, text in vary.items()}
+    for name in vary:
+        _check_name(name)
+    listed = {name: [(name, _typed(name, one)) for one in _texts(text)] for name, text in vary.items()}
+    space = {}
+    for name, text in vary.items():
+        others = product(*(values for other, values in listed.items() if other != name))
+        beside = [dict(base), *({**base, **dict(some)} for some in islice(others, _TRIED))]
+        space[name] = _read(name, text.strip(), beside)
+    return space
 
 
-def _read(name: str, text: str, base: Mapping[str, Any]) -> Range | Choices:
-    _check_name(name)
-    if ends := _RANGE.fullmatch(text):
-        low, high = (_value(name, end, base) for end in ends.groups())
+def _texts(text: str) -> list[str]:
+    """The values of a list, or the ends of a range."""
+    ends = _RANGE.fullmatch(text.strip())
+    return [*ends.groups()] if ends else [value.strip() for value in text.split(";" if ";" in text else ",")]
+
+
+def _read(name: str, text: str, beside: Sequence[Mapping[str, Any]]) -> Range | Choices:
+    values = tuple(_value(name, value, beside) for value in _texts(text))
+    if _RANGE.fullmatch(text):
+        low, high = values
         if type(low) not in (int, float) or type(high) not in (int, float) or low >= high:
             raise UsageError(f"--set {name}={text}: a range is two numbers, the smaller one first, as in 1e-5..1e-3.")
         return Range(low, high)
-    values = tuple(_value(name, value.strip(), base) for value in text.split(";" if ";" in text else ","))
     if len(set(values)) < max(2, len(values)):
         what = "the same value twice" if len(values) > 1 else "only one value"
         raise UsageError(f"--set {name}={text}: has {what}; list different ones, or give a range such as 1e-5..1e-3.")
@@ -105,17 +118,24 @@ _NOT_VARIED = {
 }
 
 
-def _value(name: str, text: str, base: Mapping[str, Any]) -> Any:
-    """A typed value. Raises UsageError."""
-    typed = None if unsets(text, TrainConfig.model_fields[name]) else _SWITCH.get(text, text)
-    try:
-        value: Value = getattr(TrainConfig.parse({**base, name: typed}, "flags"), name)
-    except UsageError as error:
-        raise UsageError(f"--set {name}={text}: {error}") from error
-    return value if typed is not None else None
+def _value(name: str, text: str, beside: Sequence[Mapping[str, Any]]) -> Any:
+    """A value as the setting has it. Raises UsageError if it is impossible beside each of the other settings."""
+    typed, errors = _typed(name, text), []
+    for settings in beside:
+        try:
+            value: Value = getattr(TrainConfig.parse({**settings, name: typed}, "flags"), name)
+            return value if typed is not None else None
+        except UsageError as error:
+            errors.append(error)
+    raise UsageError(f"--set {name}={text}: {errors[0]}") from errors[0]
+
+
+def _typed(name: str, text: str) -> str | bool | None:
+    return None if unsets(text, TrainConfig.model_fields[name]) else _SWITCH.get(text, text)
 
 
 _SWITCH = {"true": True, "false": False}
+_TRIED = 1000  # combinations of the other values, beside which one has to be possible
 
 
 def combinations(space: Space) -> list[Values] | None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import URL
 
 from vitft.config.train import TrainConfig
 from vitft.evaluation.metrics import Score
@@ -30,8 +31,8 @@ _SCORES, _SECONDS, _PRUNED, _REASON = "scores", "seconds", "pruned_at", "reason"
 class Trial:
     """Settings that were tried, and what came of them.
 
-    `scores` has the validation score of each seed. `seconds` is the time of training and evaluation; `reason` says why
-    a trial failed or was pruned.
+    `scores` has the validation score of each seed. `seconds` is the time of its runs, interruptions left out; `reason`
+    says why a trial failed or was pruned.
     """
 
     number: int
@@ -70,10 +71,14 @@ class Handle:
         return self.pruned
 
     def record(self, seed: int, score: Score, seconds: float) -> None:
-        """Record the validation score of a seed."""
+        """Record the validation score of a seed, and what its run has taken."""
         scores = {**self._trial.user_attrs.get(_SCORES, {}), str(seed): score.summary()}
-        self._trial.set_user_attr(_SECONDS, self._trial.user_attrs.get(_SECONDS, 0.0) + seconds)
+        self.took(seconds)
         self._trial.set_user_attr(_SCORES, scores)
+
+    def took(self, seconds: float) -> None:
+        """Record what a run has taken."""
+        self._trial.set_user_attr(_SECONDS, self._trial.user_attrs.get(_SECONDS, 0.0) + seconds)
 
     def complete(self, value: float) -> None:
         """End the trial with its value; higher is better."""
@@ -106,9 +111,12 @@ class Study:
         # A few random trials, then those near the best (Bergstra et al. 2011).
         self._random_trials = max(4, total // 4)
         self.total = total if combinations(space) is None else min(total, len(self._fixed))
+        place = URL.create(
+            "sqlite", database=str((folder / FILE).absolute())
+        )  # from sqlalchemy 2.1 on, it escapes ? and %
         self._study = optuna.create_study(
-            storage=f"sqlite:///{(folder / FILE).absolute()}", study_name="vitft", load_if_exists=True,
-            direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
+            storage=place.render_as_string(), study_name="vitft", load_if_exists=True, direction="maximize",
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
         )  # fmt: skip
 
     @contextmanager

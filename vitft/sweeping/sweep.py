@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 import yaml
 
-from vitft.checkpoints.checkpoint import is_run
+from vitft.checkpoints.checkpoint import BASE, is_run
 from vitft.checkpoints.metadata import name_of
 from vitft.config.recipe import read_recipe
 from vitft.config.train import PATHS, TrainConfig, require_dataset
 from vitft.data.split_record import read_record
-from vitft.errors import ModelError, Stopped, TrainingError, UsageError, first_line, require_extra
+from vitft.errors import DataError, ModelError, Stopped, TrainingError, UsageError, first_line, require_extra
 from vitft.evaluation.metrics import Metrics, wilson_interval
 from vitft.io import console
 from vitft.io.atomic import remove_folder, write_text
@@ -154,7 +154,7 @@ def sweep(
 
     The first trial has the settings as they are, if what is varied includes them. Lists are tried in all combinations;
     if a setting has a range, later trials are chosen near the best (tree-structured Parzen estimator, Bergstra et al.
-    2011). A run that is worse than the median of the others at the same point is stopped.
+    2011). A run whose best score so far is lower than the median of the others at the same point is stopped.
 
     Args:
         config: the settings of all trials.
@@ -305,7 +305,7 @@ def _try_one(study: "Study", plan: Plan, folder: Path) -> bool:
             _train(trial, plan)
         except TrainingError as error:  # it diverged, or memory ran out
             trial.fail(first_line(error))
-        except (UsageError, ModelError) as error:
+        except (UsageError, DataError, ModelError) as error:
             trial.fail(first_line(error))  # in any case: else each process that goes on would begin with it
             if _is_of_all(study, plan, trial.number):
                 raise
@@ -337,16 +337,19 @@ def _train(trial: "Handle", plan: Plan) -> None:
     """The runs of a trial, each from where it was interrupted, if it was."""
     by, first = plan.base.best_by, plan.base.seed
     for seed in range(first, first + plan.seeds):
-        if seed in trial.scores:
-            continue
-        started, run = time.monotonic(), trial.folder / f"seed-{seed}"
-        reporter = _Reporter(trial, by, prunes=seed == first)
-        if is_run(run):
-            result = resume(run, callbacks=[reporter])
-        else:
-            result = train(plan.config(trial.settings, seed), output=run, callbacks=[reporter])
-        trial.record(seed, result.scores["validation"], time.monotonic() - started)
-        if trial.pruned:
+        if seed not in trial.scores:
+            started, run = time.monotonic(), trial.folder / f"seed-{seed}"
+            reporter = _Reporter(trial, by, prunes=seed == first)
+            try:
+                if is_run(run):
+                    result = resume(run, callbacks=[reporter])
+                else:
+                    result = train(plan.config(trial.settings, seed), output=run, callbacks=[reporter])
+            except (UsageError, DataError, ModelError, TrainingError):
+                trial.took(time.monotonic() - started)
+                raise
+            trial.record(seed, result.scores["validation"], sum(result.seconds.values()))
+        if trial.pruned:  # also one that was killed right here
             return trial.prune()
     return trial.complete(statistics.fmean(score.by(by) for score in trial.scores.values()))
 
@@ -362,7 +365,7 @@ def _keep_best(study: "Study", by: str) -> list["Trial"]:
         for one in trials:
             if one.state != "unfinished" and (best is None or one.number != best.number):
                 for run in study.folder_of(one.number).glob("seed-*"):
-                    for name in ("checkpoints", "best", "last"):
+                    for name in ("checkpoints", "best", "last", BASE):
                         if (run / name).is_dir():
                             remove_folder(run / name)
         return trials
