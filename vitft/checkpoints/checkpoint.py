@@ -17,7 +17,6 @@ import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from vitft.errors import ModelError, UsageError
 from vitft.hardware.shards import each_joined, is_sharded, write
 from vitft.io.atomic import lock_folder, new_folder, remove_folder, write_json, write_text
 from vitft.io.library_logs import quiet_transformers
+from vitft.io.paths import numbered
 from vitft.models.load import EXPORTED
 from vitft.models.lora import has_adapter, write_base, write_weights
 from vitft.spec import PRESETS
@@ -123,8 +123,7 @@ def path_after_replacement(run: Path, path: Path) -> Path:
 def free_name(config: TrainConfig, data: str) -> Path:
     """A new run folder, `runs/<dataset>-<model>-<number>`, with the first free number."""
     stem = f"{data}-{Path(config.model).name or 'model'}{'-scratch' if config.from_scratch else ''}"
-    names = (f"{stem}-{number}" for number in count(1))
-    return next(path for name in names if not (path := Path("runs") / name).exists())
+    return numbered(Path("runs") / stem)
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:

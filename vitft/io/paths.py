@@ -3,8 +3,11 @@
 import os
 import re
 import unicodedata
-from collections.abc import Container
+from collections.abc import Callable, Container
+from itertools import count
 from pathlib import Path
+
+from vitft.errors import UsageError
 
 
 def shown(path: Path) -> str:
@@ -24,6 +27,30 @@ def expanded(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:  # no such user, no home folder
         return Path(path)
+
+
+def numbered(stem: Path) -> Path:
+    """`stem` with the first number behind it that is free, such as runs/digits-1."""
+    return next(path for number in count(1) if not (path := stem.with_name(f"{stem.name}-{number}")).exists())
+
+
+def make_output(choose: Callable[[], Path], *, named: bool) -> Path:
+    """Create the folder that `choose` returns. Unless it was `named`, it must be new, or else another is chosen.
+
+    So commands that start together have a folder each. Raises UsageError.
+    """
+    while True:
+        folder = choose()
+        try:
+            folder.mkdir(parents=True, exist_ok=named)
+        except FileExistsError:
+            if named:
+                raise UsageError(f"output {folder}: a file; choose a folder.") from None
+        except OSError as error:
+            reason = error.strerror or error
+            raise UsageError(f"output {folder}: cannot be created: {reason}; choose another.") from error
+        else:
+            return folder
 
 
 def is_url(text: str) -> bool:

@@ -11,7 +11,6 @@ import json
 import time
 import warnings
 from dataclasses import asdict, dataclass, fields
-from itertools import count
 from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,8 @@ def train(config: TextbookConfig, *, output: Path | None = None, name: str | Non
         f"channel{'s' if spec.channels > 1 else ''}, {total(spec).parameters:,} parameters, {config.engine} engine"
     )
     existed = output is not None and output.exists()
-    run = _made(output, name or data.source.name)
+    stem = Path("runs") / f"textbook-{name or data.source.name}"
+    run = paths.make_output(lambda: output or paths.numbered(stem), named=output is not None)
     dataset = paths.absolute(config.dataset, (*ALIASES, DIGITS))
     settings = config.model_copy(update={"dataset": dataset}).model_dump(exclude_none=True)
     started = time.perf_counter()
@@ -89,22 +89,6 @@ def train(config: TextbookConfig, *, output: Path | None = None, name: str | Non
     summary = _summary(config, data, spec, plan, history[-1]) | {"elapsed_s": round(elapsed_s, 2)}
     write_json(run / SUMMARY, summary)
     return Result(run, summary)
-
-
-def _made(output: Path | None, name: str) -> Path:
-    """Create the folder of a run. Two runs that start at the same time get different numbers."""
-    for number in count(1):
-        run = output or Path("runs") / f"textbook-{name}-{number}"
-        try:
-            run.mkdir(parents=True, exist_ok=output is not None)
-        except FileExistsError:
-            if output is not None:
-                raise UsageError(f"output {run}: a file; choose a folder.") from None
-        except OSError as error:
-            raise UsageError(f"output {run}: cannot be created: {error.strerror or error}; choose another.") from error
-        else:
-            break
-    return run
 
 
 def _fit(engine: Engine, data: Data, spec: ViTSpec, plan: Plan, run: Path) -> list[Epoch]:

@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -23,7 +22,7 @@ from vitft.errors import DataError, ModelError, Stopped, TrainingError, UsageErr
 from vitft.evaluation.metrics import Metrics, wilson_interval
 from vitft.io import console
 from vitft.io.atomic import remove_folder, write_text
-from vitft.io.paths import expanded
+from vitft.io.paths import expanded, numbered
 from vitft.sweeping.space import Choices, Space, Values, combinations, point_of, read_space
 from vitft.training.callbacks import Callback
 from vitft.training.setup import absolute
@@ -245,7 +244,7 @@ def _text(values: Any) -> str:
 
 def _free_folder(config: TrainConfig) -> Path:
     stem = f"{Path(name_of(str(config.dataset))).name}-{Path(config.model).name}"
-    return next(path for number in count(1) if not (path := Path("sweeps") / f"{stem}-{number}").exists())
+    return numbered(Path("sweeps") / stem)
 
 
 def _is_sweep(folder: Path) -> bool:

@@ -24,7 +24,7 @@ from vitft.errors import DataError, ModelError, UsageError, as_flag
 from vitft.hardware.device import command, environment
 from vitft.hardware.processes import launch, restarts
 from vitft.io.atomic import clean_up, lock_folder, write_json
-from vitft.io.paths import composed, expanded
+from vitft.io.paths import composed, expanded, make_output
 from vitft.training.optim import total_steps
 from vitft.training.setup import Decoded, Prepared, absolute, prepare
 
@@ -91,7 +91,7 @@ def new_run(beginning: Beginning, output: Path | None, overwrite: bool) -> Itera
     with ExitStack() as claims:
         chosen: list[Any] = [None]
         if beginning.main:
-            run = _made(beginning, output)
+            run = make_output(lambda: folder_of(beginning.config, beginning.data, output), named=output is not None)
             claims.enter_context(locked(run))
             ckpt.create_run(run, overwrite=overwrite)
             try:
@@ -103,21 +103,6 @@ def new_run(beginning: Beginning, output: Path | None, overwrite: bool) -> Itera
                 ) from error
             chosen = [run]
         yield Path(broadcast_object_list(chosen)[0])
-
-
-def _made(beginning: Beginning, output: Path | None) -> Path:
-    """Create the folder of a new run. Two runs that start at the same time get different numbers."""
-    while True:
-        run = folder_of(beginning.config, beginning.data, output)
-        try:
-            run.mkdir(parents=True, exist_ok=output is not None)
-        except FileExistsError:
-            if output is not None:
-                raise UsageError(f"output {run}: a file; choose a folder.") from None
-        except OSError as error:
-            raise UsageError(f"output {run}: cannot be created: {error.strerror or error}; choose another.") from error
-        else:
-            return run
 
 
 @contextmanager
