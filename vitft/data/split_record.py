@@ -32,6 +32,7 @@ class RecordedSplit:
     ids: Ids
     hash: str
     contents: tuple[str, ...] | None  # content hash of each image
+    lazy: bool | None = None  # whether its images were decoded when they were needed; None if that is not recorded
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,10 @@ def read_record(run: Path) -> Record | None:
             entry = document["splits"][role]
             names = tuple(composed(name) if isinstance(name, str) else int(name) for name in entry["ids"])
             hashes = entry.get("contents", names if entry.get("by") == "content" else None)
-            splits[role] = RecordedSplit(str(entry["source"]), names, str(entry["hash"]), hashes and tuple(hashes))
+            lazy = "sample" in entry if {"sample", "pixels"} & set(entry) else None
+            splits[role] = RecordedSplit(
+                str(entry["source"]), names, str(entry["hash"]), hashes and tuple(hashes), lazy
+            )  # fmt: skip
         return Record(run, splits, document.get("images"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(

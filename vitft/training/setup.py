@@ -67,6 +67,7 @@ class Prepared:
     source: Source
     splits: dict[str, Split]
     loaded: Loaded
+    began_lazily: bool | None = field(default=None, kw_only=True)  # as recorded; None for a new run
 
     @property
     def weights(self) -> int:
@@ -80,7 +81,12 @@ class Prepared:
 
     @property
     def decodes_later(self) -> bool:
-        """Whether training images are decoded when they are first needed, and not before the first step."""
+        """Whether training images are decoded when they are first needed, and not before the first step.
+
+        A resumed run does as it began: the images that were left out then may have made the split small.
+        """
+        if self.began_lazily is not None:
+            return self.began_lazily
         return is_large(self._rows("train"), self.loaded.preprocess)
 
     def with_settings(self, **changes: Any) -> Self:
@@ -284,7 +290,8 @@ def prepare(
               "class_weights": pinned_weights(config, loaded.labels),
               "image_size": how.height if how.height == how.width else None, "attention": attention,
               "lr": lr}  # fmt: skip
-    return Prepared(absolute(config.model_copy(update=pinned)), source, splits, loaded)
+    lazily = None if record is None else record.splits["train"].lazy
+    return Prepared(absolute(config.model_copy(update=pinned)), source, splits, loaded, began_lazily=lazily)
 
 
 def _count(model: Any) -> int:

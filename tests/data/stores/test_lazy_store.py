@@ -384,6 +384,17 @@ def test_a_resumed_run_shows_the_same_in_place_of_a_bad_image(
         assert f'"{trained_on(many)[3]}"' in (tmp_path / run / "splits.json").read_text().split('"skipped"')[1]
 
 
+def test_a_split_that_skipped_images_make_small_is_resumed_as_it_began(
+    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = trained_on(many)
+    monkeypatch.setattr(lazy_store, "PHOTOS", len(names) - 1)
+    (many / names[3]).write_bytes(b"no image")
+    run = train(settings(many, on_bad_image="skip"), output=tmp_path / "run").run
+    resume(run, {"epochs": 4})
+    assert ckpt.read_state(run / "last").step == 4 * -(-(len(names) - 1) // 8)
+
+
 def test_a_validation_image_found_bad_is_left_out_of_the_score(many: Path, tmp_path: Path) -> None:
     split = prepare(settings(many)).splits["validation"]
     bad = many / str(split.ids[0])

@@ -52,10 +52,7 @@ _KNOWN = np.dtype(
 
 
 def is_large(rows: datasets.Dataset, preprocess: Preprocess) -> bool:
-    """Whether decoding all images would keep the first step waiting: also if they have to be fetched.
-
-    It depends on the images and the model input alone, so that a resumed run has the same kind of store.
-    """
+    """Whether decoding all images would keep the first step waiting: also if they have to be fetched."""
     return is_streamed(rows) or len(rows) > (PHOTOS if first_is_large(rows, preprocess) else SMALL)
 
 
