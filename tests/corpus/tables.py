@@ -88,6 +88,7 @@ FORMS = [
     Case("commas-in-a-tsv", csv(*ROWS, name="t.tsv"), "t.tsv", CATS),
     Case("bars", csv(*(row.replace(",", "|") for row in ROWS), header="path|label"), "t.csv", CATS),
     Case("excels-sep-line", csv("path;label", *(row.replace(",", ";") for row in ROWS), header="sep=;"), "t.csv", CATS),
+    Case("excels-sep-line-of-tabs", csv("path\tlabel", *(row.replace(",", "\t") for row in ROWS), header="sep=\t"), "t.csv", CATS),
     Case("no-header", FOUR | {"t.csv": "\n".join(ROWS)}, "t.csv", CATS, decided="no header"),
     Case("no-header-and-columns-by-number", FOUR | {"t.csv": "\n".join(f"x,{row},y,z" for row in ROWS)}, "t.csv", CATS,
          options={"image_column": "2", "label_column": "3"}),

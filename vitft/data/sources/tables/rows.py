@@ -10,6 +10,7 @@ import codecs
 import csv
 import json
 import os
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -206,8 +207,8 @@ class _Delimited:
             text = line.strip()
             if not head and text.startswith("#") and not any(suffix in text.lower() for suffix in suffixes()):
                 comment, self.comments, self.skipped = text.lstrip("# "), self.comments + 1, self.skipped + 1
-            elif not head and text.lower().startswith("sep=") and len(text) == 5:
-                declared, self.skipped = text[4], self.skipped + 1
+            elif not head and (found := re.fullmatch(r"\s*sep=([^\r\n])\s*", line, re.IGNORECASE)):
+                declared, self.skipped = found[1], self.skipped + 1
             elif not head and not text:
                 self.skipped += 1
             else:
