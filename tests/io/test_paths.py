@@ -1,10 +1,12 @@
 """Paths in settings and messages."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from vitft.io.paths import absolute, expanded, shown
+from vitft.errors import UsageError
+from vitft.io.paths import absolute, cache_folder, expanded, shown
 
 
 def test_only_the_home_folder_is_abbreviated_to_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,3 +34,15 @@ def test_a_name_can_start_with_a_tilde(tmp_path: Path, monkeypatch: pytest.Monke
     assert expanded("~") == Path("/home/ann")
     for name in ("~data", "~data/1.png", "~root/x", "~nobody-of-this-name/x", "photos/~", "a~b", ""):
         assert expanded(name) == Path(name)
+
+
+def test_the_cache_needs_a_home_folder_only_if_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user without one
+    monkeypatch.setenv("VITFT_CACHE", str(tmp_path / "own"))
+    assert cache_folder("photos") == tmp_path / "own" / "photos"
+    monkeypatch.delenv("VITFT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder("photos") == tmp_path / "vitft" / "photos"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    with pytest.raises(UsageError, match="no home folder to cache in; set VITFT_CACHE"):
+        cache_folder("photos")

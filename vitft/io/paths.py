@@ -59,9 +59,16 @@ def is_url(text: str) -> bool:
 
 
 def cache_folder(name: str) -> Path:
-    """Where vitft keeps what it can make again: below VITFT_CACHE, else below the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return expanded(os.environ.get("VITFT_CACHE") or Path(home) / "vitft") / name
+    """Where vitft keeps what it can make again: below VITFT_CACHE, else below the user's cache folder.
+
+    Raises UsageError if there is neither.
+    """
+    if own := os.environ.get("VITFT_CACHE"):
+        return expanded(own) / name
+    home = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if home.parts[:1] == ("~",):
+        raise UsageError("this user has no home folder to cache in; set VITFT_CACHE to a folder.")
+    return home / "vitft" / name
 
 
 def shipped(name: str, source: str | None = None) -> Path:
@@ -80,6 +87,15 @@ def shipped(name: str, source: str | None = None) -> Path:
 def composed(name: str) -> str:
     """Normalize a name to NFC: macOS stores é as two code points, other systems as one."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def is_text(name: str) -> bool:
+    """Whether a name can be written as UTF-8: no bytes of another encoding, and no half of a surrogate pair."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def absolute(value: str, names: Container[str]) -> str:
