@@ -296,10 +296,17 @@ CASES = [
             f"{name}-of-folders",
             of("."),
             ".",
-            error=(f"--{name.replace('_', '-')} 1: ", "is a folder of images, without columns; leave it out"),
+            error=(f"--{name.replace('_', '-')} 1: ", "is a folder of images, not a table; leave it out"),
             options={name: value},
         )
-        for name, value in {"image_column": "1", "label_column": "1", "split_column": "1", "fold": 1}.items()
+        for name, value in {
+            "image_column": "1",
+            "label_column": "1",
+            "split_column": "1",
+            "fold": 1,
+            "encoding": "1",
+            "image_folder": "1",
+        }.items()
     ),
     Case("nothing", {"notes.md": "x"}, ".", error="expected root/class/image.jpg"),
 ]

@@ -46,7 +46,7 @@ class TrainConfig(Settings):
     fold_column: str | None = setting(None, "Reading", "Column of a table with the fold numbers, for --fold. Default: detected.")
     fold: int | None = setting(None, "Reading", "Validate on this fold of a table and train on the others.")
     image_folder: str | None = setting(None, "Reading", "Folder that the image paths in a table are relative to. Default: the folder of the table.", path=True)
-    encoding: str | None = setting(None, "Reading", "Text encoding of a table: utf-8, utf-16, cp1252, gbk, ... Default: detected.")
+    encoding: str | None = setting(None, "Reading", "Text encoding of a table, or of the names in an archive: utf-8, utf-16, cp1252, gbk, ... Default: detected.")
     allow_outside: bool = setting(False, "Reading", "Also read images outside of the table's folder.", changeable=True)
     streaming: bool = setting(False, "Reading", "Fetch the shards of a hub dataset when they are needed, as those of a URL, instead of downloading it first.")
     stream_gb: float = setting(20.0, "Reading", "Disk space for what is fetched from a URL, which later epochs and runs reuse, in GB.", changeable=True, ge=0, le=1e6)

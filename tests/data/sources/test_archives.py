@@ -1,5 +1,6 @@
 """Archives are read into memory after their sizes are checked, and never unpacked."""
 
+import gzip
 import io
 import json
 import tarfile
@@ -7,6 +8,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -15,7 +17,7 @@ from tests.corpus import photo, photos
 from vitft.data.decoder import decode
 from vitft.data.sources import archives
 from vitft.data.sources.source import class_indices, open_dataset
-from vitft.errors import DataError
+from vitft.errors import DataError, UsageError
 
 PETS = photos("train/cat/0.png", "train/dog/1.png", "test/cat/2.png", "test/dog/3.png") | {"notes.txt": b"x"}
 
@@ -97,6 +99,7 @@ def test_images_keep_their_labels_where_they_are_read_in_pieces(
     [
         ({"0.png": photo(), "0.json": b"{"}, "0.json is not a label"),
         ({"0.png": photo(), "0.json": json.dumps({"label": [1, 2]}).encode()}, "holds \\[1, 2\\]; a class must be"),
+        ({"0.png": photo(), "0.json": b'{"label": "\\ud800"}'}, "half of a surrogate pair; write the class as UTF-8"),
         ({"0.png": photo(), "0.jpg": photo(".jpg"), "0.cls": b"1"}, "0 has two images"),
         ({"0.png": photo(), "0.cls": b"1", "1.png": photo(), "2.png": photo(), "2.cls": b"1"}, "have no label"),
         (
@@ -131,6 +134,72 @@ def test_a_broken_archive_is_named(tmp_path: Path, name: str) -> None:
     made.write_bytes(made.read_bytes()[:200])
     with pytest.raises(DataError, match=r"y.zip is not a readable archive"):
         open_dataset(str(made))
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz", "train.tar"])
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_damaged_header_is_not_the_end_of_an_archive(tmp_path: Path, name: str, cut: bool) -> None:
+    files = photos(*(f"{kind}/{number}.png" for kind in ("cat", "dog") for number in range(5)))
+    if name == "train.tar":
+        files = {
+            f"{number}.{kind}": photo() if kind == "png" else b"3" for number in range(5) for kind in ("png", "cls")
+        }
+    raw = bytearray(tar(tmp_path / "whole.tar", files).read_bytes())
+    with tarfile.open(tmp_path / "whole.tar") as archive:
+        start = archive.getmembers()[6].offset
+    raw[start + 3] ^= 1
+    raw = raw[: start + 300] if cut else raw
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else bytes(raw))
+    with pytest.raises(DataError, match=rf"{name} is not a readable archive: the header at byte {start:,} is damaged"):
+        open_dataset(str(tmp_path / name))
+
+
+def test_a_shard_may_be_empty(tmp_path: Path) -> None:
+    """As the last one that a process of several has written."""
+    tar(tmp_path / "train-000000.tar", {"0.png": photo(), "0.cls": b"3", "1.png": photo(value=1), "1.cls": b"4"})
+    tar(tmp_path / "train-000001.tar", {})
+    expected = {"train": [("0.png", "3", 0), ("1.png", "4", 1)]}
+    assert seen(tmp_path) == expected
+    there = open_dataset(f"file://{tmp_path}").splits["train"]
+    assert len(there) == 2
+    with pytest.raises(DataError):
+        open_dataset(str(tmp_path / "train-000001.tar"))
+
+
+def test_what_macos_adds_to_a_shard_is_not_read(tmp_path: Path) -> None:
+    shard = {"._0.png": b"x", "0.png": photo(), "0.cls": b"3", "._1.png": b"x", "1.png": photo(value=1), "1.cls": b"4"}
+    made = tar(tmp_path / "train.tar", {"._0.cls": b"\0", **shard})
+    assert seen(made) == {"train": [("0.png", "3", 0), ("1.png", "4", 1)]}
+    assert len(open_dataset(f"file://{made}").splits["train"]) == 2
+
+
+def test_names_in_an_archive_may_have_another_encoding(tmp_path: Path) -> None:
+    files = photos("café/0.png", "thé/1.png")
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name, content in photos("caf+/0.png", "th+/1.png").items():
+            archive.writestr(name, content)
+    raw = (tmp_path / "x.zip").read_bytes().replace(b"caf+", b"caf\xe9").replace(b"th+", b"th\xe9")
+    (tmp_path / "x.zip").write_bytes(raw)
+    with pytest.raises(DataError, match=r"x\.tar: the name of its member 'caf.*' is not UTF-8; give its --encoding"):
+        open_dataset(str(tmp_path / "x.tar"))
+    for kind in ("tar", "zip"):
+        assert open_dataset(str(tmp_path / f"x.{kind}"), encoding="latin-1").labels == ("café", "thé")
+        with pytest.raises(DataError, match="unknown encoding 'klingon'; use for example"):
+            open_dataset(str(tmp_path / f"x.{kind}"), encoding="klingon")
+
+
+@pytest.mark.parametrize("option", [{"fold": 2}, {"label_column": "kind"}, {"image_folder": "/photos"}])
+def test_options_of_a_table_are_refused(tmp_path: Path, option: dict[str, Any]) -> None:
+    shard = tar(tmp_path / "train.tar", {"0.png": photo(), "0.cls": b"3", "1.png": photo(value=1), "1.cls": b"4"})
+    flag, said = f"--{next(iter(option)).replace('_', '-')}", "leave it out"
+    for dataset in (str(shard), f"file://{shard}", str(zipped(tmp_path / "pets.zip", PETS))):
+        with pytest.raises(UsageError, match=rf"{flag} .*: .*, not .*; {said}|{flag} .*, which are not text; {said}"):
+            open_dataset(dataset, **option)
 
 
 def test_what_an_archive_holds_is_bounded_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

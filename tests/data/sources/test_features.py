@@ -233,6 +233,10 @@ def test_a_dataset_saved_by_datasets_is_read(tmp_path: Path) -> None:
     state.write_text(state.read_text().replace("data-", "../test/data-"))
     with pytest.raises(DataError, match="outside of its folder"):
         open_dataset(str(tmp_path / "saved"))
+    for wrong in ('{"_data_f', "{}", "[]", '{"_data_files": [1]}'):
+        state.write_text(wrong)
+        with pytest.raises(DataError, match=r"state\.json is not what save_to_disk writes .*; save the dataset again"):
+            open_dataset(str(tmp_path / "saved"))
     made.save_to_disk(str(tmp_path / "one"))
     source = open_dataset(str(tmp_path / "one"))
     assert {name: seen(source, str(name)) for name in source.splits} == {"train": EXPECTED}

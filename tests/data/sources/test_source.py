@@ -210,6 +210,10 @@ def test_parquet_without_split_names_or_features(tmp_path):
     source = open_dataset(str(tmp_path))
     assert (source.labels, labels_of(source)) == (("a", "b", "c"), ["b", "a", "a", "c"])
     assert open_dataset(str(tmp_path / "0000.parquet")).labels == ("a", "b")
+    write_parquet(tmp_path / "train.parquet", {"image": IMAGES, "class": ["a", "c"], "note": ["x", "y"]})
+    assert {str(name): len(split) for name, split in open_dataset(str(tmp_path)).splits.items()} == {
+        "unnamed": 4, "train": 2
+    }  # fmt: skip
 
 
 def test_parquet_in_split_folders(tmp_path):

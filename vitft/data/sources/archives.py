@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import datasets
 import psutil
@@ -21,9 +21,11 @@ from vitft.data.decoder import suffixes
 from vitft.data.sources.features import LABEL_NAMES
 from vitft.data.sources.folders import Folder, OtherFile, is_junk, relative
 from vitft.data.sources.layouts import splits_of
-from vitft.data.sources.schema import IMAGE_TYPE, Notes, Splits, image_structs, make_split
+from vitft.data.sources.schema import COLUMNS, IMAGE_TYPE, Notes, ReadOptions, Splits, image_structs, make_split
+from vitft.data.streaming.tars import Header
 from vitft.errors import DataError
 from vitft.io.console import size
+from vitft.io.paths import is_text
 
 T = TypeVar("T")
 
@@ -38,40 +40,46 @@ def is_archive(name: str) -> bool:
     return name.lower().endswith(ARCHIVE_SUFFIXES)
 
 
-def read_archives(files: Mapping[str, list[Path]], notes: Notes) -> Splits:
+def read_archives(files: Mapping[str, list[Path]], options: ReadOptions, notes: Notes) -> Splits:
     """The splits of one archive of class folders, or of WebDataset shards, whose names give the split.
 
     Raises DataError for archives that do not fit in memory, and for members with unsafe paths.
     """
     all_files = [file for of_split in files.values() for file in of_split]
-    members = {file: _members(file) for file in all_files}
+    options.refuse(f"{all_files[0].name} is an archive, not a table", *COLUMNS, "image_folder")
+    members = {file: _members(file, options.encoding) for file in all_files}
     needed = sum(length for of_file in members.values() for name, length in of_file if _is_read(name))
     if needed > (limit := psutil.virtual_memory().total // 2):
         raise DataError(
             f"{all_files[0]}: its images need {size(needed)}, more than half of this machine's memory "
             f"({size(limit)}); unpack it, and give the folder."
         )
-    if all(_is_shard([name for name, _ in of_file]) for of_file in members.values()):
+    filled = [of_file for of_file in members.values() if of_file]
+    if filled and all(_is_shard([name for name, _ in of_file]) for of_file in filled):
         notes.decide(f"{len(all_files):,} WebDataset shards: labels are in the .cls or .json beside each image")
-        return {name: _read_shards(of_split) for name, of_split in files.items()}
+        return {name: _read_shards(of_split, options.encoding) for name, of_split in files.items()}
     if len(all_files) > 1:
         raise DataError(
             f"{all_files[0].parent} holds {len(all_files)} archives that are not WebDataset shards; "
             "unpack each into its own folder, or give one of them."
         )
     (file,) = all_files
-    return _read_class_folders(file, [name for name, _ in members[file]], notes)
+    return _read_class_folders(file, [name for name, _ in members[file]], options.encoding, notes)
 
 
 def _is_read(name: str) -> bool:
+    if any(map(is_junk, name.split("/"))):
+        return False
     _, field = _key(name)
     return _is_image(field) or field in _LABELS or field == "json"
 
 
-def _members(file: Path) -> list[tuple[str, int]]:
+def _members(file: Path, encoding: str | None) -> list[tuple[str, int]]:
     """Names and sizes of an archive's files. Raises DataError."""
     members: list[tuple[str, int]] = []
-    for name, length, _ in _walk(file, lambda name: False):
+    for name, length, _ in _walk(file, encoding, lambda name: False):
+        if not is_text(name):
+            raise DataError(f"{file}: the name of its member {name!r} is not UTF-8; give its --encoding.")
         if name.startswith("/") or ".." in name.split("/") or re.match("[A-Za-z]:", name):
             raise DataError(f"{file}: its member {name} points outside of the archive, which is not safe to open.")
         if len(members) >= _MAX_MEMBERS:
@@ -80,10 +88,15 @@ def _members(file: Path) -> list[tuple[str, int]]:
     return members
 
 
-def _walk(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, int, bytes]]:
-    """Name, size and, if wanted, content of every regular file in an archive. Raises DataError."""
+def _walk(file: Path, encoding: str | None, wanted: Callable[[str], bool]) -> Iterator[tuple[str, int, bytes]]:
+    """Name, size and, if wanted, content of every regular file in an archive. Raises DataError.
+
+    `encoding`: of names that the archive does not say to be UTF-8; by default CP437 in a zip, and UTF-8 in a tar.
+    """
     try:
-        yield from (_walk_zip if file.name.lower().endswith(".zip") else _walk_tar)(file, wanted)
+        yield from (_walk_zip if file.name.lower().endswith(".zip") else _walk_tar)(file, encoding, wanted)
+    except LookupError as error:
+        raise DataError(f"unknown encoding {encoding!r}; use for example cp437, cp1252 or gbk.") from error
     except Exception as error:  # zipfile, tarfile, zlib, lzma and struct each raise their own
         if isinstance(error, DataError) or getattr(error, "strerror", None):
             raise
@@ -91,8 +104,8 @@ def _walk(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, int,
         raise DataError(f"{file} is not a readable archive: {reason}") from error
 
 
-def _walk_zip(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, int, bytes]]:
-    with zipfile.ZipFile(file) as archive:
+def _walk_zip(file: Path, encoding: str | None, wanted: Callable[[str], bool]) -> Iterator[tuple[str, int, bytes]]:
+    with zipfile.ZipFile(file, metadata_encoding=encoding) as archive:
         for entry in archive.infolist():
             if entry.flag_bits & 1:
                 raise DataError(f"{file} is encrypted; unpack it, and give the folder.")
@@ -101,9 +114,9 @@ def _walk_zip(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, 
                 yield name, entry.file_size, archive.read(entry) if wanted(name) else b""
 
 
-def _walk_tar(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, int, bytes]]:
+def _walk_tar(file: Path, encoding: str | None, wanted: Callable[[str], bool]) -> Iterator[tuple[str, int, bytes]]:
     left = psutil.virtual_memory().total  # a compressed archive's content is counted while reading
-    with tarfile.open(file, "r:*", tarinfo=BoundedMember) as tar:
+    with tarfile.open(file, "r:*", tarinfo=Header, encoding=encoding or "utf-8") as tar:
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # else it keeps a kilobyte for each
             left -= member.size
@@ -115,22 +128,10 @@ def _walk_tar(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, 
                 yield name, member.size, b"" if stream is None else stream.read()
 
 
-class BoundedMember(tarfile.TarInfo):
-    """A member with a limit on the size of its extended header, which tarfile reads whole."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        """Raises DataError for a header of over a megabyte."""
-        member = super().frombuf(buf, encoding, errors)
-        if not member.isreg() and member.size > 1 << 20:
-            raise DataError(f"a member's header declares {size(member.size)}; the archive is not safe to open.")
-        return member
-
-
 # -- class folders ----------------------------------------------------------------------------------
 
 
-def _read_class_folders(file: Path, files: list[str], notes: Notes) -> Splits:
+def _read_class_folders(file: Path, files: list[str], encoding: str | None, notes: Notes) -> Splits:
     metadata = [name for name in files if name.lower().rpartition("/")[2] in ("metadata.csv", "metadata.jsonl")]
     if metadata:
         raise DataError(f"{file} has its labels in {metadata[0]}; unpack it, and give the folder.")
@@ -144,7 +145,7 @@ def _read_class_folders(file: Path, files: list[str], notes: Notes) -> Splits:
         for path in of_split.get(name, ())
     }
     images: dict[str, dict[str, tuple[int, bytes]]] = {name: {} for name in classes}
-    for name, _, data in _walk(file, members.__contains__):
+    for name, _, data in _walk(file, encoding, members.__contains__):
         if name in members:
             split, label = members[name]
             images[split][name] = label, data  # a repeated name replaces the earlier one, as in unpacking
@@ -194,17 +195,18 @@ def _is_image(field: str) -> bool:
 def _is_shard(names: list[str]) -> bool:
     """Whether most images have a label with the same key."""
     fields: dict[str, set[str]] = {}
-    for name in names:
+    for name in filter(_is_read, names):
         key, field = _key(name)
         fields.setdefault(key, set()).add(field)
     with_image = [of_key for of_key in fields.values() if any(map(_is_image, of_key))]
     return bool(with_image) and sum(bool({*_LABELS, "json"} & of_key) for of_key in with_image) > len(with_image) // 2
 
 
-def _read_shards(files: list[Path]) -> datasets.Dataset:
+def _read_shards(files: list[Path], encoding: str | None) -> datasets.Dataset:
     rows: list[tuple[str, str | None, bytes]] = []
     for file in files:
-        members = ((name, length, data, partial(bytes, data)) for name, length, data in _walk(file, _is_read))
+        walked = _walk(file, encoding, _is_read)
+        members = ((name, length, data, partial(bytes, data)) for name, length, data in walked)
         rows += label_members(str(file), members)
     return _dataset(rows, None)
 
@@ -219,6 +221,8 @@ def label_members(
     images: dict[str, tuple[str, T]] = {}
     labels: dict[str, str | None] = {}
     for name, length, content, read in members:
+        if not _is_read(name):
+            continue
         key, field = _key(name)
         if _is_image(field):
             if key in images:
@@ -239,6 +243,8 @@ def _label(file: str, name: str, field: str, data: bytes) -> str | None:
         label = next((label[key] for key in LABEL_NAMES if key in label), None)
     if label is not None and not isinstance(label, str | int | bool):
         raise DataError(f"{file}: {name} holds {str(label)[:60]}; a class must be a name or a number.")
+    if isinstance(label, str) and not is_text(label):
+        raise DataError(f"{file}: {name} holds {label[:60]!r}, half of a surrogate pair; write the class as UTF-8.")
     return None if label is None else str(label)
 
 

@@ -13,9 +13,9 @@ import datasets
 import numpy as np
 
 from vitft.data.sources.folders import Folder, Listing, describe_others, relative
-from vitft.data.sources.schema import Notes, ReadOptions, Splits, group_rows, role_of, split_of_files
+from vitft.data.sources.schema import COLUMNS, OF_TEXT, Notes, ReadOptions, Splits, group_rows, role_of, split_of_files
 from vitft.data.sources.tables.files import read_table
-from vitft.errors import DataError, UsageError, as_flag
+from vitft.errors import DataError
 from vitft.io.paths import composed
 
 Classes = dict[str, list[str]]
@@ -33,9 +33,7 @@ def read_folder(root: Path, listing: Listing, options: ReadOptions, notes: Notes
     notes.decide(*listing.remarks)
     if (by_metadata := _read_metadata(_Layout(listing.tree, notes), options, notes)) is not None:
         return by_metadata
-    for name in ("image_column", "label_column", "split_column", "fold_column", "fold"):
-        if (value := getattr(options, name)) is not None:
-            raise UsageError(f"{as_flag(name)} {value}: {root} is a folder of images, without columns; leave it out.")
+    options.refuse(f"{root} is a folder of images, not a table", *COLUMNS, *OF_TEXT)
     splits = splits_of(listing.tree, notes)
     if listing.duplicates:
         path, original = (relative(file, listing.tree.path) for file in listing.duplicates[0])

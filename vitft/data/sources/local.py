@@ -19,7 +19,7 @@ from vitft.data.sources.archives import is_archive, read_archives
 from vitft.data.sources.arrow_memory import check_memory
 from vitft.data.sources.folders import Folder, Listing
 from vitft.data.sources.layouts import read_folder
-from vitft.data.sources.schema import Notes, ReadOptions, Splits, role_of
+from vitft.data.sources.schema import COLUMNS, OF_TEXT, Notes, ReadOptions, Splits, role_of
 from vitft.data.sources.tables.files import TABLE_SUFFIXES, read_table
 from vitft.errors import DataError
 
@@ -38,9 +38,11 @@ def read(path: Path, options: ReadOptions, notes: Notes) -> Splits:
             if path.suffix.lower() in TABLE_SUFFIXES:
                 return read_table(path, options, notes)
             if is_archive(path.name):
-                return read_archives(by_split([path]), notes)
+                return read_archives(by_split([path]), options, notes)
             raise DataError(f"{path} is not a dataset; give a folder, or a .csv, .jsonl, .parquet, .zip or .tar file.")
         if (batches := arrays.cifar_folder(path)) is not None:
+            others = [name for name in COLUMNS if name != "label_column"]
+            options.refuse(f"{path} has the original batches of CIFAR, not a table", *others, *OF_TEXT)
             return arrays.read_cifar(batches, options.label_column)
         if any((path / name).is_file() for name in _SAVED):
             return _read_saved(path, options, notes)
@@ -50,7 +52,7 @@ def read(path: Path, options: ReadOptions, notes: Notes) -> Splits:
                 notes.warn(f"only the parquet files are read, not the {listing.tree.count:,} images beside them")
             return read_parquet(files, options, notes)
         if not listing.tree.count and (files := find_files(listing.tree, is_archive)):
-            return read_archives(files, notes)
+            return read_archives(files, options, notes)
         return read_folder(path, listing, options, notes)
     except OSError as error:
         raise DataError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
@@ -61,8 +63,13 @@ _SAVED = ("dataset_dict.json", "dataset_info.json")  # written by save_to_disk
 
 def _read_saved(path: Path, options: ReadOptions, notes: Notes) -> Splits:
     """Read what `Dataset.save_to_disk` wrote. Raises VitftError."""
+    options.refuse(f"{path} was written by save_to_disk, not as text", *OF_TEXT)
     for state in path.rglob("state.json"):
-        files = [file["filename"] for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+        try:
+            files = [str(file["filename"]) for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise DataError(f"{state} is not what save_to_disk writes ({reason}); save the dataset again.") from error
         if outside := [file for file in files if Path(file).name != file]:
             raise DataError(f"{state} names {outside[0]}, outside of its folder; this dataset is not safe to open.")
     try:
@@ -98,6 +105,7 @@ def find_files(tree: Folder, wanted: Callable[[str], bool]) -> dict[str, list[Pa
 def read_parquet(files: dict[str, list[Path]], options: ReadOptions, notes: Notes) -> Splits:
     """Read the image and label columns of parquet files, with the features that `datasets` wrote into them."""
     all_files = [file for of_split in files.values() for file in of_split]
+    options.refuse(f"{all_files[0].name} is a parquet file, not text", *OF_TEXT)
     if sum(file.stat().st_size for file in all_files) > IN_MEMORY_BYTES:
         raw = {name: datasets.Dataset.from_parquet(list(map(str, of_split))) for name, of_split in files.items()}
         return features.normalize_splits(raw, all_files[0].parent, options, notes)
@@ -135,5 +143,6 @@ def by_split(files: list[Path]) -> dict[str, list[Path]]:
     for file in files:
         words = re.split(r"[\W\d_]+", file.stem.casefold())
         words += [word.removesuffix("set") for word in words]
-        splits.setdefault(next(filter(role_of, words), words[0]), []).append(file)
+        name = next(filter(role_of, words), "") or next(filter(None, words), "unnamed")
+        splits.setdefault(name, []).append(file)
     return splits if any(map(role_of, splits)) else {"train": files}

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from vitft.errors import DataError
+from vitft.errors import DataError, UsageError, as_flag
 from vitft.io.paths import composed
 
 ROLES = {  # usual names of the splits; the first one present is used
@@ -38,6 +38,11 @@ MISSING = {
 """Texts that stand for a missing label: those of pandas.read_csv."""
 _MANY_CLASSES = 10  # from here on, single-image classes are suspicious
 
+COLUMNS = ("image_column", "label_column", "split_column", "fold_column", "fold")
+"""The options that name columns."""
+OF_TEXT = ("image_folder", "encoding")
+"""The options of a table in a text file."""
+
 
 @dataclass(frozen=True)
 class ReadOptions:
@@ -53,6 +58,12 @@ class ReadOptions:
     allow_outside: bool = False  # whether a table may name files outside of its folder
     streaming: bool = False  # whether the shards of a hub dataset are fetched when they are needed
     stream_gb: float = 20.0  # disk space for what is fetched
+
+    def refuse(self, reason: str, *names: str) -> None:
+        """Raise UsageError if one of these options is given, which have no effect for this `reason`."""
+        for name in names:
+            if (value := getattr(self, name)) is not None:
+                raise UsageError(f"{as_flag(name)} {value}: {reason}; leave it out.")
 
 
 @dataclass

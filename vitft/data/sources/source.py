@@ -17,7 +17,7 @@ from vitft.config.train import TrainConfig, require_dataset
 from vitft.data.sources import arrays, hub, local, streamed
 from vitft.data.sources.features import normalize_splits
 from vitft.data.sources.identity import has_names, sample_names
-from vitft.data.sources.schema import Notes, ReadOptions, Splits, standardize, whole_numbers
+from vitft.data.sources.schema import OF_TEXT, Notes, ReadOptions, Splits, standardize, whole_numbers
 from vitft.data.sources.tables.image_paths import resolve_paths
 from vitft.errors import DataError, UsageError, nearest
 from vitft.io.console import without_secrets
@@ -99,6 +99,7 @@ def open_dataset(
     )  # fmt: skip
     notes, commit = Notes(), None
     if not isinstance(dataset, str | Path):
+        options.refuse("the dataset was loaded in Python", *OF_TEXT)
         name, raw = _loaded(dataset)
         return _source("dataset", name, raw, commit, options, notes, folders=None)
     dataset = str(dataset)
@@ -116,6 +117,7 @@ def open_dataset(
     if revision is not None and dataset not in ALIASES and (is_here or dataset == DIGITS):
         raise UsageError(f"revision {revision}: {dataset} is not on the hub; leave the revision out.")
     if dataset == DIGITS:
+        options.refuse(f"{DIGITS} is not a text file", *OF_TEXT)
         name, raw = DIGITS, arrays.read_digits()
     elif is_here and dataset not in ALIASES:
         name = path.resolve().stem if path.is_file() else path.resolve().name
@@ -127,6 +129,7 @@ def open_dataset(
         raw, commit = streamed.read_hub(hub_id.repo, hub_id.config, revision, options, notes)
         return _source(dataset, name, raw, commit, options, notes, folders=None, is_normalized=True)
     elif hub_id is not None:
+        options.refuse(f"{dataset} is a dataset of the hub, not a text file", *OF_TEXT)
         name = dataset if dataset in ALIASES else hub_id.repo.split("/")[1]
         raw, commit = hub.read(hub_id.repo, hub_id.config, revision)
     else:

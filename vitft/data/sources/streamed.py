@@ -18,7 +18,17 @@ from huggingface_hub import HfApi
 from vitft.data.sources import archives, features, hub
 from vitft.data.sources.folders import Folder, OtherFile
 from vitft.data.sources.local import find_files
-from vitft.data.sources.schema import BLOCK, NAME, Notes, ReadOptions, Splits, image_structs, in_memory
+from vitft.data.sources.schema import (
+    BLOCK,
+    COLUMNS,
+    NAME,
+    OF_TEXT,
+    Notes,
+    ReadOptions,
+    Splits,
+    image_structs,
+    in_memory,
+)
 from vitft.data.streaming import blocks, tars
 from vitft.data.streaming.parquet import ParquetShard, open_parquet
 from vitft.data.streaming.remote import RemoteFile, in_requests, list_files, reason
@@ -59,9 +69,11 @@ def read(url: str, options: ReadOptions, notes: Notes, inside: str = "") -> tupl
     chosen = {split: [by_path[path.relative_to(shown)] for path in paths] for split, paths in names.items()}
     every = [file for of_split in chosen.values() for file in of_split]
     disk = 0 if url.startswith(_FILE) else int(options.stream_gb * 1e9)
+    options.refuse(f"{shown} has {kind} shards, which are not text", *OF_TEXT)
     if kind == _PARQUET:
         splits = _read_parquet(chosen, base, disk, Path(shown), options, notes)
     else:
+        options.refuse(f"{shown} has {kind} shards, not a table", *COLUMNS)
         splits = _read_tars(chosen, base, disk, notes)
     for name, split in splits.items():
         _tell_sorted(name, split, notes)
@@ -247,7 +259,7 @@ def _index(file: RemoteFile) -> pa.Table:
     where = without_secrets(file.url)
 
     def make() -> pa.Table:
-        members = ((one.name, one.size, one, content.read) for one, content in tars.walk(file, archives.BoundedMember))
+        members = ((one.name, one.size, one, content.read) for one, content in tars.walk(file))
         rows = archives.label_members(where, members)
         rows = sorted(rows, key=lambda row: row[2].start)
         return pa.table(

@@ -6,7 +6,8 @@ A tar has no table of contents. To find its members takes a pass over it, whose 
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, NamedTuple
+from tarfile import InvalidHeaderError, ReadError, TarFile, TruncatedHeaderError  # type: ignore[attr-defined]
+from typing import IO, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 from vitft.data.streaming import remote
 from vitft.data.streaming.remote import RemoteFile, Seekable
 from vitft.data.streaming.shards import Shard
+from vitft.errors import DataError
+from vitft.io import console
 
 BLOCK_BYTES = 16_000_000
 """Bytes of a block, unless a single image has more."""
@@ -58,22 +61,37 @@ def tar_shard(file: RemoteFile, disk: int, starts: NDArray[np.int64], sizes: NDA
     return TarShard(file, len(starts), np.array(first, np.int64), disk, starts, sizes)
 
 
-def walk(file: RemoteFile, member: type[tarfile.TarInfo] = tarfile.TarInfo) -> Iterator[tuple[Member, IO[bytes]]]:
+class Header(tarfile.TarInfo):
+    """A member's header. Of its extended header, which tarfile reads whole, the size is limited."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: TarFile) -> Self:
+        """Raises ReadError for a damaged header: tarfile would end there, as if it were the end of the archive."""
+        try:
+            return super().fromtarfile(tarfile)
+        except (InvalidHeaderError, TruncatedHeaderError) as error:
+            raise ReadError(f"the header at byte {tarfile.offset:,} is damaged") from error
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Raises DataError for an extended header of over a megabyte."""
+        member = super().frombuf(buf, encoding, errors)
+        if not member.isreg() and member.size > 1 << 20:
+            raise DataError(f"a member's header declares {console.size(member.size)}; the archive is not safe to open.")
+        return member
+
+
+def walk(file: RemoteFile) -> Iterator[tuple[Member, IO[bytes]]]:
     """The regular files of a tar, in order, each with a stream to read it from before the next one.
 
-    Raises OSError, and what tarfile raises.
+    Raises OSError, DataError for an unsafe header, and what tarfile raises.
     """
-    stream = _Stream(file)
-    with tarfile.TarFile(fileobj=stream, tarinfo=member) as tar:
+    with TarFile(fileobj=_Stream(file), tarinfo=Header) as tar:
         while (one := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # else it keeps a kilobyte for each
             content = tar.extractfile(one) if one.isreg() else None
             if content is not None:
                 yield Member(one.name.removeprefix("./"), one.offset_data, one.size), content
-        # tarfile ends at the first header that it cannot read, as if it were the end.
-        stream.seek(tar.offset)
-        if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):
-            raise tarfile.ReadError(f"the header at byte {tar.offset:,} is damaged")
 
 
 class _Stream(Seekable):
