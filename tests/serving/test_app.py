@@ -20,6 +20,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
+from tests.forked import wait_until
 from vitft.cli.app import app as commands
 from vitft.data.decoder import decode
 from vitft.prediction.predictor import Prediction
@@ -434,6 +435,30 @@ def test_too_many_at_once_are_told_when_to_come_again() -> None:
             may.set()
         waiting.join()
         assert client.post("/predict", files={"file": picture()}).status_code == 200
+
+
+def test_too_many_explanations_at_once_are_refused_too() -> None:
+    may, drawing = threading.Event(), threading.Event()
+
+    def draw(image: Any, label: int) -> bytes:
+        drawing.set()
+        may.wait()
+        return picture_of(image, label)
+
+    with client_of(Service(model(picture=draw), Limits(), max_queue=2)) as client:
+        ask = partial(client.post, "/explain?label=dark", files={"file": picture()})
+        waiting = [threading.Thread(target=ask) for _ in range(2)]
+        try:
+            for one in waiting:
+                one.start()
+            drawing.wait()
+            wait_until(lambda: numbers(client)["vitft_queue_images"] == 2, lambda: True)
+            assert ask().status_code == client.post("/predict", files={"file": picture()}).status_code == 503
+        finally:
+            may.set()
+        for one in waiting:
+            one.join()
+        assert ask().status_code == 200
 
 
 def test_a_fault_is_one_line_to_the_client_and_in_the_log(caplog: pytest.LogCaptureFixture) -> None:

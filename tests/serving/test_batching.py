@@ -147,6 +147,22 @@ def test_more_than_the_queue_holds_is_refused_until_there_is_room() -> None:
     run(held, work)
 
 
+def test_what_is_done_alone_is_in_the_queue_too() -> None:
+    held = Held(max_queue=2)
+
+    async def work() -> None:
+        held.model_may.clear()
+        drawing = [asyncio.create_task(held.batcher.alone(held.model_may.wait)) for _ in range(2)]
+        await until(lambda: held.batcher.queued == 2)
+        with pytest.raises(Busy):
+            await held.answers(b"3")
+        held.model_may.set()
+        await asyncio.gather(*drawing)
+        assert await held.answers(b"3") == [9]
+
+    run(held, work)
+
+
 def test_an_error_of_the_model_is_that_of_its_batch_alone() -> None:
     held = Held()
 

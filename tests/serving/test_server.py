@@ -65,6 +65,34 @@ def test_addresses() -> None:
         assert url_of(server) == f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
+@pytest.mark.parametrize(("routes", "found"), [
+    ({socket.AF_INET6: "2600::7", socket.AF_INET: "10.0.0.7"}, "[2600::7]"), ({socket.AF_INET: "10.0.0.7"}, "10.0.0.7"),
+    ({}, "[::1]"),
+])  # fmt: skip
+def test_the_address_for_others_of_a_server_on_all_of_ipv6(
+    routes: dict[int, str], found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Socket:
+        def __init__(self, family: int, kind: int) -> None:
+            self.family = family
+
+        def connect(self, address: Any) -> None:
+            if self.family not in routes:
+                raise OSError("network is unreachable")
+
+        def getsockname(self) -> tuple[Any, ...]:
+            return (routes[self.family], 9) if self.family else ("::", 8000, 0, 0)
+
+        def __enter__(self) -> "Socket":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(socket, "socket", Socket)
+    assert network_url(Socket(0, 0)) == f"http://{found}:8000"  # type: ignore[arg-type]
+
+
 def test_a_model_that_fails_at_once_and_a_port_that_is_taken_meanwhile_end_it() -> None:
     def fails(images: Any) -> Any:
         raise ModelError("its scores are not finite")
@@ -214,6 +242,15 @@ def test_photos_get_bars_and_errors_in_words(opened: Callable[..., Any], width: 
     assert [second.get_attribute("aria-pressed"), third.get_attribute("aria-pressed")] == ["true", "false"]
     second.click()
     assert cards.nth(0).locator(".look").count() == 0
+    drawn: list[Any] = []
+    page.on("requestfinished", lambda request: drawn.append(request) if "explain" in request.url else None)
+    for pressed in (second, third, second):
+        pressed.evaluate("one => one.click()")  # before the first answer
+    while len(drawn) < 3:
+        page.wait_for_timeout(20)
+    page.wait_for_timeout(100)  # until all that was answered is drawn
+    assert cards.nth(0).locator(".look").count() == 1
+    assert [second.get_attribute("aria-pressed"), third.get_attribute("aria-pressed")] == ["true", "false"]
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.title() == "tones"
     page.get_by_role("button", name="Clear").press("Enter")

@@ -82,7 +82,7 @@ class Service:
         if label is None:
             (best,) = await self.batcher.classify(read)
             label = best.top[0][0]
-        png = await self.batcher.with_model(self.model.picture, read[0].pixels, labels.index(label))
+        png = await self.batcher.alone(self.model.picture, read[0].pixels, labels.index(label))
         return Response(png, media_type="image/png")
 
     async def predict(self, request: Request, top_k: int, every: bool) -> Answer:

@@ -68,7 +68,7 @@ class Batcher(Generic[Pixels, Answer]):
         self._max_batch, self._max_wait_s, self._max_queue = max_batch, max_wait_s, max_queue
         self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="vitft-decode")
         self._model = ThreadPoolExecutor(1, thread_name_prefix="vitft-model")
-        self._arriving = self._decoding = self._running = 0
+        self._arriving = self._decoding = self._running = self._alone = 0
         self._ready: deque[_Waiting[Pixels, Answer]] = deque()
         self._per_image_s = 0.0
         self._changed = asyncio.Event()
@@ -87,8 +87,8 @@ class Batcher(Generic[Pixels, Answer]):
 
     @property
     def queued(self) -> int:
-        """Images that are not answered: a request that is still arriving counts as one."""
-        return self._arriving + self._decoding + len(self._ready) + self._running
+        """Images that are not answered: a request that is still arriving counts as one, and so does work `alone`."""
+        return self._arriving + self._decoding + len(self._ready) + self._running + self._alone
 
     def _require_room(self, images: int) -> None:
         """Raise Busy if so many more images are too many."""
@@ -139,11 +139,15 @@ class Batcher(Generic[Pixels, Answer]):
 
     async def run(self, images: Sequence[Pixels]) -> Sequence[Answer]:
         """A forward pass of these images alone, in the model's thread."""
-        return await self.with_model(self._classify, images)
+        return await asyncio.get_running_loop().run_in_executor(self._model, self._classify, images)
 
-    async def with_model(self, work: Callable[..., Result], *given: Any) -> Result:
-        """The work in the model's thread, between two batches."""
-        return await asyncio.get_running_loop().run_in_executor(self._model, work, *given)
+    async def alone(self, work: Callable[..., Result], *given: Any) -> Result:
+        """The work on an image in the model's thread, between two batches."""
+        self._alone += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._model, work, *given)
+        finally:
+            self._alone -= 1
 
     async def _batches(self) -> None:
         while True:

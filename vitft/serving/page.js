@@ -173,7 +173,8 @@ function show(job, { top, unsure, novelty, none_of_these }) {
 }
 
 async function look(job, pressed) {
-  const again = pressed.getAttribute("aria-pressed") === "true";
+  const again = pressed.getAttribute("aria-pressed") === "true", turn = (job.turn ?? 0) + 1;
+  job.turn = turn; // of several that were pressed meanwhile, the last one is answered
   for (const other of job.item.querySelectorAll(".class")) other.setAttribute("aria-pressed", "false");
   job.picture.querySelector(".look")?.remove();
   job.said.querySelector(".wrong")?.remove();
@@ -185,7 +186,7 @@ async function look(job, pressed) {
     const answer = await fetch(`explain?${new URLSearchParams({ label })}`, { method: "POST", body });
     if (!answer.ok) throw new Error((await answer.json()).error);
     const drawn = await createImageBitmap(await answer.blob());
-    if (pressed.getAttribute("aria-pressed") !== "true") return; // another was pressed meanwhile
+    if (job.turn !== turn) return;
     const canvas = make("canvas", "look");
     canvas.width = drawn.width;
     canvas.height = drawn.height;
@@ -194,6 +195,7 @@ async function look(job, pressed) {
     canvas.setAttribute("aria-label", `what speaks for ${label}`);
     job.picture.append(canvas);
   } catch (error) {
+    if (job.turn !== turn) return;
     pressed.setAttribute("aria-pressed", "false");
     job.said.append(make("p", "wrong", error.message));
   }

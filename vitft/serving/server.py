@@ -21,6 +21,8 @@ from vitft.serving.guard import Guard
 
 _FINISH_S = 30.0  # how long requests in flight may take once the server is to stop
 _LOOPBACK = ("127.", "::1")
+_IPV4, _IPV6 = (socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")  # addresses of nobody (RFC 5737, 3849)
+_ELSEWHERE = {"0.0.0.0": (_IPV4,), "::": (_IPV6, _IPV4)}  # :: takes IPv4 as well, unless the system is told otherwise
 
 
 @contextmanager
@@ -57,18 +59,21 @@ def _in_use(port: int) -> UsageError:
 def url_of(server: socket.socket) -> str:
     """The address to open in a browser on this machine."""
     host, port = server.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return _url({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
 
 
 def network_url(server: socket.socket) -> str:
     """The address to open on another machine, such as a phone, as far as it is known."""
     host, port = server.getsockname()[:2]
-    if host == "0.0.0.0":
-        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect(("192.0.2.1", 9))  # sends nothing, but chooses the address that others see
-            return f"http://{probe.getsockname()[0]}:{port}"
+    for family, other in _ELSEWHERE.get(host, ()):
+        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((other, 9))  # sends nothing, but chooses the address that others see
+            return _url(probe.getsockname()[0], port)
     return url_of(server)
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def is_private(server: socket.socket) -> bool:
