@@ -51,6 +51,20 @@ def test_every_run_is_listed_with_how_far_it_came_newest_first(folder: Path) -> 
         assert next(one.state for one in list_runs(folder) if one.run.name == "killed") == "training"
 
 
+def test_a_checkpoint_that_is_removed_meanwhile_is_no_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, scan = list_runs(folder), os.scandir
+
+    def scandir(path: str | Path) -> object:
+        if Path(path).name == "best":
+            raise FileNotFoundError(path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    after = list_runs(folder)
+    assert [one.state for one in after] == [one.state for one in before]
+    assert sum(one.bytes for one in after) < sum(one.bytes for one in before)
+
+
 def test_the_newest_run_has_a_model(folder: Path, tmp_path: Path) -> None:
     assert newest_run(folder).name == "killed"
     with pytest.raises(UsageError, match="no run with a model"):

@@ -1,5 +1,6 @@
 """The runs in a folder: what each is, how far it came, and how good it is."""
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def newest_run(folder: Path | str = RUNS) -> Path:
 def _describe(run: Path) -> RunInfo:
     with lock_folder(run) as free:
         pass  # at once: it only asks
-    size, changed = sum(map(_bytes, run.rglob("*"))), _changed(run)
+    inside = (Path(folder) / name for folder, _, names in os.walk(run) for name in names)  # a folder may be gone by now
+    size, changed = sum(map(_bytes, inside)), _changed(run)
     try:
         settings = read_recipe(run / "config.yaml")
         dataset, model = str(settings.get("dataset", "given in Python")), str(settings.get("model", ""))
@@ -80,7 +82,7 @@ def _describe(run: Path) -> RunInfo:
         chosen = ckpt.default_model(run)
         card = None if chosen is None else read_card(chosen)
         scores = {} if card is None else {split: Score.from_summary(one) for split, one in card.scores.items()}
-    except (VitftError, KeyError, TypeError) as error:
+    except (VitftError, OSError, KeyError, TypeError) as error:
         # A run in progress replaces its checkpoints.
         how, why = ("damaged", first_line(error)) if free else ("training", "")
         return RunInfo(run, "", "", how, 0, None, {}, size, changed, why)
@@ -94,14 +96,21 @@ def _describe(run: Path) -> RunInfo:
 
 
 def _bytes(file: Path) -> int:
-    """The size of a file; 0 for a folder, and for what was removed meanwhile."""
+    """The size of a file; 0 if it was removed meanwhile."""
     try:
         return file.stat().st_size if file.is_file() else 0
     except OSError:
         return 0
 
 
+def _modified(file: Path) -> float:
+    """When a file was written to; 0 if there is none."""
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
 def _changed(run: Path) -> float:
     """When a run was last written to. Its scores and checkpoints are; later readers write into no folder of them."""
-    places = [run / name for name in ("metrics.jsonl", "config.yaml", FILE)]
-    return max((place.stat().st_mtime for place in places if place.exists()), default=0.0)
+    return max(_modified(run / name) for name in ("metrics.jsonl", "config.yaml", FILE))
