@@ -40,6 +40,15 @@ def test_sizes(count: float, text: str) -> None:
     assert console.size(count) == text
 
 
+def test_lines_end_once_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the stream makes CR LF of each line end, as Windows does."""
+    written = io.BytesIO()
+    monkeypatch.setattr("os.linesep", "\r\n")
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="utf-8", newline="\r\n"))
+    console.say_text("path,label\r\na.png,cat\r\n")
+    assert written.getvalue() == b"path,label\r\na.png,cat\r\n"
+
+
 def test_percent() -> None:
     assert (console.percent(0.9731), console.percent(0.98765, 2)) == ("97.3 %", "98.77 %")
 

@@ -55,6 +55,8 @@ def say_text(text: str) -> None:
 
 def _put(text: str) -> None:
     """Print text, escaping characters that the output encoding does not have."""
+    if os.linesep == "\r\n":  # Windows, which makes \r\n of each \n
+        text = text.replace("\r\n", "\n")
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)  # a pipe's reader may wait
 
