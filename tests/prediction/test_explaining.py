@@ -63,6 +63,41 @@ def test_nothing_is_replaced_but_pictures_of_before(photos: Path, tmp_path: Path
     assert not (photos / "a" / "why").exists()
 
 
+def test_going_on_writes_the_pictures_of_one_run(photos: Path, tmp_path: Path) -> None:
+    """Images that have a row already keep their names, also from others that are called alike."""
+    words = ["predict", str(photos / "a"), str(photos / "b" / "one.png"), "--checkpoint", "vit-micro"]
+    out = tmp_path / "out.csv"
+    whole = CliRunner().invoke(app, [*words, "--output", str(out), "--explain", str(tmp_path / "whole")])
+    assert whole.exit_code == 0, whole.output
+    rows = out.read_bytes().splitlines(keepends=True)
+    out.unlink()
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "one.png").write_bytes((tmp_path / "whole" / "one.png").read_bytes())
+    (tmp_path / "out.partial.csv").write_bytes(b"".join(rows[:2]))
+    words += ["--output", str(out), "--resume"]
+    for flag in ("--explain", "--sort-into"):
+        done = CliRunner().invoke(app, [*words, flag, str(tmp_path / "new")])
+        assert (done.exit_code, f"{flag} {tmp_path / 'new'}: is empty" in done.stderr) == (2, True), done.output
+    done = CliRunner().invoke(app, [*words, "--explain", str(tmp_path / "cut")])
+    assert done.exit_code == 0, done.output
+    one, other = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("whole", "cut")
+    )  # fmt: skip
+    assert one.keys() == other.keys()
+    assert len(one) == 2
+    assert one["one.png"] == other["one.png"]
+
+
+def test_a_name_is_cut_by_bytes(photos: Path, tmp_path: Path) -> None:
+    """83 characters of three bytes are as long as a name can be."""
+    for folder in ("a", "b"):
+        (photos / folder / "one.png").rename(photos / folder / f"{'猫' * 83}.png")
+    words = ["predict", str(photos / "a"), str(photos / "b" / f"{'猫' * 83}.png"), "--checkpoint", "vit-micro"]
+    done = CliRunner().invoke(app, [*words, "--explain", str(tmp_path / "why")])
+    assert done.exit_code == 0, done.output
+    assert len(list((tmp_path / "why").iterdir())) == 2
+
+
 def test_a_picture_shows_the_method_that_was_asked_for(photos: Path, tmp_path: Path) -> None:
     pictures = {}
     for by in ("attention", "occlusion", None):

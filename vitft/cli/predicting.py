@@ -86,6 +86,9 @@ def predict(
     layout, done = Layout(top_k, sure, predictor.labels, probabilities, none_of_these is not None), Done()
     if file is not None and resume and partial_name(file).exists():
         done = go_on(partial_name(file), kind, layout.columns, images, predictor, top_k)
+        for flag, folder in (("--sort-into", sort_into), ("--explain", explain)):
+            if folder is not None and done.read:
+                _check_begun(flag, expanded(folder), len(done.read))
         console.note(f"going on after {done.count:,} images")
     tally, collected = Tally(done.count, done.unreadable), _Collected()
     shared = batches(predictor, images, processes, top_k=top_k, probabilities=probabilities)
@@ -93,7 +96,7 @@ def predict(
         run(shared, [], tally, lambda count: None)
         return
     sorter = None if sort_into is None else Sorter(sort_into, predictor.labels, link=link)
-    explainer = None if explain is None else Explainer(explain, predictor, explain_by)
+    explainer = None if explain is None else Explainer(explain, predictor, explain_by, done.read)
     beside: list[Writer] = [writer for writer in (sorter, explainer) if writer is not None]
     with _writer(kind, file, layout, collected, appends=done.count > 0) as writer, _progress(kind, file) as progress:
         run(shared, [*beside, writer], tally, lambda count: progress(count, total))
@@ -125,6 +128,15 @@ def _check(paths: list[str], paths_from: str | None, **options: Any) -> None:
         raise UsageError("--link says how to sort; add --sort-into FOLDER.")
     if options["explain_by"] and options["explain"] is None:
         raise UsageError("--explain-by says how to explain; add --explain FOLDER.")
+
+
+def _check_begun(flag: str, folder: Path, count: int) -> None:
+    """Raise UsageError if nothing is in a folder, of this flag, that was to have files of so many images already."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise UsageError(
+            f"{flag} {folder}: is empty, and --resume leaves out the {count:,} images that have a row; give the folder of "
+            f"before, no {flag}, or --overwrite in place of --resume."
+        )
 
 
 def _target(format: str | None, output: Path | None, *, overwrite: bool, resume: bool) -> tuple[str, Path | None]:

@@ -98,6 +98,13 @@ def is_text(name: str) -> bool:
     return True
 
 
+def cut(name: str, length: int) -> str:
+    """The start of a name that takes at most so many bytes, which is what file systems limit."""
+    while len(os.fsencode(name)) > length:
+        name = name[:-1]
+    return name
+
+
 def absolute(value: str, names: Container[str]) -> str:
     """Make a path absolute if it exists; known `names` and everything else are returned unchanged."""
     path = expanded(value)

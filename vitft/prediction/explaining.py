@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -13,7 +13,7 @@ from vitft.data.decoder import BadImage
 from vitft.errors import UsageError
 from vitft.io.console import percent, safe
 from vitft.io.fonts import drawable
-from vitft.io.paths import expanded
+from vitft.io.paths import cut, expanded
 from vitft.prediction.predictor import Prediction, Predictor
 
 _COMMAND = "vitft predict --explain"
@@ -24,14 +24,23 @@ class Explainer:
     """Writes a PNG for each image into a folder: what the model was shown, and beside it what spoke for its best class.
 
     A picture is called after its image; where two images have one name, after a hash of the path, too, so that the same
-    call writes the same files. Only such pictures are replaced. Images that could not be read have none. `by`: as in
-    `Predictor.maps`.
+    call writes the same files. Only such pictures are replaced. Images that could not be read have none.
+
+    Args:
+        folder: is created if need be.
+        predictor: that made the predictions.
+        by: as in `Predictor.maps`.
+        before: the images that a call which this one goes on with has explained, in order.
     """
 
-    def __init__(self, folder: str | Path, predictor: Predictor, by: Method | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, predictor: Predictor, by: Method | None = None, before: Iterable[str] = ()
+    ) -> None:
         self.folder, self.predictor, self._by = expanded(folder), predictor, by
         self._place = {label: place for place, label in reversed(list(enumerate(predictor.labels)))}
         self._used: set[str] = set()
+        for path in before:
+            self._name(path)
         self.count = 0
         """Pictures written."""
         try:
@@ -64,8 +73,9 @@ class Explainer:
 
     def _name(self, path: str) -> str:
         source = Path(os.path.abspath(expanded(path)))  # noqa: PTH100 (a link stays one)
-        name = f"{source.stem[:150]}.png"
+        stem = cut(source.stem, 150)
+        name = f"{stem}.png"
         if name.casefold() in self._used:
-            name = f"{source.stem[:150]}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:8]}.png"
+            name = f"{stem}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:8]}.png"
         self._used.add(name.casefold())
         return name

@@ -31,10 +31,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Done:
-    """Images that have a row already, and how many of them could not be read."""
+    """Images that have a row already, how many of them could not be read, and the others, in order."""
 
     count: int = 0
     unreadable: int = 0
+    read: tuple[str, ...] = ()
 
 
 def go_on(
@@ -47,6 +48,7 @@ def go_on(
     """
     end = _end_of_rows(partial, quoted=kind == "csv")
     count = unreadable = 0
+    read: list[str] = []
     row: Row | None = None
     known: tuple[Row, str] | None = None
     for row in _rows(partial, end, kind, columns):
@@ -58,13 +60,15 @@ def go_on(
             )
         if not row.error or known is None:
             known = row, image
+        if not row.error:
+            read.append(image)
     if known is not None:
         row, image = known
         _check_same(row, next(predictor.stream_found([image], top_k=top_k)), partial, kind)
     elif partial.stat().st_size:
         raise UsageError(f"{partial}: has no whole row to go on from; add --overwrite in place of --resume.")
     os.truncate(partial, end)
-    return Done(count, unreadable)
+    return Done(count, unreadable, tuple(read))
 
 
 def _rows(partial: Path, end: int, kind: str, columns: list[str]) -> Iterator[Row]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from vitft.errors import DataError, UsageError
-from vitft.io.paths import composed, expanded
+from vitft.io.paths import composed, cut, expanded
 from vitft.prediction.predictor import Prediction
 
 UNSURE, NONE = "unsure", "none of these"
@@ -70,7 +70,7 @@ class Sorter:
         number, target = 1, folder / source.name
         while self._used.get(target, mark) != mark or (os.path.lexists(target) and not self._is_there(source, target)):
             ending = f"-{mark}{f'-{number}' if number > 1 else ''}{source.suffix}"
-            target, number = folder / (_cut(source.stem, _LONGEST - len(os.fsencode(ending))) + ending), number + 1
+            target, number = folder / (cut(source.stem, _LONGEST - len(os.fsencode(ending))) + ending), number + 1
         return target
 
     def _is_there(self, source: Path, target: Path) -> bool:
@@ -123,14 +123,7 @@ def folder_names(labels: Sequence[str]) -> dict[str, str]:
 def _folder_name(label: str) -> str:
     text = composed(label.encode("utf-8", "replace").decode())
     text = "".join(c if c.isprintable() and c not in '<>:"/\\|?*' else "_" for c in text)
-    text = _cut(text.strip(" "), 200).rstrip(". ")
+    text = cut(text.strip(" "), 200).rstrip(". ")
     if text.startswith("."):
         text = f"_{text[1:]}"  # it would be hidden
     return f"_{text}" if _RESERVED.fullmatch(text) or not text else text
-
-
-def _cut(text: str, length: int) -> str:
-    """The start of a text that takes at most so many bytes."""
-    while len(os.fsencode(text)) > length:
-        text = text[:-1]
-    return text
