@@ -244,8 +244,10 @@ def test_photos_get_bars_and_errors_in_words(opened: Callable[..., Any], width: 
     assert cards.nth(0).locator(".look").count() == 0
     drawn: list[Any] = []
     page.on("requestfinished", lambda request: drawn.append(request) if "explain" in request.url else None)
-    for pressed in (second, third, second):
-        pressed.evaluate("one => one.click()")  # before the first answer
+    cards.nth(0).evaluate("""(card) => {
+      const [, second, third] = card.querySelectorAll(".class");
+      for (const one of [second, third, second]) one.click();
+    }""")  # before the first answer
     while len(drawn) < 3:
         page.wait_for_timeout(20)
     page.wait_for_timeout(100)  # until all that was answered is drawn
