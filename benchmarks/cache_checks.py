@@ -1,6 +1,6 @@
 """What it costs to check decoded photos that were kept, of a run's first epoch: `docs/benchmarks.md` has the rows.
 
-    python benchmarks/cache_checks.py [--photos 2000] [--folder FOLDER]
+    python benchmarks/cache_checks.py [--photos 1000] [--folder FOLDER]
 
 Trains a small ViT for one epoch on photos of 500x375, twice, so that the second run finds them decoded. Of that run:
 seconds, by the clock, to identify the photos and to bring them into memory with their checksums compared; of those, to
@@ -26,7 +26,7 @@ from vitft.data.stores import cache
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=int, default=2000)
+    parser.add_argument("--photos", type=int, default=1000)
     parser.add_argument("--folder", type=Path, help="of photos made by this before")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

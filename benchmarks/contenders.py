@@ -302,7 +302,7 @@ def vitft_epoch(given: argparse.Namespace, folder: Path, seed: int) -> tuple[int
     config = TrainConfig.parse({
         "dataset": str(folder), "model": given.model, "image_size": given.image_size, "val_fraction": 0.0,
         "batch_size": given.batch_size, "augment": "none", "epochs": 1, "device": given.device, "seed": seed,
-        "lr": 5e-5, "warmup": 0.0, "head_init": "random",  # as Trainer's defaults
+        "lr": 5e-5, "warmup": 0.0, "weight_decay": 0.0, "head_init": "random",  # as Trainer's defaults
     }, "flags")  # fmt: skip
     with tempfile.TemporaryDirectory() as run:
         score = vitft.train(config, output=Path(run) / "run").scores["test"]

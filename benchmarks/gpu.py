@@ -56,7 +56,7 @@ def main() -> None:
         folder = Path(scratch)
         for batch_size in (given.batch_size // 8, given.batch_size):
             settings = common | {"augment": "crop", "compile": "off", "batch_size": batch_size}
-            row = bench("train", settings, 1, profile=folder / "trace.json")
+            row = bench("train", settings, 1, profile=folder.with_suffix(".json"))
             found[f"a step of {batch_size} with crops"] = row["profile"]
             print(json.dumps(found), flush=True)
         write_images(given.dataset, "train", given.images, folder)

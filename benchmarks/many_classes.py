@@ -57,7 +57,7 @@ def main() -> None:
     metrics = score(truth, top, np.ones(len(truth)), source.labels, split="validation", split_hash="", elapsed_s=1.0)
     clock = timed("scoring", clock)
     metrics.summary()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     counts = {"validation": len(truth), "manifest_bytes": len(document), "peak_GB": round(peak, 2)}
     print(json.dumps(said | counts, indent=2))
 

@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +58,6 @@ def main() -> None:
             errors,
         )
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-
-
-def row(cells: Sequence[str]) -> str:
-    """A row of a table in Markdown."""
-    return f"| {' | '.join(cells)} |"
 
 
 def trained(run: Path, data: Path, model: str, *flags: str) -> Path:

@@ -51,6 +51,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[""], help="rows whose name holds one of these")
     parser.add_argument("--least", type=float, default=0.95)
     given = parser.parse_args()
+    if not any(word in name for name in ROWS for word in given.only):
+        parser.error(f"--only {' '.join(given.only)}: no such row; there are {', '.join(ROWS)}")
     for name in ("dataset", "model"):  # Python runs in another folder
         if Path(getattr(given, name)).exists():
             setattr(given, name, str(Path(getattr(given, name)).resolve()))
@@ -110,7 +112,7 @@ def run(checkout: Path, words: list[str], folder: Path) -> str:
 
 def commit(checkout: Path) -> str:
     """Its commit, and that it is the one that runs."""
-    used = Path(run(checkout, ["-c", "import vitft; print(vitft.__file__)"], checkout).strip())
+    used = Path(run(checkout, ["-c", "import vitft; print(vitft.__file__)"], Path(tempfile.gettempdir())).strip())
     assert used.is_relative_to(checkout.resolve()), f"Python runs {used}, not {checkout}"
     words = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude", "*"]
     return subprocess.run(words, capture_output=True, text=True).stdout.strip()
