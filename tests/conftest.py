@@ -40,7 +40,7 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_collection_finish() -> None:
     """Spare every training what it would do anew, in most of its time: encode the digits, measure the machine's peak.
 
-    `test_sources` tests the one and `test_bench` the other. Where nothing of it was imported, nothing will train soon.
+    `test_source` tests the one and `test_bench` the other. Where nothing of it was imported, nothing will train soon.
     """
     if "vitft.training.trainer" in sys.modules:
         from vitft.data.sources import arrays

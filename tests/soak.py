@@ -53,10 +53,11 @@ def main() -> int:
             run, tried = work / "run", list[str]()
             for _ in range(rng.randint(1, 3)):
                 fault = rng.choice(FAULTS)
-                if not disturb(run, fault, rng, took_s, work / "log"):
+                met = disturb(run, fault, rng, took_s, work / "log")
+                if met is None:
                     break
-                faults[fault] += 1
-                tried.append(fault)
+                faults[met] += 1
+                tried.append(met)
             code, said = finish(*begin_or_resume(run, flags()), log=work / "log")
             assert code == 0, said
             try:
@@ -75,13 +76,18 @@ def main() -> int:
     return int(any(last > 1.05 * first + 1 for first, last in grown.values()))
 
 
-def disturb(run: Path, fault: str, rng: random.Random, took_s: float, log: Path) -> bool:
-    """Begin or go on with the run, and break it; False where it was done before."""
+def disturb(run: Path, fault: str, rng: random.Random, took_s: float, log: Path) -> str | None:
+    """Begin or go on with the run, and break it. Returns what it met: a kill, where there was nothing to damage yet.
+
+    None where it was done before.
+    """
     limit = rng.choice([0, 2000, 20_000]) if fault == "disk full" and is_run(run) else None
     process = start(*begin_or_resume(run, flags()), log=log, largest_file=limit)
-    process.join(rng.uniform(0.1, took_s))
+    process.join(HANGS_S if limit is not None else rng.uniform(0.1, took_s))
+    met = "disk full" if limit is not None else "kill"
     if process.exitcode is None:
         soft = {"terminate": [signal.SIGTERM], "interrupt": [signal.SIGINT], "interrupt twice": [signal.SIGINT] * 2}
+        met = fault if fault in soft else "kill"
         for number in soft.get(fault, [signal.SIGKILL]):
             os.kill(process.pid, number)
             time.sleep(0.005)
@@ -97,8 +103,9 @@ def disturb(run: Path, fault: str, rng: random.Random, took_s: float, log: Path)
         else:
             content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         file.write_bytes(content)
+        met = fault
         assert newest_intact(run)[0] == folders[1], f"{file} is torn, and taken for whole"
-    return not done
+    return None if done else met
 
 
 def in_this_process(run: Path, mine: Path) -> None:

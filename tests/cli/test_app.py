@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from vitft import __version__
@@ -28,10 +29,15 @@ from vitft.training.cost.estimate import Cost
 
 TINY = ["--dataset", "digits", "--model", "vit-micro", "--from-scratch", "--max-train-samples", "40",
         "--max-eval-samples", "20", "--batch-size", "8", "--max-steps", "2", "--device", "cpu"]  # fmt: skip
-COMMANDS = ["", "train", "probe", "sweep", "embed", "soup", "eval", "predict", "report", "compare", "explain", "runs",
-            "runs ls", "models", "models ls", "recipes", "recipes ls", "recipes show", "recipes copy", "data",
-            "data info", "data doubt", "data pack", "scratch", "scratch train", "push", "export", "serve", "learn",
-            "launch"]  # fmt: skip
+
+
+def commands(of: Any, before: str = "") -> list[str]:
+    """A group of commands and all in it."""
+    inner = [commands(one, f"{before} {name}".strip()) for name, one in getattr(of, "commands", {}).items()]
+    return [before, *(name for names in inner for name in names)]
+
+
+COMMANDS = commands(get_command(app))
 
 
 def vitft(*words: str, columns: int = 80) -> Any:

@@ -215,12 +215,12 @@ def test_pipes_archives_and_link_loops_in_a_folder_are_not_images(tmp_path: Path
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
 def test_of_a_thousand_frames_the_first_is_read(kind: str) -> None:
-    frames = [Image.new("RGB", (64, 64), (n % 256, n // 4, 7)) for n in range(1000)]
+    frames = [Image.new("RGB", (64, 64), (n % 256, 200 if n == 0 else n // 10, 7)) for n in range(1000)]
     stream = io.BytesIO()
     frames[0].save(stream, kind, save_all=True, append_images=frames[1:])
     two = io.BytesIO()
     frames[0].save(two, kind, save_all=True, append_images=frames[1:2])
-    assert decode(stream.getvalue())[0, 0].tolist()[2] in range(4, 11)
+    assert np.abs(decode(stream.getvalue())[0, 0].astype(int) - (0, 200, 7)).max() < 4  # WebP rounds
     assert calls(lambda: decode(stream.getvalue())) < 1.5 * calls(lambda: decode(two.getvalue()))
 
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", "runs", "*_cache", "__pycache__")
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent.parent
 
@@ -28,18 +29,22 @@ def caught(patch: Path) -> bool:
     contract, tests = (line.removeprefix("# ") for line in patch.read_text().splitlines()[:2])
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "project"
-        shutil.copytree(PROJECT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "*_cache", "__pycache__"))
+        shutil.copytree(
+            PROJECT, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "runs", "*_cache", "__pycache__")
+        )
+        command = [sys.executable, "-m", "pytest", "-x", "-q", *shlex.split(tests.removeprefix("tests: "))]
+        # The copy comes before the installed package.
+        how = {"cwd": copy, "capture_output": True, "text": True, "env": {**os.environ, "PYTHONPATH": str(copy)}}
+        if subprocess.run(command, **how).returncode:
+            print(f"{patch.stem}: its tests fail without it")
+            return False
         applied = subprocess.run(
             ["patch", "-p1", "--fuzz=2", "-i", str(patch)], cwd=copy, capture_output=True, text=True
         )
         if applied.returncode:
             print(f"{patch.stem}: does not apply: {applied.stdout.strip()}")
             return False
-        command = [sys.executable, "-m", "pytest", "-x", "-q", *shlex.split(tests.removeprefix("tests: "))]
-        # The copy comes before the installed package.
-        done = subprocess.run(
-            command, cwd=copy, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(copy)}
-        )
+        done = subprocess.run(command, **how)
     verdict = done.returncode == 1
     print(f"{'caught  ' if verdict else 'SURVIVED'} {patch.stem}: {contract}", flush=True)
     if done.returncode > 1:

@@ -349,6 +349,7 @@ def test_a_checkpoint_that_is_not_there_is_exit_code_4(folder: Path) -> None:
 def test_an_unknown_format_names_the_nearest(command: Callable[..., Any]) -> None:
     done = command("b.png", "--format", "jsnl")
     assert done.exit_code == 2
+    assert "did you mean jsonl" in done.stderr
 
 
 def test_value_range_is_stored_with_the_model_and_set_by_a_flag(tmp_path: Path) -> None:

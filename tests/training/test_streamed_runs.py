@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from tests.conftest import BUCKET
-from tests.forked import finish_two, flags
+from tests.forked import finish_two, flags, steps_done
 from tests.training.test_trainer import AUGMENTED, assert_same_weights, config, interrupted, lines
 from tests.web import FileServer, Request
 from vitft import evaluate, train
+from vitft.checkpoints.checkpoint import step_folders, step_of
 from vitft.checkpoints.metadata import name_of
-from vitft.data import packing
+from vitft.data import packing, sampling
 from vitft.data.augment import Preprocess
 from vitft.data.augmentation.settings import Augmentation
 from vitft.data.decoder import MAX_PIXELS
@@ -78,13 +79,13 @@ def test_a_server_that_fails_stops_the_run_with_everything_saved(
     faulty: tuple[FileServer, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: int | str, why: str
 ) -> None:
     server, url = faulty
-    settings = config(dataset=url, **LONGER | {"stream_gb": 0, "head_init": "random"})
+    for name, number in (("_LANES", 1), ("_SPREAD", 1)):  # else all is fetched before the first step
+        monkeypatch.setattr(sampling, name, number)
+    settings = config(dataset=url, **LONGER | {"stream_gb": 0, "head_init": "random", "save_every": 100})
     whole = train(settings, output=tmp_path / "whole")
-    seen: list[Request] = []
 
     def fails(request: Request, number: int) -> int | str | None:
-        seen.extend([request] if is_block(request) else [])
-        return fault if is_block(request) and len(seen) > 14 else None
+        return fault if is_block(request) and steps_done(tmp_path / "cut") >= 12 else None
 
     server.fault = fails
     blocks.clear()
@@ -95,6 +96,9 @@ def test_a_server_that_fails_stops_the_run_with_everything_saved(
         ) as caught:
             train(settings, output=tmp_path / "cut")
     assert "\n" not in str(caught.value)
+    (saved,) = step_folders(tmp_path / "cut")
+    assert f"To go on from step {step_of(saved)}: " in str(caught.value)
+    assert step_of(saved) == steps_done(tmp_path / "cut") >= 12  # and not an earlier one
     server.fault = lambda request, number: None
     resumed = resume(tmp_path / "cut")
     assert story(resumed.run) == story(whole.run)

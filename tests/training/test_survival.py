@@ -138,6 +138,7 @@ def test_killed_at_random_moments(tmp_path: Path, whole: Path, runs: int) -> Non
         assert_like_uninterrupted(run, whole)
         shutil.rmtree(run)
     print(f"{runs} runs, {kills} kills, at most {most} steps done again")  # noqa: T201
+    assert kills > 0
     assert most <= 10
 
 

@@ -810,8 +810,19 @@ def test_scores_compare_equal_apart_from_their_speed() -> None:
 
 def test_tensorboard_gets_the_metrics(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     run = train(config(tracker="tensorboard"), output=tmp_path / "run").run
-    assert list(run.rglob("events.out.tfevents.*"))
+    written = [file for file in run.rglob("events.out.tfevents.*") if "hparams" not in str(file)]
+    sent = EventAccumulator(str(written[0].parent), size_guidance={"scalars": 0})
+    sent.Reload()
+    losses = {
+        split: {one.step: one.value for one in sent.Scalars(f"{split}/loss")} for split in ("train", "validation")
+    }
+    for line in lines(run):
+        if line["split"] in losses:
+            assert losses[line["split"]].pop(line["step"]) == pytest.approx(line["loss"], rel=1e-6)
+    assert losses == {"train": {}, "validation": {}}
 
 
 def test_a_score_belongs_to_the_weights_beside_it(tmp_path: Path) -> None:

@@ -67,7 +67,9 @@ def test_what_is_erased_depends_on_seed_epoch_and_sample_alone() -> None:
         assert not torch.equal(erased([*range(12)], *other), whole)
 
 
-def test_an_image_too_small_to_erase_stays() -> None:
-    pixels = torch.ones(50, 1, 1, 1)
-    erase(pixels, 0.0, 0, 0, np.arange(50))
+@pytest.mark.parametrize(("probability", "shape"), [(0.0, (8, 8)), (1.0, (1, 900))])
+def test_an_image_in_which_no_box_fits_stays(probability: float, shape: tuple[int, int]) -> None:
+    """A box is at most 3.3 times as wide as high, and has at least 2 % of the pixels: here 18."""
+    pixels = torch.ones(50, 1, *shape)
+    erase(pixels, probability, 0, 0, np.arange(50))
     assert (pixels == 1).all()

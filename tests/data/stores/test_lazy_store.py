@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from tests.data.stores.test_store import photos
-from tests.forked import finish_two
+from tests.forked import finish_two, steps_done
 from tests.training.test_trainer import lines
 from vitft.checkpoints import checkpoint as ckpt
 from vitft.config.train import TrainConfig
@@ -361,6 +361,7 @@ def test_an_image_found_bad_while_training_stops_the_run_which_then_goes_on(many
     assert said
     folders = ckpt.step_folders(tmp_path / "run")
     assert [folder.name for folder in folders] == ([f"step-{int(said[1]):06}"] if int(said[1]) else [])
+    assert int(said[1]) == steps_done(tmp_path / "run")
     bad.write_bytes(raw)
     assert bits(resume(tmp_path / "run").run / "last") == bits(undisturbed.run / "last")
     Image.open(bad).transpose(Image.Transpose.ROTATE_180).save(bad)

@@ -251,7 +251,10 @@ def test_a_large_store_is_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     folder = photos(tmp_path, [(20, 16)] * 6)
     in_memory, _ = stored(folder)
     monkeypatch.setattr("vitft.data.stores.store.IN_MEMORY", 100)
+    made, real = [], tempfile.TemporaryFile
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **how: made.append(real(**how)) or made[-1])
     mapped, _ = stored(folder, cache_gb=1e-5)
+    assert len(made) == 1
     assert_same(mapped, in_memory)
 
 
