@@ -42,6 +42,30 @@ def test_a_file_is_synced_before_it_is_renamed(tmp_path: Path, events: list[tupl
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
+def test_a_link_stays_and_what_it_points_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    target, link = tmp_path / "elsewhere" / "a.txt", tmp_path / "link"
+    target.write_text("before")
+    link.symlink_to("elsewhere/a.txt")
+    for text in ("after", "of a link to nothing"):
+        atomic.write_text(link, text)
+        assert link.is_symlink()
+        assert target.read_text() == text
+        target.unlink()
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == []
+
+
+def test_a_pipe_or_a_device_is_written_to(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    handle = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    atomic.write_text(pipe, "text")
+    assert os.read(handle, 10) == b"text"
+    os.close(handle)
+    assert pipe.is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
 def test_the_json_format_does_not_change() -> None:
     """Checksums of existing checkpoints depend on it."""
     assert atomic.json_text({"ä": [1, 0.5], "b": {}}) == '{\n  "ä": [\n    1,\n    0.5\n  ],\n  "b": {}\n}\n'

@@ -38,7 +38,15 @@ def json_text(document: Any) -> str:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield the name of a temporary file to write, which replaces `path` on exit, or is deleted on an error."""
+    """Yield the name of a temporary file to write, which replaces `path` on exit, or is deleted on an error.
+
+    If `path` is a link, what it points to is replaced. A pipe or a device, like /dev/null, is yielded itself.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        yield path
+        return
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
     temporary = _sibling(path, _NEW)  # overwrites any leftover of a killed process
     try:
         yield temporary
