@@ -28,6 +28,7 @@ class Giver:
             return pa.array([self.content(name)], pa.large_binary())
 
         blocks._mapped.clear()  # as in another process
+        blocks._allowed.left = 0
         return bytes(blocks.images(name, limit, fetch)[0].as_buffer())
 
     def content(self, name: str) -> bytes:
@@ -74,6 +75,31 @@ def test_blocks_keep_to_their_limit(fetched: Path, giver: Giver) -> None:
     giver.asked.clear()
     giver.get("39", limit)  # has just passed through
     assert giver.asked == []
+
+
+def test_blocks_are_not_listed_for_each_that_is_written(fetched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed, listing = [], blocks._files
+    monkeypatch.setattr(blocks, "_files", lambda: listed.append(1) or listing())
+    monkeypatch.setattr(blocks, "_allowed", type(blocks._allowed)())
+    limit, most = 1_000_000, 0
+    for number in range(1500):
+        blocks.images(str(number), limit, lambda: pa.array([bytes(1000)], pa.large_binary()))
+        if number % 50 == 0:
+            most = max(most, sum(file.stat().st_size for file in fetched.glob("*.*")))
+    assert 900_000 < most <= limit
+    assert len(listed) < 400
+
+
+def test_blocks_of_another_user_are_used(fetched: Path, giver: Giver, monkeypatch: pytest.MonkeyPatch) -> None:
+    giver.get("a")
+
+    def denied(*args: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", denied)
+    for _ in range(2):
+        assert giver.get("a") == giver.content("a")
+    assert giver.asked == ["a"]
 
 
 def test_blocks_of_data_that_nobody_uses_any_more_make_room(fetched: Path, giver: Giver) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,10 +110,11 @@ def _read(key: str, *, verify: bool = True) -> pa.LargeBinaryArray | None:
             continue
         except (OSError, pa.ArrowInvalid):
             intact = False
-        with suppress(OSError):
-            if intact:
+        if intact:
+            with suppress(OSError):  # of another user, or read-only
                 os.utime(file)
-                return found
+            return found
+        with suppress(OSError):
             file.unlink()
     return None
 
@@ -123,21 +125,47 @@ def _checksum(block: pa.LargeBinaryArray) -> bytes:
 
 
 def _write(key: str, block: pa.LargeBinaryArray, limit: int) -> None:
-    kept = [(file, status) for file, status in _files() if file.suffix == _KEPT]
+    if _allowed.limit != limit or _allowed.left < block.nbytes:
+        _make_room(block.nbytes, limit)
+    schema = pa.schema([("image", block.type)], {_SUM: _checksum(block)})
+    with _renamed(root() / (key + _allowed.suffix)) as file:
+        with pa.ipc.new_file(str(file), schema) as writer:
+            writer.write_batch(pa.record_batch([block], schema=schema))
+        _allowed.left -= file.stat().st_size
+
+
+@dataclass
+class _Allowed:
+    """What this process may write before it lists all blocks again: to do so for each takes longer and longer."""
+
+    limit: int = -1
+    left: int = 0  # bytes
+    suffix: str = _KEPT
+
+
+_allowed = _Allowed()
+_SHARE = 32  # of the free room is allowed at once: other processes write, too
+
+
+def _make_room(size: int, limit: int) -> None:
+    """Allow to write at least `size` bytes, and remove what exceeds the `limit` with them."""
+    files = _files()
+    kept = [(file, status) for file, status in files if file.suffix == _KEPT]
     taken, room = sum(status.st_size for _, status in kept), int(_FOR_KEPT * limit)
     for file, status in kept:
-        if taken + block.nbytes <= room or time.time() - status.st_mtime < _UNUSED_S:
+        if taken + size <= room or time.time() - status.st_mtime < _UNUSED_S:
             break
         file.unlink(missing_ok=True)
         taken -= status.st_size
     _remove_unfinished(_UNUSED_S)
-    suffix = _KEPT if taken + block.nbytes <= room else _PASSING
-    schema = pa.schema([("image", block.type)], {_SUM: _checksum(block)})
-    with _renamed(root() / (key + suffix)) as file, pa.ipc.new_file(str(file), schema) as writer:
-        writer.write_batch(pa.record_batch([block], schema=schema))
-    passing = [(file, status) for file, status in _files() if file.suffix == _PASSING]
-    excess = sum(status.st_size for _, status in passing) + taken - limit
-    for file, status in passing[:-1]:
+    _allowed.limit, _allowed.suffix = limit, _KEPT
+    if taken + size <= room:
+        _allowed.left = max(size, (room - taken) // _SHARE)
+        return
+    passing = [(file, status) for file, status in files if file.suffix == _PASSING]
+    _allowed.suffix, _allowed.left = _PASSING, max(size, (limit - taken) // _SHARE)
+    excess = sum(status.st_size for _, status in passing) + _allowed.left + taken - limit
+    for file, status in passing:
         if excess <= 0:
             break
         file.unlink(missing_ok=True)
