@@ -241,6 +241,11 @@ def test_12_bit_images_in_16_bits_are_reported() -> None:
     assert unused_range([*dark, encoded(Image.fromarray(np.full((2, 2), 40_000, np.uint16)))]) is None
     assert unused_range([*dark, encoded(Image.fromarray(RGB))]) is None
     assert unused_range([b"nothing"]) is None
+    small = Image.fromarray(np.full((2, 2), 4000, np.uint16))
+    stream = io.BytesIO()
+    small.save(stream, "TIFF", tiffinfo={340: 0, 341: 4095})
+    assert decode(stream.getvalue())[0, 0].tolist() == [249, 249, 249]
+    assert unused_range([stream.getvalue()]) is None
 
 
 # -- color profiles -----------------------------------------------------------------------------------

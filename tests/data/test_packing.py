@@ -4,9 +4,12 @@ import hashlib
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
+import tarfile
 import time
+import zlib
 from collections import Counter
 from dataclasses import replace
 from io import BytesIO
@@ -16,6 +19,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -153,6 +157,61 @@ def test_images_of_more_than_8_bits_are_shrunk_only_by_a_range(tmp_path: Path) -
     shrunk = Image.open(BytesIO(image_of(value_range=(0.0, 4095.0))))
     assert (shrunk.size, shrunk.mode) == ((65, 60), "RGB")
     assert np.asarray(shrunk).max() > 200
+
+
+def test_colors_of_16_bits_are_copied(tmp_path: Path) -> None:
+    (tmp_path / "photos/a").mkdir(parents=True)
+    file = tmp_path / "photos/a/deep.png"
+    rows = b"".join(b"\0" + bytes(range(120)) * 6 for _ in range(100))
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", 120, 100, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ]
+    chunks = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    ]
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    packed(tmp_path / "photos", tmp_path / "out", resize=60)
+    (only,) = pq.read_table(tmp_path / "out/train-00000-of-00001.parquet").column("image").to_pylist()
+    assert only["bytes"] == file.read_bytes()
+
+
+def test_paths_in_an_archive_and_in_packed_data_are_kept(folder: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "photos.tar", "w") as archive:
+        archive.add(folder, "photos")
+    packed(tmp_path / "photos.tar", tmp_path / "out")
+    packed(tmp_path / "out", tmp_path / "again")
+    for output in ("out", "again"):
+        images = pq.read_table(tmp_path / output / "test-00000-of-00001.parquet").column("image").to_pylist()
+        assert {image["path"] for image in images} == {"photos/test/cat/new.jpg", "photos/test/dog/new.jpg"}
+
+
+def test_paths_of_this_machine_are_not_kept(folder: Path, tmp_path: Path) -> None:
+    table = {"image": [str(file) for file in sorted(folder.glob("test/*/*"))], "label": ["cat", "dog"]}
+    pq.write_table(pa.table(table), folder / "train.parquet")
+    pack(open_dataset(str(folder / "train.parquet")), tmp_path / "out", max_pixels=MAX_PIXELS)
+    images = pq.read_table(tmp_path / "out/train-00000-of-00001.parquet").column("image").to_pylist()
+    assert [image["path"] for image in images] == [None, None]
+
+
+def test_row_groups_of_large_photos_have_fewer_images(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def groups() -> list[int]:
+        packed(folder, tmp_path / str(len(list(tmp_path.iterdir()))))
+        file = pq.ParquetFile(max(tmp_path.glob("*/train-*.parquet"), key=lambda file: file.stat().st_mtime_ns))
+        return [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+
+    size = max(file.stat().st_size for file in folder.glob("train/*/*"))
+    assert groups() == [20]
+    monkeypatch.setattr(packing, "_LARGE_GROUP", 6 * size)
+    few = groups()
+    assert len(few) > 2
+    assert min(few[:-1]) >= 6
+    monkeypatch.setattr(packing, "_ROW_GROUP", 5)
+    monkeypatch.setattr(packing, "_SMALL_GROUP", 1)
+    assert groups() == [5, 5, 5, 5]
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def loses_low_bits(image: Image.Image) -> bool:
 
 
 def _gray_converter(image: Image.Image, value_range: Range | None) -> Convert:
-    low, high = _range(image) if value_range is None else value_range
+    low, high = own_range(image) if value_range is None else value_range
     width = high - low
     outside = far = count = 0
     for _, strip in strips(image):
@@ -133,8 +133,8 @@ def samples(strip: Image.Image, image: Image.Image) -> Array:
     return values.view(np.int8) if values.dtype == np.uint8 else values  # Pillow reads signed bytes as unsigned
 
 
-def _range(image: Image.Image) -> Range:
-    """Black and white by format and tags. Raises RangeError."""
+def own_range(image: Image.Image) -> Range:
+    """Black and white of gray samples, by format and tags. Raises RangeError."""
     low, high = _tag(image, _S_MIN), _tag(image, _S_MAX)
     if low is not None and high is not None and low < high:
         return float(low), float(high)

@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from vitft.config.train import TrainConfig
 from vitft.data.color import STRIP as _STRIP
-from vitft.data.color import Range, RangeError, converter, loses_low_bits, samples, strips
+from vitft.data.color import Range, RangeError, converter, has_gray_range, loses_low_bits, own_range, samples, strips
 from vitft.data.limits import check_bytes, check_scans, is_jxl, jxl_size
 from vitft.data.streaming.remote import reason
 from vitft.data.streaming.shards import is_address, read_image
@@ -110,9 +110,9 @@ def decode(
         return _apply_orientation(*_read(source, max_pixels, min_side, value_range))
 
 
-def header(source: bytes | Path) -> tuple[int, int, str]:
+def header(source: bytes | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int, str]:
     """Width and height in pixels, as stored (before EXIF rotation), and format. Decodes no pixels. Raises BadImage."""
-    with _as_bad_image(MAX_PIXELS), _open(source, MAX_PIXELS) as image:
+    with _as_bad_image(max_pixels), _open(source, max_pixels) as image:
         return *image.size, str(image.format)
 
 
@@ -122,24 +122,27 @@ class ImageInfo(NamedTuple):
     format: str
     mode: str
     orientation: int
+    is_deep: bool  # samples of more than 8 bits, or signed ones: decoding keeps less of them
 
 
 def image_info(source: bytes | Path, max_pixels: int = MAX_PIXELS) -> ImageInfo:
-    """Format, mode and orientation. Raises BadImage, also for too many pixels: some EXIF data follows the pixels."""
+    """What is known of an image. Raises BadImage, also for too many pixels: some EXIF data follows the pixels."""
     with _as_bad_image(max_pixels), _open(source, max_pixels) as image:
         _check_size(image, max_pixels)
-        return ImageInfo(str(image.format), image.mode, _orientation(image))
+        is_deep = has_gray_range(image) or loses_low_bits(image)
+        return ImageInfo(str(image.format), image.mode, _orientation(image), is_deep)
 
 
 def unused_range(sources: Iterable[bytes | Path], max_pixels: int = MAX_PIXELS) -> str | None:
     """A warning if 16-bit images use so little of their range that they become nearly black; else None.
 
-    A PNG does not say that its 16 bits hold 12; only many images show it. The warning changes none of them.
+    A PNG does not say that its 16 bits hold 12; only many images show it. The warning changes none of them. A TIFF that
+    says so is decoded by what it says.
     """
     brightest = 0
     for source in sources:
         with suppress(Exception), _open(source, max_pixels) as image:  # `decode` reports what is wrong with it
-            if not image.mode.startswith("I;16"):
+            if not image.mode.startswith("I;16") or own_range(image) != (0, 65_535):
                 return None
             _check_size(image, max_pixels)
             brightest = max(brightest, *(int(samples(strip, image).max()) for _, strip in strips(image)))

@@ -43,7 +43,8 @@ from vitft.errors import UsageError
 from vitft.hardware.pools import map_in_groups, map_in_processes, processes
 from vitft.io.atomic import clean_up, lock_folder, new_file, write_text
 
-_ROW_GROUP, _SMALL_GROUP = 200, 4_000_000  # images, which readers load at once; more if they have fewer bytes
+# Images of a row group, which readers load at once: more if they have fewer bytes, and fewer if they have more.
+_ROW_GROUP, _SMALL_GROUP, _LARGE_GROUP = 200, 4_000_000, 16_000_000
 _LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "HEIF", "JXL")
 _META = "vitft"
 _CHUNK = 1000  # rows
@@ -211,6 +212,7 @@ def _write(
         ) as writer:  # fmt: skip
             images: list[dict[str, Any]] = []
             kept: list[int] = []
+            size = 0
             for start in range(0, len(shard.rows), _ROW_GROUP):
                 rows = shard.rows[start : start + _ROW_GROUP]
                 if is_streamed(split):
@@ -218,6 +220,8 @@ def _write(
                     fetch_ahead(cell["path"] for cell in coming)
                 for row, cell in zip(rows.tolist(), split[rows]["image"], strict=True):
                     name = sample_id(split, row)
+                    # Paths of files that have no such name may be of this machine alone.
+                    path = name if has_names(split) else cell["path"] if cell["bytes"] is not None else None
                     try:
                         raw = make(encoded(cell))
                     except Unavailable as error:
@@ -225,12 +229,14 @@ def _write(
                     except BadImage as error:
                         bad.append(Skipped(row, name, str(error)))
                         continue
-                    images.append({"bytes": raw, "path": name if has_names(split) else None})
+                    images.append({"bytes": raw, "path": path})
                     kept.append(row)
-                last = start + _ROW_GROUP >= len(shard.rows)
-                if last or sum(len(image["bytes"]) for image in images) >= _SMALL_GROUP:
-                    writer.write_table(pa.table({"image": images, "label": labels[kept]}, schema))
-                    images, kept = [], []
+                    size += len(raw)
+                    if size >= (_SMALL_GROUP if len(images) >= _ROW_GROUP else _LARGE_GROUP):
+                        writer.write_table(pa.table({"image": images, "label": labels[kept]}, schema))
+                        images, kept, size = [], [], 0
+            if images:
+                writer.write_table(pa.table({"image": images, "label": labels[kept]}, schema))
             about = {"plan": plan, "skipped": [[one.position, one.name, one.reason] for one in bad]}
             writer.add_key_value_metadata({_META: json.dumps(about)})
         if bad and not skip_bad:
@@ -244,8 +250,8 @@ class _Stop(Exception):  # noqa: N818
 
 def _packed(source: bytes | Path, *, resize: int | None, max_pixels: int, value_range: Range | None) -> bytes:
     """An image's bytes, of a shrunk copy if it is larger than `resize`. Raises BadImage."""
-    deep = value_range is None and image_info(source, max_pixels).mode.startswith(("I", "F"))
-    width, height, kind = header(source)
+    deep = value_range is None and image_info(source, max_pixels).is_deep
+    width, height, kind = header(source, max_pixels)
     if resize is None or deep or min(width, height) <= resize:
         try:
             return source.read_bytes() if isinstance(source, Path) else source
