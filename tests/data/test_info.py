@@ -4,6 +4,7 @@ import io
 import json
 
 import numpy as np
+import pytest
 from PIL import Image
 from rich.console import Console
 
@@ -12,6 +13,8 @@ from vitft.data.augmentation.settings import Augmentation
 from vitft.data.info import describe
 from vitft.data.preview import CLASSES, _fit_text, preview
 from vitft.data.sources.source import open_dataset
+from vitft.data.validation.check import samples
+from vitft.errors import DataError
 
 
 def photos(root, classes, sizes=((40, 30), (200, 100), (90, 300)), color="red"):
@@ -47,6 +50,30 @@ def test_describe_reads_headers_up_to_its_limit(monkeypatch):
     monkeypatch.setattr("vitft.data.info.LOOK_AT", 50)
     train, _ = describe(open_dataset("digits"))["splits"]
     assert (train["count"], train["looked_at"], train["formats"]) == (1438, 50, {"PNG": 50})
+
+
+def test_describe_images_over_the_usual_limit(tmp_path, monkeypatch):
+    source = open_dataset(str(photos(tmp_path, ["cat", "dog"])))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # Pillow refuses twice as many
+    assert describe(source, max_pixels=20_000)["splits"][0]["unreadable"] == 2
+    described = describe(source, max_pixels=30_000)["splits"][0]
+    assert (described["unreadable"], described["sizes"]["largest"]) == (0, [90, 300])
+
+
+def test_describe_stops_at_a_part_that_cannot_be_fetched(tmp_path, digit_shards, monkeypatch):
+    source = open_dataset(f"file://{digit_shards}")
+    asked = []
+
+    def silent(self, block, column):
+        asked.append(block)
+        raise OSError(110, "Connection timed out")
+
+    monkeypatch.setattr("vitft.data.streaming.parquet.ParquetShard.fetch", silent)
+    with pytest.raises(DataError, match=r"^train-0000.*: cannot be fetched: Connection timed out; it may be intact"):
+        describe(source)
+    assert len(asked) == 1
+    with pytest.raises(DataError, match=r"^train-0000.*: cannot be fetched: Connection timed out; it may be intact"):
+        list(samples(source.splits["train"]))
 
 
 def test_describe_without_a_readable_image(tmp_path):

@@ -389,6 +389,7 @@ def scratch_figures(
 def data_info(
     dataset: DatasetName,
     dataset_revision: Revision = None,
+    max_pixels: MaxPixels = None,
     preview: Annotated[Path | None, typer.Option(help="Write a grid of example images as a PNG; with --augment, --mixup, ..., of what the model sees.")] = None,
     json: Json = False,
     *, overrides: dict[str, Any],
@@ -396,6 +397,7 @@ def data_info(
     """Show a dataset's splits, classes, counts and image sizes."""
     from vitft.config.train import TrainConfig
     from vitft.data.augmentation.settings import SETTINGS, Augmentation
+    from vitft.data.decoder import MAX_PIXELS
     from vitft.data.info import describe
     from vitft.data.sources.source import open_dataset
 
@@ -410,7 +412,7 @@ def data_info(
 
         draw(source, preview, augmentation=augmentation)
         console.note(f"preview: {preview}")
-    described = describe(source)
+    described = describe(source, max_pixels or MAX_PIXELS)
     console.say_json(described) if json else console.say(tables.data_report(described))
 
 

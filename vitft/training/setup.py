@@ -87,7 +87,7 @@ class Prepared:
         """
         if self.began_lazily is not None:
             return self.began_lazily
-        return is_large(self._rows("train"), self.loaded.preprocess)
+        return is_large(self._rows("train"), self.loaded.preprocess, self.config.max_pixels)
 
     def with_settings(self, **changes: Any) -> Self:
         """A copy with other settings."""

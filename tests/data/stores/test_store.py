@@ -29,6 +29,7 @@ from vitft.data.decoder import decode
 from vitft.data.loader import EvalLoader, ForkedPrefetcher, Prefetcher, TrainLoader
 from vitft.data.sampling import REPEAT_BITS, balanced_order, positions
 from vitft.data.sources.source import open_dataset
+from vitft.data.stores import store
 from vitft.data.stores.store import Store, check_headers, decode_all, move_to_device
 from vitft.errors import DataError
 from vitft.hardware.pools import map_in_processes
@@ -475,3 +476,11 @@ def test_prefetched_evaluation_is_the_same() -> None:
         actual = [normalize(images, PREPROCESS) for images in ahead]
         assert len(actual) == len(expected)
         assert all(map(torch.equal, actual, expected))
+
+
+def test_headers_keep_to_the_limit_on_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = open_dataset(str(photos(tmp_path, [(64, 64), (80, 80)]))).splits["train"]
+    limits, read = [], store.header
+    monkeypatch.setattr(store, "header", lambda source, limit: limits.append(limit) or read(source, limit))
+    decode_all(rows, Preprocess(32, 32), crops=True, max_pixels=10**9, skip_bad=False, training=True, cache_gb=0.001)
+    assert limits == [10**9] * 3

@@ -1,5 +1,6 @@
 """Data validation finds the planted problems and nothing else."""
 
+import errno
 import io
 import json
 import re
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from vitft import TrainConfig, evaluate, train
 from vitft.cli.app import app
+from vitft.data import decoder
 from vitft.data.sources.identity import sample_names
 from vitft.data.sources.schema import image_structs, make_split
 from vitft.data.sources.source import Source, excluding, open_dataset
@@ -112,6 +114,32 @@ def test_a_link_to_nowhere_and_a_bomb(folder: Path, rng: Rng) -> None:
     write(folder, "train/dog/large.png", Image.new("RGB", (40, 41)))
     kinds = dict(found(folder, max_pixels=40 * 40))
     assert kinds == {"unreadable": "train: train/dog/gone.png", "too-large": "train: train/dog/large.png"}
+
+
+def test_an_image_that_needs_a_value_range_is_not_left_out(folder: Path) -> None:
+    Image.fromarray(np.arange(6400, dtype=np.int32).reshape(80, 80)).save(folder / "train/dog/deep.tif")
+    source = open_dataset(str(folder))
+    findings = check(source)
+    assert [(one.kind, one.severity, one.path) for one in findings] == [("value-range", "error", "train/dog/deep.tif")]
+    assert quarantine_lines(findings) == []
+    assert {one.kind for one in check(source, value_range=(0, 10))} == {"value-range"}
+    assert {one.kind for one in check(source, value_range=(0, 6400))} == {"unusual-mode"}
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()])
+def test_an_image_that_may_be_intact_stops_the_check(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    opens = decoder._open
+
+    def broken(source: Any, max_pixels: int) -> Any:
+        if str(source).endswith("train/cat/000.png"):
+            raise error
+        return opens(source, max_pixels)
+
+    monkeypatch.setattr(decoder, "_open", broken)
+    with pytest.raises(DataError, match=r"train/cat/000\.png: .*; it may be intact: try again once it can be read"):
+        check(open_dataset(str(folder)))
 
 
 def test_the_same_pixels_are_found_in_any_format(folder: Path, rng: Rng) -> None:

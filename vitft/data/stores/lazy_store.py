@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitft.data.augment import Images, Preprocess
-from vitft.data.decoder import BadImage, Unavailable, are_tiny
+from vitft.data.decoder import MAX_PIXELS, BadImage, Unavailable, are_tiny
 from vitft.data.sources.identity import blocks_of, is_streamed, rows_to_look_at, sample_id
 from vitft.data.stores import cache
 from vitft.data.stores.store import IN_MEMORY, PixelHash, Skipped, UnreadableError, decoding, first_is_large, made_by
@@ -51,9 +51,9 @@ _KNOWN = np.dtype(
 )
 
 
-def is_large(rows: datasets.Dataset, preprocess: Preprocess) -> bool:
+def is_large(rows: datasets.Dataset, preprocess: Preprocess, max_pixels: int = MAX_PIXELS) -> bool:
     """Whether decoding all images would keep the first step waiting: also if they have to be fetched."""
-    return is_streamed(rows) or len(rows) > (PHOTOS if first_is_large(rows, preprocess) else SMALL)
+    return is_streamed(rows) or len(rows) > (PHOTOS if first_is_large(rows, preprocess, max_pixels) else SMALL)
 
 
 class LazyStore:
@@ -82,7 +82,7 @@ class LazyStore:
         self._map = map if are_tiny(rows[rows_to_look_at(rows, _SAMPLE)]["image"]) else map_in_threads
         self._limit, self._by_sums = int(cache_gb * 1e9), crops
         self._whole, self._made_by = whole, made_by(preprocess, crops, True, max_pixels)
-        self._caches = self._limit > 0 and self.blocks is None and first_is_large(rows, preprocess)
+        self._caches = self._limit > 0 and self.blocks is None and first_is_large(rows, preprocess, max_pixels)
         self._entry = self._open_entry() if self._caches else None
         self._kept = _Kept(len(rows), max(self._limit, IN_MEMORY), processes)
         self._known = self._kept.known

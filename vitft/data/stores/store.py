@@ -9,7 +9,7 @@ import errno
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from io import BytesIO
 from math import ceil, sqrt
@@ -23,7 +23,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitft.data.augment import CROP_AREA, Images, Preprocess, apply_resize, resize
-from vitft.data.decoder import BadImage, Unavailable, are_tiny, choose_map, decode, encoded, header, image_info
+from vitft.data.decoder import (
+    MAX_PIXELS,
+    BadImage,
+    Unavailable,
+    are_tiny,
+    choose_map,
+    decode,
+    encoded,
+    header,
+    image_info,
+)
 from vitft.data.sources.identity import is_streamed, sample_id
 from vitft.data.stores import cache
 from vitft.data.streaming import shards
@@ -162,6 +172,15 @@ class UnreadableError(DataError):
         return cls(f"{name}: {error}; it may be intact: try again once it can be read.", [name])
 
 
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Turn Unavailable into the error that names the image."""
+    try:
+        yield
+    except Unavailable as error:
+        raise UnreadableError.for_now(name, error) from error
+
+
 def decode_all(
     rows: datasets.Dataset,
     preprocess: Preprocess,
@@ -202,7 +221,7 @@ def decode_all(
 
     limit = int(cache_gb * 1e9)
     key = None
-    if limit and first_is_large(rows, preprocess):
+    if limit and first_is_large(rows, preprocess, max_pixels):
         key = cache.fingerprint(rows, *made_by(preprocess, crops, training, max_pixels), whole=whole)
     cached = key and cache.read(key, len(rows), IN_MEMORY, progress)
     sums: list[int] = []
@@ -263,7 +282,7 @@ def decoding(
 
     def work(cell: dict[str, Any]) -> NDArray[np.uint8]:
         source = encoded(cell)
-        min_side = _min_decoded_side(source, preprocess, crops) if training and preprocess.resizes else None
+        min_side = _min_decoded_side(source, preprocess, crops, max_pixels) if training and preprocess.resizes else None
         image = decode(source, max_pixels, min_side, preprocess.value_range)
         return np.ascontiguousarray(shrink(image, preprocess, crops))
 
@@ -354,11 +373,11 @@ def _store(shapes: NDArray[np.int64], digest: str, pixels: Tensor, load: Callabl
     return Store(pixels, offsets, shapes, digest, None if len(pixels) == offsets[-1] else load)
 
 
-def first_is_large(rows: datasets.Dataset, preprocess: Preprocess) -> bool:
+def first_is_large(rows: datasets.Dataset, preprocess: Preprocess, max_pixels: int = MAX_PIXELS) -> bool:
     """Whether the first image is larger than the model input: small ones are decoded as fast as they are read."""
     for cell in rows.select(range(min(1, len(rows))))["image"]:
         with suppress(BadImage):
-            width, height, _ = header(encoded(cell))
+            width, height, _ = header(encoded(cell), max_pixels)
             return width * height > preprocess.height * preprocess.width
     return False
 
@@ -387,10 +406,10 @@ def _crop_scale(height: int, width: int, preprocess: Preprocess) -> float:
     return sqrt(preprocess.height * preprocess.width / (CROP_AREA * height * width))
 
 
-def _min_decoded_side(source: bytes | Path, preprocess: Preprocess, crops: bool) -> int:
+def _min_decoded_side(source: bytes | Path, preprocess: Preprocess, crops: bool, max_pixels: int) -> int:
     """Pixels that the shorter side of a decoded image must have for training. Raises BadImage."""
     if crops:
-        width, height, _ = header(source)
+        width, height, _ = header(source, max_pixels)
         return ceil(_SHARPER * _crop_scale(height, width, preprocess) * min(height, width))
     return preprocess.shortest_edge or max(preprocess.before_crop or (preprocess.height, preprocess.width))
 

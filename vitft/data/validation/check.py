@@ -21,8 +21,9 @@ from PIL import Image
 from vitft.data.color import Range
 from vitft.data.decoder import MAX_PIXELS, BadImage, choose_map, decode, encoded, image_info, unused_range
 from vitft.data.sources.folders import Listing, relative
-from vitft.data.sources.identity import rows_to_look_at, sample_names
+from vitft.data.sources.identity import rows_to_look_at, sample_id, sample_names
 from vitft.data.sources.source import Source, class_indices, exclusion_line
+from vitft.data.stores.store import naming
 
 Severity = Literal["error", "warning", "note"]
 Progress = Callable[[int, int], None]
@@ -33,6 +34,7 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "truncated": ("error", "the end of the file is missing"),
     "unreadable": ("error", "corrupt, missing, or not accessible"),
     "too-large": ("error", "more pixels than --max-pixels"),
+    "value-range": ("error", "readable with another --value-range, or without"),
     "leak": ("warning", "the same pixels in two splits: scores count memorized images"),
     "near-leak": ("warning", "near duplicates in two splits"),
     "other-label": ("warning", "the same pixels with two labels"),
@@ -94,7 +96,8 @@ def check(
 ) -> list[Finding]:  # fmt: skip
     """All findings. `folder` is where the images are, if they are files.
 
-    Sorted by kind, errors first, and within a kind in the order of the dataset.
+    Sorted by kind, errors first, and within a kind in the order of the dataset. Raises UnreadableError for an image
+    that cannot be read now, but may be intact.
     """
     images: list[_Image] = []
     count = sum(len(split) for split in source.splits.values())
@@ -125,9 +128,11 @@ def document(findings: Sequence[Finding]) -> dict[str, Any]:
 def quarantine_lines(findings: Sequence[Finding]) -> list[str]:
     """Lines for `excluding`: the images that stop training, and all but one of exact duplicates.
 
-    If two splits share an image, the later split keeps it: train gives way to test.
+    If two splits share an image, the later split keeps it: train gives way to test. Images that only need a value range
+    are not left out.
     """
-    kinds = {"duplicate", "leak", *(kind for kind, (severity, _) in KINDS.items() if severity == "error")}
+    errors = {kind for kind, (severity, _) in KINDS.items() if severity == "error"}
+    kinds = {"duplicate", "leak", *errors} - {"value-range"}
     return list(dict.fromkeys(exclusion_line(f.split, f.path) for f in findings if f.kind in kinds))
 
 
@@ -136,9 +141,11 @@ def _finding(split: str, path: str, kind: str, detail: str) -> Finding:
 
 
 def samples(split: datasets.Dataset, count: int = 32) -> Iterator[bytes | Path]:
-    """Encoded images, evenly spaced over a split."""
+    """Encoded images, evenly spaced over a split. Raises UnreadableError for one that cannot be fetched now."""
     for row in rows_to_look_at(split, count):
-        yield encoded(split[row]["image"])
+        with naming(sample_id(split, row)):
+            image = encoded(split[row]["image"])
+        yield image
 
 
 # -- one image ------------------------------------------------------------------------------------
@@ -158,10 +165,11 @@ def _inspect_split(
 def _inspect(
     split: str, path: str, label: int, cell: dict[str, Any], max_pixels: int, value_range: Range | None
 ) -> _Image:  # fmt: skip
-    source = encoded(cell)
     try:
-        pixels = decode(source, max_pixels, value_range=value_range)
-        info = image_info(source, max_pixels)
+        with naming(path):
+            source = encoded(cell)
+            pixels = decode(source, max_pixels, value_range=value_range)
+            info = image_info(source, max_pixels)
     except BadImage as error:
         return _Image(split, path, label, ((_error_kind(str(error)), str(error)),))
     problems = []
@@ -184,6 +192,8 @@ def _inspect(
 
 def _error_kind(reason: str) -> str:
     """The kind of a decoder's error message."""
+    if any(words in reason for words in ("--value-range", "has 16 bits per color")):
+        return "value-range"
     starts = {"is empty": "empty", "is not an image": "not-an-image", "is truncated": "truncated", "has ": "too-large"}
     return next((kind for start, kind in starts.items() if reason.startswith(start)), "unreadable")
 
