@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -109,7 +110,12 @@ def most_probable(probabilities: Tensor, count: int) -> Tensor:
 
     Of equals, which bf16 logits often are, the first comes first, as in `argmax`; the order of `topk` is undefined.
     """
-    return probabilities.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    if probabilities.device.type == "mps":  # Apple's GPUs order few types
+        return probabilities.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    # The bits of numbers that are not negative are in their order; no two classes have the same key.
+    bits = probabilities.float().contiguous().view(torch.int32).long()
+    keys = (bits << 32) - torch.arange(probabilities.shape[-1], device=probabilities.device)
+    return keys.topk(count, dim=-1).indices
 
 
 def require(found: "Predictions | None") -> Predictions:
