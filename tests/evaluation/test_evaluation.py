@@ -37,7 +37,7 @@ from vitft.errors import DataError, ModelError, UsageError
 from vitft.evaluation import evaluation
 from vitft.evaluation.evaluation import evaluate, matched
 from vitft.evaluation.metrics import Metrics
-from vitft.evaluation.split_predictions import require
+from vitft.evaluation.split_predictions import most_probable, require
 from vitft.io.atomic import json_text, write_json
 from vitft.models.image_processor import read_processor
 from vitft.prediction.predictor import Scores
@@ -322,6 +322,35 @@ def test_a_checkpoint_is_scored_in_the_precision_that_its_run_had_on_this_device
     monkeypatch.setattr("vitft.evaluation.evaluation.find_precision", lambda name, device: seen.append(name) or "fp32")
     evaluate(folder, dataset="digits", split="train", max_eval_samples=8, device="cpu", precision=asked)
     assert seen == [wanted]
+
+
+@pytest.mark.parametrize(("device", "wanted"), [("cpu", "eager"), ("cuda", "sdpa")])
+def test_a_checkpoint_is_scored_with_the_attention_that_its_run_had_on_this_device(
+    digits_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, wanted: str
+) -> None:
+    folder = shutil.copytree(digits_run.checkpoint, tmp_path / "alone")
+    card = read_card(folder)
+    assert card is not None
+    for name in ("vitft.json", "README.md"):
+        (folder / name).unlink()
+    write_card(folder, replace(card, config=card.config.model_copy(update={"attention": "eager", "device": device})))
+    real, used = evaluation.measure, []
+    monkeypatch.setattr(
+        evaluation, "measure", lambda model, *given, **named: used.append(model) or real(model, *given, **named)
+    )
+    evaluate(folder, dataset="digits", split="train", max_eval_samples=8, device="cpu")
+    assert [model.config._attn_implementation for model in used] == [wanted]
+
+
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+def test_of_equal_probabilities_the_first_class_comes_first(classes: int) -> None:
+    torch.manual_seed(0)
+    found = torch.randn(64, classes).bfloat16().float().softmax(dim=1)
+    found[:3] = torch.tensor([0.0, 1.0]).repeat(3, classes // 2)
+    count = min(5, classes)
+    expected = np.argsort(-found.numpy(), axis=1, kind="stable")[:, :count]
+    assert most_probable(found, count).tolist() == expected.tolist()
+    assert most_probable(found.double(), 1)[:, 0].tolist() == found.argmax(dim=1).tolist()
 
 
 def test_an_image_of_more_pixels_than_asked_for_is_refused(saved: Callable[..., Path], tmp_path: Path) -> None:

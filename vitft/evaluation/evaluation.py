@@ -33,7 +33,7 @@ from vitft.hardware.device import autocast, find_device, find_precision, threads
 from vitft.hardware.processes import ALONE, Processes, join_processes
 from vitft.io import console
 from vitft.io.paths import absolute, composed, expanded
-from vitft.models.load import Loaded, read_config
+from vitft.models.load import Loaded, read_config, set_attention
 from vitft.spec import PRESETS
 
 NO_CLASS = -1  # label, in the loss, of images whose class the model does not have
@@ -118,9 +118,11 @@ def evaluate(
         checkpoint, loaded, config, dataset=dataset, split=split, limit=max_eval_samples, processes=processes,
         progress=progress, report_skipped=report_skipped,
     )  # fmt: skip
-    recorded = config.precision if card and config.device == device else "fp32"
-    precision = find_precision(precision or recorded, device)
+    as_trained = card is not None and config.device == device
+    precision = find_precision(precision or (config.precision if as_trained else "fp32"), device)
     model = loaded.model.to(device)
+    if as_trained and config.attention != "auto":
+        set_attention(model, config.attention)
     loader = EvalLoader(
         found.store, found.truth, loaded.preprocess, batch_size=batch_size, device=torch.device(device),
         rank=processes.rank, world=processes.count,

@@ -6,7 +6,7 @@ Weights are always loaded as float32; the setting `precision` applies only to ma
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -428,6 +428,12 @@ def set_training(model: Any, freeze: int | str) -> None:
     for norm in batch_norms(model):  # those beside an adapter
         if isinstance(norm.weight, nn.Parameter):
             norm.train(norm.training and norm.weight.requires_grad)
+
+
+def set_attention(model: Any, wanted: str) -> None:
+    """Set the implementation of attention, `eager` or `sdpa`, if the model has it; an exported file has its own."""
+    with suppress(ValueError, AttributeError):  # some architectures refuse what they lack, others ignore it
+        model.set_attn_implementation(wanted)
 
 
 def checkpoint_activations(model: Any) -> None:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -28,7 +27,7 @@ from vitft.hardware.device import find_attention
 from vitft.hardware.processes import ALONE, Processes
 from vitft.io import console, paths
 from vitft.io.paths import composed, expanded
-from vitft.models.load import Loaded, load_for_training, shape_of
+from vitft.models.load import Loaded, load_for_training, set_attention, shape_of
 from vitft.models.lora import has_adapter, read_adapter, require_peft
 from vitft.spec import PRESETS
 from vitft.training.loss import counts_alike, pinned_weights
@@ -373,8 +372,7 @@ def _attend(loaded: Loaded, config: TrainConfig) -> str:
     spec, model = shape_of(loaded.model), loaded.model
     wanted = find_attention(config.attention, config.device, spec.tokens if spec else None)
     if wanted is not None:
-        with suppress(ValueError):  # some architectures refuse what they lack, others ignore it
-            model.set_attn_implementation(wanted)
+        set_attention(model, wanted)
         if config.attention != "auto" and model.config._attn_implementation != wanted:
             raise UsageError(f"attention {wanted}: a {model.config.model_type} model has none; use auto.")
     return str(model.config._attn_implementation)
