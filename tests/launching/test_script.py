@@ -225,6 +225,8 @@ def test_a_script_is_written_to_a_file() -> None:
         (["--", "train"], "no dataset"),
         (["--", "train", "--dataset", "digits", "--epochs", "-1"], "--epochs"),
         (["--", "train", "--dataset", "digits", "--overwrite"], "--overwrite would replace what the job itself"),
+        (["--", "sweep", "--dataset", "digits", "--set", "lrr=1..2"], "lrr"),
+        (["--", "sweep", "--dataset", "digits", "--set", "lr"], "--set lr: give a setting and its values"),
         (["--", "data", "chek", "x"], "chek: `vitft data` has no such command; did you mean check?"),
         (["--", "launch", "--slurm"], "launch cannot be launched"),
         (["--time", "soon", *DIGITS], "--time soon: give minutes, hours:minutes:seconds or days-hours"),

@@ -10,6 +10,7 @@ import typer
 
 from vitft.cli.arguments import TRAIN_SETTINGS
 from vitft.cli.options import overrides_of
+from vitft.cli.sweeping import read_plan
 from vitft.cli.usage import in_one_line, is_usage_error
 from vitft.errors import UsageError
 from vitft.io import console
@@ -91,8 +92,5 @@ def _parsed(ctx: typer.Context, words: list[str]) -> tuple[str, dict[str, Any]]:
     if names == ["launch"]:
         raise UsageError("launch cannot be launched; give another command of vitft after --.")
     if names[0] in ("train", "sweep") and options["resume"] is None:
-        from vitft.config.recipe import load_config
-        from vitft.config.train import require_dataset
-
-        require_dataset(load_config(options["recipe"], overrides_of(TRAIN_SETTINGS, dict(options))))
+        read_plan(options["recipe"], overrides_of(TRAIN_SETTINGS, dict(options)), list(options.get("set_") or ()))
     return " ".join(names), options

@@ -3,7 +3,7 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from vitft.cli.arguments import TRAIN_SETTINGS, Json, loading, recipe_names
 from vitft.cli.options import options_from
 from vitft.errors import UsageError
 from vitft.io import console
+
+if TYPE_CHECKING:
+    from vitft.config.train import TrainConfig
 
 
 @options_from(TRAIN_SETTINGS)
@@ -31,14 +34,8 @@ def sweep(
     """
     if resume is not None and (recipe is not None or set_ or seeds or output is not None or overrides):
         raise UsageError("--resume goes on with a sweep as it is; only --trials can change.")
-    from vitft.config.recipe import load_config
-    from vitft.config.train import require_dataset
-    from vitft.sweeping.space import read_space
-
-    config, vary = load_config(recipe, overrides), _pairs(set_ or [])
     if resume is None:  # before torch is loaded
-        require_dataset(config)
-        read_space(vary, {name: getattr(config, name) for name in config.model_fields_set})
+        config, vary = read_plan(recipe, overrides, set_ or [])
     with loading():
         from vitft.sweeping import sweep as sweeping
 
@@ -51,6 +48,18 @@ def sweep(
         return
     console.say(tables.sweep_report(result))
     console.say_text(f"next: vitft train --recipe {shlex.quote(str(result.recipe))}\n")
+
+
+def read_plan(recipe: str | None, overrides: dict[str, Any], set_: list[str]) -> tuple["TrainConfig", dict[str, str]]:
+    """The settings of a new sweep, and as text what it varies. Raises UsageError; nothing is opened."""
+    from vitft.config.recipe import load_config
+    from vitft.config.train import require_dataset
+    from vitft.sweeping.space import read_space
+
+    config, vary = load_config(recipe, overrides), _pairs(set_)
+    require_dataset(config)
+    read_space(vary, {name: getattr(config, name) for name in config.model_fields_set})
+    return config, vary
 
 
 def _pairs(texts: list[str]) -> dict[str, str]:
