@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import re
+import unicodedata
 from base64 import b64decode
 from collections import Counter
 from dataclasses import replace
@@ -451,6 +452,16 @@ def test_names_with_line_ends_in_them_are_read_back(folder: Path, tmp_path: Path
     left = excluding(source, listed)
     assert len(left.splits["train"]) == len(source.splits["train"]) - 1
     assert f"train/cat/{odd}.png" not in sample_names(left.splits["train"], np.arange(len(left.splits["train"])))
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_name_may_be_listed_in_either_unicode_form(folder: Path, tmp_path: Path, form: Any) -> None:
+    other = {"NFC": "NFD", "NFD": "NFC"}[form]
+    file = folder / "train" / "cat" / "000.png"
+    file.rename(file.with_name(unicodedata.normalize(form, "é.png")))
+    listed = tmp_path / "out.txt"
+    listed.write_text(f"train\ttrain/cat/{unicodedata.normalize(other, 'é')}.png\n", encoding="utf-8")
+    assert len(excluding(open_dataset(str(folder)), listed).splits["train"]) == 11
 
 
 def test_a_list_that_was_saved_on_windows_is_read(folder: Path, tmp_path: Path) -> None:

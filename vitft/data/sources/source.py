@@ -21,7 +21,7 @@ from vitft.data.sources.schema import OF_TEXT, Notes, ReadOptions, Splits, stand
 from vitft.data.sources.tables.image_paths import resolve_paths
 from vitft.errors import DataError, UsageError, nearest
 from vitft.io.console import without_secrets
-from vitft.io.paths import expanded, is_url
+from vitft.io.paths import composed, expanded, is_url
 
 
 class Alias(NamedTuple):
@@ -204,11 +204,12 @@ def excluding(source: Source, file: Path) -> Source:
         split, _, name = line.partition("\t")
         with suppress(ValueError):  # invalid JSON matches no image
             split, name = (str(json.loads(text)) if text.startswith('"') else text for text in (split, name))
-        line_of[split, name] = line
+        line_of[composed(split), composed(name)] = line
     splits, found = dict(source.splits), set()
     for split_name, rows in source.splits.items():
-        if any(split == split_name for split, _ in line_of):
-            named = [(str(split_name), name) for name in sample_names(rows, np.arange(len(rows)))]
+        own = composed(str(split_name))
+        if any(split == own for split, _ in line_of):
+            named = [(own, composed(name)) for name in sample_names(rows, np.arange(len(rows)))]
             splits[split_name] = rows.select([row for row, image in enumerate(named) if image not in line_of])
             found.update(named)
     if unknown := [line for image, line in line_of.items() if image not in found]:
