@@ -25,9 +25,11 @@ from vitft.checkpoints.checkpoint import save_model
 from vitft.checkpoints.metadata import Card
 from vitft.cli.app import app
 from vitft.data.augment import Preprocess
+from vitft.errors import UsageError
 from vitft.evaluation.split_predictions import Predictions
 from vitft.prediction import predictor
 from vitft.prediction.inputs import listed_paths, printable
+from vitft.prediction.outputs import check_output
 from vitft.prediction.predictor import Predictor
 from vitft.prediction.resuming import _end_of_rows
 
@@ -449,3 +451,9 @@ def test_two_processes_predict_and_evaluate_as_one_does(photos: Path, model: Pat
     assert one.ids == two.ids
     assert len(one.ids) == 150
     np.testing.assert_allclose(one.probabilities, two.probabilities, atol=1e-5)
+
+
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="pipe: give a file in a folder that exists"):
+        check_output(tmp_path / "pipe", "csv", overwrite=True)

@@ -164,7 +164,7 @@ def check_output(file: Path, kind: str, *, overwrite: bool = False, resume: bool
     partial = partial_name(file)
     if kind == "parquet" and resume:
         raise UsageError("--resume goes on with csv and jsonl; a parquet file cannot be appended to.")
-    if not file.parent.is_dir() or file.is_dir():
+    if not file.parent.is_dir() or (file.exists() and not file.is_file()):
         raise UsageError(f"{file}: give a file in a folder that exists.")
     if file.exists() and not overwrite and not resume:
         raise UsageError(f"{file}: the file exists; choose another, or add --overwrite to replace it.")
