@@ -44,7 +44,7 @@ def result() -> ProbeResult:
 @pytest.fixture
 def no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is tried out: an image takes three seconds."""
-    monkeypatch.setattr("vitft.probing.probe.cost", lambda prepared: Cost(9.0, 0.0, 3.0))
+    monkeypatch.setattr("vitft.probing.probe.cost", lambda prepared, enough_s: Cost(9.0, 0.0, 3.0))
     monkeypatch.setattr("vitft.probing.probe.memory_bytes", lambda *given: None)
     monkeypatch.setattr("vitft.probing.probe.few_shot", lambda *given: [])
 
@@ -87,7 +87,7 @@ def counted(folder: str) -> None:
         return count
 
     probing_module.backbone = backbone
-    probing_module.cost = lambda prepared: Cost(1e-3, 1e-3, 1e-3)
+    probing_module.cost = lambda prepared, enough_s: Cost(1e-3, 1e-3, 1e-3)
 
 
 def test_two_processes_share_the_images(result: ProbeResult, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def _tuning(prepared: Prepared) -> Tuning:
     """Try out on a few images what an image takes. Warns if the probe itself will take long."""
     memory = memory_bytes(prepared, micro_batch(prepared.config))  # before the trial, which uses memory, too
     with console.working("trying out how long it takes"):
-        each = cost(prepared)
+        each = cost(prepared, enough_s=0.2)  # a longer trial would be much of a short probe
     images = sum(len(prepared.splits[role].rows) for role in prepared.used)
     if (took_s := images * each.evaluate_image_s) > LONG_S:
         fewer = max(100, int(round(LONG_S / 4 / each.evaluate_image_s, -2)))

@@ -315,6 +315,18 @@ def test_no_trial_is_larger_than_the_passes_of_the_run(
     assert max(tried) == largest
 
 
+@pytest.mark.parametrize(
+    ("how", "grown"), [({}, [1, 4, 16]), ({"enough_s": 0.2}, [1, 4]), ({"enough_s": 9.0}, [1, 4, 16, 32])]
+)
+def test_a_trial_grows_until_a_pass_takes_long_enough(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, how: dict[str, float], grown: list[int]
+) -> None:
+    tried = []
+    monkeypatch.setattr(estimate, "pass_s", lambda prepared, images: tried.append(len(images)) or 0.06 * len(images))
+    assert estimate.cost(prepared.with_settings(batch_size=32), **how).image_s == pytest.approx(0.06)
+    assert tried == grown + grown[-1:] * 4
+
+
 def test_a_trial_that_does_not_fit_stops_growing(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     real, tried = estimate.pass_s, []
 

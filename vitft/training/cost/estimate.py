@@ -49,13 +49,16 @@ class Decoding:
     image_s: float = 0.0
 
 
-def cost(prepared: Prepared, processes: int = 1) -> Cost:
-    """Measure, for about a second, what an image and a step take on each of so many processes, this one alone."""
+def cost(prepared: Prepared, processes: int = 1, *, enough_s: float = 0.5) -> Cost:
+    """Measure, in seconds, what an image and a step take on each of so many processes, this one alone.
+
+    Passes have more and more images, up to those of the run, until one takes `enough_s`: of fewer, each takes longer.
+    """
     one, share = stored_image(prepared)[None], micro_batch(prepared.config, processes)
     with untouched(prepared):
         count, took_s = 1, pass_s(prepared, one)  # the first call pays for threads and kernels
-        while count < share and took_s < 0.2:
-            more = min(share, 4 * count)  # one image says little about a batch
+        while count < share and took_s < enough_s:
+            more = min(share, 4 * count)
             try:
                 took_s = pass_s(prepared, one.expand(more, -1, -1, -1))
             except RuntimeError as error:
