@@ -299,6 +299,18 @@ def test_what_is_asked_for_rules_over_the_checkpoints_own_settings(
             evaluate(digits_run.run, dataset=dataset, **asked)
 
 
+def checkpoint_of(run: Any, folder: Path, own: dict[str, Any] | None) -> Path:
+    """A copy of a run's best checkpoint, with other settings of its own; None: without any."""
+    shutil.copytree(run.checkpoint, folder)
+    card = read_card(folder)
+    assert card is not None
+    for name in ("vitft.json", "README.md"):
+        (folder / name).unlink()
+    if own is not None:
+        write_card(folder, replace(card, config=card.config.model_copy(update=own)))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("own", "asked", "wanted"),
     [
@@ -311,13 +323,7 @@ def test_what_is_asked_for_rules_over_the_checkpoints_own_settings(
 def test_a_checkpoint_is_scored_in_the_precision_that_its_run_had_on_this_device(
     digits_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: Any, asked: str | None, wanted: str
 ) -> None:
-    folder = shutil.copytree(digits_run.checkpoint, tmp_path / "alone")
-    card = read_card(folder)
-    assert card is not None
-    for name in ("vitft.json", "README.md"):
-        (folder / name).unlink()
-    if own is not None:
-        write_card(folder, replace(card, config=card.config.model_copy(update=own)))
+    folder = checkpoint_of(digits_run, tmp_path / "alone", own)
     seen: list[str] = []
     monkeypatch.setattr("vitft.evaluation.evaluation.find_precision", lambda name, device: seen.append(name) or "fp32")
     evaluate(folder, dataset="digits", split="train", max_eval_samples=8, device="cpu", precision=asked)
@@ -328,12 +334,7 @@ def test_a_checkpoint_is_scored_in_the_precision_that_its_run_had_on_this_device
 def test_a_checkpoint_is_scored_with_the_attention_that_its_run_had_on_this_device(
     digits_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, wanted: str
 ) -> None:
-    folder = shutil.copytree(digits_run.checkpoint, tmp_path / "alone")
-    card = read_card(folder)
-    assert card is not None
-    for name in ("vitft.json", "README.md"):
-        (folder / name).unlink()
-    write_card(folder, replace(card, config=card.config.model_copy(update={"attention": "eager", "device": device})))
+    folder = checkpoint_of(digits_run, tmp_path / "alone", {"attention": "eager", "device": device})
     real, used = evaluation.measure, []
     monkeypatch.setattr(
         evaluation, "measure", lambda model, *given, **named: used.append(model) or real(model, *given, **named)

@@ -304,7 +304,7 @@ def test_an_evaluation_that_does_not_fit_at_all_loses_no_steps(tmp_path: Path, m
     with monkeypatch.context() as patch:
         patch.setattr("vitft.training.trainer.warn_if_long", lambda *given: None)
         evaluating_at_most(patch, 0)
-        with pytest.raises(TrainingError, match=r"^out of memory on cpu"):
+        with pytest.raises(TrainingError, match=r"^out of memory on cpu; try a smaller model or --image-size\.$"):
             train(settings, output=tmp_path / "run")
     newest, _ = ckpt.newest_intact(tmp_path / "run")
     assert newest is not None

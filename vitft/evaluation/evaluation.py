@@ -121,7 +121,7 @@ def evaluate(
     as_trained = card is not None and config.device == device
     precision = find_precision(precision or (config.precision if as_trained else "fp32"), device)
     model = loaded.model.to(device)
-    if as_trained and config.attention != "auto":
+    if as_trained and config.attention != "auto" and hasattr(model, "set_attn_implementation"):  # no exported file
         set_attention(model, config.attention)
     loader = EvalLoader(
         found.store, found.truth, loaded.preprocess, batch_size=batch_size, device=torch.device(device),

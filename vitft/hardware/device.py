@@ -216,7 +216,7 @@ def memory_guard(config: TrainConfig, processes: int = 1) -> Iterator[None]:
 
 
 def out_of_memory(config: TrainConfig, processes: int = 1, *, in_pass: bool = True) -> TrainingError:
-    """The error for a run that does not fit; `in_pass` unless it is the optimizer's step that failed."""
+    """The error for a run that does not fit; `in_pass` unless it is the optimizer or an evaluation that failed."""
     micro = micro_batch(config, processes)
     ways = [f"--micro-batch-size {micro // 2} (same batch size for the optimizer)"] if in_pass and micro > 1 else []
     ways += [] if config.grad_checkpointing or not in_pass else ["--grad-checkpointing"]

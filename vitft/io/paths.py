@@ -1,4 +1,4 @@
-"""Paths in settings and messages: absolute, with the home folder as `~`."""
+"""Paths and names: as settings and messages have them, as file systems take them, and new ones for output."""
 
 import os
 import re

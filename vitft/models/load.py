@@ -431,8 +431,8 @@ def set_training(model: Any, freeze: int | str) -> None:
 
 
 def set_attention(model: Any, wanted: str) -> None:
-    """Set the implementation of attention, `eager` or `sdpa`, if the model has it; an exported file has its own."""
-    with suppress(ValueError, AttributeError):  # some architectures refuse what they lack, others ignore it
+    """Set the implementation of attention, `eager` or `sdpa`, if the model has it."""
+    with suppress(ValueError):  # some architectures refuse what they lack, others ignore it
         model.set_attn_implementation(wanted)
 
 

@@ -164,10 +164,12 @@ class Run:
             except UnreadableError as error:
                 raise self._cannot_read(state, error, bar) from error
             except RuntimeError as error:
-                # Others may be in the middle of their evaluation.
-                if is_out_of_memory(error) and state.validation_due and self.accelerator.num_processes == 1:
+                if not (is_out_of_memory(error) and (state.validation_due or self.is_over(state))):
+                    raise
+                world = self.accelerator.num_processes
+                if state.validation_due and world == 1:  # else others may be in the middle of their evaluation
                     self._save_now(state, bar)
-                raise
+                raise out_of_memory(self.config, world, in_pass=False) from error
         trained = window.pace.images > 0  # else it had finished before, and has already said so
         if trained and self.measured:
             weights = self.decoded.weights
