@@ -66,24 +66,31 @@ def finish(*words: str, log: Path, **how: Any) -> tuple[int, str]:
 
 
 def finish_two(*words: str, log: Path, before: Callable[[], None] | None = None) -> list[tuple[int, str]]:
-    """Run as two processes of one training, as torchrun starts them: of each the exit code, and what it said.
+    """Run as two processes of one training: see `finish_together`."""
+    return finish_together(2, *words, log=log, before=before)
 
-    Where one is killed, the other is told to stop, as torchrun does.
+
+def finish_together(
+    count: int, *words: str, log: Path, before: Callable[[], None] | None = None
+) -> list[tuple[int, str]]:  # fmt: skip
+    """Run as processes of one training, as torchrun starts them: of each the exit code, and what it said.
+
+    Where one is killed, the others are told to stop, as torchrun does.
     """
     meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # any free port
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-             "TORCHELASTIC_RESTART_COUNT": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}  # fmt: skip
-    logs = [log.with_name(f"{log.name}-{rank}") for rank in range(2)]
-    both = [
+             "TORCHELASTIC_RESTART_COUNT": "0", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}  # fmt: skip
+    logs = [log.with_name(f"{log.name}-{rank}") for rank in range(count)]
+    all_ = [
         start(*words, log=own, before=before, environment=place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank, own in enumerate(logs)
     ]
-    while all(process.is_alive() for process in both):
-        wait([process.sentinel for process in both])
-    if any((process.exitcode or 0) < 0 for process in both):
-        for process in both:
+    while all(process.is_alive() for process in all_):
+        wait([process.sentinel for process in all_])
+    if any((process.exitcode or 0) < 0 for process in all_):
+        for process in all_:
             process.terminate()
-    return [(ended(process), own.read_text()) for process, own in zip(both, logs, strict=True)]
+    return [(ended(process), own.read_text()) for process, own in zip(all_, logs, strict=True)]
 
 
 def ended(process: Process) -> int:

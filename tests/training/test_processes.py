@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.forked import HANGS_S, LONGER, ended, finish_two, flags, start, steps_done, wait_for_step
+from tests.forked import HANGS_S, LONGER, ended, finish_together, finish_two, flags, start, steps_done, wait_for_step
 from tests.training.test_trainer import AUGMENTED, assert_same_weights, config, lines
 from vitft import evaluate, train
 from vitft.checkpoints.checkpoint import is_run, newest_intact, read_config, read_state
@@ -108,6 +108,18 @@ def test_a_run_of_two_processes_resumes_on_one(tmp_path: Path) -> None:
     resume(run)
     for a, b in zip(lines(whole), lines(run), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-3)
+
+
+def test_three_processes_end_with_the_same_bits_after_one_is_killed(tmp_path: Path) -> None:
+    """Sums of two numbers have no order. Those of three do, and it must not depend on where a run was interrupted."""
+    words = ["train", *flags(batch_size=12, max_steps=8, save_every=2), "--output"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert [code for code, _ in finish_together(3, *words, str(whole), log=tmp_path / "log")] == [0, 0, 0]
+    assert finish_together(3, *words, str(cut), log=tmp_path / "log", before=killed_in_a_save)[0][0] < 0
+    assert newest_intact(cut)[0] == cut / "checkpoints" / "step-000002"
+    all_ = finish_together(3, "train", "--resume", str(cut), log=tmp_path / "log")
+    assert [code for code, _ in all_] == [0, 0, 0], all_
+    assert_same_weights(whole / "last", cut / "last")
 
 
 def test_torchrun_restarts_a_run_that_goes_on_by_itself(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def make_accelerator(config: TrainConfig) -> Any:
     """The Accelerator for the processes and the precision of a run, from settings without `auto`. Raises UsageError."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import InitProcessGroupKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     if config.tracker != "none":
         require_extra(config.tracker, f"tracker {config.tracker}", config.tracker)
@@ -153,7 +153,8 @@ def make_accelerator(config: TrainConfig) -> Any:
         AcceleratorState._reset_state(reset_partial_state=True)
     meet_again(config.device)
     waits = InitProcessGroupKwargs(timeout=PATIENCE)
-    return Accelerator(cpu=config.device == "cpu", mixed_precision=precision, kwargs_handlers=[waits])
+    in_place = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # gradients are not copied to be sent
+    return Accelerator(cpu=config.device == "cpu", mixed_precision=precision, kwargs_handlers=[waits, in_place])
 
 
 def _return_freed_memory() -> None:

@@ -1,6 +1,7 @@
 """One optimizer step. Its batch, learning rate and dropout are functions of (seed, step)."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -68,6 +69,7 @@ class Learner:
         # What is sharded already exchanges its gradients: it is not wrapped.
         self.model = accelerator.prepare_model(self.module, evaluation_mode=shards)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self._arranged = self.model is self.module  # without DDP there is nothing to arrange
         self._fast = compiled(self.model) if config.compile == "on" else self.model  # for full micro-batches alone
         self._wait = DataWait(config.device)
         self.breakable: Callable[[], AbstractContextManager[None]] = nullcontext  # for work that a signal may interrupt
@@ -206,6 +208,8 @@ class Learner:
         if not self.module.training:  # after an evaluation; setting every module takes a while
             self.module.train()
             set_training(self.unwrapped, config.freeze)
+        if not self._arranged:
+            self._arrange(batch.pixels)
         self.optimizer.zero_grad()  # an interrupted step leaves some
         whole = self.images(step)
         world = accelerator.num_processes
@@ -237,6 +241,19 @@ class Learner:
             loss_sum += loss.detach()
             correct += weight * (logits.detach().argmax(dim=1) == labels).sum()
         return loss_sum, correct
+
+    def _arrange(self, pixels: torch.Tensor) -> None:
+        """Have DDP arrange gradients for sending now, by a pass that changes nothing, and not between the first steps.
+
+        The place of a gradient decides the order in which more than two processes add it up. So the first step of a
+        resumed run would be rounded otherwise than the same step of an uninterrupted one.
+        """
+        with normalizing(self._norms, 1):
+            logits = self.model(pixel_values=pixels.new_zeros((1, *pixels.shape[1:]))).logits
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a class token's strides, which do not matter: its gradient is one row
+            logits.float().sum().backward()
+        self._arranged = True  # as the next pass begins
 
 
 @contextmanager

@@ -127,9 +127,9 @@ def first_image_s(prepared: Prepared) -> float:
 def memory_bytes(prepared: Prepared, micro: int, devices: int = 1) -> int | None:
     """Estimate the peak memory of training with micro-batches of `micro` images: of a GPU, or else of a process.
 
-    It covers weights, gradients, moments, saved activations, a batch of inputs, and the decoded images; of several
-    devices, also what they exchange. With `fsdp`, each has its part of the weights, gradients and moments, and a few
-    whole blocks. None for checkpointed activations in an architecture without a stage table.
+    It covers weights, gradients, moments, saved activations, a batch of inputs, and the decoded images. With `fsdp`,
+    each device has its part of the weights, gradients and moments, and a few whole blocks. None for checkpointed
+    activations in an architecture without a stage table.
     """
     config, model = prepared.config, prepared.loaded.model
     splits = {role: len(split.rows) for role, split in prepared.splits.items()}
@@ -158,7 +158,7 @@ def memory_bytes(prepared: Prepared, micro: int, devices: int = 1) -> int | None
         # The block that is used, the next one, and the gradient of one.
         held: int = (weights + state) // devices + 2 * largest + largest_trained
     else:
-        held = weights + state + 4 * trainable * (devices > 1)  # DDP exchanges gradients in buckets of their own
+        held = weights + state
     return taken + held + kept + batch
 
 
