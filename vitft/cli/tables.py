@@ -431,7 +431,7 @@ def plan_report(plan: Any) -> RenderableType:
             "memory": f"about {size(plan.memory_bytes)}" if plan.memory_bytes else "unknown for this architecture",
             "time": f"about {duration(plan.total_s)}: " + ", ".join(f"{k} {duration(s)}" for k, s in times.items()),
         },
-        **({} if plan.cluster is None else {f"On {plan.cluster.cluster.devices} devices": _cluster_rows(plan.cluster)}),
+        **({} if plan.cluster is None else {_cluster_title(plan.cluster): _cluster_rows(plan.cluster)}),
         "Run": {"folder": f"{plan.folder}, in place of the run there" if plan.replaces else str(plan.folder)},
         "Settings": {
             **{name: text for name, text in lines.items() if text},
@@ -448,23 +448,28 @@ def plan_report(plan: Any) -> RenderableType:
     return table
 
 
+def _cluster_title(plan: Any) -> str:
+    count = plan.cluster.devices
+    return "On 1 device" if count == 1 else f"On {count:,} devices"
+
+
 def _cluster_rows(plan: Any) -> dict[str, str]:
-    step, parts = plan.step, {"computation": plan.step.compute_s, "the optimizer": plan.step.optimizer_s}
-    parts["communication"] = step.communicate_s - step.hidden_s
+    step, several = plan.step, plan.cluster.devices > 1
+    parts = {"computation": step.compute_s, "the optimizer": step.optimizer_s}
+    if several:
+        parts["communication"] = step.communicate_s - step.hidden_s
     shown = ", ".join(f"{name} {1000 * seconds:.1f}" for name, seconds in parts.items())
-    rows = {
-        "a step": f"{1000 * step.seconds:.1f} ms for {step.images} images each: {shown}",
-        **(
-            {"first epoch": f"{1000 * step.seconds_with(1.0):.1f} ms a step, in which images are decoded"}
-            if step.decode_s
-            else {}
-        ),
-        "weights" if plan.shards else "gradients": f"{size(plan.exchanged_bytes)}, over links of "
-        f"{plan.cluster.link_gbps:g} Gbit/s",
-        "time": f"about {duration(plan.total_s)}, at {percent(plan.efficiency)} of the speed of so many single devices",
-        "memory": f"about {size(plan.memory_bytes)} each" if plan.memory_bytes else "unknown for this architecture",
-        "longest": step.bottleneck,
-    }
+    images, each = "1 image" if step.images == 1 else f"{step.images:,} images", " each" * several
+    rows = {"a step": f"{1000 * step.seconds:.1f} ms for {images}{each}: {shown}"}
+    if step.decode_s:
+        rows["first epoch"] = f"{1000 * step.seconds_with(1.0):.1f} ms a step, in which images are decoded"
+    if several:
+        sent, link = "weights" if plan.shards else "gradients", plan.cluster.link_gbps
+        rows[sent] = f"{size(plan.exchanged_bytes)}, over links of {link:g} Gbit/s"
+    speed = f", at {percent(plan.efficiency)} of the speed of so many single devices" * several
+    rows["time"] = f"about {duration(plan.total_s)}{speed}"
+    rows["memory"] = f"about {size(plan.memory_bytes)}{each}" if plan.memory_bytes else "unknown for this architecture"
+    rows["longest"] = step.bottleneck
     return rows | ({} if plan.price is None else {"price": f"{plan.price:,.2f}"})
 
 
