@@ -26,6 +26,7 @@ from vitft.errors import UsageError
 from vitft.evaluation import evaluation
 from vitft.evaluation.results import read_results
 from vitft.training.callbacks import MetricsFile
+from vitft.training.step import Learner
 from vitft.training.trainer import resume
 
 
@@ -108,6 +109,36 @@ def test_a_run_of_two_processes_resumes_on_one(tmp_path: Path) -> None:
     resume(run)
     for a, b in zip(lines(whole), lines(run), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-3)
+
+
+def test_an_error_of_all_processes_is_told_once(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "vitft"]
+    done = subprocess.run(
+        [*words, "train", "--datset", "digits"], capture_output=True, text=True, timeout=HANGS_S,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert told == ["error: --datset: `vitft train` has no such flag; did you mean --dataset?"]
+
+
+def killed_in_a_step() -> None:
+    """The second of two processes dies in step 4."""
+    real = Learner.step
+
+    def step(self: Learner, number: int) -> Any:
+        if number == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, number)
+
+    Learner.step = step  # type: ignore[method-assign]
+
+
+def test_a_process_that_loses_another_says_so(tmp_path: Path) -> None:
+    words = ["train", *flags(max_steps=8, save_every=2), "--output", str(tmp_path / "run")]
+    (first, said), (second, _) = finish_two(*words, log=tmp_path / "log", before=killed_in_a_step)
+    assert (first, second) == (1, -signal.SIGKILL)
+    assert "error: another process of this command has ended; it says why, unless it was killed.\n" in said
 
 
 def test_three_processes_end_with_the_same_bits_after_one_is_killed(tmp_path: Path) -> None:

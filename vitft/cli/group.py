@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 from vitft.cli.options import with_flags
 from vitft.cli.usage import in_one_line, is_usage_error, shows_help
 from vitft.errors import UsageError, VitftError, typed_flags
+from vitft.hardware.processes import lost_another
 from vitft.io import console
 
 
@@ -61,6 +62,8 @@ class Group(TyperGroup):
                 console.fail(str(error))
             elif isinstance(error, OSError):
                 console.fail(f"{error.filename or 'a file'}: {error.strerror or error}.")
+            elif lost_another(error):
+                console.fail("another process of this command has ended; it says why, unless it was killed.")
             else:
                 console.fail(f"{type(error).__name__}: {error} (unexpected; `vitft --debug ...` shows where)")
             raise typer.Exit(error.exit_code if isinstance(error, VitftError) else 1) from error

@@ -1,6 +1,7 @@
 """The processes that torchrun or `accelerate launch` started, which share the work of one command."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -69,6 +70,13 @@ PATIENCE = timedelta(hours=3)
 
 ALONE = Processes()
 """One process."""
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether this is what a process meets when another one has ended, of whatever that died."""
+    return (
+        isinstance(error, RuntimeError) and re.search("(closed|reset) by peer|remote process", str(error)) is not None
+    )
 
 
 def restarts() -> int:

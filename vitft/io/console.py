@@ -27,6 +27,7 @@ _width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
 out = Console(highlight=False, soft_wrap=False, width=_width, quiet=not _main_process)
 err = Console(highlight=False, stderr=True, quiet=not _main_process)
 _working: Any = None  # the active progress bar of `working`
+_FIRST_SPEAKS_S = 3.0  # torchrun looks every tenth of a second whether a process has ended
 SAY_AFTER_S, SAY_EVERY_S = 0.8, 10.0  # without a terminal: seconds to the first line, and between lines
 
 
@@ -110,7 +111,13 @@ def _shows_progress() -> bool:
 
 
 def fail(message: str) -> None:
-    """Print an error as one line; plain text, not markup. Every process can print errors."""
+    """Print an error as one line; plain text, not markup.
+
+    Every process can print errors. But what ended the first one of this machine is printed by that one alone: the
+    others wait, while torchrun ends them.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(_FIRST_SPEAKS_S)
     line = safe(without_secrets(" ".join(message.split())))
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/] {escape(line)}")
 
