@@ -16,11 +16,11 @@ Features = Callable[[Tensor], Tensor]
 def backbone(model: nn.Module, device: str, precision: str) -> Features:
     """The model up to its classifier, with its own pooling: float32 features, without gradients.
 
-    `precision` is that of its matrix products, also for a model that is trained in another.
+    `precision` is that of its matrix products.
     """
 
     def features(pixels: Tensor) -> Tensor:
-        with heads_input(model) as read, torch.no_grad(), own_precision(model), autocast(device, precision):
+        with heads_input(model) as read, torch.no_grad(), autocast(device, precision):
             model(pixel_values=pixels)
         return read[0].float()
 
@@ -36,17 +36,3 @@ def heads_input(model: nn.Module) -> Iterator[list[Tensor]]:
         yield read
     finally:
         handle.remove()
-
-
-@contextmanager
-def own_precision(model: nn.Module) -> Iterator[None]:
-    """Within, the model's forward pass is its own again: Accelerate wraps that of a trained one into autocast."""
-    attributes = vars(model)
-    wrapped, own = attributes.get("forward"), attributes.get("_original_forward")
-    if own is not None:
-        attributes["forward"] = own
-    try:
-        yield
-    finally:
-        if own is not None:
-            attributes["forward"] = wrapped

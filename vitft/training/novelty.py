@@ -11,7 +11,7 @@ from vitft.evaluation.evaluation import BATCH
 from vitft.evaluation.novelty import FEWEST, Novelty, fit_novelty, reduced
 from vitft.hardware.device import autocast, on_host
 from vitft.io import console
-from vitft.models.features import backbone, heads_input, own_precision
+from vitft.models.features import backbone, heads_input
 from vitft.randomness import permutation
 from vitft.training.linear_probe import FeatureLoader, read_features
 from vitft.training.setup import Decoded
@@ -23,9 +23,9 @@ _MOST = 10_000  # validation images; of these, 100 are stranger than 99 %
 def run_novelty(learner: Learner, decoded: Decoded, watched: Watched) -> Novelty | None:
     """Learn from at most `reference_images` training images and 10,000 validation images.
 
-    Takes a forward pass over both, unless a linear probe has these features already: in float32 as in prediction, but
-    with FSDP in the precision of training, in which it gathers the weights. `watched`: see StopSignals. None if the
-    setting is 0, and for fewer than 50 validation images, which would not tell what is strange.
+    Takes a forward pass over both, unless a linear probe has these features already, in the precision of training
+    (docs/accuracy.md compares that with float32, in which images are predicted). `watched`: see StopSignals. None if
+    the setting is 0, and for fewer than 50 validation images, which would not tell what is strange.
     """
     config, accelerator = learner.config, learner.accelerator
     if config.reference_images == 0 or "validation" not in decoded.stores:
@@ -33,8 +33,7 @@ def run_novelty(learner: Learner, decoded: Decoded, watched: Watched) -> Novelty
     store, truth = decoded.stores["validation"]
     if len(store) < FEWEST:
         return None
-    precision = config.precision if config.parallel == "fsdp" else "fp32"
-    images, probe = learner.images_loader, learner.probe if config.precision == precision else None
+    images, probe, precision = learner.images_loader, learner.probe, config.precision
     chosen = images.sample("reference", config.reference_images)
     compared = permutation(config.seed, "compared", 0, len(store))[:_MOST] if probe is None else None
     model, device = learner.unwrapped.eval(), config.device
@@ -55,7 +54,7 @@ def run_novelty(learner: Learner, decoded: Decoded, watched: Watched) -> Novelty
         def answers() -> Iterator[torch.Tensor]:
             """Features and logits, side by side."""
             for number, batch in enumerate(batches, 1):
-                with torch.no_grad(), heads_input(model) as given, own_precision(model), autocast(device, precision):
+                with torch.no_grad(), heads_input(model) as given, autocast(device, precision):
                     logits = network(pixel_values=batch.pixels).logits
                 yield torch.cat([given[0].flatten(1).float(), logits.float()], dim=1)
                 progress(number, len(batches))
