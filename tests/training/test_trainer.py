@@ -668,6 +668,18 @@ def test_a_finished_run_can_be_made_longer(
         resume(run, dict.fromkeys(longer, 1))
 
 
+def test_a_finished_run_without_its_last_weights_does_not_begin_again_over_its_best(tmp_path: Path) -> None:
+    run = train(config(max_steps=4), output=tmp_path / "run").run
+    shutil.rmtree(run / "last")
+    there = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    with pytest.raises(ModelError, match=f"last/, .* is gone; to train its best weights: .*--model {run / 'best'}$"):
+        resume(run)
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == there
+    shutil.rmtree(run / "best")
+    with pytest.raises(ModelError, match=r"is gone; start a new run\."):
+        resume(run)
+
+
 def test_a_finished_run_that_would_not_be_longer_is_refused(tmp_path: Path) -> None:
     run = train(config(max_steps=4), output=tmp_path / "run").run
     with pytest.raises(UsageError, match="finished at step 4, and 4 steps are no more; set more"):

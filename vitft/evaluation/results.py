@@ -58,15 +58,20 @@ def write_results(
 
 def read_results(run: Path) -> Results | None:
     """The results of a run; None if it is not finished, or of an earlier version. Raises ModelError."""
-    file = run / FILE
-    if not file.is_file():
+    if not has_results(run):
         return None
+    file = run / FILE
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         seconds = {name: float(value) for name, value in found.get("seconds", {}).items()}
         return Results(run, str(found["checkpoint"]), int(found["step"]), dict(found["splits"]), seconds)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{file}: cannot be read ({error}); resume the run, and it is written again.") from error
+
+
+def has_results(run: Path) -> bool:
+    """Whether a run has results, readable or not."""
+    return (run / FILE).is_file()
 
 
 def remove_results(run: Path) -> None:

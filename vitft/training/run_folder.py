@@ -21,6 +21,7 @@ from vitft.data.splits import contents_of, manifest
 from vitft.data.stores.lazy_store import LazyStore
 from vitft.data.stores.store import Skipped, Store
 from vitft.errors import DataError, ModelError, UsageError, as_flag
+from vitft.evaluation.results import has_results
 from vitft.hardware.device import command, environment
 from vitft.hardware.processes import launch, restarts
 from vitft.io.atomic import clean_up, lock_folder, write_json
@@ -146,6 +147,16 @@ def resume_note(
         f"{run} is finished, {place}{early}; to train longer: {shlex.join(longer)}; "
         f"or start a new run from its weights: {_new_run(config, run / 'last')}"
     )
+
+
+def check_unfinished(run: Path) -> None:
+    """Raise ModelError for a finished run without the weights to continue from: it would begin again, over the rest."""
+    if not has_results(run):
+        return
+    best, rest = run / "best", "start a new run."
+    if best.is_dir():
+        rest = f"to train its best weights: {_new_run(ckpt.read_config(run), best)}"
+    raise ModelError(f"{run} is finished, but last/, from which it would continue, is gone; {rest}")
 
 
 def _new_run(config: TrainConfig, weights: Path | str, **changes: Any) -> str:

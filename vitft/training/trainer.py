@@ -144,6 +144,8 @@ def _resume(
     folder, passed = ckpt.newest_intact(run)
     for fault in passed:
         console.warn(f"passed over {fault}")
+    if folder is None:
+        run_folder.check_unfinished(run)
     state = ckpt.read_state(folder) if folder else State()
     before = ckpt.read_config(run)
     config = resolve_auto(run_folder.changed(run, before, changes, finished=run_folder.is_finished(state)))
