@@ -6,7 +6,13 @@ A tar has no table of contents. To find its members takes a pass over it, whose 
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from tarfile import InvalidHeaderError, ReadError, TarFile, TruncatedHeaderError  # type: ignore[attr-defined]
+from tarfile import (  # type: ignore[attr-defined]
+    EmptyHeaderError,
+    InvalidHeaderError,
+    ReadError,
+    TarFile,
+    TruncatedHeaderError,
+)
 from typing import IO, NamedTuple, Self
 
 import numpy as np
@@ -66,11 +72,15 @@ class Header(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, tarfile: TarFile) -> Self:
-        """Raises ReadError for a damaged header: tarfile would end there, as if it were the end of the archive."""
+        """Raises ReadError for one that is damaged, or cut off: tarfile would take that for the end of the archive."""
         try:
             return super().fromtarfile(tarfile)
         except (InvalidHeaderError, TruncatedHeaderError) as error:
             raise ReadError(f"the header at byte {tarfile.offset:,} is damaged") from error
+        except EmptyHeaderError as error:
+            if not tarfile.offset:  # of an empty file, tarfile says so
+                raise
+            raise ReadError(f"it is cut off at byte {tarfile.offset:,}") from error
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
