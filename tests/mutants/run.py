@@ -29,9 +29,7 @@ def caught(patch: Path) -> bool:
     contract, tests = (line.removeprefix("# ") for line in patch.read_text().splitlines()[:2])
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "project"
-        shutil.copytree(
-            PROJECT, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "runs", "*_cache", "__pycache__")
-        )
+        shutil.copytree(PROJECT, copy, ignore=LEFT_OUT)
         command = [sys.executable, "-m", "pytest", "-x", "-q", *shlex.split(tests.removeprefix("tests: "))]
         # The copy comes before the installed package.
         how = {"cwd": copy, "capture_output": True, "text": True, "env": {**os.environ, "PYTHONPATH": str(copy)}}
