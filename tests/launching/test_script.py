@@ -1,6 +1,7 @@
 """The script of a job: what it says, that no argument is run as code, and what is refused before it is submitted."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -43,10 +44,10 @@ def refused(*words: str) -> str:
     return error_of("launch", "--slurm", "--dry-run", *words, code=2)
 
 
-def run(text: str, *, code: int | None = None, **files: str) -> list[list[str]]:
+def run(text: str, *, code: int | None = None, requeued: bool = False, **files: str) -> list[list[str]]:
     """Run a script where SLURM's commands only write down what they are called with: the calls, word by word.
 
-    `code`: what it has to end with.
+    `code`: what it has to end with. `requeued`: whether its job was started before.
     """
     Path("bin").mkdir(exist_ok=True)
     record = 'printf "%s\\0" "$(basename "$0")" "$@" >>calls; printf "\\n\\0" >>calls\n'
@@ -56,7 +57,7 @@ def run(text: str, *, code: int | None = None, **files: str) -> list[list[str]]:
         command.chmod(0o755)
     Path("calls").unlink(missing_ok=True)
     environment = os.environ | {"PATH": f"{Path('bin').resolve()}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-    environment |= {"SLURM_JOB_NODELIST": "n[1-2]"}
+    environment |= {"SLURM_JOB_NODELIST": "n[1-2]"} | ({"SLURM_RESTART_COUNT": "1"} if requeued else {})
     done = subprocess.run(["bash"], input=os.fsencode(text), env=environment, cwd="bin", timeout=60)
     assert code in (None, done.returncode)
     calls = os.fsdecode(Path("calls").read_bytes()).split("\n\0")[:-1]
@@ -73,8 +74,9 @@ def test_a_training_writes_to_a_folder_of_the_job_and_is_resumed_there() -> None
     assert run(text)[0] == ["srun", *PYTHON, "train", "--output", place, "--dataset", "digits", "--epochs", "3",
                             "--report", "off"]  # fmt: skip
     Path(place).mkdir(parents=True)
+    assert "--resume" not in run(text, requeued=True)[0]  # it was stopped before it began
     Path(place, "config.yaml").touch()
-    assert run(text)[0] == ["srun", *PYTHON, "train", "--resume", place, "--report", "off"]
+    assert run(text, requeued=True)[0] == ["srun", *PYTHON, "train", "--resume", place, "--report", "off"]
     lines = [line for line in text.splitlines() if line.startswith("#SBATCH")]
     assert lines == [
         "#SBATCH --job-name=vitft-train", "#SBATCH --nodes=1", "#SBATCH --gpus-per-node=1", "#SBATCH --time=4:00:00",
@@ -113,7 +115,7 @@ def test_a_training_resumes_in_the_folder_it_was_given() -> None:
     Path("my run's").mkdir()
     assert "--resume" not in run(text)[0]
     Path("my run's", "config.yaml").touch()
-    assert run(text)[0] == ["srun", *PYTHON, "train", "--resume", "my run's"]
+    assert run(text, requeued=True)[0] == ["srun", *PYTHON, "train", "--resume", "my run's"]
     assert run(script("train", "--resume", "my run's"))[0] == ["srun", *PYTHON, "train", "--resume", "my run's"]
     assert "output my run's: there is one already" in refused(*DIGITS, "--output", "my run's")
 
@@ -124,12 +126,18 @@ def test_a_sweep_goes_on_in_its_folder() -> None:
     assert run(text)[0] == ["srun", *PYTHON, *expected]
     Path("sweeps/slurm-7").mkdir(parents=True)
     Path("sweeps/slurm-7/sweep.yaml").touch()
-    assert run(text)[0] == ["srun", *PYTHON, "sweep", "--resume", "sweeps/slurm-7", "--json"]
+    assert run(text, requeued=True)[0] == ["srun", *PYTHON, "sweep", "--resume", "sweeps/slurm-7", "--json"]
 
 
 def test_predictions_go_on_in_their_file() -> None:
     words = ["predict", "photos", "--checkpoint", "runs/a", "--output", "a.csv"]
-    assert run(script(*words))[0] == ["srun", *PYTHON, "predict", "--resume", *words[1:]]
+    text = script(*words)
+    assert run(text)[0] == ["srun", *PYTHON, *words]
+    assert run(text, requeued=True)[0] == ["srun", *PYTHON, "predict", "--resume", *words[1:]]
+    resumes = [*words, "--resume"]
+    Path("a.partial.csv").touch()
+    assert "a.partial.csv is of a command that did not end; add --resume" in refused(*words)
+    assert run(script(*resumes))[0] == run(script(*resumes), requeued=True)[0] == ["srun", *PYTHON, *resumes]
     Path("a.csv").touch()
     assert "a.csv: the file exists" in refused(*words)
     assert run(script(*words, "--overwrite"))[0] == ["srun", *PYTHON, *words, "--overwrite"]  # it starts again
@@ -141,6 +149,26 @@ def test_what_cannot_go_on_starts_again(words: list[str]) -> None:
     assert run(text)[0] == ["srun", *PYTHON, *words]
     assert "--signal" not in text  # else a job that is too long for its time would be queued forever
     assert run(text, srun="exit 143", squeue="echo RUNNING")[-1] == ["scontrol", "requeue", "7"]
+
+
+@pytest.mark.parametrize(
+    ("words", "begun", "said"),
+    [
+        ([*DIGITS, "--output", "p"], "p/config.yaml", "output p: the folder exists and is not empty; --resume p"),
+        (["sweep", *DIGITS[1:], "--set", "lr=1e-4,1e-3", "--output", "p"], "p/sweep.yaml", "output p: is not empty"),
+        (["predict", "a.png", "--output", "p.csv"], "p.csv", "p.csv: the file exists; choose another"),
+        (["predict", "a.png", "--output", "p.csv"], "p.partial.csv", "p.partial.csv is of a run that did not end"),
+    ],
+)
+def test_a_second_job_does_not_go_on_with_what_the_first_one_wrote(words: list[str], begun: str, said: str) -> None:
+    """Both scripts were written before either had run: what the first job wrote has other settings."""
+    text = script(*words)
+    Path(begun).parent.mkdir(exist_ok=True)
+    (Path(begun).parent / "checkpoints").mkdir(exist_ok=True)
+    Path(begun).touch()
+    calls = run(text)
+    assert calls == [["srun", *PYTHON, *words]]
+    assert error_of(*words, code=2).startswith(said)
 
 
 def test_two_nodes_meet_on_the_first() -> None:
@@ -188,6 +216,21 @@ def test_a_job_that_saves_nothing_in_its_time_is_not_queued_forever(saves: bool)
     assert (["scontrol", "requeue", "7"] in calls) is saves
 
 
+@pytest.mark.parametrize(
+    ("file", "partial"),
+    [("v1.2/preds", "v1.2/preds.partial"), ("it's $x.csv", "it's $x.partial.csv"), ("-a*.csv", "-a*.partial.csv")],
+)
+def test_rows_that_were_predicted_in_its_time_are_seen(file: str, partial: str) -> None:
+    Path("v1.2").mkdir()
+    Path("v1.0").mkdir()
+    text = script("predict", "photos", "--checkpoint", "runs/a", "--format", "csv", f"--output={file}")
+    for step, requeues in ((f"echo row >>{shlex.quote('./' + partial)}", True), ("echo row >>v1.0/preds", False)):
+        Path("signaled").unlink(missing_ok=True)
+        waits = f'kill -USR1 "$PPID"; for i in {{1..300}}; do [ -e signaled ] && break; sleep 0.1; done\n{step}\nexit 143'
+        calls = run(text, srun=waits, scancel="touch signaled", squeue="echo RUNNING", code=143)
+        assert (["scontrol", "requeue", "7"] in calls) is requeues
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_no_argument_is_run_as_code(text: str) -> None:
     calls = run(script("train", "--dataset", text, "--output", f"{text}/run"))
@@ -214,6 +257,10 @@ def test_a_script_is_written_to_a_file() -> None:
     assert done.exit_code == 0
     assert done.stderr == "submit it with: sbatch 'it'\"'\"'s.sh'\n"
     assert Path("it's.sh").read_text() == script(*DIGITS)
+    Path("it's.sh").write_text("edited")
+    said = error_of("launch", "--slurm", "--output", "it's.sh", "--", *DIGITS, code=2)
+    assert said == "it's.sh already exists; choose another name."
+    assert Path("it's.sh").read_text() == "edited"
 
 
 @pytest.mark.parametrize(

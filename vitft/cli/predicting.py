@@ -14,7 +14,7 @@ from vitft.cli import tables
 from vitft.cli.arguments import Device, MaxPixels, ValueRange, given, loading
 from vitft.errors import UsageError
 from vitft.io import console
-from vitft.io.paths import expanded
+from vitft.io.paths import expanded, partial_name
 
 OUTPUT, SORTING = "Output", "Sorting"
 
@@ -55,7 +55,7 @@ def predict(
         from vitft.hardware.processes import join_processes
         from vitft.prediction.explaining import Explainer
         from vitft.prediction.job import Tally, run
-        from vitft.prediction.outputs import Layout, Writer, partial_name
+        from vitft.prediction.outputs import Layout, Writer
         from vitft.prediction.predictor import Predictor
         from vitft.prediction.resuming import Done, go_on
         from vitft.prediction.sharing import batches

@@ -34,6 +34,11 @@ def numbered(stem: Path) -> Path:
     return next(path for number in count(1) if not (path := stem.with_name(f"{stem.name}-{number}")).exists())
 
 
+def partial_name(file: Path) -> Path:
+    """What a file that grows is called until it is whole: predictions.partial.csv."""
+    return file.with_name(f"{file.stem}.partial{file.suffix}")
+
+
 def make_output(choose: Callable[[], Path], *, named: bool) -> Path:
     """Create the folder that `choose` returns. Unless it was `named`, it must be new, or else another is chosen.
 

@@ -16,13 +16,14 @@ cd {{ folder }} || exit
 run={{ place }}
 {% endif %}
 command=({{ command }})
-{% if begun %}
-if [ -e {{ begun }} ]; then # by an earlier start of the job
+{% if again %}
+# A requeued job goes on. What is there when a job first starts is of another one, and the command refuses it.
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]{% if begun %} && [ -e {{ begun }} ]{% endif %}; then
   command=({{ again }})
 fi
 {% endif %}
 {% if saves and requeue %}
-saved() { ls -ld {{ saves }} 2>/dev/null; }
+saved() { ls -ld -- {{ saves }} 2>/dev/null; }
 before=$(saved)
 warned=
 {% endif %}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vitft.errors import UsageError
-from vitft.io.paths import expanded
+from vitft.io.paths import expanded, partial_name
 
 SHARED = ("embed", "eval", "predict", "probe", "train")
 """The commands whose work several processes share."""
@@ -15,20 +15,20 @@ SHARED = ("embed", "eval", "predict", "probe", "train")
 
 @dataclass(frozen=True)
 class Work:
-    """A command in a job, as text for a shell, in which `$run` is the place it writes to.
+    """A command in a job, as text for a shell, in which `$run` is the folder it writes to.
 
     Attributes:
         command: What is run first.
-        place: The file or folder it writes to; None if it has to start again after an interruption.
-        begun: A file that is there once `again` has to be run instead of `command`; None if they are the same.
-        again: What is run when the job is requeued.
-        saves: A pattern of the files that change when progress is saved; None without a `place`.
+        place: The folder it writes to; None if the command has no `$run`.
+        again: What is run when the job is requeued; empty if that is `command`.
+        begun: A file that is there once `command` has begun and `again` can go on; None if `again` can begin as well.
+        saves: A pattern of the files that change when progress is saved; None if nothing is.
     """
 
     command: Sequence[str]
     place: str | None = None
-    begun: str | None = None
     again: Sequence[str] = ()
+    begun: str | None = None
     saves: str | None = None
 
 
@@ -96,14 +96,21 @@ def _in_a_folder(name: str, words: Sequence[str], options: Mapping[str, Any]) ->
     again = [*typed[:after], "--resume", '"$run"', *(["--json"] if options["json"] else [])]
     if options.get("report") == "off":
         again += ["--report", "off"]
-    return Work(typed, place, f'"$run"/{folder.begun}', again, saves)
+    return Work(typed, place, again, f'"$run"/{folder.begun}', saves)
 
 
 def _in_a_file(words: Sequence[str], file: Path, *, resumes: bool) -> Work:
-    """Predictions: with --resume they go on, or begin if there are none."""
-    if file.exists() and not resumes:
+    """Predictions: with --resume they go on, or begin if there are none.
+
+    Raises UsageError if there are some already, and they are not to go on.
+    """
+    partial = partial_name(file)
+    saves = shlex.quote(str(partial))
+    if resumes:
+        return Work(quoted(words), saves=saves)
+    if file.exists():
         raise UsageError(f"{file}: the file exists; choose another, or add --overwrite to replace it.")
-    typed, after = quoted(words), words.index("predict") + 1
-    if not resumes:
-        typed.insert(after, "--resume")
-    return Work(typed, shlex.quote(str(file)), saves='"${run%.*}".*')
+    if partial.exists():
+        raise UsageError(f"{partial} is of a command that did not end; add --resume to go on, or --overwrite.")
+    after = words.index("predict") + 1
+    return Work(quoted(words), again=quoted([*words[:after], "--resume", *words[after:]]), saves=saves)

@@ -131,7 +131,7 @@ def job_script(name: str, work: Work, resources: Resources, folder: Path) -> str
         name=f"vitft-{name.replace(' ', '-')}", options=resources.lines(), notice_s=resources.notice_s,
         requeue=resources.requeue,
         folder=shlex.quote(str(folder)), place=work.place, command=_array(work.command), begun=work.begun,
-        again=_array(work.again), saves=work.saves, processes=resources.processes, per_node=resources.per_node,
+        again=_array(work.again) if work.again else None, saves=work.saves, processes=resources.processes, per_node=resources.per_node,
         srun_options=cpus,
     )  # fmt: skip
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from vitft.errors import UsageError
 from vitft.io import console
+from vitft.io.paths import partial_name
 from vitft.prediction.inputs import printable
 from vitft.prediction.predictor import Prediction
 
@@ -152,11 +153,6 @@ def format_of(file: Path, wanted: str | None = None) -> str:
     if known is not None and wanted not in (None, known):
         raise UsageError(f"{file}: its suffix does not fit --format {wanted}; change one.")
     return known or str(wanted)
-
-
-def partial_name(file: Path) -> Path:
-    """What a file is called until it is whole: predictions.partial.csv."""
-    return file.with_name(f"{file.stem}.partial{file.suffix}")
 
 
 def check_output(file: Path, kind: str, *, overwrite: bool = False, resume: bool = False) -> None:
