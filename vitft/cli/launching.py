@@ -65,6 +65,8 @@ def launch(
         file = expanded(output)
         if not file.parent.is_dir() or file.is_dir():
             raise UsageError(f"{output}: give a file in a folder that exists.")
+        if file.exists():  # it may have been edited
+            raise UsageError(f"{output} already exists; choose another name.")
         with new_file(file) as temporary:
             temporary.write_bytes(os.fsencode(script))
         console.note(f"submit it with: sbatch {shlex.quote(str(file))}")
