@@ -106,7 +106,8 @@ def train(
     A recipe overrides the defaults, and flags override the recipe.
     """
     if devices is not None and not dry_run:
-        raise UsageError("--devices plans a run; add --dry-run. To train on several: torchrun -m vitft train ...")
+        several = f"torchrun --nproc-per-node {devices} -m vitft train ..."
+        raise UsageError(f"--devices plans a run; add --dry-run. To train on several: {several}")
     if devices is None and (hourly_price is not None or link_gbps is not None):
         flag = "--link-gbps" if hourly_price is None else "--hourly-price"
         raise UsageError(f"{flag} is of a plan; add --dry-run --devices N.")

@@ -180,7 +180,7 @@ def test_the_command_shows_it_and_refuses_what_is_no_plan() -> None:
     assert "On 1 device\n" in "".join(f"{line.rstrip()}\n" for line in alone.stdout.splitlines())
     assert not any(word in alone.stdout for word in ("communication", "Gbit/s", "so many", "each"))
     for more, said in (
-        (["--devices", "2"], "--devices plans a run; add --dry-run. To train on several: torchrun"),
+        (["--devices", "2"], "--devices plans a run; add --dry-run. To train on several: torchrun --nproc-per-node 2 "),
         (["--dry-run", "--hourly-price", "2"], "--hourly-price is of a plan; add --dry-run --devices N."),
         (
             ["--dry-run", "--devices", "2", "--freeze", "backbone", "--epochs", "90"],
