@@ -110,6 +110,12 @@ def test_the_notice_is_shorter_than_the_time(time: str, seconds: int) -> None:
         assert f"--time {time}: the job is asked to save {seconds} s before its time is up, which is at once" in said
 
 
+@pytest.mark.parametrize("time", ["0", "0:00", "0-0", "UNLIMITED", "unlimited"])
+def test_a_job_without_a_limit_has_time_to_save(time: str) -> None:
+    """For sbatch, 0 is no limit."""
+    assert f"#SBATCH --time={time}\n" in script("--time", time, *DIGITS)
+
+
 def test_a_training_resumes_in_the_folder_it_was_given() -> None:
     text = script(*DIGITS, "--output", "my run's")
     Path("my run's").mkdir()
@@ -226,7 +232,9 @@ def test_rows_that_were_predicted_in_its_time_are_seen(file: str, partial: str) 
     text = script("predict", "photos", "--checkpoint", "runs/a", "--format", "csv", f"--output={file}")
     for step, requeues in ((f"echo row >>{shlex.quote('./' + partial)}", True), ("echo row >>v1.0/preds", False)):
         Path("signaled").unlink(missing_ok=True)
-        waits = f'kill -USR1 "$PPID"; for i in {{1..300}}; do [ -e signaled ] && break; sleep 0.1; done\n{step}\nexit 143'
+        waits = (
+            f'kill -USR1 "$PPID"; for i in {{1..300}}; do [ -e signaled ] && break; sleep 0.1; done\n{step}\nexit 143'
+        )
         calls = run(text, srun=waits, scancel="touch signaled", squeue="echo RUNNING", code=143)
         assert (["scontrol", "requeue", "7"] in calls) is requeues
 
@@ -276,7 +284,7 @@ def test_a_script_is_written_to_a_file() -> None:
         (["--", "sweep", "--dataset", "digits", "--set", "lr"], "--set lr: give a setting and its values"),
         (["--", "data", "chek", "x"], "chek: `vitft data` has no such command; did you mean check?"),
         (["--", "launch", "--slurm"], "launch cannot be launched"),
-        (["--time", "soon", *DIGITS], "--time soon: give minutes, hours:minutes:seconds or days-hours"),
+        (["--time", "soon", *DIGITS], "--time soon: give minutes, hours:minutes:seconds or days-hours,"),
         (["--time", "1:00\n#SBATCH --uid=0", *DIGITS], "--time 1:00 #SBATCH"),
         (["--time", "2", *DIGITS], "--time 2: the job is asked to save 120 s before its time is up, which is at once"),
         (["--notice", "60", "eval", "runs/a"], "--notice 60: eval has nothing to save before its time is up; leave it"),

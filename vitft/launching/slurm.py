@@ -19,7 +19,7 @@ from vitft.launching.requeued import SHARED, Work
 NOTICE_S = 120
 """How many seconds before the end of a job's time it is asked to save, unless it is told."""
 
-_TIME = r"(?:(\d+)-(\d{1,2})|(\d+))(?::(\d{1,2}))?(?::(\d{1,2}))?|UNLIMITED"
+_TIME = re.compile(r"(?:(\d+)-(\d{1,2})|(\d+))(?::(\d{1,2}))?(?::(\d{1,2}))?|UNLIMITED", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,10 @@ class Resources:
         """Raise UsageError unless these are resources that the command `name` can use."""
         if not re.fullmatch(r"([\w.-]+:)?\d+", self.gpus_per_node, re.ASCII):
             raise UsageError(f"--gpus-per-node {self.gpus_per_node}: give a number, or a type and a number: h100:8.")
-        if self.time is not None and not re.fullmatch(_TIME, self.time, re.ASCII):
+        if self.time is not None and not _TIME.fullmatch(self.time):
             raise UsageError(
-                f"--time {self.time}: give minutes, hours:minutes:seconds or days-hours, such as 90, 4:00:00 or 2-12."
+                f"--time {self.time}: give minutes, hours:minutes:seconds or days-hours, such as 90, 4:00:00 or 2-12; "
+                "or UNLIMITED."
             )
         for flag, value in (("--partition", self.partition), ("--account", self.account)):
             if value is not None and not re.fullmatch(r"[\w.,:+@/-]+", value):
@@ -96,12 +97,13 @@ class Resources:
     def lines(self) -> list[str]:
         """The options of sbatch."""
         tasks = self.per_node if self.processes > 1 else None
+        gpus = None if self.gpus_per_node == "0" else self.gpus_per_node
         named = {
-            "nodes": self.nodes, "ntasks-per-node": tasks, "gpus-per-node": self.gpus_per_node,
+            "nodes": self.nodes, "ntasks-per-node": tasks, "gpus-per-node": gpus,
             "cpus-per-task": self.cpus_per_task, "time": self.time, "partition": self.partition,
             "account": self.account,
         }  # fmt: skip
-        lines = [f"--{name}={value}" for name, value in named.items() if value not in (None, "0")]
+        lines = [f"--{name}={value}" for name, value in named.items() if value is not None]
         return [*lines, *self.options]
 
 
@@ -131,22 +133,22 @@ def job_script(name: str, work: Work, resources: Resources, folder: Path) -> str
         name=f"vitft-{name.replace(' ', '-')}", options=resources.lines(), notice_s=resources.notice_s,
         requeue=resources.requeue,
         folder=shlex.quote(str(folder)), place=work.place, command=_array(work.command), begun=work.begun,
-        again=_array(work.again) if work.again else None, saves=work.saves, processes=resources.processes, per_node=resources.per_node,
-        srun_options=cpus,
+        again=_array(work.again) if work.again else None, saves=work.saves, processes=resources.processes,
+        per_node=resources.per_node, srun_options=cpus,
     )  # fmt: skip
 
 
 def _seconds(time: str) -> float:
     """A time limit of sbatch, in seconds. Without days, the first number is of minutes; of three, of hours."""
-    found = re.fullmatch(_TIME, time, re.ASCII)
-    if found is None or time == "UNLIMITED":
+    found = _TIME.fullmatch(time)
+    if found is None:
         return math.inf
-    days, hours, number, second, third = (None if part is None else int(part) for part in found.groups())
-    if days is not None:
-        return 86400 * days + 3600 * (hours or 0) + 60 * (second or 0) + (third or 0)
-    if third is not None:
-        return 3600 * (number or 0) + 60 * (second or 0) + third
-    return 60 * (number or 0) + (second or 0)
+    days, hours, number, second, third = (int(part or 0) for part in found.groups())
+    if found[3] and not found[5]:
+        seconds = 60 * number + second
+    else:
+        seconds = 86400 * days + 3600 * (hours + number) + 60 * second + third
+    return seconds or math.inf  # 0 is no limit, as UNLIMITED is
 
 
 def _array(words: Sequence[str]) -> str:
