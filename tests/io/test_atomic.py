@@ -55,6 +55,20 @@ def test_a_link_stays_and_what_it_points_to_is_replaced(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == []
 
 
+def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    kinds = {"folder": IsADirectoryError, "gone/a.txt": FileNotFoundError, "file/a": NotADirectoryError}
+    for name, kind in kinds.items():
+        with pytest.raises(kind) as caught:
+            atomic.write_text(tmp_path / name, "text")
+        assert str(caught.value).endswith(f": '{tmp_path / name}'")
+    with pytest.raises(FileNotFoundError) as missing, atomic.new_file(tmp_path / "a.txt"):
+        pass  # whatever should have written it did not
+    assert str(missing.value).endswith(f": '{tmp_path / 'a.txt'}'")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
 def test_a_pipe_or_a_device_is_written_to(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

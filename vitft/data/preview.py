@@ -17,6 +17,7 @@ from vitft.data.loader import TrainLoader
 from vitft.data.sources.source import Source, class_indices
 from vitft.data.splits import find_split_name
 from vitft.data.stores.store import decode_all
+from vitft.io.atomic import new_file
 from vitft.io.console import safe
 from vitft.io.fonts import drawable
 from vitft.randomness import permutation
@@ -65,7 +66,9 @@ def preview(source: Source, path: Path, seed: int = 0, augmentation: Augmentatio
         seen = iter(_augmented(split, firsts, labels[firsts], source.labels, augmentation))
         cells = [next(seen) if len(rows) else [] for rows in drawn]
     names = [_fit_text(source.labels[label], f"class {label}", 15, 240) for label in shown]
-    _draw(source.name, note, heads, names, cells).save(path, "PNG")
+    picture = _draw(source.name, note, heads, names, cells)
+    with new_file(path) as temporary:
+        picture.save(temporary, "PNG")
 
 
 def _in_words(how: Augmentation) -> str:

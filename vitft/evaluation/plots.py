@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from vitft.evaluation.metrics import Metrics
+from vitft.io.atomic import new_file
 from vitft.io.console import percent, safe
 from vitft.io.fonts import drawable
 
@@ -52,7 +53,8 @@ def plot_confusion(metrics: Metrics, path: Path) -> None:
             if number:
                 ink = "white" if fractions[row, column] > 0.35 else "black"
                 axes.text(column, row, str(number), color=ink, fontsize=0.85 * font, ha="center", va="center")
-    figure.savefig(path, format="png", bbox_inches="tight")
+    with new_file(path) as temporary:
+        figure.savefig(temporary, format="png", bbox_inches="tight")
 
 
 def _shown(label: str, number: int) -> tuple[str, str]:

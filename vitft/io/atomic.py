@@ -4,6 +4,7 @@ The temporary name is `.NAME.vitft-new`. What is being replaced is called `.NAME
 `.NAME.vitft-gone`. `clean_up` recognizes these names after a kill, and no other files.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -40,7 +41,8 @@ def json_text(document: Any) -> str:
 def new_file(path: Path) -> Iterator[Path]:
     """Yield the name of a temporary file to write, which replaces `path` on exit, or is deleted on an error.
 
-    If `path` is a link, what it points to is replaced. A pipe or a device, like /dev/null, is yielded itself.
+    If `path` is a link, what it points to is replaced. A pipe or a device, like /dev/null, is yielded itself. Raises
+    IsADirectoryError for a folder; an OSError names `path`.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         yield path
@@ -49,13 +51,18 @@ def new_file(path: Path) -> Iterator[Path]:
         path = Path(os.path.realpath(path))
     temporary = _sibling(path, _NEW)  # overwrites any leftover of a killed process
     try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
-        if isinstance(error, OSError) and error.filename is None:  # writing names no file, unlike opening
+        # Writing names no file, unlike opening; and nobody knows the temporary one, which is gone by then.
+        if isinstance(error, OSError) and str(error.filename) in ("None", str(temporary)):
             error.filename = str(path)
+            if error.filename2 is not None:  # of the renaming
+                del error.filename2
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise

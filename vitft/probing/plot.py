@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from vitft.io.atomic import new_file
 from vitft.probing.probe import ProbeResult
 
 
@@ -45,4 +46,5 @@ def plot_few_shot(result: ProbeResult, path: Path) -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.savefig(path, format="png")
+    with new_file(path) as temporary:
+        figure.savefig(temporary, format="png")

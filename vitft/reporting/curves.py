@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitft.io.atomic import new_file
 from vitft.io.console import percent, safe
 from vitft.io.fonts import drawable
 from vitft.io.paths import expanded
@@ -18,7 +19,8 @@ _TITLES = {"loss": "{} loss", "accuracy": "{} accuracy", "lr": "learning rate"}
 
 def plot_curves(runs: Sequence[str | Path], path: Path) -> None:
     """Draw losses, validation accuracy and learning rate by epoch, a line for each run."""
-    draw_curves(runs).savefig(path, format="png")
+    with new_file(path) as temporary:
+        draw_curves(runs).savefig(temporary, format="png")
 
 
 def draw_curves(runs: Sequence[str | Path]) -> "Figure":
