@@ -1,5 +1,6 @@
 """The command line as a person or a script meets it: help, errors, exit codes, dry runs, completion."""
 
+import errno
 import json
 import os
 import re
@@ -383,7 +384,8 @@ def test_resume_refuses_a_changed_setting_and_says_how_to_start_a_new_run(run: P
 
     assert "lr 0.001, got 0.5" in message
     assert "--lr" in message
-    assert f"vitft train --dataset digits --model {run / 'best'} --lr 0.5" in message
+    data = "--max-train-samples 40 --max-eval-samples 20"
+    assert f"vitft train --dataset digits --model {run / 'best'} {data} --lr 0.5" in message
 
 
 @pytest.mark.parametrize("extra", [["--recipe", "x"], ["--output", "y"], ["--overwrite"], ["--dry-run"]])
@@ -612,9 +614,22 @@ def test_data_info_shows_augmentations_in_a_preview_alone() -> None:
     assert seen.shape != plain.shape  # room for what is mixed in
 
 
-@pytest.mark.parametrize("picture", ["grid.jpg", "nowhere/grid.png"])
+@pytest.mark.parametrize("picture", ["grid.jpg", "nowhere/grid.png", "folder.png"])
 def test_a_preview_that_cannot_be_written_is_refused_before_the_work(picture: str) -> None:
+    Path("folder.png").mkdir()
     assert picture in error_of("data", "info", "digits", "--preview", picture, code=2)
+
+
+def test_a_preview_is_whole_or_absent_and_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any, file: Path, kind: str) -> None:
+        file.write_bytes(b"half")
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    done = vitft("data", "info", "digits", "--preview", "grid.png")
+    assert (done.exit_code, done.stderr) == (1, "error: grid.png: File too large.\n")
+    assert done.stdout.startswith("digits, 10 classes\n")
+    assert not [*Path().glob("*grid*"), *Path().glob(".*grid*")]
 
 
 def test_explain_is_one_json_document() -> None:

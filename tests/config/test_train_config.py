@@ -1,6 +1,7 @@
 """TrainConfig: every setting is defined once, and invalid values get a one-line error."""
 
 import math
+import shlex
 from typing import Any, get_args
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from vitft.config.recipe import load_config
-from vitft.config.train import PATHS, TrainConfig
+from vitft.config.train import PATHS, TrainConfig, not_default, train_command
 from vitft.errors import UsageError
 
 PANELS = ["Data", "Reading", "Augmentation", "Model", "Optimization", "Hardware", "Run"]
@@ -256,3 +257,18 @@ def test_the_default_rate_is_that_of_what_is_trained() -> None:
 )
 def test_adapter_settings_that_make_no_sense_are_refused(values: dict[str, Any], said: str) -> None:
     assert said in refusal(**values)
+
+
+def test_a_command_has_the_settings_of_the_data() -> None:
+    given: dict[str, Any] = {
+        "dataset": "my photos", "exclude": "q.txt", "image_column": "a", "label_column": "b", "split_column": "c",
+        "fold_column": "d", "fold": 0, "image_folder": "e", "encoding": "cp1252", "allow_outside": True,
+        "streaming": True, "dataset_revision": "main",
+    }  # fmt: skip
+    settings = not_default(TrainConfig(**given, lr=0.5, val_fraction=0.1))
+    assert settings == given
+    words = ["vitft", "train"]
+    for name, value in settings.items():
+        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    assert shlex.split(train_command(settings)) == words
+    assert train_command({"allow_outside": False, "max_steps": None}) == "vitft train --no-allow-outside"

@@ -6,12 +6,14 @@
 # ruff: noqa: E501  (one line per setting)
 
 import math
+import shlex
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from vitft.config.base import Settings, setting
-from vitft.errors import UsageError
+from vitft.errors import UsageError, as_flag
 
 SIZES = ("patch_size", "width", "layers", "heads", "mlp")
 LARGEST_SIDE = 4096  # pixels, of the model input
@@ -221,6 +223,30 @@ PATHS = tuple(
     if isinstance(field.json_schema_extra, dict) and field.json_schema_extra["path"]
 )
 """The settings that can be local paths: a run keeps them absolute, and a checkpoint only their last component."""
+
+OF_DATA = tuple(
+    name
+    for name, field in TrainConfig.model_fields.items()
+    if isinstance(field.json_schema_extra, dict) and field.json_schema_extra["panel"] in ("Data", "Reading")
+)
+"""The settings that say what is trained on: which images, with which labels, and how they are read."""
+
+
+def not_default(config: TrainConfig, names: Iterable[str] = OF_DATA) -> dict[str, Any]:
+    """The settings among `names` that differ from their default."""
+    values = {name: getattr(config, name) for name in names}
+    return {name: value for name, value in values.items() if value != TrainConfig.model_fields[name].default}
+
+
+def train_command(settings: Mapping[str, Any]) -> str:
+    """The `vitft train` command with these settings, to paste into a shell."""
+    words = ["vitft", "train"]
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            words.append(as_flag(name if value else f"no_{name}"))
+        elif value is not None:
+            words += [as_flag(name), str(value)]
+    return shlex.join(words)
 
 
 _USUAL = {

@@ -3,7 +3,6 @@
 Everything is chosen and scored on validation images; test images are not read.
 """
 
-import shlex
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vitft.config.train import TrainConfig
+from vitft.config.train import TrainConfig, not_default, train_command
 from vitft.data.loader import EvalLoader
 from vitft.data.sources.source import DatasetLike
-from vitft.errors import ModelError, UsageError, as_flag
+from vitft.errors import ModelError, UsageError
 from vitft.evaluation.evaluation import BATCH, NO_CLASS
 from vitft.evaluation.metrics import Metrics, score
 from vitft.evaluation.split_predictions import most_probable
@@ -118,12 +117,8 @@ def probe(config: TrainConfig | None = None, *, dataset: DatasetLike | None = No
 
 def next_commands(config: TrainConfig) -> dict[str, str]:
     """The commands of a linear probe that is saved and of full fine-tuning, with the settings that were given."""
-    words = ["vitft train"]
-    for name in TrainConfig.model_fields:
-        value = getattr(config, name)
-        if name in config.model_fields_set - {"freeze"} and value != TrainConfig.model_fields[name].default:
-            words.append(as_flag(name) if value is True else f"{as_flag(name)} {shlex.quote(str(value))}")
-    command = " ".join(words)
+    given = (name for name in TrainConfig.model_fields if name in config.model_fields_set - {"freeze"})
+    command = train_command(not_default(config, given))
     return {"linear probe": f"{command} --freeze backbone", "full fine-tuning": command}
 
 

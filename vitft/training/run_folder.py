@@ -14,7 +14,7 @@ import numpy as np
 from accelerate.utils import broadcast_object_list
 
 from vitft.checkpoints import checkpoint as ckpt
-from vitft.config.train import TrainConfig
+from vitft.config.train import TrainConfig, not_default, train_command
 from vitft.data.sources.identity import content_hashes
 from vitft.data.split_record import FILE
 from vitft.data.splits import contents_of, manifest
@@ -160,12 +160,11 @@ def check_unfinished(run: Path) -> None:
 
 
 def _new_run(config: TrainConfig, weights: Path | str, **changes: Any) -> str:
-    """The command, or the call, that starts a new run on the dataset of `config` from such weights."""
+    """The command, or the call, that starts a new run on the data of `config` from such weights."""
     if config.dataset is None:  # it was passed as an object
         more = "".join(f"{name}={value!r}, " for name, value in changes.items())
         return f"train(TrainConfig({more}...), dataset=..., model={str(weights)!r})"
-    words = [word for name, value in changes.items() for word in (as_flag(name), str(value))]
-    return shlex.join(["vitft", "train", "--dataset", config.dataset, "--model", str(weights), *words])
+    return train_command({"dataset": config.dataset, "model": weights} | not_default(config) | changes)
 
 
 def _longer(config: TrainConfig, steps_per_epoch: int) -> dict[str, float]:
