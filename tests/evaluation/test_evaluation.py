@@ -1,5 +1,6 @@
 """A score is what scikit-learn makes of the model's answers, on the split that it names."""
 
+import errno
 import inspect
 import json
 import os
@@ -463,6 +464,25 @@ def test_the_confusion_matrix_is_drawn(digits_run: Any, tmp_path: Path) -> None:
     json.loads(done.stdout)
     with Image.open(tmp_path / "plot.png") as plot:
         assert min(plot.size) > 200
+
+
+@pytest.mark.parametrize(("flag", "name"), [("--plot", "a.png"), ("--predictions", "a.parquet")])
+def test_a_file_that_cannot_be_written_loses_no_scores(
+    digits_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, name: str
+) -> None:
+    def full(path: Path) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    words = ["eval", str(digits_run.run), "--max-eval-samples", "40", flag]
+    for room in ("plots", "split_predictions"):
+        monkeypatch.setattr(f"vitft.evaluation.{room}.new_file", full)
+    done = CliRunner().invoke(app, [*words, str(tmp_path / name)])
+    assert (done.exit_code, done.stdout.startswith("accuracy ")) == (1, True), done.output
+    assert done.stderr.endswith(f"error: {tmp_path / name}: No space left on device.\n")
+    (tmp_path / name).mkdir()
+    refused = CliRunner().invoke(app, [*words, str(tmp_path / name)])
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert f"{tmp_path / name}: give a .{name[2:]} file in a folder that exists." in refused.stderr
 
 
 def test_the_public_names_are_the_rooms_own() -> None:

@@ -73,7 +73,38 @@ def test_the_command_writes_pictures_and_a_list_that_training_leaves_out(
     assert sum(map(len, left.splits.values())) == 600
     planned = CliRunner().invoke(app, [*exclude, "--val-fraction", "0"])
     assert f"{600 - count} images of train" in planned.stdout, planned.output
-    assert "no such folder" in CliRunner().invoke(app, [*words, "--html", "nowhere/page.html"]).stderr
+
+
+def test_a_list_keeps_what_was_in_the_lists_before(
+    planted: tuple[Path, set[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, wrong = planted
+    monkeypatch.chdir(tmp_path)
+    excluded, kept = (f"train\t{image}" for image in sorted(wrong)[:2])
+    words = ["data", "doubt", str(folder), "--model", "vit-micro", "--image-size", "20", "--folds", "2"]
+    Path("mine.txt").write_text(excluded)
+    Path("other.txt").write_text(f"{kept}\n")
+    for given, target, first in (("mine.txt", "mine.txt", [excluded]), ("mine.txt", "other.txt", [excluded, kept])):
+        done = CliRunner().invoke(app, [*words, "--exclude", given, "--quarantine", target])
+        assert done.exit_code == 0, done.output
+        lines = Path(target).read_text().splitlines()
+        assert lines[: len(first)] == first
+        assert len(lines) == len(set(lines)) > len(first) + 5
+        said = f"{len(lines)} images to leave out ({len(first)} listed before): vitft train --dataset {folder}"
+        assert f"{said} --exclude {target}\n" in done.stderr
+        Path("mine.txt").write_text(excluded)
+
+
+@pytest.mark.parametrize("flag", ["--html", "--quarantine"])
+@pytest.mark.parametrize("file", ["nowhere/file", "photos", ""])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, file: str
+) -> None:
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vitft.probing.doubt.doubt", lambda *given, **more: pytest.fail("did the work"))
+    done = CliRunner().invoke(app, ["data", "doubt", "digits", flag, file])
+    assert (done.exit_code, "give a file in a folder that exists" in done.stderr) == (2, True), done.output
 
 
 def test_what_cannot_be_judged_is_refused() -> None:

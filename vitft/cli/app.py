@@ -29,13 +29,10 @@ from vitft.cli.arguments import (
     DatasetName,
     Device,
     Json,
-    MaxPixels,
-    Revision,
-    ValueRange,
-    check_picture,
     given,
     loading,
     recipe_names,
+    to_write,
 )
 from vitft.cli.group import Group
 from vitft.cli.options import options_from
@@ -43,6 +40,7 @@ from vitft.errors import DataError, TrainingError, UsageError, VitftError, as_fl
 from vitft.io import console
 from vitft.io.paths import expanded
 
+_OPENING = ("dataset_revision", "max_pixels", "value_range", "Reading")  # settings of the commands on datasets
 app = typer.Typer(cls=Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   context_settings={"help_option_names": ["-h", "--help"]})  # fmt: skip
 recipes_app = typer.Typer(
@@ -299,8 +297,11 @@ def bench(
     )  # fmt: skip
     found = measured(what, settings | overrides, steps, profile and expanded(profile))
     console.say_json(found) if json else console.say(tables.bench_report(found))
-    if profile is not None:
-        console.note(f"{profile}: open it in chrome://tracing or ui.perfetto.dev")
+    if profile is None:
+        return
+    if found["profile"]["trace"] is None:  # of which there was a warning
+        raise typer.Exit(1)
+    console.note(f"{profile}: open it in chrome://tracing or ui.perfetto.dev")
 
 
 @recipes_app.command("ls")
@@ -386,11 +387,9 @@ def scratch_figures(
 
 
 @data_app.command("info")
-@options_from(TRAIN_SETTINGS, "Reading", "Augmentation")
+@options_from(TRAIN_SETTINGS, "dataset_revision", "max_pixels", "Reading", "Augmentation")
 def data_info(
     dataset: DatasetName,
-    dataset_revision: Revision = None,
-    max_pixels: MaxPixels = None,
     preview: Annotated[Path | None, typer.Option(help="Write a grid of example images as a PNG; with --augment, --mixup, ..., of what the model sees.")] = None,
     json: Json = False,
     *, overrides: dict[str, Any],
@@ -398,32 +397,28 @@ def data_info(
     """Show a dataset's splits, classes, counts and image sizes."""
     from vitft.config.train import TrainConfig
     from vitft.data.augmentation.settings import SETTINGS, Augmentation
-    from vitft.data.decoder import MAX_PIXELS
     from vitft.data.info import describe
-    from vitft.data.sources.source import open_dataset
+    from vitft.data.sources.source import source_of
 
-    check_picture(preview)
-    changes = {name: overrides.pop(name) for name in SETTINGS if name in overrides}
-    augmentation = Augmentation.of(TrainConfig.parse(changes, "flags")) if changes else None
-    if augmentation and preview is None:
-        raise UsageError(f"{as_flag(next(iter(changes)))} changes what --preview shows; add --preview FILE.png.")
-    source = open_dataset(dataset, revision=dataset_revision, **overrides)
+    preview = to_write(preview, ".png")
+    config = TrainConfig.parse({"dataset": dataset} | overrides, "flags")
+    changes = [name for name in SETTINGS if name in overrides]
+    if changes and preview is None:
+        raise UsageError(f"{as_flag(changes[0])} changes what --preview shows; add --preview FILE.png.")
+    source = source_of(config)
+    described = describe(source, config.max_pixels)
+    console.say_json(described) if json else console.say(tables.data_report(described))
     if preview is not None:
         from vitft.data.preview import preview as draw
 
-        draw(source, preview, augmentation=augmentation)
+        draw(source, preview, augmentation=Augmentation.of(config) if changes else None)
         console.note(f"preview: {preview}")
-    described = describe(source, max_pixels or MAX_PIXELS)
-    console.say_json(described) if json else console.say(tables.data_report(described))
 
 
 @data_app.command("check")
-@options_from(TRAIN_SETTINGS, "Reading")
+@options_from(TRAIN_SETTINGS, *_OPENING)
 def data_check(
     dataset: DatasetName,
-    dataset_revision: Revision = None,
-    max_pixels: MaxPixels = None,
-    value_range: ValueRange = None,
     quarantine: Annotated[Path | None, typer.Option(help="Write a list of the images to leave out, for vitft train --exclude.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a report with the pictures, for a browser.")] = None,
     json: Json = False,
@@ -433,53 +428,43 @@ def data_check(
 
     Exit code 3 if anything would stop training.
     """
-    with loading():
-        from vitft.config.train import range_of
-        from vitft.data.decoder import MAX_PIXELS
-        from vitft.data.sources.identity import has_names
-        from vitft.data.sources.source import open_dataset
-        from vitft.data.validation.check import KINDS, check, document, quarantine_lines
-    from vitft.io.atomic import write_text
+    quarantine, html = to_write(quarantine), to_write(html)
+    from vitft.config.train import TrainConfig, range_of
 
-    for file in filter(None, (quarantine, html)):
-        if not file.parent.is_dir():
-            raise UsageError(f"{file}: no such folder; make it first, or choose another.")
-    source = open_dataset(dataset, revision=dataset_revision, **overrides)
+    config = TrainConfig.parse({"dataset": dataset} | overrides, "flags")
+    with loading():
+        from vitft.data.sources.identity import has_names
+        from vitft.data.sources.source import source_of
+        from vitft.data.validation.check import KINDS, check, document, quarantine_lines
+
+    before = probing.listed_before(quarantine, config)
+    source = source_of(config)
+    how: dict[str, Any] = {"max_pixels": config.max_pixels, "value_range": range_of(config.value_range)}
     folder = expanded(dataset)
     of_files = folder.is_dir() and all(map(has_names, source.splits.values()))
     with console.working("checking") as progress:
-        found = check(
-            source, folder if of_files else None, max_pixels=max_pixels or MAX_PIXELS,
-            value_range=range_of(value_range), progress=progress,
-        )  # fmt: skip
+        found = check(source, folder if of_files else None, **how, progress=progress)
+    images = sum(len(split) for split in source.splits.values())
+    console.say_json(document(found)) if json else console.say(tables.check_report(found, KINDS, images))
     if html is not None:
         from vitft.data.validation.page import write_report
 
-        write_report(
-            found, source, html, max_pixels=max_pixels or MAX_PIXELS, value_range=range_of(value_range)
-        )  # fmt: skip
+        write_report(found, source, html, **how)
         console.note(f"report: {html}")
     if quarantine is not None:
-        lines = quarantine_lines(found)
-        write_text(quarantine, "".join(f"{line}\n" for line in lines))
-        console.note(tables.to_leave_out(len(lines), dataset, quarantine))
-    images = sum(len(split) for split in source.splits.values())
-    console.say_json(document(found)) if json else console.say(tables.check_report(found, KINDS, images))
+        probing.write_quarantine(quarantine, before, quarantine_lines(found), config)
     if broken := sum(one.severity == "error" for one in found):
         raise DataError(f"{broken:,} of {images:,} images would stop training; fix, remove or exclude them.")
 
 
 @data_app.command("pack")
-@options_from(TRAIN_SETTINGS, "Reading")
+@options_from(TRAIN_SETTINGS, *_OPENING)
 def data_pack(
     dataset: DatasetName,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write the shards; a new folder, or one that an interrupted command began.")],
-    dataset_revision: Revision = None,
     resize: Annotated[int | None, typer.Option(min=1, max=10_000, metavar="<int>", help="Shrink images whose shorter side is longer than this. Default: copy all bit for bit.")] = None,
     shard_mb: Annotated[int, typer.Option(min=1, metavar="<int>", help="Most megabytes of images in a shard.")] = 500,
     on_bad_image: Annotated[Literal["error", "skip"], typer.Option(help="If an image cannot be read: stop, or leave it out.")] = "error",
-    max_pixels: MaxPixels = None,
-    value_range: ValueRange = None,
     json: Json = False,
     *, overrides: dict[str, Any],
 ) -> None:  # fmt: skip
@@ -487,17 +472,18 @@ def data_pack(
 
     Their images are in random order. What they hold is read as the dataset was: vitft train --dataset FOLDER
     """
-    with loading():
-        from vitft.config.train import range_of
-        from vitft.data.decoder import MAX_PIXELS
-        from vitft.data.packing import pack
-        from vitft.data.sources.source import open_dataset
+    from vitft.config.train import TrainConfig, range_of
 
-    source = open_dataset(dataset, revision=dataset_revision, **overrides)
+    config = TrainConfig.parse({"dataset": dataset} | overrides, "flags")
+    with loading():
+        from vitft.data.packing import pack
+        from vitft.data.sources.source import source_of
+
+    source = source_of(config)
     with console.working("packing") as progress:
         packed = pack(
             source, expanded(folder), resize=resize, shard_bytes=shard_mb * 1_000_000, skip_bad=on_bad_image == "skip",
-            max_pixels=max_pixels or MAX_PIXELS, value_range=range_of(value_range), progress=progress,
+            max_pixels=config.max_pixels, value_range=range_of(config.value_range), progress=progress,
         )  # fmt: skip
     for image in packed.skipped:
         console.warn(f"left out {image.name}: {image.reason}")

@@ -7,6 +7,7 @@ import typer
 
 from vitft.errors import UsageError
 from vitft.io import console
+from vitft.io.paths import expanded
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 MaxPixels = Annotated[
@@ -41,10 +42,14 @@ def loading() -> Any:
     return console.working("loading PyTorch and Transformers")
 
 
-def check_picture(picture: Path | None) -> None:
-    """Check a picture's path before the work. Raises UsageError."""
-    if picture is not None and (picture.suffix.lower() != ".png" or not picture.parent.is_dir()):
-        raise UsageError(f"{picture}: give a .png file in a folder that exists.")
+def to_write(file: Path | None, *suffixes: str) -> Path | None:
+    """The file that a command will write at its end, with `~` expanded, checked before the work. Raises UsageError."""
+    if file is None:
+        return None
+    place = expanded(file)
+    if not place.parent.is_dir() or place.is_dir() or (suffixes and place.suffix.lower() not in suffixes):
+        raise UsageError(f"{file}: give a {' '.join([*suffixes[:1], 'file'])} in a folder that exists.")
+    return place
 
 
 def recipe_names(textbook: bool | None = None) -> list[str]:

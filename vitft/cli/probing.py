@@ -3,17 +3,21 @@
 
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vitft.cli import tables
-from vitft.cli.arguments import TRAIN_SETTINGS, DatasetName, Device, Json, check_picture, loading
+from vitft.cli.arguments import TRAIN_SETTINGS, DatasetName, Device, Json, loading, to_write
 from vitft.cli.options import options_from
-from vitft.errors import DataError, UsageError
+from vitft.errors import DataError
 from vitft.io import console
+
+if TYPE_CHECKING:
+    from vitft.config.train import TrainConfig
 
 _OF_A_PROBE = (
     "dataset_revision", "split_seed", "val_fraction", "max_train_samples", "max_eval_samples", "exclude", "on_bad_image", "max_pixels",
@@ -54,7 +58,7 @@ def probe(
     On validation images: logistic regression and nearest neighbors on the model's features, the accuracy by the number
     of images per class, the classes that are confused most, and what full fine-tuning would cost.
     """
-    check_picture(plot)
+    plot = to_write(plot, ".png")
     from vitft.config.train import TrainConfig
 
     config = TrainConfig.parse({"dataset": dataset} | overrides, "flags")
@@ -63,16 +67,16 @@ def probe(
         from vitft.probing.probe import probe as probed
 
     result = probed(config)
+    if json:
+        console.say_json(result.to_dict())
+    else:
+        console.say(tables.probe_report(result))
+        console.say_text("".join(f"{name}: {command}\n" for name, command in next_commands(config).items()))
     if plot is not None and os.environ.get("RANK", "0") == "0":  # of several processes, the first one writes
         from vitft.probing.plot import plot_few_shot
 
         plot_few_shot(result, plot)
         console.note(f"few-shot curve: {plot}")
-    if json:
-        console.say_json(result.to_dict())
-        return
-    console.say(tables.probe_report(result))
-    console.say_text("".join(f"{name}: {command}\n" for name, command in next_commands(config).items()))
 
 
 @options_from(TRAIN_SETTINGS, *_OF_DOUBT)
@@ -89,27 +93,50 @@ def doubt(
 
     One pass over the images. Look at them before you believe it: the model is not always right.
     """
-    for file in filter(None, (quarantine, html)):
-        if not file.parent.is_dir():
-            raise UsageError(f"{file}: no such folder; make it first, or choose another.")
+    quarantine, html = to_write(quarantine), to_write(html)
     from vitft.config.train import TrainConfig, range_of
 
     config = TrainConfig.parse({"dataset": dataset} | overrides, "flags")
     with loading():
         from vitft.data.validation.page import write_report
-        from vitft.io.atomic import write_text
         from vitft.probing.doubt import doubt as doubted
 
+    before = listed_before(quarantine, config)
     result = doubted(config, folds=folds, from_probability=from_probability)
+    console.say_json(result.to_dict()) if json else console.say(tables.doubt_report(result))
     if html is not None:
         write_report(
             result.findings(), result.source, html, max_pixels=config.max_pixels, value_range=range_of(config.value_range)
         )  # fmt: skip
         console.note(f"pictures: {html}")
     if quarantine is not None:
-        write_text(quarantine, "".join(f"{line}\n" for line in result.exclusions()))
-        console.note(tables.to_leave_out(len(result.doubts), dataset, quarantine))
-    console.say_json(result.to_dict()) if json else console.say(tables.doubt_report(result))
+        write_quarantine(quarantine, before, result.exclusions(), config)
+
+
+def listed_before(quarantine: Path | None, config: "TrainConfig") -> list[str]:
+    """The lines that a list of images to leave out keeps: of --exclude, and of the file itself if it is there already.
+
+    People edit these lists, so none of their lines is lost. Raises DataError if one cannot be read.
+    """
+    from vitft.data.sources.source import read_exclusions
+
+    lines = []
+    if quarantine is not None and config.exclude is not None:
+        lines += read_exclusions(Path(config.exclude), "exclude")
+    if quarantine is not None and quarantine.is_file():
+        lines += read_exclusions(quarantine, "quarantine")
+    return list(dict.fromkeys(lines))
+
+
+def write_quarantine(file: Path, before: Sequence[str], found: Sequence[str], config: "TrainConfig") -> None:
+    """Write a list of images to leave out, and say how to train without them."""
+    from vitft.config.train import not_default, train_command
+    from vitft.io.atomic import write_text
+
+    lines = list(dict.fromkeys([*before, *found]))
+    write_text(file, "".join(f"{line}\n" for line in lines))
+    command = train_command(not_default(config) | {"exclude": file})
+    console.note(tables.to_leave_out(len(lines), len(before), file, command))
 
 
 @options_from(TRAIN_SETTINGS, *_OF_FEATURES)

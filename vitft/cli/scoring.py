@@ -15,11 +15,10 @@ from vitft.cli.arguments import (
     MaxPixels,
     Revision,
     ValueRange,
-    check_picture,
     loading,
+    to_write,
 )
 from vitft.cli.options import options_from
-from vitft.errors import UsageError
 from vitft.io import console
 
 
@@ -44,9 +43,7 @@ def evaluate(
     *, overrides: dict[str, Any],
 ) -> None:  # fmt: skip
     """Evaluate a checkpoint: accuracy with a 95 % interval, top-5, F1 per class, confusion matrix."""
-    check_picture(plot)
-    if predictions is not None and (predictions.suffix != ".parquet" or not predictions.parent.is_dir()):
-        raise UsageError(f"{predictions}: give a .parquet file in a folder that exists.")
+    plot, predictions = to_write(plot, ".png"), to_write(predictions, ".parquet")
     with loading():
         from vitft.evaluation.evaluation import evaluate as score
         from vitft.evaluation.novelty import read_novelty
@@ -81,15 +78,7 @@ def evaluate(
                                    "on_bad_image": on_bad_image, "value_range": value_range},
                 progress=progress,
             )  # fmt: skip
-    if plot is not None:
-        from vitft.evaluation.plots import plot_confusion
-
-        plot_confusion(metrics, plot)
-        console.note(f"confusion matrix: {plot}")
     said = metrics.predictions
-    if predictions is not None and said is not None:
-        said.write(predictions)
-        console.note(f"probabilities of {len(said.ids):,} images: {predictions}")
     wrong = tables.mistakes(said, errors) if said is not None and errors else []
     if json:
         more = ({"errors": wrong} if errors else {}) | ({} if apart is None else {"strangers": apart.to_dict()})
@@ -100,6 +89,14 @@ def evaluate(
             console.say(tables.strangers_report(apart))
         if errors and said is not None:
             console.say(tables.mistakes_report(wrong))
+    if plot is not None:
+        from vitft.evaluation.plots import plot_confusion
+
+        plot_confusion(metrics, plot)
+        console.note(f"confusion matrix: {plot}")
+    if predictions is not None and said is not None:
+        said.write(predictions)
+        console.note(f"probabilities of {len(said.ids):,} images: {predictions}")
     if errors or predictions is not None:
         require(said)  # only now, so that the scores are not lost
 
@@ -114,8 +111,7 @@ def report(
 
     The page needs nothing else, so it can be sent to others.
     """
-    if output is not None and (output.suffix not in (".html", ".htm") or not output.parent.is_dir()):
-        raise UsageError(f"{output}: give a .html file in a folder that exists.")
+    output = to_write(output, ".html", ".htm")
     with loading():
         from vitft.evaluation.runs import newest_run
         from vitft.reporting.report import write_report
@@ -140,16 +136,16 @@ def compare(
 
     Paired tests: McNemar's for accuracy, a bootstrap for macro F1. Runs that were scored on other images are refused.
     """
-    check_picture(plot)
+    plot = to_write(plot, ".png")
     with loading():
         from vitft.evaluation.comparison import compare as compared
         from vitft.reporting.curves import plot_curves
 
     found = compared(runs, split=split, seed=seed)
+    console.say_json(found.to_dict()) if json else console.say(tables.comparison_report(found))
     if plot is not None:
         plot_curves(runs, plot)
         console.note(f"curves: {plot}")
-    console.say_json(found.to_dict()) if json else console.say(tables.comparison_report(found))
 
 
 def list_runs(

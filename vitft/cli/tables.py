@@ -582,12 +582,12 @@ def recipe_table(recipes: Sequence[Any]) -> RenderableType:
     return table
 
 
-def to_leave_out(count: int, dataset: str, listed: Path) -> str:
-    """What a list of images is for, as it is written."""
+def to_leave_out(count: int, before: int, listed: Path, command: str) -> str:
+    """What a list of images is for, as it is written; `before` of them were listed already."""
     if count == 0:
         return f"{listed}: empty, there is no image to leave out"
-    again = f"--dataset {shlex.quote(dataset)} --exclude {shlex.quote(str(listed))}"
-    return f"{count:,} image{'s' * (count != 1)} to leave out: vitft train {again}"
+    known = f" ({before:,} listed before)" if before else ""
+    return f"{count:,} image{'s' * (count != 1)} to leave out{known}: {command}"
 
 
 def check_report(findings: Sequence[Any], kinds: Mapping[str, tuple[str, str]], images: int) -> RenderableType:

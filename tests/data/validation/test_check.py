@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import re
+import shlex
 import unicodedata
 from base64 import b64decode
 from collections import Counter
@@ -419,6 +420,57 @@ def test_training_leaves_out_what_is_quarantine_lines(faulty: Path, tmp_path: Pa
     assert split["count"] == 11
     assert not {"train/cat/bad.png", "train/dog/001.png", "train/cat/again.png"} & set(split["ids"])
     assert evaluate(result.run, split="train").split_hash == split["hash"]
+
+
+def test_a_list_keeps_what_was_written_by_hand(faulty: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "out.txt"
+    listed.write_text("train\ttrain/dog/003.png\ntrain\ttrain/cat/bad.png\n")
+    said = vitft(str(faulty), "--quarantine", str(listed)).stderr
+    assert "4 images to leave out (2 listed before)" in said
+    assert listed.read_text().splitlines() == [
+        "train\ttrain/dog/003.png", "train\ttrain/cat/bad.png",
+        "train\ttrain/dog/001.png", "train\ttrain/cat/again.png",
+    ]  # fmt: skip
+    listed.write_bytes(b"\xff\xfe\x00")
+    said = vitft(str(faulty), "--quarantine", str(listed)).stderr
+    assert f"quarantine {listed}: not text" in said
+    assert listed.read_bytes() == b"\xff\xfe\x00"
+
+
+def test_the_suggested_command_reads_the_dataset_as_the_check_did(folder: Path, tmp_path: Path) -> None:
+    table, listed = tmp_path / "my table.csv", tmp_path / "out.txt"
+    names = sorted(path.relative_to(folder).as_posix() for path in (folder / "train").rglob("*.png"))
+    rows = [f"{name},{number % 2},{number // 6}" for number, name in enumerate([*names, names[0]])]
+    table.write_text("\n".join(["path,first,second", *rows]))
+    given = ["--label-column", "second", "--image-folder", str(folder), "--max-pixels", "1000", "--allow-outside"]
+    result = vitft(str(table), *given, "--quarantine", str(listed))
+    command = shlex.split(result.stderr.split("to leave out: ")[1])
+    assert command[:4] == ["vitft", "train", "--dataset", str(table)]
+    assert command[-2:] == ["--exclude", str(listed)]
+    assert sorted(command[4:-2]) == sorted(given)
+
+
+def test_findings_are_shown_before_a_file_that_fails(faulty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "out")
+
+    monkeypatch.setattr("vitft.data.validation.page.write_text", full)
+    monkeypatch.setattr("vitft.io.atomic.write_text", full)
+    for flag in ("--html", "--quarantine"):
+        result = vitft(str(faulty), flag, str(faulty.parent / "out"))
+        assert result.exit_code == 1
+        assert "train/cat/bad.png" in result.stdout
+        assert result.stderr.endswith("error: out: No space left on device.\n")
+        refused = vitft(str(faulty), flag, str(faulty))
+        assert (refused.exit_code, refused.stdout) == (2, "")
+        assert f"{faulty}: give a file in a folder that exists" in refused.stderr
+
+
+def test_a_file_may_be_in_the_home_folder(faulty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    vitft(str(faulty), "--html=~/page.html", "--quarantine=~/out.txt")
+    assert "train/cat/bad.png" in (tmp_path / "page.html").read_text()
+    assert "train/cat/bad.png" in (tmp_path / "out.txt").read_text()
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,19 @@ def test_kernels_of_a_gpu_their_gaps_and_what_the_host_waits() -> None:
     assert _summary([], 2, on_gpu=True)["longest"] == []
 
 
+def test_a_trace_that_cannot_be_written_loses_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.profiler.profile.export_chrome_trace", lambda self, file: None)
+    trace = tmp_path / "trace.json"
+    result = CliRunner().invoke(app, ["bench", "train", *SMALL, "--json", "--profile", str(trace)])
+    found = json.loads(result.stdout)
+    assert result.exit_code == 1
+    assert found["images_per_s"]["median"] > 0
+    assert found["profile"]["trace"] is None
+    assert found["profile"]["longest"]
+    assert f"no trace: {trace}: could not be written" in result.stderr
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_what_cannot_be_measured_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert "use `vitft bench train`" in measured("data", *SMALL, "--profile", "trace.json", code=2)

@@ -188,19 +188,24 @@ def exclusion_line(split: str, image: str) -> str:
     )
 
 
+def read_exclusions(file: Path, setting: str) -> list[str]:
+    """The lines of a list of images to leave out. Raises DataError, which names the setting that gave the file."""
+    try:
+        # Not splitlines(), which also splits at U+2028 in names.
+        lines = expanded(file).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text"
+        raise DataError(f"{setting} {file}: {reason}; give a list from vitft data check --quarantine.") from error
+    return [line for line in lines if line.strip()]
+
+
 def excluding(source: Source, file: Path) -> Source:
     """The source without the images that a file lists, as `vitft data check --quarantine` writes it.
 
     Raises DataError for an unreadable file, UsageError for a line that names no image of the source.
     """
-    try:
-        # Not splitlines(), which also splits at U+2028 in names.
-        lines = [line for line in expanded(file).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text"
-        raise DataError(f"exclude {file}: {reason}; give a list from vitft data check --quarantine.") from error
     line_of: dict[tuple[str, str], str] = {}  # by split and image
-    for line in lines:
+    for line in read_exclusions(file, "exclude"):
         split, _, name = line.partition("\t")
         with suppress(ValueError):  # invalid JSON matches no image
             split, name = (str(json.loads(text)) if text.startswith('"') else text for text in (split, name))

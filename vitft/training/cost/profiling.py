@@ -1,5 +1,6 @@
 """Where the time of a training step goes, by PyTorch's profiler: kernels or operators, and the gaps between them."""
 
+import errno
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -10,6 +11,7 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
 from vitft.hardware.timers import synchronize
+from vitft.io import console
 from vitft.io.atomic import new_file
 
 STEPS = 4
@@ -29,9 +31,9 @@ def profiled(step: Callable[[], Any], device: str, trace: Path, steps: int = STE
         steps: how many.
 
     Returns:
-        For JSON, of a step on average: how many were launched and how often the host waited for the GPU; milliseconds
-        in all; `idle`, the fraction of those in which nothing ran; and the longest by name, with their share of the
-        time in which something did.
+        For JSON: `trace`, None if it could not be written, of which a warning tells. Of a step on average: how many
+        were launched and how often the host waited for the GPU; milliseconds in all; `idle`, the fraction of those in
+        which nothing ran; and the longest by name, with their share of the time in which something did.
     """
     # Kineto, which is the profiler, writes on stderr when it starts and stops, at a level ("USDT", 5) above its errors.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
@@ -40,9 +42,16 @@ def profiled(step: Callable[[], Any], device: str, trace: Path, steps: int = STE
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as seen:
         for _ in range(steps):
             step()
-    with new_file(trace) as temporary:
-        seen.export_chrome_trace(str(temporary))
-    return {"trace": str(trace), "steps": steps, **_summary(seen.events(), steps, on_gpu=on_gpu)}
+    written: str | None = str(trace)
+    try:
+        with new_file(trace) as temporary:
+            seen.export_chrome_trace(str(temporary))
+            if not temporary.exists():  # the profiler raises no error
+                raise OSError(errno.EIO, "could not be written; free some space, or choose another")
+    except OSError as error:
+        written = None
+        console.warn(f"no trace: {trace}: {error.strerror or error}")
+    return {"trace": written, "steps": steps, **_summary(seen.events(), steps, on_gpu=on_gpu)}
 
 
 def _summary(events: Iterable[Any], steps: int, *, on_gpu: bool) -> dict[str, Any]:
