@@ -253,7 +253,7 @@ CASES = [
         of(".") | {"emu/a.npy": b"x", "emu/b.npy": b"x"},
         ".",
         {"train": CAT},
-        warned="the folder emu is not a class: its 2 files are not images",
+        warned="the folder emu is not a class: it has 2 files and no image",
     ),
     Case(
         "no-suffix",

@@ -33,8 +33,24 @@ def test_durations(seconds: float, text: str) -> None:
     assert console.duration(seconds) == text
 
 
+def test_counts() -> None:
+    assert [console.counted(count, "image") for count in (0, 1, 2000)] == ["0 images", "1 image", "2,000 images"]
+    assert [console.counted(2, noun) for noun in ("class", "patch", "seed")] == ["2 classes", "2 patches", "2 seeds"]
+
+
 @pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (2_500_000, "2.5 MB"), (3e12, "3.0 TB")]
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (2_500_000, "2.5 MB"),
+        (3e12, "3.0 TB"),
+        (999.6, "1.0 kB"),
+        (999_949, "999.9 kB"),
+        (999_999, "1.0 MB"),
+        (4e15, "4000.0 TB"),
+    ],
 )
 def test_sizes(count: float, text: str) -> None:
     assert console.size(count) == text

@@ -126,7 +126,7 @@ def test_an_exported_file_is_explained_by_occlusion(photos: Path, tmp_path: Path
     done = CliRunner().invoke(app, [*words, "--explain-by", "attention"])
     assert (done.exit_code, "an exported file does not give it; use occlusion" in done.stderr) == (2, True)
     done = CliRunner().invoke(app, words)
-    assert (done.exit_code, f"of 1 images: {tmp_path / 'why'}" in done.stderr) == (0, True)
+    assert (done.exit_code, f"of 1 image: {tmp_path / 'why'}" in done.stderr) == (0, True)
 
 
 def test_a_folder_that_cannot_be_is_refused_before_the_work(photos: Path, tmp_path: Path) -> None:

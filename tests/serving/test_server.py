@@ -173,7 +173,7 @@ def test_a_request_that_does_not_end_does_not_keep_the_server(
             thread.join(600)
             logger.removeHandler(caplog.handler)
     assert not thread.is_alive()
-    assert caplog.messages[-1] == "1 requests were not answered within 0.05 s"
+    assert caplog.messages[-1] == "1 request not answered within 0.05 s"
 
 
 # -- in a browser -----------------------------------------------------------------------------------

@@ -682,7 +682,7 @@ def test_a_finished_run_without_its_last_weights_does_not_begin_again_over_its_b
 
 def test_a_finished_run_that_would_not_be_longer_is_refused(tmp_path: Path) -> None:
     run = train(config(max_steps=4), output=tmp_path / "run").run
-    with pytest.raises(UsageError, match="finished at step 4, and 4 steps are no more; set more"):
+    with pytest.raises(UsageError, match="finished at step 4, and a total of 4 steps is no more; set more"):
         resume(run, {"epochs": 5})
     assert yaml.safe_load((run / "config.yaml").read_text())["epochs"] == 2.0
 

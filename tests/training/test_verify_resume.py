@@ -119,7 +119,7 @@ def test_without_a_kill_in_time_nothing_is_verified(
     monkeypatch.setattr(verify_resume, "_start", over)
     monkeypatch.setattr(verify_resume, "_ATTEMPTS", 2)
     small = config(max_steps=steps, val_fraction=0)
-    with pytest.raises(TrainingError, match=rf"ended before it was killed {kills} times: nothing is verified"):
+    with pytest.raises(TrainingError, match=rf"ended before it was killed {kills} times?: nothing is verified"):
         verify_resume.verify_resume(small, tmp_path, kills=kills, seed=0)
     assert len(begun) == (1 + 2 if steps > kills else 1)  # it was begun anew, as often as it may be
 

@@ -11,7 +11,7 @@ from vitft import __version__
 from vitft.checkpoints.metadata import Card, name_of
 from vitft.config.train import TrainConfig
 from vitft.data.sources.source import ALIASES
-from vitft.io.console import safe
+from vitft.io.console import counted, safe
 
 
 def readme(card: Card, repo: str | None = None, license: str | None = None) -> str:
@@ -23,17 +23,18 @@ def readme(card: Card, repo: str | None = None, license: str | None = None) -> s
         license: the license that the card states, as the hub spells it, such as apache-2.0.
     """
     scores = "\n".join(
-        f"- {split}: accuracy {100 * score['accuracy']:.2f} % on {score['count']} images (split {score['split_hash']})"
+        f"- {split}: accuracy {100 * score['accuracy']:.2f} % on {counted(score['count'], 'image')} "
+        f"(split {score['split_hash']})"
         + (", which chose the checkpoint, so this is no independent score" if _chose(card) else "")
         for split, score in card.scores.items()
     )
     config = card.config
     start = f"{name_of(config.model)}, new weights" if config.from_scratch else name_of(config.model)
-    data, length = _plain(name_of(str(config.dataset))), f"for {card.step} steps\n({card.epoch:.2f} epochs) "
+    data, length = _plain(name_of(str(config.dataset))), f"for {counted(card.step, 'step')}\n({card.epoch:.2f} epochs) "
     average = ""
     if card.parts:
         names = "\n".join(f"- {_plain(part['run'])}, step {part['step']}" for part in card.parts)
-        length, average = "", f"\n\nThe average of the weights of {len(card.parts)} runs:\n\n{names}"
+        length, average = "", f"\n\nThe average of the weights of {counted(len(card.parts), 'run')}:\n\n{names}"
     return f"""---
 {_header(card, repo, license)}
 ---
@@ -71,7 +72,7 @@ def _header(card: Card, repo: str | None, license: str | None) -> str:
 def _results(card: Card, split: str, score: dict[str, Any]) -> list[EvalResult]:
     dataset = name_of(str(card.config.dataset))
     chose = ", which chose the checkpoint" if _chose(card) else ""
-    on = f"on {score['count']:,} {split} images{chose}"
+    on = f"on {counted(score['count'], f'{split} image')}{chose}"
     metrics = {"accuracy": ("accuracy", f"Accuracy {on}"), "macro_f1": ("f1", f"Macro F1 {on}")}
     return [
         EvalResult(

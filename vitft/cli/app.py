@@ -262,7 +262,7 @@ def explain(
         console.say(trace_table(trace))
     if attention is not None:
         written = draw_attention(trace, expanded(attention))
-        console.note(f"{len(written)} pictures in {attention}; {written[-1].name} has all of them")
+        console.note(f"{console.counted(len(written), 'picture')} in {attention}; {written[-1].name} has all of them")
     if html is not None:
         write_page(trace, expanded(html))
         console.note(f"{html}: open it in a browser; it needs no network")
@@ -491,7 +491,7 @@ def data_pack(
         console.say_json(packed.to_dict())
         return
     console.say_text(
-        f"{packed.images:,} images in {packed.shards:,} shard{'s' * (packed.shards != 1)}, "
+        f"{console.counted(packed.images, 'image')} in {console.counted(packed.shards, 'shard')}, "
         f"{console.size(packed.size)}, in {folder}; "
         f"checksums in SHA256SUMS\nnext: vitft train --dataset {shlex.quote(str(folder))}\n"
     )

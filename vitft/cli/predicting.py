@@ -89,7 +89,7 @@ def predict(
         for flag, folder in (("--sort-into", sort_into), ("--explain", explain)):
             if folder is not None and done.read:
                 _check_begun(flag, expanded(folder), len(done.read))
-        console.note(f"going on after {done.count:,} images")
+        console.note(f"going on after {console.counted(done.count, 'image')}")
     tally, collected = Tally(done.count, done.unreadable), _Collected()
     shared = batches(predictor, images, processes, top_k=top_k, probabilities=probabilities)
     if processes.rank > 0:  # the first one writes
@@ -101,12 +101,12 @@ def predict(
     with _writer(kind, file, layout, collected, appends=done.count > 0) as writer, _progress(kind, file) as progress:
         run(shared, [*beside, writer], tally, lambda count: progress(count, total))
     if file is not None:
-        console.note(f"{tally.done:,} images: {file}")
+        console.note(f"{console.counted(tally.done, 'image')}: {file}")
     if sorter is not None:
         folders = ", ".join(f"{count:,} {name}" for name, count in sorter.counts.most_common())
         console.note(f"sorted into {sort_into}: {folders or 'none'}")
     if explainer is not None:
-        console.note(f"what spoke for the best class of {explainer.count:,} images: {explain}")
+        console.note(f"what spoke for the best class of {console.counted(explainer.count, 'image')}: {explain}")
     if json:
         console.say_json({"predictions": [row.to_dict() for row in collected.rows]})
     tally.check()

@@ -96,7 +96,7 @@ def evaluate(
         console.note(f"confusion matrix: {plot}")
     if predictions is not None and said is not None:
         said.write(predictions)
-        console.note(f"probabilities of {len(said.ids):,} images: {predictions}")
+        console.note(f"probabilities of {console.counted(len(said.ids), 'image')}: {predictions}")
     if errors or predictions is not None:
         require(said)  # only now, so that the scores are not lost
 

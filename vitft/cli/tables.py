@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
-from vitft.io.console import brief, duration, interval, percent, safe, size
+from vitft.io.console import brief, counted, duration, interval, percent, safe, size
 from vitft.io.paths import shown
 
 LISTED_CLASSES = 30  # up to so many classes, the report has a row for each
@@ -38,7 +38,7 @@ def metrics_report(metrics: Any) -> RenderableType:
     headline = Text.assemble(
         "accuracy ",
         (percent(metrics.accuracy), "bold"),
-        f" (95 % interval {low:.1f}–{high:.1f}) on {metrics.count} images of {safe(metrics.split)}",
+        f" (95 % interval {low:.1f}–{high:.1f}) on {counted(metrics.count, 'image')} of {safe(metrics.split)}",
         (f" [{metrics.split_hash[:8]}]", "dim"),
     )
     # With five classes, top-5 is always 100 %.
@@ -56,7 +56,7 @@ def strangers_report(found: Any) -> RenderableType:
     """How well images of another dataset are told apart, for a `Strangers`."""
     lost = f"; {found.unreadable:,} could not be read" if found.unreadable else ""
     return Text(
-        f"\n{found.strangers:,} strangers told from {found.known:,} {safe(found.split)} images: "
+        f"\n{counted(found.strangers, 'stranger')} told from {counted(found.known, f'{safe(found.split)} image')}: "
         f"AUROC {found.by_novelty:.3f} by novelty, {found.by_confidence:.3f} by confidence\n"
         f"with --none-of-these {found.kept:g}, {percent(found.found)} of the strangers are none of these, and "
         f"{percent(found.mistaken)} of the others{lost}"
@@ -75,7 +75,7 @@ def _class_table(metrics: Any) -> list[RenderableType]:
     """Precision, recall, F1 and count of every class, or of the ten classes with the lowest F1."""
     rows, title = metrics.per_class, []
     if len(rows) > LISTED_CLASSES:
-        title = [f"The 10 lowest F1 of {len(rows)} classes (--json lists all):"]
+        title = [f"The 10 lowest F1 of {len(rows):,} classes (--json lists all):"]
         rows = sorted((row for row in rows if row.count), key=lambda row: row.f1)[:10]
     table = _table(_names("class", 36), *_numbers("precision", "recall", "F1", "count", no_wrap=True))
     for row in rows:  # a class without images has no scores
@@ -148,12 +148,12 @@ def comparison_report(found: Any) -> RenderableType:
         cells = (percent(one.accuracy, 2), _signed(one.difference.value), between, p, percent(one.macro_f1, 2))
         table.add_row(Text(safe(one.run)), *cells, style="bold" if one.p < 0.05 else "")
     each = "; p is of each comparison alone" if len(found.others) > 1 else ""
-    parts: list[Any] = [table, "", f"on {found.images:,} {found.split} images, split {found.hash}{each}"]
+    parts: list[Any] = [table, "", f"on {counted(found.images, f'{found.split} image')}, split {found.hash}{each}"]
     for one in found.others:
         f1, better = one.f1_difference, "better" if one.gained > one.lost else "worse"
         verdict = better if one.p < 0.05 else "no difference that these images can tell"
         said = (
-            f"{one.run}: {verdict}; {one.gained:,} images gained and {one.lost:,} lost; "
+            f"{one.run}: {verdict}; {counted(one.gained, 'image')} gained and {one.lost:,} lost; "
             f"macro F1 {_signed(f1.value)} ({_signed(f1.low)} to {_signed(f1.high)})"
         )
         parts.append(Text(safe(said)))
@@ -185,13 +185,14 @@ def export_report(result: Any) -> RenderableType:
     table = _table("", *_numbers(*names, no_wrap=True))
     if proof.accuracy is not None:
         table.add_row(
-            f"accuracy on {proof.images:,} {proof.split} images", *map(percent, (proof.before, proof.accuracy))
+            f"accuracy on {counted(proof.images, f'{proof.split} image')}",
+            *map(percent, (proof.before, proof.accuracy)),
         )
     rates = [(f"{one.torch:.1f}", f"{one.file:.1f}") for one in (proof.one, proof.batch)]
     table.add_row("images/s, one at a time", *rates[0])
     table.add_row("images/s, in batches of 32", *rates[1])
     table.add_row("size", size(result.torch_bytes), size(result.bytes))
-    on = f"{proof.images:,} images of random noise" if proof.split is None else f"{proof.images:,} images"
+    on = counted(proof.images, "image") + (" of random noise" if proof.split is None else "")
     ties = ", the others ties" if proof.agreement < 1 and not proof.untied else ""
     same = f"same class on {percent(proof.agreement, 2)} of {on}{ties}"
     lines = [f"{same}; probabilities differ by at most {proof.largest:.2g}"]
@@ -261,9 +262,9 @@ def probe_report(result: Any) -> RenderableType:
     head = Text.assemble(
         "accuracy ",
         (percent(metrics.accuracy), "bold"),
-        f" (95 % interval {low:.1f}–{high:.1f}) on {metrics.count:,} {safe(metrics.split)} images\n",
+        f" (95 % interval {low:.1f}–{high:.1f}) on {counted(metrics.count, f'{safe(metrics.split)} image')}\n",
         (f"[{metrics.split_hash[:8]}] ", "dim"),
-        f"by logistic regression on {result.width:,} features from {result.images:,} training images",
+        f"by logistic regression on {result.width:,} features from {counted(result.images, 'training image')}",
     )
     trials = _table("classifier", *_numbers("setting", "accuracy", "95 % interval", "loss", no_wrap=True), "")
     groups = (("logistic regression", "penalty", result.logistic), ("nearest neighbors", "k =", result.neighbors))
@@ -314,9 +315,7 @@ def embedded_report(found: Any) -> RenderableType:
     table = _table("", "", show_header=False)
     for name, meaning in found.columns.items():
         table.add_row(Text(name, "bold"), meaning)
-    return Group(
-        Text(f"{safe(str(found.output))}: {found.images:,} image{'s' * (found.images != 1)}", overflow="fold"), table
-    )
+    return Group(Text(f"{safe(str(found.output))}: {counted(found.images, 'image')}", overflow="fold"), table)
 
 
 def soup_report(result: Any) -> RenderableType:
@@ -401,7 +400,7 @@ def verdict_report(verdict: Any, kills: int) -> str:
     same = "the same bits" if verdict.equal else "DIFFERENT WEIGHTS OR LOSSES"
     left = f"; left or missing: {', '.join(verdict.left)}" if verdict.left else ""
     return (
-        f"kills: {len(verdict.kills)} of {kills}, in a run of {verdict.steps} steps; {same} as without "
+        f"kills: {len(verdict.kills)} of {kills}, in a run of {counted(verdict.steps, 'step')}; {same} as without "
         f"interruption; steps repeated after a kill: at most {verdict.repeated}{left}\n"
     )
 
@@ -419,14 +418,17 @@ def plan_report(plan: Any) -> RenderableType:
         "Data": {
             "dataset": f"{config.dataset}{revision}",
             "classes": f"{len(loaded.labels)}: {', '.join(loaded.labels[:8])}{', ...' * (len(loaded.labels) > 8)}",
-            **{role: f"{len(split.rows):,} images of {split.source}" for role, split in prepared.splits.items()},
+            **{
+                role: f"{counted(len(split.rows), 'image')} of {split.source}"
+                for role, split in prepared.splits.items()
+            },
         },
         "Model": {
             "model": f"{config.model}, {loaded.preprocess.size_text} px, {start}",
             "parameters": f"{plan.parameters:,}, of which {plan.trainable:,} are trained",
         },
         "Cost": {
-            "steps": f"{run.steps:,} of {config.batch_size} images, {run.steps_per_epoch:,} per epoch",
+            "steps": f"{run.steps:,} of {counted(config.batch_size, 'image')}, {run.steps_per_epoch:,} per epoch",
             "device": f"{config.device}, {config.precision}",
             "memory": f"about {size(plan.memory_bytes)}" if plan.memory_bytes else "unknown for this architecture",
             "time": f"about {duration(plan.total_s)}: " + ", ".join(f"{k} {duration(s)}" for k, s in times.items()),
@@ -449,8 +451,7 @@ def plan_report(plan: Any) -> RenderableType:
 
 
 def _cluster_title(plan: Any) -> str:
-    count = plan.cluster.devices
-    return "On 1 device" if count == 1 else f"On {count:,} devices"
+    return f"On {counted(plan.cluster.devices, 'device')}"
 
 
 def _cluster_rows(plan: Any) -> dict[str, str]:
@@ -459,7 +460,7 @@ def _cluster_rows(plan: Any) -> dict[str, str]:
     if several:
         parts["communication"] = step.communicate_s - step.hidden_s
     shown = ", ".join(f"{name} {1000 * seconds:.1f}" for name, seconds in parts.items())
-    images, each = "1 image" if step.images == 1 else f"{step.images:,} images", " each" * several
+    images, each = counted(step.images, "image"), " each" * several
     rows = {"a step": f"{1000 * step.seconds:.1f} ms for {images}{each}: {shown}"}
     if step.decode_s:
         rows["first epoch"] = f"{1000 * step.seconds_with(1.0):.1f} ms a step, in which images are decoded"
@@ -475,7 +476,7 @@ def _cluster_rows(plan: Any) -> dict[str, str]:
 
 def data_report(described: Mapping[str, Any]) -> RenderableType:
     """The report of `vitft data info`: splits, counts, sizes, classes."""
-    head = Text.assemble((safe(described["name"]), "bold"), f", {len(described['labels'])} classes")
+    head = Text.assemble((safe(described["name"]), "bold"), f", {counted(len(described['labels']), 'class')}")
     if described.get("revision"):
         kind = "version" if len(described["revision"]) == 16 else "commit"  # of shards, or of a hub dataset
         head.append(f", {kind} {described['revision'][:12]}", "dim")
@@ -503,9 +504,10 @@ def bench_report(found: Mapping[str, Any]) -> RenderableType:
     also = "".join(
         f" {name} {settings[name]:g}," for name in ("color_jitter", "erase", "mixup", "cutmix") if settings[name]
     )
+    steps = f"{counted(found['steps'], 'step')} of {settings['batch_size']}"
     head = Text.assemble(
         (f"{rate['median']:,.0f} images/s", "bold"),
-        f" ({rate['min']:,.0f} to {rate['max']:,.0f} in {found['steps']} steps of {settings['batch_size']})\n"
+        f" ({rate['min']:,.0f} to {rate['max']:,.0f} in {steps})\n"
         f"{found['what']}: {safe(settings['model'])} at {settings['image_size']} px, {safe(settings['dataset'])}, "
         f"augment {settings['augment']},{also} {settings['device']}, {settings['precision']}\n",
     )
@@ -587,7 +589,7 @@ def to_leave_out(count: int, before: int, listed: Path, command: str) -> str:
     if count == 0:
         return f"{listed}: empty, there is no image to leave out"
     known = f" ({before:,} listed before)" if before else ""
-    return f"{count:,} image{'s' * (count != 1)} to leave out{known}: {command}"
+    return f"{counted(count, 'image')} to leave out{known}: {command}"
 
 
 def check_report(findings: Sequence[Any], kinds: Mapping[str, tuple[str, str]], images: int) -> RenderableType:
@@ -604,8 +606,8 @@ def check_report(findings: Sequence[Any], kinds: Mapping[str, tuple[str, str]], 
         if (more := len(alike) - LISTED_FINDINGS) > 0:
             table.add_row("", "", Text(f"... {more:,} more; --json or --html lists them", "dim"))
     counts = {severity: sum(one.severity == severity for one in findings) for severity in colors}
-    told = ", ".join(f"{count:,} {name}{'' if count == 1 else 's'}" for name, count in counts.items() if count)
-    verdict = Text(f"{images:,} images: {told or 'no problems found'}", "bold")
+    told = ", ".join(counted(count, name) for name, count in counts.items() if count)
+    verdict = Text(f"{counted(images, 'image')}: {told or 'no problems found'}", "bold")
     return Group(table, Text(), verdict) if findings else verdict
 
 

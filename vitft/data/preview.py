@@ -18,7 +18,7 @@ from vitft.data.sources.source import Source, class_indices
 from vitft.data.splits import find_split_name
 from vitft.data.stores.store import decode_all
 from vitft.io.atomic import new_file
-from vitft.io.console import safe
+from vitft.io.console import counted, safe
 from vitft.io.fonts import drawable
 from vitft.randomness import permutation
 
@@ -53,8 +53,8 @@ def preview(source: Source, path: Path, seed: int = 0, augmentation: Augmentatio
     for label in shown:
         rows = np.flatnonzero(labels == label)
         drawn.append(rows[permutation(seed, f"preview {source.labels[label]}", 0, len(rows))[:IMAGES]])
-    classes = f"{len(shown)} of {count}" if len(shown) < count else str(count)
-    note = f"{name}: {len(split):,} images; {classes} classes, "
+    classes = f"{len(shown)} of " if len(shown) < count else ""
+    note = f"{name}: {counted(len(split), 'image')}; {classes}{counted(count, 'class')}, "
     if augmentation is None:
         note += f"up to {IMAGES} random images of each"
         heads: list[str] = []

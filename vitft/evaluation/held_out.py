@@ -84,7 +84,7 @@ def _default_role(source: Source, names: Mapping[str, str]) -> str:
     for role in ("test", "validation"):
         if role in names:
             return role
-    images = f"its {len(source.splits[names['train']]):,} images" if "train" in names else "its images"
+    images = f"its {console.counted(len(source.splits[names['train']]), 'image')}" if "train" in names else "its images"
     raise UsageError(
         f"{source.name} has no test or validation split; to score {images}, trained on or not, add --split train."
     )

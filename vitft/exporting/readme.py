@@ -2,7 +2,7 @@
 
 from vitft.checkpoints.exported import Document
 from vitft.exporting.proof import Proof
-from vitft.io.console import percent, safe
+from vitft.io.console import counted, percent, safe
 
 _IMPORTS = {"onnx": "import onnxruntime", "openvino": "import openvino", "torch": "import torch"}
 _OPEN = {
@@ -66,10 +66,11 @@ def readme(document: Document, file: str, proof: Proof) -> str:
     how = document.preprocess
     size = "any size" if document.resize == "inside" else f"{how.height} x {how.width} pixels"
     names = ", ".join(safe(label) for label in document.labels[:50])
-    compared = f"compared with the model on {proof.images} images of noise only, so its accuracy is unknown"
+    compared = f"compared with the model on {counted(proof.images, 'image')} of noise only, so its accuracy is unknown"
     if proof.accuracy is not None and proof.before is not None:
+        images = counted(proof.images, f"{proof.split} image")
         compared = (
-            f"the same class as the model on {percent(proof.agreement, 2)} of {proof.images:,} {proof.split} images, "
+            f"the same class as the model on {percent(proof.agreement, 2)} of {images}, "
             f"accuracy {percent(proof.accuracy)} (the model: {percent(proof.before)})"
         )
     return f"""# An image classifier in {document.format} format, {document.dtype}

@@ -19,7 +19,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Self
 
 from rich.console import Console, RenderableType
-from rich.filesize import pick_unit_and_suffix
 from rich.markup import escape
 
 _main_process = os.environ.get("RANK", "0") == "0"
@@ -150,6 +149,12 @@ def brief(value: Any) -> str:
     return "none" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def counted(count: int, noun: str) -> str:
+    """1, image -> 1 image; 2_000, class -> 2,000 classes."""
+    ending = "" if count == 1 else "es" if noun.endswith(("s", "ch")) else "s"
+    return f"{count:,} {noun}{ending}"
+
+
 def duration(seconds: float) -> str:
     """4 -> 4 s, 184 -> 3 min 4 s, 7300 -> 2 h 2 min."""
     whole = round(seconds)
@@ -162,8 +167,12 @@ def duration(seconds: float) -> str:
 
 def size(count: float) -> str:
     """2_500_000 bytes -> 2.5 MB."""
-    unit, name = pick_unit_and_suffix(int(count), ["B", "kB", "MB", "GB", "TB"], 1000)
-    return f"{count / unit:.{0 if unit == 1 else 1}f} {name}"
+    for name in ("B", "kB", "MB", "GB"):
+        text = f"{count:.{0 if name == 'B' else 1}f}"
+        if float(text) < 1000:
+            return f"{text} {name}"
+        count /= 1000
+    return f"{count:.1f} TB"
 
 
 @contextmanager
@@ -266,8 +275,9 @@ class TrainingProgress:
 
     def evaluated(self, metrics: Any, better: bool) -> None:
         """Log the result of a validation."""
+        images = counted(metrics.count, "image")
         note(
-            f"step {self.step}  {metrics.split}: accuracy {percent(metrics.accuracy, 2)} on {metrics.count} images, "
+            f"step {self.step}  {metrics.split}: accuracy {percent(metrics.accuracy, 2)} on {images}, "
             f"loss {metrics.loss:.4f}{'  (best so far)' if better else ''}"
         )
 
@@ -287,5 +297,5 @@ class TrainingProgress:
 
 def interval(split: str, accuracy: float, bounds: tuple[float, float], count: int) -> str:
     """An accuracy with its split and its 95 % interval, on one line."""
-    low, high = bounds
-    return f"{split} accuracy {percent(accuracy, 2)} (95 % interval {100 * low:.2f}–{100 * high:.2f}, {count} images)"
+    (low, high), images = bounds, counted(count, "image")
+    return f"{split} accuracy {percent(accuracy, 2)} (95 % interval {100 * low:.2f}–{100 * high:.2f}, {images})"

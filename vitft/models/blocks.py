@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from vitft.errors import UsageError
+from vitft.io.console import counted
 from vitft.models.heads import in_head
 
 
@@ -61,7 +62,9 @@ def freeze_first(model: nn.Module, count: int) -> None:
     """
     blocks = sum(len(stack) for stack in block_stacks(model))
     if count > blocks:
-        raise UsageError(f"freeze {count}: this model has {blocks} blocks; give at most {blocks}, or backbone.")
+        raise UsageError(
+            f"freeze {count}: this model has {counted(blocks, 'block')}; give at most {blocks}, or backbone."
+        )
     depths = parameter_depths(model)
     for name, parameter in model.named_parameters():
         if depths[name] <= count and not in_head(model, name):

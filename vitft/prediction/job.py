@@ -4,6 +4,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 from vitft.errors import DataError, Stopped
+from vitft.io.console import counted
 from vitft.io.signals import Interrupted, StopSignals
 from vitft.prediction.outputs import Writer
 from vitft.prediction.predictor import Prediction
@@ -48,6 +49,6 @@ def run(batches: Batches, writers: Sequence[Writer], tally: Tally, progress: Cal
                     writer.write(rows)
                 progress(tally.done)
     except Interrupted as signal:
-        raise Stopped(f"stopped after {tally.done:,} images", signal.number) from None
+        raise Stopped(f"stopped after {counted(tally.done, 'image')}", signal.number) from None
     finally:
         batches.close()

@@ -154,12 +154,14 @@ class _Server(uvicorn.Server):
     async def _finish(self) -> None:
         """Wait for the requests in flight, and end."""
         if self._guard.in_flight:
-            console.note(f"stopping after {self._guard.in_flight} requests; Ctrl-C again ends at once")
+            console.note(
+                f"stopping after {console.counted(self._guard.in_flight, 'request')}; Ctrl-C again ends at once"
+            )
         with suppress(TimeoutError):
             async with asyncio.timeout(_FINISH_S):
                 while self._guard.in_flight:
                     await asyncio.sleep(0.02)
         if left := self._guard.in_flight:
-            console.warn(f"{left} requests were not answered within {_FINISH_S:g} s")
+            console.warn(f"{console.counted(left, 'request')} not answered within {_FINISH_S:g} s")
             self.force_exit = True
         self.should_exit = True

@@ -18,6 +18,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from vitft.errors import first_line
+from vitft.io.console import counted
 
 logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every form that is refused
 
@@ -164,4 +165,4 @@ def _too_large(limits: Limits) -> HTTPException:
 
 
 def _too_many(limits: Limits) -> HTTPException:
-    return HTTPException(413, f"the request has over {limits.files} images (--max-files); send several.")
+    return HTTPException(413, f"the request has over {counted(limits.files, 'image')} (--max-files); send several.")

@@ -378,7 +378,9 @@ def _result(study: "Study", plan: Plan, folder: Path) -> SweepResult:
         failed = [one for one in trials if one.state == "failed"]
         if not failed:
             raise UsageError(f"{folder}: no trial is finished yet; other processes work on them.")
-        raise TrainingError(f"{folder}: all {len(failed)} trials failed; the first: {failed[0].reason}")
+        raise TrainingError(
+            f"{folder}: all {console.counted(len(failed), 'trial')} failed; the first: {failed[0].reason}"
+        )
     given = point_of(plan.base, plan.space)
     result = SweepResult(
         folder, by, trials, best, 1 if given is not None else None, study.total, folder / BEST
@@ -399,8 +401,8 @@ def _recipe(result: SweepResult, plan: Plan) -> str:
         "",
         f"  vitft train --recipe {shlex.quote(str(result.recipe))}",
         "",
-        f"{reached} on {score.count:,} validation images [{score.split_hash[:8]}], which chose it",
-        f"among the trials, so a little too high. Mean of {len(best.scores)} seed{'s' * (len(best.scores) > 1)}.",
+        f"{reached} on {console.counted(score.count, 'validation image')} [{score.split_hash[:8]}], which chose it",
+        f"among the trials, so a little too high. Mean of {console.counted(len(best.scores), 'seed')}.",
         f"Tried: {'; '.join(f'{name}={text}' for name, text in plan.vary.items()) or 'the same settings'}.",
     ]
     chosen = plan.settings | best.settings

@@ -7,6 +7,7 @@ import numpy as np
 from vitft.config.train import TrainConfig
 from vitft.evaluation.metrics import Metrics
 from vitft.hardware.device import cpus
+from vitft.io.console import counted
 from vitft.training.optim import unusual_lr
 
 _SLOW = 1 / 3  # of the best speed so far
@@ -37,7 +38,8 @@ def _cause(config: TrainConfig, steps: int, weights: int) -> str:
     if (unusual := unusual_lr(config, weights)) is not None:
         return f"{unusual}."
     if steps < _FEW_STEPS:
-        return f"{steps} steps are few: try more --epochs, or a higher learning rate than --lr {config.lr:g}."
+        few = f"{counted(steps, 'step')} can be too few"
+        return f"{few}: try more --epochs, or a higher learning rate than --lr {config.lr:g}."
     return "Look at the labels (vitft data check), or try another --lr."
 
 

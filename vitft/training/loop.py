@@ -299,7 +299,7 @@ class Run:
                 if not is_out_of_memory(error) or self.eval_batch == 1 or not alone:
                     raise
             self.eval_batch //= 2
-            console.warn(f"out of memory: evaluating {self.eval_batch} images at a time from now on")
+            console.warn(f"out of memory: evaluating {console.counted(self.eval_batch, 'image')} at a time from now on")
             if self.config.device == "cuda":
                 torch.cuda.empty_cache()
 

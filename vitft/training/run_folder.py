@@ -25,6 +25,7 @@ from vitft.evaluation.results import has_results
 from vitft.hardware.device import command, environment
 from vitft.hardware.processes import launch, restarts
 from vitft.io.atomic import clean_up, lock_folder, write_json
+from vitft.io.console import counted
 from vitft.io.paths import composed, expanded, make_output
 from vitft.training.optim import total_steps
 from vitft.training.setup import Decoded, Prepared, absolute, prepare
@@ -127,9 +128,9 @@ def start_note(prepared: Prepared, steps: int, run: Path) -> str:
     config, how = prepared.config, prepared.loaded.preprocess
     images = ", ".join(f"{len(prepared.splits[role].rows):,} {role}" for role in prepared.used)
     return (
-        f"{prepared.source.name}: {images} images of {len(prepared.loaded.labels)} classes; "
+        f"{prepared.source.name}: {images} images of {counted(len(prepared.loaded.labels), 'class')}; "
         f"{Path(config.model).name} at {how.size_text} px on {config.device}, {config.precision}; "
-        f"{steps:,} steps of {config.batch_size}; in {run}"
+        f"{counted(steps, 'step')} of {config.batch_size}; in {run}"
     )
 
 
@@ -378,7 +379,7 @@ def _difference(then: dict[str, Any] | None, decoded: Decoded, role: str, repair
         first = f"row {gone[0]}" if isinstance(gone[0], int) else gone[0]
         return f"{len(gone):,} of its {len(wanted):,} images are gone, the first is {first}"
     if split is None or here != wanted:
-        return f"{len(here):,} images now, {len(wanted):,} then"
+        return f"{counted(len(here), 'image')} now, {len(wanted):,} then"
     if then["hash"] != split.hash:
         return "the same names, but in other classes"
     store = decoded.stores.made[role][0] if role in decoded.stores.made else None

@@ -116,7 +116,7 @@ class Learner:
         fit = fit_head(features.to(device), labels, classes, head_loss(config, labels, self._names))
         write_head(self.unwrapped, fit, broadcast)
         score = "" if fit.accuracy is None else f", {100 * fit.accuracy:.1f} % right of {fit.held_out:,} held out"
-        console.note(f"new head fitted to the features of {len(chosen):,} training images{score}")
+        console.note(f"new head fitted to the features of {console.counted(len(chosen), 'training image')}{score}")
 
     @contextmanager
     def whole(self) -> Iterator[Any]:

@@ -159,8 +159,9 @@ def _resume(
         if rolled_back:
             resumed.keep_earlier_best(state)
         if (config.epochs, config.max_steps) != (before.epochs, before.max_steps) and state.step >= resumed.total_steps:
+            total = console.counted(resumed.total_steps, "step")
             raise UsageError(
-                f"{run} finished at step {state.step}, and {resumed.total_steps} steps are no more; "
+                f"{run} finished at step {state.step}, and a total of {total} is no more; "
                 "set more --epochs or --max-steps."
             )
         if state.total_steps is not None and resumed.total_steps > state.total_steps:

@@ -16,6 +16,7 @@ import yaml
 from vitft.checkpoints.checkpoint import is_run, newest_intact, read_config, read_state
 from vitft.config.train import TrainConfig
 from vitft.errors import TrainingError
+from vitft.io.console import counted
 from vitft.training.callbacks import recorded
 
 Say = Callable[[str], None]
@@ -52,7 +53,7 @@ def verify_resume(config: TrainConfig, work: Path, *, kills: int, seed: int, say
     _finish(_start(["--recipe", str(recipe), "--output", str(whole)]))
     chosen = whole / "config.yaml"  # with threads, precision and compilation, which would be chosen by trial again
     steps, took_s = _reached(whole), time.perf_counter() - started
-    say(f"uninterrupted: {steps} steps in {took_s:.0f} s")
+    say(f"uninterrupted: {counted(steps, 'step')} in {took_s:.0f} s")
     step_s = _step_s(whole)
     moments = random.Random(seed)
     for _ in range(_ATTEMPTS if steps > kills else 0):
@@ -77,8 +78,8 @@ def verify_resume(config: TrainConfig, work: Path, *, kills: int, seed: int, say
             verdict.left = tuple(sorted(set(_files(killed)) ^ set(_files(whole))))
             return verdict
     raise TrainingError(
-        f"a run of {steps} steps in {took_s:.0f} s ended before it was killed {kills} times: nothing is verified; "
-        "set more steps (--max-steps), or fewer --kills."
+        f"a run of {counted(steps, 'step')} in {took_s:.0f} s ended before it was killed {counted(kills, 'time')}: "
+        "nothing is verified; set more steps (--max-steps), or fewer --kills."
     )
 
 

@@ -75,7 +75,8 @@ def test_devices_share_the_batch_and_wait_for_the_link(planned: Any) -> None:
     slow = planned(8, link_gbps=0.01)
     assert slow.step.bottleneck.startswith("communication")
     assert slow.efficiency < plan.efficiency
-    assert planned(64).step.bottleneck == "too few images: 32 devices have none; raise --batch-size"
+    assert planned(64).step.bottleneck == "too few images: none for 32 devices; raise --batch-size"
+    assert planned(33).step.bottleneck == "too few images: none for 1 device; raise --batch-size"
 
 
 def test_a_frozen_backbone_sends_the_gradients_of_its_head(

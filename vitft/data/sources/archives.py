@@ -24,7 +24,7 @@ from vitft.data.sources.layouts import splits_of
 from vitft.data.sources.schema import COLUMNS, IMAGE_TYPE, Notes, ReadOptions, Splits, image_structs, make_split
 from vitft.data.streaming.tars import Header
 from vitft.errors import DataError
-from vitft.io.console import size
+from vitft.io.console import counted, size
 from vitft.io.paths import is_text
 
 T = TypeVar("T")
@@ -149,7 +149,7 @@ def _read_class_folders(file: Path, files: list[str], encoding: str | None, note
         if name in members:
             split, label = members[name]
             images[split][name] = label, data  # a repeated name replaces the earlier one, as in unpacking
-    notes.decide(f"{file.name} is read into memory, {sum(map(len, images.values())):,} images")
+    notes.decide(f"{file.name} is read into memory, {counted(sum(map(len, images.values())), 'image')}")
     return {split: _dataset([(name, *rows[name]) for name in sorted(rows)], names) for split, rows in images.items()}
 
 

@@ -16,6 +16,7 @@ from vitft.data.sources.folders import Folder, Listing, describe_others, relativ
 from vitft.data.sources.schema import COLUMNS, OF_TEXT, Notes, ReadOptions, Splits, group_rows, role_of, split_of_files
 from vitft.data.sources.tables.files import read_table
 from vitft.errors import DataError
+from vitft.io.console import counted
 from vitft.io.paths import composed
 
 Classes = dict[str, list[str]]
@@ -37,7 +38,9 @@ def read_folder(root: Path, listing: Listing, options: ReadOptions, notes: Notes
     splits = splits_of(listing.tree, notes)
     if listing.duplicates:
         path, original = (relative(file, listing.tree.path) for file in listing.duplicates[0])
-        notes.warn(f"{_images(len(listing.duplicates))} read twice through links (first: {path} is {original})")
+        notes.warn(
+            f"{counted(len(listing.duplicates), 'image')} read twice through links (first: {path} is {original})"
+        )
     names = sorted({name for classes in splits.values() for name in classes})
     return {split: _dataset(root, classes, names) for split, classes in splits.items()}
 
@@ -167,12 +170,14 @@ class _Layout:
             else:
                 why = "it has no class folders"
             if why:
-                self.notes.warn(f"{name} is left out, with {_images(part.count)}: {why}")
+                self.notes.warn(f"{name} is left out, with {counted(part.count, 'image')}: {why}")
         if self.others and not others_are_train:
             count = sum(folder.count for folder in self.others)
-            self.notes.warn(f"{_images(count)} in {_names(self.others)} left out: not named like a split")
+            self.notes.warn(f"{counted(count, 'image')} in {_names(self.others)} left out: not named like a split")
         if self.top.images:
-            self.notes.warn(f"{_images(len(self.top.images))} directly in {self.top.path} left out: not in a split")
+            self.notes.warn(
+                f"{counted(len(self.top.images), 'image')} directly in {self.top.path} left out: not in a split"
+            )
         return {name if role_of(name) else self.roles[name]: classes for name, classes in splits.items()}
 
     def _classes(self, folder: Folder, class_folders: list[Folder]) -> Classes:
@@ -181,7 +186,9 @@ class _Layout:
             raise DataError(_no_class_folders(folder))
         where = self._relative(folder)
         if folder.images:
-            self.notes.warn(f"{_images(len(folder.images))} directly in {where} left out: not in a class folder")
+            self.notes.warn(
+                f"{counted(len(folder.images), 'image')} directly in {where} left out: not in a class folder"
+            )
         for empty in (inner for inner in folder.folders if not inner.count):
             self._note_empty(empty)
         classes: Classes = {}
@@ -200,7 +207,7 @@ class _Layout:
             _, pictures = describe_others(others, self.tree.path)
             raise DataError(f"the folder {where} has no readable image: {'; '.join(pictures)}.")
         if others:
-            self.notes.warn(f"the folder {where} is not a class: its {len(others):,} files are not images")
+            self.notes.warn(f"the folder {where} is not a class: it has {counted(len(others), 'file')} and no image")
         else:
             self.notes.decide(f"the folder {where} is not a class: it is empty")
 
@@ -339,10 +346,6 @@ def _by_first_folder(rows: datasets.Dataset, folder: Path) -> Splits:
 
 
 # -- messages ---------------------------------------------------------------------------------------
-
-
-def _images(count: int) -> str:
-    return "1 image" if count == 1 else f"{count:,} images"
 
 
 def _no_class_folders(tree: Folder) -> str:

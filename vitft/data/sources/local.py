@@ -22,6 +22,7 @@ from vitft.data.sources.layouts import read_folder
 from vitft.data.sources.schema import COLUMNS, OF_TEXT, Notes, ReadOptions, Splits, role_of
 from vitft.data.sources.tables.files import TABLE_SUFFIXES, read_table
 from vitft.errors import DataError
+from vitft.io.console import counted
 
 IN_MEMORY_BYTES = 4_000_000_000
 
@@ -49,7 +50,9 @@ def read(path: Path, options: ReadOptions, notes: Notes) -> Splits:
         listing = Listing(path.absolute())
         if files := find_files(listing.tree, lambda name: name.endswith(".parquet")):
             if listing.tree.count:
-                notes.warn(f"only the parquet files are read, not the {listing.tree.count:,} images beside them")
+                notes.warn(
+                    f"only the parquet files are read, not the {counted(listing.tree.count, 'image')} beside them"
+                )
             return read_parquet(files, options, notes)
         if not listing.tree.count and (files := find_files(listing.tree, is_archive)):
             return read_archives(files, options, notes)

@@ -20,7 +20,7 @@ from vitft.data.sources.identity import has_names, sample_names
 from vitft.data.sources.schema import OF_TEXT, Notes, ReadOptions, Splits, standardize, whole_numbers
 from vitft.data.sources.tables.image_paths import resolve_paths
 from vitft.errors import DataError, UsageError, nearest
-from vitft.io.console import without_secrets
+from vitft.io.console import counted, without_secrets
 from vitft.io.paths import composed, expanded, is_url
 
 
@@ -221,8 +221,7 @@ def excluding(source: Source, file: Path) -> Source:
         raise UsageError(
             f"exclude {file}: {unknown[0]!r} names no image of {source.name}; write a line as SPLIT, a tab, IMAGE."
         )
-    images = "1 image" if len(line_of) == 1 else f"{len(line_of):,} images"
-    left = (f"{images} left out: listed in {file.name}",) if line_of else ()
+    left = (f"{counted(len(line_of), 'image')} left out: listed in {file.name}",) if line_of else ()
     return replace(source, splits=datasets.DatasetDict(splits), decisions=source.decisions + left)
 
 

@@ -24,6 +24,7 @@ from vitft.data.sources.folders import Listing, relative
 from vitft.data.sources.identity import rows_to_look_at, sample_id, sample_names
 from vitft.data.sources.source import Source, class_indices, exclusion_line
 from vitft.data.stores.store import naming
+from vitft.io.console import counted
 
 Severity = Literal["error", "warning", "note"]
 Progress = Callable[[int, int], None]
@@ -317,7 +318,7 @@ def imbalance(counts: NDArray[np.int64], labels: Sequence[str]) -> str | None:
     if len(present) < 2 or present.max() <= _MAX_IMBALANCE * present.min():
         return None
     most, least = (labels[np.flatnonzero(counts == count)[0]] for count in (present.max(), present.min()))
-    return f"{present.max():,} images of {most}, {present.min():,} of {least}"
+    return f"{counted(present.max(), 'image')} of {most}, {present.min():,} of {least}"
 
 
 def _normalized(label: str) -> str:

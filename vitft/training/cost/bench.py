@@ -66,8 +66,8 @@ def bench(what: What, settings: dict[str, Any], steps: int, profile: Path | None
         prepared = autotuned(prepared)
     config = prepared.config
     if len(prepared.splits["train"].rows) < config.batch_size:
-        few = len(prepared.splits["train"].rows)
-        raise UsageError(f"--batch-size {config.batch_size}: {config.dataset} has {few} training images; take fewer.")
+        few = console.counted(len(prepared.splits["train"].rows), "training image")
+        raise UsageError(f"--batch-size {config.batch_size}: {config.dataset} has {few}; take fewer.")
     started = time.perf_counter()
     alone = replace(prepared, splits={"train": prepared.splits["train"]})
     decoded = alone.decode() if what == "eval" else alone.open_images(resumes=True)  # without reading headers first

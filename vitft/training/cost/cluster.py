@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vitft.hardware.device import micro_batch
+from vitft.io.console import counted
 from vitft.training.cost.estimate import Cost, Decoding, cost, memory_bytes
 from vitft.training.setup import Prepared
 from vitft.training.sharding import part_bytes
@@ -60,7 +61,7 @@ class ClusterStep:
     def bottleneck(self) -> str:
         """What takes longest."""
         if self.idle:
-            return f"too few images: {self.idle:,} devices have none; raise --batch-size"
+            return f"too few images: none for {counted(self.idle, 'device')}; raise --batch-size"
         if self.input_s > self.device_s:
             return "images: the host cannot prepare them as fast"
         parts = {

@@ -9,6 +9,7 @@ import torch
 
 from vitft.config.train import TrainConfig
 from vitft.hardware.device import find_precision, micro_batch, peak_flops
+from vitft.io.console import counted
 from vitft.models.load import shape_of
 from vitft.spec import training_flops
 
@@ -128,5 +129,5 @@ def _remedy(pace: Pace, mfu: float | None, config: TrainConfig) -> str | None:
     part = micro_batch(config)
     if config.device == "cuda" and mfu is not None and mfu < _SMALL_SHARE and part < 64:
         option = "--batch-size" if part == config.batch_size else "--micro-batch-size"
-        return f"micro-batches of {part} images leave the GPU idle: a larger {option} fills it"
+        return f"micro-batches of {counted(part, 'image')} leave the GPU idle: a larger {option} fills it"
     return None
