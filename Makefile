@@ -27,7 +27,7 @@ demo: .venv/.installed  ## fine-tune the bundled ViT on digits, evaluate it, pre
 test: .venv/.installed-dev  ## run all tests
 	$(BIN)/python -m pytest -m 'not slow' -n auto --dist worksteal
 
-check: .venv/.installed-dev  ## lint, types, and the arrows between rooms
+check: .venv/.installed-dev  ## lint, types and import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

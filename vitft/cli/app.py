@@ -94,7 +94,7 @@ def train(
     report: Annotated[Literal["on", "off"], typer.Option(help="Write report.html into the run folder at the end.", rich_help_panel="Run")] = "on",
     json: Json = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the run would do and cost, without starting it.", rich_help_panel="Run")] = False,
-    devices: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="With --dry-run: also plan the run on so many devices like this one.", rich_help_panel="Run")] = None,
+    devices: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="With --dry-run: also plan the run on this many devices like this one.", rich_help_panel="Run")] = None,
     link_gbps: Annotated[float | None, typer.Option(min=0.001, metavar="<float>", help="With --devices: gigabits a second that each can send to the next. Default: 100.", rich_help_panel="Run")] = None,
     hourly_price: Annotated[float | None, typer.Option(min=0, metavar="<float>", help="With --devices: what one device costs an hour.", rich_help_panel="Run")] = None,
     *, overrides: dict[str, Any],
@@ -108,7 +108,7 @@ def train(
         raise UsageError(f"--devices plans a run; add --dry-run. To train on several: {several}")
     if devices is None and (hourly_price is not None or link_gbps is not None):
         flag = "--link-gbps" if hourly_price is None else "--hourly-price"
-        raise UsageError(f"{flag} is of a plan; add --dry-run --devices N.")
+        raise UsageError(f"{flag} applies only to a plan; add --dry-run --devices N.")
     if resume is not None:
         if recipe is not None or output is not None or overwrite or dry_run:
             raise UsageError("--resume continues a run as it is; leave out --recipe, --output, --overwrite, --dry-run.")

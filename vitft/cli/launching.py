@@ -28,8 +28,8 @@ def launch(
     gpus_per_node: Annotated[str, typer.Option(metavar="[TYPE:]N", help="GPUs of each, with a process for each; 0: CPUs.", rich_help_panel=RESOURCES)] = "1",
     cpus_per_task: Annotated[int | None, typer.Option(min=1, metavar="<int>", help="CPUs of each process; default: the cluster's, often 1.", rich_help_panel=RESOURCES)] = None,
     time: Annotated[str | None, typer.Option(help="Time limit, such as 90 (minutes), 4:00:00 or 2-12 (days-hours). When it is up, what saves as it goes (train, sweep, predict to .csv or .jsonl) is queued again, unless --no-requeue; other jobs end.", rich_help_panel=RESOURCES)] = None,
-    partition: Annotated[str | None, typer.Option(help="Where to queue.", rich_help_panel=RESOURCES)] = None,
-    account: Annotated[str | None, typer.Option(help="Whose share is used.", rich_help_panel=RESOURCES)] = None,
+    partition: Annotated[str | None, typer.Option(help="Partition to submit to.", rich_help_panel=RESOURCES)] = None,
+    account: Annotated[str | None, typer.Option(help="Account to charge.", rich_help_panel=RESOURCES)] = None,
     no_requeue: Annotated[bool, typer.Option("--no-requeue", help="When it is preempted or its time is up, save and end; do not queue the job again.", rich_help_panel=RESOURCES)] = False,
     notice: Annotated[int | None, typer.Option(min=1, max=65_535, metavar="SECONDS", help="How long before its time is up the job begins to save; longer for large checkpoints. Default: 120.", rich_help_panel=RESOURCES)] = None,
     sbatch: Annotated[list[str] | None, typer.Option(metavar="OPTION", help="Another option of sbatch: --sbatch=--qos=low. Can be repeated.", rich_help_panel=RESOURCES)] = None,
@@ -44,7 +44,7 @@ def launch(
     """
     words = command or []
     if not slurm:
-        raise UsageError("launch: on which kind of cluster? Add --slurm, the one there is.")
+        raise UsageError("launch needs --slurm, the only kind of cluster it supports.")
     if not words:
         raise UsageError("nothing to launch; add a command after --, as in: vitft launch --slurm -- train --dataset X")
     if dry_run and output is not None:
@@ -72,7 +72,7 @@ def launch(
         console.note(f"submit it with: sbatch {shlex.quote(str(file))}")
     else:
         job = submit(script)
-        console.say_text(f"job {job}; what it says is in slurm-{job}.out\n")
+        console.say_text(f"job {job}; its output goes to slurm-{job}.out\n")
 
 
 def _parsed(ctx: typer.Context, words: list[str]) -> tuple[str, dict[str, Any]]:

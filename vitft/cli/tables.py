@@ -467,10 +467,10 @@ def _cluster_rows(plan: Any) -> dict[str, str]:
     if several:
         sent, link = "weights" if plan.shards else "gradients", plan.cluster.link_gbps
         rows[sent] = f"{size(plan.exchanged_bytes)}, over links of {link:g} Gbit/s"
-    speed = f", at {percent(plan.efficiency)} of the speed of so many single devices" * several
+    speed = f", scaling efficiency {percent(plan.efficiency)}" * several
     rows["time"] = f"about {duration(plan.total_s)}{speed}"
     rows["memory"] = f"about {size(plan.memory_bytes)}{each}" if plan.memory_bytes else "unknown for this architecture"
-    rows["longest"] = step.bottleneck
+    rows["bottleneck"] = step.bottleneck
     return rows | ({} if plan.price is None else {"price": f"{plan.price:,.2f}"})
 
 
@@ -539,7 +539,7 @@ def _profile_table(seen: Mapping[str, Any]) -> RenderableType:
     for one in seen["longest"]:
         longest.add_row(Text(safe(one["name"])), f"{one['ms']:.3f}", f"{one['launches']:,.0f}", percent(one["share"]))
     waits = "" if seen["waits"] is None else f"\nthe host waits for the GPU {seen['waits']:,.0f} times a step"
-    gaps = f"none runs in {percent(seen['idle'])} of the time"
+    gaps = f"idle {percent(seen['idle'])} of the time"
     return Group(longest, Text(f"\n{seen['launches']:,.0f} {of} a step; {gaps}{waits}"))
 
 

@@ -68,7 +68,7 @@ class TrainConfig(Settings):
     layers: int | None = setting(None, "Model", "With --from-scratch: number of encoder blocks.", ge=1, le=256)
     heads: int | None = setting(None, "Model", "With --from-scratch: attention heads per block.", ge=1, le=256)
     mlp: int | None = setting(None, "Model", "With --from-scratch: hidden size of the MLP in each block.", ge=1, le=65_536)
-    freeze: PositiveInt | Literal["none", "backbone"] = setting("none", "Model", "backbone: train only the head (linear probe). A number: freeze the embeddings and so many of the first blocks, which saves time and memory.")
+    freeze: PositiveInt | Literal["none", "backbone"] = setting("none", "Model", "backbone: train only the head (linear probe). A number: freeze the embeddings and this many of the first blocks, which saves time and memory.")
     lora_rank: int | None = setting(None, "Model", "Train a low-rank adapter (LoRA) of this rank, such as 16, and the head; all other weights stay. Needs vitft[lora].", ge=1, le=1024)
     lora_alpha: float | None = setting(None, "Model", "Scale of the adapter, divided by its rank. Default: the rank.", gt=0, le=100_000)
     lora_targets: Literal["attention", "all"] = setting("attention", "Model", "Linear layers that the adapter changes: those of attention, or all in the blocks.")
@@ -81,7 +81,7 @@ class TrainConfig(Settings):
     if TYPE_CHECKING:
         lr: float = setting("auto", "", "")  # once validated, it is a number
     else:
-        lr: Annotated[float, Field(gt=0, le=100)] | Literal["auto"] | None = setting("auto", "Optimization", "Peak learning rate. auto, also of none: by what is trained; with adamw 2e-5 for all weights (1e-3 of a model below 3 M), 1e-3 for an adapter, 1e-2 for a head alone, 1e-3 for new weights.")
+        lr: Annotated[float, Field(gt=0, le=100)] | Literal["auto"] | None = setting("auto", "Optimization", "Peak learning rate. auto or none: depends on what is trained; with adamw 2e-5 for all weights (1e-3 for models under 3 M parameters), 1e-3 for an adapter, 1e-2 for a head alone, 1e-3 for new weights.")
     schedule: Literal["constant", "linear", "cosine", "step"] = setting("linear", "Optimization", "Learning rate decay after warmup; linear and cosine end at 0.")
     head_init: Literal["auto", "features", "random"] = setting("auto", "Optimization", "Start of a new head. features: logistic regression on the features of the pretrained backbone, fitted before the first step. auto: that, if possible.")
     layer_decay: float = setting(1.0, "Optimization", "Multiply the learning rate by this for each layer below the head, so that early layers change less. Often 0.65 to 0.9.", gt=0, le=1)
@@ -93,7 +93,7 @@ class TrainConfig(Settings):
     weight_decay: float = setting(0.01, "Optimization", "Weight decay of weight matrices. Biases, norms, tokens and position embeddings have none; adam ignores it.", ge=0, le=10)
     clip_norm: float = setting(1.0, "Optimization", "Maximum gradient norm. 0: no clipping.", ge=0)
     on_nan: Literal["stop", "rollback"] = setting("stop", "Optimization", "If the loss or gradient is non-finite: stop, or roll back to the newest checkpoint with finite weights and continue at half the learning rate. Each further rollback goes to an older checkpoint.", changeable=True)
-    drop_path: float | None = setting(None, "Optimization", "Stochastic depth: probability of skipping a residual branch of the last block; smaller in earlier blocks. Default: the model's own (0.1 of Swin, 0 of ViT).", ge=0, lt=1)
+    drop_path: float | None = setting(None, "Optimization", "Stochastic depth: probability of skipping a residual branch of the last block; smaller in earlier blocks. Default: the model's own (0.1 for Swin, 0 for ViT).", ge=0, lt=1)
     ema: float = setting(0.0, "Optimization", "Decay of an exponential moving average of the weights, such as 0.99, which is evaluated and saved as the model. 0: none.", ge=0, lt=1)
     label_smoothing: float = setting(0.0, "Optimization", "Fraction of each target spread evenly over all classes.", ge=0, lt=1)
     class_weights: str | None = setting(None, "Optimization", "Weights of the classes in the loss, scaled to a mean of 1 over the training images. balanced: inverse to their numbers of images. Else a JSON file such as {\"cat\": 1, \"dog\": 2.5}.", path=True)

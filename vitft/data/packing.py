@@ -160,7 +160,7 @@ def _check_names(shards: Sequence[_Shard]) -> None:
     for shard in shards:
         if read.get(shard.name) != shard.split:
             raise UsageError(
-                f"split {shard.split}: a file cannot be named so that it is read as that; name the splits train, "
+                f"split {shard.split}: no file name would be read back as this split; name the splits train, "
                 "validation and test."
             )
 

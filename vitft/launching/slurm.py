@@ -31,8 +31,8 @@ class Resources:
         gpus_per_node: A number, or a type and a number such as h100:8; 0 for a job on CPUs.
         cpus_per_task: CPUs of each process.
         time: The time limit: minutes, hours:minutes:seconds or days-hours.
-        partition: Where to queue.
-        account: Whose share is used.
+        partition: The partition to submit to.
+        account: The account to charge.
         requeue: Whether the job is queued again when it is preempted or its time is up.
         notice: How many seconds before its time is up it is asked to save; None for NOTICE_S.
         options: Other options of sbatch, each as one text such as --qos=low.

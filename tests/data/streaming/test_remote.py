@@ -178,7 +178,7 @@ def test_nothing_at_a_url(folder: Path, form: str, why: str) -> None:
 
 
 def test_an_unknown_kind_and_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match=r"^what://is/this: no way to read what:// is known; download it\.$"):
+    with pytest.raises(UsageError, match=r"^what://is/this: what:// is not supported; download the files first\.$"):
         list_files("what://is/this", ".parquet")
 
     def missing(*args: object, **options: object) -> None:

@@ -111,10 +111,10 @@ def list_files(url: str, suffixes: str | tuple[str, ...]) -> list[RemoteFile]:
     try:
         filesystem, _ = _opened(url)
     except ValueError as error:
-        raise UsageError(f"{without_secrets(url)}: no way to read {kind}:// is known; download it.") from error
+        raise UsageError(f"{without_secrets(url)}: {kind}:// is not supported; download the files first.") from error
     except ImportError as error:
         remedy = f"pip install 'vitft[{_EXTRAS[kind]}]'" if kind in _EXTRAS else f"{error}"
-        raise UsageError(f"{without_secrets(url)}: to read {kind}:// takes another package: {remedy}") from error
+        raise UsageError(f"{without_secrets(url)}: reading {kind}:// needs another package: {remedy}") from error
     try:
         listed = lambda: sorted(_listed(filesystem, url, suffixes), key=lambda file: file.url)  # noqa: E731
         return _retried(listed, url, _FIRST_ATTEMPTS)  # it may have been mistyped

@@ -110,7 +110,7 @@ _NAMED = (
 def _check_profile(what: What, profile: Path) -> None:
     """Check a trace's path before the work. Raises UsageError."""
     if what != "train":
-        raise UsageError(f"--profile is of training steps, not of {what}; use `vitft bench train`.")
+        raise UsageError("--profile works only with `vitft bench train`.")
     if profile.suffix.lower() != ".json" or not profile.parent.is_dir() or profile.is_dir():
         raise UsageError(f"--profile {profile}: give a .json file in a folder that exists.")
 
