@@ -2,17 +2,21 @@
 
 import json
 import shutil
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 from vitft import DataError, TrainConfig, UsageError, doubt, open_dataset
+from vitft.cli import tables
 from vitft.cli.app import app
+from vitft.probing.doubt import Doubt
 
 MODEL = {"model": "vit-micro", "image_size": 20}
 
@@ -112,5 +116,27 @@ def test_what_cannot_be_judged_is_refused() -> None:
         doubt(TrainConfig(dataset="digits", from_scratch=True, **MODEL))
     few = datasets.Dataset.from_dict({"image": [Image.new("L", (8, 8), i) for i in range(12)], "label": [0, 1] * 6})
     few = few.cast_column("image", datasets.Image()).cast_column("label", datasets.ClassLabel(names=["a", "b"]))
-    with pytest.raises(DataError, match="12 images are too few"):
+    with pytest.raises(DataError, match="--folds 10 needs at least 20 images, got 12; give at most --folds 6"):
         doubt(TrainConfig(**MODEL), dataset=few)
+    with pytest.raises(DataError, match="--folds 7 needs at least 14 images, got 12; give at most --folds 6"):
+        doubt(TrainConfig(**MODEL), dataset=few, folds=7)
+    doubt(TrainConfig(**MODEL), dataset=few, folds=6)
+    with pytest.raises(DataError, match="needs at least 4 images, got 3; add images"):
+        doubt(TrainConfig(**MODEL), dataset=few.select([0, 1, 2]), folds=2)
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "said"),
+    [
+        ([0.01] * 23, "of the 23 listed, probably none is wrong;"),
+        ([0.6, 0.5], "of the 2 listed, about 1 is wrong;"),
+        ([0.9, 0.8], "of the 2 listed, about 2 are wrong;"),
+    ],
+)
+def test_the_last_line_does_not_contradict_itself(probabilities: list[float], said: str) -> None:
+    doubts = [Doubt("train", f"{i}.png", i, "cat", "dog", one) for i, one in enumerate(probabilities)]
+    shown = StringIO()
+    result = SimpleNamespace(rate=0.01, accuracy=0.872, images=100, doubts=doubts)
+    Console(file=shown, width=100).print(tables.doubt_report(result))
+    assert said in shown.getvalue()
+    assert "about 1.0 % of 100 labels are wrong; the classifiers agree with 87.2 % of all labels" in shown.getvalue()

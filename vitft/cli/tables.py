@@ -294,8 +294,8 @@ LISTED_DOUBTS = 30
 def doubt_report(result: Any) -> RenderableType:
     """The report of `vitft data doubt`: the most doubtful labels, and how many are probably wrong."""
     head = Text(
-        f"about {percent(result.rate)} of {result.images:,} labels are wrong, by classifiers that agree with "
-        f"{percent(result.accuracy)} of the others"
+        f"about {percent(result.rate)} of {result.images:,} labels are wrong; the classifiers agree with "
+        f"{percent(result.accuracy)} of all labels"
     )
     if not result.doubts:
         return Group(head, Text("no label is doubtful enough to be listed"))
@@ -304,9 +304,10 @@ def doubt_report(result: Any) -> RenderableType:
         cells = (Text(safe(text)) for text in (one.image, one.label, one.suggested))
         table.add_row(*cells, percent(one.probability, 0))
     more = len(result.doubts) - LISTED_DOUBTS
-    rest = [f"... {more:,} more; --html shows all, --json lists them"] if more > 0 else []
-    expected = sum(one.probability for one in result.doubts)
-    said = f"of the {len(result.doubts):,} listed, about {expected:,.0f} are wrong; look at them with --html"
+    rest = [f"... {more:,} more; --html or --json lists them"] if more > 0 else []
+    expected = round(sum(one.probability for one in result.doubts))
+    wrong = f"about {expected:,} {'is' if expected == 1 else 'are'} wrong" if expected else "probably none is wrong"
+    said = f"of the {len(result.doubts):,} listed, {wrong}; look at them with --html"
     return Group(head, "", table, *rest, "", Text(said))
 
 

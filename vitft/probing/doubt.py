@@ -104,8 +104,11 @@ def doubt(
         decoded = prepared.decode()
         known, _ = examples(decoded, "train")
         labels = known.labels.cpu().numpy()
-        if len(labels) < 2 * folds:
-            raise DataError(f"{prepared.source.name}: {len(labels)} images are too few to judge labels by each other.")
+        if (count := len(labels)) < 2 * folds:
+            remedy = f"give at most --folds {count // 2}" if count >= 4 else "add images"
+            raise DataError(
+                f"{prepared.source.name}: --folds {folds} needs at least {2 * folds} images, got {count}; {remedy}."
+            )
         logits = _out_of_fold(known, len(decoded.loaded.labels), folds, config.seed)
     found = label_noise(logits, labels)
     split, names = decoded.splits["train"], decoded.loaded.labels

@@ -562,6 +562,18 @@ def test_the_report_shows_the_images(faulty: Path, tmp_path: Path) -> None:
     assert shared_style() in page
 
 
+def test_the_page_lists_what_it_has_no_pictures_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"train/{label}/{number}.png" for label in "ab" for number in range(4)]
+    for name in names:
+        write(tmp_path / "d", name, Image.new("L", (8, 8), 90))
+    monkeypatch.setattr("vitft.data.validation.page.MAX_SHOWN", 3)
+    page = sheet(tmp_path / "d", tmp_path / "page.html")
+    duplicates = next(part for part in page.split("<h2>") if ">duplicate<" in part)
+    assert duplicates.count("<img ") == 3
+    assert "4 more, without pictures" in duplicates
+    assert re.findall(r"(train/./\d\.png) ?<span>", duplicates) == names[1:]
+
+
 def test_the_page_shows_images_as_they_were_read(tmp_path: Path) -> None:
     """White of 12 bits, which 16 bits make nearly black."""
     for number, label in enumerate("aab"):

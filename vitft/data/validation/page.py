@@ -18,7 +18,7 @@ from vitft.io.atomic import write_text
 from vitft.io.console import safe
 from vitft.io.pages import shared_style
 
-MAX_SHOWN = 100  # findings of each kind
+MAX_SHOWN = 100  # findings of each kind whose pictures are shown; the others are listed
 _THUMB = 128  # pixels
 
 
