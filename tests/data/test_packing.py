@@ -313,6 +313,16 @@ def test_a_folder_with_anything_else_is_refused(folder: Path, tmp_path: Path) ->
         packed(folder, tmp_path / "out/notes.txt")
 
 
+def test_what_a_file_manager_left_is_passed_over(folder: Path, tmp_path: Path) -> None:
+    packed(folder, tmp_path / "out")
+    before = files_of(tmp_path / "out")
+    left = dict.fromkeys((".DS_Store", "Thumbs.db", "desktop.ini"), b"left")
+    for name, content in left.items():
+        (tmp_path / "out" / name).write_bytes(content)
+    packed(folder, tmp_path / "out")
+    assert files_of(tmp_path / "out") == before | left
+
+
 def test_what_was_killed_goes_on_with_the_shards_that_are_missing(folder: Path, tmp_path: Path) -> None:
     """Killed for real, at three moments."""
     whole = packed(folder, tmp_path / "whole", shard_bytes=3000)

@@ -177,9 +177,11 @@ def _digest(source: Source, shards: Sequence[_Shard], hashes: dict[str, list[str
 
 
 def _check_folder(folder: Path, plan: str, names: set[str]) -> None:
-    """Raise UsageError if there is anything but shards of this plan."""
+    """Raise UsageError if there is anything but shards of this plan, and what file managers leave in every folder."""
     for file in sorted(folder.iterdir()):
-        if file.name == SUMS or file.name in {f".{name}.vitft-new" for name in (*names, SUMS)}:
+        if file.name in {SUMS, ".DS_Store", "Thumbs.db", "desktop.ini"}:
+            continue
+        if file.name in {f".{name}.vitft-new" for name in (*names, SUMS)}:
             continue
         if file.name not in names:
             raise UsageError(f"{folder} holds {file.name}, which is no part of this dataset; choose a new folder.")
