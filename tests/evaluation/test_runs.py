@@ -65,6 +65,15 @@ def test_a_checkpoint_that_is_removed_meanwhile_is_no_error(folder: Path, monkey
     assert sum(one.bytes for one in after) < sum(one.bytes for one in before)
 
 
+def test_before_the_first_run_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["runs", "ls"])
+    assert (done.exit_code, done.stdout) == (0, "no runs in runs; vitft train makes one\n")
+    assert json.loads(CliRunner().invoke(app, ["runs", "ls", "--json"]).stdout) == {"runs": []}
+    (tmp_path / "runs").write_text("a file")
+    assert CliRunner().invoke(app, ["runs", "ls"]).exit_code == 2
+
+
 def test_the_newest_run_has_a_model(folder: Path, tmp_path: Path) -> None:
     assert newest_run(folder).name == "killed"
     with pytest.raises(UsageError, match="no run with a model"):

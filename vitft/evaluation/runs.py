@@ -50,8 +50,10 @@ class RunInfo:
 
 
 def list_runs(folder: Path | str = RUNS) -> list[RunInfo]:
-    """The runs in a folder, newest first. Raises UsageError if there is no such folder."""
+    """The runs in a folder, newest first. Raises UsageError if there is no such folder, unless it is runs/."""
     folder = expanded(folder)
+    if folder == RUNS and not folder.exists():  # the first run will make it
+        return []
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; runs are in {RUNS}/ unless --output says otherwise.")
     runs = [_describe(path) for path in folder.iterdir() if is_run(path)]
