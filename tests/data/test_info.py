@@ -52,6 +52,22 @@ def test_describe_reads_headers_up_to_its_limit(monkeypatch):
     assert (train["count"], train["looked_at"], train["formats"]) == (1438, 50, {"PNG": 50})
 
 
+def test_the_table_says_if_it_is_of_a_sample(tmp_path, monkeypatch):
+    for number in range(40):
+        content = io.BytesIO()
+        Image.new("L", (8, 8), number).save(content, "PNG")
+        file = tmp_path / "photos" / "ab"[number // 20] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content.getvalue() if number % 20 < 10 else b"")
+    source = open_dataset(str(tmp_path / "photos"))
+    for limit, counts, of_a_sample in ((20, "(10 of 20 unreadable)", True), (40, "(20 of 40 unreadable)", False)):
+        monkeypatch.setattr("vitft.data.info.LOOK_AT", limit)
+        shown = io.StringIO()
+        Console(file=shown, width=80).print(data_report(describe(source)))
+        assert counts in shown.getvalue()
+        assert ("train: sizes and formats are those of 20 of its images" in shown.getvalue()) == of_a_sample
+
+
 def test_describe_images_over_the_usual_limit(tmp_path, monkeypatch):
     source = open_dataset(str(photos(tmp_path, ["cat", "dog"])))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # Pillow refuses twice as many

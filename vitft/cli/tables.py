@@ -485,7 +485,9 @@ def data_report(described: Mapping[str, Any]) -> RenderableType:
     for split in described["splits"]:
         found = split["sizes"] or {}
         sizes = ("×".join(map(str, found.get(kind, "-"))) for kind in ("smallest", "median", "largest"))
-        formats = ", ".join(split["formats"]) + (f" ({split['unreadable']} unreadable)" if split["unreadable"] else "")
+        formats = ", ".join(split["formats"])
+        if split["unreadable"]:
+            formats += f" ({split['unreadable']:,} of {split['looked_at']:,} unreadable)"
         splits.add_row(Text(safe(split["name"])), f"{split['count']:,}", *sizes, formats)
     classes = _table(_names("class", 40), *_numbers(*(Text(safe(split["name"])) for split in described["splits"])))
     shown = described["labels"][:LISTED_CLASSES]
@@ -496,7 +498,11 @@ def data_report(described: Mapping[str, Any]) -> RenderableType:
     rest = [f"... and {more} more classes (--json lists all)"] if more else []
     notes = [Text(safe(sentence)) for sentence in described.get("decisions", ())]
     notes += [Text(safe(f"warning: {sentence}"), "yellow") for sentence in described.get("warnings", ())]
-    return Group(head, *notes, "", splits, "", classes, *rest)
+    some = [
+        Text(f"{safe(split['name'])}: sizes and formats are those of {split['looked_at']:,} of its images", "dim")
+        for split in described["splits"] if split["looked_at"] < split["count"]
+    ]  # fmt: skip
+    return Group(head, *notes, "", splits, *some, "", classes, *rest)
 
 
 def bench_report(found: Mapping[str, Any]) -> RenderableType:
