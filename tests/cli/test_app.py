@@ -221,9 +221,15 @@ def test_a_bad_value_is_wrong_usage_in_one_line(typed: str, says: str) -> None:
         ),
         ("predict x --top-k two", "--top-k should be a valid integer, got 'two' | --top-k 'two' is not a valid"),
         ("eval", "no run"),
-        ("eval x y", "unexpected extra argument"),
+        ("train photos", "photos: `vitft train` takes no such argument; did you mean --dataset photos?"),
+        ("train my photos", "my photos: `vitft train` takes no such argument; did you mean --dataset?"),
+        ("train smoke", "smoke: `vitft train` takes no such argument; did you mean --recipe smoke?"),
+        ("train x.yaml", "did you mean --recipe x.yaml?"),
+        ("eval x y", "y: `vitft eval` takes no such argument; did you mean --dataset y?"),
+        ("models ls x", "x: `vitft models ls` takes no such argument; see `vitft models ls --help`"),
+        ("probe", "DATASET is missing; see `vitft probe --help`"),
         ("eval x --device gpu", "--device should be 'auto', 'cpu', 'cuda' or 'mps', got 'gpu'"),
-        ("bench", "data|train|eval is missing; see `vitft bench --help`"),
+        ("bench", "say what to bench: data, train or eval; see `vitft bench --help`"),
         ("bench trian", "did you mean train?"),
         ("nonsense", "nonsense: `vitft` has no such command; `vitft --help` lists them"),
         ("data nonsense", "nonsense: `vitft data` has no such command; `vitft data --help` lists them"),
@@ -614,6 +620,13 @@ def test_data_info_shows_augmentations_in_a_preview_alone() -> None:
     assert seen.shape != plain.shape  # room for what is mixed in
 
 
+@pytest.mark.parametrize("command", ["info", "check", "pack"])
+def test_help_has_the_defaults_of_reading_that_training_has(command: str) -> None:
+    shown = " ".join(re.sub(r"[^\x20-\x7e]", " ", vitft("data", command, "--help").stdout).split())
+    assert "[default: 50000000]" in shown
+    assert "checkpoint" not in shown
+
+
 @pytest.mark.parametrize("picture", ["grid.jpg", "nowhere/grid.png", "folder.png"])
 def test_a_preview_that_cannot_be_written_is_refused_before_the_work(picture: str) -> None:
     Path("folder.png").mkdir()
@@ -621,7 +634,11 @@ def test_a_preview_that_cannot_be_written_is_refused_before_the_work(picture: st
 
 
 def test_a_preview_is_whole_or_absent_and_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Any, file: Path, kind: str) -> None:
+    save = Image.Image.save
+
+    def full(self: Image.Image, file: Any, *given: Any) -> None:
+        if not isinstance(file, Path):  # the digits themselves
+            return save(self, file, *given)
         file.write_bytes(b"half")
         raise OSError(errno.EFBIG, "File too large")
 

@@ -1,6 +1,7 @@
 """Typer's errors of usage, which it shows in a box, as one line: what, got, remedy."""
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 from vitft.errors import as_flag, from_synonym, joined, nearest
@@ -24,18 +25,22 @@ def in_one_line(error: Any) -> str:
     option, parameter = getattr(error, "option_name", None), getattr(error, "param", None)
     if option and not hasattr(error, "possibilities"):
         return f"{option} needs a value" if "requires an argument" in message else message.rstrip(".")
-    help_of = f"`{_typed(error.ctx)} --help`"
+    command, help_of = f"`{_typed(error.ctx)}`", f"`{_typed(error.ctx)} --help`"
+    flags = [flag for each in error.ctx.command.params for flag in each.opts if flag.startswith("--")]
     if option:
         known = from_synonym(option, [each.name for each in error.ctx.command.params])
-        flags = [flag for each in error.ctx.command.params for flag in each.opts if flag.startswith("--")]
         hint = f"; did you mean {as_flag(known)}?" if known else nearest(option, flags)
-        return f"{option}: `{_typed(error.ctx)}` has no such flag" + (hint or f"; {help_of} lists them")
+        return f"{option}: {command} has no such flag" + (hint or f"; {help_of} lists them")
     if match := re.match("No such command '(.*?)'", message):
         hint = nearest(match[1], error.ctx.command.commands)
-        return f"{match[1]}: `{_typed(error.ctx)}` has no such command" + (hint or f"; {help_of} lists them")
+        return f"{match[1]}: {command} has no such command" + (hint or f"; {help_of} lists them")
+    if match := re.match(r"Got unexpected extra argument(?:\(s\)|s|) \((.*)\)", message):
+        return f"{match[1]}: {command} takes no such argument" + (_meant(match[1], flags) or f"; see {help_of}")
     if parameter is None:
         return f"{message.rstrip('.')}; see {help_of}"
     name = next((flag for flag in parameter.opts if flag.startswith("--")), parameter.metavar or parameter.name.upper())
+    if not message and "|" in name:
+        return f"say what to {error.ctx.info_name}: {joined(name.split('|'), 'or')}; see {help_of}"
     if not message:
         return f"{name} is missing; see {help_of}"
     if match := re.fullmatch(r"'(.*)' is not one of (.*)\.", message):
@@ -45,6 +50,16 @@ def in_one_line(error: Any) -> str:
     got = error.__cause__.errors()[0]["input"] if hasattr(error.__cause__, "errors") else None
     message = message.partition(", unable")[0].rstrip(".")
     return f"{name} {message}" + ("" if got is None or repr(got) in message else f", got {got!r}")
+
+
+def _meant(argument: str, flags: Collection[str]) -> str:
+    """A hint at the flag whose value was given without it: a recipe or a dataset."""
+    from vitft.config.recipe import names
+
+    is_recipe = argument.endswith((".yaml", ".yml")) or argument in names()
+    flag = "--recipe" if is_recipe and "--recipe" in flags else "--dataset"
+    value = "" if " " in argument else f" {argument}"  # one with a space in it, or several
+    return f"; did you mean {flag}{value}?" if flag in flags else ""
 
 
 def _typed(context: Any) -> str:
