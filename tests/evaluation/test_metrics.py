@@ -203,7 +203,7 @@ def test_the_report_fits_80_columns(classes: int) -> None:
     assert max(map(len, text.splitlines())) <= 80
     assert "…" in text  # Names are cut,
     assert not re.search(r"\d…", text)  # numbers never.
-    assert "20000 images of test [01234567]" in text
+    assert "20,000 images of test [01234567]" in text
 
 
 def test_the_report_names_score_interval_split_and_hash() -> None:
@@ -249,7 +249,7 @@ def test_of_20_000_classes_no_square_matrix_is_made(tmp_path: Path) -> None:
     assert metrics.cells[:, 2].sum() == 3000
     assert metrics.accuracy == accuracy_score(truth, top[:, 0])
     assert metrics.macro_f1 == pytest.approx(f1_score(truth, top[:, 0], average="macro"), abs=1e-12)
-    assert "The 10 lowest F1 of 20000 classes" in text
+    assert "The 10 lowest F1 of 20,000 classes" in text
     assert re.search(r"c\d+ +→ c\d+ +\d", text)
 
 
