@@ -71,18 +71,20 @@ def finish_two(*words: str, log: Path, before: Callable[[], None] | None = None)
 
 
 def finish_together(
-    count: int, *words: str, log: Path, before: Callable[[], None] | None = None
+    count: int, *words: str, log: Path, before: Callable[[], None] | None = None, machines: int = 1
 ) -> list[tuple[int, str]]:  # fmt: skip
     """Run as processes of one training, as torchrun starts them: of each the exit code, and what it said.
 
-    Where one is killed, the others are told to stop, as torchrun does.
+    Where one is killed, the others are told to stop, as torchrun does. As on several machines, each has its share.
     """
+    here = count // machines
     meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # any free port
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-             "TORCHELASTIC_RESTART_COUNT": "0", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}  # fmt: skip
+             "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(here),
+             "TORCHELASTIC_RUN_ID": "none"}  # fmt: skip
     logs = [log.with_name(f"{log.name}-{rank}") for rank in range(count)]
     all_ = [
-        start(*words, log=own, before=before, environment=place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        start(*words, log=own, before=before, environment=place | {"RANK": str(rank), "LOCAL_RANK": str(rank % here)})
         for rank, own in enumerate(logs)
     ]
     while all(process.is_alive() for process in all_):

@@ -3,10 +3,13 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,15 +19,18 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 
 from tests.forked import HANGS_S, LONGER, ended, finish_together, finish_two, flags, start, steps_done, wait_for_step
 from tests.training.test_trainer import AUGMENTED, assert_same_weights, config, lines
-from vitft import evaluate, train
+from vitft import Callback, evaluate, train
 from vitft.checkpoints.checkpoint import is_run, newest_intact, read_config, read_state
 from vitft.data.loader import EvalLoader
 from vitft.errors import UsageError
 from vitft.evaluation import evaluation
+from vitft.evaluation.metrics import Metrics
 from vitft.evaluation.results import read_results
+from vitft.training import loop, run_folder
 from vitft.training.callbacks import MetricsFile
 from vitft.training.step import Learner
 from vitft.training.trainer import resume
@@ -154,18 +160,24 @@ def test_three_processes_end_with_the_same_bits_after_one_is_killed(tmp_path: Pa
 
 
 def test_torchrun_restarts_a_run_that_goes_on_by_itself(tmp_path: Path) -> None:
-    """One process is killed; the command that torchrun then starts again continues from the newest checkpoint."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-             "--max-restarts", "1", "-m", "vitft", "train", *flags(), "--report", "off"]  # fmt: skip
+    """As on two machines, each of which counts its own restarts: the second one's process is killed."""
+    with socket.socket() as any_free:
+        any_free.bind(("127.0.0.1", 0))
+        port = any_free.getsockname()[1]
+    words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend",
+             "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "one", "--max-restarts", "1",
+             "-m", "vitft", "train", *flags(), "--report", "off"]  # fmt: skip
     own = os.environ | {"TMPDIR": str(tmp_path)}
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(words, stdout=log, stderr=log, env=own, cwd=tmp_path)
-        run = tmp_path / "runs" / "digits-vit-micro-scratch-1"
-        wait_for_step(lambda: process.poll() is None, run, 12)
-        workers = psutil.Process(process.pid).children()
-        next(worker for worker in workers if worker.environ().get("RANK") == "1").kill()
-        assert process.wait(HANGS_S) == 0
-    said = (tmp_path / "log").read_text()
+    logs = [tmp_path / "log-0", tmp_path / "log-1"]
+    machines = [
+        subprocess.Popen(words, stdout=log.open("w"), stderr=subprocess.STDOUT, env=own, cwd=tmp_path) for log in logs
+    ]
+    run = tmp_path / "runs" / "digits-vit-micro-scratch-1"
+    wait_for_step(lambda: all(machine.poll() is None for machine in machines), run, 12)
+    workers = [worker for machine in machines for worker in psutil.Process(machine.pid).children()]
+    next(worker for worker in workers if worker.environ().get("RANK") == "1").kill()
+    assert [machine.wait(HANGS_S) for machine in machines] == [0, 0]
+    said = "".join(log.read_text() for log in logs)
     assert f"resuming {run.relative_to(tmp_path)} at step" in said, said[-2000:]
     assert [file.name for file in run.parent.iterdir()] == [run.name]
     assert read_state(run / "last").step == 80
@@ -175,27 +187,105 @@ def test_torchrun_restarts_a_run_that_goes_on_by_itself(tmp_path: Path) -> None:
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-3)
 
 
-def test_a_restart_goes_on_with_its_own_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Make this the process of a new torchrun."""
+    stores = []
+
+    def launch() -> None:
+        stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+        settings = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(stores[-1].port), "RANK": "0", "WORLD_SIZE": "1",
+                    "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(run_folder, "_trainings", count())
+
+    return launch
+
+
+def test_a_restart_goes_on_with_its_own_run_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: Callable[[], None]
+) -> None:
     """Not with one that was there before, even with --overwrite; and it starts again if nothing was saved."""
+
+    def restarted() -> None:
+        monkeypatch.setattr(run_folder, "_trainings", count())
+
     short, run = {"max_steps": 4, "save_every": 2}, tmp_path / "run"
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
+    launched()
     train(config(**short), output=run)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
+    launched()
     with pytest.raises(UsageError, match="the folder exists"):
         train(config(**short), output=run)
+    launched()
     again = train(config(**short, seed=1), output=run, overwrite=True)
     assert again.speed is not None
     assert read_config(run).seed == 1
+    restarted()
     assert train(config(**short, seed=1), output=run, overwrite=True).speed is None  # it is finished
     for folder in ("last", "best", "checkpoints"):
         shutil.rmtree(run / folder)
     (run / "checkpoints").mkdir()
+    restarted()
     assert train(config(**short, seed=1), output=run).speed is not None
-    monkeypatch.setattr(sys, "argv", ["vitft", "train", "--seed", "2"])
-    with pytest.raises(UsageError, match="the folder exists"):
+    with pytest.raises(UsageError, match="the folder exists"):  # a second training of the same process
         train(config(**short, seed=2), output=run)
+    restarted()
+    assert train(config(**short, seed=1), output=run).run == run
+    assert train(config(**short, seed=2), output=tmp_path / "other").run == tmp_path / "other"
+
+
+def slow_to_repair() -> None:
+    """The first process takes its time to clear away what a kill left."""
+    real = run_folder.clean_up
+
+    def clean_up(folder: Path) -> None:
+        time.sleep(1)
+        real(folder)
+
+    run_folder.clean_up = clean_up
+
+
+def test_processes_resume_a_run_once_the_first_one_has_repaired_its_folder(tmp_path: Path) -> None:
+    """A kill had left it set aside, to be replaced by another."""
+    run = train(config(max_steps=4, save_every=2, keep_finished=1), output=tmp_path / "run").run
+    aside = run / ".vitft-replaced"
+    aside.mkdir()
+    for file in set(run.iterdir()) - {aside}:
+        file.rename(aside / file.name)
+    words = ["train", "--resume", str(run), "--max-steps", "6"]
+    both = finish_two(*words, log=tmp_path / "log", before=slow_to_repair)
+    assert [code for code, _ in both] == [0, 0], both
+    assert read_state(run / "last").step == 6
+
+
+class Counted(Callback):
+    """Counts evaluations in a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_evaluation(self, step: int, epoch: float, metrics: Metrics) -> None:
+        with self.file.open("a") as counted:
+            counted.write(f"{step}\n")
+
+
+def followed_by_the_first(file: str) -> None:
+    """Only the first process is given a callback."""
+    real = loop.Run.__init__
+
+    def begin(self: loop.Run, *given: Any, **named: Any) -> None:
+        real(self, *given, **named)
+        self.callbacks = [Counted(Path(file))] if os.environ["RANK"] == "0" else []
+
+    loop.Run.__init__ = begin  # type: ignore[method-assign]
+
+
+def test_a_callback_may_be_given_to_the_main_process_alone(tmp_path: Path) -> None:
+    words = ["train", *flags(max_steps=4, eval_every=2), "--output", str(tmp_path / "run")]
+    told = partial(followed_by_the_first, str(tmp_path / "steps"))
+    assert [code for code, _ in finish_two(*words, log=tmp_path / "log", before=told)] == [0, 0]
+    assert (tmp_path / "steps").read_text().split()[:2] == ["2", "4"]
 
 
 def test_a_run_of_one_process_resumes_on_two(tmp_path: Path) -> None:
@@ -297,6 +387,7 @@ def test_two_processes_interrupt_a_validation_together(tmp_path: Path, parallel:
     words = ["train", *flags(**changes, parallel=parallel), "--output", str(tmp_path / "run")]
     both = finish_two(*words, log=tmp_path / "log", before=partial(signalled, str(tmp_path), last))
     assert [code for code, _ in both] == [143, 143], both
+    assert both[1][1] == ""  # the first one says it
     said = " ".join(both[0][1].split())
     assert "stopped by SIGTERM at step 8 of 16; everything is saved" in said, said[-2000:]
     # The others are told after the next batch, and stop after the one that they are at by then.

@@ -8,7 +8,7 @@ from typer.core import TyperGroup
 
 from vitft.cli.options import with_flags
 from vitft.cli.usage import in_one_line, is_usage_error, shows_help
-from vitft.errors import UsageError, VitftError, typed_flags
+from vitft.errors import Stopped, UsageError, VitftError, typed_flags
 from vitft.hardware.processes import lost_another
 from vitft.io import console
 
@@ -47,7 +47,7 @@ class Group(TyperGroup):
                 return super().invoke(ctx)
         except KeyboardInterrupt as error:
             clear_frames(error.__traceback__)  # otherwise Python waits for queued decoding at exit
-            console.fail("interrupted")
+            console.fail("interrupted", of_all=True)
             raise typer.Exit(130) from error
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
@@ -59,7 +59,7 @@ class Group(TyperGroup):
             if ctx.find_root().params.get("debug"):
                 console.traceback()
             if isinstance(error, VitftError):
-                console.fail(str(error))
+                console.fail(str(error), of_all=isinstance(error, Stopped))  # which all agree on
             elif isinstance(error, OSError):
                 console.fail(f"{error.filename or 'a file'}: {error.strerror or error}.")
             elif lost_another(error):

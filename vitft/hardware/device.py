@@ -18,7 +18,7 @@ import torch
 from vitft import __version__
 from vitft.config.train import TrainConfig, device_name
 from vitft.errors import TrainingError, UsageError, nearest, require_extra
-from vitft.hardware.processes import PATIENCE, meet_again
+from vitft.hardware.processes import PATIENCE, meet
 from vitft.hardware.timers import synchronize
 from vitft.io.paths import shown
 
@@ -151,7 +151,7 @@ def make_accelerator(config: TrainConfig) -> Any:
     precision = "no" if config.precision == "fp32" else config.precision
     if "WORLD_SIZE" not in os.environ:  # an earlier run in this process may have used another precision
         AcceleratorState._reset_state(reset_partial_state=True)
-    meet_again(config.device)
+    meet(config.device)
     waits = InitProcessGroupKwargs(timeout=PATIENCE)
     in_place = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # gradients are not copied to be sent
     return Accelerator(cpu=config.device == "cpu", mixed_precision=precision, kwargs_handlers=[waits, in_place])

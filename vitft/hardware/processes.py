@@ -1,11 +1,16 @@
 """The processes that torchrun or `accelerate launch` started, which share the work of one command."""
 
+import itertools
 import os
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
+from uuid import uuid4
 
 T = TypeVar("T")
 
@@ -75,50 +80,120 @@ ALONE = Processes()
 def lost_another(error: Exception) -> bool:
     """Whether this is what a process meets when another one has ended, of whatever that died."""
     return (
-        isinstance(error, RuntimeError) and re.search("(closed|reset) by peer|remote process", str(error)) is not None
+        isinstance(error, RuntimeError)
+        and re.search("(closed|reset) by peer|remote process|connectFullMesh failed", str(error)) is not None
     )
 
 
-def restarts() -> int:
-    """How often torchrun has started this command again, after one of its processes failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+def remember(key: str, text: str) -> None:
+    """Tell something to the processes that torchrun will start in place of these, if any of them fails."""
+    if (store := _store()) is not None:
+        store.set(f"vitft/{key}", text)
 
 
-def launch() -> str | None:
-    """What a command and its restarts by torchrun have in common; None if torchrun did not start it."""
-    if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
-        return None
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # of --rdzv-id or --standalone
-    return str(os.getppid()) if name == "none" else name
+def remembered(key: str) -> str | None:
+    """What `remember` was told by the processes that these replace; None without torchrun, and at the first start."""
+    store = _store()
+    known = store is not None and store.check([f"vitft/{key}"])
+    return store.get(f"vitft/{key}").decode() if known else None
 
 
-def meet_again(device: str) -> None:
-    """After a restart, meet the other processes under a new name.
+@contextmanager
+def after_first() -> Iterator[None]:
+    """Within, the first process does alone what the others have to find done: they wait until it has left this context.
 
-    torchrun's store still has the addresses of the processes that ended, under the same keys, and one that reads them
-    before they are overwritten waits for nobody.
+    All have to enter it, also before they have met by `meet`. Should the first one fail, the others wait until they
+    are ended with it.
     """
-    if not restarts() or os.environ.get("WORLD_SIZE", "1") == "1":
+    if _count() == 1:
+        yield
         return
+    key = f"done-{next(_waits)}"
+    if os.environ["RANK"] == "0":
+        yield
+        _meeting().set(key, "")
+    else:
+        _meeting().wait([key], PATIENCE)
+        yield
+
+
+_waits = itertools.count()
+
+
+def meet(device: str) -> None:
+    """Meet the other processes, if there are any; each has a GPU of its own."""
     import torch.distributed as distributed
 
-    if distributed.is_initialized():
+    if _count() == 1 or distributed.is_initialized():
         return
     if device == "cuda":
         import torch
 
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    store, rank, world = next(distributed.rendezvous("env://"))  # type: ignore[attr-defined]
-    named = distributed.PrefixStore(f"restart-{restarts()}", store)  # type: ignore[attr-defined]
-    backend = "nccl" if device == "cuda" else "gloo"
-    distributed.init_process_group(backend, store=named, rank=rank, world_size=world, timeout=PATIENCE)
+    backend, rank = "nccl" if device == "cuda" else "gloo", int(os.environ["RANK"])
+    distributed.init_process_group(backend, store=_meeting(), rank=rank, world_size=_count(), timeout=PATIENCE)
+
+
+def _count() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _store() -> Any:
+    """Where processes find each other; torchrun's own outlives them. None for one process without torchrun."""
+    if _count() == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    return _connected(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
+
+
+@cache
+def _connected(_host: str, _port: str) -> Any:
+    import torch.distributed as distributed
+
+    store, _, _ = next(distributed.rendezvous("env://", timeout=PATIENCE))  # type: ignore[attr-defined]
+    return store
+
+
+def _meeting() -> Any:
+    """The same under a name that only the processes of now have.
+
+    torchrun's store still has the addresses of processes that ended, and one that reads those waits for nobody. The
+    count of restarts, which torchrun gives to each, is no such name: every machine counts its own.
+    """
+    import torch.distributed as distributed
+
+    return distributed.PrefixStore(_agreed(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]), _store())  # type: ignore[attr-defined]
+
+
+@cache
+def _agreed(_host: str, _port: str) -> str:
+    """A name that the first process chooses and tells to whoever asks now, each under a word of its own."""
+    store, mine, rank = _store(), uuid4().hex, int(os.environ["RANK"])
+    if rank:
+        store.set(f"vitft/asks-{rank}", mine)
+        name: str = store.get(f"vitft/told-{mine}").decode()  # waits for it
+        store.set(f"vitft/heard-{name}-{rank}", "")
+        return name
+    asked: dict[int, str] = {}
+    missing = set(range(1, _count()))
+    while missing:
+        for other in sorted(missing):
+            if not store.check([f"vitft/asks-{other}"]):
+                continue
+            word = store.get(f"vitft/asks-{other}").decode()
+            if asked.get(other) != word:  # the first one may be of a process that has ended
+                asked[other] = word
+                store.set(f"vitft/told-{word}", mine)
+            elif store.check([f"vitft/heard-{mine}-{other}"]):
+                missing.remove(other)
+        time.sleep(0.01)
+    return mine
 
 
 def join_processes(device: str) -> Processes:
     """Meet the other processes, if there are any; each has a GPU of its own."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if _count() == 1:
         return ALONE
-    meet_again(device)
+    meet(device)
     from accelerate import PartialState
 
     state = PartialState(cpu=device == "cpu", timeout=PATIENCE)

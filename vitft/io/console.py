@@ -109,12 +109,14 @@ def _shows_progress() -> bool:
     return err.is_terminal and not err.quiet and log.isEnabledFor(logging.INFO)
 
 
-def fail(message: str) -> None:
+def fail(message: str, *, of_all: bool = False) -> None:
     """Print an error as one line; plain text, not markup.
 
-    Every process can print errors. But what ended the first one of this machine is printed by that one alone: the
-    others wait, while torchrun ends them.
+    Every process can print errors, unless it is `of_all`, which the main one prints. But what ended the first one of
+    this machine is printed by that one alone: the others wait, while torchrun ends them.
     """
+    if of_all and not _main_process:
+        return
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(_FIRST_SPEAKS_S)
     line = safe(without_secrets(" ".join(message.split())))

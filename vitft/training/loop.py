@@ -21,7 +21,8 @@ from vitft.checkpoints.checkpoint import State
 from vitft.checkpoints.metadata import Card, read_card
 from vitft.config.train import TrainConfig
 from vitft.data.loader import EvalLoader
-from vitft.data.stores.store import UnreadableError
+from vitft.data.stores.lazy_store import LazyStore
+from vitft.data.stores.store import Skipped, UnreadableError
 from vitft.errors import DataError, ModelError, Stopped, TrainingError
 from vitft.evaluation import evaluation
 from vitft.evaluation.calibration import fit_temperature
@@ -286,7 +287,7 @@ class Run:
     def _tell_evaluation(self, step: int, metrics: Metrics) -> bool:
         """Notify callbacks of an evaluation; return, on all processes, whether one asks to stop."""
         asked = [follower.on_evaluation(step, self._epoch(step), metrics) is True for follower in self.followers]
-        return bool(self.callbacks) and bool(broadcast_object_list([any(asked)])[0])
+        return bool(broadcast_object_list([any(asked)])[0])  # the other processes may have none to ask
 
     def _measure(self, role: str, bar: "console.TrainingProgress") -> Metrics:
         """Score a split. If that needs too much memory, halve its batches for the rest of the run."""
@@ -399,8 +400,17 @@ class Run:
             if (count := sum(len(bad) for skipped in everywhere for bad in skipped.values())) == self.listed:
                 return
             self.listed = count
-            for skipped in everywhere if self.accelerator.is_main_process else ():
-                run_folder.add_skipped(self.run, skipped)
+            if self.accelerator.is_main_process:
+                for skipped in everywhere:
+                    run_folder.add_skipped(self.run, skipped)
+                self._tell_skipped_elsewhere([bad for skipped in everywhere for bad in skipped["train"]])
+
+    def _tell_skipped_elsewhere(self, skipped: Sequence[Skipped]) -> None:
+        """Tell of training images that only another machine has met: its processes do not speak."""
+        store, own = self.learner.images_loader.store, {bad.name for bad in self.decoded.skipped["train"]}
+        for bad in skipped:
+            if isinstance(store, LazyStore) and bad.name not in own:
+                store.tell(bad)
 
     def _write_model(
         self, name: str, card: Card, state: State | None = None, *, novelty: Novelty | None = None

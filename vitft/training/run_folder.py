@@ -1,10 +1,12 @@
 """The run folder: where it is, who may write to it, and which settings can change on resume."""
 
+import itertools
 import json
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -22,8 +24,8 @@ from vitft.data.stores.lazy_store import LazyStore
 from vitft.data.stores.store import Skipped, Store
 from vitft.errors import DataError, ModelError, UsageError, as_flag
 from vitft.evaluation.results import has_results
-from vitft.hardware.device import command, environment
-from vitft.hardware.processes import launch, restarts
+from vitft.hardware.device import environment
+from vitft.hardware.processes import after_first, remember, remembered
 from vitft.io.atomic import clean_up, lock_folder, write_json
 from vitft.io.console import counted
 from vitft.io.paths import composed, expanded, make_output
@@ -49,7 +51,6 @@ class Beginning:
             "model_revision": prepared.loaded.revision,
             "dataset_revision": prepared.source.revision,
             "processes": accelerator.num_processes,
-            "launch": launch(),
         }
 
 
@@ -64,32 +65,38 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     ckpt.check_free(output, overwrite=overwrite)
 
 
-def restarted(output: Path | None) -> Path | None:
-    """If torchrun starts a command again: the run that it had begun, in `output` or in runs/. None if there is none.
+@dataclass(frozen=True)
+class Begun:
+    """What this `train` began before torchrun started its command again; `run` is None if nothing.
 
-    All processes have to call it; what the first one finds counts.
+    `key` is what the run is remembered by, and `saved` whether it has a checkpoint.
     """
-    if restarts() == 0:
-        return None
-    found: list[Any] = [None]
-    if os.environ.get("RANK", "0") == "0":
-        folders = [output] if output is not None else Path("runs").glob("*")
-        found = [next((run for run in folders if ckpt.is_run(run) and _is_of_this_launch(run)), None)]
-    chosen: Path | None = broadcast_object_list(found)[0]
+
+    key: str
+    run: Path | None = None
+    saved: bool = False
+
+
+def begun_before() -> Begun:
+    """Find what the same call of `train` began. All processes have to call it; what the first one finds counts."""
+    found: list[Any] = [Begun(f"run-{next(_trainings)}")]
+    if os.environ.get("RANK", "0") == "0" and (name := remembered(found[0].key)) is not None:
+        run = Path(name)
+        if ckpt.is_run(run):
+            found = [Begun(found[0].key, run, ckpt.newest_intact(run)[0] is not None)]
+    chosen: Begun = broadcast_object_list(found)[0]
     return chosen
 
 
-def _is_of_this_launch(run: Path) -> bool:
-    try:
-        begun = json.loads((run / "environment.json").read_text(encoding="utf-8"))
-        return bool(begun["launch"] == launch() and begun["command"] == command())
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+_trainings = itertools.count()  # in this process: a script may train several times
 
 
 @contextmanager
-def new_run(beginning: Beginning, output: Path | None, overwrite: bool) -> Iterator[Path]:
-    """Create and lock the run folder, on the main process, and write the settings and the environment."""
+def new_run(beginning: Beginning, output: Path | None, overwrite: bool, key: str) -> Iterator[Path]:
+    """Create and lock the run folder, on the main process, and write the settings and the environment.
+
+    `key` is what it is remembered by: see `Begun`.
+    """
     with ExitStack() as claims:
         chosen: list[Any] = [None]
         if beginning.main:
@@ -98,6 +105,7 @@ def new_run(beginning: Beginning, output: Path | None, overwrite: bool) -> Itera
             ckpt.create_run(run, overwrite=overwrite)
             try:
                 write_json(run / "environment.json", environment() | beginning.facts)
+                remember(key, str(run))
                 ckpt.write_config(run, beginning.config)  # last: this file makes the folder a run
             except OSError as error:
                 raise UsageError(
@@ -109,10 +117,7 @@ def new_run(beginning: Beginning, output: Path | None, overwrite: bool) -> Itera
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Lock a run folder. Raises UsageError if another process trains there."""
-    if os.environ.get("RANK", "0") != "0":  # the first process of a run locks it for all
-        yield
-        return
+    """Lock a run folder and clear away what a kill left there. Raises UsageError if another process trains in it."""
     with lock_folder(run) as alone:
         if not alone:
             raise UsageError(f"{run}: another process is training there; wait for it, or choose another.")
@@ -120,6 +125,16 @@ def locked(run: Path) -> Iterator[None]:
             for folder in (run, run / "checkpoints"):
                 clean_up(folder)
             ckpt.undo_unfinished_replacement(run)
+        yield
+
+
+@contextmanager
+def locked_for_all(run: Path) -> Iterator[None]:
+    """`locked` by the first of several processes, all of which have to call it; the others enter when it has."""
+    with ExitStack() as lock:
+        with after_first():
+            if os.environ.get("RANK", "0") == "0":
+                lock.enter_context(locked(run))
         yield
 
 

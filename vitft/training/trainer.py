@@ -79,10 +79,11 @@ def _begin(
     config = resolve_auto(config)
     accelerator = make_accelerator(config)
     output = None if output is None else expanded(output)
-    if (begun := run_folder.restarted(output)) is not None:
-        if ckpt.newest_intact(begun)[0] is not None:
-            return resume(begun, dataset=dataset, callbacks=callbacks)
-        output, overwrite = begun, True  # it has saved nothing
+    begun = run_folder.begun_before()
+    if begun.run is not None:
+        if begun.saved:
+            return resume(begun.run, dataset=dataset, callbacks=callbacks)
+        output, overwrite = begun.run, True
     with phases.phase("opening"), accelerator.main_process_first():
         if output is not None and accelerator.is_main_process:
             run_folder.check_output(output, overwrite=overwrite)
@@ -99,10 +100,11 @@ def _begin(
         with phases.phase("opening"):
             # Before anything is written or overwritten: an image may be bad.
             decoded = prepared.open_images(_all(accelerator))
-        run = held.enter_context(run_folder.new_run(run_folder.Beginning(decoded, accelerator), output, overwrite))
+        beginning = run_folder.Beginning(decoded, accelerator)
+        run = held.enter_context(run_folder.new_run(beginning, output, overwrite, begun.key))
         parts = [(accelerator, decoded)]
         # A rollback loads the model and the images again: the first ones must be gone by then.
-        del accelerator, prepared, decoded
+        del accelerator, prepared, decoded, beginning
         first = lambda: Run(*parts.pop(), run, phases, callbacks).train(State())  # noqa: E731
         return with_recovery(run, first, again=lambda: _resume(run, {}, dataset, callbacks, rolled_back=True))
 
@@ -124,7 +126,7 @@ def resume(
         VitftError: with one line that says what is wrong: UsageError for any other change, DataError for other images.
     """
     run = expanded(run)
-    with run_folder.locked(run):
+    with run_folder.locked_for_all(run):
         if not ckpt.is_run(run):
             raise ModelError(f"{run}: no run folder (no config.yaml and checkpoints/ in it); give the folder of a run.")
         changes = dict(changes or {})

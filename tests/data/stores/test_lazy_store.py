@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from tests.data.stores.test_store import photos
-from tests.forked import finish_two, steps_done
+from tests.forked import finish_together, finish_two, steps_done
 from tests.training.test_trainer import lines
 from vitft.checkpoints import checkpoint as ckpt
 from vitft.config.train import TrainConfig
@@ -512,6 +512,19 @@ def test_two_processes_show_the_same_in_place_of_a_bad_image_as_one(many: Path, 
     listed = [json.loads((run / "splits.json").read_text())["splits"]["train"]["skipped"] for run in (one, two)]
     assert len(listed[0]) == 2
     assert sorted(listed[0]) == sorted(listed[1])
+
+
+@pytest.mark.parametrize("epochs", [1, 4])
+def test_what_another_machine_skips_is_told(many: Path, tmp_path: Path, epochs: int) -> None:
+    """By the one process that speaks, and once, though after four epochs both machines have met most images."""
+    bad = trained_on(many)[::4]
+    for name in bad:
+        damage(many / name)
+    words = [*words_of(settings(many, on_bad_image="skip", epochs=epochs)), "--output", str(tmp_path / "two")]
+    both = finish_together(2, "train", *words, log=tmp_path / "log", before=few_are_many, machines=2)
+    assert [code for code, _ in both] == [0, 0], both
+    assert sorted(re.findall("warning: skipped (\\S+) ", both[0][1])) == sorted(bad)
+    assert both[1][1] == ""
 
 
 def counting(record: str, place: str) -> None:

@@ -88,6 +88,7 @@ class LazyStore:
         self._known = self._kept.known
         self._is_first = processes.is_first_here
         self._writing: Thread | None = None
+        self._met: set[int] = set()  # positions that could not be read
         self._told: set[int] = set()
         self.skipped: list[Skipped] = []
         """The images that could not be read, as far as `attend` has found them."""
@@ -124,18 +125,24 @@ class LazyStore:
             if self._is_first:
                 cache.discard(self._entry.key)
             self._entry, self._caches = None, False  # to cache it again would need the identities of all files
-        if self._kept.bad > len(self._told):
+        if self._kept.bad > len(self._met):
             for position in np.flatnonzero(self._known["bad"]).tolist():
-                if position not in self._told:
-                    self._told.add(position)
+                if position not in self._met:
+                    self._met.add(position)
                     bad = Skipped(position, sample_id(self._rows, position), self._fault(position))
                     self.skipped.append(bad)
-                    console.warn(f"skipped {bad.name} (train): {bad.reason}; another image of its class is shown")
+                    self.tell(bad)
         if not self._caches or not self._is_first:
             return
         if self._entry is None and self._writing is None and self._kept.images == len(self):
             self._writing = Thread(target=self._cache, daemon=True)
             self._writing.start()
+
+    def tell(self, bad: Skipped) -> None:
+        """Tell, once, of an image that could not be read, here or on another machine."""
+        if bad.position not in self._told:
+            self._told.add(bad.position)
+            console.warn(f"skipped {bad.name} (train): {bad.reason}; another image of its class is shown")
 
     def close(self) -> None:
         """Finish what is being cached."""
