@@ -66,6 +66,10 @@ def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as missing, atomic.new_file(tmp_path / "a.txt"):
         pass  # whatever should have written it did not
     assert str(missing.value).endswith(f": '{tmp_path / 'a.txt'}'")
+    for name, inside in (("gone/new", ""), ("new", "gone/a.txt")):
+        with pytest.raises(FileNotFoundError) as caught, atomic.new_folder(tmp_path / name) as new:
+            (new / inside).write_text("text")
+        assert str(caught.value).endswith(f": '{tmp_path / name / inside}'")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 

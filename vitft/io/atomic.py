@@ -37,6 +37,17 @@ def json_text(document: Any) -> str:
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def _name_target(error: BaseException, temporary: Path, path: Path) -> None:
+    """Make an OSError name what was to be written: nobody knows the temporary name, which is gone by then."""
+    if not isinstance(error, OSError) or error.errno is None:  # without a number, the name would replace the message
+        return
+    name = str(error.filename or temporary)  # writing names no file, unlike opening
+    if name == str(temporary) or name.startswith(f"{temporary}{os.sep}"):
+        error.filename = str(path) + name.removeprefix(str(temporary))
+        if error.filename2 is not None:  # of the renaming
+            del error.filename2
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yield the name of a temporary file to write, which replaces `path` on exit, or is deleted on an error.
@@ -58,11 +69,7 @@ def new_file(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
-        # Writing names no file, unlike opening; and nobody knows the temporary one, which is gone by then.
-        if isinstance(error, OSError) and str(error.filename) in ("None", str(temporary)):
-            error.filename = str(path)
-            if error.filename2 is not None:  # of the renaming
-                del error.filename2
+        _name_target(error, temporary, path)
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
@@ -97,15 +104,16 @@ def lock_folder(folder: Path) -> Iterator[bool]:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that replaces `path` on exit, or is deleted on an error.
 
-    Files get the default permissions of the process (umask), whatever their writer set.
+    Files get the default permissions of the process (umask), whatever their writer set. An OSError names `path`, or a
+    file in it.
     """
     temporary, previous = _sibling(path, _NEW), _sibling(path, _OLD)
     if previous.exists() and not path.exists():  # a kill came between the two renames below
         previous.rename(path)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    mode = temporary.stat().st_mode & 0o666  # safetensors creates files that only the owner can read
     try:
+        temporary.mkdir()
+        mode = temporary.stat().st_mode & 0o666  # safetensors creates files that only the owner can read
         yield temporary
         for file in sorted(temporary.rglob("*")):
             if file.is_file():
@@ -118,7 +126,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary.rename(path)
         _sync(path.parent)
         shutil.rmtree(previous, ignore_errors=True)
-    except BaseException:
+    except BaseException as error:
+        _name_target(error, temporary, path)
         shutil.rmtree(temporary, ignore_errors=True)
         if previous.exists() and not path.exists():
             previous.rename(path)
