@@ -203,7 +203,9 @@ def test_kernels_of_a_gpu_their_gaps_and_what_the_host_waits() -> None:
 
 
 def test_a_trace_that_cannot_be_written_loses_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.profiler.profile.export_chrome_trace", lambda self, file: None)
+    # On a full disk, the profiler logs that, raises no error, and leaves this.
+    export = lambda self, file: Path(f"{file}.tmp").write_text("half")  # noqa: E731
+    monkeypatch.setattr("torch.profiler.profile.export_chrome_trace", export)
     trace = tmp_path / "trace.json"
     result = CliRunner().invoke(app, ["bench", "train", *SMALL, "--json", "--profile", str(trace)])
     found = json.loads(result.stdout)

@@ -46,7 +46,8 @@ def profiled(step: Callable[[], Any], device: str, trace: Path, steps: int = STE
     try:
         with new_file(trace) as temporary:
             seen.export_chrome_trace(str(temporary))
-            if not temporary.exists():  # the profiler raises no error
+            if not temporary.exists():  # the profiler raises no error, and leaves its own temporary file
+                Path(f"{temporary}.tmp").unlink(missing_ok=True)
                 raise OSError(errno.EIO, "could not be written; free some space, or choose another")
     except OSError as error:
         written = None
