@@ -581,7 +581,7 @@ def test_a_probe_leaves_no_trace(prepared: Any) -> None:
 # -- recipes, data, explain -----------------------------------------------------------------------
 
 
-def test_recipes_are_listed_shown_and_copied() -> None:
+def test_recipes_are_listed_shown_and_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     known = recipes()[0]
     listed = vitft("recipes", "ls")
     assert all(recipe.name in listed.stdout for recipe in recipes())
@@ -592,6 +592,9 @@ def test_recipes_are_listed_shown_and_copied() -> None:
     assert copied.stdout == f"copied to {known.path.name}; run it with: vitft train --recipe {known.path.name}\n"
     assert Path(known.path.name).read_bytes() == known.path.read_bytes()
     assert "exists" in error_of("recipes", "copy", known.name, code=2)
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    assert vitft("recipes", "copy", known.name, "~/mine.yaml").exit_code == 0
+    assert Path("mine.yaml").read_bytes() == known.path.read_bytes()
 
 
 def test_data_info_is_one_json_document(tmp_path: Path) -> None:

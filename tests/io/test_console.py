@@ -113,8 +113,9 @@ def test_a_dataset_report_fits_80_columns() -> None:
     split = {
         "name": "train",
         "count": 50_000,
+        "looked_at": 2000,
         "classes": dict.fromkeys(labels, 1250),
-        "unreadable": 0,
+        "unreadable": 1999,
         "sizes": {"smallest": (32, 32), "median": (500, 375), "largest": (4000, 3000)},
         "formats": ["JPEG", "PNG"],
     }

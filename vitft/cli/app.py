@@ -328,7 +328,7 @@ def recipes_copy(
     """Copy a recipe to edit it."""
     from vitft.config.recipe import command_for, copy_recipe, find_recipe
 
-    copy, run = copy_recipe(name, target), command_for(find_recipe(name))
+    copy, run = copy_recipe(name, expanded(target)), command_for(find_recipe(name))
     console.say_text(f"copied to {copy}; run it with: {run} {shlex.quote(str(copy))}\n")
 
 
