@@ -84,6 +84,9 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
                     _wait_for(lambda: (folder / "munge.socket").exists(), folder)
             _wait_for(lambda: idle(environment) == 2, folder)
             yield environment
+            # Else what ends a job would be left over, and wait for the daemons forever.
+            subprocess.run(["scancel", "--user=root"], env=environment, check=True)
+            _wait_for(lambda: idle(environment) == 2, folder)
         finally:
             for process in reversed(started):
                 process.terminate()

@@ -129,7 +129,7 @@ def meet(device: str) -> None:
     if device == "cuda":
         import torch
 
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend, rank = "nccl" if device == "cuda" else "gloo", int(os.environ["RANK"])
     distributed.init_process_group(backend, store=_meeting(), rank=rank, world_size=_count(), timeout=PATIENCE)
 
