@@ -59,7 +59,7 @@ class Group(TyperGroup):
             if ctx.find_root().params.get("debug"):
                 console.traceback()
             if isinstance(error, VitftError):
-                console.fail(str(error), of_all=isinstance(error, Stopped))  # which all agree on
+                console.fail(str(error), of_all=isinstance(error, Stopped))  # all are told to stop
             elif isinstance(error, OSError):
                 console.fail(f"{error.filename or 'a file'}: {error.strerror or error}.")
             elif lost_another(error):

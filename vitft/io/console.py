@@ -26,7 +26,7 @@ _width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
 out = Console(highlight=False, soft_wrap=False, width=_width, quiet=not _main_process)
 err = Console(highlight=False, stderr=True, quiet=not _main_process)
 _working: Any = None  # the active progress bar of `working`
-_FIRST_SPEAKS_S = 3.0  # torchrun looks every tenth of a second whether a process has ended
+_FIRST_SPEAKS_S = 5.0  # it may start later than the others; torchrun ends these a tenth of a second after it
 SAY_AFTER_S, SAY_EVERY_S = 0.8, 10.0  # without a terminal: seconds to the first line, and between lines
 
 
