@@ -77,12 +77,16 @@ class Begun:
     saved: bool = False
 
 
-def begun_before() -> Begun:
-    """Find what the same call of `train` began. All processes have to call it; what the first one finds counts."""
+def begun_before(output: Path | None) -> Begun:
+    """Find what the same call of `train` began, in `output` if that is given.
+
+    Of a sweep, which leaves out the trials that are done, the same call may be of another one. All processes have to
+    call it; what the first one finds counts.
+    """
     found: list[Any] = [Begun(f"run-{next(_trainings)}")]
     if os.environ.get("RANK", "0") == "0" and (name := remembered(found[0].key)) is not None:
         run = Path(name)
-        if ckpt.is_run(run):
+        if output in (None, run) and ckpt.is_run(run):
             found = [Begun(found[0].key, run, ckpt.newest_intact(run)[0] is not None)]
     chosen: Begun = broadcast_object_list(found)[0]
     return chosen

@@ -79,7 +79,7 @@ def _begin(
     config = resolve_auto(config)
     accelerator = make_accelerator(config)
     output = None if output is None else expanded(output)
-    begun = run_folder.begun_before()
+    begun = run_folder.begun_before(output)
     if begun.run is not None:
         if begun.saved:
             return resume(begun.run, dataset=dataset, callbacks=callbacks)
